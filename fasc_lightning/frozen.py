@@ -1,0 +1,81 @@
+"""A fit that computes gradients but changes nothing: for calibrating a model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class FrozenFit:
+    """Holds a LightningModule still while its Trainer goes through batches.
+
+    Between :meth:`enter` and :meth:`exit` the module is in eval mode (no dropout, no running statistics), no parameter
+    requires a gradient (so none is computed; taps carry the gradient to the layers), optimizers and schedulers do not
+    step, and DDP does not synchronise. Everything is put back afterwards.
+
+    The optimizer step is intercepted at the strategy, where automatic and manual optimisation meet, before precision
+    plugins unscale or clip anything.
+    """
+
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._trainer = trainer
+        self._module = pl_module
+        self._training: dict[nn.Module, bool] = {}
+        self._requires_grad: dict[nn.Parameter, bool] = {}
+        self._grad_sync: bool | None = None
+        self.active = False
+
+    def enter(self) -> None:
+        """Freeze."""
+        if self.active:
+            return
+        self.active = True
+        self._training = {module: module.training for module in self._module.modules()}
+        self._requires_grad = {p: p.requires_grad for p in self._module.parameters()}
+        for parameter in self._requires_grad:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        self._module.eval()
+        strategy, epoch_loop = self._trainer.strategy, self._trainer.fit_loop.epoch_loop
+        strategy.optimizer_step = _run_closure_only  # type: ignore[method-assign]
+        epoch_loop.update_lr_schedulers = _no_schedulers  # type: ignore[method-assign]
+        if isinstance(strategy.model, DistributedDataParallel):
+            # No parameter has a gradient to average; DDP's reducer would wait for them.
+            self._grad_sync = strategy.model.require_backward_grad_sync
+            strategy.model.require_backward_grad_sync = False
+
+    def hold(self) -> None:
+        """Freeze again what a validation loop or the user's own hooks set to training mode."""
+        if self.active and any(module.training for module in self._module.modules()):
+            self._module.eval()
+
+    def exit(self) -> None:
+        """Put everything back; safe to call at any time, any number of times."""
+        if not self.active:
+            return
+        self.active = False
+        for module, training in self._training.items():
+            module.training = training
+        for parameter, requires_grad in self._requires_grad.items():
+            parameter.requires_grad_(requires_grad)
+        strategy, epoch_loop = self._trainer.strategy, self._trainer.fit_loop.epoch_loop
+        vars(strategy).pop("optimizer_step", None)
+        vars(epoch_loop).pop("update_lr_schedulers", None)
+        if self._grad_sync is not None and isinstance(strategy.model, DistributedDataParallel):
+            strategy.model.require_backward_grad_sync = self._grad_sync
+        self._training, self._requires_grad, self._grad_sync = {}, {}, None
+
+
+def _run_closure_only(optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+    """Stand in for ``Strategy.optimizer_step``: forward and backward, no step."""
+    del optimizer, model, kwargs
+    return closure()
+
+
+def _no_schedulers(*args: Any, **kwargs: Any) -> None:
+    """Stand in for the training loop's ``update_lr_schedulers``."""
+    del args, kwargs

@@ -1,0 +1,570 @@
+"""Linear layers that hold a rank-k matrix, how they are made, and the swap in both directions."""
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from typing_extensions import override
+
+from fasc_lightning.pivots import orthonormal_basis, other_rows, select_basis_rows
+
+Layout = Literal["auto", "pivot", "factors"]
+
+
+def factors_cost(m: int, n: int, k: int) -> int:
+    """Numbers that two factors of a rank-k (m, n) matrix hold: k (m + n)."""
+    return k * (m + n)
+
+
+def pivot_cost(m: int, n: int, k: int) -> int:
+    """Numbers that k rows (or columns) and the coefficients of the others hold: k (m + n - k)."""
+    return k * (m + n - k)
+
+
+class CompressedLinear(nn.Module, ABC):
+    """A linear layer y = W' x + b, W' of shape (m, n) and rank k, held in fewer than m n numbers.
+
+    Model code of transformers reads ``.weight`` of linear layers in about a hundred places, nearly always for
+    its dtype or device (T5, GPT-J, Qwen2-VL). So there is a read-only :attr:`weight`; it is no parameter and
+    not in the state dict.
+
+    Attributes:
+        in_features: n.
+        out_features: m.
+        rank: k.
+        layout: How the matrix is held, "factors" or "pivot".
+    """
+
+    layout: ClassVar[str]
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(
+                f"Expected a rank between 1 and {min(in_features, out_features)}, the full rank of a "
+                f"({out_features}, {in_features}) matrix, got {rank}."
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+
+    @staticmethod
+    @abstractmethod
+    def cost(m: int, n: int, k: int) -> int:
+        """Numbers held for the matrix, without the bias."""
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Left (m, k) and right (k, n) factors of W', differentiable; of half-precision layers in float32.
+
+        Raises:
+            TypeError: If a child is no longer a plain linear layer (LoRA, quantisation).
+        """
+
+    @property
+    @abstractmethod
+    def bias(self) -> Tensor | None:
+        """The bias b in the order of the outputs, shape (m,), or None."""
+
+    @property
+    @abstractmethod
+    def extra_bytes(self) -> int:
+        """Bytes of the state dict beside the parameters: the index of a pivoted layer."""
+
+    @abstractmethod
+    def _child(self) -> nn.Linear: ...
+
+    def to_weight(self) -> Tensor:
+        """The dense matrix W', shape (m, n), in the layer's dtype, differentiable.
+
+        Raises:
+            TypeError: If a child is no longer a plain linear layer (LoRA, quantisation).
+        """
+        left, right = self.factors()
+        return (left @ right).to(self._child().weight.dtype)
+
+    def to_linear(self) -> nn.Linear:
+        """A new dense layer of the same function; trainable if any parameter of this layer is."""
+        weight, bias = self.to_weight().detach(), self.bias
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().clone())
+        return linear.train(self.training).requires_grad_(any(p.requires_grad for p in self.parameters()))
+
+    @property
+    def weight(self) -> Tensor:
+        """Read-only stand-in for W': dtype, device and shape cost nothing, any computation makes W'."""
+        # The compiler drops what is not used, and cannot trace the stand-in.
+        return self.to_weight() if torch.compiler.is_compiling() else _LazyWeight(self)
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers held: :meth:`cost` and the bias. The integer index of a pivoted layer is not among them."""
+        bias = 0 if self.bias is None else self.out_features
+        return self.cost(self.out_features, self.in_features, self.rank) + bias
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations a token costs, two for each multiply-add."""
+        return 2 * self.cost(self.out_features, self.in_features, self.rank)
+
+    def extra_repr(self) -> str:
+        """Shape, rank and bias, for ``repr``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class LowRankLinear(CompressedLinear):
+    """Rank-k layer as two factors: ``factor_out(factor_in(x))``, k (m + n) numbers.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        rank: k, at most min(m, n).
+        bias: Whether ``factor_out`` has a bias.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    layout = "factors"
+    cost = staticmethod(factors_cost)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank)
+        self.factor_in = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.factor_out = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., n) to (..., m)."""
+        return self.factor_out(self.factor_in(x))
+
+    @override
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return _matrix(self.factor_out), _matrix(self.factor_in)
+
+    @property
+    @override
+    def bias(self) -> Tensor | None:
+        return self.factor_out.bias
+
+    @property
+    @override
+    def extra_bytes(self) -> int:
+        return 0
+
+    @override
+    def _child(self) -> nn.Linear:
+        return self.factor_in
+
+
+class PivotedLinear(CompressedLinear):
+    """Rank-k layer as k rows or columns of W' and the others' coefficients in them, k (m + n - k) numbers.
+
+    ``side="out"`` keeps rows: z = W_p x are k of the outputs and T z the other m - k. ``side="in"`` keeps
+    columns: y = W_c (x_p + T x_rest). Both cost the same; the side decides whether outputs or inputs are
+    permuted.
+
+    With ``side="out"`` the bias of the pivot outputs is the parameter ``pivot_bias``, added after T has read
+    z. (Folding it into ``basis`` and its image under T out of the other bias would save that addition, about
+    1 % of a forward, but large biases as those of Qwen2's keys would then cancel in half precision.) All
+    other biases are part of a matrix product.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        rank: k, at most min(m, n) and below the number of features of the permuted side.
+        bias: Whether there is a bias.
+        side: "out" (rows) or "in" (columns); None for the smaller side.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Attributes:
+        basis: Holds the rows W_p (k, n) or the columns W_c (m, k).
+        coefficients: Holds T, (m - k, k) or (k, n - k).
+        permutation: int32 buffer, in the state dict as it is part of the weights. Position of each output in
+            [z, T z] (m,), or input at each position of [x_p, x_rest] (n,).
+    """
+
+    layout = "pivot"
+    cost = staticmethod(pivot_cost)
+    permutation: Tensor
+    pivot_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        side: Literal["out", "in"] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank)
+        if side not in ("out", "in", None):
+            raise ValueError(f'Expected side "out", "in" or None, got {side!r}.')
+        self.side = side or ("out" if out_features <= in_features else "in")
+        permuted = out_features if self.side == "out" else in_features
+        if rank >= permuted:
+            raise ValueError(
+                f'Expected a rank below {permuted}, the features that side="{self.side}" permutes, got '
+                f"{rank}. At full rank nothing is saved: keep the dense layer."
+            )
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        if self.side == "out":
+            self.basis = nn.Linear(in_features, rank, bias=False, **options)
+            self.coefficients = nn.Linear(rank, out_features - rank, bias=bias, **options)
+        else:
+            self.basis = nn.Linear(rank, out_features, bias=bias, **options)
+            self.coefficients = nn.Linear(in_features - rank, rank, bias=False, **options)
+        has_pivot_bias = bias and self.side == "out"
+        self.register_parameter("pivot_bias", nn.Parameter(torch.zeros(rank, **options)) if has_pivot_bias else None)
+        self.register_buffer("permutation", torch.arange(permuted, dtype=torch.int32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., n) to (..., m)."""
+        # On the CPU an index along the last of two dimensions is 3 times faster than along the last of three.
+        flat = x.reshape(-1, self.in_features)
+        if self.side == "out":
+            z = self.basis(flat)
+            rest = self.coefficients(z)
+            # Autocast leaves the bias in float32, which would promote the output.
+            pivots = z if self.pivot_bias is None else z + self.pivot_bias.to(z.dtype)
+            y = _permute(torch.cat([pivots, rest], dim=1), self.permutation)
+        else:
+            permuted = _permute(flat, self.permutation)
+            y = self.basis(permuted[:, : self.rank] + self.coefficients(permuted[:, self.rank :]))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def pivots(self) -> Tensor:
+        """Indices of the rows or columns that are kept, shape (k,), in the order of ``basis``."""
+        order = self.permutation.argsort() if self.side == "out" else self.permutation
+        return order[: self.rank]
+
+    @override
+    def factors(self) -> tuple[Tensor, Tensor]:
+        basis, T = _matrix(self.basis), _matrix(self.coefficients)
+        eye = torch.eye(self.rank, dtype=T.dtype, device=T.device)
+        if self.side == "out":
+            return torch.cat([eye, T])[self.permutation], basis
+        return basis, torch.cat([eye, T], dim=1)[:, self.permutation.argsort()]
+
+    @property
+    @override
+    def bias(self) -> Tensor | None:
+        if self.side == "in":
+            return self.basis.bias
+        if self.pivot_bias is None:
+            return None
+        return torch.cat([self.pivot_bias, self.coefficients.bias])[self.permutation]
+
+    @property
+    @override
+    def extra_bytes(self) -> int:
+        return self.permutation.numel() * self.permutation.element_size()
+
+    @override
+    def _child(self) -> nn.Linear:
+        return self.basis
+
+    def extra_repr(self) -> str:
+        """Shape, rank, bias and side, for ``repr``."""
+        return f"{super().extra_repr()}, side={self.side}"
+
+
+def make_lowrank(
+    B: Tensor,
+    C: Tensor,
+    bias: Tensor | None = None,
+    layout: Layout = "auto",
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    bound: float = 2.0,
+) -> CompressedLinear:
+    """Makes the layer y = B C x + b. Computes in float64 on the device of ``B``; draws no random numbers.
+
+    Args:
+        B: Left factor of W', shape (m, k). Dependent columns are allowed.
+        C: Right factor of W', shape (k, n).
+        bias: Bias b, shape (m,), or None.
+        layout: "pivot", "factors", or "auto": pivot, which stores less at every k < min(m, n). "factors"
+            makes B's columns orthogonal and gives both factors equal column and row norms, so that nothing
+            cancels or overflows in half precision.
+        dtype: Dtype of the layer; None for that of B.
+        device: Device of the layer; None for that of B.
+        bound: Largest coefficient of the pivot layout in absolute value, above 1.
+
+    Returns:
+        The layer, in training mode, with parameters that require gradients.
+
+    Raises:
+        ValueError: If shapes disagree, a factor is not finite, the rank does not fit the layout, or layout is
+            unknown.
+    """
+    if B.ndim != 2 or C.ndim != 2 or B.shape[1] != C.shape[0]:
+        raise ValueError(f"Expected factors (m, k) and (k, n), got {tuple(B.shape)} and {tuple(C.shape)}.")
+    (m, k), n = B.shape, C.shape[1]
+    if bias is not None and bias.shape != (m,):
+        raise ValueError(f"Expected a bias of shape ({m},), got {tuple(bias.shape)}.")
+    if layout not in ("auto", "pivot", "factors"):
+        raise ValueError(f'Expected layout "auto", "pivot" or "factors", got {layout!r}.')
+    target: dict[str, Any] = {"dtype": dtype or B.dtype, "device": device or B.device}
+
+    def parameter(value: Tensor) -> nn.Parameter:
+        return nn.Parameter(value.detach().to(**target).contiguous().clone())
+
+    # Built on meta: no random initialisation to pay for, and the caller's random state stays as it is.
+    left, right = B.detach().double(), C.detach().to(B.device, torch.float64)
+    if layout == "factors":
+        factored = LowRankLinear(n, m, k, bias is not None, device="meta")
+        out_weight, in_weight = _balance(left, right)
+        factored.factor_out.weight, factored.factor_in.weight = parameter(out_weight), parameter(in_weight)
+        if bias is not None:
+            factored.factor_out.bias = parameter(bias)
+        return factored
+
+    pivoted = PivotedLinear(n, m, k, bias is not None, device="meta")
+    out = pivoted.side == "out"
+    # An orthonormal basis rather than B itself: it has full rank even where columns vanished in the solver.
+    rows, T = select_basis_rows(orthonormal_basis(left if out else right.T)[0], bound)
+    rest = other_rows(rows, m if out else n)
+    order = torch.cat([rows, rest])
+    pivoted.basis.weight = parameter(left[rows] @ right if out else left @ right[:, rows])
+    pivoted.coefficients.weight = parameter(T if out else T.T)
+    pivoted.permutation = (order.argsort() if out else order).to(target["device"], torch.int32)
+    if bias is not None and out:
+        bias = bias.to(rows.device)
+        pivoted.pivot_bias, pivoted.coefficients.bias = parameter(bias[rows]), parameter(bias[rest])
+    elif bias is not None:
+        pivoted.basis.bias = parameter(bias)
+    return pivoted
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of a dense linear layer as an (m, n) view, that is, transposed for GPT-2's ``Conv1D``.
+
+    Raises:
+        TypeError: If the module is neither ``nn.Linear`` nor transformers' ``Conv1D``.
+    """
+    if isinstance(module, nn.Linear):
+        return module.weight
+    if _is_conv1d(module):
+        weight: Any = module.weight
+        return weight.T
+    raise TypeError(f"Expected an nn.Linear or a transformers Conv1D, got {type(module).__name__}.")
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(m, n), outputs and inputs, of a dense or compressed linear layer.
+
+    Raises:
+        TypeError: If the module is not a linear layer.
+    """
+    if isinstance(module, CompressedLinear):
+        return module.out_features, module.in_features
+    m, n = linear_weight(module).shape
+    return m, n
+
+
+def flops_per_token(module: nn.Module) -> int:
+    """Floating-point operations a token costs in a linear layer, dense or compressed; 0 for other modules."""
+    if isinstance(module, CompressedLinear):
+        return module.flops_per_token()
+    if isinstance(module, nn.Linear) or _is_conv1d(module):
+        m, n = linear_shape(module)
+        return 2 * m * n
+    return 0
+
+
+def swap_modules(model: nn.Module, replacements: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Replaces submodules of ``model`` by name, all of them or, if anything fails, none.
+
+    A module that is registered in several places is replaced in all of them, under whichever of its names it
+    is given. Each replacement takes over the dtype, device and training mode of what it replaces; its own
+    ``requires_grad`` flags stay as they are (a swap neither freezes nor thaws). Hooks stay on the module they
+    were registered on.
+
+    Args:
+        model: The model, changed in place.
+        replacements: New module by dotted name.
+
+    Returns:
+        The replaced modules by the same names: passing them back undoes the swap.
+
+    Raises:
+        KeyError: If the model has no module of a name.
+        ValueError: If a name is the model itself, lies inside another replaced module, or names one module
+            with two different replacements; or if a linear layer would change its shape.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    new_of = _check_replacements(modules, replacements)
+    old_of = {name: modules[name] for name in replacements}
+    slots = [
+        (parent, child_name, child)
+        for parent in model.modules()
+        for child_name, child in parent._modules.items()
+        if child is not None and id(child) in new_of
+    ]
+    for name, new in replacements.items():
+        _match(new, old_of[name])
+    try:
+        for parent, child_name, old in slots:
+            setattr(parent, child_name, new_of[id(old)])
+    except BaseException:
+        for parent, child_name, old in slots:
+            parent._modules[child_name] = old
+        raise
+    return old_of
+
+
+def is_compressed(model: nn.Module) -> bool:
+    """Whether any layer of the model (or the model itself) is a :class:`CompressedLinear`."""
+    return any(isinstance(module, CompressedLinear) for module in model.modules())
+
+
+def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
+    """The compressed layers by dotted name; one name, the first, for a layer registered in several places."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+def to_dense(model: nn.Module) -> dict[str, nn.Module]:
+    """Replaces every compressed layer by an ``nn.Linear`` of the same function, in place.
+
+    Layers that were a transformers ``Conv1D`` before the compression become ``nn.Linear``, too.
+
+    Args:
+        model: The model, changed in place. A lone compressed layer has :meth:`CompressedLinear.to_linear`.
+
+    Returns:
+        The replaced layers by name, for :func:`swap_modules`.
+    """
+    return swap_modules(model, {name: layer.to_linear() for name, layer in compressed_layers(model).items()})
+
+
+class _LazyWeight(Tensor):
+    """Tensor with the dtype, device and shape of W' that becomes W' when anything is computed with it."""
+
+    _METADATA: ClassVar[set[Any]] = {
+        *(
+            getattr(Tensor, name).__get__
+            for name in ("dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_meta")
+        ),
+        *(
+            Tensor.size,
+            Tensor.dim,
+            Tensor.numel,
+            Tensor.is_floating_point,
+            Tensor.element_size,
+            Tensor.get_device,
+        ),
+    }
+    _source: CompressedLinear
+
+    def __new__(cls, source: CompressedLinear) -> "_LazyWeight":
+        like = source._child().weight
+        size = (source.out_features, source.in_features)
+        lazy = Tensor._make_wrapper_subclass(cls, size, dtype=like.dtype, device=like.device)
+        lazy._source = source
+        return lazy
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in cls._METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        name = func.__name__
+        if name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__")):
+            raise RuntimeError(
+                f"{name} would change the weight of a compressed layer, which is computed from its factors. "
+                "Change the factors, or make the layer dense with to_dense first."
+            )
+        args, kwargs = tree_map_only(cls, lambda lazy: lazy._source.to_weight(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    # Required of a wrapper; reached only by code that goes round __torch_function__.
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
+
+
+def _permute(x: Tensor, index: Tensor) -> Tensor:
+    """Columns of x (N, d) in the order of index (d,)."""
+    if x.device.type == "cpu" and x.element_size() < 4 and not (x.requires_grad and torch.is_grad_enabled()):
+        # For 16-bit types on the CPU 1.5 times as fast, but not in its backward pass.
+        return x.gather(1, index.long().expand_as(x))
+    return x.index_select(1, index)
+
+
+def _matrix(child: nn.Module) -> Tensor:
+    """Weight of a child; float32 if it is of half precision, whose products would round twice."""
+    if not isinstance(child, nn.Linear) or type(child.weight) not in (nn.Parameter, Tensor):
+        kind = type(getattr(child, "weight", child)).__name__ if isinstance(child, nn.Linear) else type(child).__name__
+        raise TypeError(
+            f"Expected plain linear layers as the factors of a compressed layer, found {kind}. "
+            "Merge adapters and undo quantisation before asking for the dense matrix."
+        )
+    return child.weight.to(torch.promote_types(child.weight.dtype, torch.float32))
+
+
+def _balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the same product: orthogonal columns (m, k), each as long as its row of the other (k, n)."""
+    Q, _ = orthonormal_basis(left)
+    rows = (Q.T @ left) @ right
+    norms = rows.norm(dim=1)
+    scale = norms.sqrt()
+    return Q * scale, rows * torch.where(norms > 0, 1 / scale, 0.0)[:, None]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # An instance exists only where transformers has been imported; importing it here would take seconds.
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return conv1d is not None and isinstance(module, conv1d)
+
+
+def _check_replacements(modules: dict[str, nn.Module], replacements: dict[str, nn.Module]) -> dict[int, nn.Module]:
+    """New module by the id of the old one, once every rule of :func:`swap_modules` holds."""
+    missing = [name for name in replacements if name not in modules]
+    if missing:
+        raise KeyError(f"The model has no module named {', '.join(map(repr, missing))}. See model.named_modules().")
+    new_of: dict[int, nn.Module] = {}
+    for name, new in replacements.items():
+        if name == "":
+            raise ValueError("Expected names of submodules, got '', the model itself: replace it where it is held.")
+        if new_of.setdefault(id(modules[name]), new) is not new:
+            raise ValueError(f"{name!r} is a second name of a module that has another replacement already: give one.")
+        if flops_per_token(modules[name]) and flops_per_token(new) and linear_shape(modules[name]) != linear_shape(new):
+            raise ValueError(
+                f"Expected a replacement of shape {linear_shape(modules[name])} for {name!r}, got {linear_shape(new)}."
+            )
+    for name, module in modules.items():
+        if id(module) in new_of and any(id(inner) in new_of for inner in module.modules() if inner is not module):
+            raise ValueError(
+                f"A module inside {name!r} is to be replaced as well as {name!r} itself: give one of them."
+            )
+    return new_of
+
+
+def _match(new: nn.Module, old: nn.Module) -> None:
+    """Gives new the training mode of old, and its device and floating dtype where it has just one."""
+    new.train(old.training)
+    kinds = {(p.device, p.dtype) for p in old.parameters() if p.is_floating_point()}
+    if len(kinds) == 1:
+        device, dtype = kinds.pop()
+        if device.type != "meta":  # moving there would lose the values
+            new.to(device=device, dtype=dtype)

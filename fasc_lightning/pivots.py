@@ -1,0 +1,164 @@
+"""Choice of k rows of a matrix that carry the others with bounded coefficients."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def select_rows(B: Tensor, bound: float = 2.0, max_swaps: int | None = None) -> tuple[Tensor, Tensor]:
+    r"""Finds k rows of ``B`` in which every other row is a combination with small coefficients.
+
+    .. math:: B_\text{rest} = T B_\text{rows}, \qquad \max |T_{ij}| \le \text{bound}
+
+    Such rows exist for every bound of at least one (those of largest volume), and small coefficients are what
+    makes the form safe in half precision and int8. The columns of B are orthonormalised first: T depends only
+    on the span of B, so bad scaling and conditioning of its columns do not enter the search (see
+    :func:`select_basis_rows`).
+
+    Args:
+        B: Matrix of full column rank, shape (m, k) with k <= m, any floating dtype and device.
+        bound: Largest coefficient allowed in absolute value, above 1.
+        max_swaps: Largest number of row exchanges; None for the number that is always enough.
+
+    Returns:
+        The chosen rows in ascending order, shape (k,), int64, and the coefficients T of the other rows (also
+        in ascending order, see :func:`other_rows`), shape (m - k, k), float64. Both are on the device of B.
+
+    Raises:
+        ValueError: If B is not a finite matrix with k <= m, is rank deficient in float64, or bound <= 1.
+        RuntimeError: If max_swaps exchanges were not enough.
+    """
+    Q, R = orthonormal_basis(B)
+    if not _is_well_posed(R, max(B.shape)):
+        raise ValueError(
+            f"B must have full column rank, but the {B.shape[1]} columns of this {tuple(B.shape)} matrix are "
+            "linearly dependent to float64 precision. Drop the dependent columns, that is, use a lower rank."
+        )
+    return select_basis_rows(Q, bound, max_swaps)
+
+
+def orthonormal_basis(B: Tensor) -> tuple[Tensor, Tensor]:
+    """QR decomposition of the equilibrated columns of ``B``, in float64.
+
+    Args:
+        B: Matrix of shape (m, k), k <= m. Its columns may be scaled arbitrarily, dependent or zero.
+
+    Returns:
+        Q (m, k) with orthonormal columns whose span contains that of B, and R (k, k), upper triangular, with
+        Q R = B D for the diagonal D that gives each nonzero column a largest entry of 1.
+
+    Raises:
+        ValueError: If B is not a matrix with 1 <= k <= m, or holds NaN or infinity.
+    """
+    if B.ndim != 2 or not 1 <= B.shape[1] <= B.shape[0]:
+        raise ValueError(f"Expected a matrix of shape (m, k) with 1 <= k <= m, got shape {tuple(B.shape)}.")
+    # MPS has no float64.
+    work = B.detach().to("cpu" if B.device.type == "mps" else B.device, torch.float64)
+    if not bool(torch.isfinite(work).all()):
+        raise ValueError("Expected a finite matrix, got NaN or infinity. Check the statistics it was computed from.")
+    # The largest entry rather than the norm, whose squares overflow and underflow.
+    scale = work.abs().amax(dim=0)
+    Q, R = torch.linalg.qr(work / torch.where(scale > 0, scale, 1.0))
+    return Q.to(B.device) if B.device.type != "mps" else Q, R
+
+
+def select_basis_rows(Q: Tensor, bound: float = 2.0, max_swaps: int | None = None) -> tuple[Tensor, Tensor]:
+    """Same as :func:`select_rows` for a ``Q`` whose columns are orthonormal already.
+
+    LU with partial pivoting gives the first choice, which for most matrices is the last. Then, as long as
+    some |T_ij| > bound, row i takes the place of row j: |det Q_rows| grows by |T_ij| with each exchange. A
+    volume is at most 1 (Hadamard), so log(1 / first volume) / log(bound) exchanges are always enough.
+
+    References:
+        M. Gu and S. C. Eisenstat (1996), Efficient algorithms for computing a strong rank-revealing QR
+        factorization, SIAM J. Sci. Comput. 17(4).
+        S. A. Goreinov, I. V. Oseledets, D. V. Savostyanov, E. E. Tyrtyshnikov and N. L. Zamarashkin (2010),
+        How to find a good submatrix, in: Matrix Methods: Theory, Algorithms, Applications (the maxvol
+        iteration).
+
+    Args:
+        Q: Matrix with orthonormal columns, shape (m, k), float64.
+        bound: Largest coefficient allowed in absolute value, above 1.
+        max_swaps: Largest number of row exchanges; None for the number that is always enough.
+
+    Returns:
+        The chosen rows (k,), ascending, int64, and the coefficients of the others (m - k, k).
+
+    Raises:
+        ValueError: If bound <= 1.
+        RuntimeError: If max_swaps exchanges were not enough.
+    """
+    if not bound > 1:
+        raise ValueError(f"Expected a bound above 1 (at 1 the exchanges may never end), got {bound}.")
+    k = Q.shape[1]
+    order, T, log_volume = _lu_choice(Q)
+    # The slack covers the rounding of the volume.
+    budget = math.ceil(-log_volume / math.log(bound)) + k if max_swaps is None else max_swaps
+    while swaps := _exchange(T, order, bound, budget):
+        budget -= swaps
+        # The exchanges add up rounding errors; what leaves this function is solved for afresh.
+        T = torch.linalg.solve(Q[order[:k]], Q[order[k:]], left=False)
+    rows, by_row = order[:k].sort()
+    _, by_rest = order[k:].sort()
+    return rows, T[by_rest][:, by_row]
+
+
+def other_rows(rows: Tensor, count: int) -> Tensor:
+    """The indices below ``count`` that are not in ``rows``, ascending.
+
+    Args:
+        rows: Distinct indices, shape (k,).
+        count: Number of rows of the whole matrix.
+
+    Returns:
+        Shape (count - k,), int64, on the device of rows.
+    """
+    left = torch.ones(count, dtype=torch.bool, device=rows.device)
+    left[rows] = False
+    return left.nonzero().squeeze(1)
+
+
+def _is_well_posed(R: Tensor, size: int) -> bool:
+    """Whether the 1-norm condition of the triangular R is below that of noise in a matrix of this size."""
+    if not bool(R.diagonal().all()):
+        return False
+    inverse = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+    condition = torch.linalg.matrix_norm(R, 1) * torch.linalg.matrix_norm(inverse, 1)
+    return bool(condition * torch.finfo(R.dtype).eps * size < 1)
+
+
+def _lu_choice(Q: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Rows by partial pivoting: all rows with the k chosen first (m,), T (m - k, k), log |det Q_rows|."""
+    m, k = Q.shape
+    LU, pivots = torch.linalg.lu_factor(Q)
+    order = list(range(m))
+    for j, p in enumerate(pivots.tolist()):
+        order[j], order[p - 1] = order[p - 1], order[j]  # LAPACK counts from 1
+    T = torch.linalg.solve_triangular(LU[:k], LU[k:], upper=False, left=False, unitriangular=True)
+    return torch.tensor(order, device=Q.device), T, float(LU.diagonal().abs().log().sum())
+
+
+def _exchange(T: Tensor, order: Tensor, bound: float, budget: int) -> int:
+    """Exchanges rows until max |T| <= bound, in place in T (m - k, k) and order (m,); returns the count."""
+    k = T.shape[1]
+    swaps = 0
+    while T.numel():
+        i, j = divmod(int(T.abs().argmax()), k)
+        pivot = float(T[i, j])
+        if abs(pivot) <= bound:
+            break
+        if swaps >= budget:
+            raise RuntimeError(
+                f"Expected coefficients of at most {bound}, but up to {abs(pivot):.3g} are left when the allowed "
+                "exchanges are used up. Raise max_swaps or the bound."
+            )
+        # Gauss-Jordan step on (i, j): the basis changes by one row, T by one rank.
+        row, column = T[i].clone(), T[:, j].clone()
+        T.addr_(column, row, alpha=-1 / pivot)
+        T[i] = row / -pivot
+        T[:, j] = column / pivot
+        T[i, j] = 1 / pivot
+        order[[j, k + i]] = order[[k + i, j]]
+        swaps += 1
+    return swaps

@@ -1,0 +1,221 @@
+"""What a compression did: figures, JSON, a table."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fasc_lightning.lowrank import flops_per_token
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters, bytes and FLOPs of a set of layers.
+
+    Attributes:
+        parameters: Numbers that are trained; the index of a pivoted layer is not one of them.
+        bytes: Memory of parameters and buffers, indices included.
+        flops_per_token: Two for each multiply-add of a linear layer; attention and element-wise work are not counted.
+    """
+
+    parameters: int
+    bytes: int
+    flops_per_token: int
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One targeted layer; ``rho`` and its companions are NaN where they were not measured."""
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    layout: str
+    tokens: int
+    rho: float
+    rho_null: float
+    rho_debiased: float
+    loss: float
+
+
+@dataclass
+class CompressionReport:
+    """What was done and what it cost; ``str()`` is a table, :meth:`to_dict` is the JSON form.
+
+    Attributes:
+        method: Solver.
+        options: The options of the compression.
+        seed: Of token subsampling.
+        targeted: Sizes of the targeted layers, "dense" and "compressed".
+        whole: Sizes of the whole model, alike.
+        seconds: By phase: calibrate, factorize, swap.
+        peak_memory_bytes: Largest memory of the process (on CUDA: of the device) so far.
+        layers: One row a targeted layer.
+        versions: Of the libraries.
+    """
+
+    method: str
+    options: dict[str, Any]
+    seed: int
+    targeted: dict[str, Size]
+    whole: dict[str, Size]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    layers: list[LayerReport] = field(repr=False)
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types only; sizes are grouped by figure, NaN becomes None."""
+        result = asdict(self)
+        for name in ("targeted", "whole"):
+            sizes: Mapping[str, Size] = getattr(self, name)
+            result[name] = {
+                figure: {state: getattr(size, figure) for state, size in sizes.items()}
+                for figure in ("parameters", "bytes", "flops_per_token")
+            }
+        return _plain(result)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        write_json(self.to_dict(), path)
+
+    @property
+    def kept(self) -> float:
+        """Fraction of the targeted layers' parameters that is kept."""
+        return self.targeted["compressed"].parameters / self.targeted["dense"].parameters
+
+    def __str__(self) -> str:
+        return summary_table(self)
+
+
+def write_json(content: Any, path: str | Path) -> None:
+    """Write JSON whole or not at all: to a temporary file first."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(_plain(content), indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON types: tuples become lists, NaN (which JSON has not) None."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and value != value:
+        return None
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    return str(value)
+
+
+def measure_layers(layers: Mapping[str, nn.Module]) -> Size:
+    """Return the size of some layers, dense or compressed."""
+    modules = list({id(m): m for m in layers.values()}.values())
+    return Size(
+        parameters=sum(p.numel() for m in modules for p in m.parameters()),
+        bytes=sum(_bytes(m) for m in modules),
+        flops_per_token=sum(flops_per_token(m) for m in modules),
+    )
+
+
+def measure_model(model: nn.Module) -> Size:
+    """Return the size of a whole model; shared parameters count once."""
+    return Size(
+        parameters=sum(p.numel() for p in model.parameters()),
+        bytes=_bytes(model),
+        flops_per_token=sum(flops_per_token(m) for m in _outermost_linear(model)),
+    )
+
+
+def _outermost_linear(model: nn.Module) -> list[nn.Module]:
+    """Return linear and low-rank layers, not looking inside the latter."""
+    if flops_per_token(model) > 0:
+        return [model]
+    return [layer for child in model.children() for layer in _outermost_linear(child)]
+
+
+def _bytes(module: nn.Module) -> int:
+    parts = [*module.parameters(), *module.buffers()]
+    return sum(t.numel() * t.element_size() for t in parts)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the largest memory so far: of the process, or on CUDA of the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of this package and of what its results depend on."""
+    versions = {}
+    for package in ("fasc-lightning", "torch", "lightning", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def summary_table(report: CompressionReport) -> str:
+    """Return the report as text: one row a kind of layer (the last part of its name), then totals."""
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report.method}: {report.kept:.1%} of the targeted parameters kept")
+    for column in ("layers", "count", "dense", "rank / full", "parameters", "kept", "loss share", "rho"):
+        table.add_column(column, justify="left" if column == "layers" else "right")
+    kinds: dict[str, list[LayerReport]] = {}
+    for layer in report.layers:
+        kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
+    total_loss = sum(layer.loss for layer in report.layers) or 1.0
+    for kind, rows in kinds.items():
+        before = sum(r.shape[0] * r.shape[1] for r in rows)
+        after = sum(_weights(r) for r in rows)
+        ranks = sorted(r.rank / min(r.shape) for r in rows)
+        rhos = sorted(r.rho for r in rows if r.rho == r.rho)
+        table.add_row(
+            kind,
+            str(len(rows)),
+            str(sum(r.layout == "dense" for r in rows)),
+            f"{ranks[0]:.2f}-{ranks[-1]:.2f}",
+            f"{before:,}",
+            f"{after / before:.1%}",
+            f"{sum(r.loss for r in rows) / total_loss:.1%}",
+            f"{rhos[len(rhos) // 2]:.3f}" if rhos else "-",
+        )
+    console = Console(width=110, file=(text := StringIO()))
+    console.print(table)
+    lines = [text.getvalue().rstrip()]
+    for title, sizes in (("targeted layers", report.targeted), ("whole model", report.whole)):
+        before_size, after_size = sizes["dense"], sizes["compressed"]
+        lines.append(
+            f"{title}: {before_size.parameters:,} -> {after_size.parameters:,} parameters "
+            f"({after_size.parameters / before_size.parameters:.1%}), "
+            f"{before_size.bytes / 1e6:.1f} -> {after_size.bytes / 1e6:.1f} MB, "
+            f"{before_size.flops_per_token / 1e6:.1f} -> {after_size.flops_per_token / 1e6:.1f} MFLOPs a token"
+        )
+    seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())
+    lines.append(f"{seconds}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
+    return "\n".join(lines)
+
+
+def _weights(layer: LayerReport) -> int:
+    m, n = layer.shape
+    if layer.layout == "dense":
+        return m * n
+    return layer.rank * (m + n) - (layer.rank**2 if layer.layout == "pivot" else 0)

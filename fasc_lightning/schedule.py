@@ -1,0 +1,96 @@
+"""When calibration begins, given how the fit is going to end."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+
+class CalibrationSchedule:
+    """Decides at each batch whether the calibration phase has begun.
+
+    Without ``calibration_steps`` it is the last epoch of ``max_epochs``. With them it is the last so many optimizer
+    steps; where an EarlyStopping callback or ``max_time`` may end the fit at any moment, the end is put off until the
+    calibration steps have been taken (through the Trainer's own ``min_steps``).
+
+    Args:
+        calibration_steps: Optimizer steps to calibrate on, or None.
+    """
+
+    def __init__(self, calibration_steps: int | None = None) -> None:
+        self.calibration_steps = calibration_steps
+        self.begun = False
+        self._last_step: float = math.inf
+        self._open_ended = False
+        self._user_min_steps: int | None = None
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """Refuse a fit whose end is not known, unless ``calibration_steps`` says how long to calibrate.
+
+        Raises:
+            MisconfigurationException: With the option that is missing.
+        """
+        if self.calibration_steps is not None:
+            return
+        reason = None
+        if trainer.max_steps != -1:
+            reason = f"max_steps={trainer.max_steps}"
+        elif any(isinstance(c, Timer) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            reason = "max_time"
+        elif any(isinstance(c, EarlyStopping) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            reason = "an EarlyStopping callback"
+        elif trainer.max_epochs == -1:
+            reason = "max_epochs=-1"
+        if reason:
+            raise MisconfigurationException(
+                f"Expected `calibration_steps` with {reason}, since the last epoch is not known in advance. HINT: "
+                "FascCallback(..., calibration_steps=64) calibrates on the last 64 steps; with `max_epochs` alone the "
+                "last epoch serves."
+            )
+
+    def start(self, trainer: pl.Trainer) -> None:
+        """Look at how the fit will end; at the start of training."""
+        self.begun = False
+        self._open_ended = any(isinstance(c, EarlyStopping | Timer) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if self.calibration_steps is None:
+            return
+        end = trainer.estimated_stepping_batches
+        self._last_step = end if end >= 0 else math.inf
+        if self._open_ended:
+            self._user_min_steps = trainer.fit_loop.min_steps
+            trainer.fit_loop.epoch_loop.min_steps = sys.maxsize
+
+    def begins(self, trainer: pl.Trainer) -> bool:
+        """Tell whether the batch that is about to run belongs to the calibration."""
+        if self.begun:
+            return True
+        if self.calibration_steps is None:
+            self.begun = self._in_last_epoch(trainer)
+        elif self._last_step < math.inf and trainer.global_step >= self._last_step - self.calibration_steps:
+            self.begun = True
+        elif self._open_ended and trainer.should_stop and self._may_stop(trainer):
+            trainer.fit_loop.epoch_loop.min_steps = trainer.global_step + self.calibration_steps
+            self.begun = True
+        elif not self._open_ended and self._last_step == math.inf:
+            # A loader without a length: the last epoch is the best that is known.
+            self.begun = self._in_last_epoch(trainer)
+        return self.begun
+
+    def stop(self, trainer: pl.Trainer) -> None:
+        """Give the Trainer its own ``min_steps`` back; safe to call at any time."""
+        if self._open_ended and self.calibration_steps is not None:
+            trainer.fit_loop.epoch_loop.min_steps = self._user_min_steps
+        self._open_ended = False
+
+    def _may_stop(self, trainer: pl.Trainer) -> bool:
+        """Tell whether the user's own minimum has been met."""
+        epochs_met = trainer.current_epoch >= (trainer.min_epochs or 0)
+        return epochs_met and trainer.global_step >= (self._user_min_steps or 0)
+
+    @staticmethod
+    def _in_last_epoch(trainer: pl.Trainer) -> bool:
+        return trainer.max_epochs is not None and trainer.current_epoch >= trainer.max_epochs - 1

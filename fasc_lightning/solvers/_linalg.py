@@ -1,0 +1,82 @@
+"""Square roots, shrinkage and spectra of covariance matrices; everything in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Smallest eigenvalue that the rank-revealing fallback lets stand, relative to the largest. A direction that the
+#: calibration tokens do not show is then cheap to lose, not free, and no inverse blows up.
+EIGENVALUE_FLOOR = 1e-10
+
+
+def shrink(S: Tensor, amount: float) -> Tensor:
+    """Return (1 - amount) S + amount * mean(diag S) * I: relative, so the scale of the data does not matter.
+
+    Args:
+        S: Symmetric positive semidefinite, shape (d, d).
+        amount: In [0, 1).
+    """
+    shrunk = (1 - amount) * S
+    shrunk.diagonal().add_(amount * S.diagonal().mean())
+    return shrunk
+
+
+@dataclass(frozen=True)
+class SquareRoot:
+    """A matrix R with R R^T = S and its inverse; triangular if Cholesky could make it.
+
+    Attributes:
+        R: Shape (d, d).
+        inverse: R^-1, given when R is not triangular.
+    """
+
+    R: Tensor
+    inverse: Tensor | None = None
+
+    def solve_transposed(self, B: Tensor) -> Tensor:
+        """Return R^-T B."""
+        if self.inverse is not None:
+            return self.inverse.T @ B
+        return torch.linalg.solve_triangular(self.R.T, B, upper=True)
+
+    def right_solve(self, B: Tensor) -> Tensor:
+        """Return B R^-1."""
+        if self.inverse is not None:
+            return B @ self.inverse
+        return torch.linalg.solve_triangular(self.R, B, upper=False, left=False)
+
+
+def square_root(S: Tensor) -> SquareRoot:
+    """Return R with R R^T = S: Cholesky first, the eigendecomposition if S is numerically singular.
+
+    Args:
+        S: Symmetric positive semidefinite, shape (d, d), float64.
+    """
+    L, info = torch.linalg.cholesky_ex(S)
+    pivots = L.diagonal()
+    if info == 0 and bool(pivots.min() ** 2 > EIGENVALUE_FLOOR * S.diagonal().max()):
+        return SquareRoot(L)
+    eigenvalues, Q = torch.linalg.eigh(S)
+    largest = eigenvalues[-1]
+    # A covariance of nothing but zeros carries no preference: it stands for the identity.
+    floor = EIGENVALUE_FLOOR * largest if largest > 0 else torch.ones_like(largest)
+    roots = eigenvalues.clamp(min=floor).sqrt()
+    return SquareRoot(Q * roots, (Q / roots).T)
+
+
+def descending_eigh(S: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues in descending order, cut at zero, and eigenvectors in columns."""
+    eigenvalues, Q = torch.linalg.eigh(S)
+    return eigenvalues.flip(0).clamp(min=0), Q.flip(1)
+
+
+def tail_sums(values: Tensor) -> Tensor:
+    """Return the sums of ``values[k:]`` for k = 0, ..., len(values), shape (len + 1,).
+
+    Summed from the small end, so that the last entries keep their relative accuracy.
+    """
+    tails = values.flip(0).cumsum(0).flip(0)
+    return torch.cat([tails, tails.new_zeros(1)])

@@ -1,0 +1,34 @@
+"""What a solver returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+from fasc_lightning.moments import LayerMoments
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """All ranks of a layer's approximation at once: the rank-k one is ``left[:, :k] @ right[:k]``.
+
+    Attributes:
+        left: Shape (m, r) with r = min(m, n).
+        right: Shape (r, n).
+        losses: The solver's objective at ranks 0, 1, ..., r, shape (r + 1,), float64, never increasing. Comparable
+            between the layers of one method, not between methods.
+    """
+
+    left: Tensor
+    right: Tensor
+    losses: Tensor
+
+    def truncate(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return factors (m, rank) and (rank, n) of the best approximation of that rank."""
+        return self.left[:, :rank], self.right[:rank]
+
+
+Solver: TypeAlias = Callable[[Tensor, LayerMoments], Factorization]

@@ -1,0 +1,273 @@
+"""Which layers are compressed, and the hooks that turn a backward pass into (x, h) token matrices.
+
+A tap is a forward hook on a layer that puts a *tensor* hook on the layer's output. A tensor hook fires exactly once
+for each backward pass through the output, also under both kinds of gradient checkpointing, where forward hooks run
+twice; and unlike module backward hooks it lets the output be modified in place (pytorch#61519).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
+
+from fasc_lightning.dependence import MIN_TOKENS, DependenceScore
+from fasc_lightning.lowrank import linear_shape, linear_weight
+from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.tokens import TokenRows
+
+#: Of each call's tokens, the share that the dependence score samples, and its bounds. The score works on s x s
+#: matrices, so that its cost stays a few percent of a backward pass.
+SCORE_SHARE, SCORE_MIN, SCORE_MAX = 1 / 16, 16, 128
+
+
+def matches(name: str, patterns: str | Iterable[str]) -> bool:
+    """Tell whether a module name is selected, by the rules of peft's ``target_modules``.
+
+    Args:
+        name: Dotted module name.
+        patterns: A string is a regular expression for the whole name; a list holds names or their last parts.
+    """
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def select_layers(
+    model: nn.Module,
+    targets: str | list[str] | None = None,
+    exclude: str | list[str] | None = None,
+) -> dict[str, nn.Module]:
+    """Return the linear layers to compress, by dotted name, in the model's order.
+
+    Args:
+        model: Any module.
+        targets: Patterns as in peft (see :func:`matches`). None or "all-linear" takes every ``nn.Linear`` and
+            transformers ``Conv1D`` except output embeddings and layers whose weight is tied to another module's;
+            those are only taken when a pattern names them.
+        exclude: Patterns of layers to leave alone.
+
+    Raises:
+        ValueError: If nothing is selected.
+    """
+    everything = targets is None or targets == "all-linear"
+    protected = _protected(model) if everything else set()
+    layers: dict[str, nn.Module] = {}
+    linear = {name: module for name, module in model.named_modules() if is_plain_linear(module)}
+    for name, module in linear.items():
+        if everything:
+            selected = id(module) not in protected
+        else:
+            assert targets is not None
+            selected = matches(name, targets)
+        if selected and not (exclude is not None and matches(name, exclude)):
+            layers[name] = module
+    if not layers:
+        known = ", ".join(list(linear)[:8]) or "none"
+        raise ValueError(
+            f"Expected `targets` to select linear layers but {targets=} with {exclude=} matches none of the "
+            f"{len(linear)} in {type(model).__name__} (for example: {known}). A string is a regular expression for "
+            "the whole name, a list holds names or their last parts."
+        )
+    return layers
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Tell whether a module is a dense linear layer that can be tapped and replaced."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    weight = module.weight
+    # Packed quantised layers are subclasses of nn.Linear whose weight is bytes of another shape.
+    return weight.ndim == 2 and weight.is_floating_point() and tuple(weight.shape) in _weight_shapes(module)
+
+
+def _weight_shapes(module: nn.Linear | Conv1D) -> set[tuple[int, int]]:
+    if isinstance(module, nn.Linear):
+        return {(module.out_features, module.in_features)}
+    return {(module.nx, module.nf)}
+
+
+def _protected(model: nn.Module) -> set[int]:
+    """Ids of the layers that "all linear" does not mean: output embeddings and tied weights."""
+    protected: set[int] = set()
+    owners: Counter[int] = Counter()
+    for module in model.modules():
+        get_output = getattr(module, "get_output_embeddings", None)
+        if callable(get_output) and (output := get_output()) is not None:
+            protected.add(id(output))
+        owners.update(id(parameter) for parameter in module.parameters(recurse=False))
+    for module in model.modules():
+        if is_plain_linear(module) and owners[id(module.weight)] > 1:
+            protected.add(id(module))
+    return protected
+
+
+@dataclass
+class _Call:
+    """One input tensor on its way through the layers that share it."""
+
+    x: Tensor | None
+    version: int
+    batch: TokenRows
+    members: list[str] = field(default_factory=list)
+    pending: set[str] = field(default_factory=set)
+    counted: bool = False
+
+
+class Taps:
+    """Hooks on the tapped layers, feeding moments and scores between ``begin_batch`` and ``end_batch``.
+
+    Forwards outside of a batch, or without gradients, pass untouched. A layer's token counts once its gradient has
+    arrived.
+
+    Args:
+        layers: The layers by name.
+        moments: Where input and gradient rows go.
+        scores: Dependence scores by layer name, or None.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, nn.Module],
+        moments: CalibrationMoments,
+        scores: dict[str, DependenceScore] | None = None,
+    ) -> None:
+        self.layers = layers
+        self.moments = moments
+        self.scores = scores or {}
+        self._handles: list[RemovableHandle] = []
+        self._batch: TokenRows | None = None
+        self._calls: list[_Call] = []
+        self._by_input: dict[int, _Call] = {}
+        # Outputs that nothing upstream makes require a gradient (everything before them is frozen) are added to
+        # this zero, so that autograd carries the gradient down to them without computing any weight's.
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    @property
+    def installed(self) -> bool:
+        """Whether hooks are on the model."""
+        return bool(self._handles)
+
+    def install(self) -> None:
+        """Put the hooks on."""
+        if self.installed:
+            return
+        for name, module in self.layers.items():
+            hook: Callable[..., Any] = partial(self._on_forward, name)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take every hook off; safe to call at any time, any number of times."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._batch = None
+        self._calls.clear()
+        self._by_input.clear()
+
+    def begin_batch(self, rows: TokenRows) -> None:
+        """Start counting: the next forwards belong to the batch that ``rows`` describes."""
+        self.end_batch()
+        self._batch = rows
+
+    def end_batch(self) -> None:
+        """Stop counting, and settle inputs whose gradient reached only some of the layers that share them."""
+        for call in self._calls:
+            if call.counted and call.pending and call.x is not None:
+                reached = [name for name in call.members if name not in call.pending]
+                self.moments.move_inputs(call.members, reached, _rows(call.x, call.batch, self.moments.dtype))
+        self._batch = None
+        self._calls.clear()
+        self._by_input.clear()
+
+    def _on_forward(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        del module
+        if self._batch is None or not torch.is_grad_enabled():
+            return None
+        anchored = None
+        if not output.requires_grad:
+            output = anchored = output + self._anchor.to(output)
+        call = self._call(name, args[0] if args else next(iter(kwargs.values())))
+        output.register_hook(partial(self._on_gradient, name, call))
+        return anchored
+
+    def _call(self, name: str, x: Tensor) -> _Call:
+        """Return the call that ``x`` belongs to: the same tensor object is the same input."""
+        assert self._batch is not None
+        call = self._by_input.get(id(x))
+        # A layer that is given the same tensor twice sees its tokens twice.
+        if call is None or name in call.members or call.counted:
+            call = _Call(x, x._version, self._batch)
+            self._by_input[id(x)] = call
+            self._calls.append(call)
+        call.members.append(name)
+        call.pending.add(name)
+        return call
+
+    @torch.no_grad()
+    def _on_gradient(self, name: str, call: _Call, gradient: Tensor) -> None:
+        if name not in call.pending or call.x is None:
+            return  # a second backward pass through the same graph: its tokens are already counted
+        if call.x._version != call.version:
+            raise RuntimeError(
+                f"The input of layer {name!r} was modified in place after the layer read it, so its statistics "
+                "would be wrong. Make the modification out of place, or add the layer to `exclude`."
+            )
+        x = _rows(call.x, call.batch, self.moments.dtype)
+        h = _rows(gradient, call.batch, self.moments.dtype) * call.batch.scale
+        self._check_finite(name, call.batch, x, h)
+        if not call.counted:
+            self.moments.add_inputs(call.members, x)
+            call.counted = True
+        self.moments.add_gradients(name, h)
+        if name in self.scores:
+            self._score(name, x, h)
+        call.pending.discard(name)
+        if not call.pending:
+            self._by_input.pop(id(call.x), None)
+            call.x = None
+
+    def _score(self, name: str, x: Tensor, h: Tensor) -> None:
+        """Give the dependence score an evenly spaced sample of the tokens, with g = W^T h."""
+        tokens = x.shape[0]
+        s = min(tokens, max(SCORE_MIN, min(SCORE_MAX, int(tokens * SCORE_SHARE))))
+        if s < MIN_TOKENS:
+            return
+        sample = torch.linspace(0, tokens - 1, s, device=x.device).long()
+        W = linear_weight(self.layers[name]).detach().to(h)
+        with torch.autocast(h.device.type, enabled=False):
+            self.scores[name].update(x[sample], h[sample] @ W)
+
+    @staticmethod
+    def _check_finite(name: str, rows: TokenRows, x: Tensor, h: Tensor) -> None:
+        # A sum is finite only if every term is; one scalar a matrix is all that has to be read back.
+        if not torch.isfinite(x.sum() + h.sum()):
+            what = "an activation" if not torch.isfinite(x).all() else "a gradient"
+            raise FloatingPointError(
+                f"Expected finite numbers but {what} of layer {name!r} is NaN or Inf in {rows.label}. The batch was "
+                "refused. Check the data and the learning rate; under float16 use bf16 or `update_weights=False`."
+            )
+
+
+def _rows(values: Tensor, rows: TokenRows, dtype: torch.dtype) -> Tensor:
+    """Return the counted tokens of (..., d) activations or gradients as rows (tokens, d) of ``dtype``."""
+    index = rows.index(tuple(values.shape[:-1]), values.device)
+    flat = values.detach().reshape(-1, values.shape[-1])
+    if index is not None:
+        flat = flat.index_select(0, index)
+    return flat.to(dtype)
+
+
+def layer_shapes(layers: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Return (m, n) = (outputs, inputs) of each layer."""
+    return {name: linear_shape(module) for name, module in layers.items()}

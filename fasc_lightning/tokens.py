@@ -1,0 +1,131 @@
+"""Which tokens of a batch count, and how its gradients are scaled back to those of a sum of token losses."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class TokenRows:
+    """The tokens of one batch that enter the statistics.
+
+    Attributes:
+        label: Names the batch in messages.
+        mask: True for real tokens, False for padding, shape (samples, length); None if there is no padding.
+        scale: Factor that turns a gradient of the batch's loss into one of the sum of its token losses.
+        fraction: Share of the tokens that is kept.
+        sample_seeds: One seed for each sample of the batch; needed when ``fraction`` < 1.
+    """
+
+    label: str = "the batch"
+    mask: Tensor | None = None
+    scale: float = 1.0
+    fraction: float = 1.0
+    sample_seeds: Sequence[int] = ()
+    _cache: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict, repr=False)
+
+    def index(self, leading: tuple[int, ...], device: torch.device) -> Tensor | None:
+        """Return which of the flattened tokens count.
+
+        Args:
+            leading: Shape of an activation without its features: (samples, length), (samples * length,), (samples,),
+                or (samples, height, width) and the like. The mask applies where the tokens are as many as it has.
+            device: Where the index is wanted.
+
+        Returns:
+            Row numbers in ascending order, or None when every token counts.
+        """
+        key = (leading, device)
+        if key not in self._cache:
+            keep = self._keep(leading)
+            self._cache[key] = None if keep is None else keep.nonzero().squeeze(1).to(device)
+        return self._cache[key]
+
+    def _keep(self, leading: tuple[int, ...]) -> Tensor | None:
+        tokens = int(torch.Size(leading).numel())
+        keep = None
+        if self.mask is not None and self.mask.numel() == tokens and leading in (tuple(self.mask.shape), (tokens,)):
+            keep = self.mask.bool().flatten().cpu()
+        if self.fraction < 1:
+            keep = self._subsample(torch.ones(tokens, dtype=torch.bool) if keep is None else keep.clone())
+        if keep is None or bool(keep.all()):
+            return None
+        return keep
+
+    def _subsample(self, keep: Tensor) -> Tensor:
+        """Keep a random share of the real tokens, drawn for each sample from its own seed."""
+        samples = len(self.sample_seeds)
+        if samples == 0 or keep.numel() % samples:
+            raise ValueError(
+                f"Expected tokens that divide among the {samples} samples of {self.label} but got {keep.numel()}. "
+                "Use `token_fraction=1.0` for models that mix samples."
+            )
+        for seed, row in zip(self.sample_seeds, keep.view(samples, -1), strict=True):
+            generator = torch.Generator().manual_seed(seed)
+            # One draw a real token: padding to another length must not change what is drawn.
+            draws = torch.rand(int(row.sum()), generator=generator)
+            row[row.clone()] = draws < self.fraction
+        return keep
+
+
+def sample_seeds(batch: Any, seed: int, mask: Tensor | None = None) -> list[int]:
+    """Return one seed a sample, a function of ``seed`` and of the sample's own content.
+
+    So a sample draws the same tokens on whichever process and in whichever batch it turns up.
+
+    Args:
+        batch: A tensor, or any nesting of mappings and sequences of tensors; "input_ids" identifies the samples if
+            there is one, else the first tensor.
+        seed: The user's seed.
+        mask: True for real tokens, shape (samples, length); padding does not enter.
+
+    Raises:
+        ValueError: If the batch holds no tensor.
+    """
+    content = identifying_tensor(batch)
+    if content is None:
+        raise ValueError(f"Expected a batch that holds a tensor but got {type(batch).__name__}.")
+    seeds = []
+    for i, sample in enumerate(content.detach().cpu()):
+        if mask is not None and sample.ndim >= 1 and mask.shape == content.shape[:2]:
+            sample = sample[mask[i].bool().cpu()]
+        data = sample.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        digest = hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "little", signed=True)).digest()
+        seeds.append(int.from_bytes(digest, "little") >> 1)  # torch seeds are signed
+    return seeds
+
+
+def identifying_tensor(batch: Any) -> Tensor | None:
+    """Return the tensor of a batch whose rows are its samples: "input_ids", or the first there is."""
+    if isinstance(batch, Tensor):
+        return batch if batch.ndim > 0 else None
+    if isinstance(batch, Mapping):
+        if isinstance(batch.get("input_ids"), Tensor):
+            return batch["input_ids"]
+        batch = list(batch.values())
+    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        for item in batch:
+            if (found := identifying_tensor(item)) is not None:
+                return found
+    return None
+
+
+def batch_size(batch: Any) -> int:
+    """Return the number of samples of a batch.
+
+    Raises:
+        ValueError: If the batch holds no tensor.
+    """
+    content = identifying_tensor(batch)
+    if content is None:
+        raise ValueError(
+            f"Expected a batch that holds a tensor but got {type(batch).__name__}. Give `loss_terms` as a callable "
+            "that returns the number of terms the loss is averaged over."
+        )
+    return content.shape[0]

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """A Trainer that writes nowhere but into the test's folder and says nothing."""
+
+    def make(*callbacks, **options):
+        defaults = {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path,
+        }
+        return pl.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+    return make

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fasc_lightning.moments import LayerMoments
+from fasc_lightning.solvers import available_methods, fasc, get_solver, register_solver, svd_llm
+from fasc_lightning.solvers._linalg import shrink, square_root, tail_sums
+
+
+def random_moments(m: int, n: int, tokens: int = 200, rank_x: int | None = None) -> LayerMoments:
+    x = torch.randn(tokens, rank_x or n, dtype=torch.float64) @ torch.randn(rank_x or n, n, dtype=torch.float64)
+    h = torch.randn(tokens, m, dtype=torch.float64) @ torch.randn(m, m, dtype=torch.float64)
+    return LayerMoments(x.T @ x / tokens, h.T @ h / tokens, x.mean(0), h.mean(0), tokens)
+
+
+def objective(W, B, C, A, G):
+    """J = tr(G D A D^T), straight from its definition."""
+    D = W - B @ C
+    return torch.trace(G @ D @ A @ D.T).item()
+
+
+@pytest.mark.parametrize(("m", "n"), [(5, 8), (8, 5), (6, 6), (1, 4), (4, 1)])
+@pytest.mark.parametrize("method", ["fasc", "svd-llm", "svd"])
+def test_losses_are_the_objective_of_the_factors(m, n, method):
+    W = torch.randn(m, n, dtype=torch.float64)
+    moments = random_moments(m, n)
+    found = get_solver(method)(W, moments)
+    r = min(m, n)
+    assert found.losses.shape == (r + 1,)
+    for k in range(r + 1):
+        B, C = found.truncate(k)
+        if method == "fasc":
+            loss = objective(W, B, C, shrink(moments.A, 1e-4), shrink(moments.G, 0.1))
+        elif method == "svd-llm":
+            loss = objective(W, B, C, shrink(moments.A, 1e-4), torch.eye(m, dtype=torch.float64))
+        else:
+            P = C.T @ C
+            residual = torch.eye(n, dtype=torch.float64) - P
+            loss = torch.trace(residual @ moments.A @ residual).item()
+        assert loss == pytest.approx(found.losses[k].item(), rel=1e-8, abs=1e-8 * found.losses[0].item())
+
+
+@pytest.mark.parametrize(("m", "n"), [(4, 6), (6, 4), (5, 5)])
+def test_fasc_beats_every_perturbation_and_other_metrics(m, n):
+    """Brute force: gradient descent on the factors from many starts never gets below the closed form."""
+    W = torch.randn(m, n, dtype=torch.float64)
+    moments = random_moments(m, n)
+    A, G = shrink(moments.A, 1e-4), shrink(moments.G, 0.1)
+    k = 2
+    best = fasc(W, moments).losses[k].item()
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        B = torch.randn(m, k, dtype=torch.float64, generator=generator).requires_grad_()
+        C = torch.randn(k, n, dtype=torch.float64, generator=generator).requires_grad_()
+        optimizer = torch.optim.LBFGS([B, C], max_iter=500, line_search_fn="strong_wolfe")
+
+        def closure(B=B, C=C, optimizer=optimizer):
+            optimizer.zero_grad()
+            D = W - B @ C
+            loss = torch.trace(G @ D @ A @ D.T)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        reached = objective(W, B.detach(), C.detach(), A, G)
+        assert reached >= best * (1 - 1e-9)
+        assert reached <= best * 1.5 or seed > 0  # the search is a fair opponent
+
+
+def test_fasc_agrees_with_scipy_square_roots():
+    """The same optimum through symmetric square roots and scipy's SVD instead of Cholesky and eigh."""
+    W = torch.randn(7, 5, dtype=torch.float64)
+    moments = random_moments(7, 5)
+    A, G = shrink(moments.A, 1e-4).numpy(), shrink(moments.G, 0.1).numpy()
+    root_A, root_G = scipy.linalg.sqrtm(A).real, scipy.linalg.sqrtm(G).real
+    U, s, Vt = scipy.linalg.svd(root_G @ W.numpy() @ root_A, full_matrices=False)
+    k = 3
+    expected = np.linalg.solve(root_G, U[:, :k] * s[:k]) @ Vt[:k] @ np.linalg.inv(root_A)
+    B, C = fasc(W, moments).truncate(k)
+    np.testing.assert_allclose((B @ C).numpy(), expected, rtol=1e-7, atol=1e-9)
+
+
+def test_full_rank_gives_the_weight_back():
+    W = torch.randn(6, 9, dtype=torch.float64)
+    moments = random_moments(6, 9)
+    for method in (fasc, svd_llm):
+        found = method(W, moments)
+        torch.testing.assert_close(found.left @ found.right, W, rtol=1e-8, atol=1e-8)
+
+
+@settings(deadline=None, max_examples=20)
+@given(scale_x=st.floats(-12, 6), scale_h=st.floats(-12, 6))
+def test_scale_of_the_data_does_not_matter(scale_x, scale_h):
+    torch.manual_seed(0)
+    W = torch.randn(5, 7, dtype=torch.float64)
+    moments = random_moments(5, 7)
+    scaled = LayerMoments(moments.A * 10**scale_x, moments.G * 10**scale_h, moments.mean_x, moments.mean_h, 1)
+    B, C = fasc(W, moments).truncate(2)
+    B2, C2 = fasc(W, scaled).truncate(2)
+    torch.testing.assert_close(B @ C, B2 @ C2, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", available_methods())
+def test_singular_statistics_are_ordinary_input(method):
+    """Fewer tokens than features, dead features, constant gradients."""
+    W = torch.randn(6, 9, dtype=torch.float32)
+    x = torch.randn(3, 9)
+    x[:, 4] = 0
+    h = torch.ones(3, 6)
+    h[:, 2] = 0
+    moments = LayerMoments(x.T @ x / 3, h.T @ h / 3, x.mean(0), h.mean(0), 3)
+    found = get_solver(method)(W, moments)
+    assert torch.isfinite(found.left).all()
+    assert torch.isfinite(found.right).all()
+    assert (found.losses.diff() <= 1e-12).all()
+    B, C = found.truncate(3)
+    # Three tokens span three directions: rank 3 reproduces the outputs that were seen.
+    torch.testing.assert_close((x.double() @ (B @ C).T).float(), x @ W.T, rtol=1e-2, atol=1e-2)
+
+
+def test_square_root_of_a_singular_matrix_is_floored():
+    S = torch.diag(torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64))
+    root = square_root(S)
+    torch.testing.assert_close(root.R @ root.R.T, S, atol=1e-8, rtol=0)
+    assert root.inverse is not None
+    torch.testing.assert_close(root.R @ root.inverse, torch.eye(3, dtype=torch.float64))
+
+
+def test_square_root_solves_match_inverses():
+    S = random_moments(4, 4).A
+    for root in (square_root(S), square_root(torch.zeros(4, 4, dtype=torch.float64))):
+        B = torch.randn(4, 3, dtype=torch.float64)
+        inverse = torch.linalg.inv(root.R)
+        torch.testing.assert_close(root.solve_transposed(B), inverse.T @ B)
+        torch.testing.assert_close(root.right_solve(B.T), B.T @ inverse)
+
+
+def test_tail_sums():
+    assert tail_sums(torch.tensor([3.0, 2.0, 1.0])).tolist() == [6.0, 3.0, 1.0, 0.0]
+
+
+def test_registry_names_what_it_has():
+    assert {"fasc", "svd", "svd-llm"} <= set(available_methods())
+    with pytest.raises(ValueError, match="one of fasc, svd, svd-llm but got 'pca'"):
+        get_solver("pca")
+    with pytest.raises(ValueError, match="registered already"):
+        register_solver("fasc")(fasc)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("ddp_fit.py")
+
+
+def run(devices: int, name: str, folder: Path, fraction: float) -> list[dict]:
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, str(SCRIPT), str(devices), name, str(folder), str(fraction)],
+        check=True,
+        env=environment,
+        timeout=300,
+        capture_output=True,
+    )
+    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(devices)]
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_two_processes_end_as_one_does(tmp_path, fraction):
+    (one,) = run(1, "one", tmp_path, fraction)
+    first, second = run(2, "two", tmp_path, fraction)
+
+    # Every process ends with the same model, to the bit.
+    assert list(first["state"]) == list(second["state"])
+    assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
+
+    for name, expected in one["moments"].items():
+        found = first["moments"][name]
+        assert found["tokens"] == expected["tokens"]
+        for key in ("A", "G", "mean_x", "mean_h"):
+            scale = expected[key].abs().max().item()
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-4 * scale)
+        assert abs(first["ranks"][name] - one["ranks"][name]) <= 1
+        assert first["rhos"][name] == second["rhos"][name]
+
+    if first["ranks"] == one["ranks"]:
+        for name, expected in dense_weights(one["state"]).items():
+            found = dense_weights(first["state"])[name]
+            assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+def dense_weights(state: dict) -> dict[str, torch.Tensor]:
+    """W' of every pivoted layer, rebuilt from the saved tensors."""
+    weights = {}
+    for key in state:
+        if not key.endswith(".permutation"):
+            continue
+        name = key.removesuffix(".permutation")
+        basis, T = state[f"{name}.basis.weight"], state[f"{name}.coefficients.weight"]
+        order = state[key].long()
+        if basis.shape[0] == T.shape[1]:  # rows kept
+            weights[name] = torch.cat([basis, T @ basis])[order]
+        else:
+            columns = torch.cat([basis, basis @ T], 1)
+            weights[name] = columns[:, order.argsort()]
+    return weights

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import Tokens, causal_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.taps import Taps, layer_shapes, matches, select_layers
+from fasc_lightning.tokens import TokenRows
+
+
+def tapped(layers, dtype=torch.float64):
+    moments = CalibrationMoments(layer_shapes(layers), dtype)
+    return Taps(layers, moments), moments
+
+
+def brute_force(model, layers, forward_loss):
+    """A and G of each layer from activations and gradients recorded the plain way, in float64."""
+    xs = {name: [] for name in layers}
+    ys = {name: [] for name in layers}
+
+    def record(name):
+        def hook(module, args, output):
+            xs[name].append(args[0].detach())
+            output.retain_grad()
+            ys[name].append(output)
+
+        return hook
+
+    handles = [module.register_forward_hook(record(name)) for name, module in layers.items()]
+    forward_loss().backward()
+    for handle in handles:
+        handle.remove()
+    moments = {}
+    for name in layers:
+        x = torch.cat([x.reshape(-1, x.shape[-1]) for x in xs[name]]).double()
+        h = torch.cat([y.grad.reshape(-1, y.shape[-1]) for y in ys[name]]).double()
+        moments[name] = (x, h)
+    model.zero_grad()
+    return moments
+
+
+def assert_moments(moments, name, x, h, rtol=1e-9):
+    layer = moments.layer(name)
+    assert layer.tokens == len(x)
+    scale_A, scale_G = (x.T @ x).abs().max() / len(x), (h.T @ h).abs().max() / len(h)
+    torch.testing.assert_close(layer.A.double(), x.T @ x / len(x), rtol=rtol, atol=rtol * scale_A.item())
+    torch.testing.assert_close(layer.G.double(), h.T @ h / len(h), rtol=rtol, atol=rtol * scale_G.item())
+
+
+@pytest.fixture
+def llama():
+    return causal_model("llama").double()
+
+
+@pytest.fixture
+def batch():
+    data = Tokens(samples=4, padded=True)
+    return {key: torch.stack([data[i][key] for i in range(4)]) for key in data[0]}
+
+
+def test_moments_of_a_padded_batch_are_those_of_a_sum_of_token_losses(llama, batch):
+    layers = select_layers(llama)
+    terms = int((batch["labels"][:, 1:] != -100).sum())
+    mask = batch["attention_mask"].bool()
+    expected = brute_force(llama, layers, lambda: llama(**batch).loss * terms)
+    taps, moments = tapped(layers)
+    taps.install()
+    taps.begin_batch(TokenRows(mask=mask, scale=terms))
+    llama(**batch).loss.backward()
+    taps.end_batch()
+    keep = mask.flatten()
+    for name in layers:
+        x, h = expected[name]
+        # The model itself computes norms and the loss in float32, at another scale here.
+        assert_moments(moments, name, x[keep], h[keep], rtol=1e-5)
+
+
+def test_layers_that_share_an_input_share_one_matrix(llama, batch):
+    layers = select_layers(llama)
+    taps, moments = tapped(layers)
+    taps.install()
+    taps.begin_batch(TokenRows())
+    llama(**batch).loss.backward()
+    taps.end_batch()
+    kinds = sorted({tuple(name.rsplit(".", 1)[-1] for name in key) for key in moments.inputs})
+    assert kinds == [("down_proj",), ("gate_proj", "up_proj"), ("k_proj", "q_proj", "v_proj"), ("o_proj",)]
+    assert len(moments.inputs) == 8
+
+
+def test_frozen_parameters_need_no_gradient_and_get_none(llama, batch):
+    layers = select_layers(llama)
+    expected = brute_force(llama, layers, lambda: llama(**batch).loss)
+    llama.requires_grad_(False)
+    taps, moments = tapped(layers)
+    taps.install()
+    taps.begin_batch(TokenRows())
+    llama(**batch).loss.backward()
+    taps.end_batch()
+    for name in layers:
+        assert_moments(moments, name, *expected[name])
+    assert all(p.grad is None for p in llama.parameters())
+
+
+def test_taps_do_not_change_outputs_or_gradients(llama, batch):
+    llama(**batch).loss.backward()
+    before = [p.grad.clone() for p in llama.parameters()]
+    logits = llama(**batch).logits
+    llama.zero_grad()
+    taps, _ = tapped(select_layers(llama))
+    taps.install()
+    taps.begin_batch(TokenRows())
+    output = llama(**batch)
+    output.loss.backward()
+    taps.end_batch()
+    assert torch.equal(output.logits, logits)
+    for p, grad in zip(llama.parameters(), before, strict=True):
+        assert torch.equal(p.grad, grad)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_counts_each_token_once(llama, batch, reentrant):
+    layers = select_layers(llama)
+    expected = brute_force(llama, layers, lambda: llama(**batch).loss)
+    llama.train()
+    llama.activation_checkpointing_enable({"use_reentrant": reentrant})
+    llama.enable_input_require_grads()  # reentrant checkpoints need an input with a gradient
+    taps, moments = tapped(layers)
+    taps.install()
+    taps.begin_batch(TokenRows())
+    llama(**batch, use_cache=False).loss.backward()
+    taps.end_batch()
+    for name in layers:
+        assert_moments(moments, name, *expected[name])
+
+
+def test_plain_checkpoint_of_a_shared_input():
+    """q and k read one tensor inside a checkpoint; the recomputation makes another tensor of it."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = x.tanh()
+            return self.q(x) * self.k(x)
+
+    block = Block().double()
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    layers = select_layers(block)
+    expected = brute_force(block, layers, lambda: block(x).sum())
+    for reentrant in (False, True):
+        taps, moments = tapped(layers)
+        taps.install()
+        taps.begin_batch(TokenRows())
+        checkpoint(block, x, use_reentrant=reentrant).sum().backward()
+        taps.end_batch()
+        taps.remove()
+        assert list(moments.inputs) == [("k", "q")]
+        for name in layers:
+            assert_moments(moments, name, *expected[name])
+
+
+def test_bf16_autocast_accumulates_in_float32(batch):
+    model = causal_model("llama")
+    layers = select_layers(model)
+    taps, moments = tapped(layers, torch.float32)
+    taps.install()
+    taps.begin_batch(TokenRows())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**batch).loss.backward()
+    taps.end_batch()
+    reference = brute_force(model, layers, lambda: model(**batch).loss)
+    for name in layers:
+        A, G = moments.layer(name).A, moments.layer(name).G
+        assert A.dtype == G.dtype == torch.float32
+        x, h = reference[name]
+        # bf16 activations are 3 digits; the accumulation must add nothing to that.
+        assert (A - x.T @ x / len(x)).norm() < 0.03 * (x.T @ x / len(x)).norm()
+        assert (G - h.T @ h / len(h)).norm() < 0.06 * (h.T @ h / len(h)).norm()
+
+
+def test_a_layer_called_twice_counts_both_calls():
+    layer = nn.Linear(3, 3).double()
+    model = nn.ModuleDict({"layer": layer})
+    x = torch.randn(5, 3, dtype=torch.float64)
+
+    def loss():
+        return (layer(layer(x).tanh()) ** 2).sum() + layer(x).sum()
+
+    expected = brute_force(model, {"layer": layer}, loss)
+    taps, moments = tapped({"layer": layer})
+    taps.install()
+    taps.begin_batch(TokenRows())
+    loss().backward()
+    taps.end_batch()
+    assert_moments(moments, "layer", *expected["layer"])
+    assert moments.tokens("layer") == 15
+
+
+def test_members_of_a_shared_input_that_no_gradient_reaches_do_not_count_it():
+    model = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)}).double()
+    taps, moments = tapped(dict(model.items()))
+    taps.install()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    taps.begin_batch(TokenRows())
+    (model["a"](x).sum() + model["b"](x).detach().sum()).backward()
+    taps.end_batch()
+    taps.begin_batch(TokenRows())
+    (model["a"](y) * model["b"](y)).sum().backward()
+    taps.end_batch()
+    assert moments.tokens("a") == 9
+    assert moments.tokens("b") == 4
+    both = torch.cat([x, y])
+    torch.testing.assert_close(moments.layer("a").A, both.T @ both / 9)
+    torch.testing.assert_close(moments.layer("b").A, y.T @ y / 4)
+
+
+def test_other_forwards_pass_untouched():
+    layer = nn.Linear(3, 2)
+    taps, moments = tapped({"layer": layer}, torch.float32)
+    taps.install()
+    x = torch.randn(4, 3)
+    layer(x).sum().backward()  # outside of a batch
+    taps.begin_batch(TokenRows())
+    with torch.no_grad():
+        layer(x)
+    with torch.inference_mode():
+        layer(x)
+    layer(x)  # never reached by a backward pass
+    taps.end_batch()
+    assert moments.tokens("layer") == 0
+    assert not any(m.count for m in moments.inputs.values())
+
+
+def test_a_second_backward_pass_does_not_count_again():
+    layer = nn.Linear(3, 2)
+    taps, moments = tapped({"layer": layer}, torch.float32)
+    taps.install()
+    taps.begin_batch(TokenRows())
+    loss = layer(torch.randn(4, 3)).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    taps.end_batch()
+    assert moments.tokens("layer") == 4
+
+
+def test_inplace_activation_after_a_frozen_layer():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    expected = brute_force(model, select_layers(model, ["2"]), lambda: (model[2](torch.relu(model[0](x))) ** 2).sum())
+    model.requires_grad_(False)
+    taps, moments = tapped(select_layers(model))
+    taps.install()
+    taps.begin_batch(TokenRows())
+    (model(x) ** 2).sum().backward()
+    taps.end_batch()
+    assert_moments(moments, "2", *expected["2"])
+    assert moments.tokens("0") == 6
+
+
+def test_an_input_modified_in_place_is_refused():
+    layer = nn.Linear(3, 3).requires_grad_(False)
+    taps, _ = tapped({"layer": layer}, torch.float32)
+    taps.install()
+    taps.begin_batch(TokenRows())
+    x = torch.randn(4, 3)
+    y = layer(x)
+    x += 1
+    with pytest.raises(RuntimeError, match="'layer' was modified in place"):
+        y.sum().backward()
+
+
+def test_non_finite_values_are_refused_by_name():
+    layer = nn.Linear(3, 2)
+    taps, moments = tapped({"layer": layer}, torch.float32)
+    taps.install()
+    taps.begin_batch(TokenRows(label="batch 7"))
+    y = layer(torch.randn(4, 3))
+    with pytest.raises(FloatingPointError, match=r"a gradient of layer 'layer' is NaN or Inf in batch 7"):
+        (y * torch.tensor(float("inf"))).sum().backward()
+    taps.begin_batch(TokenRows(label="batch 8"))
+    y = layer(torch.tensor([[1.0, float("nan"), 0.0]]))
+    with pytest.raises(FloatingPointError, match=r"an activation of layer 'layer'"):
+        y.nan_to_num().sum().backward()
+    assert moments.tokens("layer") == 0
+
+
+def test_removing_leaves_no_hook():
+    model = causal_model("llama")
+    taps, _ = tapped(select_layers(model), torch.float32)
+    taps.install()
+    taps.install()
+    taps.remove()
+    taps.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+
+
+# Selection.
+
+
+def test_default_selection_leaves_the_output_embedding_alone():
+    for family in ("llama", "gpt2"):
+        names = select_layers(causal_model(family))
+        assert names
+        assert not any("lm_head" in name for name in names)
+    assert len(select_layers(causal_model("llama"))) == 14
+    assert len(select_layers(causal_model("gpt2"))) == 8
+
+
+def test_named_layers_are_taken_even_if_tied():
+    model = causal_model("llama", tie_word_embeddings=True)
+    assert list(select_layers(model, ["lm_head"])) == ["lm_head"]
+
+
+def test_tied_linear_layers_are_left_alone():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    assert list(select_layers(model)) == ["c"]
+
+
+def test_patterns_follow_peft():
+    assert matches("model.layers.0.q_proj", ["q_proj"])
+    assert not matches("model.layers.0.xq_proj", ["q_proj"])
+    assert matches("model.layers.0.q_proj", r".*\.0\..*")
+    assert not matches("model.layers.0.q_proj", "q_proj")
+    model = causal_model("llama")
+    assert len(select_layers(model, ["q_proj", "k_proj"])) == 4
+    assert len(select_layers(model, r".*mlp.*", exclude=["down_proj"])) == 4
+    assert len(select_layers(model, "all-linear", exclude=r".*layers\.0\..*")) == 7
+
+
+def test_targets_that_match_nothing_say_what_there_is():
+    with pytest.raises(ValueError, match=r"matches none of the 15 .*model\.layers\.0\.self_attn\.q_proj"):
+        select_layers(causal_model("llama"), ["query"])

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fasc_lightning.tokens import TokenRows, batch_size, identifying_tensor, sample_seeds
+
+CPU = torch.device("cpu")
+
+
+def test_the_mask_applies_to_both_shapes_of_a_batch():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    rows = TokenRows(mask=mask)
+    assert rows.index((2, 3), CPU).tolist() == [0, 1, 3]
+    assert rows.index((6,), CPU).tolist() == [0, 1, 3]
+
+
+def test_the_mask_does_not_apply_to_pooled_activations():
+    rows = TokenRows(mask=torch.tensor([[1, 1, 0], [1, 0, 0]]).bool())
+    assert rows.index((2,), CPU) is None
+    assert TokenRows(mask=torch.ones(2, 3)).index((2, 3), CPU) is None
+
+
+def test_subsampling_depends_on_the_sample_alone():
+    ids = torch.randint(100, (6, 200))
+    together = TokenRows(fraction=0.3, sample_seeds=sample_seeds({"input_ids": ids}, seed=1))
+    everything = torch.zeros(1200, dtype=torch.bool)
+    everything[together.index((6, 200), CPU)] = True
+    assert 0.25 < everything.float().mean() < 0.35
+    order = [4, 1]
+    apart = TokenRows(fraction=0.3, sample_seeds=sample_seeds({"input_ids": ids[order]}, seed=1))
+    chosen = torch.zeros(400, dtype=torch.bool)
+    chosen[apart.index((2, 200), CPU)] = True
+    assert torch.equal(chosen.view(2, 200), everything.view(6, 200)[order])
+
+
+def test_subsampling_does_not_depend_on_padding():
+    ids = torch.randint(1, 100, (1, 50))
+    padded = torch.cat([torch.zeros(1, 14, dtype=torch.long), ids], 1)
+    mask = padded != 0
+    plain = TokenRows(fraction=0.5, sample_seeds=sample_seeds({"input_ids": ids}, 0, ids != 0))
+    left = TokenRows(mask=mask, fraction=0.5, sample_seeds=sample_seeds({"input_ids": padded}, 0, mask))
+    assert (left.index((1, 64), CPU) - 14).tolist() == plain.index((1, 50), CPU).tolist()
+
+
+def test_the_seed_matters():
+    ids = torch.randint(100, (2, 64))
+    assert sample_seeds(ids, 0) == sample_seeds(ids, 0)
+    assert sample_seeds(ids, 0) != sample_seeds(ids, 1)
+
+
+def test_tokens_that_do_not_divide_among_samples_are_refused():
+    rows = TokenRows(fraction=0.5, sample_seeds=[1, 2])
+    with pytest.raises(ValueError, match="2 samples"):
+        rows.index((3,), CPU)
+
+
+def test_samples_are_found_in_any_nesting():
+    x, y = torch.randn(4, 2), torch.zeros(4)
+    assert identifying_tensor((x, y)) is x
+    assert identifying_tensor({"labels": y, "input_ids": x}) is x
+    assert identifying_tensor({"a": [{"b": x}]}) is x
+    assert identifying_tensor("text") is None
+    assert batch_size([x, y]) == 4
+    with pytest.raises(ValueError, match="loss_terms"):
+        batch_size(["text"])

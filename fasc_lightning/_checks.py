@@ -14,8 +14,8 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fasc_lightning.allocation import ALLOCATIONS
-from fasc_lightning.lowrank import is_compressed
 from fasc_lightning.solvers import get_solver
+from fasc_lightning.swap import is_compressed
 
 LAYOUTS = ("auto", "pivot", "factors")
 

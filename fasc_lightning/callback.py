@@ -20,7 +20,7 @@ from fasc_lightning import _checks
 from fasc_lightning.dependence import DependenceScore, all_reduce_scores_
 from fasc_lightning.factorize import CompressionResult, compress_layers, parameter_tensors
 from fasc_lightning.frozen import FrozenFit
-from fasc_lightning.lowrank import Layout, swap_modules
+from fasc_lightning.lowrank import Layout
 from fasc_lightning.moments import CalibrationMoments, moments_bytes
 from fasc_lightning.report import (
     CompressionReport,
@@ -31,6 +31,7 @@ from fasc_lightning.report import (
     peak_memory_bytes,
 )
 from fasc_lightning.schedule import CalibrationSchedule
+from fasc_lightning.swap import swap_modules
 from fasc_lightning.taps import Taps, layer_shapes, select_layers
 from fasc_lightning.tokens import TokenRows, batch_size, sample_seeds
 

@@ -1,15 +1,14 @@
-"""Linear layers that hold a rank-k matrix, how they are made, and the swap in both directions."""
+"""Linear layers that hold a rank-k matrix, and how they are made."""
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
+from fasc_lightning._lazy_weight import LazyWeight
 from fasc_lightning.pivots import orthonormal_basis, other_rows, select_basis_rows
 
 Layout = Literal["auto", "pivot", "factors"]
@@ -100,7 +99,7 @@ class CompressedLinear(nn.Module, ABC):
     def weight(self) -> Tensor:
         """Read-only stand-in for W': dtype, device and shape cost nothing, any computation makes W'."""
         # The compiler drops what is not used, and cannot trace the stand-in.
-        return self.to_weight() if torch.compiler.is_compiling() else _LazyWeight(self)
+        return self.to_weight() if torch.compiler.is_compiling() else LazyWeight(self)
 
     @property
     def parameter_count(self) -> int:
@@ -297,7 +296,7 @@ def make_lowrank(
     device: torch.device | str | None = None,
     bound: float = 2.0,
 ) -> CompressedLinear:
-    """Makes the layer y = B C x + b. Computes in float64 on the device of ``B``; draws no random numbers.
+    """Makes the layer y = B C x + b. Computes in float64 on the device of ``B`` (not MPS); draws no random numbers.
 
     Args:
         B: Left factor of W', shape (m, k). Dependent columns are allowed.
@@ -324,6 +323,8 @@ def make_lowrank(
         raise ValueError(f"Expected a bias of shape ({m},), got {tuple(bias.shape)}.")
     if layout not in ("auto", "pivot", "factors"):
         raise ValueError(f'Expected layout "auto", "pivot" or "factors", got {layout!r}.')
+    if not bool(torch.isfinite(B).all() and torch.isfinite(C).all()):
+        raise ValueError("Expected finite factors, got NaN or infinity. Check the statistics they were computed from.")
     target: dict[str, Any] = {"dtype": dtype or B.dtype, "device": device or B.device}
 
     def parameter(value: Tensor) -> nn.Parameter:
@@ -392,117 +393,6 @@ def flops_per_token(module: nn.Module) -> int:
     return 0
 
 
-def swap_modules(model: nn.Module, replacements: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Replaces submodules of ``model`` by name, all of them or, if anything fails, none.
-
-    A module that is registered in several places is replaced in all of them, under whichever of its names it
-    is given. Each replacement takes over the dtype, device and training mode of what it replaces; its own
-    ``requires_grad`` flags stay as they are (a swap neither freezes nor thaws). Hooks stay on the module they
-    were registered on.
-
-    Args:
-        model: The model, changed in place.
-        replacements: New module by dotted name.
-
-    Returns:
-        The replaced modules by the same names: passing them back undoes the swap.
-
-    Raises:
-        KeyError: If the model has no module of a name.
-        ValueError: If a name is the model itself, lies inside another replaced module, or names one module
-            with two different replacements; or if a linear layer would change its shape.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    new_of = _check_replacements(modules, replacements)
-    old_of = {name: modules[name] for name in replacements}
-    slots = [
-        (parent, child_name, child)
-        for parent in model.modules()
-        for child_name, child in parent._modules.items()
-        if child is not None and id(child) in new_of
-    ]
-    for name, new in replacements.items():
-        _match(new, old_of[name])
-    try:
-        for parent, child_name, old in slots:
-            setattr(parent, child_name, new_of[id(old)])
-    except BaseException:
-        for parent, child_name, old in slots:
-            parent._modules[child_name] = old
-        raise
-    return old_of
-
-
-def is_compressed(model: nn.Module) -> bool:
-    """Whether any layer of the model (or the model itself) is a :class:`CompressedLinear`."""
-    return any(isinstance(module, CompressedLinear) for module in model.modules())
-
-
-def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
-    """The compressed layers by dotted name; one name, the first, for a layer registered in several places."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
-
-
-def to_dense(model: nn.Module) -> dict[str, nn.Module]:
-    """Replaces every compressed layer by an ``nn.Linear`` of the same function, in place.
-
-    Layers that were a transformers ``Conv1D`` before the compression become ``nn.Linear``, too.
-
-    Args:
-        model: The model, changed in place. A lone compressed layer has :meth:`CompressedLinear.to_linear`.
-
-    Returns:
-        The replaced layers by name, for :func:`swap_modules`.
-    """
-    return swap_modules(model, {name: layer.to_linear() for name, layer in compressed_layers(model).items()})
-
-
-class _LazyWeight(Tensor):
-    """Tensor with the dtype, device and shape of W' that becomes W' when anything is computed with it."""
-
-    _METADATA: ClassVar[set[Any]] = {
-        *(
-            getattr(Tensor, name).__get__
-            for name in ("dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_meta")
-        ),
-        *(
-            Tensor.size,
-            Tensor.dim,
-            Tensor.numel,
-            Tensor.is_floating_point,
-            Tensor.element_size,
-            Tensor.get_device,
-        ),
-    }
-    _source: CompressedLinear
-
-    def __new__(cls, source: CompressedLinear) -> "_LazyWeight":
-        like = source._child().weight
-        size = (source.out_features, source.in_features)
-        lazy = Tensor._make_wrapper_subclass(cls, size, dtype=like.dtype, device=like.device)
-        lazy._source = source
-        return lazy
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in cls._METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        name = func.__name__
-        if name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__")):
-            raise RuntimeError(
-                f"{name} would change the weight of a compressed layer, which is computed from its factors. "
-                "Change the factors, or make the layer dense with to_dense first."
-            )
-        args, kwargs = tree_map_only(cls, lambda lazy: lazy._source.to_weight(), (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    # Required of a wrapper; reached only by code that goes round __torch_function__.
-    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
-
-
 def _permute(x: Tensor, index: Tensor) -> Tensor:
     """Columns of x (N, d) in the order of index (d,)."""
     if x.device.type == "cpu" and x.element_size() < 4 and not (x.requires_grad and torch.is_grad_enabled()):
@@ -524,8 +414,8 @@ def _matrix(child: nn.Module) -> Tensor:
 
 def _balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of the same product: orthogonal columns (m, k), each as long as its row of the other (k, n)."""
-    Q, _ = orthonormal_basis(left)
-    rows = (Q.T @ left) @ right
+    Q, R = orthonormal_basis(left)
+    rows = R @ right
     norms = rows.norm(dim=1)
     scale = norms.sqrt()
     return Q * scale, rows * torch.where(norms > 0, 1 / scale, 0.0)[:, None]
@@ -535,36 +425,3 @@ def _is_conv1d(module: nn.Module) -> bool:
     # An instance exists only where transformers has been imported; importing it here would take seconds.
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return conv1d is not None and isinstance(module, conv1d)
-
-
-def _check_replacements(modules: dict[str, nn.Module], replacements: dict[str, nn.Module]) -> dict[int, nn.Module]:
-    """New module by the id of the old one, once every rule of :func:`swap_modules` holds."""
-    missing = [name for name in replacements if name not in modules]
-    if missing:
-        raise KeyError(f"The model has no module named {', '.join(map(repr, missing))}. See model.named_modules().")
-    new_of: dict[int, nn.Module] = {}
-    for name, new in replacements.items():
-        if name == "":
-            raise ValueError("Expected names of submodules, got '', the model itself: replace it where it is held.")
-        if new_of.setdefault(id(modules[name]), new) is not new:
-            raise ValueError(f"{name!r} is a second name of a module that has another replacement already: give one.")
-        if flops_per_token(modules[name]) and flops_per_token(new) and linear_shape(modules[name]) != linear_shape(new):
-            raise ValueError(
-                f"Expected a replacement of shape {linear_shape(modules[name])} for {name!r}, got {linear_shape(new)}."
-            )
-    for name, module in modules.items():
-        if id(module) in new_of and any(id(inner) in new_of for inner in module.modules() if inner is not module):
-            raise ValueError(
-                f"A module inside {name!r} is to be replaced as well as {name!r} itself: give one of them."
-            )
-    return new_of
-
-
-def _match(new: nn.Module, old: nn.Module) -> None:
-    """Gives new the training mode of old, and its device and floating dtype where it has just one."""
-    new.train(old.training)
-    kinds = {(p.device, p.dtype) for p in old.parameters() if p.is_floating_point()}
-    if len(kinds) == 1:
-        device, dtype = kinds.pop()
-        if device.type != "meta":  # moving there would lose the values
-            new.to(device=device, dtype=dtype)

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fasc_lightning import CausalLMModule, FascCallback
-from fasc_lightning.lowrank import compressed_layers, is_compressed
+from fasc_lightning.swap import compressed_layers, is_compressed
 
 
 def state(module):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fasc_lightning import FascCallback
-from fasc_lightning.lowrank import compressed_layers
+from fasc_lightning.swap import compressed_layers
 
 
 def fit(make_trainer, module, loader):

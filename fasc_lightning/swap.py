@@ -1,0 +1,105 @@
+"""The swap of layers by name, in both directions: all of them, or none."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fasc_lightning.lowrank import CompressedLinear, flops_per_token, linear_shape
+
+
+def swap_modules(model: nn.Module, replacements: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Replaces submodules of ``model`` by name, all of them or, if anything fails, none.
+
+    A module that is registered in several places is replaced in all of them, under whichever of its names it
+    is given. Each replacement takes over the dtype, device and training mode of what it replaces; its own
+    ``requires_grad`` flags stay as they are (a swap neither freezes nor thaws). Hooks stay on the module they
+    were registered on.
+
+    Args:
+        model: The model, changed in place.
+        replacements: New module by dotted name.
+
+    Returns:
+        The replaced modules by the same names: passing them back undoes the swap.
+
+    Raises:
+        KeyError: If the model has no module of a name.
+        ValueError: If a name is the model itself, lies inside another replaced module, or names one module
+            with two different replacements; or if a linear layer would change its shape.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    new_of = _check_replacements(modules, replacements)
+    old_of = {name: modules[name] for name in replacements}
+    slots = [
+        (parent, child_name, child)
+        for parent in model.modules()
+        for child_name, child in parent._modules.items()
+        if child is not None and id(child) in new_of
+    ]
+    for name, new in replacements.items():
+        _match(new, old_of[name])
+    try:
+        for parent, child_name, old in slots:
+            setattr(parent, child_name, new_of[id(old)])
+    except BaseException:
+        for parent, child_name, old in slots:
+            parent._modules[child_name] = old
+        raise
+    return old_of
+
+
+def is_compressed(model: nn.Module) -> bool:
+    """Whether any layer of the model (or the model itself) is a :class:`CompressedLinear`."""
+    return any(isinstance(module, CompressedLinear) for module in model.modules())
+
+
+def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
+    """The compressed layers by dotted name; one name, the first, for a layer registered in several places."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+def to_dense(model: nn.Module) -> dict[str, nn.Module]:
+    """Replaces every compressed layer by an ``nn.Linear`` of the same function, in place.
+
+    Layers that were a transformers ``Conv1D`` before the compression become ``nn.Linear``, too.
+
+    Args:
+        model: The model, changed in place. A lone compressed layer has :meth:`CompressedLinear.to_linear`.
+
+    Returns:
+        The replaced layers by name, for :func:`swap_modules`.
+    """
+    return swap_modules(model, {name: layer.to_linear() for name, layer in compressed_layers(model).items()})
+
+
+def _check_replacements(modules: dict[str, nn.Module], replacements: dict[str, nn.Module]) -> dict[int, nn.Module]:
+    """New module by the id of the old one, once every rule of :func:`swap_modules` holds."""
+    missing = [name for name in replacements if name not in modules]
+    if missing:
+        raise KeyError(f"The model has no module named {', '.join(map(repr, missing))}. See model.named_modules().")
+    new_of: dict[int, nn.Module] = {}
+    for name, new in replacements.items():
+        if name == "":
+            raise ValueError("Expected names of submodules, got '', the model itself: replace it where it is held.")
+        if new_of.setdefault(id(modules[name]), new) is not new:
+            raise ValueError(f"{name!r} is a second name of a module that has another replacement already: give one.")
+        if flops_per_token(modules[name]) and flops_per_token(new) and linear_shape(modules[name]) != linear_shape(new):
+            raise ValueError(
+                f"Expected a replacement of shape {linear_shape(modules[name])} for {name!r}, got {linear_shape(new)}."
+            )
+    for name, module in modules.items():
+        if id(module) in new_of and any(id(inner) in new_of for inner in module.modules() if inner is not module):
+            raise ValueError(
+                f"A module inside {name!r} is to be replaced as well as {name!r} itself: give one of them."
+            )
+    return new_of
+
+
+def _match(new: nn.Module, old: nn.Module) -> None:
+    """Gives new the training mode of old, and its device and floating dtype where it has just one."""
+    new.train(old.training)
+    kinds = {(p.device, p.dtype) for p in old.parameters() if p.is_floating_point()}
+    if len(kinds) == 1:
+        device, dtype = kinds.pop()
+        if device.type != "meta":  # moving there would lose the values
+            new.to(device=device, dtype=dtype)

@@ -1,0 +1,136 @@
+"""How long compression takes, each figure a ratio measured within this run.
+
+    python benchmarks/speed.py --output benchmarks/results
+
+* calibration: tokens a second, against a bare forward and backward-to-activations of the same model and batches,
+  with every token and with a quarter of them;
+* factorising: all layers (fasc: statistics in, built layers out), against torch.linalg.svd of their weights in the
+  same dtype (float64);
+* memory: peak of the process, beside the model and the moments.
+
+Pairs are interleaved and medians compared, since machines are noisy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasc_lightning.bundled import load_model
+from fasc_lightning.data import text_windows
+from fasc_lightning.dependence import DependenceScore
+from fasc_lightning.evaluation import builtin_text
+from fasc_lightning.factorize import compress_layers
+from fasc_lightning.lowrank import linear_weight
+from fasc_lightning.module import CausalLMModule
+from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.report import peak_memory_bytes, write_json
+from fasc_lightning.taps import Taps, layer_shapes, select_layers
+from fasc_lightning.tokens import TokenRows, sample_seeds
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Return the seconds that an action takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def bare_step(model: Any, batch: dict[str, torch.Tensor]) -> None:
+    """Forward and backward to the activations, no weight gradients, no statistics."""
+    embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+    model(inputs_embeds=embedded, labels=batch["input_ids"], use_cache=False).loss.backward()
+
+
+def calibration_step(taps: Taps, module: CausalLMModule, batch: dict[str, torch.Tensor], fraction: float) -> None:
+    """The same with statistics, as a frozen fit does it."""
+    seeds = sample_seeds(batch, 0) if fraction < 1 else ()
+    taps.install()
+    taps.begin_batch(TokenRows(scale=module.loss_terms(batch), fraction=fraction, sample_seeds=seeds))
+    module.model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss.backward()
+    taps.end_batch()
+    taps.remove()
+
+
+def calibration_speed(
+    model: Any, batches: list[dict[str, torch.Tensor]]
+) -> tuple[dict[str, Any], dict[str, Any], CalibrationMoments]:
+    """Time bare, full and quarter steps in turn on the same batches."""
+    module = CausalLMModule(model)
+    layers = select_layers(model)
+    shapes = layer_shapes(layers)
+    moments = {fraction: CalibrationMoments(shapes) for fraction in (1.0, 0.25)}
+    scores = {name: DependenceScore() for name in layers}
+    taps = {fraction: Taps(layers, moments[fraction], scores) for fraction in moments}
+    seconds: dict[str, list[float]] = {"bare": [], "every token": [], "a quarter": []}
+    bare_step(model, batches[0])  # warm-up
+    calibration_step(taps[1.0], module, batches[0], 1.0)
+    calibration_step(taps[0.25], module, batches[0], 0.25)
+    for batch in batches:
+        seconds["bare"].append(timed(lambda batch=batch: bare_step(model, batch)))
+        for name, fraction in (("every token", 1.0), ("a quarter", 0.25)):
+            seconds[name].append(
+                timed(lambda batch=batch, fraction=fraction: calibration_step(taps[fraction], module, batch, fraction))
+            )
+    tokens = batches[0]["input_ids"].numel()
+    ratios = {
+        name: statistics.median(b / s for b, s in zip(seconds["bare"], seconds[name], strict=True))
+        for name in ("every token", "a quarter")
+    }
+    speeds = {name: tokens / statistics.median(values) for name, values in seconds.items()}
+    return speeds, ratios, moments[1.0]
+
+
+def factorising_speed(model: Any, moments: CalibrationMoments) -> dict[str, float]:
+    """Time the whole of factorising against plain SVDs of the weights."""
+    layers = select_layers(model)
+    weights = [linear_weight(module).detach().double() for module in layers.values()]
+    torch.linalg.svd(weights[0], full_matrices=False)  # warm-up
+    before = timed(lambda: [torch.linalg.svd(W, full_matrices=False) for W in weights])
+    ours = timed(lambda: compress_layers(layers, moments, keep=0.8))
+    after = timed(lambda: [torch.linalg.svd(W, full_matrices=False) for W in weights])
+    return {"svd": (before + after) / 2, "compress_layers": ours, "ratio": 2 * ours / (before + after)}
+
+
+def main() -> None:
+    """Run all, print, and save as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--window", type=int, default=512)
+    arguments = parser.parse_args()
+    model, tokenizer = load_model("smollm2")
+    model.eval().requires_grad_(False)
+    windows = text_windows(builtin_text(), tokenizer, arguments.batches * arguments.batch_size, arguments.window)
+    batches = [{"input_ids": ids} for ids in windows.split(arguments.batch_size)]
+    speeds, ratios, moments = calibration_speed(model, batches)
+    held = moments.nbytes
+    factorising = factorising_speed(model, moments)
+    result = {
+        "threads": torch.get_num_threads(),
+        "tokens_per_second": speeds,
+        "of_bare": ratios,
+        "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "moments_bytes": held,
+        "factorising": factorising,
+        "peak_memory_bytes": peak_memory_bytes(torch.device("cpu")),
+    }
+    write_json(result, arguments.output / "speed.json")
+    for name, speed in speeds.items():
+        ratio = f"  {ratios[name]:.2f} of bare" if name in ratios else ""
+        print(f"calibration, {name:12s} {speed:7.1f} tokens/s{ratio}")
+    print(
+        f"factorising {factorising['compress_layers']:.1f} s, SVD of the weights {factorising['svd']:.1f} s: "
+        f"{factorising['ratio']:.2f} times"
+    )
+
+
+if __name__ == "__main__":
+    main()

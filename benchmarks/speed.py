@@ -17,6 +17,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,9 @@ def calibration_speed(
     calibration_step(taps[1.0], module, batches[0], 1.0)
     calibration_step(taps[0.25], module, batches[0], 0.25)
     for batch in batches:
-        seconds["bare"].append(timed(lambda batch=batch: bare_step(model, batch)))
+        seconds["bare"].append(timed(partial(bare_step, model, batch)))
         for name, fraction in (("every token", 1.0), ("a quarter", 0.25)):
-            seconds[name].append(
-                timed(lambda batch=batch, fraction=fraction: calibration_step(taps[fraction], module, batch, fraction))
-            )
+            seconds[name].append(timed(partial(calibration_step, taps[fraction], module, batch, fraction)))
     tokens = batches[0]["input_ids"].numel()
     ratios = {
         name: statistics.median(b / s for b, s in zip(seconds["bare"], seconds[name], strict=True))

@@ -3,6 +3,7 @@
 from fasc_lightning.callback import FascCallback
 from fasc_lightning.compress import compress
 from fasc_lightning.dependence import DependenceScore
+from fasc_lightning.hub import load_compressed
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.report import CompressionReport
 
@@ -12,6 +13,8 @@ __all__ = [
     "compress",
     "CausalLMModule",
     "CompressionReport",
+    # saved models
+    "load_compressed",
     # diagnosis
     "DependenceScore",
 ]

@@ -30,6 +30,8 @@ class LazyWeight(Tensor):
             Tensor.get_device,
         ),
     }
+    #: Stops transformers, which after loading initialises the weights that it finds by name (GPT-2, T5).
+    _is_hf_initialized: ClassVar[bool] = True
     _source: CompressedLinear
 
     def __new__(cls, source: CompressedLinear) -> LazyWeight:

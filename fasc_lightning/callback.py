@@ -20,6 +20,7 @@ from fasc_lightning import _checks
 from fasc_lightning.dependence import DependenceScore, all_reduce_scores_
 from fasc_lightning.factorize import CompressionResult, compress_layers, parameter_tensors
 from fasc_lightning.frozen import FrozenFit
+from fasc_lightning.hub import attach_config
 from fasc_lightning.lowrank import Layout
 from fasc_lightning.moments import CalibrationMoments, moments_bytes
 from fasc_lightning.report import (
@@ -231,7 +232,12 @@ class FascCallback(pl.Callback):
         result = self._factorize(trainer)
         self._seconds["factorize"] = time.perf_counter() - start
         start = time.perf_counter()
-        swap_modules(pl_module, result.replacements)
+        replaced = swap_modules(pl_module, result.replacements)
+        try:
+            attach_config(pl_module, method=self.method, options=self.options)
+        except BaseException:
+            swap_modules(pl_module, replaced)
+            raise
         self._seconds["swap"] = time.perf_counter() - start
         # They hold the dense parameters, which a checkpoint would otherwise store beside the factors.
         trainer.strategy.optimizers = []

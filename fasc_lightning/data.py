@@ -185,7 +185,7 @@ def calibration_windows(
             f"but got {list(sources)}."
         )
     shares = [windows // len(sources) + (i < windows % len(sources)) for i in range(len(sources))]
-    parts = []
+    parts: list[Tensor] = []
     for source, share in zip(sources, shares, strict=True):
         if source == SELF:
             if model is None:
@@ -226,7 +226,8 @@ def _source_text(source: str, tokens: int) -> str:
             f"{source!r} is no file, and reading a hub data set needs the extra `eval`. "
             "Run `pip install 'fasc-lightning[eval]'`."
         ) from None
-    documents, length = [], 0
+    documents: list[str] = []
+    length = 0
     for row in load_dataset(name, config, split=split or "train", streaming=True):
         documents.append(_row_text(row, f"row {len(documents)}"))
         length += len(documents[-1])
@@ -287,7 +288,7 @@ def sample_windows(
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         path = Path(cache_dir) / f"samples-{windows}x{window}-{key}.safetensors"
         if path.is_file():
-            return load_file(path)["input_ids"]
+            return load_file(path)["input_ids"]  # type: ignore[return-value]
 
     # All draws are made beforehand, a row a window, so that batches do not change them.
     uniforms = torch.rand(windows, window - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -321,7 +322,11 @@ def _continue(model: PreTrainedModel, first: int, uniforms: Tensor) -> Tensor:
     # Only the last position's logits are needed; a vocabulary is wide.
     narrow = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     for step in range(steps):
-        output = model(ids[:, step : step + 1], past_key_values=cache, use_cache=True, **narrow)
+        start = 0 if cache is None else step
+        output = model(ids[:, start : step + 1], past_key_values=cache, use_cache=cache is not None, **narrow)
+        if getattr(output, "past_key_values", None) is not cache:
+            # A model that does not fill this cache (a recurrent one) sees its whole text at each step.
+            cache = None
         # float32: a double cumulative sum over the vocabulary would cost as much as the layers.
         cumulative = output.logits[:, -1].float().softmax(-1).cumsum(-1)  # (batch, vocabulary)
         total = cumulative[:, -1:]

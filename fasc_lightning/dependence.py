@@ -22,34 +22,43 @@ from torchmetrics import Metric
 MIN_TOKENS = 4
 
 
-def center_gram(K: Tensor) -> Tensor:
-    """Return H K H with H = I - 11^T/s, the Gram matrix of the centred rows; K has shape (s, s)."""
-    rows = K.mean(0, keepdim=True)
-    return K - rows - rows.T + K.mean()
-
-
-def hsic_biased(K: Tensor, L: Tensor) -> Tensor:
-    """Return <H K H, H L H> / s^2 = |Sigma_xg|_F^2 of the sample (Gretton et al. 2005), a scalar."""
-    return (center_gram(K) * center_gram(L)).sum() / K.shape[0] ** 2
-
-
-def hsic_unbiased(K: Tensor, L: Tensor) -> Tensor:
-    """Return the unbiased HSIC_1 of Song et al. 2012, Eq. 5; it may be negative.
+def hsic_biased(grams: Tensor) -> Tensor:
+    """Return <H K_i H, H K_j H> / s^2 for all pairs of variables: |Sigma_ij|_F^2 of the sample (Gretton et al. 2005).
 
     Args:
-        K: Gram matrix of the first variable, shape (s, s), not centred.
-        L: Gram matrix of the second variable, shape (s, s), not centred.
+        grams: Gram matrices K_i = X_i X_i^T of v variables on the same s tokens, shape (v, s, s), not centred.
+
+    Returns:
+        Shape (v, v).
+    """
+    s = grams.shape[-1]
+    rows = grams.mean(-1)  # (v, s)
+    centered = grams - rows[:, :, None] - rows[:, None, :] + rows.mean(-1)[:, None, None]
+    flat = centered.flatten(1)
+    return flat @ flat.T / s**2
+
+
+def hsic_unbiased(grams: Tensor) -> Tensor:
+    """Return the unbiased HSIC_1 of Song et al. 2012, Eq. 5, for all pairs of variables; it may be negative.
+
+    Args:
+        grams: As for :func:`hsic_biased`.
+
+    Returns:
+        Shape (v, v).
 
     Raises:
         ValueError: If there are fewer than four tokens.
     """
-    s = K.shape[0]
+    s = grams.shape[-1]
     if s < MIN_TOKENS:
         raise ValueError(f"Expected at least {MIN_TOKENS} tokens for the unbiased HSIC but got {s}.")
-    K = K - torch.diag(K.diagonal())
-    L = L - torch.diag(L.diagonal())
-    k, l_ = K.sum(0), L.sum(0)
-    cross = (K * L).sum() + k.sum() * l_.sum() / ((s - 1) * (s - 2)) - 2 / (s - 2) * (k @ l_)
+    hollow = grams.clone()
+    hollow.diagonal(dim1=-2, dim2=-1).zero_()
+    rows = hollow.sum(-1)  # (v, s)
+    totals = rows.sum(-1)  # (v,)
+    flat = hollow.flatten(1)
+    cross = flat @ flat.T + torch.outer(totals, totals) / ((s - 1) * (s - 2)) - 2 / (s - 2) * (rows @ rows.T)
     return cross / (s * (s - 3))
 
 
@@ -97,17 +106,18 @@ class DependenceScore(Metric):
         if x.shape[0] < MIN_TOKENS:
             return
         with torch.autocast(x.device.type, enabled=False):
-            x, g = x.detach().float(), g.detach().float()
-            # Gradients are tiny and enter to the fourth power; the s x s matrices are cheap in float64.
-            K = (x @ x.T).double()
-            L = (g @ g.T).double()
-        self.biased += torch.stack([hsic_biased(K, L), hsic_biased(K, K), hsic_biased(L, L)])
-        self.unbiased += torch.stack([hsic_unbiased(K, L), hsic_unbiased(K, K), hsic_unbiased(L, L)])
-        self.samples += 1
+            # Gradients are tiny and enter to the fourth power; small samples are cheap in float64.
+            x, g = x.detach().double(), g.detach().double()
+            grams = torch.stack([x @ x.T, g @ g.T])
         previous = self._previous
-        if previous is not None and previous.shape == L.shape:
-            self.shuffled += torch.stack([hsic_biased(previous, L), hsic_biased(previous, previous), hsic_biased(L, L)])
-        self._previous = K
+        paired = previous is not None and previous.shape == grams.shape[1:]
+        biased = hsic_biased(torch.cat([grams, previous[None]]) if previous is not None and paired else grams)
+        self.biased += _corners(biased, 0, 1)
+        self.unbiased += _corners(hsic_unbiased(grams), 0, 1)
+        if paired:
+            self.shuffled += _corners(biased, 2, 1)
+        self.samples += 1
+        self._previous = grams[0]
 
     def compute(self) -> Tensor:
         """Return rho of the token samples, in [0, 1], biased upwards for small samples; NaN where undefined."""
@@ -135,6 +145,11 @@ def all_reduce_scores_(scores: Iterable[DependenceScore], group: Any | None = No
     for score, row in zip(scores, packed, strict=True):
         score.biased, score.unbiased, score.shuffled = row[0:3].clone(), row[3:6].clone(), row[6:9].clone()
         score.samples = row[9].clone()
+
+
+def _corners(hsic: Tensor, x: int, g: int) -> Tensor:
+    """Return HSIC of (x, g), (x, x), (g, g) out of the matrix of all pairs, shape (3,)."""
+    return torch.stack([hsic[x, g], hsic[x, x], hsic[g, g]])
 
 
 def _normalize(sums: Tensor) -> Tensor:

@@ -36,9 +36,12 @@ class CompressedLinear(nn.Module, ABC):
         out_features: m.
         rank: k.
         layout: How the matrix is held, "factors" or "pivot".
+        from_conv1d: Whether the dense layer was a transformers ``Conv1D``, which holds its weight as (n, m); then it
+            becomes one again. Set by the swap.
     """
 
     layout: ClassVar[str]
+    from_conv1d: bool = False
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
@@ -365,7 +368,7 @@ def linear_weight(module: nn.Module) -> Tensor:
     """
     if isinstance(module, nn.Linear):
         return module.weight
-    if _is_conv1d(module):
+    if is_conv1d(module):
         weight: Any = module.weight
         return weight.T
     raise TypeError(f"Expected an nn.Linear or a transformers Conv1D, got {type(module).__name__}.")
@@ -387,7 +390,7 @@ def flops_per_token(module: nn.Module) -> int:
     """Floating-point operations a token costs in a linear layer, dense or compressed; 0 for other modules."""
     if isinstance(module, CompressedLinear):
         return module.flops_per_token()
-    if isinstance(module, nn.Linear) or _is_conv1d(module):
+    if isinstance(module, nn.Linear) or is_conv1d(module):
         m, n = linear_shape(module)
         return 2 * m * n
     return 0
@@ -421,7 +424,8 @@ def _balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return Q * scale, rows * torch.where(norms > 0, 1 / scale, 0.0)[:, None]
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's linear layer, whose weight is (in, out)."""
     # An instance exists only where transformers has been imported; importing it here would take seconds.
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return conv1d is not None and isinstance(module, conv1d)

@@ -16,8 +16,8 @@ from torchmetrics import Metric
 GRAM_BLOCK = 384
 
 
-def add_gram_(out: Tensor, X: Tensor) -> Tensor:
-    """Add ``X^T X`` to the lower triangle of ``out``, in place.
+def add_gram_(out: Tensor, X: Tensor, weight: float = 1.0) -> Tensor:
+    """Add ``weight X^T X`` to the lower triangle of ``out``, in place.
 
     The upper triangle is not maintained (:func:`symmetrize` rebuilds it), which saves up to half of the work
     of a full product.
@@ -25,6 +25,7 @@ def add_gram_(out: Tensor, X: Tensor) -> Tensor:
     Args:
         out: Accumulator of shape (d, d).
         X: Rows to add, shape (tokens, d), same dtype and device as ``out``.
+        weight: Factor of the whole product.
 
     Returns:
         ``out``.
@@ -33,7 +34,7 @@ def add_gram_(out: Tensor, X: Tensor) -> Tensor:
     block = min(GRAM_BLOCK, max(64, -(-d // 3)))
     for start in range(0, d, block):
         stop = min(start + block, d)
-        out[start:, start:stop].addmm_(X[:, start:].T, X[:, start:stop])
+        out[start:, start:stop].addmm_(X[:, start:].T, X[:, start:stop], alpha=weight)
     return out
 
 
@@ -79,11 +80,12 @@ class Moments(Metric):
             self.outer = torch.zeros(d, d, dtype=self.accumulator_dtype, device=self.outer.device)
             self.total = torch.zeros(d, dtype=self.accumulator_dtype, device=self.outer.device)
 
-    def update(self, x: Tensor) -> None:
-        """Add the rows of ``x``.
+    def update(self, x: Tensor, scale: float = 1.0) -> None:
+        """Add the rows of ``scale * x``.
 
         Args:
             x: Vectors, shape (tokens, d), any floating type.
+            scale: Factor of all of them; cheaper here than as a copy of ``x``.
 
         Raises:
             ValueError: If ``x`` is not of shape (tokens, d).
@@ -94,8 +96,8 @@ class Moments(Metric):
         # Autocast may be on in the thread that runs the backward pass; the moments must not be rounded by it.
         with torch.autocast(x.device.type, enabled=False):
             X = x.detach().to(self.accumulator_dtype)
-            add_gram_(self.outer, X)
-            self.total += X.sum(0)
+            add_gram_(self.outer, X, scale**2)
+            self.total.add_(X.sum(0), alpha=scale)
             self.count += X.shape[0]
 
     def compute(self) -> Tensor:
@@ -202,9 +204,9 @@ class CalibrationMoments:
         if reached := tuple(reached):
             self._input(reached).add_(correction)
 
-    def add_gradients(self, name: str, h: Tensor) -> None:
-        """Add gradient rows h (tokens, m) of one layer."""
-        self.gradients[name].update(h)
+    def add_gradients(self, name: str, h: Tensor, scale: float = 1.0) -> None:
+        """Add gradient rows ``scale * h`` (tokens, m) of one layer."""
+        self.gradients[name].update(h, scale)
 
     def tokens(self, name: str) -> int:
         """Number of (x, h) pairs seen by a layer."""

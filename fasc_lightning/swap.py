@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
-from fasc_lightning.lowrank import CompressedLinear, flops_per_token, linear_shape
+from fasc_lightning.lowrank import CompressedLinear, flops_per_token, is_conv1d, linear_shape
 
 
 def swap_modules(model: nn.Module, replacements: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -59,9 +60,10 @@ def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
 
 
 def to_dense(model: nn.Module) -> dict[str, nn.Module]:
-    """Replaces every compressed layer by an ``nn.Linear`` of the same function, in place.
+    """Replaces every compressed layer by a dense one of the same function, in place.
 
-    Layers that were a transformers ``Conv1D`` before the compression become ``nn.Linear``, too.
+    The dense layers are of the kind that was compressed: ``nn.Linear``, or GPT-2's ``Conv1D``, whose weights a
+    reload of the saved model would otherwise read transposed.
 
     Args:
         model: The model, changed in place. A lone compressed layer has :meth:`CompressedLinear.to_linear`.
@@ -69,7 +71,20 @@ def to_dense(model: nn.Module) -> dict[str, nn.Module]:
     Returns:
         The replaced layers by name, for :func:`swap_modules`.
     """
-    return swap_modules(model, {name: layer.to_linear() for name, layer in compressed_layers(model).items()})
+    return swap_modules(model, {name: _dense(layer) for name, layer in compressed_layers(model).items()})
+
+
+def _dense(layer: CompressedLinear) -> nn.Module:
+    linear = layer.to_linear()
+    if not layer.from_conv1d:
+        return linear
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):  # draws no random numbers
+        conv = Conv1D(layer.out_features, layer.in_features)
+    conv.weight = nn.Parameter(linear.weight.detach().T.contiguous(), linear.weight.requires_grad)
+    conv.bias = linear.bias
+    return conv.train(layer.training)
 
 
 def _check_replacements(modules: dict[str, nn.Module], replacements: dict[str, nn.Module]) -> dict[int, nn.Module]:
@@ -98,6 +113,8 @@ def _check_replacements(modules: dict[str, nn.Module], replacements: dict[str, n
 def _match(new: nn.Module, old: nn.Module) -> None:
     """Gives new the training mode of old, and its device and floating dtype where it has just one."""
     new.train(old.training)
+    if isinstance(new, CompressedLinear) and is_conv1d(old):
+        new.from_conv1d = True
     kinds = {(p.device, p.dtype) for p in old.parameters() if p.is_floating_point()}
     if len(kinds) == 1:
         device, dtype = kinds.pop()

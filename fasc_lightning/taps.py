@@ -26,7 +26,7 @@ from fasc_lightning.tokens import TokenRows
 
 #: Of each call's tokens, the share that the dependence score samples, and its bounds. The score works on s x s
 #: matrices, so that its cost stays a few percent of a backward pass.
-SCORE_SHARE, SCORE_MIN, SCORE_MAX = 1 / 16, 16, 128
+SCORE_SHARE, SCORE_MIN, SCORE_MAX = 1 / 32, 16, 128
 
 
 def matches(name: str, patterns: str | Iterable[str]) -> bool:
@@ -223,22 +223,20 @@ class Taps:
                 f"The input of layer {name!r} was modified in place after the layer read it, so its statistics "
                 "would be wrong. Make the modification out of place, or add the layer to `exclude`."
             )
-        x = _rows(call.x, call.batch, self.moments.dtype)
-        h = _rows(gradient, call.batch, self.moments.dtype) * call.batch.scale
-        self._check_finite(name, call.batch, x, h)
+        h = self._finite_rows(name, "a gradient", call.batch, gradient)
         if not call.counted:
-            self.moments.add_inputs(call.members, x)
+            self.moments.add_inputs(call.members, self._finite_rows(name, "an activation", call.batch, call.x))
             call.counted = True
-        self.moments.add_gradients(name, h)
+        self.moments.add_gradients(name, h, call.batch.scale)
         if name in self.scores:
-            self._score(name, x, h)
+            self._score(name, _rows(call.x, call.batch, self.moments.dtype), h)
         call.pending.discard(name)
         if not call.pending:
             self._by_input.pop(id(call.x), None)
             call.x = None
 
     def _score(self, name: str, x: Tensor, h: Tensor) -> None:
-        """Give the dependence score an evenly spaced sample of the tokens, with g = W^T h."""
+        """Give the dependence score an evenly spaced sample of the tokens, with g = W^T h; its scale is immaterial."""
         tokens = x.shape[0]
         s = min(tokens, max(SCORE_MIN, min(SCORE_MAX, int(tokens * SCORE_SHARE))))
         if s < MIN_TOKENS:
@@ -248,15 +246,16 @@ class Taps:
         with torch.autocast(h.device.type, enabled=False):
             self.scores[name].update(x[sample], h[sample] @ W)
 
-    @staticmethod
-    def _check_finite(name: str, rows: TokenRows, x: Tensor, h: Tensor) -> None:
-        # A sum is finite only if every term is; one scalar a matrix is all that has to be read back.
-        if not torch.isfinite(x.sum() + h.sum()):
-            what = "an activation" if not torch.isfinite(x).all() else "a gradient"
+    def _finite_rows(self, name: str, what: str, rows: TokenRows, values: Tensor) -> Tensor:
+        """Return the counted rows, having checked them before they can reach the statistics."""
+        found = _rows(values, rows, self.moments.dtype)
+        # A sum is finite only if every term is; one scalar is all that has to be read back.
+        if not torch.isfinite(found.sum()):
             raise FloatingPointError(
                 f"Expected finite numbers but {what} of layer {name!r} is NaN or Inf in {rows.label}. The batch was "
                 "refused. Check the data and the learning rate; under float16 use bf16 or `update_weights=False`."
             )
+        return found
 
 
 def _rows(values: Tensor, rows: TokenRows, dtype: torch.dtype) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
-from fasc_lightning import CompressionReport, compress
+from fasc_lightning import CompressionReport, FascCallback, compress
 from fasc_lightning.allocation import ALLOCATIONS
 from fasc_lightning.bundled import load_model
 from fasc_lightning.data import calibration_windows, read_text, text_windows, window_loader
@@ -67,7 +67,7 @@ def build_parser() -> ArgumentParser:
     add("--windows", type=int, default=64, help="calibration windows")
     add("--window", type=int, default=512, help="tokens a window")
     add("--token-fraction", type=float, default=1.0, help="share of the tokens that enters the moments")
-    add("--batch-size", type=int, default=2, help="windows a forward pass")
+    add("--batch-size", type=int, default=1, help="windows a forward pass")
     add("--seed", type=int, default=0, help="of sampling, shuffling and subsampling")
     add("--eval-text", nargs="+", default=[], help="NAME=FILE: texts to measure perplexity on")
     add("--eval-facts", help="jsonl file with subject, relation, template, object, kind")
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     start = time.perf_counter()
     model, tokenizer = load_model(options.model)
-    model.to(torch.device(device)).eval()
+    model.eval().to(device)  # type: ignore[arg-type]  # a decorator of transformers hides the signature
     texts, facts = evaluation_data(options, tokenizer)
     seconds["load"] = time.perf_counter() - start
 
@@ -144,6 +144,7 @@ def check(options: Namespace) -> Namespace:
     """
     if options.rank is None and options.keep is None:
         options.rank = 0.5
+    FascCallback(rank=options.rank, keep=options.keep, token_fraction=options.token_fraction)  # refuses wrong values
     if options.refit == "true":
         raise ValueError("Expected --refit false: this version has no refit of the factors.")
     for name in ("windows", "window", "eval_windows", "batch_size"):

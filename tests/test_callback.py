@@ -204,6 +204,25 @@ def test_moments_do_not_depend_on_how_the_loss_is_averaged(make_trainer, batch_s
         torch.testing.assert_close(a.G, b.G, rtol=1e-4, atol=1e-4 * a.G.abs().max().item())
 
 
+def test_the_amp_scale_is_undone(make_trainer):
+    from lightning.pytorch.plugins import MixedPrecision
+
+    def gather(**options):
+        callback = RecordingCallback(rank=0.5, update_weights=False)
+        make_trainer(callback, **options).fit(causal_module(), token_loader())
+        return callback.kept_moments
+
+    reference = gather()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+    for other in (
+        gather(plugins=[MixedPrecision("16-mixed", "cpu", scaler)]),
+        gather(precision="bf16-mixed"),
+    ):
+        for name in reference.shapes:
+            expected, found = reference.layer(name).G, other.layer(name).G
+            assert (found - expected).norm() < 0.1 * expected.norm()
+
+
 def test_a_summed_loss_is_taken_as_it_is(make_trainer):
     class Summed(Classifier):
         def training_step(self, batch, batch_idx):

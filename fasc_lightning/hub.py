@@ -1,0 +1,425 @@
+"""Save and reload of compressed transformers models: the format "fasc", its quantizer, and a strict loader.
+
+transformers builds a model from its configuration, lets a quantizer change its layers, and then reads the weights by
+name. A compressed model is saved with a :class:`FascConfig` that names its layers and their ranks; the quantizer puts
+empty layers of those shapes in place. Nothing is quantised: the name is that of the library's only hook at that point.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+from typing_extensions import override
+
+from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape, linear_weight
+from fasc_lightning.swap import compressed_layers, swap_modules, to_dense
+
+QUANT_METHOD = "fasc"
+
+#: Of the folders that this version writes, and the newest that it reads.
+FORMAT_VERSION = 1
+
+
+class FascConfig(QuantizationConfigMixin):
+    """What a compressed model's ``config.json`` says of it, under ``quantization_config``.
+
+    Args:
+        layers: For each compressed layer, by its dotted name in the model: "rank" (int), "layout" ("pivot" or
+            "factors"), "bias" (bool) and, of the pivot layout, "side" ("in" or "out").
+        format_version: Of the folder.
+        provenance: How the model was made (method, budget, ...), of JSON types; never read back into the model.
+        quant_method: "fasc".
+        **more: More provenance.
+
+    Raises:
+        ValueError: If the folder was written by a newer format, or a layer's description is not valid.
+        TypeError: If the provenance is not of JSON types (a ValueError if it holds NaN or infinity).
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        provenance: Mapping[str, Any] | None = None,
+        quant_method: str = QUANT_METHOD,
+        **more: Any,
+    ) -> None:
+        # First: of a newer format nothing else can be judged.
+        _check_version(format_version)
+        if quant_method != QUANT_METHOD:
+            raise ValueError(f"Expected quant_method {QUANT_METHOD!r}, got {quant_method!r}.")
+        self.quant_method = quant_method  # type: ignore[assignment] # its own methods are an enum, others' are strings
+        self.format_version = format_version
+        self.layers = _checked_layers(layers)
+        # By way of JSON, so that it is now what it will be after a reload.
+        self.provenance: dict[str, Any] = json.loads(json.dumps({**(provenance or {}), **more}, allow_nan=False))
+
+
+class FascQuantizer(HfQuantizer):
+    """Puts empty compressed layers into a model before ``from_pretrained`` reads their weights."""
+
+    requires_calibration = True
+    quantization_config: FascConfig
+
+    @override
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        layers = _resolve_names(model, self.quantization_config.layers)
+        empty: dict[str, nn.Module] = {
+            name: _empty_layer(name, model.get_submodule(name), spec) for name, spec in layers.items()
+        }
+        swap_modules(model, empty)
+        # The names of this model are those that it must be saved with.
+        self.quantization_config.layers = layers
+        _untie(model)
+
+    @override
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # The weights are plain floats: with the flag set, transformers would refuse `.half()` and `.float()`.
+        model.is_quantized = False  # type: ignore[assignment]
+        return model
+
+    @override
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Make the model dense; without ``dtype`` it keeps its own, which need not be the configuration's any more."""
+        self._dequantize(model, dtype)
+        self.remove_quantization_config(model)
+        return model
+
+    @override
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        to_dense(model)
+        return model if dtype is None else model.to(dtype)
+
+    @override
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    @override
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    @override
+    def is_compileable(self) -> bool:
+        return True
+
+
+def attach_config(module: nn.Module, **provenance: Any) -> None:
+    """Let ``save_pretrained`` of the transformers models in a module write folders that can be loaded.
+
+    Sets ``config.quantization_config`` of every outermost transformers model (the module itself, or a part of a
+    LightningModule) that holds compressed layers, and takes it off one that no longer does. Call it again after any
+    change of the layers.
+
+    Args:
+        module: Any module; without transformers models nothing happens.
+        **provenance: How the model was made (method, budget, ...), of JSON types. Without any, what an earlier call
+            said is kept.
+
+    Raises:
+        ValueError: If a compressed model already carries another quantiser's configuration. Nothing is changed.
+        TypeError: If the provenance is not of JSON types. Nothing is changed.
+    """
+    models = list(_outermost_models(module))
+    configs = [_describe_model(model, provenance) for model in models]
+    for model, config in zip(models, configs, strict=True):
+        if config is not None:
+            _attach(model, config)
+        elif _is_fasc(_attached(model)):
+            _detach(model)
+
+
+def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs: Any) -> Any:
+    """Load a compressed model: as ``from_pretrained`` does, but whole or not at all.
+
+    ``from_pretrained`` itself only warns of weights that a folder lacks and fills them with random numbers. Reads
+    safetensors and JSON only: no pickle, and no code from the folder unless ``trust_remote_code=True`` is given.
+
+    Args:
+        path: A folder that ``save_pretrained`` wrote, or the id of one on the hub.
+        model_class: A model or auto class of transformers; None for the class that was saved.
+        **kwargs: Passed on to ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ...
+
+    Returns:
+        The ``PreTrainedModel``, in eval mode.
+
+    Raises:
+        ValueError: If the folder holds no compressed model, was written by a newer format, or does not hold exactly
+            the model's weights; or an argument would make that impossible to tell.
+        OSError: If the folder or one of its files cannot be found.
+
+    Example:
+        >>> model = load_compressed("compressed/")  # doctest: +SKIP
+    """
+    from safetensors import SafetensorError
+
+    if kwargs.get("use_safetensors") is False:
+        raise ValueError("Expected use_safetensors=True: load_compressed reads no pickled weights.")
+    if "output_loading_info" in kwargs or "ignore_mismatched_sizes" in kwargs:
+        raise ValueError(
+            "output_loading_info and ignore_mismatched_sizes are not options of load_compressed, which fails where "
+            "they would report. Use from_pretrained of a transformers class for a partial load."
+        )
+    kwargs.setdefault("trust_remote_code", False)
+    config = _read_config(path, kwargs)
+    model_class = model_class or _saved_class(path, config)
+    strict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = model_class.from_pretrained(path, **{**kwargs, **strict})
+    except SafetensorError as error:
+        raise ValueError(
+            f"A weights file of {str(path)!r} is truncated or damaged ({error}). Save or download it again."
+        ) from error
+    _check_loaded(path, model, info)
+    return model
+
+
+def _check_version(version: Any) -> None:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"Expected format_version to be an integer from 1 to {FORMAT_VERSION}, got {version!r}.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"Expected format_version {FORMAT_VERSION} or older, got {version}: the model was saved by a newer "
+            "fasc-lightning. Upgrade it to load this model."
+        )
+
+
+def _checked_layers(layers: Any) -> dict[str, dict[str, Any]]:
+    """Plain copies of the layers' descriptions.
+
+    Raises:
+        ValueError: If there are none, or one is not valid.
+    """
+    if not isinstance(layers, Mapping) or not layers:
+        raise ValueError(f"Expected `layers` to describe at least one compressed layer by its name, got {layers!r}.")
+    for name, spec in layers.items():
+        if not _is_valid(spec):
+            raise ValueError(
+                f'Expected {{"rank": int, "layout": "factors", "bias": bool}} or {{"rank": int, "layout": "pivot", '
+                f'"side": "in" or "out", "bias": bool}} of layer {name!r}, got {spec!r}.'
+            )
+    return {name: dict(spec) for name, spec in layers.items()}
+
+
+def _is_valid(spec: Any) -> bool:
+    if not isinstance(spec, Mapping) or type(spec.get("rank")) is not int or type(spec.get("bias")) is not bool:
+        return False
+    if spec.get("layout") == "pivot":
+        return set(spec) == {"rank", "layout", "bias", "side"} and spec["side"] in ("in", "out")
+    return set(spec) == {"rank", "layout", "bias"} and spec["layout"] == "factors"
+
+
+def _describe_layer(layer: CompressedLinear) -> dict[str, Any]:
+    spec = {"rank": layer.rank, "layout": layer.layout, "bias": layer.bias is not None}
+    return {**spec, "side": layer.side} if isinstance(layer, PivotedLinear) else spec
+
+
+def _empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> CompressedLinear:
+    """Compressed layer on the meta device that takes the place of a dense one.
+
+    Raises:
+        ValueError: If the description does not fit the dense layer.
+    """
+    try:
+        m, n = linear_shape(dense)
+        options: dict[str, Any] = {"bias": spec["bias"], "device": "meta", "dtype": linear_weight(dense).dtype}
+        if spec["layout"] == "pivot":
+            return PivotedLinear(n, m, spec["rank"], side=spec["side"], **options)
+        return LowRankLinear(n, m, spec["rank"], **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The configuration of compressed layer {name!r} does not fit the model: {error}") from error
+
+
+def _resolve_names(model: Any, layers: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Descriptions by this model's names: a base model's lack the prefix that they have inside a model with a head.
+
+    Raises:
+        ValueError: If layers are not in the model. Loaded as another class than was saved, it may lack some (a head).
+    """
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    prefix = f"{model.base_model_prefix}."
+    resolved, missing = {}, []
+    for name, spec in layers.items():
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        found = next((candidate for candidate in candidates if candidate in modules), None)
+        if found is None:
+            missing.append(name)
+        else:
+            resolved[found] = spec
+    saved_class = (model.config.architectures or [None])[0]
+    if missing and (not resolved or type(model).__name__ == saved_class):
+        raise ValueError(
+            f"The configuration names compressed layers that {type(model).__name__} does not have: {_some(missing)}. "
+            "Was the folder's config.json edited, or is this another model's?"
+        )
+    return resolved
+
+
+def _untie(model: Any) -> None:
+    """Make transformers forget ties of weights that compressed layers no longer have."""
+    layers = compressed_layers(model)
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    for pair in list(tied.items()):
+        if any(key.rpartition(".")[0] in layers for key in pair):
+            del tied[pair[0]]
+
+
+def _outermost_models(module: nn.Module) -> Iterator[Any]:
+    # A model exists only where its module has been imported; importing it here would take a second.
+    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    if base is None:
+        return
+    if isinstance(module, base):
+        yield module
+        return
+    for child in module.children():
+        yield from _outermost_models(child)
+
+
+def _describe_model(model: Any, provenance: Mapping[str, Any]) -> FascConfig | None:
+    """Configuration of a model, or None if none of its layers is compressed."""
+    layers = {name: _describe_layer(layer) for name, layer in compressed_layers(model).items()}
+    if not layers:
+        return None
+    earlier = _attached(model)
+    if earlier is not None and not _is_fasc(earlier):
+        raise ValueError(
+            f"{type(model).__name__} already carries the quantization_config of {_method(earlier)!r}, and a saved "
+            "folder can have only one. Dequantise the model before it is compressed."
+        )
+    if earlier is not None and not provenance:
+        provenance = dict(earlier).get("provenance", {})
+    return FascConfig(layers, provenance=provenance)
+
+
+def _attach(model: Any, config: FascConfig) -> None:
+    model.config.quantization_config = config
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.quantization_config = config
+    _untie(model)
+
+
+def _detach(model: Any) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.dequantize(model)  # also puts GPT-2's kind of layers back
+    else:
+        del model.config.quantization_config
+
+
+def _attached(model: Any) -> Any:
+    return getattr(model.config, "quantization_config", None)
+
+
+def _method(config: Any) -> Any:
+    """quant_method of a configuration, as an object or as in JSON."""
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return getattr(method, "value", method)
+
+
+def _is_fasc(config: Any) -> bool:
+    return _method(config) == QUANT_METHOD
+
+
+def _read_config(path: str | PathLike[str], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The folder's config.json, once it is known to be of a compressed model that can be read.
+
+    Raises:
+        ValueError: If it is not.
+        OSError: If there is none.
+    """
+    from transformers import PreTrainedConfig
+
+    config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
+    if not config:  # transformers leaves it to the model to complain
+        raise FileNotFoundError(
+            f"Expected a folder or hub id with a compressed model, found no config.json in {path!s}."
+        )
+    described = config.get("quantization_config")
+    if not isinstance(described, dict) or not _is_fasc(described):
+        found = f"that of {described.get('quant_method')!r}" if isinstance(described, dict) else "none"
+        raise ValueError(
+            f"Expected a folder with a compressed model, whose config.json has a quantization_config of "
+            f"{QUANT_METHOD!r}, got {found} in {str(path)!r}. Load dense models with transformers; of a model "
+            "compressed in memory, attach_config(model) lets save_pretrained write it."
+        )
+    FascConfig(**described)
+    return config
+
+
+def _saved_class(path: str | PathLike[str], config: Mapping[str, Any]) -> Any:
+    """The transformers class that the folder was saved from.
+
+    Raises:
+        ValueError: If config.json names none that transformers has.
+    """
+    import transformers
+
+    names = config.get("architectures") or [None]
+    found = getattr(transformers, str(names[0]), None)
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise ValueError(
+            f"Expected config.json of {str(path)!r} to name a model class of transformers {transformers.__version__} "
+            f"as its architecture, got {names[0]!r}. Give the class as model_class."
+        )
+    return found
+
+
+def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str, Any]) -> None:
+    """Refuse a model whose weights are not exactly the folder's.
+
+    Raises:
+        ValueError: If a weight is missing, left over or of another shape, or a pivoted layer's index is no permutation.
+    """
+    mismatched = [f"{key} {tuple(saved)} instead of {tuple(want)}" for key, saved, want in info["mismatched_keys"]]
+    problems = {
+        "missing": info["missing_keys"],
+        "unexpected": info["unexpected_keys"],
+        "of another shape": mismatched,
+        "errors": info["error_msgs"],
+        "no permutation": [
+            f"{name}.permutation"
+            for name, layer in compressed_layers(model).items()
+            if isinstance(layer, PivotedLinear) and not _is_permutation(layer.permutation)
+        ],
+    }
+    found = [f"{problem}: {_some(keys)}" for problem, keys in problems.items() if keys]
+    if found:
+        raise ValueError(
+            f"The weights in {str(path)!r} are not those of {type(model).__name__} with the layers that its "
+            f"config.json describes ({'; '.join(found)}). The folder was edited or is incomplete, or model_class is "
+            "not the class that was saved."
+        )
+
+
+def _is_permutation(index: torch.Tensor) -> bool:
+    # An offloaded layer's index is not in memory.
+    return index.is_meta or bool(torch.equal(index.long().sort().values, torch.arange(len(index), device=index.device)))
+
+
+def _some(names: Any, most: int = 3) -> str:
+    names = sorted(map(str, names))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _register() -> None:
+    """Make the format known to transformers; this module's own classes of an earlier import give way."""
+    for registry in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+        if getattr(registry.get(QUANT_METHOD), "__module__", None) == __name__:
+            del registry[QUANT_METHOD]
+    register_quantization_config(QUANT_METHOD)(FascConfig)
+    register_quantizer(QUANT_METHOD)(FascQuantizer)
+
+
+_register()

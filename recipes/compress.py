@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     start = time.perf_counter()
     model, tokenizer = load_model(options.model)
-    model.eval().to(device)  # type: ignore[arg-type]  # a decorator of transformers hides the signature
+    model.eval().to(device)
     texts, facts = evaluation_data(options, tokenizer)
     seconds["load"] = time.perf_counter() - start
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from fasc_lightning._memory import peak_memory_bytes
 from fasc_lightning.bundled import load_model
 from fasc_lightning.data import text_windows
 from fasc_lightning.dependence import DependenceScore
@@ -31,7 +32,7 @@ from fasc_lightning.factorize import compress_layers
 from fasc_lightning.lowrank import linear_weight
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.moments import CalibrationMoments
-from fasc_lightning.report import peak_memory_bytes, write_json
+from fasc_lightning.report import write_json
 from fasc_lightning.taps import Taps, layer_shapes, select_layers
 from fasc_lightning.tokens import TokenRows, sample_seeds
 

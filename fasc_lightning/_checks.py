@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 
 import lightning.pytorch as pl
-import psutil
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from fasc_lightning._memory import available_memory
 from fasc_lightning.allocation import ALLOCATIONS
 from fasc_lightning.solvers import get_solver
 from fasc_lightning.swap import is_compressed
@@ -137,13 +137,6 @@ def check_rank_fits(shapes: Mapping[str, tuple[int, int]], rank: float | None) -
                 f"Expected `rank` to be at most min(m, n) of every layer but rank={rank} is larger than "
                 f"{len(small)} of {len(shapes)} (for example {small[0]}). Lower it, give a fraction, or exclude them."
             )
-
-
-def available_memory(device: torch.device) -> int:
-    """Return the free memory of a device, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
 
 
 def check_memory(needed: int, device: torch.device) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fasc_lightning import _checks
+from fasc_lightning._memory import available_memory, peak_memory_bytes, return_freed_memory
 from fasc_lightning.dependence import DependenceScore, all_reduce_scores_
 from fasc_lightning.factorize import CompressionResult, compress_layers, parameter_tensors
 from fasc_lightning.frozen import FrozenFit
@@ -29,7 +30,6 @@ from fasc_lightning.report import (
     Size,
     measure_layers,
     measure_model,
-    peak_memory_bytes,
 )
 from fasc_lightning.schedule import CalibrationSchedule
 from fasc_lightning.swap import swap_modules
@@ -159,7 +159,7 @@ class FascCallback(pl.Callback):
         rank_zero_info(
             f"FascCallback: {len(shapes)} layers with {sum(m * n for m, n in shapes.values()):,} weights; their "
             f"moments need at most {needed / 1e9:.2f} GB ({dtype}) of the "
-            f"{_checks.available_memory(device) / 1e9:.2f} GB free on {device}."
+            f"{available_memory(device) / 1e9:.2f} GB free on {device}."
         )
         self.report = None
         self._seconds = {}
@@ -228,6 +228,7 @@ class FascCallback(pl.Callback):
             )
         before = self._measure(pl_module, self._layers)
         start = time.perf_counter()
+        return_freed_memory()
         # After every `on_train_end`, so that averaging callbacks have put their weights in place.
         result = self._factorize(trainer)
         self._seconds["factorize"] = time.perf_counter() - start

@@ -40,7 +40,7 @@ def compress(
             "attention_mask" and "labels".
         rank: See :class:`FascCallback`.
         keep: See :class:`FascCallback`.
-        progress: Whether to show progress bars.
+        progress: Whether to show progress bars and the memory that the moments will need.
         **options: Any other option of :class:`FascCallback`; ``update_weights`` must stay False.
 
     Returns:
@@ -69,7 +69,7 @@ def compress(
     callback = FascCallback(rank=rank, keep=keep, **options)
     module, prefix = _as_lightning_module(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with _quiet_trainer():
+    with _quiet_trainer(progress):
         trainer = pl.Trainer(
             accelerator=device.type if device.type != "cuda" else "gpu",
             devices=[device.index or 0] if device.type == "cuda" else 1,
@@ -119,14 +119,18 @@ def _without_prefix(report: CompressionReport, prefix: str) -> CompressionReport
 
 
 @contextmanager
-def _quiet_trainer() -> Iterator[None]:
+def _quiet_trainer(progress: bool) -> Iterator[None]:
     """Hold back what a Trainer says of devices, workers and modes, which the caller did not ask about."""
+
+    def ours(record: logging.LogRecord) -> bool:
+        return progress and record.getMessage().startswith("FascCallback")
+
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    logger.addFilter(ours)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PossibleUserWarning)
+            warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec", category=FutureWarning)
             yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(ours)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,36 +11,62 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-#: Width of the blocks in which :func:`add_gram_` walks the lower triangle. Wide enough for the matrix
-#: products to run at full speed, narrow enough to skip nearly half of the square.
-GRAM_BLOCK = 384
+#: Widest panel of a packed matrix: wide enough for the products to run at full speed, narrow enough to skip nearly
+#: half of the square.
+PANEL = 384
 
 
-def add_gram_(out: Tensor, X: Tensor, weight: float = 1.0) -> Tensor:
-    """Add ``weight X^T X`` to the lower triangle of ``out``, in place.
+def panel_bounds(d: int) -> list[tuple[int, int]]:
+    """Return the column ranges of a packed (d, d) matrix: at least three panels, unless they would be narrow."""
+    width = min(PANEL, max(64, -(-d // 3)))
+    return [(start, min(start + width, d)) for start in range(0, d, width)]
 
-    The upper triangle is not maintained (:func:`symmetrize` rebuilds it), which saves up to half of the work
-    of a full product.
+
+def packed_size(d: int) -> int:
+    """Return how many numbers a packed symmetric (d, d) matrix holds."""
+    return sum((d - start) * (stop - start) for start, stop in panel_bounds(d))
+
+
+def panels(packed: Tensor, d: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (start, stop, rows start..d of columns start..stop) of a packed matrix, as views.
 
     Args:
-        out: Accumulator of shape (d, d).
-        X: Rows to add, shape (tokens, d), same dtype and device as ``out``.
+        packed: Shape (packed_size(d),).
+        d: Width of the matrix.
+    """
+    offset = 0
+    for start, stop in panel_bounds(d):
+        size = (d - start) * (stop - start)
+        yield start, stop, packed[offset : offset + size].view(d - start, stop - start)
+        offset += size
+
+
+def add_gram_(packed: Tensor, X: Tensor, weight: float = 1.0) -> Tensor:
+    """Add ``weight X^T X`` to a packed matrix, in place.
+
+    Only the panels at and below the diagonal exist, which saves up to 3/8 of the work and of the memory of a full
+    product.
+
+    Args:
+        packed: Shape (packed_size(d),).
+        X: Rows to add, shape (tokens, d), same dtype and device as ``packed``.
         weight: Factor of the whole product.
 
     Returns:
-        ``out``.
+        ``packed``.
     """
-    d = X.shape[1]
-    block = min(GRAM_BLOCK, max(64, -(-d // 3)))
-    for start in range(0, d, block):
-        stop = min(start + block, d)
-        out[start:, start:stop].addmm_(X[:, start:].T, X[:, start:stop], alpha=weight)
-    return out
+    for start, stop, panel in panels(packed, X.shape[1]):
+        panel.addmm_(X[:, start:].T, X[:, start:stop], alpha=weight)
+    return packed
 
 
-def symmetrize(lower: Tensor) -> Tensor:
-    """Return the symmetric matrix whose lower triangle is given, shape (d, d)."""
-    return torch.tril(lower) + torch.tril(lower, -1).T
+def unpack(packed: Tensor, d: int) -> Tensor:
+    """Return the symmetric matrix that a packed one stands for, shape (d, d)."""
+    full = packed.new_empty(d, d)
+    for start, stop, panel in panels(packed, d):
+        full[start:, start:stop] = panel
+        full[start:stop, start:] = panel.T
+    return full
 
 
 class Moments(Metric):
@@ -48,7 +74,7 @@ class Moments(Metric):
 
     The state is exact: it is a sum over tokens, so merging two streams is adding their states, in any order and
     on any number of processes. Memory is allocated by the first token (a layer that is never reached costs
-    nothing), d^2 + d numbers.
+    nothing); the symmetric matrix is packed (:func:`add_gram_`).
 
     Args:
         features: Length d of the vectors.
@@ -77,7 +103,7 @@ class Moments(Metric):
         """Give the states their full shapes; done by the first update and before a reduction."""
         if self.outer.ndim == 0:
             d = self.features
-            self.outer = torch.zeros(d, d, dtype=self.accumulator_dtype, device=self.outer.device)
+            self.outer = torch.zeros(packed_size(d), dtype=self.accumulator_dtype, device=self.outer.device)
             self.total = torch.zeros(d, dtype=self.accumulator_dtype, device=self.outer.device)
 
     def update(self, x: Tensor, scale: float = 1.0) -> None:
@@ -103,7 +129,7 @@ class Moments(Metric):
     def compute(self) -> Tensor:
         """Return the uncentred second moment E[x x^T], shape (d, d)."""
         self.allocate()
-        return symmetrize(self.outer) / self.count.clamp(min=1).to(self.accumulator_dtype)
+        return unpack(self.outer, self.features) / self.count.clamp(min=1).to(self.accumulator_dtype)
 
     def mean(self) -> Tensor:
         """Return the mean vector, shape (d,)."""
@@ -270,4 +296,4 @@ def moments_bytes(shapes: Iterable[tuple[int, int]], dtype: torch.dtype = torch.
         shapes: (m, n) of each tapped layer.
         dtype: Type of the accumulators.
     """
-    return sum(m * m + n * n + m + n for m, n in shapes) * dtype.itemsize
+    return sum(packed_size(m) + packed_size(n) + m + n for m, n in shapes) * dtype.itemsize

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fasc_lightning.lowrank import flops_per_token
@@ -148,14 +145,6 @@ def _outermost_linear(model: nn.Module) -> list[nn.Module]:
 def _bytes(module: nn.Module) -> int:
     parts = [*module.parameters(), *module.buffers()]
     return sum(t.numel() * t.element_size() for t in parts)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the largest memory so far: of the process, or on CUDA of the device."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def library_versions() -> dict[str, str]:

@@ -1,0 +1,37 @@
+"""The memory of the process and of the device."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+
+import psutil
+import torch
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the free memory of a device, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the largest memory so far: of the process, or on CUDA of the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_freed_memory() -> None:
+    """Give what the allocator holds but nobody uses back to the system.
+
+    glibc keeps the pages of freed activations, a gigabyte after a calibration, and what comes next (factors of all
+    layers) would be put on top of them. Does nothing where there is no ``malloc_trim``.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

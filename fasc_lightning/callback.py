@@ -190,7 +190,14 @@ class FascCallback(pl.Callback):
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if self._calibrating and not torch.isfinite(loss).all():
+        if not self._calibrating:
+            return
+        if not loss.requires_grad:
+            raise RuntimeError(
+                f"No gradient reached any of the {len(self._layers)} tapped layers: the loss of {_label(trainer)} is "
+                "detached. Was it computed under no_grad or inference mode?"
+            )
+        if not torch.isfinite(loss).all():
             raise FloatingPointError(
                 f"Expected a finite loss but got {loss.item()} in {_label(trainer)}. The batch was refused before it "
                 "reached the statistics. Check the batch, or the learning rate of the training before it."

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
+from fasc_lightning.moments import LayerMoments
+
 #: The unbiased estimator divides by s (s - 3).
 MIN_TOKENS = 4
 
@@ -60,6 +62,27 @@ def hsic_unbiased(grams: Tensor) -> Tensor:
     flat = hollow.flatten(1)
     cross = flat @ flat.T + torch.outer(totals, totals) / ((s - 1) * (s - 2)) - 2 / (s - 2) * (rows @ rows.T)
     return cross / (s * (s - 3))
+
+
+def pooled_rho(moments: LayerMoments, W: Tensor) -> Tensor:
+    """Return rho of a layer from its moments over all tokens: the paper's Eq. 2 as it stands, a scalar.
+
+    Args:
+        moments: With the cross moment C; centred here with the means.
+        W: The layer's weight, shape (m, n).
+
+    Raises:
+        ValueError: If C was not gathered.
+    """
+    if moments.C is None:
+        raise ValueError("Expected moments with C = E[x h^T] but it was not gathered: CalibrationMoments(cross=True).")
+    W = W.double()
+    mean_x, mean_h = moments.mean_x.double(), moments.mean_h.double()
+    sigma_xx = moments.A.double() - torch.outer(mean_x, mean_x)
+    sigma_gg = W.T @ (moments.G.double() - torch.outer(mean_h, mean_h)) @ W
+    sigma_xg = (moments.C.double() - torch.outer(mean_x, mean_h)) @ W
+    norm = torch.linalg.matrix_norm
+    return norm(sigma_xg) / (norm(sigma_xx) * norm(sigma_gg)).sqrt()
 
 
 class DependenceScore(Metric):

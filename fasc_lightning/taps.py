@@ -228,6 +228,8 @@ class Taps:
             self.moments.add_inputs(call.members, self._finite_rows(name, "an activation", call.batch, call.x))
             call.counted = True
         self.moments.add_gradients(name, h, call.batch.scale)
+        if name in self.moments.crosses:
+            self.moments.add_cross(name, _rows(call.x, call.batch, self.moments.dtype), h, call.batch.scale)
         if name in self.scores:
             self._score(name, _rows(call.x, call.batch, self.moments.dtype), h)
         call.pending.discard(name)

@@ -9,6 +9,10 @@ import pytest
 import torch
 
 
+# Matrices of tests are too small to share out: threads would only wait for each other.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -468,6 +468,9 @@ class Broken(CausalLMModule):
         loss = super().training_step(batch, batch_idx)
         if self.failure == "detached":
             return loss.detach().requires_grad_()
+        if self.failure == "no-grad":
+            with torch.no_grad():
+                return super().training_step(batch, batch_idx)
         if batch_idx == 1:
             if self.failure == "nan":
                 return loss * float("nan")
@@ -481,7 +484,8 @@ class Broken(CausalLMModule):
 @pytest.mark.parametrize(
     ("failure", "error", "message"),
     [
-        ("detached", RuntimeError, "No gradient reached any of the 14 tapped layers"),
+        ("detached", RuntimeError, "No gradient reached any of the 14 tapped layers in calibration"),
+        ("no-grad", RuntimeError, "No gradient reached any of the 14 tapped layers: the loss of batch 0 of epoch 0"),
         ("nan", FloatingPointError, "finite loss but got nan in batch 1 of epoch 0"),
         ("error", RuntimeError, "out of luck"),
         ("ctrl-c", SystemExit, "1"),
@@ -535,7 +539,7 @@ def test_failure_while_swapping_restores_the_model(make_trainer, monkeypatch):
     assert_untouched(module, before)
 
 
-@pytest.mark.filterwarnings("ignore:Total length of `CombinedLoader` across ranks is zero")
+@pytest.mark.filterwarnings("ignore:Total length of `(CombinedLoader|DataLoader)` across ranks is zero")
 def test_an_empty_dataloader_is_an_error(make_trainer):
     module = causal_module()
     before = state(module)

@@ -14,7 +14,7 @@ def batch(padded=True):
 def test_loss_terms_are_the_losses_that_are_averaged():
     module = CausalLMModule(causal_model())
     inputs = batch()
-    mean = module.training_step(inputs, 0)
+    mean = module._loss(inputs)
     logits = module.model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
     log_probs = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
     real = inputs["attention_mask"][:, 1:].bool()
@@ -26,7 +26,7 @@ def test_labels_are_made_from_inputs_without_padding():
     inputs = batch()
     labels = inputs.pop("labels")
     assert module.loss_terms(inputs) == int((labels[:, 1:] != -100).sum())
-    torch.testing.assert_close(module.training_step(inputs, 0), module.training_step({**inputs, "labels": labels}, 0))
+    torch.testing.assert_close(module._loss(inputs), module._loss({**inputs, "labels": labels}))
 
 
 def test_the_mask_is_the_attention_mask():

@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasc_lightning.moments import CalibrationMoments, Moments, add_gram_, moments_bytes, packed_size, unpack
+from fasc_lightning.moments import (
+    CalibrationMoments,
+    CrossMoments,
+    Moments,
+    add_gram_,
+    moments_bytes,
+    packed_size,
+    unpack,
+)
 
 
 @pytest.mark.parametrize("d", [1, 3, 64, 200, 500, 1200])
@@ -97,6 +105,16 @@ def test_moving_rows_takes_them_from_the_members_that_were_not_reached():
     both = torch.cat([x, y])
     torch.testing.assert_close(moments.layer("q").A, both.T @ both / 11)
     torch.testing.assert_close(moments.layer("k").A, x.T @ x / 5)
+
+
+def test_cross_moments_stream_and_merge():
+    x, h = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+    left, right = CrossMoments(3, 2, torch.float64), CrossMoments(3, 2, torch.float64)
+    left.update(x[:4], h[:4])
+    right.update(x[4:], h[4:] / 2, scale=2.0)
+    torch.testing.assert_close(left.add_(right).compute(), x.T @ h / 9)
+    with pytest.raises(ValueError, match=r"lengths \(3, 2\)"):
+        left.update(h, x)
 
 
 def test_release_frees_a_shared_matrix_with_its_last_layer():

@@ -111,7 +111,8 @@ def test_to_dense_keeps_the_function():
     replaced = to_dense(model)
     assert replaced == compressed
     assert not is_compressed(model)
-    assert type(model.layers[1]) is nn.Linear  # was a Conv1D
+    assert type(model.layers[1]) is type(conv1d(6, 6))  # as it was
+    assert type(model.first[0]) is nn.Linear
     assert model.first[0] is model.shortcut
     assert torch.allclose(model(x), before, atol=1e-12)
     assert not model.shortcut.training

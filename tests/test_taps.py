@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import Tokens, causal_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fasc_lightning.dependence import pooled_rho
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.taps import Taps, layer_shapes, matches, select_layers
 from fasc_lightning.tokens import TokenRows
@@ -76,6 +79,29 @@ def test_moments_of_a_padded_batch_are_those_of_a_sum_of_token_losses(llama, bat
         x, h = expected[name]
         # The model itself computes norms and the loss in float32, at another scale here.
         assert_moments(moments, name, x[keep], h[keep], rtol=1e-5)
+
+
+def test_cross_moments_and_the_pooled_score(llama, batch):
+    """C and rho against the paper's definition on recorded pairs."""
+    layers = select_layers(llama)
+    expected = brute_force(llama, layers, lambda: llama(**batch).loss)
+    moments = CalibrationMoments(layer_shapes(layers), torch.float64, cross=True)
+    taps = Taps(layers, moments)
+    taps.install()
+    taps.begin_batch(TokenRows())
+    llama(**batch).loss.backward()
+    taps.end_batch()
+    for name, module in layers.items():
+        x, h = expected[name]
+        found = moments.layer(name)
+        torch.testing.assert_close(found.C, x.T @ h / len(x), rtol=1e-6, atol=1e-12)
+        W = module.weight.detach()
+        x, g = x - x.mean(0), (h - h.mean(0)) @ W
+        norm = torch.linalg.matrix_norm
+        rho = norm(x.T @ g) / (norm(x.T @ x) * norm(g.T @ g)).sqrt()
+        torch.testing.assert_close(pooled_rho(found, W), rho, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="was not gathered"):
+        pooled_rho(dataclasses.replace(found, C=None), W)
 
 
 def test_layers_that_share_an_input_share_one_matrix(llama, batch):

@@ -91,7 +91,7 @@ class FascCallback(pl.Callback):
 
     def __init__(
         self,
-        rank: float | None = None,
+        rank: int | float | None = None,  # both spelled out: command lines read the type, and 256 is not 256.0
         keep: float | None = None,
         method: str = "fasc",
         allocation: str = "fisher",

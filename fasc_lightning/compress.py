@@ -24,7 +24,7 @@ def compress(
     model: nn.Module,
     batches: DataLoader[Any] | Iterable[Any],
     *,
-    rank: float | None = None,
+    rank: int | float | None = None,
     keep: float | None = None,
     progress: bool = True,
     **options: Any,

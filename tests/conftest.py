@@ -8,7 +8,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-
 # Matrices of tests are too small to share out: threads would only wait for each other.
 torch.set_num_threads(1)
 

@@ -405,6 +405,19 @@ def test_wrong_options_are_refused_at_once(options, error, message):
         FascCallback(**options)
 
 
+@pytest.mark.parametrize(("text", "rank"), [("256", 256), ("0.5", 0.5), ("1.0", 1.0)])
+def test_command_lines_tell_ints_from_fractions(text, rank):
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_class_arguments(FascCallback, "fasc")
+    options = parser.parse_args(["--fasc.rank", text, "--fasc.targets", "[q_proj]", "--fasc.loss_terms", "sum"])
+    callback = parser.instantiate(options).fasc
+    assert callback.rank == rank
+    assert type(callback.rank) is type(rank)
+    assert callback.targets == ["q_proj"]
+
+
 def test_rank_one_as_an_int_warns():
     with pytest.warns(UserWarning, match=r"write rank=1\.0"):
         FascCallback(rank=1)

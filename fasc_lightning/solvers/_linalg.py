@@ -26,31 +26,25 @@ def shrink(S: Tensor, amount: float) -> Tensor:
 
 @dataclass(frozen=True)
 class SquareRoot:
-    """A matrix R with R R^T = S and its inverse; triangular if Cholesky could make it.
+    """A matrix L with L L^T = S; lower triangular if Cholesky could make it.
 
     Attributes:
-        R: Shape (d, d).
-        inverse: R^-1, given when R is not triangular.
+        L: Shape (d, d).
+        inverse: L^-1, given when L is not triangular.
     """
 
-    R: Tensor
+    L: Tensor
     inverse: Tensor | None = None
 
     def solve_transposed(self, B: Tensor) -> Tensor:
-        """Return R^-T B."""
+        """Return L^-T B."""
         if self.inverse is not None:
             return self.inverse.T @ B
-        return torch.linalg.solve_triangular(self.R.T, B, upper=True)
-
-    def right_solve(self, B: Tensor) -> Tensor:
-        """Return B R^-1."""
-        if self.inverse is not None:
-            return B @ self.inverse
-        return torch.linalg.solve_triangular(self.R, B, upper=False, left=False)
+        return torch.linalg.solve_triangular(self.L.T, B, upper=True)
 
 
 def square_root(S: Tensor) -> SquareRoot:
-    """Return R with R R^T = S: Cholesky first, the eigendecomposition if S is numerically singular.
+    """Return L with L L^T = S: Cholesky first, the eigendecomposition if S is numerically singular.
 
     Args:
         S: Symmetric positive semidefinite, shape (d, d), float64.

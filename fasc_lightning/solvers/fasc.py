@@ -20,31 +20,27 @@ def two_sided(W: Tensor, A: Tensor, G: Tensor) -> Factorization:
 
     With any R_A R_A^T = A and R_G^T R_G = G, let M = R_G W R_A = U S V^T; the optimum is
     W'_k = R_G^-1 U_k S_k V_k^T R_A^-1 and the loss left is the sum of s_i^2 beyond k (Eckart and Young 1936 in the
-    metric of the two factors). Only the smaller side's singular vectors are computed, from the Gram matrix of M:
-    U_k S_k V_k^T = U_k U_k^T M = M V_k V_k^T, so that one root cancels: W'_k = R_G^-1 U_k U_k^T R_G W, or
-    W'_k = W R_A V_k V_k^T R_A^-1.
+    metric of the two factors). As U_k S_k V_k^T = U_k U_k^T M, one root cancels, W'_k = R_G^-1 U_k U_k^T R_G W, and U
+    are the eigenvectors of M M^T = R_G (W A W^T) R_G^T: only the smaller side needs a root and an eigh.
 
     Note the orientation: with Cholesky's G = L L^T it is R_G = L^T, not L.
 
     Args:
         W: Shape (m, n).
-        A: Symmetric positive definite, shape (n, n).
-        G: Symmetric positive definite, shape (m, m).
+        A: Symmetric positive semidefinite, shape (n, n).
+        G: Symmetric positive semidefinite, shape (m, m).
 
     Returns:
         The factorisation, in float64.
     """
     m, n = W.shape
+    if m > n:  # the same problem for W^T, whose smaller side is its outputs
+        transposed = two_sided(W.T, G, A)
+        return Factorization(transposed.right.T, transposed.left.T, transposed.losses)
     W, A, G = W.double(), A.double(), G.double()
-    root_A, root_G = square_root(A), square_root(G)
-    M = root_G.R.T @ W @ root_A.R
-    if m <= n:
-        spectrum, U = descending_eigh(M @ M.T)
-        left, right = root_G.solve_transposed(U), U.T @ (root_G.R.T @ W)
-    else:
-        spectrum, V = descending_eigh(M.T @ M)
-        left, right = W @ (root_A.R @ V), root_A.right_solve(V.T)
-    return Factorization(left, right, tail_sums(spectrum))
+    root = square_root(G)  # L with G = L L^T
+    spectrum, U = descending_eigh(root.L.T @ (W @ A @ W.T) @ root.L)
+    return Factorization(root.solve_transposed(U), (root.L @ U).T @ W, tail_sums(spectrum))
 
 
 @register_solver("fasc")

@@ -97,15 +97,16 @@ class DependenceScore(Metric):
     is_differentiable = False
     higher_is_better = None
 
-    biased: Tensor  # (3,) sums of biased HSIC: xg, xx, gg
-    unbiased: Tensor  # (3,) sums of unbiased HSIC
-    shuffled: Tensor  # (3,) biased HSIC with x of the batch before: xg, xx, gg
+    # Sums of HSIC between all pairs of two variables, shape (2, 2).
+    biased: Tensor  # x, g
+    unbiased: Tensor  # x, g
+    shuffled: Tensor  # g, x of the sample before: biased
     samples: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         for name in ("biased", "unbiased", "shuffled"):
-            self.add_state(name, torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(2, 2, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("samples", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self._previous: Tensor | None = None
 
@@ -131,14 +132,17 @@ class DependenceScore(Metric):
         with torch.autocast(x.device.type, enabled=False):
             # Gradients are tiny and enter to the fourth power; small samples are cheap in float64.
             x, g = x.detach().double(), g.detach().double()
-            grams = torch.stack([x @ x.T, g @ g.T])
+            grams = [x @ x.T, g @ g.T]
         previous = self._previous
-        paired = previous is not None and previous.shape == grams.shape[1:]
-        biased = hsic_biased(torch.cat([grams, previous[None]]) if previous is not None and paired else grams)
-        self.biased += _corners(biased, 0, 1)
-        self.unbiased += _corners(hsic_unbiased(grams), 0, 1)
+        paired = previous is not None and previous.shape == grams[0].shape
+        if previous is not None and paired:
+            grams.append(previous)
+        stacked = torch.stack(grams)
+        biased = hsic_biased(stacked)
+        self.biased += biased[:2, :2]
+        self.unbiased += hsic_unbiased(stacked[:2])
         if paired:
-            self.shuffled += _corners(biased, 2, 1)
+            self.shuffled += biased[1:, 1:]
         self.samples += 1
         self._previous = grams[0]
 
@@ -163,21 +167,20 @@ def all_reduce_scores_(scores: Iterable[DependenceScore], group: Any | None = No
     scores = list(scores)
     if not scores:
         return
-    packed = torch.stack([torch.cat([s.biased, s.unbiased, s.shuffled, s.samples[None]]) for s in scores])
+    names = ("biased", "unbiased", "shuffled", "samples")
+    packed = torch.stack([torch.cat([getattr(score, name).flatten() for name in names]) for score in scores])
     dist.all_reduce(packed, group=group)
     for score, row in zip(scores, packed, strict=True):
-        score.biased, score.unbiased, score.shuffled = row[0:3].clone(), row[3:6].clone(), row[6:9].clone()
-        score.samples = row[9].clone()
+        start = 0
+        for name in names:
+            state: Tensor = getattr(score, name)
+            setattr(score, name, row[start : start + state.numel()].view(state.shape).clone())
+            start += state.numel()
 
 
-def _corners(hsic: Tensor, x: int, g: int) -> Tensor:
-    """Return HSIC of (x, g), (x, x), (g, g) out of the matrix of all pairs, shape (3,)."""
-    return torch.stack([hsic[x, g], hsic[x, x], hsic[g, g]])
-
-
-def _normalize(sums: Tensor) -> Tensor:
-    """Return HSIC(x, g) / sqrt(HSIC(x, x) HSIC(g, g)), NaN where x or g does not vary."""
-    xg, xx, gg = sums
-    if xx <= 0 or gg <= 0:
-        return xg.new_tensor(float("nan"))
-    return xg / (xx.sqrt() * gg.sqrt())
+def _normalize(hsic: Tensor) -> Tensor:
+    """Return HSIC(x, g) / sqrt(HSIC(x, x) HSIC(g, g)) of a (2, 2) matrix, NaN where x or g does not vary."""
+    own = hsic.diagonal()
+    if bool((own <= 0).any()):
+        return hsic.new_tensor(float("nan"))
+    return hsic[0, 1] / own.sqrt().prod()

@@ -115,6 +115,7 @@ class Moments(Metric):
 
         Raises:
             ValueError: If ``x`` is not of shape (tokens, d).
+            FloatingPointError: If ``x`` holds NaN or Inf (or numbers whose sum overflows); nothing is added then.
         """
         if x.ndim != 2 or x.shape[1] != self.features:
             raise ValueError(f"Expected vectors of shape (tokens, {self.features}) but got {tuple(x.shape)}.")
@@ -122,8 +123,12 @@ class Moments(Metric):
         # Autocast may be on in the thread that runs the backward pass; the moments must not be rounded by it.
         with torch.autocast(x.device.type, enabled=False):
             X = x.detach().to(self.accumulator_dtype)
+            total = X.sum(0)
+            # A sum is finite only if every term is: one scalar to read back instead of another pass.
+            if not torch.isfinite(total.sum()):
+                raise FloatingPointError("Expected finite vectors but some hold NaN or Inf.")
             add_gram_(self.outer, X, scale**2)
-            self.total.add_(X.sum(0), alpha=scale)
+            self.total.add_(total, alpha=scale)
             self.count += X.shape[0]
 
     def compute(self) -> Tensor:

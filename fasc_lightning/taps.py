@@ -8,8 +8,10 @@ twice; and unlike module backward hooks it lets the output be modified in place 
 from __future__ import annotations
 
 import re
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -112,11 +114,24 @@ def _protected(model: nn.Module) -> set[int]:
 
 @dataclass
 class _Call:
-    """One input tensor on its way through the layers that share it."""
+    """One input tensor on its way through the layers that share it.
 
-    x: Tensor | None
+    Attributes:
+        source: The tensor; weak, since only its identity matters.
+        rows: Its counted tokens, shape (tokens, n): a view where all count, else a copy. None once they are used.
+        version: Of ``rows``, which a view shares with the tensor: it tells of modifications in place.
+        batch: What counts, and how gradients are scaled.
+        scored: Whether the dependence scores take a sample of it.
+        members: The layers that were given it.
+        pending: Those of them whose gradient has not arrived.
+        counted: Whether the rows are in the moments.
+    """
+
+    source: weakref.ref[Tensor]
+    rows: Tensor | None
     version: int
     batch: TokenRows
+    scored: bool
     members: list[str] = field(default_factory=list)
     pending: set[str] = field(default_factory=set)
     counted: bool = False
@@ -147,6 +162,8 @@ class Taps:
         self._batch: TokenRows | None = None
         self._calls: list[_Call] = []
         self._by_input: dict[int, _Call] = {}
+        self._batches = 0
+        self._scoring = True
         # Outputs that nothing upstream makes require a gradient (everything before them is frozen) are added to
         # this zero, so that autograd carries the gradient down to them without computing any weight's.
         self._anchor = torch.zeros((), requires_grad=True)
@@ -177,13 +194,16 @@ class Taps:
         """Start counting: the next forwards belong to the batch that ``rows`` describes."""
         self.end_batch()
         self._batch = rows
+        # Where only a share of the tokens is wanted, the score takes the same share of the batches.
+        self._scoring = self._batches % max(1, round(1 / rows.fraction)) == 0
+        self._batches += 1
 
     def end_batch(self) -> None:
         """Stop counting, and settle inputs whose gradient reached only some of the layers that share them."""
         for call in self._calls:
-            if call.counted and call.pending and call.x is not None:
+            if call.counted and call.pending and call.rows is not None:
                 reached = [name for name in call.members if name not in call.pending]
-                self.moments.move_inputs(call.members, reached, _rows(call.x, call.batch, self.moments.dtype))
+                self.moments.move_inputs(call.members, reached, call.rows)
         self._batch = None
         self._calls.clear()
         self._by_input.clear()
@@ -205,9 +225,11 @@ class Taps:
         """Return the call that ``x`` belongs to: the same tensor object is the same input."""
         assert self._batch is not None
         call = self._by_input.get(id(x))
-        # A layer that is given the same tensor twice sees its tokens twice.
-        if call is None or name in call.members or call.counted:
-            call = _Call(x, x._version, self._batch)
+        # An id may be used again once its tensor is gone; and a layer that is given the same tensor twice sees its
+        # tokens twice.
+        if call is None or call.source() is not x or name in call.members or call.counted:
+            rows = _rows(x, self._batch, self.moments.dtype)
+            call = _Call(weakref.ref(x), rows, rows._version, self._batch, self._scoring)
             self._by_input[id(x)] = call
             self._calls.append(call)
         call.members.append(name)
@@ -216,26 +238,28 @@ class Taps:
 
     @torch.no_grad()
     def _on_gradient(self, name: str, call: _Call, gradient: Tensor) -> None:
-        if name not in call.pending or call.x is None:
+        x = call.rows
+        if name not in call.pending or x is None:
             return  # a second backward pass through the same graph: its tokens are already counted
-        if call.x._version != call.version:
+        if x._version != call.version:
             raise RuntimeError(
                 f"The input of layer {name!r} was modified in place after the layer read it, so its statistics "
                 "would be wrong. Make the modification out of place, or add the layer to `exclude`."
             )
-        h = self._finite_rows(name, "a gradient", call.batch, gradient)
+        h, scale = _rows(gradient, call.batch, self.moments.dtype), call.batch.scale
         if not call.counted:
-            self.moments.add_inputs(call.members, self._finite_rows(name, "an activation", call.batch, call.x))
+            with _named(f"an activation of layer {name!r}", call.batch):
+                self.moments.add_inputs(call.members, x)
             call.counted = True
-        self.moments.add_gradients(name, h, call.batch.scale)
+        with _named(f"a gradient of layer {name!r}", call.batch):
+            self.moments.add_gradients(name, h, scale)
         if name in self.moments.crosses:
-            self.moments.add_cross(name, _rows(call.x, call.batch, self.moments.dtype), h, call.batch.scale)
-        if name in self.scores:
-            self._score(name, _rows(call.x, call.batch, self.moments.dtype), h)
+            self.moments.add_cross(name, x, h, scale)
+        if call.scored and name in self.scores:
+            self._score(name, x, h)
         call.pending.discard(name)
         if not call.pending:
-            self._by_input.pop(id(call.x), None)
-            call.x = None
+            call.rows = None
 
     def _score(self, name: str, x: Tensor, h: Tensor) -> None:
         """Give the dependence score an evenly spaced sample of the tokens, with g = W^T h; its scale is immaterial."""
@@ -248,16 +272,17 @@ class Taps:
         with torch.autocast(h.device.type, enabled=False):
             self.scores[name].update(x[sample], h[sample] @ W)
 
-    def _finite_rows(self, name: str, what: str, rows: TokenRows, values: Tensor) -> Tensor:
-        """Return the counted rows, having checked them before they can reach the statistics."""
-        found = _rows(values, rows, self.moments.dtype)
-        # A sum is finite only if every term is; one scalar is all that has to be read back.
-        if not torch.isfinite(found.sum()):
-            raise FloatingPointError(
-                f"Expected finite numbers but {what} of layer {name!r} is NaN or Inf in {rows.label}. The batch was "
-                "refused. Check the data and the learning rate; under float16 use bf16 or `update_weights=False`."
-            )
-        return found
+
+@contextmanager
+def _named(what: str, rows: TokenRows) -> Iterator[None]:
+    """Say where numbers that the moments refuse come from."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"Expected finite numbers but {what} is NaN or Inf in {rows.label}. The batch was refused. Check the data "
+            "and the learning rate; under float16 use bf16 or `update_weights=False`."
+        ) from error
 
 
 def _rows(values: Tensor, rows: TokenRows, dtype: torch.dtype) -> Tensor:

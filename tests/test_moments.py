@@ -73,6 +73,16 @@ def test_torchmetrics_merge_and_reset():
     assert a.nbytes < 20
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_vectors_are_refused_and_nothing_is_added(bad):
+    moments = Moments(3)
+    moments.update(torch.ones(2, 3))
+    with pytest.raises(FloatingPointError, match="NaN or Inf"):
+        moments.update(torch.tensor([[1.0, bad, 0.0]]))
+    assert moments.count == 2
+    torch.testing.assert_close(moments.compute(), torch.ones(3, 3))
+
+
 def test_update_refuses_other_shapes():
     with pytest.raises(ValueError, match=r"shape \(tokens, 3\) but got \(2, 4\)"):
         Moments(3).update(torch.zeros(2, 4))

@@ -3,7 +3,7 @@
     FASC_DATA=<folder with the texts> python benchmarks/p1.py --output benchmarks/results
 
 Each row is one run of recipes/compress.py in a process of its own, saved as JSON as it ends; rows that are already
-there are not run again. Prints the table as Markdown.
+there are not run again (delete their files after a change of the code). Prints the table as Markdown.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ def check_options(
     layout: str,
     token_fraction: float,
     calibration_steps: int | None,
+    seed: int,
     loss_terms: object,
     token_mask: object,
 ) -> None:
@@ -73,7 +74,9 @@ def check_options(
             raise ValueError(f"Expected `{name}` to be one of {', '.join(known)} but got {value!r}.")
     if not 0 < token_fraction <= 1:
         raise ValueError(f"Expected `token_fraction` to be in (0, 1] but got {token_fraction}.")
-    if calibration_steps is not None and (not isinstance(calibration_steps, int) or calibration_steps < 1):
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"Expected `seed` to be an int but got {seed!r}.")
+    if calibration_steps is not None and (type(calibration_steps) is not int or calibration_steps < 1):
         raise ValueError(f"Expected `calibration_steps` to be a positive int but got {calibration_steps!r}.")
     if not (loss_terms is None or loss_terms in ("mean", "sum") or callable(loss_terms)):
         raise ValueError(f"Expected `loss_terms` to be 'mean', 'sum' or a callable but got {loss_terms!r}.")
@@ -110,12 +113,22 @@ def check_module(pl_module: pl.LightningModule) -> None:
     Raises:
         MisconfigurationException: With the remedy.
     """
-    compiled = [name for name, m in pl_module.named_modules() if isinstance(m, torch._dynamo.OptimizedModule)]
+    compiled = [
+        name
+        for name, m in pl_module.named_modules()
+        if isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None
+    ]
     if compiled or pl_module._compiler_ctx is not None:
         raise MisconfigurationException(
             f"Expected a module that is not compiled but {compiled[0] if compiled else 'the LightningModule'!r} is: "
             "hooks added after compilation are ignored silently. HINT: fit the original module and compile the "
             "compressed one."
+        )
+    adapters = [name for name, m in pl_module.named_modules() if hasattr(m, "lora_A") or hasattr(m, "base_layer")]
+    if adapters:
+        raise MisconfigurationException(
+            f"Expected a module without adapters but {adapters[0]!r} carries some: its base layer and the adapter "
+            "would be compressed apart. HINT: merge them first (`merge_and_unload()` of peft)."
         )
     if is_compressed(pl_module):
         raise MisconfigurationException(

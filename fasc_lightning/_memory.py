@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from pathlib import Path
 
 import psutil
 import torch
@@ -14,7 +15,16 @@ def available_memory(device: torch.device) -> int:
     """Return the free memory of a device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available)
+    # In a container the host's memory is not what the process may have.
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    return free if limit is None or used is None else min(free, limit - used)
+
+
+def _cgroup(name: str) -> int | None:
+    path = Path("/sys/fs/cgroup") / name
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdigit() else None  # "max" stands for no limit
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -19,7 +19,7 @@ from typing_extensions import override
 from fasc_lightning import _checks
 from fasc_lightning._memory import available_memory, peak_memory_bytes, return_freed_memory
 from fasc_lightning.dependence import DependenceScore, all_reduce_scores_
-from fasc_lightning.factorize import CompressionResult, compress_layers, parameter_tensors
+from fasc_lightning.factorize import CompressionResult, check_budget_fits, compress_layers, parameter_tensors
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.hub import attach_config
 from fasc_lightning.lowrank import Layout
@@ -106,7 +106,9 @@ class FascCallback(pl.Callback):
         token_mask: Callable[[Any], Tensor | None] | None = None,
     ) -> None:
         _checks.check_budget(rank, keep)
-        _checks.check_options(method, allocation, layout, token_fraction, calibration_steps, loss_terms, token_mask)
+        _checks.check_options(
+            method, allocation, layout, token_fraction, calibration_steps, seed, loss_terms, token_mask
+        )
         self.rank = rank
         self.keep = keep
         self.method = method
@@ -127,7 +129,9 @@ class FascCallback(pl.Callback):
         self._scores: dict[str, DependenceScore] = {}
         self._taps: Taps | None = None
         self._frozen: FrozenFit | None = None
+        self._replaced: dict[str, nn.Module] = {}
         self._seconds: dict[str, float] = {}
+        self._moments_bytes = 0
         self._began = 0.0
 
     @property
@@ -144,14 +148,22 @@ class FascCallback(pl.Callback):
             return
         _checks.check_strategy(trainer)
         _checks.check_module(pl_module)
+        others = [c for c in trainer.callbacks if isinstance(c, FascCallback) and c is not self]  # type: ignore[attr-defined]
+        if others:
+            raise MisconfigurationException(
+                "Expected one FascCallback in a fit but got several: each would freeze and restore what the "
+                "other holds. HINT: one callback spends one budget over all its `targets`."
+            )
         self._schedule.check(trainer)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Only here do modules made in `configure_model` exist.
+        _checks.check_module(pl_module)
         self._layers = select_layers(pl_module, self.targets, self.exclude)
         shapes = layer_shapes(self._layers)
         _checks.check_rank_fits(shapes, self.rank)
+        check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout)
         device = trainer.strategy.root_device
         dtype = _moment_dtype(self._layers)
         needed = moments_bytes(shapes.values(), dtype)
@@ -186,7 +198,7 @@ class FascCallback(pl.Callback):
                 self._frozen.enter()
         if self._frozen is not None:
             self._frozen.hold()
-        self._taps.begin_batch(self._rows(trainer, pl_module, batch, batch_idx))
+        self._taps.begin_batch(self._rows(trainer, pl_module, batch))
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -231,8 +243,10 @@ class FascCallback(pl.Callback):
         if "calibrate" not in self._seconds:
             raise MisconfigurationException(
                 "Expected at least one calibration batch but the fit ended without any: is the dataloader empty, or "
-                "had the Trainer finished before? The model is unchanged."
+                "had the Trainer finished before, or was it stopped early (then give `calibration_steps`)? The model "
+                "is not compressed."
             )
+        self._moments_bytes = self._moments.nbytes
         before = self._measure(pl_module, self._layers)
         start = time.perf_counter()
         return_freed_memory()
@@ -240,25 +254,24 @@ class FascCallback(pl.Callback):
         result = self._factorize(trainer)
         self._seconds["factorize"] = time.perf_counter() - start
         start = time.perf_counter()
-        replaced = swap_modules(pl_module, result.replacements)
-        try:
-            attach_config(pl_module, method=self.method, options=self.options)
-        except BaseException:
-            swap_modules(pl_module, replaced)
-            raise
+        self._replaced = swap_modules(pl_module, result.replacements)
+        attach_config(pl_module, method=self.method, options=self.options)
         self._seconds["swap"] = time.perf_counter() - start
         # They hold the dense parameters, which a checkpoint would otherwise store beside the factors.
         trainer.strategy.optimizers = []
         trainer.strategy.lr_scheduler_configs = []
         after = self._measure(pl_module, {**self._layers, **result.replacements})
         self.report = self._make_report(trainer, result, before, after)
-        self._forget()
         self._log(trainer, self.report)
         rank_zero_info(f"\n{self.report}")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._release(trainer)
+        if self._replaced:  # something failed after the swap, here or in another callback
+            swap_modules(pl_module, self._replaced)
+            attach_config(pl_module)
+            self.report = None
         self._forget()
 
     @override
@@ -272,7 +285,7 @@ class FascCallback(pl.Callback):
     def _calibrating(self) -> bool:
         return self._taps is not None and self._taps.installed
 
-    def _rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> TokenRows:
+    def _rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> TokenRows:
         """Describe a batch to the taps: its padding, its share of tokens, and the scale of its gradients."""
         token_mask = self.token_mask or getattr(pl_module, "token_mask", None)
         mask = token_mask(batch) if token_mask is not None else None
@@ -284,8 +297,9 @@ class FascCallback(pl.Callback):
         if scaler is not None:
             scale /= scaler.get_scale()
         seeds = sample_seeds(batch, self.seed, mask) if self.token_fraction < 1 else ()
-        label = f"batch {batch_idx} of epoch {trainer.current_epoch} on rank {trainer.global_rank}"
-        return TokenRows(label, mask, scale, self.token_fraction, seeds)
+        # A frozen fit never updates the scaler, so its overflows would go on: they are errors there.
+        may_overflow = scaler is not None and self._frozen is None
+        return TokenRows(_label(trainer), mask, scale, self.token_fraction, seeds, may_overflow)
 
     def _factorize(self, trainer: pl.Trainer) -> CompressionResult:
         assert self._moments is not None
@@ -338,6 +352,7 @@ class FascCallback(pl.Callback):
             targeted={"dense": before[0], "compressed": after[0]},
             whole={"dense": before[1], "compressed": after[1]},
             seconds=dict(self._seconds),
+            moments_bytes=self._moments_bytes,
             peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
             layers=rows,
         )
@@ -372,7 +387,7 @@ class FascCallback(pl.Callback):
     def _forget(self) -> None:
         """Drop statistics and references to the module's layers."""
         self._taps = self._moments = self._frozen = None
-        self._layers, self._scores = {}, {}
+        self._layers, self._scores, self._replaced = {}, {}, {}
 
 
 def _moment_dtype(layers: dict[str, nn.Module]) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -98,7 +98,8 @@ def _as_lightning_module(model: nn.Module) -> tuple[pl.LightningModule, str]:
         return model, ""
     from transformers import PreTrainedModel
 
-    if isinstance(model, PreTrainedModel) and model.can_generate():
+    causal = isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
+    if causal:
         return CausalLMModule(model), "model."
     raise TypeError(
         f"Expected a LightningModule or a causal language model of transformers but got {type(model).__name__}, whose "
@@ -110,6 +111,10 @@ def _as_loader(batches: DataLoader[Any] | Iterable[Any]) -> DataLoader[Any]:
     """Return a loader that passes batches on as they are; Trainer takes a plain list for several loaders."""
     if isinstance(batches, DataLoader):
         return batches
+    if isinstance(batches, Mapping | torch.Tensor):
+        raise TypeError(
+            f"Expected a DataLoader or a list of batches but got one {type(batches).__name__}: write [batch]."
+        )
     return DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.moments import OWN_SYNC, LayerMoments
 
 #: The unbiased estimator divides by s (s - 3).
 MIN_TOKENS = 4
@@ -104,7 +104,7 @@ class DependenceScore(Metric):
     samples: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(**OWN_SYNC)
         for name in ("biased", "unbiased", "shuffled"):
             self.add_state(name, torch.zeros(2, 2, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("samples", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -176,6 +176,7 @@ def all_reduce_scores_(scores: Iterable[DependenceScore], group: Any | None = No
             state: Tensor = getattr(score, name)
             setattr(score, name, row[start : start + state.numel()].view(state.shape).clone())
             start += state.numel()
+        score._update_count = max(score._update_count, int(score.samples > 0))
 
 
 def _normalize(hsic: Tensor) -> Tensor:

@@ -86,6 +86,25 @@ def layer_budgets(layers: dict[str, nn.Module], rank: float | None, keep: float 
     return budgets
 
 
+def check_budget_fits(
+    layers: dict[str, nn.Module], rank: float | None, keep: float | None, allocation: str, layout: Layout
+) -> None:
+    """Refuse a budget that does not hold rank 1 in every layer.
+
+    Raises:
+        ValueError: With the least budget that would do.
+    """
+    cost, budgets = layout_cost(layout), layer_budgets(layers, rank, keep)
+    least = {name: min(cost(m, n, 1), m * n) for name, (m, n) in ((k, linear_shape(v)) for k, v in layers.items())}
+    short = [name for name in layers if budgets[name] < least[name]]
+    if (allocation == "uniform" and short) or sum(budgets.values()) < sum(least.values()):
+        raise ValueError(
+            f"Expected a budget of at least {sum(least.values()):,} parameters (rank 1 in each of {len(layers)} "
+            f"layers) but {f'{rank=}' if keep is None else f'{keep=}'} gives {sum(budgets.values()):,}"
+            f"{f' and {short[0]!r} too few' if short else ''}. Raise it, or exclude small layers."
+        )
+
+
 def layout_cost(layout: Layout) -> Cost:
     """Return the number of parameters a layout needs, as a function of (m, n, k)."""
     return factors_cost if layout == "factors" else pivot_cost
@@ -138,6 +157,11 @@ def compress_layers(
         if factorization is not None:
             factorizations[name] = factorization
         moments.release(name)
+    if not factorizations:
+        raise RuntimeError(
+            f"Every gradient that reached the {len(reached)} tapped layers was zero, so nothing tells what they may "
+            "lose. Is the loss a constant?"
+        )
     _warn_unreached([name for name in layers if name not in factorizations], len(layers))
 
     ranks = _allocate(layers, factorizations, tokens, budgets, allocation, layout_cost(layout))
@@ -186,12 +210,22 @@ def _allocate(
         # Losses are per token of the layer; layers that see fewer tokens weigh less in the model's loss.
         weighted = factorization.losses.double().numpy() * (tokens[name] / most)
         candidates.append(Candidate(name, m, n, weighted))
+    unreached = [name for name in layers if name not in factorizations]
+    dense = sum(math.prod(linear_shape(layers[name])) for name in unreached)
+    budget = sum(budgets.values()) - dense
+    least = sum(min(cost(c.m, c.n, 1), c.m * c.n) for c in candidates)
+    if budget < least and unreached:
+        raise ValueError(
+            f"Expected a budget that holds the layers that no gradient reached, which stay dense, and rank 1 "
+            f"elsewhere: {dense + least:,} parameters; but it is {sum(budgets.values()):,}. Exclude "
+            f"{', '.join(unreached[:3])}{' ...' if len(unreached) > 3 else ''}, or raise `rank` or `keep`."
+        )
     if allocation == "uniform":
-        ranks = allocate_uniform(candidates, [budgets[c.name] for c in candidates], cost)
+        # What stays dense for want of a gradient is paid for by the others, in proportion.
+        share = min(1.0, budget / sum(budgets[c.name] for c in candidates))
+        ranks = allocate_uniform(candidates, [math.floor(share * budgets[c.name]) for c in candidates], cost)
     else:
-        shapes = {name: linear_shape(module) for name, module in layers.items()}
-        dense = sum(m * n for name, (m, n) in shapes.items() if name not in factorizations)
-        ranks = allocate_fisher(candidates, sum(budgets.values()) - dense, cost)
+        ranks = allocate_fisher(candidates, budget, cost)
     return {c.name: k for c, k in zip(candidates, ranks, strict=True)}
 
 

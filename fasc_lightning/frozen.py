@@ -42,7 +42,9 @@ class FrozenFit:
         self._module.eval()
         strategy, epoch_loop = self._trainer.strategy, self._trainer.fit_loop.epoch_loop
         strategy.optimizer_step = _run_closure_only  # type: ignore[method-assign]
-        epoch_loop.update_lr_schedulers = _no_schedulers  # type: ignore[method-assign]
+        epoch_loop.update_lr_schedulers = _no_step  # type: ignore[method-assign]
+        for config in strategy.lr_scheduler_configs:  # for those that manual optimisation steps itself
+            config.scheduler.step = _no_step  # type: ignore[method-assign]
         if isinstance(strategy.model, DistributedDataParallel):
             # No parameter has a gradient to average; DDP's reducer would wait for them.
             self._grad_sync = strategy.model.require_backward_grad_sync
@@ -65,6 +67,8 @@ class FrozenFit:
         strategy, epoch_loop = self._trainer.strategy, self._trainer.fit_loop.epoch_loop
         vars(strategy).pop("optimizer_step", None)
         vars(epoch_loop).pop("update_lr_schedulers", None)
+        for config in strategy.lr_scheduler_configs:
+            vars(config.scheduler).pop("step", None)
         if self._grad_sync is not None and isinstance(strategy.model, DistributedDataParallel):
             strategy.model.require_backward_grad_sync = self._grad_sync
         self._training, self._requires_grad, self._grad_sync = {}, {}, None
@@ -76,6 +80,6 @@ def _run_closure_only(optimizer: Any, closure: Callable[[], Any], model: Any = N
     return closure()
 
 
-def _no_schedulers(*args: Any, **kwargs: Any) -> None:
-    """Stand in for the training loop's ``update_lr_schedulers``."""
+def _no_step(*args: Any, **kwargs: Any) -> None:
+    """Stand in for the training loop's ``update_lr_schedulers``, and for a scheduler's ``step``."""
     del args, kwargs

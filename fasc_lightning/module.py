@@ -47,20 +47,21 @@ class CausalLMModule(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        # A model whose parameters are all frozen, as for inference, can still be calibrated.
+        parameters = [p for p in self.parameters() if p.requires_grad] or list(self.parameters())
         return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
 
     def token_mask(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Return True for the tokens that are not padding, shape (samples, length)."""
-        mask = batch.get("attention_mask")
+        mask = _checked(batch).get("attention_mask")
         return None if mask is None else mask.bool()
 
     def loss_terms(self, batch: Mapping[str, Tensor]) -> int:
         """Return over how many token losses the model's loss is a mean: the predicted, unignored labels."""
-        return int((_labels(batch)[:, 1:] != -100).sum())
+        return int((_labels(_checked(batch))[:, 1:] != -100).sum())
 
     def _loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        inputs = {key: value for key, value in _checked(batch).items() if key != "labels"}
         return self.model(**inputs, labels=_labels(batch), use_cache=False).loss
 
 
@@ -70,3 +71,12 @@ def _labels(batch: Mapping[str, Tensor]) -> Tensor:
     labels = batch["input_ids"]
     mask = batch.get("attention_mask")
     return labels if mask is None else labels.masked_fill(mask == 0, -100)
+
+
+def _checked(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise TypeError(
+            f"Expected batches that are mappings with 'input_ids' but got {type(batch).__name__}. Collate them as "
+            "{'input_ids': (samples, length)}, or wrap the model in a LightningModule of your own."
+        )
+    return batch

@@ -11,6 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
+#: Options of torchmetrics: processes are summed by our own `all_reduce_`, since its synchronisation gathers every
+#: process's matrices; and a cached result would be a second matrix, and wrong once states are merged.
+OWN_SYNC: dict[str, Any] = {"sync_on_compute": False, "compute_with_cache": False}
+
 #: Widest panel of a packed matrix: wide enough for the products to run at full speed, narrow enough to skip nearly
 #: half of the square.
 PANEL = 384
@@ -91,7 +95,7 @@ class Moments(Metric):
     def __init__(self, features: int, dtype: torch.dtype = torch.float32) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"Expected `dtype` to be torch.float32 or torch.float64 but got {dtype}.")
-        super().__init__()
+        super().__init__(**OWN_SYNC)
         self.features = features
         self.accumulator_dtype = dtype
         # Scalars stand in for the zero matrices: torchmetrics keeps a second copy of every default.
@@ -165,6 +169,7 @@ class Moments(Metric):
         self.allocate()
         for state in (self.outer, self.total, self.count):
             dist.all_reduce(state, group=group)
+        self._update_count = max(self._update_count, int(self.count > 0))
 
     @property
     def nbytes(self) -> int:
@@ -188,7 +193,7 @@ class CrossMoments(Metric):
     count: Tensor
 
     def __init__(self, n: int, m: int, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
+        super().__init__(**OWN_SYNC)
         self.shape = (n, m)
         self.add_state("outer", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -235,6 +240,7 @@ class CrossMoments(Metric):
         self.allocate()
         for state in (self.outer, self.count):
             dist.all_reduce(state, group=group)
+        self._update_count = max(self._update_count, int(self.count > 0))
 
     @property
     def nbytes(self) -> int:

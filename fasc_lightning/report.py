@@ -55,6 +55,7 @@ class CompressionReport:
         targeted: Sizes of the targeted layers, "dense" and "compressed".
         whole: Sizes of the whole model, alike.
         seconds: By phase: calibrate, factorize, swap.
+        moments_bytes: Memory of the statistics.
         peak_memory_bytes: Largest memory of the process (on CUDA: of the device) so far.
         layers: One row a targeted layer.
         versions: Of the libraries.
@@ -66,6 +67,7 @@ class CompressionReport:
     targeted: dict[str, Size]
     whole: dict[str, Size]
     seconds: dict[str, float]
+    moments_bytes: int
     peak_memory_bytes: int
     layers: list[LayerReport] = field(repr=False)
     versions: dict[str, str] = field(default_factory=lambda: library_versions())

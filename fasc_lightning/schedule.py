@@ -14,18 +14,18 @@ class CalibrationSchedule:
     """Decides at each batch whether the calibration phase has begun.
 
     Without ``calibration_steps`` it is the last epoch of ``max_epochs``. With them it is the last so many optimizer
-    steps; where an EarlyStopping callback or ``max_time`` may end the fit at any moment, the end is put off until the
-    calibration steps have been taken (through the Trainer's own ``min_steps``).
+    steps; where something may end the fit at any moment (EarlyStopping, ``max_time``, ``trainer.should_stop``), the end
+    is put off until the calibration steps have been taken, through the Trainer's own ``min_steps``.
 
     Args:
-        calibration_steps: Optimizer steps to calibrate on, or None.
+        calibration_steps: Optimizer steps to calibrate on (batches, with manual optimisation), or None.
     """
 
     def __init__(self, calibration_steps: int | None = None) -> None:
         self.calibration_steps = calibration_steps
         self.begun = False
         self._last_step: float = math.inf
-        self._open_ended = False
+        self._holding = False
         self._user_min_steps: int | None = None
 
     def check(self, trainer: pl.Trainer) -> None:
@@ -34,7 +34,7 @@ class CalibrationSchedule:
         Raises:
             MisconfigurationException: With the option that is missing.
         """
-        if self.calibration_steps is not None:
+        if self.calibration_steps is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         reason = None
         if trainer.max_steps != -1:
@@ -55,14 +55,13 @@ class CalibrationSchedule:
     def start(self, trainer: pl.Trainer) -> None:
         """Look at how the fit will end; at the start of training."""
         self.begun = False
-        self._open_ended = any(isinstance(c, EarlyStopping | Timer) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if self.calibration_steps is None:
             return
         end = trainer.estimated_stepping_batches
         self._last_step = end if end >= 0 else math.inf
-        if self._open_ended:
-            self._user_min_steps = trainer.fit_loop.min_steps
-            trainer.fit_loop.epoch_loop.min_steps = sys.maxsize
+        self._holding = True
+        self._user_min_steps = trainer.fit_loop.min_steps
+        trainer.fit_loop.epoch_loop.min_steps = sys.maxsize
 
     def begins(self, trainer: pl.Trainer) -> bool:
         """Tell whether the batch that is about to run belongs to the calibration."""
@@ -70,21 +69,29 @@ class CalibrationSchedule:
             return True
         if self.calibration_steps is None:
             self.begun = self._in_last_epoch(trainer)
-        elif self._last_step < math.inf and trainer.global_step >= self._last_step - self.calibration_steps:
+        elif self._position(trainer) >= self._last_step - self.calibration_steps:
             self.begun = True
-        elif self._open_ended and trainer.should_stop and self._may_stop(trainer):
-            trainer.fit_loop.epoch_loop.min_steps = trainer.global_step + self.calibration_steps
+        elif trainer.should_stop and self._may_stop(trainer):
+            optimizers = 1 if trainer.lightning_module.automatic_optimization else len(trainer.optimizers)
+            trainer.fit_loop.epoch_loop.min_steps = trainer.global_step + self.calibration_steps * optimizers
             self.begun = True
-        elif not self._open_ended and self._last_step == math.inf:
+        elif self._last_step == math.inf:
             # A loader without a length: the last epoch is the best that is known.
             self.begun = self._in_last_epoch(trainer)
         return self.begun
 
     def stop(self, trainer: pl.Trainer) -> None:
         """Give the Trainer its own ``min_steps`` back; safe to call at any time."""
-        if self._open_ended and self.calibration_steps is not None:
+        if self._holding:
             trainer.fit_loop.epoch_loop.min_steps = self._user_min_steps
-        self._open_ended = False
+        self._holding = False
+
+    @staticmethod
+    def _position(trainer: pl.Trainer) -> int:
+        """Return the steps taken, in the unit in which the Trainer estimates the end of the fit."""
+        if trainer.lightning_module.automatic_optimization or trainer.max_steps != -1:
+            return trainer.global_step
+        return trainer.fit_loop.total_batch_idx  # every optimizer counts in `global_step`
 
     def _may_stop(self, trainer: pl.Trainer) -> bool:
         """Tell whether the user's own minimum has been met."""
@@ -93,4 +100,6 @@ class CalibrationSchedule:
 
     @staticmethod
     def _in_last_epoch(trainer: pl.Trainer) -> bool:
-        return trainer.max_epochs is not None and trainer.current_epoch >= trainer.max_epochs - 1
+        if trainer.max_epochs is None or trainer.max_epochs < 0:
+            return False
+        return trainer.current_epoch >= trainer.max_epochs - 1

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +84,11 @@ def select_layers(
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Tell whether a module is a dense linear layer that can be tapped and replaced."""
-    if not isinstance(module, nn.Linear | Conv1D):
+    """Tell whether a module is a dense linear layer that can be tapped and replaced.
+
+    Subclasses that compute something else (scaled, ternary, adapted) are not.
+    """
+    if not isinstance(module, nn.Linear | Conv1D) or type(module).forward not in (nn.Linear.forward, Conv1D.forward):
         return False
     weight = module.weight
     # Packed quantised layers are subclasses of nn.Linear whose weight is bytes of another shape.
@@ -161,7 +165,9 @@ class Taps:
         self._handles: list[RemovableHandle] = []
         self._batch: TokenRows | None = None
         self._calls: list[_Call] = []
-        self._by_input: dict[int, _Call] = {}
+        # Weak: a call belongs to the graph whose hooks hold it. The graph that checkpointing recomputes is dropped
+        # without a backward pass of its own, and its inputs must go with it.
+        self._by_input: WeakValueDictionary[int, _Call] = WeakValueDictionary()
         self._batches = 0
         self._scoring = True
         # Outputs that nothing upstream makes require a gradient (everything before them is frozen) are added to
@@ -201,7 +207,7 @@ class Taps:
     def end_batch(self) -> None:
         """Stop counting, and settle inputs whose gradient reached only some of the layers that share them."""
         for call in self._calls:
-            if call.counted and call.pending and call.rows is not None:
+            if call.pending and call.rows is not None:
                 reached = [name for name in call.members if name not in call.pending]
                 self.moments.move_inputs(call.members, reached, call.rows)
         self._batch = None
@@ -231,7 +237,6 @@ class Taps:
             rows = _rows(x, self._batch, self.moments.dtype)
             call = _Call(weakref.ref(x), rows, rows._version, self._batch, self._scoring)
             self._by_input[id(x)] = call
-            self._calls.append(call)
         call.members.append(name)
         call.pending.add(name)
         return call
@@ -247,10 +252,15 @@ class Taps:
                 "would be wrong. Make the modification out of place, or add the layer to `exclude`."
             )
         h, scale = _rows(gradient, call.batch, self.moments.dtype), call.batch.scale
+        if call.batch.may_overflow and not torch.isfinite(h.sum()):
+            call.batch.overflowed = True
+        if call.batch.overflowed:
+            return
         if not call.counted:
             with _named(f"an activation of layer {name!r}", call.batch):
                 self.moments.add_inputs(call.members, x)
             call.counted = True
+            self._calls.append(call)
         with _named(f"a gradient of layer {name!r}", call.batch):
             self.moments.add_gradients(name, h, scale)
         if name in self.moments.crosses:
@@ -281,7 +291,7 @@ def _named(what: str, rows: TokenRows) -> Iterator[None]:
     except FloatingPointError as error:
         raise FloatingPointError(
             f"Expected finite numbers but {what} is NaN or Inf in {rows.label}. The batch was refused. Check the data "
-            "and the learning rate; under float16 use bf16 or `update_weights=False`."
+            "and the learning rate; under float16 use bf16, or a GradScaler with a smaller `init_scale`."
         ) from error
 
 

@@ -21,6 +21,9 @@ class TokenRows:
         scale: Factor that turns a gradient of the batch's loss into one of the sum of its token losses.
         fraction: Share of the tokens that is kept.
         sample_seeds: One seed for each sample of the batch; needed when ``fraction`` < 1.
+        may_overflow: Whether a GradScaler is at work, which makes gradients overflow now and then and skips such a
+            step; the taps then leave the rest of the batch out.
+        overflowed: Whether that has happened.
     """
 
     label: str = "the batch"
@@ -28,6 +31,8 @@ class TokenRows:
     scale: float = 1.0
     fraction: float = 1.0
     sample_seeds: Sequence[int] = ()
+    may_overflow: bool = False
+    overflowed: bool = False
     _cache: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict, repr=False)
 
     def index(self, leading: tuple[int, ...], device: torch.device) -> Tensor | None:
@@ -35,7 +40,8 @@ class TokenRows:
 
         Args:
             leading: Shape of an activation without its features: (samples, length), (samples * length,), (samples,),
-                or (samples, height, width) and the like. The mask applies where the tokens are as many as it has.
+                (length, samples), or (samples, height, width) and the like. The mask applies where the tokens are as
+                many as it has.
             device: Where the index is wanted.
 
         Returns:
@@ -50,8 +56,10 @@ class TokenRows:
     def _keep(self, leading: tuple[int, ...]) -> Tensor | None:
         tokens = int(torch.Size(leading).numel())
         keep = None
-        if self.mask is not None and self.mask.numel() == tokens and leading in (tuple(self.mask.shape), (tokens,)):
+        if self.mask is not None and leading in (tuple(self.mask.shape), (self.mask.numel(),)):
             keep = self.mask.bool().flatten().cpu()
+        elif self.mask is not None and leading == tuple(self.mask.T.shape):  # sequence first
+            keep = self.mask.bool().T.flatten().cpu()
         if self.fraction < 1:
             keep = self._subsample(torch.ones(tokens, dtype=torch.bool) if keep is None else keep.clone())
         if keep is None or bool(keep.all()):

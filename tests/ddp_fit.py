@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+import torchmetrics
 from tiny import causal_module, token_loader
 
 from fasc_lightning import FascCallback
@@ -29,7 +30,12 @@ class Saving(FascCallback):
         torch.save(content, Path(sys.argv[3]) / f"{sys.argv[2]}-{trainer.global_rank}.pt")
 
 
+def refuse_gathering(*args, **kwargs):
+    raise AssertionError("statistics must be all-reduced, not gathered")
+
+
 def main() -> None:
+    torchmetrics.metric.gather_all_tensors = refuse_gathering
     devices, fraction = int(sys.argv[1]), float(sys.argv[4])
     module = causal_module()
     # More than one batch a process, of unequal padding; two samples a batch, so that halves are whole batches.
@@ -43,7 +49,7 @@ def main() -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Saving(rank=0.5, update_weights=False, token_fraction=fraction)],
+        callbacks=[Saving(rank=0.5, update_weights=False, token_fraction=fraction, allocation=sys.argv[5])],
     )
     trainer.fit(module, loader)
 

@@ -23,7 +23,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fasc_lightning import CausalLMModule, FascCallback
-from fasc_lightning.swap import compressed_layers, is_compressed
+from fasc_lightning.lowrank import make_lowrank
+from fasc_lightning.solvers import fasc
+from fasc_lightning.swap import compressed_layers, is_compressed, swap_modules
 
 
 def state(module):
@@ -357,12 +359,29 @@ def test_report_is_complete_and_json(make_trainer, tmp_path):
 
 
 def test_full_rank_is_the_dense_model(make_trainer):
-    for layout in ("auto", "factors"):
-        module = causal_module()
-        ids = torch.randint(3, 60, (2, 10))
-        expected = module.model(ids).logits
-        make_trainer(FascCallback(rank=1.0, update_weights=False, layout=layout)).fit(module, token_loader())
-        torch.testing.assert_close(module.model(ids).logits, expected, rtol=1e-4, atol=1e-6)
+    """At the full budget every layer is cheapest dense."""
+    module = causal_module()
+    ids = torch.randint(3, 60, (2, 10))
+    expected = module.model(ids).logits
+    callback = FascCallback(rank=1.0, update_weights=False)
+    make_trainer(callback).fit(module, token_loader())
+    assert {layer.layout for layer in callback.report.layers} == {"dense"}
+    assert torch.equal(module.model(ids).logits, expected)
+
+
+def test_factors_of_full_rank_compute_what_the_dense_layers_do(make_trainer):
+    module = causal_module()
+    ids = torch.randint(3, 60, (2, 10))
+    expected = module.model(ids).logits
+    callback = RecordingCallback(keep=1.0, update_weights=False)
+    make_trainer(callback).fit(module, token_loader())
+    factors = {}
+    for name in list(callback.kept_moments.shapes):
+        layer = module.get_submodule(name)
+        found = fasc(layer.weight.detach(), callback.kept_moments.layer(name))
+        factors[name] = make_lowrank(found.left, found.right, None, "factors", dtype=torch.float32)
+    swap_modules(module, factors)
+    torch.testing.assert_close(module.model(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_model(make_trainer):
@@ -396,6 +415,8 @@ def test_the_same_seed_gives_the_same_model(make_trainer):
         ({"rank": 0.5, "layout": "coo"}, ValueError, "one of auto, pivot, factors"),
         ({"rank": 0.5, "token_fraction": 0}, ValueError, "token_fraction"),
         ({"rank": 0.5, "calibration_steps": 0}, ValueError, "calibration_steps"),
+        ({"rank": 0.5, "calibration_steps": True}, ValueError, "calibration_steps"),
+        ({"rank": 0.5, "seed": "a"}, TypeError, "`seed` to be an int but got 'a'"),
         ({"rank": 0.5, "loss_terms": "median"}, ValueError, "'mean', 'sum' or a callable"),
         ({"rank": 0.5, "token_mask": "mask"}, TypeError, "token_mask"),
     ],
@@ -448,7 +469,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("case", FAILURES)
-@pytest.mark.parametrize("update_weights", [False])
+@pytest.mark.parametrize("update_weights", [False, True])
 def test_failures_leave_the_model_as_it_was(make_trainer, case, update_weights):
     error, message, options = FAILURES[case]
     module = causal_module()
@@ -614,29 +635,176 @@ def test_compiled_modules_are_refused(make_trainer):
         make_trainer(FascCallback(rank=0.5)).fit(module, token_loader())
 
 
-@pytest.mark.parametrize(
-    ("strategy", "name"), [("ddp_spawn", "DDPStrategy"), ("ddp_fork", "DDPStrategy"), ("fsdp", "FSDPStrategy")]
-)
-def test_strategies_that_lose_the_layers_are_refused(make_trainer, strategy, name):
-    from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_launchers_that_lose_the_layers_are_refused(make_trainer, strategy):
+    trainer = make_trainer(FascCallback(rank=0.5), strategy=strategy, devices=2)
+    with pytest.raises(MisconfigurationException, match=r"DDPStrategy is launched by .* HINT: use strategy='ddp'"):
+        trainer.callbacks[0].setup(trainer, causal_module(), "fit")
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+def test_sharded_strategies_are_refused(name):
+    from lightning.pytorch import strategies
 
     from fasc_lightning._checks import check_strategy
 
     class FakeTrainer:
-        pass
+        strategy = object.__new__(getattr(strategies, name))
 
-    if strategy == "fsdp":
-        for sharded in (FSDPStrategy.__new__(FSDPStrategy), ModelParallelStrategy.__new__(ModelParallelStrategy)):
-            sharded._launcher = None
-            trainer = FakeTrainer()
-            trainer.strategy = sharded
-            with pytest.raises(MisconfigurationException, match=f"{type(sharded).__name__}, which shards"):
-                check_strategy(trainer)
-        return
-    trainer = make_trainer(FascCallback(rank=0.5), strategy=strategy, devices=2)
-    assert isinstance(trainer.strategy, DDPStrategy)
-    with pytest.raises(MisconfigurationException, match=rf"{name} is launched by .* 'ddp' from a script|{name} is"):
-        trainer.callbacks[0].setup(trainer, causal_module(), "fit")
+    FakeTrainer.strategy._launcher = None
+    with pytest.raises(MisconfigurationException, match=f"but got {name}, which shards or wraps .* HINT"):
+        check_strategy(FakeTrainer())
+
+
+def test_modules_compiled_in_place_are_refused(make_trainer):
+    module = causal_module()
+    module.model.model.layers[0]._compiled_call_impl = lambda *args, **kwargs: None
+    with pytest.raises(MisconfigurationException, match=r"'model\.model\.layers\.0' is: hooks added"):
+        make_trainer(FascCallback(rank=0.5)).fit(module, token_loader())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's use
+def test_adapters_must_be_merged_first(make_trainer):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(causal_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(MisconfigurationException, match="merge_and_unload"):
+        make_trainer(FascCallback(rank=0.5)).fit(CausalLMModule(model), token_loader())
+
+
+def test_two_callbacks_are_refused(make_trainer):
+    module = causal_module()
+    before = state(module)
+    flags = {name: p.requires_grad for name, p in module.named_parameters()}
+    callbacks = [FascCallback(keep=0.8, targets=[name], update_weights=False) for name in ("q_proj", "down_proj")]
+    with pytest.raises(MisconfigurationException, match="one FascCallback in a fit"):
+        make_trainer(*callbacks).fit(module, token_loader())
+    assert_untouched(module, before, flags)
+
+
+def test_a_failure_after_the_swap_takes_it_back(make_trainer):
+    class Failing(pl.Callback):
+        def on_fit_end(self, trainer, pl_module):
+            assert is_compressed(pl_module)
+            raise OSError("disk full")
+
+    module = causal_module()
+    before = state(module)
+    with pytest.raises(OSError, match="disk full"):
+        make_trainer(FascCallback(rank=0.5, update_weights=False), Failing()).fit(module, token_loader())
+    assert_untouched(module, before)
+    assert not hasattr(module.model.config, "quantization_config")
+
+
+def test_a_frozen_scheduler_stands_still_in_manual_optimization(make_trainer):
+    class Manual(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            self.manual_backward(nn.functional.cross_entropy(self(x), y))
+            self.optimizers().step()
+            self.lr_schedulers().step()
+
+        def configure_optimizers(self):
+            self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            return [self.optimizer], [torch.optim.lr_scheduler.StepLR(self.optimizer, 1)]
+
+    module = Manual(mlp().net)
+    make_trainer(FascCallback(keep=0.8, update_weights=False)).fit(module, feature_loader())
+    assert module.optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_calibration_steps_are_batches_in_manual_optimization(make_trainer):
+    class Two(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            self.manual_backward(nn.functional.cross_entropy(self(x), y))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.parameters(), lr=0.1) for _ in range(2)]
+
+    callback = RecordingCallback(keep=0.8, calibration_steps=2)
+    make_trainer(callback, max_epochs=4).fit(Two(mlp().net), feature_loader(batch_size=16))
+    assert callback.batches == 2
+
+
+def test_a_stop_by_hand_waits_for_the_calibration(make_trainer):
+    class Stopping(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step >= 2
+
+    callback = RecordingCallback(rank=0.5, calibration_steps=3)
+    trainer = make_trainer(callback, Stopping(), max_epochs=50)
+    trainer.fit(causal_module(), token_loader())
+    assert callback.batches == 3
+    assert trainer.global_step == 5
+
+
+def test_fast_dev_run(make_trainer):
+    module = causal_module()
+    trainer = make_trainer(FascCallback(rank=0.5), fast_dev_run=4)
+    trainer.fit(module, token_loader())
+    assert is_compressed(module)
+
+
+def test_overflows_under_a_grad_scaler_leave_the_batch_out(make_trainer):
+    from lightning.pytorch.plugins import MixedPrecision
+
+    callback = RecordingCallback(rank=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)
+    trainer = make_trainer(callback, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], max_epochs=1)
+    module = causal_module()
+    trainer.fit(module, token_loader(samples=48))
+    assert scaler.get_scale() < 2.0**24
+    tokens = {callback.kept_moments.tokens(name) for name in callback.kept_moments.shapes}
+    assert 0 < min(tokens) < 48 * 16
+    assert all(torch.isfinite(callback.kept_moments.layer(name).G).all() for name in callback.kept_moments.shapes)
+
+
+def test_budgets_are_refused_before_the_first_batch(make_trainer):
+    callback = RecordingCallback(keep=0.01)
+    with pytest.raises(ValueError, match=r"at least 914 parameters .* keep=0\.01 gives"):
+        make_trainer(callback, max_epochs=3).fit(causal_module(), token_loader())
+    assert callback.batches == 0
+
+
+@pytest.mark.parametrize("allocation", ["fisher", "uniform"])
+def test_unreached_layers_count_in_the_budget(make_trainer, allocation):
+    class Unused(Classifier):
+        def __init__(self, spare):
+            super().__init__(mlp().net)
+            self.spare = nn.Linear(spare, spare)
+
+    module = Unused(14)
+    callback = FascCallback(keep=0.8, update_weights=False, allocation=allocation)
+    with pytest.warns(UserWarning, match="stay dense because no gradient"):
+        make_trainer(callback).fit(module, feature_loader())
+    assert callback.report.kept <= 0.8
+    module = Unused(64)
+    before = state(module)
+    callback = FascCallback(keep=0.8, update_weights=False, allocation=allocation)
+    with (
+        pytest.warns(UserWarning, match="stay dense because no gradient"),
+        pytest.raises(ValueError, match="Exclude spare"),
+    ):
+        make_trainer(callback).fit(module, feature_loader())
+    assert_untouched(module, before)
+
+
+def test_a_constant_loss_is_an_error(make_trainer):
+    class Constant(Classifier):
+        def training_step(self, batch, batch_idx):
+            return (self(batch[0]) * 0).sum()
+
+    module = Constant(mlp().net)
+    before = state(module)
+    with pytest.raises(RuntimeError, match="Every gradient that reached the 3 tapped layers was zero"):
+        make_trainer(FascCallback(rank=0.5, update_weights=False)).fit(module, feature_loader())
+    assert_untouched(module, before)
 
 
 def test_setup_for_other_stages_does_nothing(make_trainer):

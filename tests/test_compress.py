@@ -105,6 +105,35 @@ def test_saved_models_reload(tmp_path):
     assert torch.equal(load_compressed(tmp_path)(ids).logits, model(ids).logits)
 
 
+def test_a_model_frozen_for_inference_is_compressed_and_stays_frozen():
+    model = causal_model().requires_grad_(False)
+    compress(model, token_loader(samples=16), keep=0.8, progress=False)
+    assert is_compressed(model)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ({"input_ids": torch.zeros(2, 8, dtype=torch.long)}, r"got one dict: write \[batch\]"),
+        (torch.zeros(2, 8, dtype=torch.long), "got one Tensor"),
+        ([torch.zeros(2, 8, dtype=torch.long)], "mappings with 'input_ids' but got Tensor"),
+        ([{"ids": torch.zeros(2, 8)}], "mappings with 'input_ids' but got dict"),
+    ],
+)
+def test_wrong_batches_are_refused_by_name(batches, message):
+    with pytest.raises(TypeError, match=message):
+        compress(causal_model(), batches, keep=0.8, progress=False)
+
+
+def test_encoder_decoders_are_refused():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    with pytest.raises(TypeError, match="causal language model"):
+        compress(T5ForConditionalGeneration(config), token_loader(), keep=0.5, progress=False)
+
+
 def test_what_cannot_be_compressed_is_refused():
     with pytest.raises(TypeError, match="Wrap it in a LightningModule"):
         compress(nn.Linear(3, 3), [], keep=0.5)

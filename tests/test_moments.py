@@ -60,6 +60,14 @@ def test_half_precision_input_is_accumulated_in_float32():
     torch.testing.assert_close(moments.compute().double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_results_are_never_stale():
+    a, b = Moments(1, torch.float64), Moments(1, torch.float64)
+    a.update(torch.ones(2, 1))
+    assert a.compute().item() == 1
+    b.update(torch.full((2, 1), 5.0))
+    assert a.add_(b).compute().item() == 13
+
+
 def test_torchmetrics_merge_and_reset():
     a, b = Moments(3), Moments(3)
     x, y = torch.randn(4, 3), torch.randn(6, 3)

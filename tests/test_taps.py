@@ -190,6 +190,27 @@ def test_plain_checkpoint_of_a_shared_input():
             assert_moments(moments, name, *expected[name])
 
 
+def test_checkpointing_does_not_pin_what_it_recomputes(llama, batch):
+    llama.train()
+    llama.activation_checkpointing_enable({"use_reentrant": False})
+    taps, _ = tapped(select_layers(llama))
+    taps.install()
+    taps.begin_batch(TokenRows())
+    llama(**batch, use_cache=False).loss.backward()
+    assert taps._by_input
+    assert not any(call.rows is not None for call in taps._by_input.values())
+    taps.end_batch()
+
+
+def test_layers_that_only_look_linear_are_left_alone():
+    class Tripled(nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    model = nn.ModuleDict({"plain": nn.Linear(3, 3), "tripled": Tripled(3, 3)})
+    assert list(select_layers(model)) == ["plain"]
+
+
 def test_bf16_autocast_accumulates_in_float32(batch):
     model = causal_model("llama")
     layers = select_layers(model)

@@ -15,6 +15,11 @@ def test_the_mask_applies_to_both_shapes_of_a_batch():
     assert rows.index((6,), CPU).tolist() == [0, 1, 3]
 
 
+def test_the_mask_follows_sequence_first_activations():
+    rows = TokenRows(mask=torch.tensor([[1, 1, 0], [1, 0, 0]]).bool())
+    assert rows.index((3, 2), CPU).tolist() == [0, 1, 2]
+
+
 def test_the_mask_does_not_apply_to_pooled_activations():
     rows = TokenRows(mask=torch.tensor([[1, 1, 0], [1, 0, 0]]).bool())
     assert rows.index((2,), CPU) is None

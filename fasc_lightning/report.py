@@ -168,7 +168,7 @@ def summary_table(report: CompressionReport) -> str:
     from rich.table import Table
 
     table = Table(title=f"{report.method}: {report.kept:.1%} of the targeted parameters kept")
-    for column in ("layers", "count", "dense", "rank / full", "parameters", "kept", "loss share", "rho"):
+    for column in ("layers", "count", "dense", "rank / full", "parameters", "kept", "loss share", "rho debiased"):
         table.add_column(column, justify="left" if column == "layers" else "right")
     kinds: dict[str, list[LayerReport]] = {}
     for layer in report.layers:
@@ -178,7 +178,7 @@ def summary_table(report: CompressionReport) -> str:
         before = sum(r.shape[0] * r.shape[1] for r in rows)
         after = sum(_weights(r) for r in rows)
         ranks = sorted(r.rank / min(r.shape) for r in rows)
-        rhos = sorted(r.rho for r in rows if r.rho == r.rho)
+        rhos = sorted(r.rho_debiased for r in rows if r.rho_debiased == r.rho_debiased)
         table.add_row(
             kind,
             str(len(rows)),

@@ -94,8 +94,8 @@ def check_strategy(trainer: pl.Trainer) -> None:
     launcher = strategy.launcher
     if isinstance(launcher, _MultiProcessingLauncher):
         raise MisconfigurationException(
-            f"Expected a fit in this process or in processes of the same script but {name} is launched by "
-            f"{type(launcher).__name__} (start method {launcher._start_method!r}): the layers would be swapped in the "
+            f"Expected a fit in this process or in processes of the same script but {name} (ddp_"
+            f"{launcher._start_method}) is launched by {type(launcher).__name__}: the layers would be swapped in the "
             "workers and lost with them. HINT: use strategy='ddp' from a script (not a notebook), or one device."
         )
     # By exact type: DeepSpeedStrategy is a DDPStrategy.

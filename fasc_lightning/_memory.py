@@ -38,8 +38,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 def return_freed_memory() -> None:
     """Give what the allocator holds but nobody uses back to the system.
 
-    glibc keeps the pages of freed activations, a gigabyte after a calibration, and what comes next (factors of all
-    layers) would be put on top of them. Does nothing where there is no ``malloc_trim``.
+    glibc keeps the pages of freed activations, a gigabyte after a calibration, and what comes next (moments, factors of
+    all layers) would be put on top of them. Does nothing where there is no ``malloc_trim``.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -173,6 +173,7 @@ class FascCallback(pl.Callback):
             f"moments need at most {needed / 1e9:.2f} GB ({dtype}) of the "
             f"{available_memory(device) / 1e9:.2f} GB free on {device}."
         )
+        return_freed_memory()
         self.report = None
         self._seconds = {}
         self._moments = CalibrationMoments(shapes, dtype, device)

@@ -234,7 +234,7 @@ class Taps:
         # An id may be used again once its tensor is gone; and a layer that is given the same tensor twice sees its
         # tokens twice.
         if call is None or call.source() is not x or name in call.members or call.counted:
-            rows = _rows(x, self._batch, self.moments.dtype)
+            rows = _rows(x, self._batch)
             call = _Call(weakref.ref(x), rows, rows._version, self._batch, self._scoring)
             self._by_input[id(x)] = call
         call.members.append(name)
@@ -251,8 +251,8 @@ class Taps:
                 f"The input of layer {name!r} was modified in place after the layer read it, so its statistics "
                 "would be wrong. Make the modification out of place, or add the layer to `exclude`."
             )
-        h, scale = _rows(gradient, call.batch, self.moments.dtype), call.batch.scale
-        if call.batch.may_overflow and not torch.isfinite(h.sum()):
+        h, scale = _rows(gradient, call.batch), call.batch.scale
+        if call.batch.may_overflow and not torch.isfinite(h).all():
             call.batch.overflowed = True
         if call.batch.overflowed:
             return
@@ -278,9 +278,9 @@ class Taps:
         if s < MIN_TOKENS:
             return
         sample = torch.linspace(0, tokens - 1, s, device=x.device).long()
-        W = linear_weight(self.layers[name]).detach().to(h)
+        W = linear_weight(self.layers[name]).detach().to(self.moments.dtype)
         with torch.autocast(h.device.type, enabled=False):
-            self.scores[name].update(x[sample], h[sample] @ W)
+            self.scores[name].update(x[sample], h[sample].to(W) @ W)
 
 
 @contextmanager
@@ -295,13 +295,11 @@ def _named(what: str, rows: TokenRows) -> Iterator[None]:
         ) from error
 
 
-def _rows(values: Tensor, rows: TokenRows, dtype: torch.dtype) -> Tensor:
-    """Return the counted tokens of (..., d) activations or gradients as rows (tokens, d) of ``dtype``."""
+def _rows(values: Tensor, rows: TokenRows) -> Tensor:
+    """Return the counted tokens of (..., d) activations or gradients as rows (tokens, d); a view if all count."""
     index = rows.index(tuple(values.shape[:-1]), values.device)
     flat = values.detach().reshape(-1, values.shape[-1])
-    if index is not None:
-        flat = flat.index_select(0, index)
-    return flat.to(dtype)
+    return flat if index is None else flat.index_select(0, index)
 
 
 def layer_shapes(layers: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:

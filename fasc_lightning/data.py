@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fasc_lightning.bundled import cache_folder
@@ -96,7 +96,7 @@ def _row_text(row: Mapping[str, Any], where: str) -> str:
     raise ValueError(f"{where}: expected a text in one of the fields {expected}, but got the fields {sorted(row)}.")
 
 
-def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int | None, window: int) -> LongTensor:
+def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int | None, window: int) -> Tensor:
     """Tokenise a text from its start, without special tokens, and cut it into consecutive windows.
 
     Args:
@@ -122,7 +122,7 @@ def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int | N
             f"{supported}. Give a longer text, or ask for fewer or shorter windows."
         )
     kept = supported if windows is None else windows
-    return torch.tensor(ids[: kept * window]).view(kept, window)  # type: ignore[return-value]
+    return torch.tensor(ids[: kept * window]).view(kept, window)
 
 
 def _leading_ids(text: str, tokenizer: PreTrainedTokenizerBase, needed: int | None) -> list[int]:
@@ -156,7 +156,7 @@ def calibration_windows(
     model: PreTrainedModel | None = None,
     batch_size: int = 64,
     cache: bool = True,
-) -> LongTensor:
+) -> Tensor:
     """Collect calibration windows from several sources, as equally as possible, and shuffle them.
 
     Args:
@@ -208,7 +208,7 @@ def calibration_windows(
         except ValueError as error:
             raise ValueError(f"Calibration source {source!r}: {error}") from error
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
-    return torch.cat(parts)[order]  # type: ignore[return-value]
+    return torch.cat(parts)[order]
 
 
 def _source_text(source: str, tokens: int) -> str:
@@ -246,7 +246,7 @@ def sample_windows(
     seed: int,
     batch_size: int = 64,
     cache_dir: str | Path | None = None,
-) -> LongTensor:
+) -> Tensor:
     """Sample windows of text from the model itself, at temperature 1 and without truncation.
 
     Labels drawn from the model's own distribution make the Fisher the true one (Kunstner et al. 2019,
@@ -288,7 +288,7 @@ def sample_windows(
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         path = Path(cache_dir) / f"samples-{windows}x{window}-{key}.safetensors"
         if path.is_file():
-            return load_file(path)["input_ids"]  # type: ignore[return-value]
+            return load_file(path)["input_ids"]
 
     # All draws are made beforehand, a row a window, so that batches do not change them.
     uniforms = torch.rand(windows, window - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -300,7 +300,7 @@ def sample_windows(
         model.train(was_training)
     if path is not None:
         _save_atomically(ids, path)
-    return ids  # type: ignore[return-value]
+    return ids
 
 
 @torch.inference_mode()

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from fasc_lightning.bundled import load_model
+from fasc_lightning.callback import SCORE_EVERY, SCORE_TOKENS
 from fasc_lightning.data import text_windows
-from fasc_lightning.dependence import DependenceScore
 from fasc_lightning.evaluation import builtin_text
 from fasc_lightning.factorize import compress_layers
 from fasc_lightning.lowrank import linear_weight
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.monitor import LayerScores
 from fasc_lightning.report import write_json
 from fasc_lightning.taps import Taps, layer_shapes, select_layers
 from fasc_lightning.tokens import TokenRows, sample_seeds
@@ -47,11 +48,14 @@ def bare_step(model: Any, batch: dict[str, torch.Tensor]) -> None:
     model(inputs_embeds=embedded, labels=batch["input_ids"], use_cache=False).loss.backward()
 
 
-def calibration_step(taps: Taps, module: CausalLMModule, batch: dict[str, torch.Tensor], fraction: float) -> None:
+def calibration_step(
+    taps: Taps, module: CausalLMModule, batch: dict[str, torch.Tensor], fraction: float, scored: bool
+) -> None:
     """The same with statistics, as a frozen fit does it."""
     seeds = sample_seeds(batch, 0) if fraction < 1 else ()
     taps.install()
-    taps.begin_batch(TokenRows(scale=module.loss_terms(batch), fraction=fraction, sample_seeds=seeds))
+    rows = TokenRows(scale=module.loss_terms(batch), fraction=fraction, sample_seeds=seeds, scored=scored)
+    taps.begin_batch(rows)
     module.model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss.backward()
     taps.end_batch()
     taps.remove()
@@ -65,16 +69,17 @@ def calibration_speed(
     layers = select_layers(model)
     shapes = layer_shapes(layers)
     moments = {fraction: CalibrationMoments(shapes) for fraction in (1.0, 0.25)}
-    scores = {name: DependenceScore() for name in layers}
+    scores = LayerScores(layers, SCORE_TOKENS)
     taps = {fraction: Taps(layers, moments[fraction], scores) for fraction in moments}
     seconds: dict[str, list[float]] = {"bare": [], "every token": [], "a quarter": []}
     bare_step(model, batches[0])  # warm-up
-    calibration_step(taps[1.0], module, batches[0], 1.0)
-    calibration_step(taps[0.25], module, batches[0], 0.25)
-    for batch in batches:
+    calibration_step(taps[1.0], module, batches[0], 1.0, True)
+    calibration_step(taps[0.25], module, batches[0], 0.25, True)
+    for i, batch in enumerate(batches):
+        scored = i % SCORE_EVERY == 0
         seconds["bare"].append(timed(partial(bare_step, model, batch)))
         for name, fraction in (("every token", 1.0), ("a quarter", 0.25)):
-            seconds[name].append(timed(partial(calibration_step, taps[fraction], module, batch, fraction)))
+            seconds[name].append(timed(partial(calibration_step, taps[fraction], module, batch, fraction, scored)))
     tokens = batches[0]["input_ids"].numel()
     ratios = {
         name: statistics.median(b / s for b, s in zip(seconds["bare"], seconds[name], strict=True))

@@ -3,9 +3,12 @@
 from fasc_lightning.callback import FascCallback
 from fasc_lightning.compress import compress
 from fasc_lightning.dependence import DependenceScore
+from fasc_lightning.history import RhoHistory, emergence
 from fasc_lightning.hub import load_compressed
 from fasc_lightning.module import CausalLMModule
+from fasc_lightning.pooled import PooledDependenceScore, debiased_rho, iid_floor, rho
 from fasc_lightning.report import CompressionReport
+from fasc_lightning.score import score
 
 __all__ = [
     # compression
@@ -16,5 +19,12 @@ __all__ = [
     # saved models
     "load_compressed",
     # diagnosis
+    "score",
+    "rho",
+    "debiased_rho",
+    "iid_floor",
     "DependenceScore",
+    "PooledDependenceScore",
+    "RhoHistory",
+    "emergence",
 ]

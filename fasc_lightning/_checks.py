@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fasc_lightning._memory import available_memory
 from fasc_lightning.allocation import ALLOCATIONS
+from fasc_lightning.hsic import MIN_TOKENS
 from fasc_lightning.solvers import get_solver
 from fasc_lightning.swap import is_compressed
 
@@ -30,7 +31,7 @@ def check_budget(rank: float | None, keep: float | None) -> None:
     if rank is None and keep is None:
         raise ValueError(
             "Expected a budget but got neither `rank` nor `keep`. HINT: rank=0.5 (half of full rank) or keep=0.8 "
-            "(80 % of the targeted parameters)."
+            "(80 % of the targeted parameters); monitor_every_n_steps=50 to only track rho."
         )
     if rank is not None and keep is not None:
         raise ValueError(f"Expected `rank` or `keep` but got both ({rank=}, {keep=}). Give one.")
@@ -50,6 +51,49 @@ def check_budget(rank: float | None, keep: float | None) -> None:
             f"Expected a float `rank` to be a fraction of full rank in (0, 1] but got {rank}. An absolute rank is "
             "an int."
         )
+
+
+def check_monitor(every_n_steps: int | None, tokens: int, threshold: float, observations: int, gradient: str) -> None:
+    """Check the options of monitoring.
+
+    Raises:
+        ValueError: If one is out of range.
+        TypeError: If one is of a wrong type.
+    """
+    counts = {"monitor_tokens": tokens, "emergence_observations": observations}
+    if every_n_steps is not None:
+        counts["monitor_every_n_steps"] = every_n_steps
+    least = {"monitor_tokens": MIN_TOKENS}
+    for name, value in counts.items():
+        if type(value) is not int or value < least.get(name, 1):
+            raise ValueError(f"Expected `{name}` to be an int of at least {least.get(name, 1)} but got {value!r}.")
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise TypeError(f"Expected `rho_threshold` to be a number in [0, 1] but got {threshold!r}.")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"Expected `rho_threshold` to be in [0, 1], as rho is, but got {threshold}.")
+    if gradient not in ("input", "output"):
+        raise ValueError(
+            f"Expected `rho_gradient` to be 'input' (g = W^T h, the paper's) or 'output' (h) but got {gradient!r}."
+        )
+
+
+def check_monitor_only(calibration_steps: int | None, update_weights: bool, gate: float | None) -> None:
+    """Refuse options of a compression where there is none.
+
+    Raises:
+        ValueError: If one is given.
+    """
+    given = {
+        "calibration_steps": calibration_steps is not None,
+        "update_weights=False": not update_weights,
+        "gate": gate is not None,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise ValueError(
+                f"Expected a budget (`rank` or `keep`) together with `{name}` but got neither: without one rho is "
+                "monitored and nothing is compressed."
+            )
 
 
 def check_options(
@@ -107,8 +151,12 @@ def check_strategy(trainer: pl.Trainer) -> None:
         )
 
 
-def check_module(pl_module: pl.LightningModule) -> None:
-    """Refuse compiled modules and modules that are compressed already.
+def check_module(pl_module: pl.LightningModule, compresses: bool = True) -> None:
+    """Refuse compiled modules, and to compress modules that carry adapters or are compressed already.
+
+    Args:
+        pl_module: The module of the fit.
+        compresses: Whether it is to be compressed, or only watched.
 
     Raises:
         MisconfigurationException: With the remedy.
@@ -124,6 +172,8 @@ def check_module(pl_module: pl.LightningModule) -> None:
             "hooks added after compilation are ignored silently. HINT: fit the original module and compile the "
             "compressed one."
         )
+    if not compresses:
+        return
     adapters = [name for name, m in pl_module.named_modules() if hasattr(m, "lora_A") or hasattr(m, "base_layer")]
     if adapters:
         raise MisconfigurationException(

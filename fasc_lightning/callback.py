@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
 from fasc_lightning import _checks
+from fasc_lightning._distributed import is_distributed, same_everywhere
 from fasc_lightning._memory import available_memory, peak_memory_bytes, return_freed_memory
-from fasc_lightning.dependence import DependenceScore, all_reduce_scores_
-from fasc_lightning.factorize import CompressionResult, check_budget_fits, compress_layers, parameter_tensors
+from fasc_lightning._progress import layer_progress
+from fasc_lightning.factorize import CompressionResult, check_budget_fits, compress_layers
 from fasc_lightning.frozen import FrozenFit
+from fasc_lightning.gate import check_gate, choose_methods, failure_flags
+from fasc_lightning.history import RhoHistory, describe
 from fasc_lightning.hub import attach_config
 from fasc_lightning.lowrank import Layout
 from fasc_lightning.moments import CalibrationMoments, moments_bytes
+from fasc_lightning.monitor import LayerScores, RhoMonitor, write_history
+from fasc_lightning.pooled import Gradient
 from fasc_lightning.report import (
     CompressionReport,
     LayerReport,
     Size,
+    log_report,
     measure_layers,
     measure_model,
 )
@@ -36,28 +39,38 @@ from fasc_lightning.swap import swap_modules
 from fasc_lightning.taps import Taps, layer_shapes, select_layers
 from fasc_lightning.tokens import TokenRows, batch_size, sample_seeds
 
+#: Where rho decides nothing, a calibration scores every so many batches, on so many tokens: it is a diagnostic then,
+#: and moments are what the time is for.
+SCORE_EVERY, SCORE_TOKENS = 4, 64
+
 #: How the scalar loss averages its terms, or a callable on the batch that returns their number.
 LossTerms = Literal["mean", "sum"] | Callable[[Any], float]
 
 
 class FascCallback(pl.Callback):
-    """Compress the module at the end of a fit.
+    """Track rho while a module trains, compress it at the end of the fit, or both.
 
     Calibration runs in the last epoch, or in the last ``calibration_steps``: hooks gather second moments of each
     targeted layer's inputs and output gradients, and nothing else of the fit changes. When the fit ends, one budget
     of parameters is spent over all layers, and they are swapped for low-rank ones. ``callback.report`` then says what
     was done. If anything fails, the module is what it was.
 
+    Monitoring observes rho, the dependence violation score, at every n-th optimizer step: ``rho/<layer>``,
+    ``rho_null/<layer>``, ``rho_debiased/<layer>``, ``fasc/rho_mean``, ``fasc/rho_debiased_mean`` and
+    ``fasc/rho_above_threshold`` go to every logger and into ``trainer.callback_metrics``, for ModelCheckpoint and
+    EarlyStopping; the table with intervals is ``callback.rho_history``.
+
     Example:
         >>> import lightning as L
         >>> from fasc_lightning import FascCallback
         >>> trainer = L.Trainer(max_epochs=1, callbacks=[FascCallback(rank=0.5)], logger=False)
+        >>> trainer = L.Trainer(max_epochs=9, callbacks=[FascCallback(monitor_every_n_steps=50)], logger=False)
 
     Args:
         rank: A float is a fraction of full rank (1.0 is full), an int an absolute rank. The budget is the number of
             degrees of freedom of uniform rank-k matrices, the sum of k (m + n - k), and is spent where it matters
             most.
-        keep: Fraction of the targeted layers' parameters to keep; instead of ``rank``.
+        keep: Fraction of the targeted layers' parameters to keep; instead of ``rank``. Neither: only monitor.
         method: Solver: "fasc", "svd-llm" or "svd".
         allocation: "fisher" spends the budget over all layers; "uniform" gives each layer its own share.
         layout: "pivot" stores a rank-k (m, n) matrix in k (m + n - k) numbers, "factors" in k (m + n); "auto" is
@@ -70,15 +83,28 @@ class FascCallback(pl.Callback):
         update_weights: Whether the weights go on training during the calibration. False freezes them: eval mode, no
             optimizer or scheduler step, no weight gradients.
         token_fraction: Share of the tokens that enters the moments; fewer is faster and less accurate.
-        seed: Of the choice of those tokens.
+        seed: Of the choice of those tokens, and of rho's permutations and resamples.
         loss_terms: "mean" if the loss is a mean (over the tokens of ``token_mask``, or over samples), "sum", or a
             callable that returns the number of averaged terms of a batch. By default the module's ``loss_terms``
             method (CausalLMModule has one), else "mean".
         token_mask: Callable that returns True for a batch's real tokens, shape (samples, length), or None. By default
             the module's ``token_mask`` method, else every token counts.
+        monitor_every_n_steps: Observe rho at steps 0, n, 2n, ...; None does not.
+        monitor_tokens: Tokens of each batch that an observation looks at.
+        rho_threshold: rho above which a layer counts as high, in logs and summaries.
+        emergence_observations: A layer emerges where rho stays above the threshold and above its null for so many
+            observations.
+        rho_gradient: "input" couples x with g = W^T h, the gradient at the layer's input (the paper's definition);
+            "output" with h, the gradient at its output.
+        gate: rho at or under which the cheap solver ("svd") serves a layer instead of ``method``; None: ``method``
+            serves all.
+        gate_by: Whether "debiased" or plain "rho" is compared with the gate.
+        gate_exclude: Patterns of layers that rho does not decide and the cheap solver serves, or "paper": the
+            attention of blocks 0 to 2 and the output projections of the last block.
 
     Attributes:
         report: The :class:`~fasc_lightning.report.CompressionReport`, after the fit.
+        rho_history: The :class:`~fasc_lightning.history.RhoHistory` of what was observed; kept in checkpoints.
 
     Raises:
         ValueError: If an option is out of range.
@@ -104,8 +130,23 @@ class FascCallback(pl.Callback):
         seed: int = 0,
         loss_terms: LossTerms | None = None,
         token_mask: Callable[[Any], Tensor | None] | None = None,
+        monitor_every_n_steps: int | None = None,
+        monitor_tokens: int = 512,
+        rho_threshold: float = 0.3,
+        emergence_observations: int = 3,
+        rho_gradient: Gradient = "input",
+        gate: float | None = None,
+        gate_by: Literal["debiased", "rho"] = "debiased",
+        gate_exclude: str | list[str] | None = None,
     ) -> None:
-        _checks.check_budget(rank, keep)
+        _checks.check_monitor(
+            monitor_every_n_steps, monitor_tokens, rho_threshold, emergence_observations, rho_gradient
+        )
+        if rank is None and keep is None and monitor_every_n_steps is not None:
+            _checks.check_monitor_only(calibration_steps, update_weights, gate)
+        else:
+            _checks.check_budget(rank, keep)
+        check_gate(gate, gate_by, gate_exclude, method)
         _checks.check_options(
             method, allocation, layout, token_fraction, calibration_steps, seed, loss_terms, token_mask
         )
@@ -122,14 +163,25 @@ class FascCallback(pl.Callback):
         self.seed = seed
         self.loss_terms = loss_terms
         self.token_mask = token_mask
+        self.monitor_every_n_steps = monitor_every_n_steps
+        self.monitor_tokens = monitor_tokens
+        self.rho_threshold = rho_threshold
+        self.emergence_observations = emergence_observations
+        self.rho_gradient: Gradient = rho_gradient
+        self.gate = gate
+        self.gate_by = gate_by
+        self.gate_exclude = gate_exclude
         self.report: CompressionReport | None = None
         self._schedule = CalibrationSchedule(calibration_steps)
         self._layers: dict[str, nn.Module] = {}
         self._moments: CalibrationMoments | None = None
-        self._scores: dict[str, DependenceScore] = {}
+        self._scores: LayerScores | None = None
+        self._calibrated = 0  # batches
+        self._monitor = RhoMonitor(monitor_every_n_steps or 1, monitor_tokens, rho_threshold, rho_gradient, seed)
         self._taps: Taps | None = None
         self._frozen: FrozenFit | None = None
         self._replaced: dict[str, nn.Module] = {}
+        self._reports: list[LayerReport] = []
         self._seconds: dict[str, float] = {}
         self._moments_bytes = 0
         self._began = 0.0
@@ -137,8 +189,28 @@ class FascCallback(pl.Callback):
     @property
     def options(self) -> dict[str, Any]:
         """The options that decide the result, for reports."""
-        names = "rank keep method allocation layout targets exclude calibration_steps update_weights token_fraction"
+        names = "rank keep method allocation layout targets exclude calibration_steps update_weights token_fraction "
+        names += "rho_gradient gate gate_by gate_exclude"
         return {name: getattr(self, name) for name in names.split()}
+
+    @property
+    def rho_history(self) -> RhoHistory:
+        """What was observed of rho, one row a layer and a step."""
+        return self._monitor.history
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # Another budget or rhythm is still the history of the same layers.
+        return self._generate_state_key(targets=self.targets, exclude=self.exclude, compresses=self._compresses)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"rho_history": self.rho_history.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rho_history.load_state_dict(state_dict["rho_history"])
 
     # Phases, in the order of a fit.
 
@@ -147,20 +219,30 @@ class FascCallback(pl.Callback):
         if stage != "fit":
             return
         _checks.check_strategy(trainer)
-        _checks.check_module(pl_module)
-        others = [c for c in trainer.callbacks if isinstance(c, FascCallback) and c is not self]  # type: ignore[attr-defined]
-        if others:
+        _checks.check_module(pl_module, compresses=self._compresses)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if self._compresses and any(isinstance(c, FascCallback) and c._compresses and c is not self for c in callbacks):
             raise MisconfigurationException(
-                "Expected one FascCallback in a fit but got several: each would freeze and restore what the "
-                "other holds. HINT: one callback spends one budget over all its `targets`."
+                "Expected one FascCallback with a budget in a fit but got several: each would freeze and restore what "
+                "the other holds. HINT: one callback spends one budget over all its `targets`."
             )
-        self._schedule.check(trainer)
+        if self._compresses:
+            self._schedule.check(trainer)
+        if trainer.global_step == 0:  # a checkpoint brings its own history, after this
+            self._monitor.history = RhoHistory()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Only here do modules made in `configure_model` exist.
-        _checks.check_module(pl_module)
+        _checks.check_module(pl_module, compresses=self._compresses)
         self._layers = select_layers(pl_module, self.targets, self.exclude)
+        self.report = None
+        if self._monitors:
+            self._monitor.start(trainer, self._layers)
+        if self._compresses:
+            self._prepare_calibration(trainer, pl_module)
+
+    def _prepare_calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         shapes = layer_shapes(self._layers)
         _checks.check_rank_fits(shapes, self.rank)
         check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout)
@@ -174,24 +256,33 @@ class FascCallback(pl.Callback):
             f"{available_memory(device) / 1e9:.2f} GB free on {device}."
         )
         return_freed_memory()
-        self.report = None
         self._seconds = {}
+        self._calibrated = 0
         self._moments = CalibrationMoments(shapes, dtype, device)
-        self._scores = {name: DependenceScore().to(device) for name in shapes}
+        tokens = SCORE_TOKENS if self.gate is None else self.monitor_tokens
+        self._scores = LayerScores(self._layers, tokens, self.rho_gradient, self.seed, device)
         self._taps = Taps(self._layers, self._moments, self._scores)
         self._frozen = None if self.update_weights else FrozenFit(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._schedule.start(trainer)
+        if self._compresses:
+            self._schedule.start(trainer)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._compresses and self._schedule.begins(trainer):
+            self._calibrate_batch(trainer, pl_module, batch)
+        # A frozen module has the same rho at every step, and the calibration measures it.
+        frozen = self._frozen is not None and self._frozen.active
+        if self._monitors and not frozen and self._monitor.due(trainer):
+            mask = self._mask(pl_module, batch)
+            self._monitor.begin_batch(trainer, TokenRows(_label(trainer), mask, sample=self.monitor_tokens))
+
+    def _calibrate_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         assert self._taps is not None
-        if not self._schedule.begins(trainer):
-            return
         if not self._taps.installed:
             self._began = time.perf_counter()
             self._taps.install()
@@ -200,6 +291,7 @@ class FascCallback(pl.Callback):
         if self._frozen is not None:
             self._frozen.hold()
         self._taps.begin_batch(self._rows(trainer, pl_module, batch))
+        self._calibrated += 1
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -223,22 +315,38 @@ class FascCallback(pl.Callback):
         if self._calibrating:
             assert self._taps is not None
             self._taps.end_batch()
+        self._monitor.end_batch(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._monitor.publish(trainer)
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._monitor.publish(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         calibrated = self._calibrating
+        self._monitor.close(trainer)
         self._release(trainer)
+        if self._monitors:
+            write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations)
         if not calibrated:
             return
         self._seconds["calibrate"] = time.perf_counter() - self._began
         # While every process is still in the loop, and on the device of the process group.
-        if dist.is_available() and dist.is_initialized() and trainer.world_size > 1:
+        if is_distributed(trainer):
             assert self._moments is not None
+            assert self._scores is not None
             self._moments.all_reduce_()
-            all_reduce_scores_(self._scores[name] for name in sorted(self._scores))
+            self._scores.all_reduce_()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._monitors:
+            summary = describe(self.rho_history, self.rho_threshold, self.emergence_observations)
+            rank_zero_info(f"FascCallback: {summary}")
         if self._moments is None:
             return
         if "calibrate" not in self._seconds:
@@ -262,8 +370,8 @@ class FascCallback(pl.Callback):
         trainer.strategy.optimizers = []
         trainer.strategy.lr_scheduler_configs = []
         after = self._measure(pl_module, {**self._layers, **result.replacements})
-        self.report = self._make_report(trainer, result, before, after)
-        self._log(trainer, self.report)
+        self.report = self._make_report(trainer, before, after)
+        log_report(trainer.loggers, self.report, trainer.global_step)
         rank_zero_info(f"\n{self.report}")
 
     @override
@@ -283,13 +391,20 @@ class FascCallback(pl.Callback):
     # Parts of the phases.
 
     @property
+    def _compresses(self) -> bool:
+        return self.rank is not None or self.keep is not None
+
+    @property
+    def _monitors(self) -> bool:
+        return self.monitor_every_n_steps is not None
+
+    @property
     def _calibrating(self) -> bool:
         return self._taps is not None and self._taps.installed
 
     def _rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> TokenRows:
         """Describe a batch to the taps: its padding, its share of tokens, and the scale of its gradients."""
-        token_mask = self.token_mask or getattr(pl_module, "token_mask", None)
-        mask = token_mask(batch) if token_mask is not None else None
+        mask = self._mask(pl_module, batch)
         loss_terms = self.loss_terms or getattr(pl_module, "loss_terms", "mean")
         scale = _loss_terms(loss_terms, batch, mask)
         if pl_module.automatic_optimization:
@@ -300,11 +415,20 @@ class FascCallback(pl.Callback):
         seeds = sample_seeds(batch, self.seed, mask) if self.token_fraction < 1 else ()
         # A frozen fit never updates the scaler, so its overflows would go on: they are errors there.
         may_overflow = scaler is not None and self._frozen is None
-        return TokenRows(_label(trainer), mask, scale, self.token_fraction, seeds, may_overflow)
+        scored = self.gate is not None or self._calibrated % SCORE_EVERY == 0
+        return TokenRows(_label(trainer), mask, scale, self.token_fraction, seeds, may_overflow, scored=scored)
+
+    def _mask(self, pl_module: pl.LightningModule, batch: Any) -> Tensor | None:
+        token_mask = self.token_mask or getattr(pl_module, "token_mask", None)
+        return token_mask(batch) if token_mask is not None else None
 
     def _factorize(self, trainer: pl.Trainer) -> CompressionResult:
         assert self._moments is not None
+        assert self._scores is not None
         _checks.warn_few_tokens({name: self._moments.tokens(name) for name in self._layers}, layer_shapes(self._layers))
+        rows = {name: self._scores.row(name, trainer.global_step) for name in self._layers}
+        by = {name: row["rho"] if self.gate_by == "rho" else row["debiased"] for name, row in rows.items()}
+        flags = failure_flags(self._layers, self._moments)
         result = compress_layers(
             self._layers,
             self._moments,
@@ -314,38 +438,19 @@ class FascCallback(pl.Callback):
             allocation=self.allocation,
             layout=self.layout,
             device=trainer.strategy.root_device,
-            progress=_progress(trainer),
+            progress=layer_progress(trainer),
+            methods=choose_methods(by, self.gate, self.method, self.gate_exclude),
         )
-        return _same_everywhere(trainer, result)
+        self._reports = [LayerReport.of(plan, rows[plan.name], flags[plan.name]) for plan in result.layers]
+        return same_everywhere(trainer, result)
 
     @staticmethod
     def _measure(pl_module: pl.LightningModule, layers: dict[str, nn.Module]) -> tuple[Size, Size]:
         return measure_layers(layers), measure_model(pl_module)
 
     def _make_report(
-        self,
-        trainer: pl.Trainer,
-        result: CompressionResult,
-        before: tuple[Size, Size],
-        after: tuple[Size, Size],
+        self, trainer: pl.Trainer, before: tuple[Size, Size], after: tuple[Size, Size]
     ) -> CompressionReport:
-        rows = []
-        for plan in result.layers:
-            score = self._scores[plan.name]
-            measured = bool(score.samples > 0)
-            rows.append(
-                LayerReport(
-                    name=plan.name,
-                    shape=plan.shape,
-                    rank=plan.rank,
-                    layout=plan.layout,
-                    tokens=plan.tokens,
-                    rho=score.compute().item() if measured else math.nan,
-                    rho_null=score.null.item(),
-                    rho_debiased=score.debiased.item(),
-                    loss=plan.loss,
-                )
-            )
         return CompressionReport(
             method=self.method,
             options=self.options,
@@ -355,30 +460,12 @@ class FascCallback(pl.Callback):
             seconds=dict(self._seconds),
             moments_bytes=self._moments_bytes,
             peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
-            layers=rows,
+            layers=self._reports,
         )
-
-    @staticmethod
-    def _log(trainer: pl.Trainer, report: CompressionReport) -> None:
-        """Send figures to every logger; `self.log` is not allowed at the end of a fit."""
-        for logger in trainer.loggers:
-            separator = logger.group_separator
-            figures: dict[str, float] = {
-                f"fasc{separator}kept": report.kept,
-                f"fasc{separator}parameters": report.targeted["compressed"].parameters,
-                f"fasc{separator}bytes": report.targeted["compressed"].bytes,
-                f"fasc{separator}loss": sum(layer.loss for layer in report.layers),
-            }
-            for layer in report.layers:
-                figures[f"fasc_rank{separator}{layer.name}"] = layer.rank
-                figures[f"fasc_loss{separator}{layer.name}"] = layer.loss
-                if layer.rho == layer.rho:
-                    figures[f"rho{separator}{layer.name}"] = layer.rho
-            logger.log_metrics(figures, step=trainer.global_step)
-            logger.save()
 
     def _release(self, trainer: pl.Trainer) -> None:
         """Take hooks off and put back what was held; safe at any time."""
+        self._monitor.remove()
         if self._taps is not None:
             self._taps.remove()
         if self._frozen is not None:
@@ -387,8 +474,9 @@ class FascCallback(pl.Callback):
 
     def _forget(self) -> None:
         """Drop statistics and references to the module's layers."""
-        self._taps = self._moments = self._frozen = None
-        self._layers, self._scores, self._replaced = {}, {}, {}
+        self._taps = self._moments = self._frozen = self._scores = None
+        self._layers, self._replaced = {}, {}
+        self._monitor.forget()
 
 
 def _moment_dtype(layers: dict[str, nn.Module]) -> torch.dtype:
@@ -411,44 +499,3 @@ def _loss_terms(loss_terms: LossTerms | Any, batch: Any, mask: Tensor | None) ->
 def _label(trainer: pl.Trainer) -> str:
     batch_idx = trainer.fit_loop.epoch_loop.batch_idx
     return f"batch {batch_idx} of epoch {trainer.current_epoch} on rank {trainer.global_rank}"
-
-
-def _progress(trainer: pl.Trainer) -> Callable[[Sequence[str], str], Iterable[str]]:
-    """Return a progress bar over layers, silent where the Trainer's own is."""
-    from tqdm.auto import tqdm
-
-    bar = trainer.progress_bar_callback
-    # A bar can be switched off while it is attached (`disable()`), which only the concrete bars know.
-    shown = bar is not None and trainer.is_global_zero and getattr(bar, "is_enabled", True)
-    if isinstance(bar, RichProgressBar) and bar.progress is not None:
-        bar.progress.stop()  # its live display lasts until teardown, and would redraw over this one
-
-    def progress(names: Sequence[str], description: str) -> Iterable[str]:
-        return tqdm(names, desc=description, unit="layer", disable=not shown)
-
-    return progress
-
-
-def _same_everywhere(trainer: pl.Trainer, result: CompressionResult) -> CompressionResult:
-    """Give every process the factors of the first: rounding must not make replicas differ.
-
-    The moments are the same everywhere, but a tie in the allocation may fall differently on other hardware.
-
-    Raises:
-        RuntimeError: If the processes did not even choose the same ranks.
-    """
-    if not (dist.is_available() and dist.is_initialized() and trainer.world_size > 1):
-        return result
-    plans: list[Any] = [[(p.name, p.rank, p.layout) for p in result.layers]]
-    dist.broadcast_object_list(plans, src=0)
-    if plans[0] != [(p.name, p.rank, p.layout) for p in result.layers]:
-        raise RuntimeError(
-            "The processes chose different ranks from the same moments, which different hardware or libraries on "
-            "the ranks can cause. Compress on one process instead. The model is unchanged."
-        )
-    device = trainer.strategy.root_device
-    for tensor in parameter_tensors(result.replacements):
-        shared = tensor.to(device).contiguous()
-        dist.broadcast(shared, src=0)
-        tensor.copy_(shared)
-    return result

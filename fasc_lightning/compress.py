@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import nn
 from torch.utils.data import DataLoader
 
+from fasc_lightning._fit import run_fit
 from fasc_lightning.callback import FascCallback
-from fasc_lightning.module import CausalLMModule
 from fasc_lightning.report import CompressionReport
 
 
@@ -51,6 +45,7 @@ def compress(
         TypeError: If the model is neither a LightningModule nor a causal language model of transformers.
 
     Example:
+        >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(
         ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
@@ -67,75 +62,11 @@ def compress(
             "Trainer(callbacks=[FascCallback(...)])."
         )
     callback = FascCallback(rank=rank, keep=keep, **options)
-    module, prefix = _as_lightning_module(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with _quiet_trainer(progress):
-        trainer = pl.Trainer(
-            accelerator=device.type if device.type != "cuda" else "gpu",
-            devices=[device.index or 0] if device.type == "cuda" else 1,
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=progress,
-            callbacks=[callback],
-        )
-        try:
-            trainer.fit(module, _as_loader(batches))
-        finally:
-            model.to(device)  # Lightning moves modules to the CPU when a fit ends
+    prefix = run_fit(model, batches, callback, progress)
     assert callback.report is not None
     return _without_prefix(callback.report, prefix)
-
-
-def _as_lightning_module(model: nn.Module) -> tuple[pl.LightningModule, str]:
-    """Return a module to fit, and the prefix that it puts before the model's own names.
-
-    Raises:
-        TypeError: If the model is of no kind that has a loss.
-    """
-    if isinstance(model, pl.LightningModule):
-        return model, ""
-    from transformers import PreTrainedModel
-
-    causal = isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
-    if causal:
-        return CausalLMModule(model), "model."
-    raise TypeError(
-        f"Expected a LightningModule or a causal language model of transformers but got {type(model).__name__}, whose "
-        "loss is not known. Wrap it in a LightningModule with a `training_step` that returns the loss."
-    )
-
-
-def _as_loader(batches: DataLoader[Any] | Iterable[Any]) -> DataLoader[Any]:
-    """Return a loader that passes batches on as they are; Trainer takes a plain list for several loaders."""
-    if isinstance(batches, DataLoader):
-        return batches
-    if isinstance(batches, Mapping | torch.Tensor):
-        raise TypeError(
-            f"Expected a DataLoader or a list of batches but got one {type(batches).__name__}: write [batch]."
-        )
-    return DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
 
 
 def _without_prefix(report: CompressionReport, prefix: str) -> CompressionReport:
     layers = [replace(layer, name=layer.name.removeprefix(prefix)) for layer in report.layers]
     return replace(report, layers=layers)
-
-
-@contextmanager
-def _quiet_trainer(progress: bool) -> Iterator[None]:
-    """Hold back what a Trainer says of devices, workers and modes, which the caller did not ask about."""
-
-    def ours(record: logging.LogRecord) -> bool:
-        return progress and record.getMessage().startswith("FascCallback")
-
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(ours)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PossibleUserWarning)
-            warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec", category=FutureWarning)
-            yield
-    finally:
-        logger.removeFilter(ours)

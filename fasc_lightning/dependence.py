@@ -1,187 +1,273 @@
-"""rho, the dependence violation score: how strongly a layer's activations and gradients are coupled.
-
-With x the input of a layer and g = W^T h the gradient there, both centred (Shihab et al., FASC, Eq. 2),
-
-    rho = |Sigma_xg|_F / sqrt(|Sigma_xx|_F |Sigma_gg|_F),
-
-so rho^2 is the RV coefficient of x and g, that is linear CKA (Kornblith et al. 2019). It is estimated here from the
-s x s Gram matrices of token samples, K = X X^T and L = G G^T: s^2 n work and a few scalars a layer to keep.
-"""
+"""The dependence violation score of one layer as a streaming metric, with its null and its interval."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+from typing_extensions import override
 
-from fasc_lightning.moments import OWN_SYNC, LayerMoments
+from fasc_lightning.hsic import (
+    MIN_TOKENS,
+    centered_gram,
+    derangements,
+    hsic_between,
+    hsic_biased,
+    hsic_permuted,
+    hsic_shifted,
+    hsic_unbiased,
+    normalized,
+    signed_root,
+)
+from fasc_lightning.tokens import MAX_SEQUENCES
 
-#: The unbiased estimator divides by s (s - 3).
-MIN_TOKENS = 4
+#: Largest minibatch, in tokens: beyond it Gram matrices grow out of hand. In sequences, see MAX_SEQUENCES.
+MAX_TOKENS = 2048
 
+#: Fewer sequences than these are cut into consecutive pieces for the debiased value and its interval.
+MIN_BLOCKS = 8
 
-def hsic_biased(grams: Tensor) -> Tensor:
-    """Return <H K_i H, H K_j H> / s^2 for all pairs of variables: |Sigma_ij|_F^2 of the sample (Gretton et al. 2005).
+#: Fewer sequences than these are shifted for the null: too few have too few orders.
+MIN_ORDERS = 4
 
-    Args:
-        grams: Gram matrices K_i = X_i X_i^T of v variables on the same s tokens, shape (v, s, s), not centred.
+#: Permutations behind the null, and the share of them that it is not to exceed; resamples behind the interval.
+PERMUTATIONS, NULL_LEVEL, RESAMPLES = 200, 0.95, 1000
 
-    Returns:
-        Shape (v, v).
-    """
-    s = grams.shape[-1]
-    rows = grams.mean(-1)  # (v, s)
-    centered = grams - rows[:, :, None] - rows[:, None, :] + rows.mean(-1)[:, None, None]
-    flat = centered.flatten(1)
-    return flat @ flat.T / s**2
-
-
-def hsic_unbiased(grams: Tensor) -> Tensor:
-    """Return the unbiased HSIC_1 of Song et al. 2012, Eq. 5, for all pairs of variables; it may be negative.
-
-    Args:
-        grams: As for :func:`hsic_biased`.
-
-    Returns:
-        Shape (v, v).
-
-    Raises:
-        ValueError: If there are fewer than four tokens.
-    """
-    s = grams.shape[-1]
-    if s < MIN_TOKENS:
-        raise ValueError(f"Expected at least {MIN_TOKENS} tokens for the unbiased HSIC but got {s}.")
-    hollow = grams.clone()
-    hollow.diagonal(dim1=-2, dim2=-1).zero_()
-    rows = hollow.sum(-1)  # (v, s)
-    totals = rows.sum(-1)  # (v,)
-    flat = hollow.flatten(1)
-    cross = flat @ flat.T + torch.outer(totals, totals) / ((s - 1) * (s - 2)) - 2 / (s - 2) * (rows @ rows.T)
-    return cross / (s * (s - 3))
-
-
-def pooled_rho(moments: LayerMoments, W: Tensor) -> Tensor:
-    """Return rho of a layer from its moments over all tokens: the paper's Eq. 2 as it stands, a scalar.
-
-    Args:
-        moments: With the cross moment C; centred here with the means.
-        W: The layer's weight, shape (m, n).
-
-    Raises:
-        ValueError: If C was not gathered.
-    """
-    if moments.C is None:
-        raise ValueError("Expected moments with C = E[x h^T] but it was not gathered: CalibrationMoments(cross=True).")
-    W = W.double()
-    mean_x, mean_h = moments.mean_x.double(), moments.mean_h.double()
-    sigma_xx = moments.A.double() - torch.outer(mean_x, mean_x)
-    sigma_gg = W.T @ (moments.G.double() - torch.outer(mean_h, mean_h)) @ W
-    sigma_xg = (moments.C.double() - torch.outer(mean_x, mean_h)) @ W
-    norm = torch.linalg.matrix_norm
-    return norm(sigma_xg) / (norm(sigma_xx) * norm(sigma_gg)).sqrt()
+#: Rows kept for the bootstrap; neighbours are added up beyond it, so that memory is bounded.
+MAX_ROWS = 2048
 
 
 class DependenceScore(Metric):
-    """Streaming minibatch estimate of rho for one layer.
+    """Streaming minibatch estimate of rho for one layer, with its null and its interval.
 
-    Each update contributes the HSIC of one token sample; their means are divided at the end (Nguyen et al. 2021).
-    Centring is within each sample. All values are NaN where the score is undefined: too few tokens, or a constant x
-    or g.
+    Every update adds the HSIC of its tokens, weighted by their number; the sums are divided at the end. Centring is
+    within each minibatch. Nothing here depends on the width of the layer, states add up over batches and processes
+    (torchmetrics synchronises them where this metric is used by itself), and data never raise: a score that is
+    undefined is NaN, and :attr:`reason` says why.
+
+    Tokens of a text depend on one another, so that (sequences, tokens, n) is judged by whole sequences: the debiased
+    value leaves out pairs of tokens of the same one, the null permutes them, the interval resamples them. Where there
+    are few, the null shifts the gradients circularly along each (below four), and the others cut them into pieces of
+    consecutive tokens (below eight). Given as (tokens, n), the debiased value takes tokens for independent.
+
+    Example:
+        >>> score = DependenceScore()
+        >>> x = torch.randn(8, 32, 16)  # eight sequences of 32 tokens
+        >>> score.update(x, x + 0.1 * torch.randn(8, 32, 16))
+        >>> bool(score.compute() > score.null)
+        True
+
+    Args:
+        seed: Of the permutations and the resamples.
+        **settings: Of :class:`torchmetrics.Metric`.
     """
 
     full_state_update = False
     is_differentiable = False
     higher_is_better = None
 
-    # Sums of HSIC between all pairs of two variables, shape (2, 2).
-    biased: Tensor  # x, g
-    unbiased: Tensor  # x, g
-    shuffled: Tensor  # g, x of the sample before: biased
-    samples: Tensor
+    # Sums over minibatches, each weighted by its number of tokens.
+    biased: Tensor  # HSIC of all pairs of (x, g), shape (2, 2)
+    unbiased: Tensor  # the same without bias, shape (2, 2)
+    permuted: Tensor  # biased HSIC of x with permuted g, one a permutation
+    floor: Tensor  # tr(Sigma_xx) tr(Sigma_gg) / s
+    rows: list[Tensor]  # pseudo-values of HSIC, one row (xx, xg, gg) a sequence
+    # Counts.
+    tokens: Tensor
+    short: Tensor  # samples of too few tokens
+    infinite: Tensor  # samples with NaN or Inf
 
-    def __init__(self) -> None:
-        super().__init__(**OWN_SYNC)
-        for name in ("biased", "unbiased", "shuffled"):
-            self.add_state(name, torch.zeros(2, 2, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("samples", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self._previous: Tensor | None = None
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self._previous = None
+    def __init__(self, seed: int = 0, **settings: Any) -> None:
+        super().__init__(**{"compute_with_cache": False, **settings})
+        self.seed = seed
+        for name, shape in (("biased", (2, 2)), ("unbiased", (2, 2)), ("permuted", (PERMUTATIONS,)), ("floor", ())):
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("tokens", "short", "infinite"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(self, x: Tensor, g: Tensor) -> None:
-        """Add one sample of tokens; fewer than four are passed over.
+        """Add tokens.
 
         Args:
-            x: Activations, shape (s, n).
-            g: Gradients at the same place and tokens, shape (s, n) (or (s, m): any second variable will do).
+            x: Activations, shape (sequences, tokens, n), or (tokens, n) for the consecutive tokens of one text.
+            g: Gradients at the same tokens, alike: (..., n), or (..., m) if they are output gradients.
 
         Raises:
-            ValueError: If x and g do not hold the same number of tokens.
+            ValueError: If the shapes are others.
         """
-        if x.ndim != 2 or g.ndim != 2 or x.shape[0] != g.shape[0]:
-            raise ValueError(f"Expected (s, n) matrices of as many tokens but got {x.shape=} and {g.shape=}.")
-        if x.shape[0] < MIN_TOKENS:
-            return
-        with torch.autocast(x.device.type, enabled=False):
-            # Gradients are tiny and enter to the fourth power; small samples are cheap in float64.
-            x, g = x.detach().double(), g.detach().double()
-            grams = [x @ x.T, g @ g.T]
-        previous = self._previous
-        paired = previous is not None and previous.shape == grams[0].shape
-        if previous is not None and paired:
-            grams.append(previous)
-        stacked = torch.stack(grams)
-        biased = hsic_biased(stacked)
-        self.biased += biased[:2, :2]
-        self.unbiased += hsic_unbiased(stacked[:2])
-        if paired:
-            self.shuffled += biased[1:, 1:]
-        self.samples += 1
-        self._previous = grams[0]
+        if x.ndim not in (2, 3) or x.ndim != g.ndim or x.shape[:-1] != g.shape[:-1]:
+            raise ValueError(
+                "Expected x and g of shape (tokens, features) or (sequences, tokens, features) with as many tokens "
+                f"but got {tuple(x.shape)} and {tuple(g.shape)}."
+            )
+        as_sequences = x.ndim == 3
+        if not as_sequences:
+            x, g = x[None], g[None]
+        for part_x, part_g in zip(_minibatches(x), _minibatches(g), strict=True):
+            self._add(part_x, part_g, as_sequences)
 
     def compute(self) -> Tensor:
-        """Return rho of the token samples, in [0, 1], biased upwards for small samples; NaN where undefined."""
-        return _normalize(self.biased).clamp(min=0).sqrt()
+        """Return rho of the minibatches, in [0, 1], biased upwards for small ones; NaN where undefined."""
+        return normalized(self.biased).clamp(0, 1).sqrt()
 
     @property
     def null(self) -> Tensor:
-        """What the samples give when x and g come from different batches, so are unrelated: the floor of rho."""
-        return _normalize(self.shuffled).clamp(min=0).sqrt()
+        """What rho reaches by chance: 95 of 100 permutations or shifts of whole sequences stay below it."""
+        return self._synchronized(self._null)
 
     @property
     def debiased(self) -> Tensor:
-        """Signed root of the debiased rho^2: around 0 for independent x and g; may be negative."""
-        ratio = _normalize(self.unbiased)
-        return torch.sign(ratio) * ratio.abs().sqrt()
+        """Signed root of the debiased rho^2 (Song et al. 2012): around 0 for independent x and g; may be negative."""
+        return self._synchronized(lambda: signed_root(normalized(self.unbiased)))
+
+    @property
+    def interval(self) -> Tensor:
+        """95 % bootstrap interval of :attr:`debiased` over sequences, shape (2,)."""
+        return self._synchronized(self._interval)
+
+    @property
+    def iid_floor(self) -> Tensor:
+        """What rho would be about if x, g and tokens were independent (:func:`~fasc_lightning.pooled.iid_floor`)."""
+        return self._synchronized(lambda: normalized(self.biased, self.floor).sqrt())
+
+    @property
+    def reason(self) -> str:
+        """Why the score is undefined; empty if it is not."""
+        return self._synchronized(self._reason)
+
+    def _add(self, x: Tensor, g: Tensor, as_sequences: bool) -> None:
+        """Add one minibatch of shapes (sequences, tokens, n) and (sequences, tokens, m)."""
+        sequences, length, _ = x.shape
+        s = sequences * length
+        if s < MIN_TOKENS:
+            self.short += 1
+            return
+        x, g = x.reshape(s, -1), g.reshape(s, -1)
+        if not bool(torch.isfinite(x).all() & torch.isfinite(g).all()):
+            self.infinite += 1
+            return
+        K, variance_x = centered_gram(x)
+        L, variance_g = centered_gram(g)
+        grams = torch.stack([K, L.to(K)])
+        variances = torch.stack([variance_x, variance_g])
+        weights = s * torch.outer(variances, variances)
+        self.tokens += s
+        self.biased += weights * hsic_biased(grams)
+        self.floor += weights[0, 1] / s
+        self.permuted += weights[0, 1] * self._permuted(grams, sequences, length)
+
+        pieces = min(length, max(1, -(-MIN_BLOCKS // sequences)))
+        used = length // pieces * pieces
+        if used < length:  # equal pieces: the last tokens of each sequence stay out
+            inner = grams.view(2, sequences, length, sequences, length)[:, :, :used, :, :used]
+            inner = inner.reshape(2, sequences * used, sequences * used)
+        else:
+            inner = grams
+        blocks = sequences * pieces
+        between, without = hsic_between(inner, blocks)
+        unbiased = between if as_sequences else hsic_unbiased(grams)
+        self.unbiased += weights * unbiased
+        if len(without):
+            # Jackknife pseudo-values (Tukey 1958), centred at the estimate.
+            values = weights * (unbiased + (blocks - 1) * (without.mean(0) - without))
+            self._add_rows(values[:, [0, 0, 1], [0, 1, 1]] / blocks)
+
+    def _permuted(self, grams: Tensor, sequences: int, length: int) -> Tensor:
+        """Return HSIC with g's sequences in other orders, or, where they are few, shifted, shape (PERMUTATIONS,)."""
+        if sequences >= MIN_ORDERS:
+            orders = derangements(sequences, PERMUTATIONS, self.seed).to(grams.device)
+            return hsic_permuted(grams[0], grams[1], orders)
+        # Not by so little that the tokens' own memory still links x and g.
+        shares = torch.rand(PERMUTATIONS, generator=torch.Generator().manual_seed(self.seed)) * 0.75 + 0.125
+        shifts = (shares * length).long().clamp(min=1).to(grams.device)
+        return hsic_shifted(grams[0], grams[1], sequences)[shifts % length]
+
+    def _add_rows(self, rows: Tensor) -> None:
+        self.rows.append(rows)
+        if sum(len(row) for row in self.rows) > MAX_ROWS:
+            rows = torch.cat(self.rows)
+            even = len(rows) // 2 * 2
+            self.rows = [rows[:even].view(-1, 2, 3).sum(1), rows[even:]]
+
+    def _null(self) -> Tensor:
+        permuted = normalized(self.biased, self.permuted).clamp(0, 1).sqrt()
+        return torch.quantile(permuted, NULL_LEVEL)
+
+    def _interval(self) -> Tensor:
+        rows = dim_zero_cat(self.rows) if len(self.rows) else self.biased.new_zeros(0, 3)
+        if len(rows) < 2 or self._reason():
+            return self.biased.new_full((2,), float("nan"))
+        # In an order of their own, so that it does not matter which process or batch brought them.
+        rows = rows.cpu()[rows[:, 1].argsort().cpu()]
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randint(len(rows), (RESAMPLES, len(rows)), generator=generator)
+        counts = torch.zeros(RESAMPLES, len(rows), dtype=rows.dtype)
+        counts.scatter_add_(1, drawn, torch.ones_like(counts))
+        xx, xg, gg = (counts @ rows).T
+        resampled = signed_root(torch.where((xx > 0) & (gg > 0), xg / (xx * gg).clamp(min=0).sqrt(), float("nan")))
+        tail = (1 - NULL_LEVEL) / 2
+        return torch.nanquantile(resampled, torch.tensor([tail, 1 - tail], dtype=rows.dtype)).to(self.biased.device)
+
+    def _reason(self) -> str:
+        if self.tokens == 0:
+            if self.infinite > 0:
+                return "activations or gradients that are not finite"
+            return f"fewer than {MIN_TOKENS} tokens" if self.short > 0 else "no tokens"
+        for i, what in enumerate(("activations", "gradients")):
+            if self.biased[i, i] <= 0:
+                return f"constant {what}"
+            if self.unbiased[i, i] <= 0:
+                return f"too few tokens to tell {what} from noise"
+        return ""
+
+    def _synchronized(self, value: Callable[[], Any]) -> Any:
+        """Return a value of the states of all processes, as torchmetrics does for ``compute``."""
+        with self.sync_context(
+            dist_sync_fn=self.dist_sync_fn,
+            should_sync=self._to_sync and not self._is_synced,
+            should_unsync=self._should_unsync,
+        ):
+            return value()
+
+    @override
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Synchronise; a process that saw nothing has an empty table of the same form."""
+        if not len(self.rows):
+            self.rows = [self.biased.new_zeros(0, 3)]
+        super().sync(*args, **kwargs)
 
 
 def all_reduce_scores_(scores: Iterable[DependenceScore], group: Any | None = None) -> None:
-    """Sum the states of many scores over all processes, in one message; same scores and order everywhere."""
+    """Merge the states of many scores over all processes, in two messages; same scores and order everywhere."""
     scores = list(scores)
     if not scores:
         return
-    names = ("biased", "unbiased", "shuffled", "samples")
+    names = ("biased", "unbiased", "permuted", "floor", "tokens", "short", "infinite")
     packed = torch.stack([torch.cat([getattr(score, name).flatten() for name in names]) for score in scores])
     dist.all_reduce(packed, group=group)
-    for score, row in zip(scores, packed, strict=True):
+    rows: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(rows, [dim_zero_cat(score.rows).cpu() if len(score.rows) else None for score in scores])
+    for i, (score, row) in enumerate(zip(scores, packed, strict=True)):
         start = 0
         for name in names:
             state: Tensor = getattr(score, name)
             setattr(score, name, row[start : start + state.numel()].view(state.shape).clone())
             start += state.numel()
-        score._update_count = max(score._update_count, int(score.samples > 0))
+        score.rows = [part[i].to(score.biased.device) for part in rows if part[i] is not None]
+        score._update_count = max(score._update_count, int(score.tokens > 0))
 
 
-def _normalize(hsic: Tensor) -> Tensor:
-    """Return HSIC(x, g) / sqrt(HSIC(x, x) HSIC(g, g)) of a (2, 2) matrix, NaN where x or g does not vary."""
-    own = hsic.diagonal()
-    if bool((own <= 0).any()):
-        return hsic.new_tensor(float("nan"))
-    return hsic[0, 1] / own.sqrt().prod()
+def _minibatches(values: Tensor) -> list[Tensor]:
+    """Cut (sequences, tokens, d) into parts that are not too large, of whole sequences where they allow it."""
+    sequences, length, _ = values.shape
+    if length > MAX_TOKENS:
+        parts = -(-length // MAX_TOKENS)
+        return [piece for row in values.split(1) for piece in row.tensor_split(parts, dim=1)]
+    most = max(1, min(MAX_SEQUENCES, MAX_TOKENS // max(1, length)))
+    return list(values.tensor_split(max(1, -(-sequences // most))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from fasc_lightning.allocation import (
     resolve_rank,
 )
 from fasc_lightning.lowrank import (
+    CompressedLinear,
     Layout,
     factors_cost,
     linear_shape,
@@ -28,7 +29,11 @@ from fasc_lightning.lowrank import (
     pivot_cost,
 )
 from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.objective import fisher_losses, fisher_metric
 from fasc_lightning.solvers import Factorization, get_solver
+
+#: Solvers whose own losses are J in the metric of :func:`~fasc_lightning.objective.fisher_metric`.
+FISHER_METHODS = frozenset({"fasc"})
 
 #: Wraps the loop over layers, for a progress bar: ``progress(names, description)``.
 Progress = Callable[[Sequence[str], str], Iterable[str]]
@@ -44,7 +49,9 @@ class LayerPlan:
         rank: Rank kept; min(m, n) if the layer stays dense.
         layout: "pivot", "factors" or "dense".
         tokens: Tokens behind its statistics.
-        loss: What the solver's objective says is lost; 0 for a dense layer.
+        loss: What the solver's objective says is lost; 0 for a dense layer. Where solvers are mixed, J of the Fisher
+            metric whatever the solver.
+        method: The solver that served it, or would have if it stays dense.
     """
 
     name: str
@@ -53,6 +60,7 @@ class LayerPlan:
     layout: str
     tokens: int
     loss: float
+    method: str
 
 
 @dataclass(frozen=True)
@@ -121,11 +129,18 @@ def compress_layers(
     layout: Layout = "auto",
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    methods: Mapping[str, str] | None = None,
+    consume: bool = True,
 ) -> CompressionResult:
     """Factorise the layers and build their replacements; the layers themselves are only read.
 
     Layers that no gradient reached, or whose gradients were all zero, stay dense: nothing is known of what they may
-    lose. The moments are consumed, so that memory does not grow.
+    lose.
+
+    Each solver states its losses in a unit of its own (squared loss, output or input), and one budget cannot be spent
+    over several units. So as soon as a layer is on another solver than ``method``, all losses are J of the Fisher
+    metric: the unit of "fasc", whose losses stay as they are, and the only one of these in which layers compare.
+    With ``method="svd-llm"`` a single layer on "svd" therefore moves every layer's losses to that unit.
 
     Args:
         layers: The targeted layers by name.
@@ -137,12 +152,17 @@ def compress_layers(
         layout: "auto", "pivot" or "factors".
         device: Where to factorise.
         progress: Wraps the loop over layers.
+        methods: Solver of single layers by name, in place of ``method``.
+        consume: Whether to free each layer's moments once they are used, so that memory does not grow. Moments that
+            are kept can serve another run.
 
     Raises:
         RuntimeError: If no gradient reached any layer.
-        ValueError: If the budget cannot be met.
+        ValueError: If the budget cannot be met, or ``methods`` names a layer or a solver that there is not.
     """
     progress = progress or (lambda names, description: names)
+    solvers = _solvers(layers, method, methods or {})
+    mixed = any(solver != method for solver in solvers.values())
     budgets = layer_budgets(layers, rank, keep)
     tokens = {name: moments.tokens(name) for name in layers}
     reached = [name for name in layers if tokens[name] > 0]
@@ -153,10 +173,11 @@ def compress_layers(
         )
     factorizations: dict[str, Factorization] = {}
     for name in progress(reached, "Factorising"):
-        factorization = _factorize(layers[name], moments, name, method, device)
+        factorization = _factorize(layers[name], moments, name, solvers[name], mixed, device)
         if factorization is not None:
             factorizations[name] = factorization
-        moments.release(name)
+        if consume:
+            moments.release(name)
     if not factorizations:
         raise RuntimeError(
             f"Every gradient that reached the {len(reached)} tapped layers was zero, so nothing tells what they may "
@@ -172,27 +193,48 @@ def compress_layers(
         shape = linear_shape(module)
         k = ranks.get(name)
         if k is None:
-            plans.append(LayerPlan(name, shape, min(shape), "dense", tokens[name], 0.0))
+            plans.append(LayerPlan(name, shape, min(shape), "dense", tokens[name], 0.0, solvers[name]))
             continue
         factorization = factorizations.pop(name)
-        replacements[name] = _build(module, factorization, k, layout)
-        kind = "factors" if layout == "factors" else "pivot"
-        plans.append(LayerPlan(name, shape, k, kind, tokens[name], float(factorization.losses[k])))
+        replacements[name] = built = _build(module, factorization, k, layout)
+        loss = float(factorization.losses[k])
+        plans.append(LayerPlan(name, shape, k, built.layout, tokens[name], loss, solvers[name]))
     return CompressionResult(replacements, plans)
 
 
+def _solvers(layers: Mapping[str, nn.Module], method: str, methods: Mapping[str, str]) -> dict[str, str]:
+    """Return the solver of every layer, checked before any work is done."""
+    unknown = [name for name in methods if name not in layers]
+    if unknown:
+        raise ValueError(
+            f"Expected `methods` to name targeted layers but {unknown[0]!r} is none of the {len(layers)} (for example "
+            f"{', '.join(list(layers)[:3])})."
+        )
+    for solver in {method, *methods.values()}:
+        get_solver(solver)
+    return {name: methods.get(name, method) for name in layers}
+
+
 def _factorize(
-    module: nn.Module, moments: CalibrationMoments, name: str, method: str, device: torch.device | str
+    module: nn.Module,
+    moments: CalibrationMoments,
+    name: str,
+    method: str,
+    mixed: bool,
+    device: torch.device | str,
 ) -> Factorization | None:
     """Run the solver; None where every gradient was zero, so that the loss says nothing about the layer."""
     statistics = moments.layer(name)
     if not bool(statistics.G.diagonal().any()):
         return None
-    W = linear_weight(module).detach()
-    found = get_solver(method)(W.to(device), statistics)
+    W = linear_weight(module).detach().to(device)
+    found = get_solver(method)(W, statistics)
+    losses = found.losses
+    if mixed and method not in FISHER_METHODS:
+        losses = fisher_losses(W, *fisher_metric(statistics), found)
     storage = torch.promote_types(W.dtype, torch.float32)
     # float32 halves the memory of holding every layer's factors until ranks are known.
-    return Factorization(found.left.to(storage), found.right.to(storage), found.losses.cpu())
+    return Factorization(found.left.to(storage), found.right.to(storage), losses.cpu())
 
 
 def _allocate(
@@ -229,15 +271,14 @@ def _allocate(
     return {c.name: k for c, k in zip(candidates, ranks, strict=True)}
 
 
-def _build(module: nn.Module, factorization: Factorization, rank: int, layout: Layout) -> nn.Module:
+def _build(module: nn.Module, factorization: Factorization, rank: int, layout: Layout) -> CompressedLinear:
     B, C = factorization.truncate(rank)
     weight: Any = module.weight
     bias: Any = getattr(module, "bias", None)
     built = make_lowrank(
         B, C, None if bias is None else bias.detach(), layout, dtype=weight.dtype, device=weight.device
     )
-    built.train(module.training)
-    return built.requires_grad_(weight.requires_grad)
+    return built.train(module.training).requires_grad_(weight.requires_grad)
 
 
 def _warn_unreached(names: Sequence[str], total: int) -> None:

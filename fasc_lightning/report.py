@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import Logger
 from torch import nn
 
+from fasc_lightning.factorize import LayerPlan
+from fasc_lightning.history import RhoRow
 from fasc_lightning.lowrank import flops_per_token
 
 
@@ -31,7 +35,10 @@ class Size:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One targeted layer; ``rho`` and its companions are NaN where they were not measured."""
+    """One targeted layer; ``rho`` and its companions are NaN where they were not measured.
+
+    ``method`` is the solver that served it, and ``flags`` say why its rho may mislead.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -42,6 +49,25 @@ class LayerReport:
     rho_null: float
     rho_debiased: float
     loss: float
+    method: str
+    flags: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, plan: LayerPlan, rho: RhoRow, flags: tuple[str, ...]) -> LayerReport:
+        """Put together what became of a layer and what was measured on it."""
+        return cls(
+            name=plan.name,
+            shape=plan.shape,
+            rank=plan.rank,
+            layout=plan.layout,
+            tokens=plan.tokens,
+            rho=rho["rho"],
+            rho_null=rho["null"],
+            rho_debiased=rho["debiased"],
+            loss=plan.loss,
+            method=plan.method,
+            flags=flags,
+        )
 
 
 @dataclass
@@ -118,6 +144,25 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def log_report(loggers: Iterable[Logger], report: CompressionReport, step: int) -> None:
+    """Send a report's figures to loggers; ``self.log`` is not allowed at the end of a fit."""
+    for logger in loggers:
+        separator = logger.group_separator
+        figures: dict[str, float] = {
+            f"fasc{separator}kept": report.kept,
+            f"fasc{separator}parameters": report.targeted["compressed"].parameters,
+            f"fasc{separator}bytes": report.targeted["compressed"].bytes,
+            f"fasc{separator}loss": sum(layer.loss for layer in report.layers),
+        }
+        for layer in report.layers:
+            figures[f"fasc_rank{separator}{layer.name}"] = layer.rank
+            figures[f"fasc_loss{separator}{layer.name}"] = layer.loss
+            if layer.rho == layer.rho:
+                figures[f"rho{separator}{layer.name}"] = layer.rho
+        logger.log_metrics(figures, step=step)
+        logger.save()
+
+
 def measure_layers(layers: Mapping[str, nn.Module]) -> Size:
     """Return the size of some layers, dense or compressed."""
     modules = list({id(m): m for m in layers.values()}.values())
@@ -192,6 +237,12 @@ def summary_table(report: CompressionReport) -> str:
     console = Console(width=110, file=(text := StringIO()))
     console.print(table)
     lines = [text.getvalue().rstrip()]
+    solvers = Counter(layer.method for layer in report.layers)
+    if len(solvers) > 1:
+        lines.append("solvers: " + ", ".join(f"{name} for {count} layers" for name, count in solvers.items()))
+    flags = Counter(flag for layer in report.layers for flag in layer.flags)
+    if flags and report.options.get("gate") is not None:
+        lines.append("rho may mislead: " + ", ".join(f"{flag} ({count} layers)" for flag, count in flags.items()))
     for title, sizes in (("targeted layers", report.targeted), ("whole model", report.whole)):
         before_size, after_size = sizes["dense"], sizes["compressed"]
         lines.append(

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from fasc_lightning.dependence import MIN_TOKENS, DependenceScore
-from fasc_lightning.lowrank import linear_shape, linear_weight
+from fasc_lightning.lowrank import linear_shape
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.tokens import TokenRows
 
-#: Of each call's tokens, the share that the dependence score samples, and its bounds. The score works on s x s
-#: matrices, so that its cost stays a few percent of a backward pass.
-SCORE_SHARE, SCORE_MIN, SCORE_MAX = 1 / 32, 16, 128
+#: Takes a layer's name, its counted inputs x (tokens, n), the gradients h (tokens, m) of the batch's loss at its
+#: outputs, not scaled, and the batch.
+Pairs = Callable[[str, Tensor, Tensor, TokenRows], None]
 
 
 def matches(name: str, patterns: str | Iterable[str]) -> bool:
@@ -125,51 +124,47 @@ class _Call:
         rows: Its counted tokens, shape (tokens, n): a view where all count, else a copy. None once they are used.
         version: Of ``rows``, which a view shares with the tensor: it tells of modifications in place.
         batch: What counts, and how gradients are scaled.
-        scored: Whether the dependence scores take a sample of it.
         members: The layers that were given it.
         pending: Those of them whose gradient has not arrived.
-        counted: Whether the rows are in the moments.
+        counted: Whether a gradient has arrived, and the rows are in the moments.
     """
 
     source: weakref.ref[Tensor]
     rows: Tensor | None
     version: int
     batch: TokenRows
-    scored: bool
     members: list[str] = field(default_factory=list)
     pending: set[str] = field(default_factory=set)
     counted: bool = False
 
 
 class Taps:
-    """Hooks on the tapped layers, feeding moments and scores between ``begin_batch`` and ``end_batch``.
+    """Hooks on the tapped layers, feeding moments and pairs of rows on between ``begin_batch`` and ``end_batch``.
 
     Forwards outside of a batch, or without gradients, pass untouched. A layer's token counts once its gradient has
     arrived.
 
     Args:
         layers: The layers by name.
-        moments: Where input and gradient rows go.
-        scores: Dependence scores by layer name, or None.
+        moments: Where input and gradient rows go, if anywhere. With them, data that would make them wrong raise.
+        pairs: Called with each layer's inputs and gradients once both are there.
     """
 
     def __init__(
         self,
         layers: dict[str, nn.Module],
-        moments: CalibrationMoments,
-        scores: dict[str, DependenceScore] | None = None,
+        moments: CalibrationMoments | None = None,
+        pairs: Pairs | None = None,
     ) -> None:
         self.layers = layers
         self.moments = moments
-        self.scores = scores or {}
+        self.pairs = pairs
         self._handles: list[RemovableHandle] = []
         self._batch: TokenRows | None = None
         self._calls: list[_Call] = []
         # Weak: a call belongs to the graph whose hooks hold it. The graph that checkpointing recomputes is dropped
         # without a backward pass of its own, and its inputs must go with it.
         self._by_input: WeakValueDictionary[int, _Call] = WeakValueDictionary()
-        self._batches = 0
-        self._scoring = True
         # Outputs that nothing upstream makes require a gradient (everything before them is frozen) are added to
         # this zero, so that autograd carries the gradient down to them without computing any weight's.
         self._anchor = torch.zeros((), requires_grad=True)
@@ -200,14 +195,11 @@ class Taps:
         """Start counting: the next forwards belong to the batch that ``rows`` describes."""
         self.end_batch()
         self._batch = rows
-        # Where only a share of the tokens is wanted, the score takes the same share of the batches.
-        self._scoring = self._batches % max(1, round(1 / rows.fraction)) == 0
-        self._batches += 1
 
     def end_batch(self) -> None:
         """Stop counting, and settle inputs whose gradient reached only some of the layers that share them."""
         for call in self._calls:
-            if call.pending and call.rows is not None:
+            if call.pending and call.rows is not None and self.moments is not None:
                 reached = [name for name in call.members if name not in call.pending]
                 self.moments.move_inputs(call.members, reached, call.rows)
         self._batch = None
@@ -235,7 +227,7 @@ class Taps:
         # tokens twice.
         if call is None or call.source() is not x or name in call.members or call.counted:
             rows = _rows(x, self._batch)
-            call = _Call(weakref.ref(x), rows, rows._version, self._batch, self._scoring)
+            call = _Call(weakref.ref(x), rows, rows._version, self._batch)
             self._by_input[id(x)] = call
         call.members.append(name)
         call.pending.add(name)
@@ -246,41 +238,37 @@ class Taps:
         x = call.rows
         if name not in call.pending or x is None:
             return  # a second backward pass through the same graph: its tokens are already counted
-        if x._version != call.version:
+        modified = x._version != call.version
+        if modified and self.moments is None:
+            return  # for want of a true input
+        if modified:
             raise RuntimeError(
                 f"The input of layer {name!r} was modified in place after the layer read it, so its statistics "
                 "would be wrong. Make the modification out of place, or add the layer to `exclude`."
             )
-        h, scale = _rows(gradient, call.batch), call.batch.scale
+        h = _rows(gradient, call.batch)
         if call.batch.may_overflow and not torch.isfinite(h).all():
             call.batch.overflowed = True
         if call.batch.overflowed:
             return
-        if not call.counted:
-            with _named(f"an activation of layer {name!r}", call.batch):
-                self.moments.add_inputs(call.members, x)
-            call.counted = True
-            self._calls.append(call)
-        with _named(f"a gradient of layer {name!r}", call.batch):
-            self.moments.add_gradients(name, h, scale)
-        if name in self.moments.crosses:
-            self.moments.add_cross(name, x, h, scale)
-        if call.scored and name in self.scores:
-            self._score(name, x, h)
+        if self.moments is not None:
+            self._add_moments(self.moments, name, call, x, h)
+        call.counted = True
+        if self.pairs is not None:
+            self.pairs(name, x, h, call.batch)
         call.pending.discard(name)
         if not call.pending:
             call.rows = None
 
-    def _score(self, name: str, x: Tensor, h: Tensor) -> None:
-        """Give the dependence score an evenly spaced sample of the tokens, with g = W^T h; its scale is immaterial."""
-        tokens = x.shape[0]
-        s = min(tokens, max(SCORE_MIN, min(SCORE_MAX, int(tokens * SCORE_SHARE))))
-        if s < MIN_TOKENS:
-            return
-        sample = torch.linspace(0, tokens - 1, s, device=x.device).long()
-        W = linear_weight(self.layers[name]).detach().to(self.moments.dtype)
-        with torch.autocast(h.device.type, enabled=False):
-            self.scores[name].update(x[sample], h[sample].to(W) @ W)
+    def _add_moments(self, moments: CalibrationMoments, name: str, call: _Call, x: Tensor, h: Tensor) -> None:
+        if not call.counted:
+            with _named(f"an activation of layer {name!r}", call.batch):
+                moments.add_inputs(call.members, x)
+            self._calls.append(call)
+        with _named(f"a gradient of layer {name!r}", call.batch):
+            moments.add_gradients(name, h, call.batch.scale)
+        if name in moments.crosses:
+            moments.add_cross(name, x, h, call.batch.scale)
 
 
 @contextmanager

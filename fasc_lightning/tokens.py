@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Most sequences that a sample for the dependence score is taken from.
+MAX_SEQUENCES = 24
+
 
 @dataclass
 class TokenRows:
@@ -24,6 +27,8 @@ class TokenRows:
         may_overflow: Whether a GradScaler is at work, which makes gradients overflow now and then and skips such a
             step; the taps then leave the rest of the batch out.
         overflowed: Whether that has happened.
+        sample: Keep at most so many tokens, alike from each sequence, instead of all (:func:`sample_sequences`).
+        scored: Whether dependence scores take a sample of the tokens that count.
     """
 
     label: str = "the batch"
@@ -33,7 +38,10 @@ class TokenRows:
     sample_seeds: Sequence[int] = ()
     may_overflow: bool = False
     overflowed: bool = False
+    sample: int | None = None
+    scored: bool = True
     _cache: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict, repr=False)
+    _lengths: dict[int, list[int]] = field(default_factory=dict, repr=False)
 
     def index(self, leading: tuple[int, ...], device: torch.device) -> Tensor | None:
         """Return which of the flattened tokens count.
@@ -50,8 +58,30 @@ class TokenRows:
         key = (leading, device)
         if key not in self._cache:
             keep = self._keep(leading)
-            self._cache[key] = None if keep is None else keep.nonzero().squeeze(1).to(device)
+            lengths = self._count(leading, keep)
+            index = None if keep is None else keep.nonzero().squeeze(1)
+            if self.sample is not None and (chosen := sample_sequences(lengths, self.sample)).numel() < sum(lengths):
+                lengths = [chosen.shape[1]] * chosen.shape[0]
+                index = chosen.flatten() if index is None else index[chosen.flatten()]
+            self._lengths[sum(lengths)] = lengths
+            self._cache[key] = None if index is None else index.to(device)
         return self._cache[key]
+
+    def lengths(self, tokens: int) -> list[int]:
+        """Return how many of so many counted tokens each sequence has, in their order."""
+        return self._lengths.get(tokens, [tokens])
+
+    def _count(self, leading: tuple[int, ...], keep: Tensor | None) -> list[int]:
+        """Return the number of kept tokens of each sequence of an activation; [all] if sequences cannot be told."""
+        tokens = int(torch.Size(leading).numel())
+        sequences = 1
+        if self.mask is not None and leading in (tuple(self.mask.shape), (self.mask.numel(),)):
+            sequences = self.mask.shape[0]
+        elif len(leading) > 1 and not (self.mask is not None and leading == tuple(self.mask.T.shape)):
+            sequences = leading[0]
+        if keep is None:
+            return [tokens // sequences] * sequences
+        return keep.view(sequences, -1).sum(1).tolist()
 
     def _keep(self, leading: tuple[int, ...]) -> Tensor | None:
         tokens = int(torch.Size(leading).numel())
@@ -80,6 +110,33 @@ class TokenRows:
             draws = torch.rand(int(row.sum()), generator=generator)
             row[row.clone()] = draws < self.fraction
         return keep
+
+
+def sample_sequences(lengths: Sequence[int], tokens: int) -> Tensor:
+    """Choose equally many tokens from each of several sequences, as many in all as are allowed.
+
+    Short sequences are left out where the others then give more; tokens of a sequence are evenly spaced, so that they
+    depend on each other as little as may be.
+
+    Args:
+        lengths: Number of tokens of each sequence.
+        tokens: At most so many in all.
+
+    Returns:
+        Positions in the concatenated sequences, shape (chosen sequences, tokens of each).
+    """
+    best = (0, 0)  # tokens of each, sequences
+    for length in sorted(set(lengths)):
+        sequences = min(sum(other >= length for other in lengths), MAX_SEQUENCES, tokens)
+        each = min(length, tokens // max(1, sequences))
+        if each * sequences > best[0] * best[1]:
+            best = (each, sequences)
+    each, sequences = best
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    eligible = [i for i, length in enumerate(lengths) if length >= max(1, each)]
+    chosen = [eligible[int(i)] for i in torch.linspace(0, len(eligible) - 1, sequences)] if eligible else []
+    rows = [starts[i] + torch.linspace(0, lengths[i] - 1, each).long() for i in chosen]
+    return torch.stack(rows) if rows else torch.zeros(0, 0, dtype=torch.long)
 
 
 def sample_seeds(batch: Any, seed: int, mask: Tensor | None = None) -> list[int]:

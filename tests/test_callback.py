@@ -311,7 +311,7 @@ def test_report_is_complete_and_json(make_trainer, tmp_path):
     assert saved["peak_memory_bytes"] > 0
     row = saved["layers"][0]
     assert set(row) == {
-        "name", "shape", "rank", "layout", "tokens", "rho", "rho_null", "rho_debiased", "loss"
+        "name", "shape", "rank", "layout", "tokens", "rho", "rho_null", "rho_debiased", "loss", "method", "flags"
     }  # fmt: skip
     assert 0 <= row["rho"] <= 1
     assert row["tokens"] == 32 * 16
@@ -353,3 +353,35 @@ def test_the_same_seed_gives_the_same_model(make_trainer):
         results.append(state(module))
     assert list(results[0]) == list(results[1])
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+# The gate.
+
+
+@pytest.mark.parametrize("by", ["rho", "debiased"])
+def test_the_gate_chooses_the_solver_of_each_layer(make_trainer, by):
+    plain = FascCallback(keep=0.8, gate=0.0, gate_by=by, update_weights=False)
+    make_trainer(plain).fit(causal_module(), token_loader(samples=32, batch_size=8))
+    column = {"rho": "rho", "debiased": "rho_debiased"}[by]
+    values = sorted(getattr(row, column) for row in plain.report.layers)
+    gate = max(0.0, (values[6] + values[7]) / 2)  # between two layers, if they are above 0
+    module = causal_module()
+    callback = FascCallback(keep=0.8, gate=gate, gate_by=by, update_weights=False)
+    make_trainer(callback).fit(module, token_loader(samples=32, batch_size=8))
+    for row in callback.report.layers:
+        assert row.method == ("fasc" if getattr(row, column) > gate else "svd")
+    methods = {row.method for row in callback.report.layers}
+    assert methods == {"fasc", "svd"}
+    assert callback.report.kept <= 0.8
+    assert "svd" in str(callback.report)
+
+
+def test_the_papers_exclusions_and_flags_are_in_the_report(make_trainer):
+    callback = FascCallback(keep=0.8, gate=0.0, gate_by="rho", gate_exclude="paper", update_weights=False)
+    make_trainer(callback).fit(causal_module(), token_loader(samples=16))
+    rows = {row.name.removeprefix("model.model.layers."): row for row in callback.report.layers}
+    assert rows["0.self_attn.q_proj"].flags == ("early attention",)
+    assert rows["1.mlp.down_proj"].flags == ("last projection",)
+    assert rows["0.mlp.up_proj"].flags == ()
+    assert rows["1.mlp.down_proj"].method == "svd"
+    assert rows["0.mlp.up_proj"].method == "fasc"

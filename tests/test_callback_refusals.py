@@ -305,7 +305,7 @@ def test_two_callbacks_are_refused(make_trainer):
     before = state(module)
     flags = {name: p.requires_grad for name, p in module.named_parameters()}
     callbacks = [FascCallback(keep=0.8, targets=[name], update_weights=False) for name in ("q_proj", "down_proj")]
-    with pytest.raises(MisconfigurationException, match="one FascCallback in a fit"):
+    with pytest.raises(MisconfigurationException, match="one FascCallback with a budget"):
         make_trainer(*callbacks).fit(module, token_loader())
     assert_untouched(module, before, flags)
 

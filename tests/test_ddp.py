@@ -8,18 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("ddp_fit.py")
+from fasc_lightning import RhoHistory
+
+FOLDER = Path(__file__).parent
 
 
-def run(devices: int, name: str, folder: Path, fraction: float, allocation: str) -> list[dict]:
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
+def run_script(script: str, *arguments: object) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [sys.executable, str(SCRIPT), str(devices), name, str(folder), str(fraction), allocation],
+        [sys.executable, str(FOLDER / script), *map(str, arguments)],
         check=True,
         env=environment,
         timeout=300,
         capture_output=True,
     )
+
+
+def run(devices: int, name: str, folder: Path, fraction: float, allocation: str) -> list[dict]:
+    run_script("ddp_fit.py", devices, name, folder, fraction, allocation)
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(devices)]
 
 
@@ -48,6 +54,21 @@ def test_two_processes_end_as_one_does(tmp_path, fraction, allocation):
             assert (weights[name] - expected).norm() <= 1e-3 * expected.norm()
             compared += 1
     assert compared >= (14 if allocation == "uniform" else 7)
+
+
+def test_two_processes_observe_what_one_does(tmp_path):
+    run_script("ddp_monitor.py", 1, "one", tmp_path)
+    run_script("ddp_monitor.py", 2, "two", tmp_path)
+    one, first, second = (RhoHistory.from_csv(tmp_path / f"{name}.csv") for name in ("one-0", "two-0", "two-1"))
+    assert one.steps == first.steps == [0, 2, 4]
+    assert list(first) == list(second)
+    for expected, found in zip(one.at(0).values(), first.at(0).values(), strict=True):
+        assert found["tokens"] == expected["tokens"] == 48
+        for column in ("rho", "null", "debiased", "low", "high", "iid_floor"):
+            assert found[column] == pytest.approx(expected[column], abs=1e-5)
+    # Later steps differ by the rounding of the optimizer.
+    for expected, found in zip(one, first, strict=True):
+        assert found["rho"] == pytest.approx(expected["rho"], abs=0.05)
 
 
 def dense_weights(state: dict) -> dict[str, torch.Tensor]:

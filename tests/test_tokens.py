@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fasc_lightning.tokens import TokenRows, batch_size, identifying_tensor, sample_seeds
+from fasc_lightning.tokens import TokenRows, batch_size, identifying_tensor, sample_seeds, sample_sequences
 
 CPU = torch.device("cpu")
 
@@ -69,3 +69,38 @@ def test_samples_are_found_in_any_nesting():
     assert batch_size([x, y]) == 4
     with pytest.raises(ValueError, match="loss_terms"):
         batch_size(["text"])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "shape"),
+    [
+        ([16] * 8, 512, (8, 16)),  # all of them
+        ([16] * 8, 40, (8, 5)),
+        ([512], 100, (1, 100)),
+        ([16] * 100, 512, (24, 16)),  # no more sequences than permutations can bear
+        ([2, 30, 40], 1000, (2, 30)),  # a short sequence would cost more than it gives
+        ([20, 30, 40], 1000, (3, 20)),
+        ([0, 0, 5], 512, (1, 5)),
+        ([0], 512, (0, 0)),
+        ([16] * 8, 4, (4, 1)),
+    ],
+)
+def test_samples_are_equally_many_tokens_of_each_sequence(lengths, tokens, shape):
+    chosen = sample_sequences(lengths, tokens)
+    assert tuple(chosen.shape) == shape
+    assert len(chosen.flatten().unique()) == chosen.numel()
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    for row in chosen:
+        assert len(torch.bucketize(row, starts, right=True).unique()) == 1
+
+
+def test_a_batch_can_be_sampled_and_knows_its_sequences():
+    mask = torch.arange(8)[None] < torch.tensor([[8], [6], [1]])
+    rows = TokenRows(mask=mask, sample=8)
+    index = rows.index((3, 8), CPU)
+    assert index.tolist() == [0, 2, 4, 7, 8, 9, 11, 13]
+    assert rows.lengths(8) == [4, 4]
+    counted = TokenRows(mask=mask)
+    assert counted.index((3, 8), CPU).numel() == 15
+    assert counted.lengths(15) == [8, 6, 1]
+    assert TokenRows().index((2, 5), CPU) is None

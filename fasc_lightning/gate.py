@@ -1,0 +1,177 @@
+"""The gate: which layers get the expensive solver, decided by rho, and where rho is not to be trusted.
+
+Shihab et al., FASC, sections 2.4 and 4.4, Appendix E and Table 8: layers above a threshold get the Fisher-aligned
+solver, the others the activation SVD. The paper's threshold is 0.3, on plain rho.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from fasc_lightning.moments import CalibrationMoments, Moments, panels
+from fasc_lightning.solvers import get_solver
+from fasc_lightning.taps import matches
+
+#: Serves the layers below the gate: the activation covariance alone.
+CHEAP_METHOD = "svd"
+#: The scores that can decide: signed and around 0 for unrelated x and g, or plain rho as in the paper.
+GATE_BY = ("debiased", "rho")
+#: ``gate_exclude="paper"``: early attention and the last projections.
+PAPER = "paper"
+
+#: Blocks whose attention the paper excludes: their index is below this.
+EARLY_BLOCKS = 3
+#: Names of layers that write a block's output back: of attention and MLP, across model families.
+OUTPUT_PROJECTIONS = frozenset(
+    {"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "dense_4h_to_h", "wo", "w2", "fc_out"}
+)
+#: Share of the gradients' second moment that is variation, under which they count as near-constant. The paper asks
+#: for |Sigma_gg|_F < 1e-4, but gradients have no scale of their own: another loss unit, another answer. At 1 % their
+#: mean is ten times as long as their typical deviation from it, and rho, which is centred, rests on the small rest.
+NEAR_CONSTANT = 0.01
+
+
+def check_gate(
+    gate: float | None, gate_by: str = "debiased", gate_exclude: str | Sequence[str] | None = None, method: str = "fasc"
+) -> None:
+    """Check the options of the gate.
+
+    Raises:
+        TypeError: If the gate is not a number, or the exclusions are neither a string nor a list of them.
+        ValueError: If an option is out of range, or there is nothing for it to decide.
+    """
+    if gate_by not in GATE_BY:
+        raise ValueError(f"Expected `gate_by` to be one of {', '.join(GATE_BY)} but got {gate_by!r}.")
+    patterns = [gate_exclude] if isinstance(gate_exclude, str) else gate_exclude
+    if patterns is not None and not (isinstance(patterns, list | tuple) and all(isinstance(p, str) for p in patterns)):
+        raise TypeError(
+            f"Expected `gate_exclude` to be {PAPER!r}, a regular expression or a list of names; got {gate_exclude!r}."
+        )
+    if gate is None:
+        if gate_exclude is not None:
+            raise ValueError(
+                f"Expected `gate_exclude` together with a `gate` but got {gate_exclude=} alone: without a gate every "
+                "layer gets the same solver. HINT: gate=0.3, or `exclude` to leave layers alone altogether."
+            )
+        return
+    if isinstance(gate, bool) or not isinstance(gate, int | float):
+        raise TypeError(f"Expected `gate` to be a number in [0, 1] or None but got {gate!r}.")
+    if not 0 <= gate <= 1:
+        raise ValueError(f"Expected `gate` to be in [0, 1], as rho is, but got {gate}.")
+    if method == CHEAP_METHOD:
+        raise ValueError(
+            f"Expected a `method` that costs more than {CHEAP_METHOD!r} but got {method!r}, which serves the layers "
+            f"below the gate, too: there is nothing to decide. HINT: method='fasc', or gate=None."
+        )
+    get_solver(method)
+
+
+def choose_methods(
+    scores: Mapping[str, float],
+    gate: float | None,
+    method: str = "fasc",
+    exclude: str | Sequence[str] | None = None,
+) -> dict[str, str]:
+    """Return the solver of each layer: ``method`` above the gate, the cheap one at and below it.
+
+    A layer whose score is undefined (NaN) gets ``method``: nothing speaks for saving there.
+
+    Args:
+        scores: rho or its debiased value by layer.
+        gate: The threshold; None gives ``method`` to every layer.
+        method: The expensive solver.
+        exclude: Layers that rho does not decide, and that the cheap solver serves: patterns as for ``targets``
+            (:func:`~fasc_lightning.taps.matches`), or "paper" (:func:`excluded_layers`).
+    """
+    if gate is None:
+        return dict.fromkeys(scores, method)
+    out = excluded_layers(scores, exclude)
+    # Written so that NaN passes.
+    return {name: CHEAP_METHOD if name in out or score <= gate else method for name, score in scores.items()}
+
+
+def excluded_layers(names: Iterable[str], exclude: str | Sequence[str] | None) -> set[str]:
+    """Return the layers that an exclusion takes from the gate.
+
+    Args:
+        names: All targeted layers; "paper" looks for the last block among them.
+        exclude: Patterns, None, or "paper": attention layers of blocks 0 to 2 and the output projections of the last
+            block, which the paper found to score high without gaining (Appendix E).
+    """
+    names = list(names)
+    if exclude is None:
+        return set()
+    if exclude == PAPER:
+        return early_attention(names) | last_projections(names)
+    return {name for name in names if matches(name, exclude)}
+
+
+def early_attention(names: Iterable[str]) -> set[str]:
+    """Return the attention layers of the first three blocks, by name: a part of it holds "attn" or "attention"."""
+    return {
+        name
+        for name in names
+        if (block := _block(name)) is not None
+        and block[1] < EARLY_BLOCKS
+        and any("attn" in part or "attention" in part for part in name.lower().split("."))
+    }
+
+
+def last_projections(names: Iterable[str]) -> set[str]:
+    """Return the output projections of the last block, by name; of each stack, where a model has several."""
+    blocks = {name: block for name in names if (block := _block(name)) is not None}
+    last: dict[str, int] = {}
+    for stack, index in blocks.values():
+        last[stack] = max(index, last.get(stack, index))
+    return {
+        name
+        for name, (stack, index) in blocks.items()
+        if index == last[stack] and name.rsplit(".", 1)[-1] in OUTPUT_PROJECTIONS
+    }
+
+
+def failure_flags(names: Iterable[str], moments: CalibrationMoments) -> dict[str, tuple[str, ...]]:
+    """Return why rho may mislead on each layer: the paper's three failure modes (Appendix E), often none.
+
+    "near-constant gradients": the centred second moment of h is at most 1 % of the uncentred one, or h is zero. That
+    is relative, where the paper's 1e-4 is absolute (:data:`NEAR_CONSTANT`). "early attention" and "last projection" go
+    by name. A layer that no gradient reached has no gradients to judge.
+
+    Args:
+        names: All targeted layers.
+        moments: Theirs, not yet released.
+    """
+    names = list(names)
+    constant = {name for name in names if moments.tokens(name) and variation(moments.gradients[name]) <= NEAR_CONSTANT}
+    kinds = {
+        "near-constant gradients": constant,
+        "early attention": early_attention(names),
+        "last projection": last_projections(names),
+    }
+    return {name: tuple(kind for kind, members in kinds.items() if name in members) for name in names}
+
+
+def variation(moments: Moments) -> float:
+    """Return the share of a second moment that is variance, tr(Cov) / tr(E[h h^T]), in [0, 1]; 0 for nothing but zeros.
+
+    Args:
+        moments: Of at least one vector.
+    """
+    moments.allocate()
+    diagonal = [panel[: stop - start].diagonal() for start, stop, panel in panels(moments.outer, moments.features)]
+    second = torch.cat(diagonal).double().sum() / moments.count
+    if second == 0:
+        return 0.0
+    first = moments.mean().double().square().sum()
+    return float((1 - first / second).clamp(0, 1))
+
+
+def _block(name: str) -> tuple[str, int] | None:
+    """Return (stack, index) of the block that a layer belongs to: the first integer of its dotted name."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[:i]), int(part)
+    return None

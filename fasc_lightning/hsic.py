@@ -1,0 +1,226 @@
+"""The Hilbert-Schmidt independence criterion of token samples, from their s x s Gram matrices.
+
+With the linear kernel and K = X X^T, L = G G^T, HSIC(x, g) is |Sigma_xg|_F^2, so that ratios of it give rho^2, and no
+d x d matrix is ever formed. Gram matrices come stacked, (v, s, s) for v variables on the same s tokens, and results
+are (v, v) for all pairs of variables.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+#: The unbiased estimator divides by s (s - 3).
+MIN_TOKENS = 4
+
+#: A variable whose variance is below this share of its second moment is constant as far as float32 can tell.
+CONSTANT = 1e-12
+
+
+def centered_gram(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the centred Gram matrix of a sample in units of its variance, and that variance.
+
+    Gradients are tiny and enter HSIC to the fourth power: in units of their own they neither under- nor overflow in
+    float32. A constant variable has a zero matrix and zero variance.
+
+    Args:
+        x: Sample, shape (s, n), any floating type; computed in float64 if it is, else in float32.
+
+    Returns:
+        K = X X^T / variance, shape (s, s), and variance = tr(Sigma_xx), a float64 scalar.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        values = x.detach().to(dtype)
+        # In units of the largest number, squares cannot overflow.
+        largest = values.abs().amax()
+        unit = torch.where(largest > 0, largest, torch.ones_like(largest))
+        values = values / unit
+        second = values.square().sum(1).mean()
+        values = values - values.mean(0)
+        variance = values.square().sum(1).mean()
+        varies = variance > CONSTANT * second
+        scale = torch.where(varies, variance, torch.ones_like(variance)).sqrt()
+        values = torch.where(varies, values / scale, torch.zeros_like(values))
+        K = values @ values.T
+    return K, torch.where(varies, variance.double() * unit.double().square(), 0.0)
+
+
+def hsic_biased(grams: Tensor) -> Tensor:
+    """Return <H K_i H, H K_j H> / s^2 for all pairs of variables: |Sigma_ij|_F^2 of the sample (Gretton et al. 2005).
+
+    Args:
+        grams: Gram matrices K_i = X_i X_i^T of v variables on the same s tokens, shape (v, s, s), centred or not.
+
+    Returns:
+        Shape (v, v), float64.
+    """
+    s = grams.shape[-1]
+    rows = grams.mean(-1)  # (v, s)
+    centered = grams - rows[:, :, None] - rows[:, None, :] + rows.mean(-1)[:, None, None]
+    flat = centered.flatten(1)
+    return (flat @ flat.T).double() / s**2
+
+
+def hsic_unbiased(grams: Tensor) -> Tensor:
+    """Return the unbiased HSIC_1 of Song et al. 2012, Eq. 5, for all pairs of variables; it may be negative.
+
+    Args:
+        grams: As for :func:`hsic_biased`.
+
+    Returns:
+        Shape (v, v), float64.
+
+    Raises:
+        ValueError: If there are fewer than four tokens.
+    """
+    s = grams.shape[-1]
+    if s < MIN_TOKENS:
+        raise ValueError(f"Expected at least {MIN_TOKENS} tokens for the unbiased HSIC but got {s}.")
+    hollow = grams.clone()
+    hollow.diagonal(dim1=-2, dim2=-1).zero_()  # a token with itself
+    rows = hollow.sum(-1).double()  # (v, s)
+    totals = rows.sum(-1)  # (v,)
+    flat = hollow.flatten(1)
+    pairs = (flat @ flat.T).double()
+    return (pairs + torch.outer(totals, totals) / ((s - 1) * (s - 2)) - 2 / (s - 2) * (rows @ rows.T)) / (s * (s - 3))
+
+
+def hsic_between(grams: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """Return the unbiased HSIC from pairs of tokens in different blocks only, and without each block in turn.
+
+    The U-statistic of Song et al. 2012 with blocks (whole sequences) in place of tokens: unbiased if blocks are
+    independent, however much the tokens of one depend on each other. With S_a the sum of x g^T over a block of l
+    tokens, p_a that of x and q_a that of g, it is the mean over distinct blocks of
+
+        <S_a, S_b> / l^2 - 2 <S_a, p_b q_c^T> / l^3 + <p_a q_b^T, p_c q_d^T> / l^4,
+
+    all of which are sums over tiles of the Gram matrices. Blocks of one token give :func:`hsic_unbiased`.
+
+    Args:
+        grams: Gram matrices, shape (v, s, s), s a multiple of ``blocks``.
+        blocks: Number of equal runs of consecutive tokens; at least 4.
+
+    Returns:
+        The estimate, shape (v, v), and those that leave one block out, shape (blocks, v, v), or (0, v, v) where fewer
+        than four would be left; float64.
+
+    Raises:
+        ValueError: If there are fewer than four blocks.
+    """
+    if blocks < MIN_TOKENS:
+        raise ValueError(f"Expected at least {MIN_TOKENS} blocks for the unbiased HSIC but got {blocks}.")
+    v, s, _ = grams.shape
+    length = s // blocks
+    tiles = grams.view(v, blocks, length, blocks, length)
+    flat = tiles.permute(1, 3, 0, 2, 4).reshape(blocks, blocks, v, length**2)
+    rows = tiles.sum(4).double()  # (v, blocks, length, blocks): each token's sum over a block
+    hollow = 1 - torch.eye(blocks, dtype=torch.float64, device=grams.device)
+    distinct = hollow[:, :, None] * hollow[:, None, :] * hollow[None, :, :]
+    pairs = (flat @ flat.mT).double() * hollow[:, :, None, None]  # <S_a, S_b>: (blocks, blocks, v, v)
+    triples = torch.einsum("uaib,waic->uwabc", rows, rows) * distinct  # <S_a, p_b q_c^T>
+    sums = rows.sum(2) * hollow  # <p_a, p_b>: (v, blocks, blocks)
+    # Which blocks are in: all of them, then all but one.
+    kept = torch.cat([torch.ones_like(hollow[:1]), hollow]) if blocks > MIN_TOKENS else torch.ones_like(hollow[:1])
+    two = torch.einsum("ea,eb,abuw->euw", kept, kept, pairs)
+    three = torch.einsum("ea,eb,ec,uwabc->euw", kept, kept, kept, triples)
+    margins = torch.einsum("eb,uab->eua", kept, sums) * kept[:, None, :]
+    totals = margins.sum(-1)
+    squares = torch.einsum("ea,eb,uab,wab->euw", kept, kept, sums, sums)
+    four = totals[:, :, None] * totals[:, None, :] - 4 * margins @ margins.mT + 2 * squares
+    b = kept.sum(1)[:, None, None]
+    estimates = (
+        two / (b * (b - 1)) / length**2
+        - 2 * three / (b * (b - 1) * (b - 2)) / length**3
+        + four / (b * (b - 1) * (b - 2) * (b - 3)) / length**4
+    )
+    return estimates[0], estimates[1:]
+
+
+def hsic_permuted(K: Tensor, L: Tensor, permutations: Tensor) -> Tensor:
+    """Return the biased HSIC of x with the blocks of g in other orders.
+
+    Args:
+        K: Centred Gram matrix of x, shape (s, s), s a multiple of the number of blocks b.
+        L: The same of g.
+        permutations: Orders of the b blocks of consecutive tokens, shape (r, b).
+
+    Returns:
+        <K, P L P^T> / s^2 for each of the r permutations, shape (r,), float64.
+    """
+    s, (_, blocks) = len(K), permutations.shape
+    length = s // blocks
+    tiles = [gram.view(blocks, length, blocks, length).transpose(1, 2).reshape(blocks**2, length**2) for gram in (K, L)]
+    # Every tile of K with every tile of L once; a permutation then only looks up.
+    products = (tiles[0] @ tiles[1].T).double().view(blocks, blocks, blocks, blocks)
+    block = torch.arange(blocks, device=K.device)
+    found = products[block[:, None], block[None, :], permutations[:, :, None], permutations[:, None, :]]
+    return found.sum((1, 2)) / s**2
+
+
+def hsic_shifted(K: Tensor, L: Tensor, sequences: int) -> Tensor:
+    """Return the biased HSIC of x with g shifted circularly along each sequence, for every shift.
+
+    <K, P L P^T> with a shift P is a correlation along the diagonals of K and L, so one Fourier transform gives all.
+
+    Args:
+        K: Centred Gram matrix of x, shape (s, s), s a multiple of ``sequences``.
+        L: The same of g.
+        sequences: Number of equal runs of consecutive tokens.
+
+    Returns:
+        HSIC with g moved by 0, 1, ..., length - 1 tokens, shape (length,), float64.
+    """
+    s = len(K)
+    length = s // sequences
+    place = torch.arange(length, device=K.device)
+    diagonals = (place[None, :] + place[:, None]) % length  # (offset of the diagonal, place along it)
+    spectra = []
+    for gram in (K, L):
+        tiles = gram.view(sequences, length, sequences, length).transpose(1, 2)
+        along = tiles[:, :, place[None, :], diagonals]  # (sequences, sequences, offset, place)
+        spectra.append(torch.fft.rfft(along, dim=-1))
+    crossed = (spectra[0].conj() * spectra[1]).sum((0, 1, 2))
+    return torch.fft.irfft(crossed.to(torch.complex128), n=length) / s**2
+
+
+@lru_cache(maxsize=64)
+def derangements(blocks: int, count: int, seed: int) -> Tensor:
+    """Return random orders of blocks in which none stays in its place, shape (count, blocks).
+
+    The same for every call with these arguments, so that neither the order of batches nor the process that sees them
+    matters.
+
+    Args:
+        blocks: At least 2.
+        count: Number of orders.
+        seed: Of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Tensor] = []
+    place = torch.arange(blocks)
+    while len(found) < count:  # more than a third of all permutations qualify
+        order = torch.randperm(blocks, generator=generator)
+        if not bool((order == place).any()):
+            found.append(order)
+    return torch.stack(found)
+
+
+def normalized(hsic: Tensor, crossed: Tensor | None = None) -> Tensor:
+    """Return HSIC(x, g) / sqrt(HSIC(x, x) HSIC(g, g)) of a (2, 2) matrix, NaN where x or g does not vary.
+
+    Args:
+        hsic: All pairs of (x, g).
+        crossed: Other values in place of HSIC(x, g), any shape.
+    """
+    crossed = hsic[0, 1] if crossed is None else crossed
+    own = hsic.diagonal()
+    ratio = crossed / own.clamp(min=0).sqrt().prod()
+    return torch.where((own > 0).all(), ratio, float("nan"))
+
+
+def signed_root(ratio: Tensor) -> Tensor:
+    """Return sign(r) sqrt(|r|)."""
+    return torch.sign(ratio) * ratio.abs().sqrt()

@@ -1,0 +1,254 @@
+"""rho of all layers: in one pass over data, and observed again and again while a Trainer trains."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from fasc_lightning._distributed import is_distributed
+from fasc_lightning.dependence import DependenceScore, all_reduce_scores_
+from fasc_lightning.history import RhoHistory, RhoRow
+from fasc_lightning.lowrank import linear_weight
+from fasc_lightning.pooled import Gradient
+from fasc_lightning.taps import Taps
+from fasc_lightning.tokens import TokenRows, sample_sequences
+
+
+class LayerScores:
+    """One dependence score a layer, fed by :class:`~fasc_lightning.taps.Taps` as its ``pairs``.
+
+    Args:
+        layers: The tapped layers by name.
+        tokens: Largest sample of a batch's tokens that a layer's score takes.
+        gradient: "input" couples x with g = W^T h (the paper's definition), "output" with h.
+        seed: Of the scores' permutations and resamples.
+        device: Where the scores live.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        tokens: int,
+        gradient: Gradient = "input",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.layers = layers
+        self.tokens = tokens
+        self.gradient = gradient
+        # Reduced here, all in two messages, and not by torchmetrics.
+        self.scores = {name: DependenceScore(seed, sync_on_compute=False).to(device) for name in layers}
+
+    def __call__(self, name: str, x: Tensor, h: Tensor, batch: TokenRows) -> None:
+        """Add a sample of one call's tokens to a layer's score.
+
+        Args:
+            name: Of the layer.
+            x: Inputs, shape (tokens, n).
+            h: Gradients at the outputs, shape (tokens, m); their scale is immaterial.
+            batch: The batch that they belong to.
+        """
+        if not batch.scored:
+            return
+        chosen = sample_sequences(batch.lengths(len(x)), self.tokens)  # (sequences, tokens of each)
+        if chosen.numel() < len(x):
+            index = chosen.flatten().to(x.device)
+            x, h = x[index], h[index]
+        with torch.autocast(h.device.type, enabled=False):
+            if self.gradient == "input":
+                W = linear_weight(self.layers[name]).detach()
+                W = W.to(torch.promote_types(W.dtype, torch.float32))
+                h = h.to(W) @ W
+            self.scores[name].update(x.view(*chosen.shape, x.shape[1]), h.view(*chosen.shape, h.shape[1]))
+
+    def all_reduce_(self) -> None:
+        """Merge with the other processes' scores of the same layers."""
+        all_reduce_scores_(self.scores[name] for name in sorted(self.scores))
+
+    def row(self, name: str, step: int) -> RhoRow:
+        """Return a layer's row of the table."""
+        score = self.scores[name]
+        reason = score.reason
+        low, high = score.interval.tolist()
+        return RhoRow(
+            step=step,
+            layer=name,
+            rho=float("nan") if score.tokens == 0 else score.compute().item(),
+            null=score.null.item(),
+            debiased=score.debiased.item(),
+            low=low,
+            high=high,
+            iid_floor=score.iid_floor.item(),
+            tokens=int(score.tokens),
+            reason=reason,
+        )
+
+    def rows(self, step: int) -> list[RhoRow]:
+        """Return the table of one observation."""
+        return [self.row(name, step) for name in self.scores]
+
+
+class RhoMonitor:
+    """Observes rho at every n-th optimizer step of a fit: at steps 0, n, 2n, ...
+
+    Hooks are on the layers during those steps only. An observation covers all batches of its optimizer step, on all
+    processes. Nothing that the data hold makes it raise.
+
+    Args:
+        every_n_steps: Optimizer steps from one observation to the next.
+        tokens: Tokens of each batch that are looked at.
+        threshold: rho above which a layer counts as high in the logged fraction.
+        gradient: See :class:`LayerScores`.
+        seed: Of permutations and resamples.
+    """
+
+    def __init__(
+        self, every_n_steps: int, tokens: int, threshold: float, gradient: Gradient = "input", seed: int = 0
+    ) -> None:
+        self.every_n_steps = every_n_steps
+        self.tokens = tokens
+        self.threshold = threshold
+        self.gradient: Gradient = gradient
+        self.seed = seed
+        self.history = RhoHistory()
+        self._layers: dict[str, nn.Module] = {}
+        self._taps: Taps | None = None
+        self._scores: LayerScores | None = None
+        self._step = 0  # of the observation that is open
+        self._next = 0
+        self._published: dict[str, Tensor] = {}
+
+    def start(self, trainer: pl.Trainer, layers: dict[str, nn.Module]) -> None:
+        """Take the layers of a fit; steps that a checkpoint's history holds are not observed again."""
+        self._layers = layers
+        first = trainer.global_step
+        if self.history and self.history.steps[-1] >= first:
+            first = self.history.steps[-1] + 1
+        self._next = -(-first // self.every_n_steps) * self.every_n_steps
+        if not trainer.loggers:
+            rank_zero_info(
+                "FascCallback: the Trainer has no logger; rho is in `callback.rho_history` "
+                "(`callback.rho_history.to_csv(path)` writes it) and in `trainer.callback_metrics`."
+            )
+
+    def due(self, trainer: pl.Trainer) -> bool:
+        """Tell whether the batch that is about to run belongs to an observation."""
+        return self._taps is not None or trainer.global_step >= self._next
+
+    def begin_batch(self, trainer: pl.Trainer, rows: TokenRows) -> None:
+        """Start to look at a batch, as described by ``rows``, whose gradients' scale does not matter."""
+        if self._taps is None:
+            self._scores = LayerScores(
+                self._layers, self.tokens, self.gradient, self.seed, trainer.strategy.root_device
+            )
+            self._taps = Taps(self._layers, pairs=self._scores)
+            self._taps.install()
+            self._step = trainer.global_step
+        self._taps.begin_batch(rows)
+
+    def end_batch(self, trainer: pl.Trainer) -> None:
+        """End a batch, and with the last one of an optimizer step the observation."""
+        if self._taps is None:
+            return
+        self._taps.end_batch()
+        if trainer.global_step != self._step:
+            self.close(trainer)
+
+    def close(self, trainer: pl.Trainer) -> None:
+        """End the open observation: a table of it in the history, the loggers and the callback metrics."""
+        if self._scores is None:
+            return
+        scores, self._scores = self._scores, None
+        self.remove()
+        if is_distributed(trainer):
+            scores.all_reduce_()
+        rows = scores.rows(self._step)
+        self.history.extend(rows)
+        self._next = (self._step // self.every_n_steps + 1) * self.every_n_steps
+        self._log(trainer, rows)
+
+    def publish(self, trainer: pl.Trainer) -> None:
+        """Put the last values into the callback metrics again, which Lightning empties between its loops."""
+        if self._published:
+            trainer.callback_metrics.update(self._published)
+
+    def remove(self) -> None:
+        """Take the hooks off; safe at any time."""
+        if self._taps is not None:
+            self._taps.remove()
+        self._taps = self._scores = None
+
+    def forget(self) -> None:
+        """Drop references to the module's layers; the history stays."""
+        self.remove()
+        self._layers, self._published = {}, {}
+
+    def _log(self, trainer: pl.Trainer, rows: list[RhoRow]) -> None:
+        for logger in trainer.loggers:
+            figures = rho_metrics(rows, self.threshold, logger.group_separator)
+            logger.log_metrics(figures, step=_logged_step(trainer))
+        self._published.update({name: torch.tensor(value) for name, value in rho_metrics(rows, self.threshold).items()})
+        self.publish(trainer)
+
+
+def rho_metrics(rows: list[RhoRow], threshold: float, separator: str = "/") -> dict[str, float]:
+    """Return what is logged of an observation; undefined values are left out.
+
+    Args:
+        rows: One a layer.
+        threshold: For the fraction of the defined layers above it.
+        separator: Between the parts of a name.
+    """
+    figures: dict[str, float] = {}
+    columns: tuple[tuple[str, Any], ...] = (("rho", "rho"), ("rho_null", "null"), ("rho_debiased", "debiased"))
+    for name, column in columns:
+        defined = {row["layer"]: row[column] for row in rows if row[column] == row[column]}  # type: ignore[literal-required]
+        figures.update({f"{name}{separator}{layer}": value for layer, value in defined.items()})
+        if defined and column != "null":
+            figures[f"fasc{separator}{name}_mean"] = sum(defined.values()) / len(defined)
+    values = [row["rho"] for row in rows if row["rho"] == row["rho"]]
+    if values:
+        figures[f"fasc{separator}rho_above_threshold"] = sum(value > threshold for value in values) / len(values)
+    return figures
+
+
+def write_history(trainer: pl.Trainer, history: RhoHistory, threshold: float, observations: int) -> None:
+    """Write a history where the Trainer's loggers write: CSV, and figures where matplotlib is installed.
+
+    Figures also go to the loggers that take some.
+
+    Args:
+        trainer: Without a logger nothing is written.
+        history: Observations.
+        threshold: For the marks of emergence.
+        observations: For the same.
+    """
+    folder = trainer.log_dir  # a broadcast: on every process
+    if not (history and trainer.loggers and trainer.is_global_zero):
+        return
+    if folder is not None:
+        history.to_csv(Path(folder) / "rho_history.csv")
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    from fasc_lightning.figures import log_figure, rho_heatmap, rho_profile, save_figure
+
+    figures = {
+        "rho_heatmap": rho_heatmap(history, threshold=threshold, observations=observations),
+        "rho_profile": rho_profile(history.at()),
+    }
+    for name, figure in figures.items():
+        log_figure(trainer.loggers, name, figure, _logged_step(trainer))
+        if folder is not None:
+            save_figure(figure, Path(folder) / f"{name}.png")
+
+
+def _logged_step(trainer: pl.Trainer) -> int:
+    """Return the step that Lightning's own metrics of this batch are logged at."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

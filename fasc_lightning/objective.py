@@ -1,0 +1,125 @@
+"""J, the loss that a low-rank approximation costs to second order: predicted from moments, or measured on tokens.
+
+For a layer y = W x + b, D = W - W' and h = dL/dy with L the sum of the token losses,
+
+    J = E[(h^T D x)^2],
+
+FASC's Eq. 1 with W' = W P (Shihab et al.). If x and h were independent, J would be tr(G D A D^T) with A = E[x x^T] and
+G = E[h h^T]; they are not, so the same J on tokens that nothing was fitted to is the judge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fasc_lightning.moments import LayerMoments
+from fasc_lightning.solvers import Factorization
+from fasc_lightning.solvers._linalg import shrink
+from fasc_lightning.solvers.fasc import SHRINK_A, SHRINK_G
+from fasc_lightning.tokens import TokenRows
+
+
+def fisher_metric(moments: LayerMoments) -> tuple[Tensor, Tensor]:
+    """Return A (n, n) and G (m, m) in float64, shrunk as the solver "fasc" shrinks them.
+
+    Losses in this metric compare between layers, whichever solver made the approximation.
+    """
+    return shrink(moments.A.double(), SHRINK_A), shrink(moments.G.double(), SHRINK_G)
+
+
+def fisher_losses(W: Tensor, A: Tensor, G: Tensor, factorization: Factorization) -> Tensor:
+    r"""Return J_k = tr(G D_k A D_k^T), D_k = W - L_k R_k, for every rank k of any solver's factors L (m, r), R (r, n).
+
+    With D_k = D_r + \sum_{i > k} l_i r_i^T, the loss is a quadratic form in which one more rank is one row and one
+    column:
+
+        J_k = tr(G D_r A D_r^T) + 2 \sum_{i > k} (L^T G D_r A R^T)_ii + \sum_{i, j > k} (L^T G L)_ij (R A R^T)_ij.
+
+    Summed from the full rank downwards, where the terms are small, so that small losses keep their digits; the same
+    sums from rank 0 upwards are differences of large ones.
+
+    Args:
+        W: Weight, shape (m, n).
+        A: Symmetric positive semidefinite, shape (n, n).
+        G: Symmetric positive semidefinite, shape (m, m).
+        factorization: Of W, by any solver. Its own losses are not looked at.
+
+    Returns:
+        Shape (r + 1,), float64. Unlike the losses of the solver that minimises J, they may increase with the rank.
+    """
+    W, A, G = W.double(), A.double(), G.double()
+    L, R = factorization.left.double(), factorization.right.double()
+    D = W - L @ R
+    GL, AR = G @ L, A @ R.T  # (m, r), (n, r)
+    rest = ((G @ D) * (D @ A)).sum()
+    cross = ((D @ AR) * GL).sum(0)  # (r,)
+    gram = (L.T @ GL) * (R @ AR)  # (r, r)
+    tails = 2 * cross.flip(0).cumsum(0) + gram.flip(0, 1).cumsum(0).cumsum(1).diagonal()
+    # Rounding may take what is zero below it.
+    return torch.cat([rest[None], rest + tails]).flip(0).clamp(min=0)
+
+
+class HeldoutLosses:
+    """J = E[(h^T (W - W') x)^2] of candidate approximations, on tokens they were not made from.
+
+    The fourth moment itself: nothing is assumed of x and h. An instance is a ``pairs`` callback of
+    :class:`~fasc_lightning.taps.Taps`, and keeps two numbers a candidate.
+
+    Args:
+        weights: The weight W (m, n) of each layer by name; layers without one are passed over.
+        candidates: W' (m, n) by layer and label. Weights and candidates are referred to, not copied.
+
+    Raises:
+        ValueError: If a candidate has no weight, or another shape.
+
+    Example:
+        >>> losses = HeldoutLosses({"up": torch.eye(2)}, {"up": {"nothing": torch.zeros(2, 2)}})
+        >>> losses("up", torch.ones(3, 2), torch.ones(3, 2), TokenRows())
+        >>> losses.losses("up")
+        {'nothing': 4.0}
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], candidates: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for name, approximations in candidates.items():
+            shapes = {label: tuple(W.shape) for label, W in approximations.items()}
+            expected = tuple(weights[name].shape) if name in weights else None
+            if any(shape != expected for shape in shapes.values()):
+                raise ValueError(f"Expected candidates of layer {name!r} of the shape of W, {expected}; got {shapes}.")
+        self.weights = weights
+        self.candidates = candidates
+        self.tokens: dict[str, int] = dict.fromkeys(candidates, 0)
+        self._sums: dict[str, dict[str, float]] = {
+            name: dict.fromkeys(labels, 0.0) for name, labels in candidates.items()
+        }
+
+    @torch.no_grad()
+    def __call__(self, name: str, x: Tensor, h: Tensor, batch: TokenRows) -> None:
+        """Add the tokens of one call.
+
+        Args:
+            name: Layer.
+            x: Inputs, shape (tokens, n).
+            h: Gradients at the output as the backward pass gave them, shape (tokens, m).
+            batch: Says by which factor h becomes the gradient of a sum of token losses.
+        """
+        if name not in self.candidates:
+            return
+        W = self.weights[name].detach()
+        dtype = torch.promote_types(W.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            x, h = x.detach().to(dtype), h.detach().to(dtype)
+            for label, approximation in self.candidates[name].items():
+                # One difference at a time: it costs what one more token would, and all of them held would be a model.
+                D = W.to(dtype) - approximation.to(dtype)
+                changes = ((x @ D.T) * h).sum(1).double() * batch.scale
+                self._sums[name][label] += changes.square().sum().item()
+        self.tokens[name] += len(x)
+
+    def losses(self, name: str) -> dict[str, float]:
+        """Return J of each candidate of a layer by label; NaN if no token reached it."""
+        tokens = self.tokens[name]
+        return {label: total / tokens if tokens else math.nan for label, total in self._sums[name].items()}

@@ -1,0 +1,206 @@
+"""score(): rho of a model, or of a training run's checkpoints, without training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from fasc_lightning import _checks
+from fasc_lightning._fit import run_fit
+from fasc_lightning.frozen import FrozenFit
+from fasc_lightning.history import RhoHistory
+from fasc_lightning.monitor import LayerScores
+from fasc_lightning.pooled import Gradient
+from fasc_lightning.taps import Taps, select_layers
+from fasc_lightning.tokens import TokenRows
+
+
+def score(
+    model: nn.Module | str,
+    data: DataLoader[Any] | Iterable[Any],
+    checkpoints: Sequence[str | Path] | None = None,
+    *,
+    targets: str | list[str] | None = None,
+    exclude: str | list[str] | None = None,
+    tokens: int = 512,
+    gradient: Gradient = "input",
+    token_mask: Callable[[Any], Tensor | None] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> RhoHistory:
+    """Return rho of every layer over some data, for a model as it is or for several checkpoints of it.
+
+    Nothing is trained: eval mode, no weight gradients, and the model ends as it began.
+
+    Args:
+        model: A transformers causal language model, or any LightningModule with a ``training_step``; or the name of
+            one for :func:`~fasc_lightning.bundled.load_model`: a folder, a hub id, "smollm2".
+        data: A DataLoader, or batches: for a language model mappings with "input_ids" and optionally
+            "attention_mask" and "labels". The same data serve every checkpoint.
+        checkpoints: Lightning ``.ckpt`` files, folders or hub ids ("name" or "name@revision") whose weights are put
+            into the model one after the other.
+        targets: See :class:`~fasc_lightning.FascCallback`, as for the following.
+        exclude: Patterns of layers to leave out.
+        tokens: Tokens of each batch that are looked at.
+        gradient: "input" or "output".
+        token_mask: Tells real tokens from padding.
+        seed: Of permutations and resamples.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The table of ``FascCallback.rho_history``. Steps are those the checkpoints name (the global step of a ``.ckpt``
+        file, the number of a folder ``checkpoint-500``), else their place in the list; 0 for a model as it is.
+
+    Raises:
+        ValueError: If an option is out of range, two checkpoints are of one step, or weights do not fit the model.
+        TypeError: If the model is neither a LightningModule nor a causal language model of transformers.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> history = score(LlamaForCausalLM(config), [{"input_ids": torch.randint(64, (8, 32))}])
+        >>> len(history)
+        7
+    """
+    _checks.check_monitor(None, tokens, 0.0, 1, gradient)
+    if isinstance(model, str):
+        from fasc_lightning.bundled import load_model
+
+        model = load_model(model)[0]
+    if not isinstance(data, DataLoader | Mapping | Tensor):
+        data = list(data)
+    history = RhoHistory()
+
+    def observe(step: int) -> None:
+        once = _ScoreFit(step, targets, exclude, tokens, gradient, token_mask, seed)
+        prefix = run_fit(model, data, once, progress)
+        for row in once.history:
+            history.append({**row, "layer": row["layer"].removeprefix(prefix)})
+
+    if checkpoints is None:
+        observe(0)
+        return history
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        for place, checkpoint in enumerate(checkpoints):
+            step, state = _read(str(checkpoint), place)
+            if step in history.steps:
+                raise ValueError(f"Expected checkpoints of different steps but {checkpoint} is of {step}, as another.")
+            _load(model, state, str(checkpoint))
+            observe(step)
+    finally:
+        model.load_state_dict(before)
+    return history
+
+
+class _ScoreFit(pl.Callback):
+    """Goes once over the data with the module frozen, and fills a table."""
+
+    def __init__(
+        self,
+        step: int,
+        targets: str | list[str] | None,
+        exclude: str | list[str] | None,
+        tokens: int,
+        gradient: Gradient,
+        token_mask: Callable[[Any], Tensor | None] | None,
+        seed: int,
+    ) -> None:
+        self.history = RhoHistory()
+        self._step, self._targets, self._exclude, self._token_mask = step, targets, exclude, token_mask
+        self._tokens, self._gradient, self._seed = tokens, gradient, seed
+        self._taps: Taps | None = None
+        self._frozen: FrozenFit | None = None
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _checks.check_module(pl_module, compresses=False)
+        layers = select_layers(pl_module, self._targets, self._exclude)
+        self._scores = LayerScores(layers, self._tokens, self._gradient, self._seed, trainer.strategy.root_device)
+        self._taps = Taps(layers, pairs=self._scores)
+        self._frozen = FrozenFit(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._taps is not None
+        assert self._frozen is not None
+        self._frozen.enter()
+        self._taps.install()
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._taps is not None
+        token_mask = self._token_mask or getattr(pl_module, "token_mask", None)
+        mask = token_mask(batch) if token_mask is not None else None
+        self._taps.begin_batch(TokenRows(f"batch {batch_idx}", mask, sample=self._tokens))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._taps is not None
+        self._taps.end_batch()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.history.extend(self._scores.rows(self._step))
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._taps is not None:
+            self._taps.remove()
+        if self._frozen is not None:
+            self._frozen.exit()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+
+def _read(checkpoint: str, place: int) -> tuple[int, Mapping[str, Tensor]]:
+    """Return the step and the weights of a checkpoint."""
+    if Path(checkpoint).is_file():
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        return int(content.get("global_step", place)), content.get("state_dict", content)
+    from transformers import AutoModelForCausalLM
+
+    name, _, revision = checkpoint.partition("@") if not Path(checkpoint).exists() else (checkpoint, "", "")
+    loaded = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main")
+    numbered = re.fullmatch(r"checkpoint-(\d+)", Path(checkpoint).name)
+    return int(numbered[1]) if numbered else place, loaded.state_dict()
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor], checkpoint: str) -> None:
+    """Put weights into the model; those of a wrapped language model also fit the model itself, and the reverse.
+
+    Raises:
+        ValueError: If keys are missing or left over.
+    """
+    wanted = set(model.state_dict())
+    forms: tuple[dict[str, Tensor], ...] = (
+        dict(state),
+        {name.removeprefix("model."): value for name, value in state.items()},
+        {f"model.{name}": value for name, value in state.items()},
+    )
+    for form in forms:
+        if set(form) == wanted:
+            model.load_state_dict(form)
+            return
+    missing, left = sorted(wanted - set(state)), sorted(set(state) - wanted)
+    raise ValueError(
+        f"Expected {checkpoint} to hold the weights of {type(model).__name__} but {len(missing)} are missing "
+        f"(for example {missing[:1]}) and {len(left)} are left over (for example {left[:1]})."
+    )

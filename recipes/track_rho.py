@@ -1,0 +1,682 @@
+"""Track rho while a model learns facts: loss, recall and rho against the step, beside a control with nothing to learn.
+
+On its defaults it needs no data and no network. A small decoder is trained from scratch on made-up biographies, and is
+asked for their facts in words that it never read. Then comes the control: the same model on the same sentences, with
+the facts dealt out to other people at each epoch. What rho does in both runs does not come from memorising facts.
+
+    python recipes/track_rho.py
+
+A run that was killed goes on from its last checkpoint with `--resume true`, and ends as if nothing had happened.
+Fine-tuning on a text of your own, without a control; facts, if given, are asked for on the way:
+
+    python recipes/track_rho.py --model smollm2 --text FILE --eval-facts facts.jsonl
+
+The output folder holds `training.png` (loss, recall, rho), `heatmap.png` and `profile.png`, the tables `history.csv`
+(rho) and `training.csv` (loss, recall), the same of the control as `control_*`, the model, and `report.json`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from biographies import Person, epoch_biographies, make_people, recall_facts, word_tokenizer
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.utilities import rank_zero_only
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fasc_lightning import CausalLMModule, FascCallback, RhoHistory, emergence
+from fasc_lightning._files import whole_file
+from fasc_lightning.bundled import load_model
+from fasc_lightning.data import read_text, text_windows
+from fasc_lightning.evaluation import Fact, FactsResult, factual_recall, load_facts
+from fasc_lightning.figures import Metrics, rho_heatmap, rho_profile, save_figure, training_figure
+from fasc_lightning.report import library_versions, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# The small decoder: 2.8 million parameters with the words of 300 biographies.
+WIDTH, INNER_WIDTH, LAYERS, HEADS = 192, 512, 6, 4
+# Facts of so many people are asked for: a hundred whole dates rank each other in a second, all of them in ten.
+RECALL_PEOPLE = 100
+# The defaults: from scratch on biographies, and fine-tuning on a text (where None is one pass over it).
+FROM_SCRATCH = {"steps": 900, "batch_size": 16, "window": 64, "learning_rate": 2e-3}
+FINE_TUNING = {"steps": None, "batch_size": 4, "window": 256, "learning_rate": 2e-5}
+OBSERVATIONS = 30
+CHECKPOINT_EVERY = 5  # observations
+KNOWN = 80.0  # percent recalled from which the reading calls the facts known
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of this recipe's options."""
+    parser = ArgumentParser(prog="track_rho.py", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file with any of these options")
+    add("--model", help="folder, hub id, or smollm2, to fine-tune on --text; default: a small decoder from scratch")
+    add("--text", help="text or jsonl file (also .xz) to fine-tune --model on; default: made-up biographies")
+    add("--eval-facts", help="jsonl file with subject, relation, template, object, kind, to ask --model for")
+    add("--people", type=int, default=300, help="how many biographies")
+    add("--control", choices=["true", "false"], help="run again on shuffled facts; default: true without --text")
+    add("--steps", type=int, help="optimizer steps; default: 900, with --text one pass over it")
+    add("--learning-rate", type=float, help="highest one; default: 2e-3, with --model 2e-5")
+    add("--batch-size", type=int, help="windows a step; default: 16, with --model 4")
+    add("--window", type=int, help="tokens a window; default: 64, with --model 256")
+    add("--monitor-every-n-steps", type=int, help="observe rho, recall and loss so often; default: 30 times a run")
+    add("--monitor-tokens", type=int, default=512, help="tokens of a batch that rho is observed on")
+    add("--rho-threshold", type=float, default=0.3, help="rho above which a layer counts as high")
+    add("--seed", type=int, default=0, help="of people, wording, order of batches, weights, permutations")
+    add("--output", default="rho_run", help="folder for tables, figures, checkpoints and the model")
+    add("--report", help="JSON file for the report; default: report.json in the output folder")
+    add("--resume", default="false", choices=["true", "false"], help="go on from the output folder's last checkpoint")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe; returns the report that it writes."""
+    start = time.perf_counter()
+    options = check(build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments)))
+    task = text_task(options) if options.text else biographies_task(options)
+    complete(options, task)
+    output = Path(options.output)
+    prepare_folder(options, list(task.runs))
+    runs = {name: train(name, task, options) for name in task.runs}
+    report = full_report(options, runs, time.perf_counter() - start)
+    for line in report["reading"]:
+        print(line)
+    write_outputs(runs, options, output)
+    write_json(report, options.report or output / "report.json")
+    print(f"Tables and figures are in {output}.")
+    return report
+
+
+def check(options: Namespace) -> Namespace:
+    """Fill in defaults, and refuse what cannot work before anything is loaded.
+
+    Raises:
+        ValueError: If options are out of range or contradict each other.
+        FileNotFoundError: If a file is missing.
+    """
+    if (options.model is None) != (options.text is None):
+        raise ValueError("Expected --model and --text together, to fine-tune the one on the other, or neither.")
+    if options.eval_facts and not options.text:
+        raise ValueError("Expected --eval-facts with --model and --text only: the biographies bring their own facts.")
+    if options.control == "true" and options.text:
+        raise ValueError("Expected --control true without --text only: the facts of a text cannot be shuffled.")
+    options.control = options.control or ("false" if options.text else "true")
+    for name, value in (FINE_TUNING if options.text else FROM_SCRATCH).items():
+        if options[name] is None:
+            options[name] = value
+    for name in ("steps", "batch_size", "window"):
+        least = 2 if name == "window" else 1
+        if options[name] is not None and options[name] < least:
+            raise ValueError(f"Expected --{name.replace('_', '-')} to be at least {least} but got {options[name]}.")
+    if not 0 < options.learning_rate < math.inf:
+        raise ValueError(f"Expected --learning-rate to be positive but got {options.learning_rate}.")
+    monitor(options, every=options.monitor_every_n_steps if options.monitor_every_n_steps is not None else 1)
+    for path in filter(None, [options.text, options.eval_facts]):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"Expected a file but {path} is none.")
+    return options
+
+
+def monitor(options: Namespace, every: int) -> FascCallback:
+    """Return a callback that observes rho and changes nothing; it refuses wrong values."""
+    return FascCallback(
+        monitor_every_n_steps=every,
+        monitor_tokens=options.monitor_tokens,
+        rho_threshold=options.rho_threshold,
+        seed=options.seed,
+    )
+
+
+# What is trained, on what, and what is asked.
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that the runs share, and what tells them apart.
+
+    Attributes:
+        make_model: Returns the model to start from, the same for each run.
+        tokenizer: Its tokenizer.
+        facts: What is asked for on the way; may be empty.
+        runs: For each run by name, first the main one, the windows of an epoch by its number: token ids of shape
+            (windows, window). They depend on that number and the options alone.
+    """
+
+    make_model: Callable[[], PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase
+    facts: list[Fact]
+    runs: Mapping[str, Callable[[int], Tensor]]
+
+
+def biographies_task(options: Namespace) -> Task:
+    """Return the training of a small decoder on biographies, and its control."""
+    people = make_people(options.people, options.seed)
+    tokenizer = word_tokenizer(people)
+    windows = partial(biography_windows, people, tokenizer, options.window, options.seed)
+    runs = {"facts": windows}
+    if options.control == "true":
+        runs["control"] = partial(windows, shuffled=True)
+    model = partial(small_decoder, tokenizer, options.window, options.seed)
+    return Task(model, tokenizer, recall_facts(people[:RECALL_PEOPLE]), runs)
+
+
+def small_decoder(tokenizer: PreTrainedTokenizerBase, window: int, seed: int) -> PreTrainedModel:
+    """Return a decoder of Llama's architecture with random weights, the same for the same seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=INNER_WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=max(window, 64),  # room for questions where windows are very short
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def biography_windows(
+    people: Sequence[Person],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    seed: int,
+    epoch: int,
+    shuffled: bool = False,
+) -> Tensor:
+    """Return an epoch's biographies, one after the other, cut into windows; less than one window is left over.
+
+    Raises:
+        ValueError: If they do not fill one window.
+    """
+    texts = epoch_biographies(people, seed, epoch, shuffled)
+    ids = [token for text in tokenizer(texts)["input_ids"] for token in text]
+    if len(ids) < window:
+        raise ValueError(
+            f"Expected biographies of at least one window of {window} tokens but {len(people)} people have "
+            f"{len(ids)} tokens. Give more --people or a smaller --window."
+        )
+    return torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
+
+
+def text_task(options: Namespace) -> Task:
+    """Return the fine-tuning of a model on a text."""
+    model, tokenizer = load_model(options.model)
+    windows = text_windows(read_text(options.text), tokenizer, None, options.window)
+    facts = load_facts(options.eval_facts) if options.eval_facts else []
+    if options.steps is None:
+        options.steps = -(-len(windows) // options.batch_size)
+    return Task(lambda: model, tokenizer, facts, {"text": partial(shuffled_windows, windows, options.seed)})
+
+
+def shuffled_windows(windows: Tensor, seed: int, epoch: int) -> Tensor:
+    """Return the windows in the order of an epoch."""
+    return windows[Random(f"order {seed} {epoch}").sample(range(len(windows)), len(windows))]
+
+
+class BatchStream:
+    """Batches of windows, epoch after epoch; a stateful loader, so that a resumed fit goes on with the next batch.
+
+    Args:
+        epoch_windows: Windows of an epoch by its number, shape (windows, window), at least one. Those that do not fill
+            a batch go into the next epoch's first.
+        batch_size: Windows a batch.
+        steps: Batches in all.
+    """
+
+    def __init__(self, epoch_windows: Callable[[int], Tensor], batch_size: int, steps: int) -> None:
+        self.epoch_windows = epoch_windows
+        self.batch_size = batch_size
+        self.steps = steps
+        self.load_state_dict({"step": 0, "epoch": 0, "rest": None})
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while self._step < self.steps:
+            parts = [] if self._rest is None else [self._rest]
+            while sum(map(len, parts)) < self.batch_size:
+                parts.append(self.epoch_windows(self._epoch))
+                self._epoch += 1
+            windows = torch.cat(parts)
+            batch, self._rest = windows[: self.batch_size], windows[self.batch_size :].clone()
+            self._step += 1
+            yield {"input_ids": batch}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far the stream is, with the windows that are left of the last epoch."""
+        return {"step": self._step, "epoch": self._epoch, "rest": self._rest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go where the stream was that ``state`` comes from."""
+        self._step: int = state["step"]
+        self._epoch: int = state["epoch"]
+        self._rest: Tensor | None = state["rest"]
+
+
+def complete(options: Namespace, task: Task) -> None:
+    """Fill in how often is observed, which depends on the number of steps."""
+    if options.monitor_every_n_steps is None:
+        options.monitor_every_n_steps = max(1, options.steps // OBSERVATIONS)
+    asked = f"asked for {len(task.facts)} facts" if task.facts else "asked for no facts"
+    print(
+        f"{' and '.join(task.runs)}: {options.steps} steps of {options.batch_size} windows of {options.window} tokens, "
+        f"observed every {options.monitor_every_n_steps} steps, {asked}"
+    )
+
+
+# One run.
+
+
+class Training(CausalLMModule):
+    """Next-token training with a warm-up and a cosine decay of the learning rate.
+
+    Args:
+        model: A causal language model.
+        steps: Optimizer steps in all.
+        learning_rate: The highest one.
+        weight_decay: Of matrices.
+    """
+
+    def __init__(self, model: PreTrainedModel, steps: int, learning_rate: float, weight_decay: float) -> None:
+        super().__init__(model, learning_rate, weight_decay)
+        self.steps = steps
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW, without decay of norms and biases, and its schedule."""
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        vectors = [p for p in self.parameters() if p.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": self.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warmup_cosine, steps=self.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def warmup_cosine(step: int, steps: int, warmup: float = 0.05, lowest: float = 0.05) -> float:
+    """Return the share of the highest learning rate: up on a line, down on a cosine.
+
+    Args:
+        step: Optimizer steps done.
+        steps: In all.
+        warmup: Share of the steps that go up.
+        lowest: What it comes down to.
+    """
+    up = max(1, round(warmup * steps))
+    if step < up:
+        return (step + 1) / up
+    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * (step - up) / max(1, steps - up)))
+
+
+class TrainingLog(pl.Callback):
+    """Table of loss and recall at steps 0, n, 2n, ... and the last, and the checkpoints of a run.
+
+    Recall is measured with the weights that rho of the same step is observed with. The loss is the mean over the steps
+    since the row before, so NaN at step 0.
+
+    Args:
+        name: Of the run, for messages.
+        task: Its tokenizer and facts.
+        every_n_steps: From one row to the next.
+        checkpoint: File that is written every few rows and at the end, whole or not at all.
+        rho: The callback whose history is shown beside; must stand before this one in the Trainer's list.
+    """
+
+    def __init__(self, name: str, task: Task, every_n_steps: int, checkpoint: Path, rho: FascCallback) -> None:
+        self.name = name
+        self.task = task
+        self.every_n_steps = every_n_steps
+        self.checkpoint = checkpoint
+        self.rho = rho
+        self.rows: list[dict[str, float]] = []
+        self.recall: FactsResult | None = None
+        self.seconds = {"train": 0.0, "recall": 0.0}
+        self._losses: list[float] = []
+        self._began = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been logged; plain numbers, which ``torch.load(weights_only=True)`` takes."""
+        recall = self.recall and self.recall.to_dict()
+        return {"rows": self.rows, "recall": recall, "seconds": self.seconds, "losses": self._losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the table of a checkpoint."""
+        self.rows, self.seconds, self._losses = state_dict["rows"], state_dict["seconds"], state_dict["losses"]
+        if recall := state_dict["recall"]:
+            kinds = {kind: (value["percent"], value["count"]) for kind, value in recall["by_kind"].items()}
+            self.recall = FactsResult(**{**recall, "by_kind": kinds})
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the row of step 0."""
+        self._began = time.perf_counter()
+        if trainer.global_step == 0:
+            self._row(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the loss; make a row and a checkpoint where one is due.
+
+        Raises:
+            FloatingPointError: If the loss is not finite.
+        """
+        loss = outputs["loss"].item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"Expected a finite loss but got {loss} at step {trainer.global_step} of {self.name}. "
+                "Try a smaller --learning-rate."
+            )
+        self._losses.append(loss)
+        step, last = trainer.global_step, trainer.global_step == trainer.max_steps
+        if step % self.every_n_steps == 0 or last:
+            self._row(trainer, pl_module)
+        if step % (CHECKPOINT_EVERY * self.every_n_steps) == 0 or last:
+            now = time.perf_counter()
+            self.seconds["train"] += now - self._began
+            self._began = now
+            with whole_file(self.checkpoint) as temporary:
+                trainer.save_checkpoint(temporary, weights_only=False)
+
+    def metrics(self) -> Metrics:
+        """Return the curves of the table."""
+        steps = [row["step"] for row in self.rows]
+        curves: dict[str, tuple[Any, Any]] = {"loss": (steps[1:], [row["loss"] for row in self.rows[1:]])}
+        if self.recall is not None:
+            curves["recall"] = (steps, [row["recall"] for row in self.rows])
+            curves["recall by chance"] = (steps, [self.recall.chance] * len(steps))
+        return curves
+
+    def to_csv(self, path: Path) -> None:
+        """Write the table."""
+        with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["step", "loss", "recall"])
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def _row(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        start = time.perf_counter()
+        if self.task.facts:
+            # As many questions at once as have one length: half of what they take in sixty-fours.
+            self.recall = factual_recall(pl_module.model, self.task.tokenizer, self.task.facts, batch_size=256)
+        took = time.perf_counter() - start
+        self.seconds["recall"] += took
+        self._began += took
+        loss = sum(self._losses) / len(self._losses) if self._losses else math.nan
+        self._losses = []
+        recall = self.recall.percent if self.recall else math.nan
+        self.rows.append({"step": trainer.global_step, "loss": loss, "recall": recall})
+        self._say(trainer.max_steps)
+
+    @rank_zero_only
+    def _say(self, steps: int) -> None:
+        row = self.rows[-1]
+        parts = [f"{self.name}, step {row['step']:.0f} of {steps}: loss {row['loss']:.3f}"]
+        if self.recall:
+            parts.append(f"recall {row['recall']:.1f} % (chance {self.recall.chance:.1f} %)")
+        if history := self.rho.rho_history:
+            rho, debiased = over_layers(history, "rho")[-1], over_layers(history, "debiased")[-1]
+            parts.append(f"rho {rho:.3f}, debiased {debiased:.3f} at step {history.steps[-1]}")
+        print("; ".join(parts), flush=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: the model, what was logged, and what was observed of rho."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    log: TrainingLog
+    history: RhoHistory
+
+
+def train(name: str, task: Task, options: Namespace) -> Run:
+    """Train one model, or finish training it; a run that has ended before only reads its checkpoint."""
+    checkpoint = checkpoint_path(options, name)
+    weight_decay = 0.0 if options.text else 0.1
+    module = Training(task.make_model().train(), options.steps, options.learning_rate, weight_decay)
+    rho = monitor(options, options.monitor_every_n_steps)
+    log = TrainingLog(name, task, options.monitor_every_n_steps, checkpoint, rho)
+    trainer = pl.Trainer(
+        accelerator="auto",
+        devices=1,
+        max_steps=options.steps,
+        gradient_clip_val=1.0,
+        callbacks=[rho, log],
+        logger=False,
+        enable_checkpointing=False,  # the log writes them
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=options.output,
+    )
+    batches = BatchStream(task.runs[name], options.batch_size, options.steps)
+    trainer.fit(module, batches, ckpt_path=checkpoint if checkpoint.is_file() else None)
+    return Run(module.model.cpu().eval(), task.tokenizer, log, rho.rho_history)
+
+
+def checkpoint_path(options: Namespace, run: str) -> Path:
+    """Return where a run's checkpoint is."""
+    return Path(options.output) / f"{run}.ckpt"
+
+
+def prepare_folder(options: Namespace, runs: Sequence[str]) -> None:
+    """Note the options in the output folder; take checkpoints of other runs away, or check that they are of this one.
+
+    Raises:
+        ValueError: If the run to resume had other options.
+    """
+    path = Path(options.output) / "options.json"
+    ours = {name: value for name, value in options.as_dict().items() if name not in ("config", "report", "resume")}
+    ours = {name: value for name, value in ours.items() if name != "output"}
+    if options.resume == "true" and path.is_file():
+        theirs = json.loads(path.read_text())
+        if changed := [name for name in ours if theirs.get(name) != ours[name]]:
+            was = ", ".join(f"--{name.replace('_', '-')} {theirs.get(name)}" for name in changed)
+            raise ValueError(
+                f"Expected the options of the run that is resumed, but it had {was}. Give the same ones, or start "
+                "again without --resume."
+            )
+    else:
+        for name in runs:
+            checkpoint_path(options, name).unlink(missing_ok=True)
+        write_json(ours, path)
+    if options.resume == "true" and not any(checkpoint_path(options, name).is_file() for name in runs):
+        print(f"No checkpoint in {options.output}: starting from the beginning")
+
+
+# What came of it.
+
+
+def write_outputs(runs: Mapping[str, Run], options: Namespace, output: Path) -> None:
+    """Write tables, figures and the main run's model."""
+    for name, run in runs.items():
+        prefix = "control_" if name == "control" else ""
+        run.history.to_csv(output / f"{prefix}history.csv")
+        run.log.to_csv(output / f"{prefix}training.csv")
+        save_figure(rho_heatmap(run.history, threshold=options.rho_threshold), output / f"{prefix}heatmap.png")
+        save_figure(rho_profile(run.history.at()), output / f"{prefix}profile.png")
+    curves = {name: (run.history, run.log.metrics()) for name, run in runs.items()}
+    save_figure(training_figure(curves), output / "training.png")
+    main_run = next(iter(runs.values()))
+    main_run.model.save_pretrained(output / "model")
+    main_run.tokenizer.save_pretrained(output / "model")
+
+
+def full_report(options: Namespace, runs: Mapping[str, Run], seconds: float) -> dict[str, Any]:
+    """Return the report: options, versions, what each run came to, how runs and series compare, and in words."""
+    model = next(iter(runs.values())).model
+    content: dict[str, Any] = {
+        "model": options.model or "small decoder",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "options": options.as_dict(),
+        "seed": options.seed,
+        "versions": library_versions(),
+        "runs": {name: run_report(run, options.rho_threshold) for name, run in runs.items()},
+        "comparison": compare_runs(runs["facts"], runs["control"]) if "control" in runs else None,
+    }
+    content["reading"] = reading(content, options)
+    content["seconds"] = {**{name: sum(run.log.seconds.values()) for name, run in runs.items()}, "all": seconds}
+    return content
+
+
+def run_report(run: Run, threshold: float) -> dict[str, Any]:
+    """Return what one run came to."""
+    rows, history, recall = run.log.rows, run.history, run.log.recall
+    last = history.at().values()
+    rho, null, debiased = (defined(row[name] for row in last) for name in ("rho", "null", "debiased"))
+    steps, recalled = recall_at_observations(run)
+    means = over_layers(history, "debiased")
+    known = [row["step"] for row in rows if row["recall"] >= KNOWN]
+    return {
+        "loss": rows[-1]["loss"],
+        "first_loss": rows[1]["loss"],
+        "recall": recall and recall.percent,
+        "chance": recall and recall.chance,
+        "recall_by_kind": recall and recall.to_dict()["by_kind"],
+        "known_at_step": known[0] if known else None,
+        "rho": {
+            "step": history.steps[-1],
+            "layers": len(history.layers),
+            "undefined": len(history.layers) - len(rho),
+            "mean": mean(rho),
+            "median": median(rho),
+            "null_mean": mean(null),
+            "debiased_mean": mean(debiased),
+            "debiased_median": median(debiased),
+            "above_threshold": mean(rho > threshold),
+            "debiased_above_threshold": mean(debiased > threshold),
+        },
+        "debiased_mean_at": dict(zip(map(str, steps), means.tolist(), strict=True)),
+        "emergence": emergence(history, threshold),
+        "correlation_of_recall_and_rho": correlation(recalled, means),
+        "correlation_of_their_changes": correlation(np.diff(recalled), np.diff(means)),
+        "seconds": run.log.seconds,
+    }
+
+
+def compare_runs(facts: Run, control: Run) -> dict[str, Any]:
+    """Return how the mean debiased rho of the two runs differs, and how much of a correlation the control shows, too.
+
+    Two series that drift with training correlate whatever they are. So recall of the run on facts is also held against
+    rho of the control, which memorises nothing, and against the difference of the two.
+    """
+    mine, other = over_layers(facts.history, "debiased"), over_layers(control.history, "debiased")
+    _, recalled = recall_at_observations(facts)
+    difference = mine - other
+    late = difference[len(difference) // 2 :]
+    by_layer = facts.history.matrix("debiased") - control.history.matrix("debiased")
+    by_layer = by_layer[:, by_layer.shape[1] // 2 :]
+    return {
+        "debiased_difference_last": float(difference[-1]),
+        "debiased_difference_second_half": mean(late),
+        "debiased_difference_second_half_deviation": float(np.nanstd(late)),
+        "debiased_difference_by_layer": {
+            layer: mean(defined(row)) for layer, row in zip(facts.history.layers, by_layer, strict=True)
+        },
+        "correlation_of_recall_and_rho_of_control": correlation(recalled, other),
+        "correlation_of_recall_and_difference": correlation(recalled, difference),
+    }
+
+
+def reading(content: Mapping[str, Any], options: Namespace) -> list[str]:
+    """Say in words what the numbers are, and what they cannot say."""
+    lines = [""]
+    for name, run in content["runs"].items():
+        rho, first = run["rho"], next(iter(run["debiased_mean_at"].values()))
+        lines.append(f"{name}: loss {run['first_loss']:.2f} at first, {run['loss']:.2f} at the end")
+        if run["recall"] is not None:
+            known = run["known_at_step"]
+            when = f"{KNOWN:.0f} % from step {known:.0f}" if known is not None else f"never {KNOWN:.0f} %"
+            lines.append(f"  recall {run['recall']:.1f} % (chance {run['chance']:.1f} %), {when}")
+        emerged = sum(step is not None for step in run["emergence"].values())
+        lines += [
+            f"  mean debiased rho {first:.3f} at step 0, {rho['debiased_mean']:.3f} at step {rho['step']}; there plain "
+            f"rho {rho['mean']:.3f} on a null of {rho['null_mean']:.3f}",
+            f"  above {options.rho_threshold:g} there: {rho['above_threshold']:.0%} of {rho['layers']} layers by plain "
+            f"rho, {rho['debiased_above_threshold']:.0%} by debiased; {emerged} layers emerged at some step",
+        ]
+        if run["recall"] is not None:
+            lines.append(
+                f"  over the observations, recall and mean debiased rho correlate with r = "
+                f"{run['correlation_of_recall_and_rho']:.2f}, their changes with "
+                f"r = {run['correlation_of_their_changes']:.2f}"
+            )
+    if comparison := content["comparison"]:
+        lines += [
+            "facts minus control: mean debiased rho differs by "
+            f"{comparison['debiased_difference_last']:+.3f} at the end, "
+            f"{comparison['debiased_difference_second_half']:+.3f} over the second half (standard deviation over "
+            f"observations {comparison['debiased_difference_second_half_deviation']:.3f})",
+            "  recall of the facts correlates with r = "
+            f"{comparison['correlation_of_recall_and_rho_of_control']:.2f} with rho of the control, which knows none, "
+            f"and with r = {comparison['correlation_of_recall_and_difference']:.2f} with the difference",
+        ]
+    lines += [
+        f"One seed, {min(options.monitor_tokens, options.batch_size * options.window)} tokens an observation. "
+        "Observations of one run depend on each other: no correlation over them is a test.",
+        "",
+    ]
+    return lines
+
+
+def over_layers(history: RhoHistory, column: str) -> NDArray[np.float64]:
+    """Return the mean over layers at each observed step; NaN where no layer is defined."""
+    return np.array([mean(defined(values)) for values in history.matrix(column).T])
+
+
+def recall_at_observations(run: Run) -> tuple[list[int], NDArray[np.float64]]:
+    """Return the steps at which rho was observed and the recall there, in percent."""
+    recall = {row["step"]: row["recall"] for row in run.log.rows}
+    return run.history.steps, np.array([recall[step] for step in run.history.steps])
+
+
+def correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Return Pearson's r where both are defined; NaN for fewer than three points or if one does not vary."""
+    both = np.isfinite(x) & np.isfinite(y)
+    x, y = x[both], y[both]
+    if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
+        return math.nan
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def defined(values: Any) -> NDArray[np.float64]:
+    """Return the values that are not NaN."""
+    array = np.array(list(values), dtype=np.float64)
+    return array[~np.isnan(array)]
+
+
+def mean(values: NDArray[Any]) -> float:
+    """Return the mean, NaN of nothing."""
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+def median(values: NDArray[np.float64]) -> float:
+    """Return the median, NaN of nothing."""
+    return float(np.median(values)) if len(values) else math.nan
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+
+from fasc_lightning.hsic import (
+    centered_gram,
+    derangements,
+    hsic_between,
+    hsic_biased,
+    hsic_permuted,
+    hsic_shifted,
+    hsic_unbiased,
+)
+
+
+def samples(s=30, n=3, m=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(s, n, generator=generator, dtype=torch.float64)
+    return x, x[:, :m] + torch.randn(s, m, generator=generator, dtype=torch.float64)
+
+
+def grams_of(x, g):
+    return torch.stack([x @ x.T, g @ g.T])
+
+
+def u_statistic_by_loops(K, L):
+    """HSIC_1 from its definition as a U-statistic over all four distinct tokens."""
+    total, count = 0.0, 0
+    for i, j, q, r in permutations(range(len(K)), 4):
+        total += K[i, j] * (L[i, j] + L[q, r] - 2 * L[i, q])
+        count += 1
+    return total / count
+
+
+def squared_covariance(x, g):
+    covariance = np.cov(x.T, g.T, bias=True)[: x.shape[1], x.shape[1] :]
+    return (covariance**2).sum()
+
+
+def test_unbiased_is_the_u_statistic():
+    K, L = grams_of(*samples(6)).numpy()
+    found = hsic_unbiased(grams_of(*samples(6)))
+    assert found[0, 1].item() == pytest.approx(u_statistic_by_loops(K, L))
+    assert found[0, 0].item() == pytest.approx(u_statistic_by_loops(K, K))
+
+
+def test_biased_is_the_squared_covariance():
+    x, g = samples()
+    assert hsic_biased(grams_of(x, g))[0, 1].item() == pytest.approx(squared_covariance(x, g))
+
+
+def test_blocks_of_one_token_give_the_unbiased_estimate():
+    grams = grams_of(*samples(12))
+    found, without = hsic_between(grams, 12)
+    torch.testing.assert_close(found, hsic_unbiased(grams))
+    for i in (0, 5, 11):
+        kept = [j for j in range(12) if j != i]
+        torch.testing.assert_close(without[i], hsic_unbiased(grams[:, kept][:, :, kept]))
+
+
+def between_by_loops(x, g, blocks):
+    """The U-statistic over distinct blocks, from sums over each block written out."""
+    xs, gs = np.split(x, blocks), np.split(g, blocks)
+    length = len(xs[0])
+    S = [a.T @ b for a, b in zip(xs, gs, strict=True)]
+    p, q = [a.sum(0) for a in xs], [b.sum(0) for b in gs]
+    values = [
+        (S[a] * S[b]).sum() / length**2
+        - 2 * (S[a] * np.outer(p[b], q[c])).sum() / length**3
+        + (np.outer(p[a], q[b]) * np.outer(p[c], q[d])).sum() / length**4
+        for a, b, c, d in permutations(range(blocks), 4)
+    ]
+    return np.mean(values)
+
+
+def test_between_blocks_is_the_u_statistic_over_blocks():
+    x, g = samples(18)
+    found, without = hsic_between(grams_of(x, g), 6)
+    assert found[0, 1].item() == pytest.approx(between_by_loops(x.numpy(), g.numpy(), 6))
+    assert found[1, 1].item() == pytest.approx(between_by_loops(g.numpy(), g.numpy(), 6))
+    kept = [i for i in range(18) if i // 3 != 2]
+    assert without[2][0, 1].item() == pytest.approx(between_by_loops(x[kept].numpy(), g[kept].numpy(), 5))
+
+
+def test_four_blocks_leave_none_out_and_three_are_too_few():
+    grams = grams_of(*samples(12))
+    assert hsic_between(grams, 4)[1].shape == (0, 2, 2)
+    with pytest.raises(ValueError, match="at least 4 blocks"):
+        hsic_between(grams, 3)
+    with pytest.raises(ValueError, match="at least 4 tokens"):
+        hsic_unbiased(torch.zeros(2, 3, 3))
+
+
+def test_permuting_is_permuting():
+    x, g = (v - v.mean(0) for v in samples(12))
+    orders = derangements(4, 5, seed=0)
+    found = hsic_permuted(x @ x.T, g @ g.T, orders)
+    for value, order in zip(found, orders, strict=True):
+        moved = g.view(4, 3, -1)[order].reshape(12, -1)
+        assert value.item() == pytest.approx(squared_covariance(x.numpy(), moved.numpy()))
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3])
+def test_shifting_is_shifting(sequences):
+    x, g = (v - v.mean(0) for v in samples(18))
+    found = hsic_shifted(x @ x.T, g @ g.T, sequences)
+    length = 18 // sequences
+    assert found.shape == (length,)
+    for shift in range(length):
+        moved = g.view(sequences, length, -1).roll(-shift, 1).reshape(18, -1)
+        assert found[shift].item() == pytest.approx(squared_covariance(x.numpy(), moved.numpy()))
+
+
+def test_derangements_leave_nothing_in_its_place_and_are_the_same_again():
+    orders = derangements(5, 40, seed=3)
+    assert orders.shape == (40, 5)
+    assert not (orders == torch.arange(5)).any()
+    assert all(sorted(order) == list(range(5)) for order in orders.tolist())
+    assert len({tuple(order) for order in orders.tolist()}) > 20
+    derangements.cache_clear()
+    assert torch.equal(orders, derangements(5, 40, seed=3))
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_grams_are_centred_and_in_units_of_the_variance(scale):
+    x = samples(20)[0].float() + 7
+    K, variance = centered_gram(x * scale)
+    expected = x.double() - x.double().mean(0)
+    assert variance.item() == pytest.approx(expected.square().sum(1).mean().item() * scale**2, rel=1e-4)
+    torch.testing.assert_close(K.double(), expected @ expected.T / expected.square().sum(1).mean(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e20])
+def test_a_constant_has_no_variance(value):
+    K, variance = centered_gram(torch.full((33, 5), value))
+    assert variance == 0
+    assert not K.any()

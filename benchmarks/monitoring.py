@@ -1,0 +1,103 @@
+"""What tracking rho costs: the time of a training step with it against one without, in one run.
+
+    python benchmarks/monitoring.py --output benchmarks/results
+
+A Trainer trains for a few steps with `FascCallback(monitor_every_n_steps=2)`: every other step is observed, the ones
+between are plain, and their medians differ by what an observation costs. Spread over the steps from one observation to
+the next, that is the overhead. The models are the small decoder of `recipes/track_rho.py` on its batches (16 x 64
+tokens) and SmolLM2-135M-Instruct (1 x 512 and 8 x 128 tokens), full training steps with AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fasc_lightning import CausalLMModule, FascCallback
+from fasc_lightning.bundled import load_model
+from fasc_lightning.report import write_json
+
+#: Steps from one observation to the next, in the README's example and in the recipe.
+EVERY = (50, 30)
+
+
+class StepTimer(pl.Callback):
+    """Times whole batches; stands first in the list to begin before the others, and ends them as the Trainer does."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Note the time; the end of a batch is the start of the next."""
+        self.starts.append(time.perf_counter())
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the end of the last batch."""
+        self.starts.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        """Time of each batch."""
+        return [end - start for start, end in zip(self.starts[:-1], self.starts[1:], strict=True)]
+
+
+def small_decoder() -> LlamaForCausalLM:
+    """Return a decoder of the shape that `recipes/track_rho.py` trains."""
+    config = LlamaConfig(
+        vocab_size=1200, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4
+    )
+    return LlamaForCausalLM(config)
+
+
+def measure(model: Any, batch_size: int, length: int, steps: int) -> dict[str, float]:
+    """Train for some steps, every other one observed; returns seconds and overheads."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (steps + 2, batch_size, length), generator=generator)
+    timer, callback = StepTimer(), FascCallback(monitor_every_n_steps=2)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[timer, callback],
+    )
+    module = CausalLMModule(model.train())
+    trainer.fit(module, DataLoader([{"input_ids": x} for x in ids], batch_size=None))  # type: ignore[arg-type]
+    seconds = timer.seconds[2:]  # the first two allocate
+    observed, plain = statistics.median(seconds[::2]), statistics.median(seconds[1::2])
+    result = {"tokens": batch_size * length, "plain_step": plain, "observed_step": observed}
+    result["observation_in_steps"] = (observed - plain) / plain
+    return {**result, **{f"overhead_every_{n}": (observed - plain) / plain / n for n in EVERY}}
+
+
+def main() -> None:
+    """Run all, print, and save as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--steps", type=int, default=8, help="steps on SmolLM2; ten times as many on the small model")
+    arguments = parser.parse_args()
+    results = {"small decoder 16 x 64": measure(small_decoder(), 16, 64, 10 * arguments.steps)}
+    for batch_size, length in ((1, 512), (8, 128)):
+        model, _ = load_model("smollm2")
+        results[f"SmolLM2-135M {batch_size} x {length}"] = measure(model, batch_size, length, arguments.steps)
+    for name, result in results.items():
+        print(
+            f"{name:24s} step {result['plain_step']:.2f} s, with an observation {result['observed_step']:.2f} s: "
+            + ", ".join(f"{result[f'overhead_every_{n}']:.1%} every {n} steps" for n in EVERY)
+            + " (at most 3 % wanted)"
+        )
+    write_json({"threads": torch.get_num_threads(), "results": results}, arguments.output / "monitoring.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARK_OUT ?= benchmarks/results
 
-.PHONY: install compress test lint benchmark benchmark-p1 benchmark-speed clean
+.PHONY: install compress track-rho test lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring clean
 
 install: $(STAMP)
 
@@ -20,6 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 compress: install
 	$(RUN) recipes/compress.py
 
+track-rho: install
+	$(RUN) recipes/track_rho.py
+
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -28,10 +31,13 @@ lint: install
 test: lint
 	$(RUN) -m pytest
 
-benchmark: benchmark-speed benchmark-p1
+benchmark: benchmark-speed benchmark-monitoring benchmark-p1
 
 benchmark-speed: install
 	$(RUN) benchmarks/speed.py --output $(BENCHMARK_OUT)
+
+benchmark-monitoring: install
+	$(RUN) benchmarks/monitoring.py --output $(BENCHMARK_OUT)
 
 # Needs the evaluation texts: FASC_DATA=<folder> make benchmark-p1
 benchmark-p1: install

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from fasc_lightning._memory import available_memory
 from fasc_lightning.allocation import ALLOCATIONS
@@ -200,6 +201,30 @@ def check_rank_fits(shapes: Mapping[str, tuple[int, int]], rank: float | None) -
                 f"Expected `rank` to be at most min(m, n) of every layer but rank={rank} is larger than "
                 f"{len(small)} of {len(shapes)} (for example {small[0]}). Lower it, give a fraction, or exclude them."
             )
+
+
+def check_loss(loss: Tensor, layers: int, label: str) -> None:
+    """Refuse a calibration batch whose loss says nothing, before it reaches the statistics.
+
+    Args:
+        loss: Of the batch.
+        layers: How many layers are tapped.
+        label: Names the batch.
+
+    Raises:
+        RuntimeError: If the loss is detached.
+        FloatingPointError: If it is not finite.
+    """
+    if not loss.requires_grad:
+        raise RuntimeError(
+            f"No gradient reached any of the {layers} tapped layers: the loss of {label} is detached. Was it computed "
+            "under no_grad or inference mode?"
+        )
+    if not torch.isfinite(loss).all():
+        raise FloatingPointError(
+            f"Expected a finite loss but got {loss.item()} in {label}. The batch was refused before it reached the "
+            "statistics. Check the batch, or the learning rate of the training before it."
+        )
 
 
 def check_memory(needed: int, device: torch.device) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -17,13 +15,14 @@ from fasc_lightning import _checks
 from fasc_lightning._distributed import is_distributed, same_everywhere
 from fasc_lightning._memory import available_memory, peak_memory_bytes, return_freed_memory
 from fasc_lightning._progress import layer_progress
+from fasc_lightning.batches import LossTerms, TokenMask, batch_label, batch_mask, calibration_rows
 from fasc_lightning.factorize import CompressionResult, check_budget_fits, compress_layers
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.gate import check_gate, choose_methods, failure_flags
 from fasc_lightning.history import RhoHistory, describe
 from fasc_lightning.hub import attach_config
 from fasc_lightning.lowrank import Layout
-from fasc_lightning.moments import CalibrationMoments, moments_bytes
+from fasc_lightning.moments import CalibrationMoments, moment_dtype, moments_bytes
 from fasc_lightning.monitor import LayerScores, RhoMonitor, write_history
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.report import (
@@ -37,14 +36,11 @@ from fasc_lightning.report import (
 from fasc_lightning.schedule import CalibrationSchedule
 from fasc_lightning.swap import swap_modules
 from fasc_lightning.taps import Taps, layer_shapes, select_layers
-from fasc_lightning.tokens import TokenRows, batch_size, sample_seeds
+from fasc_lightning.tokens import TokenRows
 
 #: Where rho decides nothing, a calibration scores every so many batches, on so many tokens: it is a diagnostic then,
 #: and moments are what the time is for.
 SCORE_EVERY, SCORE_TOKENS = 4, 64
-
-#: How the scalar loss averages its terms, or a callable on the batch that returns their number.
-LossTerms = Literal["mean", "sum"] | Callable[[Any], float]
 
 
 class FascCallback(pl.Callback):
@@ -129,7 +125,7 @@ class FascCallback(pl.Callback):
         token_fraction: float = 1.0,
         seed: int = 0,
         loss_terms: LossTerms | None = None,
-        token_mask: Callable[[Any], Tensor | None] | None = None,
+        token_mask: TokenMask | None = None,
         monitor_every_n_steps: int | None = None,
         monitor_tokens: int = 512,
         rho_threshold: float = 0.3,
@@ -247,7 +243,7 @@ class FascCallback(pl.Callback):
         _checks.check_rank_fits(shapes, self.rank)
         check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout)
         device = trainer.strategy.root_device
-        dtype = _moment_dtype(self._layers)
+        dtype = moment_dtype(self._layers.values())
         needed = moments_bytes(shapes.values(), dtype)
         _checks.check_memory(needed, device)
         rank_zero_info(
@@ -278,8 +274,8 @@ class FascCallback(pl.Callback):
         # A frozen module has the same rho at every step, and the calibration measures it.
         frozen = self._frozen is not None and self._frozen.active
         if self._monitors and not frozen and self._monitor.due(trainer):
-            mask = self._mask(pl_module, batch)
-            self._monitor.begin_batch(trainer, TokenRows(_label(trainer), mask, sample=self.monitor_tokens))
+            mask = batch_mask(pl_module, batch, self.token_mask)
+            self._monitor.begin_batch(trainer, TokenRows(batch_label(trainer), mask, sample=self.monitor_tokens))
 
     def _calibrate_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         assert self._taps is not None
@@ -290,23 +286,25 @@ class FascCallback(pl.Callback):
                 self._frozen.enter()
         if self._frozen is not None:
             self._frozen.hold()
-        self._taps.begin_batch(self._rows(trainer, pl_module, batch))
+        rows = calibration_rows(
+            trainer,
+            pl_module,
+            batch,
+            batch_mask(pl_module, batch, self.token_mask),
+            loss_terms=self.loss_terms,
+            fraction=self.token_fraction,
+            seed=self.seed,
+            steps=self._frozen is None,
+            scored=self.gate is not None or self._calibrated % SCORE_EVERY == 0,
+        )
+        self._taps.begin_batch(rows)
         self._calibrated += 1
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if not self._calibrating:
             return
-        if not loss.requires_grad:
-            raise RuntimeError(
-                f"No gradient reached any of the {len(self._layers)} tapped layers: the loss of {_label(trainer)} is "
-                "detached. Was it computed under no_grad or inference mode?"
-            )
-        if not torch.isfinite(loss).all():
-            raise FloatingPointError(
-                f"Expected a finite loss but got {loss.item()} in {_label(trainer)}. The batch was refused before it "
-                "reached the statistics. Check the batch, or the learning rate of the training before it."
-            )
+        _checks.check_loss(loss, len(self._layers), batch_label(trainer))
 
     @override
     def on_train_batch_end(
@@ -402,26 +400,6 @@ class FascCallback(pl.Callback):
     def _calibrating(self) -> bool:
         return self._taps is not None and self._taps.installed
 
-    def _rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> TokenRows:
-        """Describe a batch to the taps: its padding, its share of tokens, and the scale of its gradients."""
-        mask = self._mask(pl_module, batch)
-        loss_terms = self.loss_terms or getattr(pl_module, "loss_terms", "mean")
-        scale = _loss_terms(loss_terms, batch, mask)
-        if pl_module.automatic_optimization:
-            scale *= trainer.accumulate_grad_batches
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None:
-            scale /= scaler.get_scale()
-        seeds = sample_seeds(batch, self.seed, mask) if self.token_fraction < 1 else ()
-        # A frozen fit never updates the scaler, so its overflows would go on: they are errors there.
-        may_overflow = scaler is not None and self._frozen is None
-        scored = self.gate is not None or self._calibrated % SCORE_EVERY == 0
-        return TokenRows(_label(trainer), mask, scale, self.token_fraction, seeds, may_overflow, scored=scored)
-
-    def _mask(self, pl_module: pl.LightningModule, batch: Any) -> Tensor | None:
-        token_mask = self.token_mask or getattr(pl_module, "token_mask", None)
-        return token_mask(batch) if token_mask is not None else None
-
     def _factorize(self, trainer: pl.Trainer) -> CompressionResult:
         assert self._moments is not None
         assert self._scores is not None
@@ -475,27 +453,5 @@ class FascCallback(pl.Callback):
     def _forget(self) -> None:
         """Drop statistics and references to the module's layers."""
         self._taps = self._moments = self._frozen = self._scores = None
-        self._layers, self._replaced = {}, {}
+        self._layers, self._replaced, self._reports = {}, {}, []
         self._monitor.forget()
-
-
-def _moment_dtype(layers: dict[str, nn.Module]) -> torch.dtype:
-    """Return float64 if a layer computes in it, else float32."""
-    double = any(p.dtype == torch.float64 for module in layers.values() for p in module.parameters())
-    return torch.float64 if double else torch.float32
-
-
-def _loss_terms(loss_terms: LossTerms | Any, batch: Any, mask: Tensor | None) -> float:
-    """Return the number of terms that a batch's loss is a mean of."""
-    if callable(loss_terms):
-        terms = float(loss_terms(batch))
-    elif loss_terms == "sum":
-        terms = 1.0
-    else:
-        terms = float(mask.sum()) if mask is not None else float(batch_size(batch))
-    return terms
-
-
-def _label(trainer: pl.Trainer) -> str:
-    batch_idx = trainer.fit_loop.epoch_loop.batch_idx
-    return f"batch {batch_idx} of epoch {trainer.current_epoch} on rank {trainer.global_rank}"

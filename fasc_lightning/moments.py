@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 #: Options of torchmetrics: processes are summed by our own `all_reduce_`, since its synchronisation gathers every
@@ -381,6 +381,12 @@ class CalibrationMoments:
     def nbytes(self) -> int:
         """Bytes held now."""
         return sum(m.nbytes for group in (self.inputs, self.gradients, self.crosses) for m in group.values())
+
+
+def moment_dtype(layers: Iterable[nn.Module]) -> torch.dtype:
+    """Return float64 if a layer computes in it, else float32."""
+    double = any(p.dtype == torch.float64 for module in layers for p in module.parameters())
+    return torch.float64 if double else torch.float32
 
 
 def moments_bytes(shapes: Iterable[tuple[int, int]], dtype: torch.dtype = torch.float32) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from fasc_lightning import _checks
 from fasc_lightning._fit import run_fit
+from fasc_lightning.batches import TokenMask, batch_label, batch_mask
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.history import RhoHistory
 from fasc_lightning.monitor import LayerScores
@@ -32,7 +33,7 @@ def score(
     exclude: str | list[str] | None = None,
     tokens: int = 512,
     gradient: Gradient = "input",
-    token_mask: Callable[[Any], Tensor | None] | None = None,
+    token_mask: TokenMask | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> RhoHistory:
@@ -114,7 +115,7 @@ class _ScoreFit(pl.Callback):
         exclude: str | list[str] | None,
         tokens: int,
         gradient: Gradient,
-        token_mask: Callable[[Any], Tensor | None] | None,
+        token_mask: TokenMask | None,
         seed: int,
     ) -> None:
         self.history = RhoHistory()
@@ -143,9 +144,8 @@ class _ScoreFit(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self._taps is not None
-        token_mask = self._token_mask or getattr(pl_module, "token_mask", None)
-        mask = token_mask(batch) if token_mask is not None else None
-        self._taps.begin_batch(TokenRows(f"batch {batch_idx}", mask, sample=self._tokens))
+        mask = batch_mask(pl_module, batch, self._token_mask)
+        self._taps.begin_batch(TokenRows(batch_label(trainer), mask, sample=self._tokens))
 
     @override
     def on_train_batch_end(

@@ -17,7 +17,6 @@ The output folder holds `training.png` (loss, recall, rho), `heatmap.png` and `p
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import sys
@@ -30,21 +29,19 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from biographies import Person, epoch_biographies, make_people, recall_facts, word_tokenizer
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch.utilities import rank_zero_only
-from numpy.typing import NDArray
+from run_report import Run, full_report, over_layers, write_outputs
 from torch import Tensor
 
-from fasc_lightning import CausalLMModule, FascCallback, RhoHistory, emergence
+from fasc_lightning import CausalLMModule, FascCallback
 from fasc_lightning._files import whole_file
+from fasc_lightning._tables import Row
 from fasc_lightning.bundled import load_model
 from fasc_lightning.data import read_text, text_windows
 from fasc_lightning.evaluation import Fact, FactsResult, factual_recall, load_facts
-from fasc_lightning.figures import Metrics, rho_heatmap, rho_profile, save_figure, training_figure
-from fasc_lightning.report import library_versions, write_json
+from fasc_lightning.report import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,7 +55,6 @@ FROM_SCRATCH = {"steps": 900, "batch_size": 16, "window": 64, "learning_rate": 2
 FINE_TUNING = {"steps": None, "batch_size": 4, "window": 256, "learning_rate": 2e-5}
 OBSERVATIONS = 30
 CHECKPOINT_EVERY = 5  # observations
-KNOWN = 80.0  # percent recalled from which the reading calls the facts known
 
 
 def build_parser() -> ArgumentParser:
@@ -95,11 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     prepare_folder(options, list(task.runs))
     runs = {name: train(name, task, options) for name in task.runs}
     report = full_report(options, runs, time.perf_counter() - start)
-    for line in report["reading"]:
-        print(line)
-    write_outputs(runs, options, output)
+    write_outputs(runs, options.rho_threshold, output)
     write_json(report, options.report or output / "report.json")
-    print(f"Tables and figures are in {output}.")
+    print("\n".join(["", *report["reading"], "", f"Tables and figures are in {output}."]))
     return report
 
 
@@ -249,7 +243,9 @@ class BatchStream:
         self.epoch_windows = epoch_windows
         self.batch_size = batch_size
         self.steps = steps
-        self.load_state_dict({"step": 0, "epoch": 0, "rest": None})
+        self._step = 0
+        self._epoch = 0
+        self._rest: Tensor | None = None
 
     def __len__(self) -> int:
         return self.steps
@@ -271,9 +267,7 @@ class BatchStream:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go where the stream was that ``state`` comes from."""
-        self._step: int = state["step"]
-        self._epoch: int = state["epoch"]
-        self._rest: Tensor | None = state["rest"]
+        self._step, self._epoch, self._rest = state["step"], state["epoch"], state["rest"]
 
 
 def complete(options: Namespace, task: Task) -> None:
@@ -340,32 +334,42 @@ class TrainingLog(pl.Callback):
 
     Args:
         name: Of the run, for messages.
+        model: What is trained.
         task: Its tokenizer and facts.
         every_n_steps: From one row to the next.
         checkpoint: File that is written every few rows and at the end, whole or not at all.
         rho: The callback whose history is shown beside; must stand before this one in the Trainer's list.
     """
 
-    def __init__(self, name: str, task: Task, every_n_steps: int, checkpoint: Path, rho: FascCallback) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        task: Task,
+        every_n_steps: int,
+        checkpoint: Path,
+        rho: FascCallback,
+    ) -> None:
         self.name = name
+        self.model = model
         self.task = task
         self.every_n_steps = every_n_steps
         self.checkpoint = checkpoint
         self.rho = rho
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[Row] = []
         self.recall: FactsResult | None = None
         self.seconds = {"train": 0.0, "recall": 0.0}
         self._losses: list[float] = []
         self._began = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has been logged; plain numbers, which ``torch.load(weights_only=True)`` takes."""
+        """Return what has been logged, as plain numbers; checkpoints are made right after a row, when no loss waits."""
         recall = self.recall and self.recall.to_dict()
-        return {"rows": self.rows, "recall": recall, "seconds": self.seconds, "losses": self._losses}
+        return {"rows": self.rows, "recall": recall, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the table of a checkpoint."""
-        self.rows, self.seconds, self._losses = state_dict["rows"], state_dict["seconds"], state_dict["losses"]
+        self.rows, self.seconds = state_dict["rows"], state_dict["seconds"]
         if recall := state_dict["recall"]:
             kinds = {kind: (value["percent"], value["count"]) for kind, value in recall["by_kind"].items()}
             self.recall = FactsResult(**{**recall, "by_kind": kinds})
@@ -374,7 +378,7 @@ class TrainingLog(pl.Callback):
         """Make the row of step 0."""
         self._began = time.perf_counter()
         if trainer.global_step == 0:
-            self._row(trainer, pl_module)
+            self._row(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -393,7 +397,7 @@ class TrainingLog(pl.Callback):
         self._losses.append(loss)
         step, last = trainer.global_step, trainer.global_step == trainer.max_steps
         if step % self.every_n_steps == 0 or last:
-            self._row(trainer, pl_module)
+            self._row(trainer)
         if step % (CHECKPOINT_EVERY * self.every_n_steps) == 0 or last:
             now = time.perf_counter()
             self.seconds["train"] += now - self._began
@@ -401,27 +405,10 @@ class TrainingLog(pl.Callback):
             with whole_file(self.checkpoint) as temporary:
                 trainer.save_checkpoint(temporary, weights_only=False)
 
-    def metrics(self) -> Metrics:
-        """Return the curves of the table."""
-        steps = [row["step"] for row in self.rows]
-        curves: dict[str, tuple[Any, Any]] = {"loss": (steps[1:], [row["loss"] for row in self.rows[1:]])}
-        if self.recall is not None:
-            curves["recall"] = (steps, [row["recall"] for row in self.rows])
-            curves["recall by chance"] = (steps, [self.recall.chance] * len(steps))
-        return curves
-
-    def to_csv(self, path: Path) -> None:
-        """Write the table."""
-        with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["step", "loss", "recall"])
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-    def _row(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _row(self, trainer: pl.Trainer) -> None:
         start = time.perf_counter()
         if self.task.facts:
-            # As many questions at once as have one length: half of what they take in sixty-fours.
-            self.recall = factual_recall(pl_module.model, self.task.tokenizer, self.task.facts, batch_size=256)
+            self.recall = factual_recall(self.model, self.task.tokenizer, self.task.facts)
         took = time.perf_counter() - start
         self.seconds["recall"] += took
         self._began += took
@@ -429,37 +416,29 @@ class TrainingLog(pl.Callback):
         self._losses = []
         recall = self.recall.percent if self.recall else math.nan
         self.rows.append({"step": trainer.global_step, "loss": loss, "recall": recall})
-        self._say(trainer.max_steps)
+        print(self._message(trainer.max_steps), flush=True)
 
-    @rank_zero_only
-    def _say(self, steps: int) -> None:
+    def _message(self, steps: int) -> str:
         row = self.rows[-1]
-        parts = [f"{self.name}, step {row['step']:.0f} of {steps}: loss {row['loss']:.3f}"]
+        parts = [f"{self.name}, step {row['step']} of {steps}"]
+        if not math.isnan(row["loss"]):
+            parts.append(f"loss {row['loss']:.3f}")
         if self.recall:
             parts.append(f"recall {row['recall']:.1f} % (chance {self.recall.chance:.1f} %)")
         if history := self.rho.rho_history:
             rho, debiased = over_layers(history, "rho")[-1], over_layers(history, "debiased")[-1]
-            parts.append(f"rho {rho:.3f}, debiased {debiased:.3f} at step {history.steps[-1]}")
-        print("; ".join(parts), flush=True)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: the model, what was logged, and what was observed of rho."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    log: TrainingLog
-    history: RhoHistory
+            parts.append(f"mean rho {rho:.3f}, debiased {debiased:.3f} at step {history.steps[-1]}")
+        return "; ".join(parts)
 
 
 def train(name: str, task: Task, options: Namespace) -> Run:
     """Train one model, or finish training it; a run that has ended before only reads its checkpoint."""
     checkpoint = checkpoint_path(options, name)
     weight_decay = 0.0 if options.text else 0.1
-    module = Training(task.make_model().train(), options.steps, options.learning_rate, weight_decay)
+    model = task.make_model().train()
+    module = Training(model, options.steps, options.learning_rate, weight_decay)
     rho = monitor(options, options.monitor_every_n_steps)
-    log = TrainingLog(name, task, options.monitor_every_n_steps, checkpoint, rho)
+    log = TrainingLog(name, model, task, options.monitor_every_n_steps, checkpoint, rho)
     trainer = pl.Trainer(
         accelerator="auto",
         devices=1,
@@ -474,7 +453,7 @@ def train(name: str, task: Task, options: Namespace) -> Run:
     )
     batches = BatchStream(task.runs[name], options.batch_size, options.steps)
     trainer.fit(module, batches, ckpt_path=checkpoint if checkpoint.is_file() else None)
-    return Run(module.model.cpu().eval(), task.tokenizer, log, rho.rho_history)
+    return Run(model.cpu().eval(), task.tokenizer, rho.rho_history, log.rows, log.recall, log.seconds)
 
 
 def checkpoint_path(options: Namespace, run: str) -> Path:
@@ -489,8 +468,8 @@ def prepare_folder(options: Namespace, runs: Sequence[str]) -> None:
         ValueError: If the run to resume had other options.
     """
     path = Path(options.output) / "options.json"
-    ours = {name: value for name, value in options.as_dict().items() if name not in ("config", "report", "resume")}
-    ours = {name: value for name, value in ours.items() if name != "output"}
+    immaterial = ("config", "output", "report", "resume")
+    ours = {name: value for name, value in options.as_dict().items() if name not in immaterial}
     if options.resume == "true" and path.is_file():
         theirs = json.loads(path.read_text())
         if changed := [name for name in ours if theirs.get(name) != ours[name]]:
@@ -505,177 +484,6 @@ def prepare_folder(options: Namespace, runs: Sequence[str]) -> None:
         write_json(ours, path)
     if options.resume == "true" and not any(checkpoint_path(options, name).is_file() for name in runs):
         print(f"No checkpoint in {options.output}: starting from the beginning")
-
-
-# What came of it.
-
-
-def write_outputs(runs: Mapping[str, Run], options: Namespace, output: Path) -> None:
-    """Write tables, figures and the main run's model."""
-    for name, run in runs.items():
-        prefix = "control_" if name == "control" else ""
-        run.history.to_csv(output / f"{prefix}history.csv")
-        run.log.to_csv(output / f"{prefix}training.csv")
-        save_figure(rho_heatmap(run.history, threshold=options.rho_threshold), output / f"{prefix}heatmap.png")
-        save_figure(rho_profile(run.history.at()), output / f"{prefix}profile.png")
-    curves = {name: (run.history, run.log.metrics()) for name, run in runs.items()}
-    save_figure(training_figure(curves), output / "training.png")
-    main_run = next(iter(runs.values()))
-    main_run.model.save_pretrained(output / "model")
-    main_run.tokenizer.save_pretrained(output / "model")
-
-
-def full_report(options: Namespace, runs: Mapping[str, Run], seconds: float) -> dict[str, Any]:
-    """Return the report: options, versions, what each run came to, how runs and series compare, and in words."""
-    model = next(iter(runs.values())).model
-    content: dict[str, Any] = {
-        "model": options.model or "small decoder",
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "options": options.as_dict(),
-        "seed": options.seed,
-        "versions": library_versions(),
-        "runs": {name: run_report(run, options.rho_threshold) for name, run in runs.items()},
-        "comparison": compare_runs(runs["facts"], runs["control"]) if "control" in runs else None,
-    }
-    content["reading"] = reading(content, options)
-    content["seconds"] = {**{name: sum(run.log.seconds.values()) for name, run in runs.items()}, "all": seconds}
-    return content
-
-
-def run_report(run: Run, threshold: float) -> dict[str, Any]:
-    """Return what one run came to."""
-    rows, history, recall = run.log.rows, run.history, run.log.recall
-    last = history.at().values()
-    rho, null, debiased = (defined(row[name] for row in last) for name in ("rho", "null", "debiased"))
-    steps, recalled = recall_at_observations(run)
-    means = over_layers(history, "debiased")
-    known = [row["step"] for row in rows if row["recall"] >= KNOWN]
-    return {
-        "loss": rows[-1]["loss"],
-        "first_loss": rows[1]["loss"],
-        "recall": recall and recall.percent,
-        "chance": recall and recall.chance,
-        "recall_by_kind": recall and recall.to_dict()["by_kind"],
-        "known_at_step": known[0] if known else None,
-        "rho": {
-            "step": history.steps[-1],
-            "layers": len(history.layers),
-            "undefined": len(history.layers) - len(rho),
-            "mean": mean(rho),
-            "median": median(rho),
-            "null_mean": mean(null),
-            "debiased_mean": mean(debiased),
-            "debiased_median": median(debiased),
-            "above_threshold": mean(rho > threshold),
-            "debiased_above_threshold": mean(debiased > threshold),
-        },
-        "debiased_mean_at": dict(zip(map(str, steps), means.tolist(), strict=True)),
-        "emergence": emergence(history, threshold),
-        "correlation_of_recall_and_rho": correlation(recalled, means),
-        "correlation_of_their_changes": correlation(np.diff(recalled), np.diff(means)),
-        "seconds": run.log.seconds,
-    }
-
-
-def compare_runs(facts: Run, control: Run) -> dict[str, Any]:
-    """Return how the mean debiased rho of the two runs differs, and how much of a correlation the control shows, too.
-
-    Two series that drift with training correlate whatever they are. So recall of the run on facts is also held against
-    rho of the control, which memorises nothing, and against the difference of the two.
-    """
-    mine, other = over_layers(facts.history, "debiased"), over_layers(control.history, "debiased")
-    _, recalled = recall_at_observations(facts)
-    difference = mine - other
-    late = difference[len(difference) // 2 :]
-    by_layer = facts.history.matrix("debiased") - control.history.matrix("debiased")
-    by_layer = by_layer[:, by_layer.shape[1] // 2 :]
-    return {
-        "debiased_difference_last": float(difference[-1]),
-        "debiased_difference_second_half": mean(late),
-        "debiased_difference_second_half_deviation": float(np.nanstd(late)),
-        "debiased_difference_by_layer": {
-            layer: mean(defined(row)) for layer, row in zip(facts.history.layers, by_layer, strict=True)
-        },
-        "correlation_of_recall_and_rho_of_control": correlation(recalled, other),
-        "correlation_of_recall_and_difference": correlation(recalled, difference),
-    }
-
-
-def reading(content: Mapping[str, Any], options: Namespace) -> list[str]:
-    """Say in words what the numbers are, and what they cannot say."""
-    lines = [""]
-    for name, run in content["runs"].items():
-        rho, first = run["rho"], next(iter(run["debiased_mean_at"].values()))
-        lines.append(f"{name}: loss {run['first_loss']:.2f} at first, {run['loss']:.2f} at the end")
-        if run["recall"] is not None:
-            known = run["known_at_step"]
-            when = f"{KNOWN:.0f} % from step {known:.0f}" if known is not None else f"never {KNOWN:.0f} %"
-            lines.append(f"  recall {run['recall']:.1f} % (chance {run['chance']:.1f} %), {when}")
-        emerged = sum(step is not None for step in run["emergence"].values())
-        lines += [
-            f"  mean debiased rho {first:.3f} at step 0, {rho['debiased_mean']:.3f} at step {rho['step']}; there plain "
-            f"rho {rho['mean']:.3f} on a null of {rho['null_mean']:.3f}",
-            f"  above {options.rho_threshold:g} there: {rho['above_threshold']:.0%} of {rho['layers']} layers by plain "
-            f"rho, {rho['debiased_above_threshold']:.0%} by debiased; {emerged} layers emerged at some step",
-        ]
-        if run["recall"] is not None:
-            lines.append(
-                f"  over the observations, recall and mean debiased rho correlate with r = "
-                f"{run['correlation_of_recall_and_rho']:.2f}, their changes with "
-                f"r = {run['correlation_of_their_changes']:.2f}"
-            )
-    if comparison := content["comparison"]:
-        lines += [
-            "facts minus control: mean debiased rho differs by "
-            f"{comparison['debiased_difference_last']:+.3f} at the end, "
-            f"{comparison['debiased_difference_second_half']:+.3f} over the second half (standard deviation over "
-            f"observations {comparison['debiased_difference_second_half_deviation']:.3f})",
-            "  recall of the facts correlates with r = "
-            f"{comparison['correlation_of_recall_and_rho_of_control']:.2f} with rho of the control, which knows none, "
-            f"and with r = {comparison['correlation_of_recall_and_difference']:.2f} with the difference",
-        ]
-    lines += [
-        f"One seed, {min(options.monitor_tokens, options.batch_size * options.window)} tokens an observation. "
-        "Observations of one run depend on each other: no correlation over them is a test.",
-        "",
-    ]
-    return lines
-
-
-def over_layers(history: RhoHistory, column: str) -> NDArray[np.float64]:
-    """Return the mean over layers at each observed step; NaN where no layer is defined."""
-    return np.array([mean(defined(values)) for values in history.matrix(column).T])
-
-
-def recall_at_observations(run: Run) -> tuple[list[int], NDArray[np.float64]]:
-    """Return the steps at which rho was observed and the recall there, in percent."""
-    recall = {row["step"]: row["recall"] for row in run.log.rows}
-    return run.history.steps, np.array([recall[step] for step in run.history.steps])
-
-
-def correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """Return Pearson's r where both are defined; NaN for fewer than three points or if one does not vary."""
-    both = np.isfinite(x) & np.isfinite(y)
-    x, y = x[both], y[both]
-    if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
-        return math.nan
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def defined(values: Any) -> NDArray[np.float64]:
-    """Return the values that are not NaN."""
-    array = np.array(list(values), dtype=np.float64)
-    return array[~np.isnan(array)]
-
-
-def mean(values: NDArray[Any]) -> float:
-    """Return the mean, NaN of nothing."""
-    return float(np.mean(values)) if len(values) else math.nan
-
-
-def median(values: NDArray[np.float64]) -> float:
-    """Return the median, NaN of nothing."""
-    return float(np.median(values)) if len(values) else math.nan
 
 
 if __name__ == "__main__":

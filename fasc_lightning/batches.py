@@ -1,0 +1,81 @@
+"""What a Trainer's batch means to the taps: its padding, its tokens, and the scale of its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from fasc_lightning.tokens import TokenRows, batch_size, sample_seeds
+
+#: How the scalar loss averages its terms, or a callable on the batch that returns their number.
+LossTerms = Literal["mean", "sum"] | Callable[[Any], float]
+
+#: Tells a batch's real tokens from padding.
+TokenMask = Callable[[Any], Tensor | None]
+
+
+def batch_mask(pl_module: pl.LightningModule, batch: Any, token_mask: TokenMask | None = None) -> Tensor | None:
+    """Return True for a batch's real tokens, shape (samples, length), or None if every token is one.
+
+    Args:
+        pl_module: Its ``token_mask`` method serves where none is given.
+        batch: As the loader made it.
+        token_mask: The user's.
+    """
+    token_mask = token_mask or getattr(pl_module, "token_mask", None)
+    return token_mask(batch) if token_mask is not None else None
+
+
+def batch_label(trainer: pl.Trainer) -> str:
+    """Return a name for the batch that runs, for messages."""
+    batch_idx = trainer.fit_loop.epoch_loop.batch_idx
+    return f"batch {batch_idx} of epoch {trainer.current_epoch} on rank {trainer.global_rank}"
+
+
+def calibration_rows(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    batch: Any,
+    mask: Tensor | None,
+    *,
+    loss_terms: LossTerms | None,
+    fraction: float,
+    seed: int,
+    steps: bool,
+    scored: bool,
+) -> TokenRows:
+    """Describe a batch that enters the moments.
+
+    Args:
+        trainer: Knows of accumulation and precision.
+        pl_module: Its ``loss_terms`` serves where none is given, else "mean".
+        batch: The batch.
+        mask: Its real tokens.
+        loss_terms: How the loss averages.
+        fraction: Share of the tokens that enters.
+        seed: Of their choice.
+        steps: Whether the optimizer steps, and with it a GradScaler adapts.
+        scored: Whether the dependence scores look at this batch.
+    """
+    scale = _terms(loss_terms or getattr(pl_module, "loss_terms", "mean"), batch, mask)
+    if pl_module.automatic_optimization:
+        scale *= trainer.accumulate_grad_batches
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None:
+        scale /= scaler.get_scale()
+    seeds = sample_seeds(batch, seed, mask) if fraction < 1 else ()
+    # A scaler that never adapts would overflow on and on: that is an error.
+    may_overflow = scaler is not None and steps
+    return TokenRows(batch_label(trainer), mask, scale, fraction, seeds, may_overflow, scored=scored)
+
+
+def _terms(loss_terms: LossTerms | Any, batch: Any, mask: Tensor | None) -> float:
+    """Return the number of terms that a batch's loss is a mean of."""
+    if callable(loss_terms):
+        return float(loss_terms(batch))
+    if loss_terms == "sum":
+        return 1.0
+    return float(mask.sum()) if mask is not None else float(batch_size(batch))

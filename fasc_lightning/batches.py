@@ -35,6 +35,46 @@ def batch_label(trainer: pl.Trainer) -> str:
     return f"batch {batch_idx} of epoch {trainer.current_epoch} on rank {trainer.global_rank}"
 
 
+def gradient_scale(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, mask: Tensor | None, loss_terms: LossTerms | None
+) -> float:
+    """Return the factor that makes a batch's gradients those of the sum of its token losses.
+
+    Args:
+        trainer: Knows of accumulation and precision.
+        pl_module: Its ``loss_terms`` serves where none is given, else "mean".
+        batch: The batch.
+        mask: Its real tokens.
+        loss_terms: How the loss averages.
+
+    Raises:
+        ValueError: If the terms of a mean cannot be counted.
+    """
+    scale = _terms(loss_terms or getattr(pl_module, "loss_terms", "mean"), batch, mask)
+    if pl_module.automatic_optimization:
+        scale *= trainer.accumulate_grad_batches
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scale if scaler is None else scale / scaler.get_scale()
+
+
+def observed_rows(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    batch: Any,
+    *,
+    token_mask: TokenMask | None,
+    loss_terms: LossTerms | None,
+    tokens: int,
+) -> TokenRows:
+    """Describe a batch of which a sample is scored and nothing else; its loss may average in a way nobody can tell."""
+    mask = batch_mask(pl_module, batch, token_mask)
+    try:
+        scale = gradient_scale(trainer, pl_module, batch, mask, loss_terms)
+    except ValueError:
+        scale = 1.0
+    return TokenRows(batch_label(trainer), mask, scale, sample=tokens)
+
+
 def calibration_rows(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
@@ -60,12 +100,8 @@ def calibration_rows(
         steps: Whether the optimizer steps, and with it a GradScaler adapts.
         scored: Whether the dependence scores look at this batch.
     """
-    scale = _terms(loss_terms or getattr(pl_module, "loss_terms", "mean"), batch, mask)
-    if pl_module.automatic_optimization:
-        scale *= trainer.accumulate_grad_batches
+    scale = gradient_scale(trainer, pl_module, batch, mask, loss_terms)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None:
-        scale /= scaler.get_scale()
     seeds = sample_seeds(batch, seed, mask) if fraction < 1 else ()
     # A scaler that never adapts would overflow on and on: that is an error.
     may_overflow = scaler is not None and steps

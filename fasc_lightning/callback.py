@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -15,10 +16,10 @@ from fasc_lightning import _checks
 from fasc_lightning._distributed import is_distributed, same_everywhere
 from fasc_lightning._memory import available_memory, peak_memory_bytes, return_freed_memory
 from fasc_lightning._progress import layer_progress
-from fasc_lightning.batches import LossTerms, TokenMask, batch_label, batch_mask, calibration_rows
+from fasc_lightning.batches import LossTerms, TokenMask, batch_label, batch_mask, calibration_rows, observed_rows
 from fasc_lightning.factorize import CompressionResult, check_budget_fits, compress_layers
 from fasc_lightning.frozen import FrozenFit
-from fasc_lightning.gate import check_gate, choose_methods, failure_flags
+from fasc_lightning.gate import check_gate, choose_methods, excluded_layers, failure_flags, gate_scores
 from fasc_lightning.history import RhoHistory, describe
 from fasc_lightning.hub import attach_config
 from fasc_lightning.lowrank import Layout
@@ -36,7 +37,6 @@ from fasc_lightning.report import (
 from fasc_lightning.schedule import CalibrationSchedule
 from fasc_lightning.swap import swap_modules
 from fasc_lightning.taps import Taps, layer_shapes, select_layers
-from fasc_lightning.tokens import TokenRows
 
 #: Where rho decides nothing, a calibration scores every so many batches, on so many tokens: it is a diagnostic then,
 #: and moments are what the time is for.
@@ -85,16 +85,20 @@ class FascCallback(pl.Callback):
             method (CausalLMModule has one), else "mean".
         token_mask: Callable that returns True for a batch's real tokens, shape (samples, length), or None. By default
             the module's ``token_mask`` method, else every token counts.
-        monitor_every_n_steps: Observe rho at steps 0, n, 2n, ...; None does not.
+        monitor_every_n_steps: Observe rho at optimizer steps 0, n, 2n, ... (batches in manual optimisation); None
+            does not.
         monitor_tokens: Tokens of each batch that an observation looks at.
-        rho_threshold: rho above which a layer counts as high, in logs and summaries.
+        rho_threshold: Plain rho above which a layer counts as high, in logs and summaries. Chance alone reaches it
+            where ``monitor_tokens`` are few, so compare with the null.
         emergence_observations: A layer emerges where rho stays above the threshold and above its null for so many
             observations.
         rho_gradient: "input" couples x with g = W^T h, the gradient at the layer's input (the paper's definition);
             "output" with h, the gradient at its output.
         gate: rho at or under which the cheap solver ("svd") serves a layer instead of ``method``; None: ``method``
             serves all.
-        gate_by: Whether "debiased" or plain "rho" is compared with the gate.
+        gate_by: What is compared with the gate: the "debiased" value; "pooled", the paper's rho of all tokens (a
+            third more work for the moments); or "rho" of minibatches, which chance alone can take past 0.3. With a
+            gate, every batch is scored, on ``monitor_tokens`` of its tokens.
         gate_exclude: Patterns of layers that rho does not decide and the cheap solver serves, or "paper": the
             attention of blocks 0 to 2 and the output projections of the last block.
 
@@ -132,7 +136,7 @@ class FascCallback(pl.Callback):
         emergence_observations: int = 3,
         rho_gradient: Gradient = "input",
         gate: float | None = None,
-        gate_by: Literal["debiased", "rho"] = "debiased",
+        gate_by: Literal["debiased", "pooled", "rho"] = "debiased",
         gate_exclude: str | list[str] | None = None,
     ) -> None:
         _checks.check_monitor(
@@ -197,8 +201,9 @@ class FascCallback(pl.Callback):
     @property
     @override
     def state_key(self) -> str:
-        # Another budget or rhythm is still the history of the same layers.
-        return self._generate_state_key(targets=self.targets, exclude=self.exclude, compresses=self._compresses)
+        # Another budget or rhythm is still the history of the same score of the same layers.
+        options = {name: getattr(self, name) for name in ("targets", "exclude", "rho_gradient")}
+        return self._generate_state_key(**options, monitors=self._monitors)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -254,7 +259,9 @@ class FascCallback(pl.Callback):
         return_freed_memory()
         self._seconds = {}
         self._calibrated = 0
-        self._moments = CalibrationMoments(shapes, dtype, device)
+        excluded_layers(self._layers, self.gate_exclude)  # refuses patterns that match nothing
+        pooled = self.gate is not None and self.gate_by == "pooled"
+        self._moments = CalibrationMoments(shapes, dtype, device, cross=pooled)
         tokens = SCORE_TOKENS if self.gate is None else self.monitor_tokens
         self._scores = LayerScores(self._layers, tokens, self.rho_gradient, self.seed, device)
         self._taps = Taps(self._layers, self._moments, self._scores)
@@ -274,8 +281,15 @@ class FascCallback(pl.Callback):
         # A frozen module has the same rho at every step, and the calibration measures it.
         frozen = self._frozen is not None and self._frozen.active
         if self._monitors and not frozen and self._monitor.due(trainer):
-            mask = batch_mask(pl_module, batch, self.token_mask)
-            self._monitor.begin_batch(trainer, TokenRows(batch_label(trainer), mask, sample=self.monitor_tokens))
+            rows = observed_rows(
+                trainer,
+                pl_module,
+                batch,
+                token_mask=self.token_mask,
+                loss_terms=self.loss_terms,
+                tokens=self.monitor_tokens,
+            )
+            self._monitor.begin_batch(trainer, rows)
 
     def _calibrate_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         assert self._taps is not None
@@ -375,6 +389,9 @@ class FascCallback(pl.Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._release(trainer)
+        if self._monitors:
+            with suppress(OSError):  # what went wrong first is what is to be seen
+                write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations, figures=False)
         if self._replaced:  # something failed after the swap, here or in another callback
             swap_modules(pl_module, self._replaced)
             attach_config(pl_module)
@@ -404,8 +421,9 @@ class FascCallback(pl.Callback):
         assert self._moments is not None
         assert self._scores is not None
         _checks.warn_few_tokens({name: self._moments.tokens(name) for name in self._layers}, layer_shapes(self._layers))
-        rows = {name: self._scores.row(name, trainer.global_step) for name in self._layers}
-        by = {name: row["rho"] if self.gate_by == "rho" else row["debiased"] for name, row in rows.items()}
+        rows = {row["layer"]: row for row in self._scores.rows(trainer.global_step)}
+        scores = gate_scores(self.gate_by, rows, self._layers, self._moments)
+        methods = choose_methods(scores, self.gate, self.method, self.gate_exclude)
         flags = failure_flags(self._layers, self._moments)
         result = compress_layers(
             self._layers,
@@ -417,7 +435,7 @@ class FascCallback(pl.Callback):
             layout=self.layout,
             device=trainer.strategy.root_device,
             progress=layer_progress(trainer),
-            methods=choose_methods(by, self.gate, self.method, self.gate_exclude),
+            methods=methods,
         )
         self._reports = [LayerReport.of(plan, rows[plan.name], flags[plan.name]) for plan in result.layers]
         return same_everywhere(trainer, result)

@@ -15,13 +15,13 @@ from typing_extensions import override
 from fasc_lightning.hsic import (
     MIN_TOKENS,
     centered_gram,
-    derangements,
     hsic_between,
     hsic_biased,
     hsic_permuted,
     hsic_shifted,
     hsic_unbiased,
     normalized,
+    random_orders,
     signed_root,
 )
 from fasc_lightning.tokens import MAX_SEQUENCES
@@ -46,9 +46,10 @@ class DependenceScore(Metric):
     """Streaming minibatch estimate of rho for one layer, with its null and its interval.
 
     Every update adds the HSIC of its tokens, weighted by their number; the sums are divided at the end. Centring is
-    within each minibatch. Nothing here depends on the width of the layer, states add up over batches and processes
-    (torchmetrics synchronises them where this metric is used by itself), and data never raise: a score that is
-    undefined is NaN, and :attr:`reason` says why.
+    within each minibatch. Gradients of all updates should be of one scale, since a minibatch counts by its variances.
+    Nothing here depends on the width of the layer, and states add up over batches and processes: torchmetrics
+    synchronises them where this metric is used by itself, so that under DDP every process has to ask for a value. Data
+    never raise: a score that is undefined is NaN, and :attr:`reason` says why.
 
     Tokens of a text depend on one another, so that (sequences, tokens, n) is judged by whole sequences: the debiased
     value leaves out pairs of tokens of the same one, the null permutes them, the interval resamples them. Where there
@@ -181,7 +182,7 @@ class DependenceScore(Metric):
     def _permuted(self, grams: Tensor, sequences: int, length: int) -> Tensor:
         """Return HSIC with g's sequences in other orders, or, where they are few, shifted, shape (PERMUTATIONS,)."""
         if sequences >= MIN_ORDERS:
-            orders = derangements(sequences, PERMUTATIONS, self.seed).to(grams.device)
+            orders = random_orders(sequences, PERMUTATIONS, self.seed).to(grams.device)
             return hsic_permuted(grams[0], grams[1], orders)
         # Not by so little that the tokens' own memory still links x and g.
         shares = torch.rand(PERMUTATIONS, generator=torch.Generator().manual_seed(self.seed)) * 0.75 + 0.125
@@ -252,7 +253,8 @@ def all_reduce_scores_(scores: Iterable[DependenceScore], group: Any | None = No
     packed = torch.stack([torch.cat([getattr(score, name).flatten() for name in names]) for score in scores])
     dist.all_reduce(packed, group=group)
     rows: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(rows, [dim_zero_cat(score.rows).cpu() if len(score.rows) else None for score in scores])
+    mine = [dim_zero_cat(score.rows).cpu() if len(score.rows) else None for score in scores]
+    dist.all_gather_object(rows, mine, group=group)
     for i, (score, row) in enumerate(zip(scores, packed, strict=True)):
         start = 0
         for name in names:

@@ -6,18 +6,25 @@ solver, the others the activation SVD. The paper's threshold is 0.3, on plain rh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
+from torch import nn
 
+from fasc_lightning.history import RhoRow
+from fasc_lightning.lowrank import linear_weight
 from fasc_lightning.moments import CalibrationMoments, Moments, panels
+from fasc_lightning.pooled import pooled_rho
 from fasc_lightning.solvers import get_solver
 from fasc_lightning.taps import matches
 
 #: Serves the layers below the gate: the activation covariance alone.
 CHEAP_METHOD = "svd"
-#: The scores that can decide: signed and around 0 for unrelated x and g, or plain rho as in the paper.
-GATE_BY = ("debiased", "rho")
+#: The scores that can decide: signed and around 0 for unrelated x and g; rho of all tokens, the paper's Eq. 2; rho of
+#: minibatches, which is above it by chance.
+GATE_BY = ("debiased", "pooled", "rho")
 #: ``gate_exclude="paper"``: early attention and the last projections.
 PAPER = "paper"
 
@@ -92,20 +99,54 @@ def choose_methods(
     return {name: CHEAP_METHOD if name in out or score <= gate else method for name, score in scores.items()}
 
 
+def gate_scores(
+    gate_by: str, rows: Mapping[str, RhoRow], layers: Mapping[str, nn.Module], moments: CalibrationMoments
+) -> dict[str, float]:
+    """Return what the gate goes by.
+
+    Args:
+        gate_by: "debiased", "rho" or "pooled".
+        rows: Of the minibatch scores, by layer.
+        layers: The layers.
+        moments: Theirs; "pooled" is NaN where they have no cross moments.
+    """
+    if gate_by != "pooled":
+        column: Literal["rho", "debiased"] = "rho" if gate_by == "rho" else "debiased"
+        return {name: row[column] for name, row in rows.items()}
+    return {
+        name: pooled_rho(moments.layer(name), linear_weight(layer).detach()).item()
+        if name in moments.crosses and moments.tokens(name)
+        else math.nan
+        for name, layer in layers.items()
+    }
+
+
 def excluded_layers(names: Iterable[str], exclude: str | Sequence[str] | None) -> set[str]:
     """Return the layers that an exclusion takes from the gate.
 
     Args:
         names: All targeted layers; "paper" looks for the last block among them.
         exclude: Patterns, None, or "paper": attention layers of blocks 0 to 2 and the output projections of the last
-            block, which the paper found to score high without gaining (Appendix E).
+            block, which the paper found to score high without gaining (Appendix E). It may also stand in a list.
+
+    Raises:
+        ValueError: If a pattern other than "paper" matches no layer.
     """
     names = list(names)
-    if exclude is None:
-        return set()
-    if exclude == PAPER:
-        return early_attention(names) | last_projections(names)
-    return {name for name in names if matches(name, exclude)}
+    patterns = [exclude] if isinstance(exclude, str) else list(exclude or ())
+    excluded: set[str] = set()
+    for pattern in patterns:
+        if pattern == PAPER:
+            excluded |= early_attention(names) | last_projections(names)
+            continue
+        found = {name for name in names if matches(name, pattern if isinstance(exclude, str) else [pattern])}
+        if not found:
+            raise ValueError(
+                f"Expected `gate_exclude` to match targeted layers but {pattern!r} matches none of the {len(names)} "
+                f"(for example {', '.join(names[:3])})."
+            )
+        excluded |= found
+    return excluded
 
 
 def early_attention(names: Iterable[str]) -> set[str]:

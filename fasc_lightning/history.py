@@ -31,7 +31,7 @@ class RhoRow(TypedDict):
         high: Its upper end.
         iid_floor: What as many independent tokens would give.
         tokens: Tokens observed.
-        reason: Why rho is undefined; "" where it is defined.
+        reason: Why rho, or only its debiased value, is undefined; "" where both are defined.
     """
 
     step: int

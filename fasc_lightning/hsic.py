@@ -171,7 +171,7 @@ def hsic_shifted(K: Tensor, L: Tensor, sequences: int) -> Tensor:
         sequences: Number of equal runs of consecutive tokens.
 
     Returns:
-        HSIC with g moved by 0, 1, ..., length - 1 tokens, shape (length,), float64.
+        HSIC of each token's x with the g of the token 0, 1, ..., length - 1 places on, shape (length,), float64.
     """
     s = len(K)
     length = s // sequences
@@ -187,11 +187,12 @@ def hsic_shifted(K: Tensor, L: Tensor, sequences: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def derangements(blocks: int, count: int, seed: int) -> Tensor:
-    """Return random orders of blocks in which none stays in its place, shape (count, blocks).
+def random_orders(blocks: int, count: int, seed: int) -> Tensor:
+    """Return random orders of blocks other than their own, shape (count, blocks).
 
-    The same for every call with these arguments, so that neither the order of batches nor the process that sees them
-    matters.
+    Blocks may stay in their places, as under chance they do: only with all orders equally likely is the order as it
+    is one among equals. The same for every call with these arguments, so that neither the order of batches nor the
+    process that sees them matters.
 
     Args:
         blocks: At least 2.
@@ -201,9 +202,9 @@ def derangements(blocks: int, count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     found: list[Tensor] = []
     place = torch.arange(blocks)
-    while len(found) < count:  # more than a third of all permutations qualify
+    while len(found) < count:
         order = torch.randperm(blocks, generator=generator)
-        if not bool((order == place).any()):
+        if not torch.equal(order, place):
             found.append(order)
     return torch.stack(found)
 

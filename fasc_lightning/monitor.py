@@ -9,14 +9,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from fasc_lightning._distributed import is_distributed
 from fasc_lightning.dependence import DependenceScore, all_reduce_scores_
 from fasc_lightning.history import RhoHistory, RhoRow
 from fasc_lightning.lowrank import linear_weight
-from fasc_lightning.pooled import Gradient
+from fasc_lightning.pooled import Gradient, input_gradient
 from fasc_lightning.taps import Taps
 from fasc_lightning.tokens import TokenRows, sample_sequences
 
@@ -46,60 +46,58 @@ class LayerScores:
         # Reduced here, all in two messages, and not by torchmetrics.
         self.scores = {name: DependenceScore(seed, sync_on_compute=False).to(device) for name in layers}
 
-    def __call__(self, name: str, x: Tensor, h: Tensor, batch: TokenRows) -> None:
+    def __call__(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int]) -> None:
         """Add a sample of one call's tokens to a layer's score.
 
         Args:
             name: Of the layer.
             x: Inputs, shape (tokens, n).
-            h: Gradients at the outputs, shape (tokens, m); their scale is immaterial.
-            batch: The batch that they belong to.
+            h: Gradients at the outputs, shape (tokens, m), in the scale of the batch's loss.
+            batch: The batch that they belong to; its scale makes batches comparable.
+            lengths: Tokens of each sequence.
         """
         if not batch.scored:
             return
-        chosen = sample_sequences(batch.lengths(len(x)), self.tokens)  # (sequences, tokens of each)
+        chosen = sample_sequences(lengths, self.tokens)  # (sequences, tokens of each)
         if chosen.numel() < len(x):
             index = chosen.flatten().to(x.device)
             x, h = x[index], h[index]
-        with torch.autocast(h.device.type, enabled=False):
-            if self.gradient == "input":
-                W = linear_weight(self.layers[name]).detach()
-                W = W.to(torch.promote_types(W.dtype, torch.float32))
-                h = h.to(W) @ W
-            self.scores[name].update(x.view(*chosen.shape, x.shape[1]), h.view(*chosen.shape, h.shape[1]))
+        g = input_gradient(h, linear_weight(self.layers[name]).detach()) if self.gradient == "input" else h
+        g = g.to(torch.promote_types(g.dtype, torch.float32)) * batch.scale
+        self.scores[name].update(x.view(*chosen.shape, x.shape[1]), g.view(*chosen.shape, g.shape[1]))
 
     def all_reduce_(self) -> None:
         """Merge with the other processes' scores of the same layers."""
         all_reduce_scores_(self.scores[name] for name in sorted(self.scores))
 
-    def row(self, name: str, step: int) -> RhoRow:
-        """Return a layer's row of the table."""
-        score = self.scores[name]
-        reason = score.reason
-        low, high = score.interval.tolist()
-        return RhoRow(
-            step=step,
-            layer=name,
-            rho=float("nan") if score.tokens == 0 else score.compute().item(),
-            null=score.null.item(),
-            debiased=score.debiased.item(),
-            low=low,
-            high=high,
-            iid_floor=score.iid_floor.item(),
-            tokens=int(score.tokens),
-            reason=reason,
-        )
-
     def rows(self, step: int) -> list[RhoRow]:
         """Return the table of one observation."""
-        return [self.row(name, step) for name in self.scores]
+        return [score_row(score, name, step) for name, score in self.scores.items()]
+
+
+def score_row(score: DependenceScore, layer: str, step: int) -> RhoRow:
+    """Return what a score says, as a row of the table."""
+    low, high = score.interval.tolist()
+    return RhoRow(
+        step=step,
+        layer=layer,
+        rho=float("nan") if score.tokens == 0 else score.compute().item(),
+        null=score.null.item(),
+        debiased=score.debiased.item(),
+        low=low,
+        high=high,
+        iid_floor=score.iid_floor.item(),
+        tokens=int(score.tokens),
+        reason=score.reason,
+    )
 
 
 class RhoMonitor:
     """Observes rho at every n-th optimizer step of a fit: at steps 0, n, 2n, ...
 
     Hooks are on the layers during those steps only. An observation covers all batches of its optimizer step, on all
-    processes. Nothing that the data hold makes it raise.
+    processes. It changes nothing of the training and never stops it: what cannot be observed has a reason in the
+    table. With manual optimisation a step is a batch, and so is an observation.
 
     Args:
         every_n_steps: Optimizer steps from one observation to the next.
@@ -121,14 +119,16 @@ class RhoMonitor:
         self._layers: dict[str, nn.Module] = {}
         self._taps: Taps | None = None
         self._scores: LayerScores | None = None
+        self._failures: dict[str, str] = {}
         self._step = 0  # of the observation that is open
         self._next = 0
         self._published: dict[str, Tensor] = {}
+        self._stale: set[str] = set()
 
     def start(self, trainer: pl.Trainer, layers: dict[str, nn.Module]) -> None:
         """Take the layers of a fit; steps that a checkpoint's history holds are not observed again."""
         self._layers = layers
-        first = trainer.global_step
+        first = _position(trainer)
         if self.history and self.history.steps[-1] >= first:
             first = self.history.steps[-1] + 1
         self._next = -(-first // self.every_n_steps) * self.every_n_steps
@@ -140,17 +140,17 @@ class RhoMonitor:
 
     def due(self, trainer: pl.Trainer) -> bool:
         """Tell whether the batch that is about to run belongs to an observation."""
-        return self._taps is not None or trainer.global_step >= self._next
+        return self._taps is not None or _position(trainer) >= self._next
 
     def begin_batch(self, trainer: pl.Trainer, rows: TokenRows) -> None:
-        """Start to look at a batch, as described by ``rows``, whose gradients' scale does not matter."""
+        """Start to look at a batch, as described by ``rows``."""
         if self._taps is None:
             self._scores = LayerScores(
                 self._layers, self.tokens, self.gradient, self.seed, trainer.strategy.root_device
             )
-            self._taps = Taps(self._layers, pairs=self._scores)
+            self._taps = Taps(self._layers, pairs=self._score, anchor=False)
             self._taps.install()
-            self._step = trainer.global_step
+            self._step = _position(trainer)
         self._taps.begin_batch(rows)
 
     def end_batch(self, trainer: pl.Trainer) -> None:
@@ -158,7 +158,7 @@ class RhoMonitor:
         if self._taps is None:
             return
         self._taps.end_batch()
-        if trainer.global_step != self._step:
+        if not trainer.lightning_module.automatic_optimization or trainer.global_step != self._step:
             self.close(trainer)
 
     def close(self, trainer: pl.Trainer) -> None:
@@ -170,14 +170,29 @@ class RhoMonitor:
         if is_distributed(trainer):
             scores.all_reduce_()
         rows = scores.rows(self._step)
+        for row in rows:
+            row["reason"] = self._failures.get(row["layer"], row["reason"])
+        self._failures.clear()
         self.history.extend(rows)
         self._next = (self._step // self.every_n_steps + 1) * self.every_n_steps
         self._log(trainer, rows)
 
+    def _score(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int]) -> None:
+        """Feed a layer's score; a failure becomes the layer's reason, since a training is worth more than a score."""
+        assert self._scores is not None
+        try:
+            self._scores(name, x, h, batch, lengths)
+        except Exception as error:
+            if not self._failures:
+                rank_zero_warn(f"FascCallback could not observe rho of {name!r}: {type(error).__name__}: {error}")
+            self._failures[name] = f"{type(error).__name__}: {error}"
+
     def publish(self, trainer: pl.Trainer) -> None:
         """Put the last values into the callback metrics again, which Lightning empties between its loops."""
-        if self._published:
-            trainer.callback_metrics.update(self._published)
+        metrics = trainer.callback_metrics
+        for name in self._stale:
+            metrics.pop(name, None)
+        metrics.update(self._published)
 
     def remove(self) -> None:
         """Take the hooks off; safe at any time."""
@@ -188,13 +203,16 @@ class RhoMonitor:
     def forget(self) -> None:
         """Drop references to the module's layers; the history stays."""
         self.remove()
-        self._layers, self._published = {}, {}
+        self._layers, self._published, self._stale = {}, {}, set()
 
     def _log(self, trainer: pl.Trainer, rows: list[RhoRow]) -> None:
         for logger in trainer.loggers:
             figures = rho_metrics(rows, self.threshold, logger.group_separator)
             logger.log_metrics(figures, step=_logged_step(trainer))
-        self._published.update({name: torch.tensor(value) for name, value in rho_metrics(rows, self.threshold).items()})
+        now = {name: torch.tensor(value) for name, value in rho_metrics(rows, self.threshold).items()}
+        # An old value under the name of one that is undefined now would mislead what goes by it.
+        self._stale = (self._stale | set(self._published)) - set(now)
+        self._published = now
         self.publish(trainer)
 
 
@@ -219,7 +237,9 @@ def rho_metrics(rows: list[RhoRow], threshold: float, separator: str = "/") -> d
     return figures
 
 
-def write_history(trainer: pl.Trainer, history: RhoHistory, threshold: float, observations: int) -> None:
+def write_history(
+    trainer: pl.Trainer, history: RhoHistory, threshold: float, observations: int, figures: bool = True
+) -> None:
     """Write a history where the Trainer's loggers write: CSV, and figures where matplotlib is installed.
 
     Figures also go to the loggers that take some.
@@ -229,24 +249,42 @@ def write_history(trainer: pl.Trainer, history: RhoHistory, threshold: float, ob
         history: Observations.
         threshold: For the marks of emergence.
         observations: For the same.
+        figures: Whether to draw.
     """
-    folder = trainer.log_dir  # a broadcast: on every process
     if not (history and trainer.loggers and trainer.is_global_zero):
         return
+    folder = _folder(trainer)
     if folder is not None:
-        history.to_csv(Path(folder) / "rho_history.csv")
-    if importlib.util.find_spec("matplotlib") is None:
+        history.to_csv(folder / "rho_history.csv")
+    if not figures or importlib.util.find_spec("matplotlib") is None:
         return
     from fasc_lightning.figures import log_figure, rho_heatmap, rho_profile, save_figure
 
-    figures = {
+    drawn = {
         "rho_heatmap": rho_heatmap(history, threshold=threshold, observations=observations),
         "rho_profile": rho_profile(history.at()),
     }
-    for name, figure in figures.items():
+    for name, figure in drawn.items():
         log_figure(trainer.loggers, name, figure, _logged_step(trainer))
         if folder is not None:
-            save_figure(figure, Path(folder) / f"{name}.png")
+            save_figure(figure, folder / f"{name}.png")
+
+
+def _folder(trainer: pl.Trainer) -> Path | None:
+    """Return the folder of the run's first logger that has one; of its own, where loggers share a folder."""
+    for logger in trainer.loggers:
+        if (folder := getattr(logger, "log_dir", None)) is not None:
+            return Path(folder)
+        if logger.save_dir is not None:
+            return Path(logger.save_dir, str(logger.name), str(logger.version))
+    return None
+
+
+def _position(trainer: pl.Trainer) -> int:
+    """Return the optimizer steps taken; the batches in manual optimisation, where a batch may take many, or none."""
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return max(0, trainer.fit_loop.total_batch_idx)
 
 
 def _logged_step(trainer: pl.Trainer) -> int:

@@ -97,7 +97,7 @@ class HeldoutLosses:
         }
 
     @torch.no_grad()
-    def __call__(self, name: str, x: Tensor, h: Tensor, batch: TokenRows) -> None:
+    def __call__(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int] | None = None) -> None:
         """Add the tokens of one call.
 
         Args:
@@ -105,6 +105,7 @@ class HeldoutLosses:
             x: Inputs, shape (tokens, n).
             h: Gradients at the output as the backward pass gave them, shape (tokens, m).
             batch: Says by which factor h becomes the gradient of a sum of token losses.
+            lengths: Of the sequences; not needed here.
         """
         if name not in self.candidates:
             return

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from fasc_lightning.hsic import MIN_TOKENS, normalized, signed_root
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.moments import PANEL, LayerMoments
 
 #: Which gradient rho couples with x: g = W^T h as in the paper, or h itself.
 Gradient = Literal["input", "output"]
@@ -65,7 +65,7 @@ def debiased_rho(x: Tensor, g: Tensor) -> Tensor:
         ValueError: If x and g do not hold the same number of tokens.
     """
     score = PooledDependenceScore()
-    score.update(*_checked_pair(x, g))
+    score.update(*_centered(*_checked_pair(x, g)))
     return score.debiased
 
 
@@ -100,7 +100,7 @@ def pooled_rho(moments: LayerMoments, W: Tensor) -> Tensor:
         W: The layer's weight, shape (m, n).
 
     Returns:
-        A float64 scalar; NaN if x or g is constant.
+        A float64 scalar in [0, 1]; NaN if x or g is constant as far as the moments' precision tells.
 
     Raises:
         ValueError: If C was not gathered.
@@ -110,17 +110,39 @@ def pooled_rho(moments: LayerMoments, W: Tensor) -> Tensor:
     W = W.double()
     mean_x, mean_h = moments.mean_x.double(), moments.mean_h.double()
     sigma_xx = moments.A.double() - torch.outer(mean_x, mean_x)
-    sigma_gg = W.T @ (moments.G.double() - torch.outer(mean_h, mean_h)) @ W
+    sigma_hh = moments.G.double() - torch.outer(mean_h, mean_h)
     sigma_xg = (moments.C.double() - torch.outer(mean_x, mean_h)) @ W
     norm = torch.linalg.matrix_norm
-    return norm(sigma_xg) / (norm(sigma_xx) * norm(sigma_gg)).sqrt()
+    rounding = 10 * torch.finfo(moments.A.dtype).eps
+    if norm(sigma_xx) <= rounding * norm(moments.A.double()) or norm(sigma_hh) <= rounding * norm(moments.G.double()):
+        return W.new_tensor(float("nan"))
+    ratio = norm(sigma_xg) / (norm(sigma_xx) * norm(W.T @ sigma_hh @ W)).sqrt()
+    return ratio.clamp(max=1)
+
+
+def input_gradient(h: Tensor, W: Tensor) -> Tensor:
+    """Return g = W^T h for each token, the gradient at a layer's input, in float32 at least.
+
+    Args:
+        h: Gradients at the output, shape (tokens, m).
+        W: Weight, shape (m, n); converted in panels where it is of half precision, so that it is never held twice.
+    """
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    with torch.autocast(h.device.type, enabled=False):
+        if W.dtype == dtype:
+            return h.to(dtype) @ W
+        g = h.new_zeros(len(h), W.shape[1], dtype=dtype)
+        for rows, weights in zip(h.split(PANEL, dim=1), W.split(PANEL), strict=True):
+            g.addmm_(rows.to(dtype), weights.to(dtype))
+    return g
 
 
 class PooledDependenceScore(Metric):
     """rho from the moments of all tokens together, by the paper's Eq. 2: d x d numbers, exact, mergeable.
 
     Centring is over everything that was seen, and :attr:`debiased` is the unbiased HSIC of all tokens, which streams
-    too: Song's sums over pairs of tokens are sums of moments.
+    too: Song's sums over pairs of tokens are sums of moments. These are of fourth order: an offset of more than a few
+    hundred standard deviations costs their last digits, even in float64.
     """
 
     full_state_update = False

@@ -158,7 +158,8 @@ def log_report(loggers: Iterable[Logger], report: CompressionReport, step: int) 
             figures[f"fasc_rank{separator}{layer.name}"] = layer.rank
             figures[f"fasc_loss{separator}{layer.name}"] = layer.loss
             if layer.rho == layer.rho:
-                figures[f"rho{separator}{layer.name}"] = layer.rho
+                # Under a name of its own: monitoring logs rho of other tokens.
+                figures[f"fasc_rho{separator}{layer.name}"] = layer.rho
         logger.log_metrics(figures, step=step)
         logger.save()
 
@@ -238,10 +239,12 @@ def summary_table(report: CompressionReport) -> str:
     console.print(table)
     lines = [text.getvalue().rstrip()]
     solvers = Counter(layer.method for layer in report.layers)
-    if len(solvers) > 1:
-        lines.append("solvers: " + ", ".join(f"{name} for {count} layers" for name, count in solvers.items()))
+    gate, by = (report.options.get(name) for name in ("gate", "gate_by"))
+    if gate is not None:
+        served = ", ".join(f"{solvers[name]} layers" + f" on {name}" for name in sorted({report.method, *solvers}))
+        lines.append(f"gate {gate:g} on {by} rho: {served}")
     flags = Counter(flag for layer in report.layers for flag in layer.flags)
-    if flags and report.options.get("gate") is not None:
+    if flags and gate is not None:
         lines.append("rho may mislead: " + ", ".join(f"{flag} ({count} layers)" for flag, count in flags.items()))
     for title, sizes in (("targeted layers", report.targeted), ("whole model", report.whole)):
         before_size, after_size = sizes["dense"], sizes["compressed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,13 +16,13 @@ from typing_extensions import override
 
 from fasc_lightning import _checks
 from fasc_lightning._fit import run_fit
-from fasc_lightning.batches import TokenMask, batch_label, batch_mask
+from fasc_lightning.batches import LossTerms, TokenMask, observed_rows
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.history import RhoHistory
+from fasc_lightning.hsic import MIN_TOKENS
 from fasc_lightning.monitor import LayerScores
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.taps import Taps, select_layers
-from fasc_lightning.tokens import TokenRows
 
 
 def score(
@@ -34,6 +35,7 @@ def score(
     tokens: int = 512,
     gradient: Gradient = "input",
     token_mask: TokenMask | None = None,
+    loss_terms: LossTerms | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> RhoHistory:
@@ -53,6 +55,7 @@ def score(
         tokens: Tokens of each batch that are looked at.
         gradient: "input" or "output".
         token_mask: Tells real tokens from padding.
+        loss_terms: How the loss averages.
         seed: Of permutations and resamples.
         progress: Whether to show progress bars.
 
@@ -74,17 +77,22 @@ def score(
         >>> len(history)
         7
     """
-    _checks.check_monitor(None, tokens, 0.0, 1, gradient)
+    if type(tokens) is not int or tokens < MIN_TOKENS:
+        raise ValueError(f"Expected `tokens` to be an int of at least {MIN_TOKENS} but got {tokens!r}.")
+    if gradient not in ("input", "output"):
+        raise ValueError(f"Expected `gradient` to be 'input' or 'output' but got {gradient!r}.")
     if isinstance(model, str):
         from fasc_lightning.bundled import load_model
 
         model = load_model(model)[0]
     if not isinstance(data, DataLoader | Mapping | Tensor):
         data = list(data)
+        if not data:
+            raise ValueError("Expected at least one batch of data but got none: has a generator been used before?")
     history = RhoHistory()
 
     def observe(step: int) -> None:
-        once = _ScoreFit(step, targets, exclude, tokens, gradient, token_mask, seed)
+        once = _ScoreFit(step, targets, exclude, tokens, gradient, token_mask, loss_terms, seed)
         prefix = run_fit(model, data, once, progress)
         for row in once.history:
             history.append({**row, "layer": row["layer"].removeprefix(prefix)})
@@ -116,11 +124,12 @@ class _ScoreFit(pl.Callback):
         tokens: int,
         gradient: Gradient,
         token_mask: TokenMask | None,
+        loss_terms: LossTerms | None,
         seed: int,
     ) -> None:
         self.history = RhoHistory()
         self._step, self._targets, self._exclude, self._token_mask = step, targets, exclude, token_mask
-        self._tokens, self._gradient, self._seed = tokens, gradient, seed
+        self._tokens, self._gradient, self._loss_terms, self._seed = tokens, gradient, loss_terms, seed
         self._taps: Taps | None = None
         self._frozen: FrozenFit | None = None
 
@@ -144,8 +153,10 @@ class _ScoreFit(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self._taps is not None
-        mask = batch_mask(pl_module, batch, self._token_mask)
-        self._taps.begin_batch(TokenRows(batch_label(trainer), mask, sample=self._tokens))
+        rows = observed_rows(
+            trainer, pl_module, batch, token_mask=self._token_mask, loss_terms=self._loss_terms, tokens=self._tokens
+        )
+        self._taps.begin_batch(rows)
 
     @override
     def on_train_batch_end(
@@ -173,7 +184,13 @@ class _ScoreFit(pl.Callback):
 def _read(checkpoint: str, place: int) -> tuple[int, Mapping[str, Tensor]]:
     """Return the step and the weights of a checkpoint."""
     if Path(checkpoint).is_file():
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"Expected {checkpoint} to hold tensors and plain values only but it holds more, which is not loaded "
+                "for safety. HINT: load it yourself where you trust it, and give a file of its 'state_dict' alone."
+            ) from error
         return int(content.get("global_step", place)), content.get("state_dict", content)
     from transformers import AutoModelForCausalLM
 

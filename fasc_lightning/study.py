@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fasc_lightning.dependence import DependenceScore
 from fasc_lightning.history import RhoRow
 from fasc_lightning.lowrank import linear_weight
 from fasc_lightning.moments import CalibrationMoments
-from fasc_lightning.monitor import LayerScores
-from fasc_lightning.pooled import pooled_rho
+from fasc_lightning.monitor import score_row
+from fasc_lightning.pooled import input_gradient, pooled_rho
 from fasc_lightning.taps import Taps, layer_shapes
 from fasc_lightning.tokens import TokenRows
 
@@ -133,30 +135,34 @@ class WindowScores:
     def __init__(
         self, layers: Mapping[str, nn.Module], windows: int, seed: int = 0, device: torch.device | str = "cpu"
     ) -> None:
-        self._scores = LayerScores(layers, MINIBATCH, seed=seed, device=device)
+        self._layers = layers
+        self._scores = {name: DependenceScore(seed).to(device) for name in layers}
         self._windows = windows
         self._waiting: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
 
-    def __call__(self, name: str, x: Tensor, h: Tensor, batch: TokenRows) -> None:
-        """Take one window's x (tokens, n) and h (tokens, m), whose scale is immaterial."""
-        W = linear_weight(self._scores.layers[name]).detach()
-        W = W.to(torch.promote_types(W.dtype, torch.float32))
-        self._waiting[name].append((x, h.to(W) @ W))  # the paper's g = W^T h
+    def __call__(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int]) -> None:
+        """Take one window's x (tokens, n) and h (tokens, m); windows are of one length, so of one scale."""
+        self._waiting[name].append((x, input_gradient(h, linear_weight(self._layers[name]).detach())))
         if len(self._waiting[name]) == self._windows:
-            self._score(name)
+            self._scores[name].update(*self._minibatch(name))
+            self._waiting[name].clear()
 
     def rows(self) -> dict[str, RhoRow]:
-        """Return the scores of all windows so far by layer; those that wait become a smaller minibatch."""
-        for name in self._waiting:
-            self._score(name)
-        return {name: self._scores.row(name, 0) for name in self._waiting}
+        """Return the scores of all windows so far by layer.
 
-    def _score(self, name: str) -> None:
-        waiting = self._waiting[name]
-        if waiting:
-            x, g = (torch.stack(values) for values in zip(*waiting, strict=True))
-            self._scores.scores[name].update(x, g)
-            waiting.clear()
+        Those that wait enter as a smaller minibatch, but go on waiting: looking must not change what comes out.
+        """
+        rows = {}
+        for name, score in self._scores.items():
+            if self._waiting[name]:
+                score = copy.deepcopy(score)
+                score.update(*self._minibatch(name))
+            rows[name] = score_row(score, name, 0)
+        return rows
+
+    def _minibatch(self, name: str) -> tuple[Tensor, Tensor]:
+        x, g = zip(*self._waiting[name], strict=True)
+        return torch.stack(x), torch.stack(g)
 
 
 def _pooled(moments: CalibrationMoments, name: str, layer: nn.Module) -> float:

@@ -27,8 +27,8 @@ from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.tokens import TokenRows
 
 #: Takes a layer's name, its counted inputs x (tokens, n), the gradients h (tokens, m) of the batch's loss at its
-#: outputs, not scaled, and the batch.
-Pairs = Callable[[str, Tensor, Tensor, TokenRows], None]
+#: outputs, not scaled, the batch, and how many of the tokens each sequence has.
+Pairs = Callable[[str, Tensor, Tensor, TokenRows, list[int]], None]
 
 
 def matches(name: str, patterns: str | Iterable[str]) -> bool:
@@ -121,6 +121,7 @@ class _Call:
 
     Attributes:
         source: The tensor; weak, since only its identity matters.
+        leading: Its shape without features.
         rows: Its counted tokens, shape (tokens, n): a view where all count, else a copy. None once they are used.
         version: Of ``rows``, which a view shares with the tensor: it tells of modifications in place.
         batch: What counts, and how gradients are scaled.
@@ -130,6 +131,7 @@ class _Call:
     """
 
     source: weakref.ref[Tensor]
+    leading: tuple[int, ...]
     rows: Tensor | None
     version: int
     batch: TokenRows
@@ -148,6 +150,8 @@ class Taps:
         layers: The layers by name.
         moments: Where input and gradient rows go, if anywhere. With them, data that would make them wrong raise.
         pairs: Called with each layer's inputs and gradients once both are there.
+        anchor: Whether layers that nothing trainable comes before get a gradient, too: the backward pass then goes
+            down to them. Else they are passed over, and the fit computes what it would anyway.
     """
 
     def __init__(
@@ -155,10 +159,12 @@ class Taps:
         layers: dict[str, nn.Module],
         moments: CalibrationMoments | None = None,
         pairs: Pairs | None = None,
+        anchor: bool = True,
     ) -> None:
         self.layers = layers
         self.moments = moments
         self.pairs = pairs
+        self.anchor = anchor
         self._handles: list[RemovableHandle] = []
         self._batch: TokenRows | None = None
         self._calls: list[_Call] = []
@@ -214,6 +220,8 @@ class Taps:
             return None
         anchored = None
         if not output.requires_grad:
+            if not self.anchor:
+                return None
             output = anchored = output + self._anchor.to(output)
         call = self._call(name, args[0] if args else next(iter(kwargs.values())))
         output.register_hook(partial(self._on_gradient, name, call))
@@ -227,7 +235,7 @@ class Taps:
         # tokens twice.
         if call is None or call.source() is not x or name in call.members or call.counted:
             rows = _rows(x, self._batch)
-            call = _Call(weakref.ref(x), rows, rows._version, self._batch)
+            call = _Call(weakref.ref(x), tuple(x.shape[:-1]), rows, _version(rows), self._batch)
             self._by_input[id(x)] = call
         call.members.append(name)
         call.pending.add(name)
@@ -238,7 +246,7 @@ class Taps:
         x = call.rows
         if name not in call.pending or x is None:
             return  # a second backward pass through the same graph: its tokens are already counted
-        modified = x._version != call.version
+        modified = _version(x) != call.version
         if modified and self.moments is None:
             return  # for want of a true input
         if modified:
@@ -255,7 +263,7 @@ class Taps:
             self._add_moments(self.moments, name, call, x, h)
         call.counted = True
         if self.pairs is not None:
-            self.pairs(name, x, h, call.batch)
+            self.pairs(name, x, h, call.batch, call.batch.lengths(call.leading))
         call.pending.discard(name)
         if not call.pending:
             call.rows = None
@@ -281,6 +289,11 @@ def _named(what: str, rows: TokenRows) -> Iterator[None]:
             f"Expected finite numbers but {what} is NaN or Inf in {rows.label}. The batch was refused. Check the data "
             "and the learning rate; under float16 use bf16, or a GradScaler with a smaller `init_scale`."
         ) from error
+
+
+def _version(values: Tensor) -> int:
+    """Return how often a tensor was modified in place; inference tensors do not count."""
+    return 0 if values.is_inference() else values._version
 
 
 def _rows(values: Tensor, rows: TokenRows) -> Tensor:

@@ -41,7 +41,8 @@ class TokenRows:
     sample: int | None = None
     scored: bool = True
     _cache: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict, repr=False)
-    _lengths: dict[int, list[int]] = field(default_factory=dict, repr=False)
+    _lengths: dict[tuple[int, ...], list[int]] = field(default_factory=dict, repr=False)
+    _sequences: dict[int, int] = field(default_factory=dict, repr=False)
 
     def index(self, leading: tuple[int, ...], device: torch.device) -> Tensor | None:
         """Return which of the flattened tokens count.
@@ -63,13 +64,13 @@ class TokenRows:
             if self.sample is not None and (chosen := sample_sequences(lengths, self.sample)).numel() < sum(lengths):
                 lengths = [chosen.shape[1]] * chosen.shape[0]
                 index = chosen.flatten() if index is None else index[chosen.flatten()]
-            self._lengths[sum(lengths)] = lengths
+            self._lengths[leading] = lengths
             self._cache[key] = None if index is None else index.to(device)
         return self._cache[key]
 
-    def lengths(self, tokens: int) -> list[int]:
-        """Return how many of so many counted tokens each sequence has, in their order."""
-        return self._lengths.get(tokens, [tokens])
+    def lengths(self, leading: tuple[int, ...]) -> list[int]:
+        """Return how many counted tokens each sequence of an activation has, after :meth:`index` of its shape."""
+        return self._lengths[leading]
 
     def _count(self, leading: tuple[int, ...], keep: Tensor | None) -> list[int]:
         """Return the number of kept tokens of each sequence of an activation; [all] if sequences cannot be told."""
@@ -78,7 +79,11 @@ class TokenRows:
         if self.mask is not None and leading in (tuple(self.mask.shape), (self.mask.numel(),)):
             sequences = self.mask.shape[0]
         elif len(leading) > 1 and not (self.mask is not None and leading == tuple(self.mask.T.shape)):
-            sequences = leading[0]
+            sequences = self._sequences[tokens] = leading[0]
+        elif len(leading) == 1:  # the same tokens in one row, as experts and some MLPs take them
+            sequences = self._sequences.get(tokens, 1)
+        if sequences in (0, tokens):  # samples of a token each are one run of samples
+            sequences = 1
         if keep is None:
             return [tokens // sequences] * sequences
         return keep.view(sequences, -1).sum(1).tolist()

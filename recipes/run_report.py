@@ -165,11 +165,10 @@ def reading(content: Mapping[str, Any], options: Namespace) -> list[str]:
             lines.append(f"  recall {run['recall']:.1f} % (chance {run['chance']:.1f} %), {when}")
         emerged = [step for step in run["emergence"].values() if step is not None]
         lines += [
-            f"  mean debiased rho {first:.3f} at step 0, {rho['debiased_mean']:.3f} at step {rho['step']}; there plain "
-            f"rho {rho['mean']:.3f} on a null of {rho['null_mean']:.3f}",
-            f"  above {options.rho_threshold:g} there: {rho['above_threshold']:.0%} of {rho['layers']} layers by plain "
-            f"rho, {rho['debiased_above_threshold']:.0%} by debiased; {len(emerged)} emerged at some step, "
-            f"{emerged.count(0)} of them at step 0",
+            f"  mean debiased rho {first:.3f} at step 0, {rho['debiased_mean']:.3f} at step {rho['step']}",
+            f"  plain rho there: mean {rho['mean']:.3f}, of its null {rho['null_mean']:.3f}; of {rho['layers']} layers "
+            f"{rho['above_null']:.0%} above their null, {rho['above_threshold']:.0%} above {options.rho_threshold:g}; "
+            f"{len(emerged)} layers emerged at some step, {emerged.count(0)} of them at step 0",
         ]
         if run["recall"] is not None:
             lines.append(
@@ -181,7 +180,7 @@ def reading(content: Mapping[str, Any], options: Namespace) -> list[str]:
         lines += [
             "facts minus control: mean debiased rho differs by "
             f"{comparison['debiased_difference_last']:+.3f} at the end, "
-            f"{comparison['debiased_difference_second_half']:+.3f} over the second half (standard deviation over "
+            f"{comparison['debiased_difference_second_half']:+.3f} over the second half (standard deviation over its "
             f"observations {comparison['debiased_difference_second_half_deviation']:.3f})",
             "  recall of the facts correlates with r = "
             f"{comparison['correlation_of_recall_and_rho_of_control']:.2f} with rho of the control, which knows none, "

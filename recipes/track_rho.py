@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 # The small decoder: 2.8 million parameters with the words of 300 biographies.
 WIDTH, INNER_WIDTH, LAYERS, HEADS = 192, 512, 6, 4
-# Facts of so many people are asked for: a hundred whole dates rank each other in a second, all of them in ten.
+# Facts of so many people are asked for: that takes a second, some sixty times on the defaults.
 RECALL_PEOPLE = 100
 # The defaults: from scratch on biographies, and fine-tuning on a text (where None is one pass over it).
 FROM_SCRATCH = {"steps": 900, "batch_size": 16, "window": 64, "learning_rate": 2e-3}

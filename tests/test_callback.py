@@ -373,7 +373,16 @@ def test_the_gate_chooses_the_solver_of_each_layer(make_trainer, by):
     methods = {row.method for row in callback.report.layers}
     assert methods == {"fasc", "svd"}
     assert callback.report.kept <= 0.8
-    assert "svd" in str(callback.report)
+    assert "layers on svd" in str(callback.report)
+
+
+def test_a_gate_that_selects_nothing_says_so_and_the_papers_rho_is_pooled(make_trainer):
+    callback = FascCallback(keep=0.8, gate=0.99, gate_by="pooled", update_weights=False)
+    make_trainer(callback).fit(causal_module(), token_loader(samples=32, batch_size=8))
+    assert {row.method for row in callback.report.layers} == {"svd"}
+    assert "gate 0.99 on pooled rho: 0 layers on fasc, 14 layers on svd" in str(callback.report)
+    with pytest.raises(ValueError, match=r"`gate_exclude` to match targeted layers but 'heda' matches none"):
+        make_trainer(FascCallback(keep=0.8, gate=0.3, gate_exclude=["heda"])).fit(causal_module(), token_loader())
 
 
 def test_the_papers_exclusions_and_flags_are_in_the_report(make_trainer):

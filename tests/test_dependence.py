@@ -61,19 +61,19 @@ def test_independence_gives_a_debiased_value_around_zero(tokens):
     assert min(plain) > 0.05  # the plain score never tells
 
 
-@pytest.mark.parametrize("shape", [(1, 1024), (8, 128), (24, 42)])
+@pytest.mark.parametrize("shape", [(1, 1024), (4, 128), (8, 128), (24, 42)])
 def test_autocorrelated_but_independent_series_stay_inside_the_sequence_null(shape):
     generator = torch.Generator().manual_seed(1)
     inside = covered = 0
     floors = []
-    for _ in range(30):
+    for _ in range(40):
         score = scored((autocorrelated(*shape, 8, generator), autocorrelated(*shape, 8, generator)))
         low, high = score.interval.tolist()
         inside += score.compute().item() <= score.null.item()
         covered += low <= 0 <= high
         floors.append(score.null.item() / score.iid_floor.item())
-    assert inside >= 25
-    assert covered >= 25
+    assert inside >= 34  # 38 expected
+    assert covered >= 34
     assert min(floors) > 1.5  # what takes tokens for independent is far off
 
 

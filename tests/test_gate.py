@@ -137,7 +137,7 @@ def test_good_options_pass():
         ({"gate": math.nan}, ValueError, "but got nan"),
         ({"gate": "0.3"}, TypeError, "a number in"),
         ({"gate": True}, TypeError, "but got True"),
-        ({"gate": 0.3, "gate_by": "null"}, ValueError, "one of debiased, rho but got 'null'"),
+        ({"gate": 0.3, "gate_by": "null"}, ValueError, "one of debiased, pooled, rho but got 'null'"),
         ({"gate": 0.3, "method": "svd"}, ValueError, "nothing to decide"),
         ({"gate": 0.3, "method": "pca"}, ValueError, "one of fasc, svd, svd-llm but got 'pca'"),
         ({"gate": None, "gate_exclude": "paper"}, ValueError, "together with a `gate`"),

@@ -201,7 +201,8 @@ def test_compressed_and_adapted_modules_can_be_watched(make_trainer):
     model = peft.get_peft_model(causal_model(), peft.LoraConfig(target_modules=["q_proj"]))
     callback = FascCallback(monitor_every_n_steps=2, targets=r".*q_proj\.base_layer")
     make_trainer(callback).fit(CausalLMModule(model), token_loader(**BATCH))
-    assert all(row["reason"] == "" for row in callback.rho_history)
+    reasons = {row["layer"].split("layers.")[1][0]: row["reason"] for row in callback.rho_history}
+    assert reasons == {"0": "no tokens", "1": ""}  # below the first adapter there is no gradient
     module = causal_module()
     make_trainer(FascCallback(keep=0.8)).fit(module, token_loader(**BATCH))
     callback = FascCallback(monitor_every_n_steps=2)
@@ -273,13 +274,113 @@ def test_layers_unused_in_some_steps_have_gaps_with_a_reason(make_trainer):
     assert reasons == [["", ""], ["no tokens", "no tokens"]]
 
 
-def test_frozen_layers_and_half_precision_have_scores(make_trainer):
-    module = causal_module()
-    for parameter in module.model.model.layers[0].parameters():
-        parameter.requires_grad_(False)
+def test_half_precision_has_scores(make_trainer):
     callback = FascCallback(monitor_every_n_steps=1)
-    make_trainer(callback, precision="bf16-mixed").fit(module, token_loader(**BATCH))
+    make_trainer(callback, precision="bf16-mixed").fit(causal_module(), token_loader(**BATCH))
     assert {row["reason"] for row in callback.rho_history} == {""}
+
+
+def test_what_no_gradient_reaches_is_left_as_it_is(make_trainer):
+    class Probe(type(mlp())):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            with torch.inference_mode():
+                hidden = self.net[0](x)
+            assert not self.net[3](hidden.clone()).requires_grad  # frozen: it can go to numpy
+            return nn.functional.cross_entropy(self.net[5](self.net[3](hidden.clone()).detach()), y)
+
+    module = Probe(mlp().net)
+    module.net[3].requires_grad_(False)
+    callback = FascCallback(monitor_every_n_steps=1)
+    make_trainer(callback).fit(module, feature_loader())
+    rows = callback.rho_history.at(0)
+    assert [rows[name]["reason"] for name in ("net.0", "net.3", "net.5")] == ["no tokens", "no tokens", ""]
+
+
+def test_a_score_that_fails_does_not_stop_the_training(make_trainer, monkeypatch):
+    def failing(self, x, g):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(DependenceScore, "update", failing)
+    callback = FascCallback(monitor_every_n_steps=3)
+    with pytest.warns(UserWarning, match=r"could not observe rho of 'model.model.*out of memory"):
+        make_trainer(callback).fit(causal_module(), token_loader(**BATCH))
+    assert {row["reason"] for row in callback.rho_history} == {"RuntimeError: out of memory"}
+
+
+def test_batches_count_in_one_scale_whether_the_loss_is_a_mean_or_a_sum(make_trainer):
+    class Summed(CausalLMModule):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * super().loss_terms(batch)
+
+        def loss_terms(self, batch):
+            return 1
+
+    data = Tokens(24, 24)[:24]
+    batches = [{key: value[part] for key, value in data.items()} for part in (slice(0, 16), slice(16, 24))]
+    for batch in batches[1:]:
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][:, 6:] = -100  # a mean over few terms
+    histories = []
+    for kind in (CausalLMModule, Summed):
+        callback = FascCallback(monitor_every_n_steps=1)
+        loader = torch.utils.data.DataLoader(batches, batch_size=None)
+        make_trainer(callback, accumulate_grad_batches=2).fit(kind(causal_model().train()), loader)
+        histories.append(callback.rho_history)
+    for one, other in zip(*histories, strict=True):
+        assert one["rho"] == pytest.approx(other["rho"], abs=1e-4)
+
+
+def test_manual_optimisation_is_observed_batch_by_batch(make_trainer):
+    class Manual(type(mlp())):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)  # which no step counts
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    module = Manual(mlp().net)
+    callback = FascCallback(monitor_every_n_steps=2)
+    make_trainer(callback, max_epochs=2).fit(module, feature_loader())
+    assert callback.rho_history.steps == [0, 2, 4, 6]
+    assert {row["tokens"] for row in callback.rho_history} == {8}
+    assert_no_hooks(module)
+
+
+def test_old_values_do_not_stand_for_undefined_ones(make_trainer):
+    class Looking(pl.Callback):
+        seen: list[bool] = []  # noqa: RUF012
+
+        def on_train_batch_end(self, trainer, *args):
+            self.seen.append("rho/net.3" in trainer.callback_metrics)
+
+    class Sometimes(type(mlp())):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            x = torch.relu(self.net[0](x))
+            x = self.net[3](x) if batch_idx % 2 == 0 else x[:, :16]
+            return nn.functional.cross_entropy(self.net[5](x), y)
+
+    looking = Looking()
+    make_trainer(FascCallback(monitor_every_n_steps=1), looking).fit(Sometimes(mlp().net), feature_loader())
+    assert looking.seen == [True, False, True, False]
+
+
+def test_the_table_is_written_when_a_fit_is_broken_off(make_trainer, tmp_path):
+    logger = CSVLogger(tmp_path, name="run")
+    with pytest.raises(RuntimeError, match="power cut"):
+        make_trainer(FascCallback(monitor_every_n_steps=2), Stop(), logger=logger, max_epochs=3).fit(
+            causal_module(), token_loader(**BATCH)
+        )
+    assert "\n6," in (tmp_path / "run" / "version_0" / "rho_history.csv").read_text()
+
+
+def test_input_and_output_gradients_can_be_watched_side_by_side(make_trainer):
+    both = [FascCallback(monitor_every_n_steps=2, rho_gradient=gradient) for gradient in ("input", "output")]
+    make_trainer(*both).fit(causal_module(), token_loader(**BATCH))
+    assert list(both[0].rho_history) != list(both[1].rho_history)
 
 
 def test_undefined_values_are_not_logged():

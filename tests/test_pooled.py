@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fasc_lightning import DependenceScore, PooledDependenceScore, debiased_rho, iid_floor, rho
 from fasc_lightning.hsic import hsic_unbiased
 from fasc_lightning.moments import CalibrationMoments
-from fasc_lightning.pooled import pooled_rho
+from fasc_lightning.pooled import input_gradient, pooled_rho
 
 
 def rho_by_definition(x, g):
@@ -124,6 +124,18 @@ def test_pooled_and_minibatch_estimates_agree_only_without_bias():
     assert pooled.debiased.item() == pytest.approx(mix.norm().item() / math.sqrt(4 * own), abs=0.01)
 
 
+def test_an_offset_does_not_cost_digits():
+    x, g = pair(200, 6, 6, dtype=torch.float64)
+    g = g + x
+    assert debiased_rho(x + 1e6, g - 1e5).item() == pytest.approx(debiased_rho(x, g).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_input_gradients_of_any_precision(dtype):
+    h, W = torch.randn(5, 900), torch.randn(900, 7).to(dtype)
+    torch.testing.assert_close(input_gradient(h.to(dtype), W), h.to(dtype).float() @ W.float(), rtol=1e-4, atol=1e-3)
+
+
 def test_rho_of_calibration_moments_is_that_of_the_input_gradient():
     x, h = pair(40, 6, 5)
     W = torch.randn(5, 6)
@@ -133,6 +145,12 @@ def test_rho_of_calibration_moments_is_that_of_the_input_gradient():
     moments.add_cross("layer", x, h)
     assert pooled_rho(moments.layer("layer"), W).item() == pytest.approx(rho_by_definition(x, h @ W), rel=1e-6)
     assert abs(rho(x, h @ W) - rho(x, h)) > 1e-3  # the output gradient has another rho
+    for x_, h_ in ((torch.full_like(x, 0.1), h), (x, torch.full_like(h, 1e-3))):
+        constant = CalibrationMoments({"layer": (5, 6)}, cross=True)
+        constant.add_inputs(["layer"], x_)
+        constant.add_gradients("layer", h_)
+        constant.add_cross("layer", x_, h_)
+        assert math.isnan(pooled_rho(constant.layer("layer"), W).item())
     plain = CalibrationMoments({"layer": (5, 6)}, torch.float64)
     plain.add_inputs(["layer"], x)
     plain.add_gradients("layer", h)

@@ -82,6 +82,12 @@ def test_weights_of_another_model_are_refused_and_nothing_is_changed(tmp_path):
     assert all(torch.equal(value, state(model)[name]) for name, value in before.items())
 
 
+def test_files_that_hold_more_than_tensors_are_refused(tmp_path):
+    torch.save({"state_dict": {}, "hyper_parameters": {"folder": tmp_path}}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="not loaded for safety"):
+        score(causal_model(), batches(), [tmp_path / "a.ckpt"])
+
+
 def test_two_checkpoints_of_one_step_are_refused(tmp_path):
     torch.save({"state_dict": causal_model().state_dict(), "global_step": 3}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="different steps"):
@@ -89,10 +95,12 @@ def test_two_checkpoints_of_one_step_are_refused(tmp_path):
 
 
 def test_options_and_models_are_checked():
-    with pytest.raises(ValueError, match="monitor_tokens"):
+    with pytest.raises(ValueError, match="`tokens`"):
         score(causal_model(), batches(), tokens=2)
-    with pytest.raises(ValueError, match="rho_gradient"):
+    with pytest.raises(ValueError, match="`gradient`"):
         score(causal_model(), batches(), gradient="both")
+    with pytest.raises(ValueError, match="at least one batch"):
+        score(causal_model(), iter(()))
     with pytest.raises(TypeError, match="loss is not known"):
         score(torch.nn.Linear(2, 2), batches())
 

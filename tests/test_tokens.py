@@ -99,8 +99,22 @@ def test_a_batch_can_be_sampled_and_knows_its_sequences():
     rows = TokenRows(mask=mask, sample=8)
     index = rows.index((3, 8), CPU)
     assert index.tolist() == [0, 2, 4, 7, 8, 9, 11, 13]
-    assert rows.lengths(8) == [4, 4]
+    assert rows.lengths((3, 8)) == [4, 4]
     counted = TokenRows(mask=mask)
     assert counted.index((3, 8), CPU).numel() == 15
-    assert counted.lengths(15) == [8, 6, 1]
-    assert TokenRows().index((2, 5), CPU) is None
+    assert counted.lengths((3, 8)) == [8, 6, 1]
+
+
+def test_lengths_go_by_shape_and_flattened_tokens_are_still_sequences():
+    rows = TokenRows()
+    shapes = ((64,), (4, 16), (64,), (16, 4), (5, 1), (0, 7), (2, 3, 4))
+    for leading in shapes[1:]:
+        assert rows.index(leading, CPU) is None
+    assert rows.lengths((4, 16)) == [16] * 4
+    assert rows.lengths((64,)) == [16] * 4  # as in the batch's own shape, seen before
+    assert rows.lengths((16, 4)) == [4] * 16
+    assert rows.lengths((5, 1)) == [5]  # samples of one token are one run
+    assert rows.lengths((0, 7)) == [0]
+    assert rows.lengths((2, 3, 4)) == [12, 12]
+    masked = TokenRows(mask=torch.ones(0, 7).bool(), sample=8)
+    assert masked.index((0, 7), CPU) is None

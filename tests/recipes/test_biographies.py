@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections import Counter
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-import biographies as corpus
+corpus = importlib.import_module("biographies")
 
 SEED = 3
 PEOPLE = corpus.make_people(60, SEED)
@@ -133,8 +134,7 @@ def test_relations_are_dealt_out_independently():
     truth = {person.facts["birth date"]: person.facts for person in PEOPLE}
     dealt = stated(0, shuffled=True)
     together = sum(
-        truth[dealt[person.name, "birth date"][0]]["employer"] == dealt[person.name, "employer"][0]
-        for person in PEOPLE
+        truth[dealt[person.name, "birth date"][0]]["employer"] == dealt[person.name, "employer"][0] for person in PEOPLE
     )
     assert together < 0.2 * len(PEOPLE)
 

@@ -80,9 +80,7 @@ def test_the_report_is_what_the_contract_says(recipe, folder, capsys):
     assert report["peak_memory_bytes"] > 1e6
     assert len(report["layers"]) == 14
     keys = "name shape rank layout tokens rho rho_null rho_debiased loss method flags"
-    assert set(keys.split()) == set(
-        report["layers"][0]
-    )
+    assert set(keys.split()) == set(report["layers"][0])
     assert report["layers"][0]["name"] == "model.layers.0.self_attn.q_proj"
     printed = capsys.readouterr().out
     assert "perplexity of foxes" in printed

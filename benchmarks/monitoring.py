@@ -26,7 +26,7 @@ from fasc_lightning.bundled import load_model
 from fasc_lightning.report import write_json
 
 #: Steps from one observation to the next, in the README's example and in the recipe.
-EVERY = (50, 30)
+EVERY = (50, 60)
 
 
 class StepTimer(pl.Callback):

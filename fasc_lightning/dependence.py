@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,12 +18,10 @@ from fasc_lightning.hsic import (
     MIN_TOKENS,
     centered_gram,
     hsic_between,
-    hsic_biased,
     hsic_permuted,
     hsic_shifted,
     hsic_unbiased,
     normalized,
-    random_orders,
     signed_root,
 )
 from fasc_lightning.tokens import MAX_SEQUENCES
@@ -40,6 +40,33 @@ PERMUTATIONS, NULL_LEVEL, RESAMPLES = 200, 0.95, 1000
 
 #: Rows kept for the bootstrap; neighbours are added up beyond it, so that memory is bounded.
 MAX_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Grams:
+    """Centred Gram matrices of one variable on a sample of tokens, cut into minibatches.
+
+    Attributes:
+        parts: For each minibatch the matrix in units of the variance, shape (sequences, tokens, sequences, tokens), and
+            the variance.
+        as_sequences: Whether sequences were told apart.
+    """
+
+    parts: list[tuple[Tensor, Tensor]]
+    as_sequences: bool
+
+    @classmethod
+    def of(cls, values: Tensor) -> Grams:
+        """Make those of values of shape (tokens, n) or (sequences, tokens, n)."""
+        parts = []
+        for part in _minibatches(values if values.ndim == 3 else values[None]):
+            sequences, length, _ = part.shape
+            if part.numel():
+                K, variance = centered_gram(part.reshape(sequences * length, -1))
+            else:
+                K, variance = values.new_zeros(sequences * length, sequences * length), values.new_zeros(())
+            parts.append((K.view(sequences, length, sequences, length), variance))
+        return cls(parts, values.ndim == 3)
 
 
 class DependenceScore(Metric):
@@ -107,11 +134,13 @@ class DependenceScore(Metric):
                 "Expected x and g of shape (tokens, features) or (sequences, tokens, features) with as many tokens "
                 f"but got {tuple(x.shape)} and {tuple(g.shape)}."
             )
-        as_sequences = x.ndim == 3
-        if not as_sequences:
-            x, g = x[None], g[None]
-        for part_x, part_g in zip(_minibatches(x), _minibatches(g), strict=True):
-            self._add(part_x, part_g, as_sequences)
+        self.add(Grams.of(x), Grams.of(g))
+
+    def add(self, x: Grams, g: Grams) -> None:
+        """Add tokens whose Gram matrices are there already, as those of an input that several layers share."""
+        self._update_count = max(self._update_count, 1)  # torchmetrics counts calls of `update` alone
+        for (K, variance_x), (L, variance_g) in zip(x.parts, g.parts, strict=True):
+            self._add(K, L, torch.stack([variance_x, variance_g]), x.as_sequences)
 
     def compute(self) -> Tensor:
         """Return rho of the minibatches, in [0, 1], biased upwards for small ones; NaN where undefined."""
@@ -142,24 +171,21 @@ class DependenceScore(Metric):
         """Why the score is undefined; empty if it is not."""
         return self._synchronized(self._reason)
 
-    def _add(self, x: Tensor, g: Tensor, as_sequences: bool) -> None:
-        """Add one minibatch of shapes (sequences, tokens, n) and (sequences, tokens, m)."""
-        sequences, length, _ = x.shape
+    def _add(self, K: Tensor, L: Tensor, variances: Tensor, as_sequences: bool) -> None:
+        """Add one minibatch with its centred Gram matrices of shape (sequences, tokens, sequences, tokens)."""
+        sequences, length = K.shape[:2]
         s = sequences * length
         if s < MIN_TOKENS:
             self.short += 1
             return
-        x, g = x.reshape(s, -1), g.reshape(s, -1)
-        if not bool(torch.isfinite(x).all() & torch.isfinite(g).all()):
+        if not bool(torch.isfinite(variances).all()):
             self.infinite += 1
             return
-        K, variance_x = centered_gram(x)
-        L, variance_g = centered_gram(g)
-        grams = torch.stack([K, L.to(K)])
-        variances = torch.stack([variance_x, variance_g])
+        grams = torch.stack([K.view(s, s), L.view(s, s).to(K)])
         weights = s * torch.outer(variances, variances)
         self.tokens += s
-        self.biased += weights * hsic_biased(grams)
+        flat = grams.flatten(1)  # centred as they are
+        self.biased += weights * (flat @ flat.T).double() / s**2
         self.floor += weights[0, 1] / s
         self.permuted += weights[0, 1] * self._permuted(grams, sequences, length)
 
@@ -182,8 +208,9 @@ class DependenceScore(Metric):
     def _permuted(self, grams: Tensor, sequences: int, length: int) -> Tensor:
         """Return HSIC with g's sequences in other orders, or, where they are few, shifted, shape (PERMUTATIONS,)."""
         if sequences >= MIN_ORDERS:
-            orders = random_orders(sequences, PERMUTATIONS, self.seed).to(grams.device)
-            return hsic_permuted(grams[0], grams[1], orders)
+            # Neighbours may move together, which costs less, where enough groups are left.
+            groups = next((n for n in range(MIN_BLOCKS, sequences) if sequences % n == 0), sequences)
+            return hsic_permuted(grams[0], grams[1], groups, PERMUTATIONS, self.seed)
         # Not by so little that the tokens' own memory still links x and g.
         shares = torch.rand(PERMUTATIONS, generator=torch.Generator().manual_seed(self.seed)) * 0.75 + 0.125
         shifts = (shares * length).long().clamp(min=1).to(grams.device)
@@ -205,12 +232,8 @@ class DependenceScore(Metric):
         if len(rows) < 2 or self._reason():
             return self.biased.new_full((2,), float("nan"))
         # In an order of their own, so that it does not matter which process or batch brought them.
-        rows = rows.cpu()[rows[:, 1].argsort().cpu()]
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randint(len(rows), (RESAMPLES, len(rows)), generator=generator)
-        counts = torch.zeros(RESAMPLES, len(rows), dtype=rows.dtype)
-        counts.scatter_add_(1, drawn, torch.ones_like(counts))
-        xx, xg, gg = (counts @ rows).T
+        rows = rows.cpu()
+        xx, xg, gg = (_resamples(len(rows), self.seed) @ rows[rows[:, 1].argsort()]).T
         resampled = signed_root(torch.where((xx > 0) & (gg > 0), xg / (xx * gg).clamp(min=0).sqrt(), float("nan")))
         tail = (1 - NULL_LEVEL) / 2
         return torch.nanquantile(resampled, torch.tensor([tail, 1 - tail], dtype=rows.dtype)).to(self.biased.device)
@@ -263,6 +286,14 @@ def all_reduce_scores_(scores: Iterable[DependenceScore], group: Any | None = No
             start += state.numel()
         score.rows = [part[i].to(score.biased.device) for part in rows if part[i] is not None]
         score._update_count = max(score._update_count, int(score.tokens > 0))
+
+
+@lru_cache(maxsize=4)
+def _resamples(rows: int, seed: int) -> Tensor:
+    """Return how often each row is in each bootstrap resample, shape (RESAMPLES, rows), the same for all layers."""
+    drawn = torch.randint(rows, (RESAMPLES, rows), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(RESAMPLES, rows, dtype=torch.float64)
+    return counts.scatter_add_(1, drawn, torch.ones_like(counts))
 
 
 def _minibatches(values: Tensor) -> list[Tensor]:

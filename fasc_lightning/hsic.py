@@ -29,23 +29,25 @@ def centered_gram(x: Tensor) -> tuple[Tensor, Tensor]:
         x: Sample, shape (s, n), any floating type; computed in float64 if it is, else in float32.
 
     Returns:
-        K = X X^T / variance, shape (s, s), and variance = tr(Sigma_xx), a float64 scalar.
+        K = X X^T / variance, shape (s, s), and variance = tr(Sigma_xx), a float64 scalar; both NaN if x holds NaN or
+        Inf.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         values = x.detach().to(dtype)
         # In units of the largest number, squares cannot overflow.
-        largest = values.abs().amax()
-        unit = torch.where(largest > 0, largest, torch.ones_like(largest))
-        values = values / unit
-        second = values.square().sum(1).mean()
-        values = values - values.mean(0)
-        variance = values.square().sum(1).mean()
-        varies = variance > CONSTANT * second
-        scale = torch.where(varies, variance, torch.ones_like(variance)).sqrt()
-        values = torch.where(varies, values / scale, torch.zeros_like(values))
+        low, high = values.aminmax()
+        unit = torch.maximum(-low, high).double()
+        inverse = torch.where(unit > 0, 1 / unit, unit)
+        mean = values.mean(0)
+        values = (values - mean).mul_(inverse.to(dtype))
         K = values @ values.T
-    return K, torch.where(varies, variance.double() * unit.double().square(), 0.0)
+        variance = K.diagonal().double().mean()
+        second = variance + mean.double().mul(inverse).square().sum()
+        varies = (variance > CONSTANT * second) | ~torch.isfinite(unit)
+        scale = torch.where(varies, 1 / variance, 0.0)
+        K.mul_(scale.to(dtype))
+    return K, torch.where(varies, variance * unit.square(), 0.0)
 
 
 def hsic_biased(grams: Tensor) -> Tensor:
@@ -139,25 +141,28 @@ def hsic_between(grams: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     return estimates[0], estimates[1:]
 
 
-def hsic_permuted(K: Tensor, L: Tensor, permutations: Tensor) -> Tensor:
-    """Return the biased HSIC of x with the blocks of g in other orders.
+def hsic_permuted(K: Tensor, L: Tensor, blocks: int, count: int, seed: int) -> Tensor:
+    """Return the biased HSIC of x with the blocks of g in other orders, those of :func:`random_orders`.
 
     Args:
         K: Centred Gram matrix of x, shape (s, s), s a multiple of the number of blocks b.
         L: The same of g.
-        permutations: Orders of the b blocks of consecutive tokens, shape (r, b).
+        blocks: Number of equal runs of consecutive tokens.
+        count: Number of orders.
+        seed: Of the orders.
 
     Returns:
-        <K, P L P^T> / s^2 for each of the r permutations, shape (r,), float64.
+        <K, P L P^T> / s^2 for each order, shape (count,), float64.
     """
-    s, (_, blocks) = len(K), permutations.shape
+    s = len(K)
     length = s // blocks
-    tiles = [gram.view(blocks, length, blocks, length).transpose(1, 2).reshape(blocks**2, length**2) for gram in (K, L)]
+    first, second = torch.triu_indices(blocks, blocks, device=K.device)
+    tiles_of_K = K.view(blocks, length, blocks, length)[first, :, second].flatten(1)
+    tiles_of_L = L.view(blocks, length, blocks, length).transpose(1, 2).reshape(blocks**2, length**2)
     # Every tile of K with every tile of L once; a permutation then only looks up.
-    products = (tiles[0] @ tiles[1].T).double().view(blocks, blocks, blocks, blocks)
-    block = torch.arange(blocks, device=K.device)
-    found = products[block[:, None], block[None, :], permutations[:, :, None], permutations[:, None, :]]
-    return found.sum((1, 2)) / s**2
+    found = (tiles_of_K @ tiles_of_L.T).gather(1, _moved_tiles(blocks, count, seed).to(K.device))
+    twice = 1 + (first != second).double()  # tiles above the diagonal stand for those below
+    return twice @ found.double() / s**2
 
 
 def hsic_shifted(K: Tensor, L: Tensor, sequences: int) -> Tensor:
@@ -186,7 +191,15 @@ def hsic_shifted(K: Tensor, L: Tensor, sequences: int) -> Tensor:
     return torch.fft.irfft(crossed.to(torch.complex128), n=length) / s**2
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
+def _moved_tiles(blocks: int, count: int, seed: int) -> Tensor:
+    """Return where each tile on and above the diagonal comes from, shape (tiles, count), numbered row by row."""
+    orders = random_orders(blocks, count, seed)
+    first, second = torch.triu_indices(blocks, blocks)
+    return (orders[:, first] * blocks + orders[:, second]).T.contiguous()
+
+
+@lru_cache(maxsize=16)
 def random_orders(blocks: int, count: int, seed: int) -> Tensor:
     """Return random orders of blocks other than their own, shape (count, blocks).
 

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from fasc_lightning._distributed import is_distributed
-from fasc_lightning.dependence import DependenceScore, all_reduce_scores_
+from fasc_lightning.dependence import DependenceScore, Grams, all_reduce_scores_
 from fasc_lightning.history import RhoHistory, RhoRow
 from fasc_lightning.lowrank import linear_weight
 from fasc_lightning.pooled import Gradient, input_gradient
@@ -45,6 +45,8 @@ class LayerScores:
         self.gradient = gradient
         # Reduced here, all in two messages, and not by torchmetrics.
         self.scores = {name: DependenceScore(seed, sync_on_compute=False).to(device) for name in layers}
+        # The last input and its Gram matrices: layers that share one get their gradients one after the other.
+        self._shared: tuple[Tensor, Grams] | None = None
 
     def __call__(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int]) -> None:
         """Add a sample of one call's tokens to a layer's score.
@@ -59,12 +61,21 @@ class LayerScores:
         if not batch.scored:
             return
         chosen = sample_sequences(lengths, self.tokens)  # (sequences, tokens of each)
-        if chosen.numel() < len(x):
-            index = chosen.flatten().to(x.device)
-            x, h = x[index], h[index]
+        index = chosen.flatten().to(x.device) if chosen.numel() < len(x) else None
+        if self._shared is None or self._shared[0] is not x:
+            sample = x if index is None else x[index]
+            self._shared = x, Grams.of(sample.view(*chosen.shape, x.shape[1]))
+        if index is not None:
+            h = h[index]
         g = input_gradient(h, linear_weight(self.layers[name]).detach()) if self.gradient == "input" else h
         g = g.to(torch.promote_types(g.dtype, torch.float32)) * batch.scale
-        self.scores[name].update(x.view(*chosen.shape, x.shape[1]), g.view(*chosen.shape, g.shape[1]))
+        self.scores[name].add(self._shared[1], Grams.of(g.view(*chosen.shape, g.shape[1])))
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._shared = None
+        for score in self.scores.values():
+            score.reset()
 
     def all_reduce_(self) -> None:
         """Merge with the other processes' scores of the same layers."""
@@ -144,10 +155,11 @@ class RhoMonitor:
 
     def begin_batch(self, trainer: pl.Trainer, rows: TokenRows) -> None:
         """Start to look at a batch, as described by ``rows``."""
+        if self._scores is None:
+            device = trainer.strategy.root_device
+            self._scores = LayerScores(self._layers, self.tokens, self.gradient, self.seed, device)
         if self._taps is None:
-            self._scores = LayerScores(
-                self._layers, self.tokens, self.gradient, self.seed, trainer.strategy.root_device
-            )
+            self._scores.reset()
             self._taps = Taps(self._layers, pairs=self._score, anchor=False)
             self._taps.install()
             self._step = _position(trainer)
@@ -163,9 +175,9 @@ class RhoMonitor:
 
     def close(self, trainer: pl.Trainer) -> None:
         """End the open observation: a table of it in the history, the loggers and the callback metrics."""
-        if self._scores is None:
+        if self._taps is None or self._scores is None:
             return
-        scores, self._scores = self._scores, None
+        scores = self._scores
         self.remove()
         if is_distributed(trainer):
             scores.all_reduce_()
@@ -198,11 +210,12 @@ class RhoMonitor:
         """Take the hooks off; safe at any time."""
         if self._taps is not None:
             self._taps.remove()
-        self._taps = self._scores = None
+        self._taps = None
 
     def forget(self) -> None:
         """Drop references to the module's layers; the history stays."""
         self.remove()
+        self._scores = None
         self._layers, self._published, self._stale = {}, {}, set()
 
     def _log(self, trainer: pl.Trainer, rows: list[RhoRow]) -> None:

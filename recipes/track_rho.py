@@ -53,8 +53,8 @@ RECALL_PEOPLE = 100
 # The defaults: from scratch on biographies, and fine-tuning on a text (where None is one pass over it).
 FROM_SCRATCH = {"steps": 900, "batch_size": 16, "window": 64, "learning_rate": 2e-3}
 FINE_TUNING = {"steps": None, "batch_size": 4, "window": 256, "learning_rate": 2e-5}
-OBSERVATIONS = 30
-CHECKPOINT_EVERY = 5  # observations
+OBSERVATIONS = 15
+CHECKPOINT_EVERY = 3  # observations
 
 
 def build_parser() -> ArgumentParser:
@@ -71,7 +71,7 @@ def build_parser() -> ArgumentParser:
     add("--learning-rate", type=float, help="highest one; default: 2e-3, with --model 2e-5")
     add("--batch-size", type=int, help="windows a step; default: 16, with --model 4")
     add("--window", type=int, help="tokens a window; default: 64, with --model 256")
-    add("--monitor-every-n-steps", type=int, help="observe rho, recall and loss so often; default: 30 times a run")
+    add("--monitor-every-n-steps", type=int, help="observe rho, recall and loss so often; default: 15 times a run")
     add("--monitor-tokens", type=int, default=512, help="tokens of a batch that rho is observed on")
     add("--rho-threshold", type=float, default=0.3, help="rho above which a layer counts as high")
     add("--seed", type=int, default=0, help="of people, wording, order of batches, weights, permutations")

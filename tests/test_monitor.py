@@ -301,7 +301,7 @@ def test_a_score_that_fails_does_not_stop_the_training(make_trainer, monkeypatch
     def failing(self, x, g):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(DependenceScore, "update", failing)
+    monkeypatch.setattr(DependenceScore, "add", failing)
     callback = FascCallback(monitor_every_n_steps=3)
     with pytest.warns(UserWarning, match=r"could not observe rho of 'model.model.*out of memory"):
         make_trainer(callback).fit(causal_module(), token_loader(**BATCH))

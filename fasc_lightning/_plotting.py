@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fasc_lightning._names import block_of
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -35,8 +37,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def block_index(layer: str) -> int | None:
-    """Return the first part of a dotted name that is a number: the block that the layer belongs to."""
-    return next((int(part) for part in layer.split(".") if part.isdecimal()), None)
+    """Return the index of the block that a layer belongs to."""
+    block = block_of(layer)
+    return None if block is None else block[1]
 
 
 def module_kinds(layers: Iterable[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fasc_lightning._correlations import correlate
 from fasc_lightning._files import whole_file
 from fasc_lightning._plotting import (
     COLOURS,
@@ -329,23 +330,16 @@ def rho_gain_scatter(
     count = f"n = {len(layers)}"
     if len(layers) < len(rho):
         count += f", {len(rho) - len(layers)} undefined left out"
-    if len(layers) < 3 or not np.ptp(x) or not np.ptp(y):
-        correlation = "no correlation: fewer than 3 layers, or no variation"
-    else:
-        correlation = _correlation(x, y)
-    axes.set_title(f"{correlation}\n{count}", fontsize=10)
+    axes.set_title(f"{_correlation(x, y)}\n{count}", fontsize=10)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
 def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
-    try:
-        from scipy.stats import pearsonr, spearmanr
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Correlations need scipy: pip install 'fasc-lightning[plot]'.") from error
-    r, p = pearsonr(x, y)
-    rank_r, rank_p = spearmanr(x, y)
-    return f"Pearson r = {r:.2f} (p = {p:.2g}), Spearman r = {rank_r:.2f} (p = {rank_p:.2g})"
+    found = correlate(x, y)
+    if np.isnan(found.r):
+        return "no correlation: fewer than 3 layers, or no variation"
+    return f"Pearson r = {found.r:.2f} (p = {found.p:.2g}), Spearman r = {found.rank_r:.2f} (p = {found.rank_p:.2g})"
 
 
 def angles_figure(

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from fasc_lightning._names import block_of
 from fasc_lightning.history import RhoRow
 from fasc_lightning.lowrank import linear_weight
 from fasc_lightning.moments import CalibrationMoments, Moments, panels
@@ -154,7 +155,7 @@ def early_attention(names: Iterable[str]) -> set[str]:
     return {
         name
         for name in names
-        if (block := _block(name)) is not None
+        if (block := block_of(name)) is not None
         and block[1] < EARLY_BLOCKS
         and any("attn" in part or "attention" in part for part in name.lower().split("."))
     }
@@ -162,7 +163,7 @@ def early_attention(names: Iterable[str]) -> set[str]:
 
 def last_projections(names: Iterable[str]) -> set[str]:
     """Return the output projections of the last block, by name; of each stack, where a model has several."""
-    blocks = {name: block for name in names if (block := _block(name)) is not None}
+    blocks = {name: block for name in names if (block := block_of(name)) is not None}
     last: dict[str, int] = {}
     for stack, index in blocks.values():
         last[stack] = max(index, last.get(stack, index))
@@ -207,12 +208,3 @@ def variation(moments: Moments) -> float:
         return 0.0
     first = moments.mean().double().square().sum()
     return float((1 - first / second).clamp(0, 1))
-
-
-def _block(name: str) -> tuple[str, int] | None:
-    """Return (stack, index) of the block that a layer belongs to: the first integer of its dotted name."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdecimal():
-            return ".".join(parts[:i]), int(part)
-    return None

@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
+from fasc_lightning._files import whole_file
 from fasc_lightning.factorize import LayerPlan
 from fasc_lightning.history import RhoRow
 from fasc_lightning.lowrank import flops_per_token
@@ -123,12 +124,9 @@ class CompressionReport:
 
 
 def write_json(content: Any, path: str | Path) -> None:
-    """Write JSON whole or not at all: to a temporary file first."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(_plain(content), indent=2) + "\n")
-    temporary.replace(path)
+    """Write JSON whole or not at all."""
+    with whole_file(Path(path)) as temporary:
+        temporary.write_text(json.dumps(_plain(content), indent=2) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fasc_lightning._correlations import correlate
 from fasc_lightning._tables import Row
 from fasc_lightning.study import Observation
 from fasc_lightning.subspaces import random_angles
@@ -180,32 +180,6 @@ def angles_table(
                 }
             )
     return table
-
-
-class Correlation(NamedTuple):
-    """Pearson's r and Spearman's, each with its p-value, and of how many pairs."""
-
-    r: float
-    p: float
-    rank_r: float
-    rank_p: float
-    pairs: int
-
-
-def correlate(x: ArrayLike, y: ArrayLike) -> Correlation:
-    """Return the correlations of the pairs that are finite; NaN for fewer than three, or without variation.
-
-    The p-values take pairs for independent. Layers of one model are not: there they are lower bounds.
-    """
-    from scipy.stats import pearsonr, spearmanr
-
-    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    finite = np.isfinite(a) & np.isfinite(b)
-    a, b = a[finite], b[finite]
-    if len(a) < 3 or not np.ptp(a) or not np.ptp(b):
-        return Correlation(math.nan, math.nan, math.nan, math.nan, len(a))
-    (r, p), (rank_r, rank_p) = pearsonr(a, b), spearmanr(a, b)
-    return Correlation(float(r), float(p), float(rank_r), float(rank_p), len(a))
 
 
 def median(values: Iterable[float]) -> float:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from fasc_lightning._correlations import correlate
 from fasc_lightning.history import RhoRow
 from fasc_lightning.study import Observation
 from fasc_lightning.study_tables import (
     angles_table,
-    correlate,
     correlations_table,
     divisions,
     gains_table,

@@ -1,0 +1,40 @@
+"""Correlations of two series, with their p-values."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+class Correlation(NamedTuple):
+    """Pearson's r and Spearman's, each with its p-value, and of how many pairs."""
+
+    r: float
+    p: float
+    rank_r: float
+    rank_p: float
+    pairs: int
+
+
+def correlate(x: ArrayLike, y: ArrayLike) -> Correlation:
+    """Return the correlations of the pairs that are finite; NaN for fewer than three, or without variation.
+
+    The p-values take pairs for independent. Layers of one model are not: there they are lower bounds.
+
+    Raises:
+        ModuleNotFoundError: If scipy is not installed.
+    """
+    try:
+        from scipy.stats import pearsonr, spearmanr
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("Correlations need scipy: pip install 'fasc-lightning[plot]'.") from error
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    finite = np.isfinite(a) & np.isfinite(b)
+    a, b = a[finite], b[finite]
+    if len(a) < 3 or not np.ptp(a) or not np.ptp(b):
+        return Correlation(math.nan, math.nan, math.nan, math.nan, len(a))
+    (r, p), (rank_r, rank_p) = pearsonr(a, b), spearmanr(a, b)
+    return Correlation(float(r), float(p), float(rank_r), float(rank_p), len(a))

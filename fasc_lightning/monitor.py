@@ -159,7 +159,6 @@ class RhoMonitor:
             device = trainer.strategy.root_device
             self._scores = LayerScores(self._layers, self.tokens, self.gradient, self.seed, device)
         if self._taps is None:
-            self._scores.reset()
             self._taps = Taps(self._layers, pairs=self._score, anchor=False)
             self._taps.install()
             self._step = _position(trainer)
@@ -182,6 +181,7 @@ class RhoMonitor:
         if is_distributed(trainer):
             scores.all_reduce_()
         rows = scores.rows(self._step)
+        scores.reset()  # nothing of this batch is held until the next observation
         for row in rows:
             row["reason"] = self._failures.get(row["layer"], row["reason"])
         self._failures.clear()

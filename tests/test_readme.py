@@ -15,15 +15,20 @@ from tiny import byte_tokenizer, causal_model, causal_module, token_loader
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 #: Appended to every recipe command: the last value of an option counts.
-REDUCED = ["--windows", "6", "--window", "32", "--eval-windows", "2"]
+REDUCED = {
+    "compress": "--model {model} --windows 6 --window 32 --eval-windows 2",
+    "track_rho": "--people 12 --steps 4 --batch-size 8 --window 16 --monitor-every-n-steps 2",
+    "study_rho": "--model {model} --windows 6 --heldout-windows 2 --window 32 --eval-windows 2",
+}
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 def recipe_commands():
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    pages = README + (ROOT / "docs" / "rho.md").read_text()
+    lines = "\n".join(blocks("bash", pages)).replace("\\\n", " ").splitlines()
     return [line for line in lines if "python recipes/" in line]
 
 
@@ -48,7 +53,8 @@ def data(tmp_path):
 def test_recipe_commands_run(command, data):
     command = re.sub(r"^.*?python recipes/", "python recipes/", command).split("#")[0]
     words = shlex.split(command.replace("$FASC_DATA", str(data / "data")))
-    words = [sys.executable, str(ROOT / words[1]), *words[2:], *REDUCED, "--model", str(data / "model")]
+    reduced = REDUCED[Path(words[1]).stem].format(model=data / "model").split()
+    words = [sys.executable, str(ROOT / words[1]), *words[2:], *reduced]
     subprocess.run(words, check=True, cwd=data, capture_output=True, timeout=300)
     for option in ("--output", "--report"):
         if option in words:
@@ -56,7 +62,14 @@ def test_recipe_commands_run(command, data):
 
 
 def test_there_are_recipe_commands():
-    assert len(recipe_commands()) >= 2
+    assert len(recipe_commands()) >= 4
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/rho.md"])
+def test_figures_and_pages_exist(page):
+    links = re.findall(r"\]\(([\w./-]+)\)", (ROOT / page).read_text())
+    assert links
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).is_file()] == []
 
 
 @pytest.mark.filterwarnings("ignore:.*tensorboardX")  # Lightning's word on the default logger

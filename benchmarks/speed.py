@@ -6,7 +6,7 @@
   with every token and with a quarter of them;
 * factorising: all layers (fasc: statistics in, built layers out), against torch.linalg.svd of their weights in the
   same dtype (float64);
-Pairs are interleaved, since machines are noisy; calibration is summed over the batches, of which every fourth has its
+Pairs are interleaved, since machines are noisy; calibration is summed over the batches, of which every eighth has its
 dependence scored, as in a fit.
 """
 

@@ -40,7 +40,7 @@ from fasc_lightning.taps import Taps, layer_shapes, select_layers
 
 #: Where rho decides nothing, a calibration scores every so many batches, on so many tokens: it is a diagnostic then,
 #: and moments are what the time is for.
-SCORE_EVERY, SCORE_TOKENS = 4, 64
+SCORE_EVERY, SCORE_TOKENS = 8, 64
 
 
 class FascCallback(pl.Callback):

@@ -79,8 +79,8 @@ def calibration_rows(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     batch: Any,
-    mask: Tensor | None,
     *,
+    token_mask: TokenMask | None,
     loss_terms: LossTerms | None,
     fraction: float,
     seed: int,
@@ -93,13 +93,14 @@ def calibration_rows(
         trainer: Knows of accumulation and precision.
         pl_module: Its ``loss_terms`` serves where none is given, else "mean".
         batch: The batch.
-        mask: Its real tokens.
+        token_mask: Tells real tokens from padding.
         loss_terms: How the loss averages.
         fraction: Share of the tokens that enters.
         seed: Of their choice.
         steps: Whether the optimizer steps, and with it a GradScaler adapts.
         scored: Whether the dependence scores look at this batch.
     """
+    mask = batch_mask(pl_module, batch, token_mask)
     scale = gradient_scale(trainer, pl_module, batch, mask, loss_terms)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     seeds = sample_seeds(batch, seed, mask) if fraction < 1 else ()

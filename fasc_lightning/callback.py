@@ -16,7 +16,7 @@ from fasc_lightning import _checks
 from fasc_lightning._distributed import is_distributed, same_everywhere
 from fasc_lightning._memory import available_memory, peak_memory_bytes, return_freed_memory
 from fasc_lightning._progress import layer_progress
-from fasc_lightning.batches import LossTerms, TokenMask, batch_label, batch_mask, calibration_rows, observed_rows
+from fasc_lightning.batches import LossTerms, TokenMask, batch_label, calibration_rows, observed_rows
 from fasc_lightning.factorize import CompressionResult, check_budget_fits, compress_layers
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.gate import check_gate, choose_methods, excluded_layers, failure_flags, gate_scores
@@ -304,7 +304,7 @@ class FascCallback(pl.Callback):
             trainer,
             pl_module,
             batch,
-            batch_mask(pl_module, batch, self.token_mask),
+            token_mask=self.token_mask,
             loss_terms=self.loss_terms,
             fraction=self.token_fraction,
             seed=self.seed,

@@ -73,6 +73,33 @@ def read_text(path: str | Path) -> str:
     )
 
 
+def named_files(arguments: Iterable[str], option: str = "--eval-text") -> dict[str, str]:
+    """Return the files of a command line's NAME=FILE arguments by name.
+
+    Raises:
+        ValueError: If an argument is of another form.
+        FileNotFoundError: If a file is missing.
+    """
+    files = {}
+    for argument in arguments:
+        name, separator, path = argument.partition("=")
+        if not (name and separator and path):
+            raise ValueError(f"Expected {option} NAME=FILE but got {argument!r}.")
+        check_file(path)
+        files[name] = path
+    return files
+
+
+def check_file(path: str) -> None:
+    """Refuse a file to evaluate on that is none.
+
+    Raises:
+        FileNotFoundError: If so.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"Expected a file to evaluate on but {path} is none.")
+
+
 def json_row(line: str, where: str) -> dict[str, Any]:
     """Parse one line of a jsonl file.
 

@@ -18,6 +18,7 @@ from fasc_lightning.hsic import (
     MIN_TOKENS,
     centered_gram,
     hsic_between,
+    hsic_biased,
     hsic_permuted,
     hsic_shifted,
     hsic_unbiased,
@@ -184,8 +185,7 @@ class DependenceScore(Metric):
         grams = torch.stack([K.view(s, s), L.view(s, s).to(K)])
         weights = s * torch.outer(variances, variances)
         self.tokens += s
-        flat = grams.flatten(1)  # centred as they are
-        self.biased += weights * (flat @ flat.T).double() / s**2
+        self.biased += weights * hsic_biased(grams)
         self.floor += weights[0, 1] / s
         self.permuted += weights[0, 1] * self._permuted(grams, sequences, length)
 

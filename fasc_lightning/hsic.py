@@ -51,26 +51,23 @@ def centered_gram(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hsic_biased(grams: Tensor) -> Tensor:
-    """Return <H K_i H, H K_j H> / s^2 for all pairs of variables: |Sigma_ij|_F^2 of the sample (Gretton et al. 2005).
+    """Return <K_i, K_j> / s^2 for all pairs of variables: |Sigma_ij|_F^2 of the sample (Gretton et al. 2005).
 
     Args:
-        grams: Gram matrices K_i = X_i X_i^T of v variables on the same s tokens, shape (v, s, s), centred or not.
+        grams: Centred Gram matrices K_i = X_i X_i^T of v variables on the same s tokens, shape (v, s, s).
 
     Returns:
         Shape (v, v), float64.
     """
-    s = grams.shape[-1]
-    rows = grams.mean(-1)  # (v, s)
-    centered = grams - rows[:, :, None] - rows[:, None, :] + rows.mean(-1)[:, None, None]
-    flat = centered.flatten(1)
-    return (flat @ flat.T).double() / s**2
+    flat = grams.flatten(1)
+    return (flat @ flat.T).double() / grams.shape[-1] ** 2
 
 
 def hsic_unbiased(grams: Tensor) -> Tensor:
     """Return the unbiased HSIC_1 of Song et al. 2012, Eq. 5, for all pairs of variables; it may be negative.
 
     Args:
-        grams: As for :func:`hsic_biased`.
+        grams: Gram matrices of v variables on the same s tokens, shape (v, s, s), centred or not.
 
     Returns:
         Shape (v, v), float64.

@@ -113,11 +113,6 @@ def compare_layer(
     return LayerComparison(principal_angles(bases[0], bases[1]), losses, approximations, gain)
 
 
-def layer_gain(W: Tensor, moments: LayerMoments, rank: int, method: str = "fasc", baseline: str = "svd") -> float:
-    """Return log10 of the baseline's predicted loss over the method's; see :class:`LayerComparison`."""
-    return compare_layer(W, moments, rank, method, baseline).gain
-
-
 def log_ratio(numerator: float, denominator: float) -> float:
     """Return log10(numerator / denominator) of losses: NaN for 0 / 0, infinite where only one is 0."""
     if numerator == denominator == 0 or math.isnan(numerator) or math.isnan(denominator):

@@ -18,7 +18,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,14 @@ from torch import Tensor
 from fasc_lightning import CompressionReport, FascCallback, compress
 from fasc_lightning.allocation import ALLOCATIONS
 from fasc_lightning.bundled import load_model
-from fasc_lightning.data import calibration_windows, read_text, text_windows, window_loader
+from fasc_lightning.data import (
+    calibration_windows,
+    check_file,
+    named_files,
+    read_text,
+    text_windows,
+    window_loader,
+)
 from fasc_lightning.evaluation import (
     Fact,
     FactsResult,
@@ -150,10 +156,9 @@ def check(options: Namespace) -> Namespace:
     for name in ("windows", "window", "eval_windows", "batch_size"):
         if options[name] < 1:
             raise ValueError(f"Expected --{name.replace('_', '-')} to be at least 1 but got {options[name]}.")
-    options.eval_text = dict(_named_file(text) for text in options.eval_text)
-    for path in [*options.eval_text.values(), *filter(None, [options.eval_facts])]:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"Expected a file to evaluate on but {path} is none.")
+    options.eval_text = named_files(options.eval_text)
+    if options.eval_facts:
+        check_file(options.eval_facts)
     return options
 
 
@@ -229,13 +234,6 @@ def print_report(report: CompressionReport, content: dict[str, Any]) -> None:
         for kind, value in facts["by_kind"].items():
             print(f"  {kind}: {value['dense']:.1f} % -> {value['compressed']:.1f} % of {value['count']}")
     print("seconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in content["seconds"].items()))
-
-
-def _named_file(text: str) -> tuple[str, str]:
-    name, separator, path = text.partition("=")
-    if not (name and separator and path):
-        raise ValueError(f"Expected --eval-text NAME=FILE but got {text!r}.")
-    return name, path
 
 
 if __name__ == "__main__":

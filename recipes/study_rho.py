@@ -33,7 +33,7 @@ from fasc_lightning._memory import peak_memory_bytes, return_freed_memory
 from fasc_lightning._tables import Row, save_table, table_text
 from fasc_lightning.allocation import ALLOCATIONS, resolve_rank
 from fasc_lightning.bundled import load_model
-from fasc_lightning.data import calibration_windows, read_text, text_windows
+from fasc_lightning.data import calibration_windows, named_files, read_text, text_windows
 from fasc_lightning.evaluation import builtin_text, perplexity
 from fasc_lightning.factorize import compress_layers
 from fasc_lightning.figures import angles_figure, rho_gain_scatter, rho_profile, save_figure
@@ -180,15 +180,7 @@ def check(options: Namespace) -> Namespace:
     for name in ("windows", "heldout_windows", "window", "eval_windows"):
         if options[name] < 1:
             raise ValueError(f"Expected --{name.replace('_', '-')} to be at least 1 but got {options[name]}.")
-    texts = {}
-    for text in options.eval_text:
-        name, separator, path = text.partition("=")
-        if not (name and separator and path):
-            raise ValueError(f"Expected --eval-text NAME=FILE but got {text!r}.")
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"Expected a file to evaluate on but {path} is none.")
-        texts[name] = path
-    options.eval_text = texts
+    options.eval_text = named_files(options.eval_text)
     return options
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
-from tiny import byte_tokenizer, causal_model, causal_module, token_loader
+from tiny import causal_model, causal_module, save_model_folder, token_loader
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,9 +43,7 @@ def data(tmp_path):
             (folder / name).write_text("\n".join(fact.format(s, o) for s, o in (("a", "b"), ("c", "d"))))
         else:
             (folder / name).write_text("All happy families are alike. " * 100)
-    tokenizer = byte_tokenizer()
-    causal_model("llama", vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_model_folder(tmp_path / "model", positions=128)
     return tmp_path
 
 

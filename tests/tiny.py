@@ -168,6 +168,13 @@ def feature_loader(shape: tuple[int, ...] = (12,), samples: int = 32, batch_size
     return DataLoader(list(zip(x, y, strict=True)), batch_size=batch_size)
 
 
+def save_model_folder(folder, positions: int = 256) -> None:
+    """Write a random model with a byte tokenizer, as a recipe's --model takes it."""
+    tokenizer = byte_tokenizer()
+    causal_model("llama", vocab_size=len(tokenizer), max_position_embeddings=positions).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A tokenizer whose tokens are bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import byte_tokenizer, causal_model
+from tiny import save_model_folder
 from transformers import AutoModelForCausalLM
 
 from fasc_lightning import load_compressed
@@ -34,9 +34,7 @@ def recipe():
 @pytest.fixture
 def folder(tmp_path):
     """A model folder, a text and facts."""
-    tokenizer = byte_tokenizer()
-    causal_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_model_folder(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
     facts = [
         {"subject": s, "relation": "capital", "template": "[X] has the capital [Y] .", "object": o, "kind": kind}

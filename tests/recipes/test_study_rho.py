@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import byte_tokenizer, causal_model
+from tiny import save_model_folder
 
 from fasc_lightning.history import RhoHistory
 
@@ -29,9 +29,7 @@ def recipe():
 @pytest.fixture
 def folder(tmp_path):
     """A model folder and a text."""
-    tokenizer = byte_tokenizer()
-    causal_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_model_folder(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
     return tmp_path
 

@@ -22,3 +22,10 @@ def layer_progress(trainer: pl.Trainer) -> Callable[[Sequence[str], str], Iterab
         return tqdm(names, desc=description, unit="layer", disable=not shown)
 
     return progress
+
+
+def terminal_progress(names: Sequence[str], description: str) -> Iterable[str]:
+    """Show a progress bar over layers where there is a terminal to show it on; it goes when it is done."""
+    from tqdm.auto import tqdm
+
+    return tqdm(names, desc=description, unit="layer", disable=None, leave=False)

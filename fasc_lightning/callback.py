@@ -19,7 +19,14 @@ from fasc_lightning._progress import layer_progress
 from fasc_lightning.batches import LossTerms, TokenMask, batch_label, calibration_rows, observed_rows
 from fasc_lightning.factorize import CompressionResult, check_budget_fits, compress_layers
 from fasc_lightning.frozen import FrozenFit
-from fasc_lightning.gate import check_gate, choose_methods, excluded_layers, failure_flags, gate_scores
+from fasc_lightning.gate import (
+    check_gate,
+    choose_methods,
+    excluded_layers,
+    failure_flags,
+    gate_scores,
+    statistics_needed,
+)
 from fasc_lightning.history import RhoHistory, describe
 from fasc_lightning.hub import attach_config
 from fasc_lightning.lowrank import Layout
@@ -67,7 +74,10 @@ class FascCallback(pl.Callback):
             degrees of freedom of uniform rank-k matrices, the sum of k (m + n - k), and is spent where it matters
             most.
         keep: Fraction of the targeted layers' parameters to keep; instead of ``rank``. Neither: only monitor.
-        method: Solver: "fasc", "svd-llm" or "svd".
+        method: Solver, and with it what is gathered: "fasc"; "svd-llm", "svd", "weight-svd", "asvd", "grad-svd",
+            "fisher-diag", "fwsvd"; "gfwsvd", by the one step of its iteration that needs no further pass; and, for
+            comparison only, "fasc-eq6" and "fasc-eq6-literal", the eigenproblem as printed. See
+            :mod:`fasc_lightning.solvers`.
         allocation: "fisher" spends the budget over all layers; "uniform" gives each layer its own share.
         layout: "pivot" stores a rank-k (m, n) matrix in k (m + n - k) numbers, "factors" in k (m + n); "auto" is
             pivot, which needs less at every rank.
@@ -249,7 +259,8 @@ class FascCallback(pl.Callback):
         check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout)
         device = trainer.strategy.root_device
         dtype = moment_dtype(self._layers.values())
-        needed = moments_bytes(shapes.values(), dtype)
+        needs = statistics_needed(self.method, self.gate, self.gate_by)
+        needed = moments_bytes(shapes.values(), dtype, needs)
         _checks.check_memory(needed, device)
         rank_zero_info(
             f"FascCallback: {len(shapes)} layers with {sum(m * n for m, n in shapes.values()):,} weights; their "
@@ -260,8 +271,7 @@ class FascCallback(pl.Callback):
         self._seconds = {}
         self._calibrated = 0
         excluded_layers(self._layers, self.gate_exclude)  # refuses patterns that match nothing
-        pooled = self.gate is not None and self.gate_by == "pooled"
-        self._moments = CalibrationMoments(shapes, dtype, device, cross=pooled)
+        self._moments = CalibrationMoments(shapes, dtype, device, needs)
         tokens = SCORE_TOKENS if self.gate is None else self.monitor_tokens
         self._scores = LayerScores(self._layers, tokens, self.rho_gradient, self.seed, device)
         self._taps = Taps(self._layers, self._moments, self._scores)

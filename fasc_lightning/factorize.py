@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -28,12 +28,16 @@ from fasc_lightning.lowrank import (
     make_lowrank,
     pivot_cost,
 )
-from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.moments import CalibrationMoments, not_gathered
 from fasc_lightning.objective import fisher_losses, fisher_metric
-from fasc_lightning.solvers import Factorization, get_solver
+from fasc_lightning.solvers import Factorization, get_solver, solver_needs
 
 #: Solvers whose own losses are J in the metric of :func:`~fasc_lightning.objective.fisher_metric`.
 FISHER_METHODS = frozenset({"fasc"})
+
+#: What losses are stated and allocated in: each solver's own unit, or J of the Fisher metric for all of them.
+Unit = Literal["own", "fisher"]
+UNITS: tuple[Unit, ...] = ("own", "fisher")
 
 #: Wraps the loop over layers, for a progress bar: ``progress(names, description)``.
 Progress = Callable[[Sequence[str], str], Iterable[str]]
@@ -49,8 +53,8 @@ class LayerPlan:
         rank: Rank kept; min(m, n) if the layer stays dense.
         layout: "pivot", "factors" or "dense".
         tokens: Tokens behind its statistics.
-        loss: What the solver's objective says is lost; 0 for a dense layer. Where solvers are mixed, J of the Fisher
-            metric whatever the solver.
+        loss: What the solver's objective says is lost; 0 for a dense layer. Where solvers are mixed, or the unit is
+            "fisher", J of the Fisher metric whatever the solver.
         method: The solver that served it, or would have if it stays dense.
     """
 
@@ -131,6 +135,7 @@ def compress_layers(
     progress: Progress | None = None,
     methods: Mapping[str, str] | None = None,
     consume: bool = True,
+    unit: Unit = "own",
 ) -> CompressionResult:
     """Factorise the layers and build their replacements; the layers themselves are only read.
 
@@ -140,7 +145,9 @@ def compress_layers(
     Each solver states its losses in a unit of its own (squared loss, output or input), and one budget cannot be spent
     over several units. So as soon as a layer is on another solver than ``method``, all losses are J of the Fisher
     metric: the unit of "fasc", whose losses stay as they are, and the only one of these in which layers compare.
-    With ``method="svd-llm"`` a single layer on "svd" therefore moves every layer's losses to that unit.
+    With ``method="svd-llm"`` a single layer on "svd" therefore moves every layer's losses to that unit. ``unit`` asks
+    for it where one solver serves all: the ranks that J would give it, instead of those of its own objective. J of a
+    solver that does not minimise it may rise with the rank; the allocation takes the best of all ranks anyway.
 
     Args:
         layers: The targeted layers by name.
@@ -155,14 +162,19 @@ def compress_layers(
         methods: Solver of single layers by name, in place of ``method``.
         consume: Whether to free each layer's moments once they are used, so that memory does not grow. Moments that
             are kept can serve another run.
+        unit: "own": losses as each solver states them; "fisher": J of the Fisher metric, in which layers compare.
 
     Raises:
         RuntimeError: If no gradient reached any layer.
-        ValueError: If the budget cannot be met, or ``methods`` names a layer or a solver that there is not.
+        ValueError: If the budget cannot be met, the unit is unknown, ``methods`` names a layer or a solver that there
+            is not, or a solver needs statistics that were not gathered.
     """
+    if unit not in UNITS:
+        raise ValueError(f"Expected `unit` to be one of {', '.join(UNITS)} but got {unit!r}.")
     progress = progress or (lambda names, description: names)
     solvers = _solvers(layers, method, methods or {})
-    mixed = any(solver != method for solver in solvers.values())
+    _check_gathered(solvers.values(), moments)
+    fisher = unit == "fisher" or any(solver != method for solver in solvers.values())
     budgets = layer_budgets(layers, rank, keep)
     tokens = {name: moments.tokens(name) for name in layers}
     reached = [name for name in layers if tokens[name] > 0]
@@ -173,7 +185,7 @@ def compress_layers(
         )
     factorizations: dict[str, Factorization] = {}
     for name in progress(reached, "Factorising"):
-        factorization = _factorize(layers[name], moments, name, solvers[name], mixed, device)
+        factorization = _factorize(layers[name], moments, name, solvers[name], fisher, device)
         if factorization is not None:
             factorizations[name] = factorization
         if consume:
@@ -215,12 +227,19 @@ def _solvers(layers: Mapping[str, nn.Module], method: str, methods: Mapping[str,
     return {name: methods.get(name, method) for name in layers}
 
 
+def _check_gathered(solvers: Iterable[str], moments: CalibrationMoments) -> None:
+    """Refuse solvers whose statistics are not there, before any work is done."""
+    for solver in set(solvers):
+        if missing := sorted(solver_needs(solver) - moments.needs):
+            raise not_gathered(missing[0], f"the solver {solver!r}")
+
+
 def _factorize(
     module: nn.Module,
     moments: CalibrationMoments,
     name: str,
     method: str,
-    mixed: bool,
+    fisher: bool,
     device: torch.device | str,
 ) -> Factorization | None:
     """Run the solver; None where every gradient was zero, so that the loss says nothing about the layer."""
@@ -230,7 +249,7 @@ def _factorize(
     W = linear_weight(module).detach().to(device)
     found = get_solver(method)(W, statistics)
     losses = found.losses
-    if mixed and method not in FISHER_METHODS:
+    if fisher and method not in FISHER_METHODS:
         losses = fisher_losses(W, *fisher_metric(statistics), found)
     storage = torch.promote_types(W.dtype, torch.float32)
     # float32 halves the memory of holding every layer's factors until ranks are known.

@@ -10,15 +10,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
-import torch
 from torch import nn
 
 from fasc_lightning._names import block_of
 from fasc_lightning.history import RhoRow
 from fasc_lightning.lowrank import linear_weight
-from fasc_lightning.moments import CalibrationMoments, Moments, panels
+from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.pooled import pooled_rho
-from fasc_lightning.solvers import get_solver
+from fasc_lightning.solvers import get_solver, solver_needs
+from fasc_lightning.streams import Moments
 from fasc_lightning.taps import matches
 
 #: Serves the layers below the gate: the activation covariance alone.
@@ -100,6 +100,20 @@ def choose_methods(
     return {name: CHEAP_METHOD if name in out or score <= gate else method for name, score in scores.items()}
 
 
+def statistics_needed(method: str, gate: float | None = None, gate_by: str = "debiased") -> frozenset[str]:
+    """Return which statistics a compression gathers besides the means, for its solvers and its gate.
+
+    Args:
+        method: The solver above the gate.
+        gate: The threshold, or None.
+        gate_by: What is compared with it; "pooled" needs C.
+    """
+    needs = solver_needs(method)
+    if gate is None:
+        return needs
+    return needs | solver_needs(CHEAP_METHOD) | ({"C"} if gate_by == "pooled" else set())
+
+
 def gate_scores(
     gate_by: str, rows: Mapping[str, RhoRow], layers: Mapping[str, nn.Module], moments: CalibrationMoments
 ) -> dict[str, float]:
@@ -116,7 +130,7 @@ def gate_scores(
         return {name: row[column] for name, row in rows.items()}
     return {
         name: pooled_rho(moments.layer(name), linear_weight(layer).detach()).item()
-        if name in moments.crosses and moments.tokens(name)
+        if "C" in moments.needs and moments.tokens(name)
         else math.nan
         for name, layer in layers.items()
     }
@@ -201,9 +215,7 @@ def variation(moments: Moments) -> float:
     Args:
         moments: Of at least one vector.
     """
-    moments.allocate()
-    diagonal = [panel[: stop - start].diagonal() for start, stop, panel in panels(moments.outer, moments.features)]
-    second = torch.cat(diagonal).double().sum() / moments.count
+    second = moments.mean_square()
     if second == 0:
         return 0.0
     first = moments.mean().double().square().sum()

@@ -18,17 +18,18 @@ from torch import Tensor
 
 from fasc_lightning.moments import LayerMoments
 from fasc_lightning.solvers import Factorization
-from fasc_lightning.solvers._linalg import shrink
-from fasc_lightning.solvers.fasc import SHRINK_A, SHRINK_G
+from fasc_lightning.solvers.fasc import coupled_metric, plain_metric
 from fasc_lightning.tokens import TokenRows
 
 
 def fisher_metric(moments: LayerMoments) -> tuple[Tensor, Tensor]:
-    """Return A (n, n) and G (m, m) in float64, shrunk as the solver "fasc" shrinks them.
+    """Return A (n, n) and G (m, m) in float64 as the solver "fasc" takes them, "fasc-plain" if nothing is coupled.
 
     Losses in this metric compare between layers, whichever solver made the approximation.
     """
-    return shrink(moments.A.double(), SHRINK_A), shrink(moments.G.double(), SHRINK_G)
+    if moments.coupled is not None:
+        return coupled_metric(*moments.coupled)
+    return plain_metric(moments.A, moments.G)
 
 
 def fisher_losses(W: Tensor, A: Tensor, G: Tensor, factorization: Factorization) -> Tensor:

@@ -23,7 +23,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from fasc_lightning.hsic import MIN_TOKENS, normalized, signed_root
-from fasc_lightning.moments import PANEL, LayerMoments
+from fasc_lightning.moments import LayerMoments
+from fasc_lightning.packed import PANEL
 
 #: Which gradient rho couples with x: g = W^T h as in the paper, or h itself.
 Gradient = Literal["input", "output"]
@@ -105,13 +106,12 @@ def pooled_rho(moments: LayerMoments, W: Tensor) -> Tensor:
     Raises:
         ValueError: If C was not gathered.
     """
-    if moments.C is None:
-        raise ValueError("Expected moments with C = E[x h^T] but it was not gathered: CalibrationMoments(cross=True).")
+    C = moments.require("C").double()
     W = W.double()
     mean_x, mean_h = moments.mean_x.double(), moments.mean_h.double()
     sigma_xx = moments.A.double() - torch.outer(mean_x, mean_x)
     sigma_hh = moments.G.double() - torch.outer(mean_h, mean_h)
-    sigma_xg = (moments.C.double() - torch.outer(mean_x, mean_h)) @ W
+    sigma_xg = (C - torch.outer(mean_x, mean_h)) @ W
     norm = torch.linalg.matrix_norm
     rounding = 10 * torch.finfo(moments.A.dtype).eps
     if norm(sigma_xx) <= rounding * norm(moments.A.double()) or norm(sigma_hh) <= rounding * norm(moments.G.double()):

@@ -75,7 +75,7 @@ def gather(
     Raises:
         FloatingPointError: If a loss is not finite.
     """
-    moments = CalibrationMoments(layer_shapes(layers), device=model.device, cross=True)
+    moments = CalibrationMoments(layer_shapes(layers), device=model.device, needs={"C"})
     scores = WindowScores(layers, max(1, MINIBATCH // windows.shape[1]), seed, model.device)
     wanted = sorted(size for size in sizes if size <= windows.numel())
     observed: dict[int, dict[str, Observation]] = {}
@@ -86,7 +86,7 @@ def gather(
             observed[tokens] = {
                 name: Observation(rows[name], _pooled(moments, name, layer)) for name, layer in layers.items()
             }
-    moments.crosses.clear()  # only the pooled score needs them
+    moments.drop_cross()  # only the pooled score needs it
     return Statistics(moments, observed)
 
 

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from fasc_lightning.lowrank import linear_shape
+from fasc_lightning.lowrank import linear_shape, linear_weight
 from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.pooled import input_gradient
 from fasc_lightning.tokens import TokenRows
 
 #: Takes a layer's name, its counted inputs x (tokens, n), the gradients h (tokens, m) of the batch's loss at its
@@ -275,8 +276,10 @@ class Taps:
             self._calls.append(call)
         with _named(f"a gradient of layer {name!r}", call.batch):
             moments.add_gradients(name, h, call.batch.scale)
-        if name in moments.crosses:
-            moments.add_cross(name, x, h, call.batch.scale)
+            if moments.takes_pairs:
+                lengths = call.batch.lengths(call.leading)
+                g = input_gradient(h, linear_weight(self.layers[name])) if "saliency" in moments.needs else None
+                moments.add_pairs(name, x, h, lengths, call.batch.scale, g)
 
 
 @contextmanager

@@ -64,6 +64,26 @@ def test_fisher_is_within_budget_and_near_the_best_by_brute_force(layers, keep, 
                 assert loss(candidates, other) >= loss(candidates, ranks) - 1e-9
 
 
+@settings(deadline=None, max_examples=60)
+@given(layers=st.lists(shapes, min_size=1, max_size=3), keep=st.floats(0.3, 1.0), seed=st.integers(0, 100))
+def test_losses_that_rise_with_the_rank_are_allocated_by_their_minimum(layers, keep, seed):
+    """Of a solver that minimises something else: more rank may cost more loss, over many orders of magnitude."""
+    rng = np.random.default_rng(seed)
+    candidates = [Candidate(str(i), m, n, 10 ** rng.uniform(-6, 12, min(m, n) + 1)) for i, (m, n) in enumerate(layers)]
+    budget = int(keep * sum(m * n for m, n in layers))
+    choices = [[k for k in range(1, min(c.m, c.n) + 1) if pivot(c.m, c.n, k) < c.m * c.n] + [None] for c in candidates]
+    feasible = [r for r in itertools.product(*choices) if spent(candidates, r, pivot) <= budget]
+    if not feasible:
+        return
+    ranks = allocate_fisher(candidates, budget, pivot)
+    assert spent(candidates, ranks, pivot) <= budget
+    for i, k in enumerate(ranks):
+        cheaper = [j for j in choices[i] if spent([candidates[i]], [j], pivot) <= spent([candidates[i]], [k], pivot)]
+        assert loss([candidates[i]], [k]) == min(loss([candidates[i]], [j]) for j in cheaper)
+    best = min(loss(candidates, r) for r in feasible)
+    assert loss(candidates, ranks) <= best + max(c.losses[1:].max() for c in candidates)
+
+
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 1000))
 def test_fisher_is_no_worse_than_the_greedy_optimum_of_linear_costs(seed):

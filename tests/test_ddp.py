@@ -86,3 +86,17 @@ def dense_weights(state: dict) -> dict[str, torch.Tensor]:
             columns = torch.cat([basis, basis @ T], 1)
             weights[name] = columns[:, order.argsort()]
     return weights
+
+
+def test_two_processes_reduce_every_statistic_to_what_one_gathers(tmp_path):
+    import ddp_moments
+
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(FOLDER / "ddp_moments.py"), str(tmp_path)]
+    processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    one = ddp_moments.gather(range(4))
+    for found in (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)):
+        for name in ddp_moments.SHAPES:
+            for field, expected in vars(one.layer(name)).items():
+                torch.testing.assert_close(found[name][field], expected)

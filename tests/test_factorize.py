@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasc_lightning.factorize import compress_layers
+from fasc_lightning.factorize import UNITS, compress_layers
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.objective import fisher_losses, fisher_metric
 from fasc_lightning.solvers import get_solver
@@ -19,10 +19,12 @@ def layers():
 
 @pytest.fixture
 def moments():
-    gathered = CalibrationMoments(SHAPES)
+    gathered = CalibrationMoments(SHAPES, needs=["plain", "coupled"])
     for i, (name, (m, n)) in enumerate(SHAPES.items()):
-        gathered.add_inputs([name], torch.randn(100, n) @ torch.randn(n, n))
-        gathered.add_gradients(name, 10**i * torch.randn(100, m) @ torch.randn(m, m))
+        x, h = torch.randn(100, n) @ torch.randn(n, n), 10**i * torch.randn(100, m) @ torch.randn(m, m)
+        gathered.add_inputs([name], x)
+        gathered.add_gradients(name, h)
+        gathered.add_pairs(name, x, h)
     return gathered
 
 
@@ -60,6 +62,37 @@ def test_where_solvers_are_mixed_every_loss_is_in_the_fisher_metric(layers, mome
     for plan in result.layers:
         expected = losses_of(layers, moments, plan.name, plan.method)[plan.rank].item()
         assert plan.loss == pytest.approx(0 if plan.layout == "dense" else expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["svd", "svd-llm", "weight-svd", "fisher-diag"])
+def test_one_solver_can_be_allocated_in_the_fisher_metric(layers, moments, method):
+    found = {
+        unit: compress_layers(layers, moments, keep=0.6, method=method, consume=False, unit=unit) for unit in UNITS
+    }
+    total = dict.fromkeys(UNITS, 0.0)
+    for unit, result in found.items():
+        for plan in result.layers:
+            J = losses_of(layers, moments, plan.name, method)[plan.rank].item() if plan.layout != "dense" else 0.0
+            total[unit] += J
+            if unit == "fisher":
+                assert plan.loss == pytest.approx(J, rel=1e-6)
+    assert total["fisher"] <= total["own"] * (1 + 1e-9)
+
+
+def test_the_unit_of_fasc_is_the_fisher_metric(layers, moments):
+    own, fisher = (compress_layers(layers, moments, keep=0.6, consume=False, unit=unit) for unit in UNITS)
+    assert own.layers == fisher.layers
+
+
+def test_solvers_whose_statistics_are_missing_are_refused_before_any_work(layers, moments):
+    held = moments.nbytes
+    with pytest.raises(ValueError, match=r"`abs_x`, E\|x\|, for the solver 'asvd'; but it was not gathered"):
+        compress_layers(layers, moments, keep=0.6, method="asvd")
+    with pytest.raises(ValueError, match=r"`saliency`.* for the solver 'grad-svd'"):
+        compress_layers(layers, moments, keep=0.6, methods={"a": "grad-svd"})
+    with pytest.raises(ValueError, match="`unit` to be one of own, fisher but got 'bits'"):
+        compress_layers(layers, moments, keep=0.6, unit="bits")
+    assert moments.nbytes == held
 
 
 def test_where_they_are_not_the_losses_are_the_solvers_own(layers, moments):
@@ -112,5 +145,5 @@ def test_a_layer_that_no_gradient_reached_stays_dense_and_keeps_its_solvers_name
         moments.add_inputs([name], torch.randn(100, n))
         moments.add_gradients(name, torch.randn(100, m))
     with pytest.warns(UserWarning, match="1 of 3 layers stay dense"):
-        result = compress_layers(layers, moments, keep=0.8, methods={"c": "svd"})
+        result = compress_layers(layers, moments, keep=0.8, method="fasc-plain", methods={"c": "svd"})
     assert (result.layers[2].layout, result.layers[2].method, result.layers[2].loss) == ("dense", "svd", 0.0)

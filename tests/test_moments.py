@@ -1,101 +1,13 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from layer_moments import full_moments
 
-from fasc_lightning.moments import (
-    CalibrationMoments,
-    CrossMoments,
-    Moments,
-    add_gram_,
-    moments_bytes,
-    packed_size,
-    unpack,
-)
-
-
-@pytest.mark.parametrize("d", [1, 3, 64, 200, 500, 1200])
-def test_blocked_gram_is_the_product(d):
-    X = torch.randn(37, d, dtype=torch.float64)
-    packed = torch.zeros(packed_size(d), dtype=torch.float64)
-    add_gram_(packed, X, 2.0)
-    torch.testing.assert_close(unpack(packed, d), 2 * X.T @ X)
-    if d >= 500:
-        assert packed_size(d) < 0.7 * d * d
-
-
-@settings(deadline=None, max_examples=25)
-@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=5), split=st.integers(0, 5))
-def test_streaming_and_merging_equal_numpy(sizes, split):
-    batches = [torch.randn(s, 5, dtype=torch.float64) for s in sizes]
-    left, right = Moments(5, torch.float64), Moments(5, torch.float64)
-    for i, batch in enumerate(batches):
-        (left if i < split else right).update(batch)
-    left.add_(right)
-    X = torch.cat(batches).numpy()
-    if not len(X):
-        assert left.count == 0
-        return
-    torch.testing.assert_close(left.compute(), torch.from_numpy(X.T @ X / len(X)))
-    torch.testing.assert_close(left.mean(), torch.from_numpy(X.mean(0)))
-    assert left.count == len(X)
-
-
-def test_covariance_is_centred():
-    X = torch.randn(50, 4, dtype=torch.float64) + 3
-    moments = Moments(4, torch.float64)
-    moments.update(X)
-    torch.testing.assert_close(moments.covariance(), torch.cov(X.T, correction=0))
-
-
-def test_half_precision_input_is_accumulated_in_float32():
-    X = torch.randn(64, 8).bfloat16()
-    moments = Moments(8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        moments.update(X)
-    assert moments.outer.dtype == torch.float32
-    expected = X.double().T @ X.double() / 64
-    torch.testing.assert_close(moments.compute().double(), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_results_are_never_stale():
-    a, b = Moments(1, torch.float64), Moments(1, torch.float64)
-    a.update(torch.ones(2, 1))
-    assert a.compute().item() == 1
-    b.update(torch.full((2, 1), 5.0))
-    assert a.add_(b).compute().item() == 13
-
-
-def test_torchmetrics_merge_and_reset():
-    a, b = Moments(3), Moments(3)
-    x, y = torch.randn(4, 3), torch.randn(6, 3)
-    a.update(x)
-    b.update(y)
-    a.merge_state(b)
-    both = torch.cat([x, y])
-    torch.testing.assert_close(a.compute(), both.T @ both / 10)
-    a.reset()
-    assert a.count == 0
-    assert a.nbytes < 20
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_vectors_are_refused_and_nothing_is_added(bad):
-    moments = Moments(3)
-    moments.update(torch.ones(2, 3))
-    with pytest.raises(FloatingPointError, match="NaN or Inf"):
-        moments.update(torch.tensor([[1.0, bad, 0.0]]))
-    assert moments.count == 2
-    torch.testing.assert_close(moments.compute(), torch.ones(3, 3))
-
-
-def test_update_refuses_other_shapes():
-    with pytest.raises(ValueError, match=r"shape \(tokens, 3\) but got \(2, 4\)"):
-        Moments(3).update(torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="float16"):
-        Moments(3, torch.float16)
+from fasc_lightning.moments import NEEDS, CalibrationMoments, moments_bytes
+from fasc_lightning.streams import CoupledMoments
 
 
 def test_shared_inputs_hold_one_matrix_and_unequal_sharing_stays_exact():
@@ -125,16 +37,6 @@ def test_moving_rows_takes_them_from_the_members_that_were_not_reached():
     torch.testing.assert_close(moments.layer("k").A, x.T @ x / 5)
 
 
-def test_cross_moments_stream_and_merge():
-    x, h = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
-    left, right = CrossMoments(3, 2, torch.float64), CrossMoments(3, 2, torch.float64)
-    left.update(x[:4], h[:4])
-    right.update(x[4:], h[4:] / 2, scale=2.0)
-    torch.testing.assert_close(left.add_(right).compute(), x.T @ h / 9)
-    with pytest.raises(ValueError, match=r"lengths \(3, 2\)"):
-        left.update(h, x)
-
-
 def test_release_frees_a_shared_matrix_with_its_last_layer():
     moments = CalibrationMoments({"q": (4, 3), "k": (2, 3)})
     moments.add_inputs(["q", "k"], torch.randn(5, 3))
@@ -160,3 +62,119 @@ def test_bytes_bound_what_is_allocated():
         moments.add_gradients(name, torch.randn(5, m))
     counters = 8 * 4
     assert moments.nbytes == moments_bytes(shapes.values()) + counters
+
+
+def gathered(x, h, W, needs, split=(), lengths=(5, 0, 7)):
+    """Moments of one layer, in as many updates as the splits make."""
+    moments = CalibrationMoments({"q": tuple(W.shape)}, torch.float64, needs=needs)
+    bounds = [0, *split, len(lengths)]
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    for a, b in itertools.pairwise(bounds):
+        rows = slice(starts[a], starts[b])
+        moments.add_inputs(["q"], x[rows])
+        moments.add_gradients("q", h[rows])
+        if moments.takes_pairs:
+            moments.add_pairs("q", x[rows], h[rows], lengths[a:b], g=h[rows] @ W)
+    return moments
+
+
+@pytest.fixture
+def tokens():
+    W = torch.randn(4, 3, dtype=torch.float64)
+    return torch.randn(12, 3, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64), W
+
+
+def assert_field(found, expected):
+    if isinstance(expected, tuple):
+        assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
+    else:
+        torch.testing.assert_close(found, expected)
+
+
+#: Statistics that are a field of their own; "plain" is A and G.
+FIELDS = tuple(need for need in NEEDS if need != "plain")
+
+
+@pytest.mark.parametrize("needs", [(), *((need, "plain") for need in FIELDS), FIELDS])
+def test_exactly_what_is_needed_is_gathered(tokens, needs):
+    x, h, W = tokens
+    found, expected = gathered(x, h, W, needs).layer("q"), full_moments(x, h, W, (5, 0, 7))
+    for field in ("A", "G", "mean_x", "mean_h", *(set(needs) - {"plain"})):
+        assert_field(getattr(found, field), getattr(expected, field))
+    for field in set(FIELDS) - set(needs):
+        assert getattr(found, field) is None
+        with pytest.raises(ValueError, match=rf"with `{field}`.* was not gathered.*needs={{'{field}'}}"):
+            found.require(field)
+
+
+def test_every_statistic_merges(tokens):
+    x, h, W = tokens
+    whole = gathered(x, h, W, NEEDS).layer("q")
+    parts = gathered(x[:5], h[:5], W, NEEDS, lengths=(5,))
+    parts.add_(gathered(x[5:], h[5:], W, NEEDS, lengths=(0, 7)))
+    for field, expected in vars(whole).items():
+        if field != "tokens":
+            assert_field(vars(parts.layer("q"))[field], expected)
+            assert_field(vars(gathered(x, h, W, NEEDS, split=(1,)).layer("q"))[field], expected)
+    with pytest.raises(ValueError, match=r"same statistics, .* but got \['plain'\]"):
+        parts.add_(CalibrationMoments({"q": (4, 3)}))
+
+
+def test_every_statistic_is_counted_bounded_and_released(tokens):
+    x, h, W = tokens
+    for needs in ([], *([need] for need in NEEDS), NEEDS):
+        moments = gathered(x, h, W, needs)
+        counters = 8 * sum(1 for _ in moments._streams())
+        assert moments.nbytes == moments_bytes([(4, 3)], torch.float64, needs) + counters
+        moments.release("q")
+        assert moments.nbytes < 100
+
+
+def test_coupled_moments_alone_stand_in_for_plain_ones_and_save_their_work(tokens):
+    x, h, W = tokens
+    alone, expected = gathered(x, h, W, ["coupled"]), full_moments(x, h, W)
+    found = alone.layer("q")
+    assert_field((found.A, found.G), expected.coupled)
+    assert_field((found.mean_x, found.mean_h), (expected.mean_x, expected.mean_h))
+    assert not any(hasattr(stream, "outer") for stream in (*alone.inputs.values(), *alone.gradients.values()))
+    assert alone.gradients["q"].mean_square().item() == pytest.approx(h.square().sum(1).mean().item())
+    assert CalibrationMoments({"q": (4, 3)}, needs=["coupled", "C"]).needs == {"plain", "coupled", "C"}
+
+
+def test_a_token_that_no_gradient_comes_back_to_does_not_count_in_coupled_moments():
+    x, h = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    sink, nothing = 1e3 * torch.ones(1, 3, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)
+    stream = CoupledMoments(4, 3, torch.float64)
+    stream.update(torch.cat([sink, x]), torch.cat([nothing, h]), scale=2.0)
+    expected = full_moments(x, 2 * h, torch.zeros(4, 3, dtype=torch.float64)).coupled
+    torch.testing.assert_close(stream.compute()[0], expected[0])
+    blank = CoupledMoments(4, 3)
+    blank.update(torch.zeros(2, 3), torch.zeros(2, 4))
+    assert not any(S.any() for S in blank.compute())
+
+
+def test_magnitudes_follow_rows_that_move(tokens):
+    x, h, _ = tokens
+    moments = CalibrationMoments({"q": (4, 3), "k": (4, 3)}, torch.float64, needs=["abs_x"])
+    for rows in (x[:5], x[5:]):
+        moments.add_inputs(["q", "k"], rows)
+    moments.move_inputs(["q", "k"], ["q"], x[5:])
+    moments.add_gradients("q", h)
+    moments.add_gradients("k", h[:5])
+    torch.testing.assert_close(moments.layer("q").abs_x, x.abs().mean(0))
+    torch.testing.assert_close(moments.layer("k").abs_x, x[:5].abs().mean(0))
+
+
+def test_the_cross_moment_can_be_dropped_once_it_has_served(tokens):
+    moments = gathered(*tokens, ["C", "abs_x"])
+    moments.drop_cross()
+    assert moments.needs == {"abs_x", "plain"}
+    assert moments.layer("q").C is None
+
+
+def test_unknown_statistics_and_a_saliency_without_gradients_are_refused(tokens):
+    with pytest.raises(ValueError, match="among plain, coupled, C, abs_x, saliency, fisher_rows, kronecker but got 'hessian'"):
+        CalibrationMoments({"q": (4, 3)}, needs=["C", "hessian"])
+    moments = CalibrationMoments({"q": (4, 3)}, torch.float64, needs=["saliency"])
+    with pytest.raises(ValueError, match="input gradients g = W\\^T h of layer 'q'"):
+        moments.add_pairs("q", *tokens[:2])

@@ -5,19 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from layer_moments import random_moments
 from torch import nn
 
-from fasc_lightning.moments import LayerMoments
 from fasc_lightning.objective import HeldoutLosses, fisher_losses, fisher_metric
 from fasc_lightning.solvers import available_methods, fasc, get_solver
 from fasc_lightning.solvers._types import Factorization
 from fasc_lightning.tokens import TokenRows
-
-
-def random_moments(m: int, n: int, tokens: int = 100) -> LayerMoments:
-    x = torch.randn(tokens, n, dtype=torch.float64) @ torch.randn(n, n, dtype=torch.float64)
-    h = torch.randn(tokens, m, dtype=torch.float64) @ torch.randn(m, m, dtype=torch.float64)
-    return LayerMoments(x.T @ x / tokens, h.T @ h / tokens, x.mean(0), h.mean(0), tokens)
 
 
 def by_brute_force(W, A, G, left, right):

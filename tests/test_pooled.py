@@ -139,20 +139,20 @@ def test_input_gradients_of_any_precision(dtype):
 def test_rho_of_calibration_moments_is_that_of_the_input_gradient():
     x, h = pair(40, 6, 5)
     W = torch.randn(5, 6)
-    moments = CalibrationMoments({"layer": (5, 6)}, torch.float64, cross=True)
+    moments = CalibrationMoments({"layer": (5, 6)}, torch.float64, needs={"C"})
     moments.add_inputs(["layer"], x)
     moments.add_gradients("layer", h)
-    moments.add_cross("layer", x, h)
+    moments.add_pairs("layer", x, h)
     assert pooled_rho(moments.layer("layer"), W).item() == pytest.approx(rho_by_definition(x, h @ W), rel=1e-6)
     assert abs(rho(x, h @ W) - rho(x, h)) > 1e-3  # the output gradient has another rho
     for x_, h_ in ((torch.full_like(x, 0.1), h), (x, torch.full_like(h, 1e-3))):
-        constant = CalibrationMoments({"layer": (5, 6)}, cross=True)
+        constant = CalibrationMoments({"layer": (5, 6)}, needs={"C"})
         constant.add_inputs(["layer"], x_)
         constant.add_gradients("layer", h_)
-        constant.add_cross("layer", x_, h_)
+        constant.add_pairs("layer", x_, h_)
         assert math.isnan(pooled_rho(constant.layer("layer"), W).item())
     plain = CalibrationMoments({"layer": (5, 6)}, torch.float64)
     plain.add_inputs(["layer"], x)
     plain.add_gradients("layer", h)
-    with pytest.raises(ValueError, match="cross=True"):
+    with pytest.raises(ValueError, match=r"needs=\{'C'\}"):
         pooled_rho(plain.layer("layer"), W)

@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from layer_moments import full_moments
 from tiny import Tokens, causal_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.lowrank import linear_weight
+from fasc_lightning.moments import NEEDS, CalibrationMoments
 from fasc_lightning.pooled import pooled_rho
 from fasc_lightning.taps import Taps, layer_shapes, matches, select_layers
 from fasc_lightning.tokens import TokenRows
@@ -85,7 +87,7 @@ def test_cross_moments_and_the_pooled_score(llama, batch):
     """C and rho against the paper's definition on recorded pairs."""
     layers = select_layers(llama)
     expected = brute_force(llama, layers, lambda: llama(**batch).loss)
-    moments = CalibrationMoments(layer_shapes(layers), torch.float64, cross=True)
+    moments = CalibrationMoments(layer_shapes(layers), torch.float64, needs={"C"})
     taps = Taps(layers, moments)
     taps.install()
     taps.begin_batch(TokenRows())
@@ -102,6 +104,90 @@ def test_cross_moments_and_the_pooled_score(llama, batch):
         torch.testing.assert_close(pooled_rho(found, W), rho, rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="was not gathered"):
         pooled_rho(dataclasses.replace(found, C=None), W)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_statistics_of_pairs_and_sequences_are_those_of_autograd(batch, family):
+    """Padded sequences of several lengths: weight gradients of one sequence at a time, tokens from recorded pairs."""
+    model = causal_model(family).double().eval()
+    layers = select_layers(model)
+    predicted = (batch["labels"][:, 1:] != -100).sum(1)
+    mask = batch["attention_mask"].bool()
+    lengths = mask.sum(1).tolist()
+    squares = dict.fromkeys(layers, 0.0)
+    grams = {name: [0.0, 0.0] for name in layers}
+    for i in range(len(lengths)):
+        (model(**{key: value[i : i + 1] for key, value in batch.items()}).loss * predicted[i]).backward()
+        for name, module in layers.items():
+            G = gradient_of_weight(module)
+            squares[name] += (G**2).sum(1) / len(lengths)
+            for side, product in enumerate((G.T @ G, G @ G.T)):
+                grams[name][side] += product / len(lengths)
+        model.zero_grad()
+    terms = int(predicted.sum())
+    pairs = brute_force(model, layers, lambda: model(**batch).loss * terms)
+
+    moments = CalibrationMoments(layer_shapes(layers), torch.float64, needs=NEEDS)
+    taps = Taps(layers, moments)
+    taps.install()
+    taps.begin_batch(TokenRows(mask=mask, scale=terms))
+    model(**batch).loss.backward()
+    taps.end_batch()
+    for name, module in layers.items():
+        found, (x, h) = moments.layer(name), pairs[name]
+        x, h = x[mask.flatten()], h[mask.flatten()]
+        by_hand = full_moments(x, h, linear_weight(module).detach(), lengths)
+        for field in ("C", "abs_x", "saliency"):
+            assert_near(getattr(found, field), getattr(by_hand, field))
+        for found_side, by_hand_side in zip(found.coupled, by_hand.coupled, strict=True):
+            assert_near(found_side, by_hand_side)
+        assert_near(found.fisher_rows, squares[name])
+        for side in (0, 1):
+            S = grams[name][side]
+            assert_near(found.kronecker[side], S * (squares[name].sum().sqrt() / S.trace()))
+
+
+def gradient_of_weight(module):
+    """dL/dW as (m, n)."""
+    gradient = module.weight.grad.double()
+    return gradient if isinstance(module, nn.Linear) else gradient.T
+
+
+def assert_near(found, expected, rtol=1e-5):
+    # Norms and the loss are computed in float32 by the model itself.
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("needs", [["C"], ["abs_x"], NEEDS])
+def test_inputs_are_shared_whatever_is_needed(llama, batch, needs):
+    layers = select_layers(llama)
+    moments = CalibrationMoments(layer_shapes(layers), torch.float64, needs=needs)
+    taps = Taps(layers, moments)
+    taps.install()
+    taps.begin_batch(TokenRows())
+    llama(**batch).loss.backward()
+    taps.end_batch()
+    assert len(moments.inputs) == 8
+
+
+def test_a_share_of_the_tokens_makes_sequences_of_those_tokens(llama, batch):
+    """Nothing is scaled: G_i is the sum over the tokens that were kept."""
+    layers = select_layers(llama)
+    mask = batch["attention_mask"].bool()
+    rows = TokenRows(mask=mask, fraction=0.5, sample_seeds=[3, 1, 4, 1])
+    pairs = brute_force(llama, layers, lambda: llama(**batch).loss)
+    moments = CalibrationMoments(layer_shapes(layers), torch.float64, needs=["fisher_rows"])
+    taps = Taps(layers, moments)
+    taps.install()
+    taps.begin_batch(rows)
+    llama(**batch).loss.backward()
+    taps.end_batch()
+    name = next(iter(layers))
+    x, h = pairs[name]
+    index, lengths = rows.index(tuple(mask.shape), x.device), rows.lengths(tuple(mask.shape))
+    assert sum(lengths) < mask.sum()
+    expected = full_moments(x[index], h[index], linear_weight(layers[name]).detach(), lengths)
+    assert_near(moments.layer(name).fisher_rows, expected.fisher_rows)
 
 
 def test_layers_that_share_an_input_share_one_matrix(llama, batch):

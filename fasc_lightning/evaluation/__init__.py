@@ -1,4 +1,4 @@
-"""What a compressed model still does: perplexity and factual recall."""
+"""What a compressed model still does: perplexity, facts, grammar, choices and short answers."""
 
 from fasc_lightning.evaluation.builtin import builtin_facts, builtin_text
 from fasc_lightning.evaluation.facts import (
@@ -9,18 +9,86 @@ from fasc_lightning.evaluation.facts import (
     load_facts,
     recalled_facts,
 )
+from fasc_lightning.evaluation.grouped import GroupedPercent
+from fasc_lightning.evaluation.intervals import PairedInterval, paired_interval
+from fasc_lightning.evaluation.minimal_pairs import (
+    MinimalPair,
+    PairsResult,
+    correct_pairs,
+    load_minimal_pairs,
+    minimal_pairs,
+)
+from fasc_lightning.evaluation.multilingual import (
+    MultilingualResult,
+    load_multilingual_facts,
+    multilingual_recall,
+    recalled_multilingual,
+)
+from fasc_lightning.evaluation.multiple_choice import (
+    AnsweredQuestions,
+    ChoiceQuestion,
+    ChoicesResult,
+    answered_questions,
+    load_choice_questions,
+    multiple_choice,
+)
+from fasc_lightning.evaluation.numbers import NumberFact, load_number_facts, number_recall, recalled_numbers
 from fasc_lightning.evaluation.perplexity import MeanTokenLoss, perplexity, token_losses
+from fasc_lightning.evaluation.short_answers import (
+    GivenAnswers,
+    ShortAnswerItem,
+    ShortAnswersResult,
+    given_answers,
+    load_short_answers,
+    short_answers,
+)
 
 __all__ = [
+    # perplexity
+    "MeanTokenLoss",
+    "perplexity",
+    "token_losses",
+    "builtin_text",
+    # facts
     "Fact",
     "FactsResult",
     "FactualRecall",
-    "MeanTokenLoss",
-    "builtin_facts",
-    "builtin_text",
     "factual_recall",
-    "load_facts",
-    "perplexity",
     "recalled_facts",
-    "token_losses",
+    "load_facts",
+    "builtin_facts",
+    # numerical facts
+    "NumberFact",
+    "number_recall",
+    "recalled_numbers",
+    "load_number_facts",
+    # facts in several languages
+    "MultilingualResult",
+    "multilingual_recall",
+    "recalled_multilingual",
+    "load_multilingual_facts",
+    # grammar
+    "MinimalPair",
+    "PairsResult",
+    "minimal_pairs",
+    "correct_pairs",
+    "load_minimal_pairs",
+    # multiple choice
+    "ChoiceQuestion",
+    "ChoicesResult",
+    "AnsweredQuestions",
+    "multiple_choice",
+    "answered_questions",
+    "load_choice_questions",
+    # short answers
+    "ShortAnswerItem",
+    "ShortAnswersResult",
+    "GivenAnswers",
+    "short_answers",
+    "given_answers",
+    "load_short_answers",
+    # comparison
+    "GroupedPercent",
+    "PairedInterval",
+    "paired_interval",
 ]

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from fasc_lightning.data import json_row, open_text
-from fasc_lightning.evaluation.perplexity import evaluating
+from fasc_lightning.evaluation.continuations import (
+    ContinuationTrie,
+    check_finite,
+    continuation_ids,
+    continuation_scores,
+    prompt_ids,
+    ranks_first,
+)
+from fasc_lightning.evaluation.grouped import GroupedPercent, plain_groups
+from fasc_lightning.evaluation.items import load_items, text_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FIELDS = ("subject", "relation", "template", "object", "kind")
-# Continuation tokens of one forward pass: bounds the (tokens, vocabulary) logits to some 100 MB in float32.
-_CONTINUATION_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,10 @@ class FactsResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain dicts, lists and numbers."""
-        kinds = {kind: {"percent": percent, "count": count} for kind, (percent, count) in self.by_kind.items()}
-        return {**asdict(self), "by_kind": kinds}
+        return {**asdict(self), "by_kind": plain_groups(self.by_kind)}
 
 
-class FactualRecall(Metric):
+class FactualRecall(GroupedPercent):
     """Percentage of facts recalled, overall and by kind, beside what guessing would give.
 
     Args:
@@ -87,19 +89,11 @@ class FactualRecall(Metric):
             line up.
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    recalled: Tensor
-    counts: Tensor
-    chance_sum: Tensor
+    called = "kinds"
 
     def __init__(self, kinds: Sequence[str]) -> None:
-        super().__init__()
-        self.kinds = tuple(kinds)
-        self.add_state("recalled", torch.zeros(len(self.kinds), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("counts", torch.zeros(len(self.kinds), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("chance_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        super().__init__(kinds)
+        self.kinds = self.groups
 
     def update(self, recalled: Tensor, kinds: Sequence[str], candidates: Tensor) -> None:
         """Add some facts.
@@ -117,30 +111,17 @@ class FactualRecall(Metric):
                 f"Expected one entry a fact, but got {len(recalled)} outcomes, {len(kinds)} kinds and "
                 f"{len(candidates)} candidate counts."
             )
-        if unknown := set(kinds) - set(self.kinds):
-            raise ValueError(f"Expected kinds among {list(self.kinds)}, but got {sorted(unknown)}.")
-        index = torch.tensor([self.kinds.index(kind) for kind in kinds], device=self.counts.device, dtype=torch.long)
-        self.counts.index_add_(0, index, torch.ones_like(index))
-        self.recalled.index_add_(0, index, recalled.to(index))
-        self.chance_sum += candidates.to(self.chance_sum).reciprocal().sum()
+        super().update(recalled, kinds, candidates.double().reciprocal())
 
-    def compute(self) -> dict[str, Tensor]:
-        """Return percentages and counts.
-
-        Returns:
-            ``percent``, ``chance`` and ``count``, and ``percent/<kind>`` and ``count/<kind>`` of each kind; a
-            percentage of no facts is NaN.
-        """
-        count = self.counts.sum()
-        values = {
-            "percent": 100.0 * self.recalled.sum().double() / count,
-            "chance": 100.0 * self.chance_sum / count,
-            "count": count,
-        }
-        for kind, recalled, of in zip(self.kinds, self.recalled, self.counts, strict=True):
-            values[f"percent/{kind}"] = 100.0 * recalled.double() / of
-            values[f"count/{kind}"] = of
-        return values
+    def result(self) -> FactsResult:
+        """The outcome as plain numbers."""
+        values = self.compute()
+        return FactsResult(
+            percent=values["percent"].item(),
+            chance=values["chance"].item(),
+            count=int(values["count"]),
+            by_kind=self.by_group(),
+        )
 
 
 def load_facts(path: str | Path) -> list[Fact]:
@@ -154,25 +135,16 @@ def load_facts(path: str | Path) -> list[Fact]:
         ValueError: If a line is no JSON object, a field is missing or a template lacks ``[X]`` or ``[Y]``,
             naming the line; or if there is no fact at all.
     """
-    path = Path(path)
-    facts = []
-    for number, line in enumerate(open_text(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path.name}, line {number}"
-        row = json_row(line, where)
-        missing = [field for field in _FIELDS if not isinstance(row.get(field), str) or not row[field].strip()]
-        if missing:
-            raise ValueError(
-                f"{where}: expected the text fields {', '.join(_FIELDS)}, but {', '.join(missing)} is missing."
-            )
-        try:
-            facts.append(Fact(**{field: row[field] for field in _FIELDS}))
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-    if not facts:
-        raise ValueError(f"Expected facts in {path}, one JSON object a line, but it holds none.")
-    return facts
+    return load_items(path, parse_fact, "facts")
+
+
+def parse_fact(row: dict[str, Any]) -> Fact:
+    """Turn a row of a jsonl file into a fact; other fields are ignored.
+
+    Raises:
+        ValueError: If a field is missing or the template lacks ``[X]`` or ``[Y]``.
+    """
+    return Fact(**text_fields(row, _FIELDS))
 
 
 def relation_candidates(facts: Sequence[Fact]) -> dict[str, list[str]]:
@@ -206,13 +178,7 @@ def factual_recall(
     kinds = [fact.kind for fact in facts]
     metric = FactualRecall(sorted(set(kinds)))
     metric.update(recalled, kinds, torch.tensor([len(candidates[fact.relation]) for fact in facts]))
-    values = {name: value.item() for name, value in metric.compute().items()}
-    return FactsResult(
-        percent=values["percent"],
-        chance=values["chance"],
-        count=int(values["count"]),
-        by_kind={kind: (values[f"percent/{kind}"], int(values[f"count/{kind}"])) for kind in metric.kinds},
-    )
+    return metric.result()
 
 
 def recalled_facts(
@@ -242,13 +208,8 @@ def recalled_facts(
     scores = candidate_scores(model, tokenizer, facts, candidates, batch_size)
     outcome = []
     for fact, score in zip(facts, scores, strict=True):
-        if not score.isfinite().all():
-            raise FloatingPointError(
-                f"The score of a candidate for {fact.prompt!r} is not finite. The model's weights or activations "
-                "overflow: check its dtype and the layers that were replaced."
-            )
-        true = candidates[fact.relation].index(fact.object)
-        outcome.append(bool((score >= score[true]).sum() == 1))
+        check_finite(score, f"The score of a candidate for {fact.prompt!r}")
+        outcome.append(ranks_first(score, candidates[fact.relation].index(fact.object)))
     return torch.tensor(outcome)
 
 
@@ -261,9 +222,7 @@ def candidate_scores(
 ) -> list[Tensor]:
     """Log-probability of every candidate of every fact, given the prompt.
 
-    A prompt is scored once, together with others of its length (so no padding comes before a token). That
-    alone gives the first token of all candidates. The other tokens are scored on copies of the prompt's cache,
-    one for each distinct beginning of a candidate that is not the beginning of a longer one.
+    See :func:`~fasc_lightning.evaluation.continuations.continuation_scores` for how.
 
     Args:
         model: Causal language model; its training mode is restored.
@@ -276,125 +235,8 @@ def candidate_scores(
         For each fact a float tensor of shape (candidates of its relation,), on the CPU, in nats.
     """
     tries = {
-        relation: _CandidateTrie.of([_continuation_ids(tokenizer, text) for text in texts])
+        relation: ContinuationTrie.of([continuation_ids(tokenizer, text) for text in texts])
         for relation, texts in candidates.items()
     }
-    prompts = [_prompt_ids(tokenizer, fact.prompt) for fact in facts]
-    scores: list[Tensor] = [torch.empty(0)] * len(facts)
-    with evaluating(model), torch.inference_mode():
-        for rows in _same_length_batches(prompts, batch_size):
-            batch_tries = [tries[facts[i].relation] for i in rows]
-            ids = torch.tensor([prompts[i] for i in rows], device=model.device)
-            for i, score in zip(rows, _score_batch(model, ids, batch_tries), strict=True):
-                scores[i] = score
-    return scores
-
-
-@dataclass(frozen=True)
-class _CandidateTrie:
-    """Tokens of a relation's candidates, arranged so that shared beginnings are scored once.
-
-    Attributes:
-        first: First token of each candidate, shape (candidates,).
-        prefixes: Distinct token sequences to feed after the prompt, none a beginning of another.
-        edges: Where each further token is predicted, shape (4, edges): candidate, prefix, position in the
-            prefix, token.
-    """
-
-    first: Tensor
-    prefixes: list[tuple[int, ...]]
-    edges: Tensor
-
-    @staticmethod
-    def of(candidates: list[list[int]]) -> _CandidateTrie:
-        fed = sorted({tuple(ids[:-1]) for ids in candidates if len(ids) > 1})
-        # Sorted tuples: a beginning of others comes right before the first of them.
-        prefixes = [
-            prefix for prefix, following in zip(fed, [*fed[1:], ()], strict=False) if following[: len(prefix)] != prefix
-        ]
-        edges = []
-        for candidate, ids in enumerate(candidates):
-            if len(ids) == 1:
-                continue
-            row = next(r for r, prefix in enumerate(prefixes) if prefix[: len(ids) - 1] == tuple(ids[:-1]))
-            edges += [(candidate, row, position, token) for position, token in enumerate(ids[1:])]
-        return _CandidateTrie(
-            first=torch.tensor([ids[0] for ids in candidates]),
-            prefixes=prefixes,
-            edges=torch.tensor(edges, dtype=torch.long).view(-1, 4).T,
-        )
-
-
-def _score_batch(model: PreTrainedModel, prompts: Tensor, tries: list[_CandidateTrie]) -> list[Tensor]:
-    """Candidate scores of prompts of one length, (batch, tokens); see :func:`candidate_scores`."""
-    # Only the last position's logits are needed; a vocabulary is wide.
-    narrow = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output = model(prompts, use_cache=True, **narrow)
-    cache = getattr(output, "past_key_values", None)
-    first = output.logits[:, -1].float().log_softmax(-1).cpu()  # (batch, vocabulary)
-    scores = [row[trie.first] for row, trie in zip(first, tries, strict=True)]
-
-    work = [(row, number) for row, trie in enumerate(tries) for number in range(len(trie.prefixes))]
-    width = max((len(prefix) for trie in tries for prefix in trie.prefixes), default=1)
-    step = max(1, _CONTINUATION_TOKENS // width)
-    for chunk in (work[start : start + step] for start in range(0, len(work), step)):
-        fed = [tries[row].prefixes[number] for row, number in chunk]
-        width = max(map(len, fed))
-        # Padding comes after the tokens, where a causal model cannot see it; its own outputs are not read.
-        ids = torch.tensor([[*prefix, *[0] * (width - len(prefix))] for prefix in fed], device=prompts.device)
-        rows = torch.tensor([row for row, _ in chunk], device=prompts.device)
-        logits = _continue(model, cache, prompts, rows, ids).float()
-        normaliser = logits.logsumexp(-1)  # (chunk, width)
-        for i, (row, number) in enumerate(chunk):
-            candidate, prefix, position, token = tries[row].edges
-            candidate, position, token = (part[prefix == number] for part in (candidate, position, token))
-            log_prob = (logits[i, position, token] - normaliser[i, position]).cpu()
-            scores[row].index_add_(0, candidate, log_prob)
-    return scores
-
-
-def _continue(model: PreTrainedModel, cache: Any, prompts: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
-    """Logits at ``ids`` (chunk, width), each following the prompt of its row; without a cache, all is fed again."""
-    if not _is_branchable(cache):
-        return model(torch.cat([prompts[rows], ids], dim=1), use_cache=False).logits[:, prompts.shape[1] :]
-    branch = copy.deepcopy(cache)
-    branch.batch_select_indices(rows)
-    return model(ids, past_key_values=branch, use_cache=True).logits
-
-
-def _is_branchable(cache: Any) -> bool:
-    """Whether rows of a cache can be picked: keys and values can; recurrent states have no such operation."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    layers = getattr(cache, "layers", ())
-    return len(layers) > 0 and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
-def _same_length_batches(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Indices of sequences in batches of one length each, shortest first."""
-    by_length: dict[int, list[int]] = {}
-    for i, sequence in enumerate(sequences):
-        by_length.setdefault(len(sequence), []).append(i)
-    for length in sorted(by_length):
-        rows = by_length[length]
-        yield from (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
-
-
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Ids of the prompt, after the beginning token if the tokenizer puts one there by itself."""
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    start = tokenizer("")["input_ids"][:1]
-    return [*start, *ids] if start == [tokenizer.bos_token_id] else ids
-
-
-def _continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a word after a space, in the middle of a text.
-
-    SentencePiece tokenizers put a space of their own before a text's first word, so " Paris" alone would get
-    two; what follows a word does not.
-    """
-    before = tokenizer("a", add_special_tokens=False)["input_ids"]
-    both = tokenizer(f"a {text}", add_special_tokens=False)["input_ids"]
-    if both[: len(before)] == before and len(both) > len(before):
-        return both[len(before) :]
-    return tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+    prompts = [prompt_ids(tokenizer, fact.prompt) for fact in facts]
+    return continuation_scores(model, prompts, [tries[fact.relation] for fact in facts], batch_size)

@@ -36,6 +36,12 @@ class SquareRoot:
     L: Tensor
     inverse: Tensor | None = None
 
+    def solve(self, B: Tensor) -> Tensor:
+        """Return L^-1 B."""
+        if self.inverse is not None:
+            return self.inverse @ B
+        return torch.linalg.solve_triangular(self.L, B, upper=False)
+
     def solve_transposed(self, B: Tensor) -> Tensor:
         """Return L^-T B."""
         if self.inverse is not None:

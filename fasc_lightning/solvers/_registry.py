@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from fasc_lightning.moments import check_needs
 from fasc_lightning.solvers._types import Solver
 
 _SOLVERS: dict[str, Solver] = {}
+_NEEDS: dict[str, frozenset[str]] = {}
 
 
-def register_solver(name: str) -> Callable[[Solver], Solver]:
+def register_solver(name: str, needs: Iterable[str] = ()) -> Callable[[Solver], Solver]:
     """Return a decorator that makes a solver available as ``method=name``.
 
+    Args:
+        name: The method.
+        needs: Statistics that it reads besides the means (:data:`~fasc_lightning.moments.NEEDS`); plain A and G are
+            among them unless "coupled" is.
+
     Raises:
-        ValueError: If the name is taken.
+        ValueError: If the name is taken, or a need unknown.
     """
+    checked = check_needs(needs)
 
     def register(solver: Solver) -> Solver:
         if name in _SOLVERS:
             raise ValueError(f"Expected a new solver name but {name!r} is registered already.")
         _SOLVERS[name] = solver
+        _NEEDS[name] = checked
         return solver
 
     return register
@@ -34,6 +43,16 @@ def get_solver(name: str) -> Solver:
     if name not in _SOLVERS:
         raise ValueError(f"Expected `method` to be one of {', '.join(available_methods())} but got {name!r}.")
     return _SOLVERS[name]
+
+
+def solver_needs(name: str) -> frozenset[str]:
+    """Return the statistics that a solver reads besides the means.
+
+    Raises:
+        ValueError: If there is no solver of that name.
+    """
+    get_solver(name)
+    return _NEEDS[name]
 
 
 def available_methods() -> list[str]:

@@ -18,8 +18,10 @@ class Factorization:
     Attributes:
         left: Shape (m, r) with r = min(m, n).
         right: Shape (r, n).
-        losses: The solver's objective at ranks 0, 1, ..., r, shape (r + 1,), float64, never increasing. Comparable
-            between the layers of one method, not between methods.
+        losses: The solver's objective at ranks 0, 1, ..., r, shape (r + 1,), float64, never increasing. In a unit of
+            its own, which the solver's docstring states: not comparable between methods, and between layers only
+            where it estimates a squared change of the loss. :func:`~fasc_lightning.objective.fisher_losses` puts any
+            solver's factors into one unit.
     """
 
     left: Tensor

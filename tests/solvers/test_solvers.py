@@ -1,21 +1,23 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_moments import full_moments, random_moments
 
 from fasc_lightning.moments import LayerMoments
-from fasc_lightning.solvers import available_methods, fasc, get_solver, register_solver, svd_llm
+from fasc_lightning.solvers import available_methods, fasc, fasc_plain, get_solver, register_solver, solver_needs
 from fasc_lightning.solvers._linalg import shrink, square_root, tail_sums
 
-
-def random_moments(m: int, n: int, tokens: int = 200, rank_x: int | None = None) -> LayerMoments:
-    x = torch.randn(tokens, rank_x or n, dtype=torch.float64) @ torch.randn(rank_x or n, n, dtype=torch.float64)
-    h = torch.randn(tokens, m, dtype=torch.float64) @ torch.randn(m, m, dtype=torch.float64)
-    return LayerMoments(x.T @ x / tokens, h.T @ h / tokens, x.mean(0), h.mean(0), tokens)
+#: Methods whose metric is the whole second moment of the inputs.
+SEES_EVERY_TOKEN = {"fasc", "fasc-plain", "svd", "svd-llm"}
+#: Methods that choose W' = W P with a projection P of the inputs.
+PROJECTIONS = {"svd", "grad-svd", "fasc-eq6"}
 
 
 def objective(W, B, C, A, G):
@@ -25,7 +27,7 @@ def objective(W, B, C, A, G):
 
 
 @pytest.mark.parametrize(("m", "n"), [(5, 8), (8, 5), (6, 6), (1, 4), (4, 1)])
-@pytest.mark.parametrize("method", ["fasc", "svd-llm", "svd"])
+@pytest.mark.parametrize("method", ["fasc", "fasc-plain", "svd-llm", "svd"])
 def test_losses_are_the_objective_of_the_factors(m, n, method):
     W = torch.randn(m, n, dtype=torch.float64)
     moments = random_moments(m, n)
@@ -35,6 +37,8 @@ def test_losses_are_the_objective_of_the_factors(m, n, method):
     for k in range(r + 1):
         B, C = found.truncate(k)
         if method == "fasc":
+            loss = objective(W, B, C, shrink(moments.coupled[0], 1e-4), shrink(moments.coupled[1], 0.05))
+        elif method == "fasc-plain":
             loss = objective(W, B, C, shrink(moments.A, 1e-4), shrink(moments.G, 0.1))
         elif method == "svd-llm":
             loss = objective(W, B, C, shrink(moments.A, 1e-4), torch.eye(m, dtype=torch.float64))
@@ -50,7 +54,7 @@ def test_fasc_beats_every_perturbation_and_other_metrics(m, n):
     """Brute force: gradient descent on the factors from many starts never gets below the closed form."""
     W = torch.randn(m, n, dtype=torch.float64)
     moments = random_moments(m, n)
-    A, G = shrink(moments.A, 1e-4), shrink(moments.G, 0.1)
+    A, G = shrink(moments.coupled[0], 1e-4), shrink(moments.coupled[1], 0.05)
     k = 2
     best = fasc(W, moments).losses[k].item()
     for seed in range(4):
@@ -76,7 +80,7 @@ def test_fasc_agrees_with_scipy_square_roots():
     """The same optimum through symmetric square roots and scipy's SVD instead of Cholesky and eigh."""
     W = torch.randn(7, 5, dtype=torch.float64)
     moments = random_moments(7, 5)
-    A, G = shrink(moments.A, 1e-4).numpy(), shrink(moments.G, 0.1).numpy()
+    A, G = shrink(moments.coupled[0], 1e-4).numpy(), shrink(moments.coupled[1], 0.05).numpy()
     root_A, root_G = scipy.linalg.sqrtm(A).real, scipy.linalg.sqrtm(G).real
     U, s, Vt = scipy.linalg.svd(root_G @ W.numpy() @ root_A, full_matrices=False)
     k = 3
@@ -85,12 +89,19 @@ def test_fasc_agrees_with_scipy_square_roots():
     np.testing.assert_allclose((B @ C).numpy(), expected, rtol=1e-7, atol=1e-9)
 
 
-def test_full_rank_gives_the_weight_back():
-    W = torch.randn(6, 9, dtype=torch.float64)
-    moments = random_moments(6, 9)
-    for method in (fasc, svd_llm):
-        found = method(W, moments)
-        torch.testing.assert_close(found.left @ found.right, W, rtol=1e-8, atol=1e-8)
+@pytest.mark.parametrize(
+    ("method", "shape"),
+    [
+        (method, shape)
+        for method in sorted(set(available_methods()) - {"fasc-eq6-literal"})
+        for shape in ((9, 6), (6, 9))
+        if method not in PROJECTIONS or shape == (9, 6)  # else a projection to fewer dimensions than inputs
+    ],
+)
+def test_full_rank_gives_the_weight_back(method, shape):
+    W = torch.randn(*shape, dtype=torch.float64)
+    found = get_solver(method)(W, random_moments(*shape, W=W))
+    torch.testing.assert_close(found.left @ found.right, W, rtol=1e-7, atol=1e-7)
 
 
 @settings(deadline=None, max_examples=20)
@@ -100,27 +111,36 @@ def test_scale_of_the_data_does_not_matter(scale_x, scale_h):
     W = torch.randn(5, 7, dtype=torch.float64)
     moments = random_moments(5, 7)
     scaled = LayerMoments(moments.A * 10**scale_x, moments.G * 10**scale_h, moments.mean_x, moments.mean_h, 1)
-    B, C = fasc(W, moments).truncate(2)
-    B2, C2 = fasc(W, scaled).truncate(2)
+    B, C = fasc_plain(W, moments).truncate(2)
+    B2, C2 = fasc_plain(W, scaled).truncate(2)
     torch.testing.assert_close(B @ C, B2 @ C2, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("method", available_methods())
 def test_singular_statistics_are_ordinary_input(method):
-    """Fewer tokens than features, dead features, constant gradients."""
-    W = torch.randn(6, 9, dtype=torch.float32)
-    x = torch.randn(3, 9)
-    x[:, 4] = 0
-    h = torch.ones(3, 6)
-    h[:, 2] = 0
-    moments = LayerMoments(x.T @ x / 3, h.T @ h / 3, x.mean(0), h.mean(0), 3)
-    found = get_solver(method)(W, moments)
+    """Fewer tokens than features, dead features, constant gradients, one sequence."""
+    for m, n in ((6, 9), (9, 6)):
+        W, x, h = torch.randn(m, n, dtype=torch.float32), torch.randn(3, n), torch.ones(3, m)
+        x[:, 4] = 0
+        h[:, 2] = 0
+        found = get_solver(method)(W, full_moments(x, h, W))
+        assert torch.isfinite(found.left).all()
+        assert torch.isfinite(found.right).all()
+        assert found.losses.dtype == torch.float64
+        assert (found.losses.diff() <= 1e-12).all()
+        if method in SEES_EVERY_TOKEN:
+            # Three tokens span three directions: rank 3 reproduces the outputs that were seen.
+            B, C = found.truncate(3)
+            torch.testing.assert_close((x.double() @ (B @ C).T).float(), x @ W.T, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("method", available_methods())
+def test_statistics_of_nothing_but_zeros_are_finite(method):
+    W = torch.randn(4, 5)
+    found = get_solver(method)(W, full_moments(torch.zeros(3, 5), torch.zeros(3, 4), W))
     assert torch.isfinite(found.left).all()
     assert torch.isfinite(found.right).all()
-    assert (found.losses.diff() <= 1e-12).all()
-    B, C = found.truncate(3)
-    # Three tokens span three directions: rank 3 reproduces the outputs that were seen.
-    torch.testing.assert_close((x.double() @ (B @ C).T).float(), x @ W.T, rtol=1e-2, atol=1e-2)
+    assert torch.isfinite(found.losses).all()
 
 
 def test_square_root_of_a_singular_matrix_is_floored():
@@ -144,8 +164,36 @@ def test_tail_sums():
 
 
 def test_registry_names_what_it_has():
-    assert {"fasc", "svd", "svd-llm"} <= set(available_methods())
-    with pytest.raises(ValueError, match="one of fasc, svd, svd-llm but got 'pca'"):
-        get_solver("pca")
+    published = {"asvd", "fisher-diag", "fwsvd", "gfwsvd", "grad-svd", "svd", "svd-llm", "weight-svd"}
+    assert published | {"fasc", "fasc-eq6", "fasc-eq6-literal"} <= set(available_methods())
+    assert available_methods() == sorted(available_methods())
+    for lookup in (get_solver, solver_needs):
+        with pytest.raises(ValueError, match=r"one of asvd, fasc, .*, weight-svd but got 'pca'"):
+            lookup("pca")
     with pytest.raises(ValueError, match="registered already"):
         register_solver("fasc")(fasc)
+    with pytest.raises(ValueError, match=r"among plain, coupled, C, .* but got 'hessian'"):
+        register_solver("newton", needs=["hessian"])
+
+
+def test_registry_knows_what_each_needs():
+    expected = {"asvd": "abs_x", "fasc-eq6": "C", "fwsvd": "fisher_rows", "gfwsvd": "kronecker", "grad-svd": "saliency"}
+    assert {method: solver_needs(method) for method in expected} == {m: {need, "plain"} for m, need in expected.items()}
+    for method in ("fasc-plain", "fisher-diag", "svd", "svd-llm", "weight-svd"):
+        assert solver_needs(method) == {"plain"}
+    assert solver_needs("fasc") == {"coupled"}
+
+
+@pytest.mark.parametrize("method", available_methods())
+def test_solvers_read_what_they_say_and_refuse_moments_without_it(method):
+    W = torch.randn(4, 5, dtype=torch.float64)
+    full = random_moments(4, 5, W=W)
+    plain = LayerMoments(full.A, full.G, full.mean_x, full.mean_h, full.tokens)
+    needs = solver_needs(method) - {"plain"}
+    enough = dataclasses.replace(plain, **{need: getattr(full, need) for need in needs})
+    torch.testing.assert_close(get_solver(method)(W, enough).left, get_solver(method)(W, full).left)
+    for need in needs:
+        with pytest.raises(
+            ValueError, match=rf"with `{need}`.* was not gathered.*HINT: FascCallback .* needs={{'{need}'"
+        ):
+            get_solver(method)(W, plain)

@@ -1,0 +1,489 @@
+"""Anchored refit: compressed layers made to fit the inputs that the compressed model really gives them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fasc_lightning.evaluation.perplexity import evaluating
+from fasc_lightning.factorize import Progress
+from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
+from fasc_lightning.moments import moment_dtype
+from fasc_lightning.refit_blocks import BatchLoss, BlockRunner, Joins, RefitError, find_blocks, joins_stream
+from fasc_lightning.refit_solve import (
+    DriftMoments,
+    Factors,
+    RowMoments,
+    Variant,
+    drift_loss,
+    linear_target_moments,
+    measured_target_moments,
+    solve_refit,
+)
+from fasc_lightning.solvers._linalg import shrink
+from fasc_lightning.solvers.fasc import SHRINK_A, SHRINK_G
+
+#: What a layer is to reproduce: "layer", the dense layer's output; "stream", in layers whose output is added to the
+#: stream of hidden states, besides what that has gone wrong so far.
+Target = Literal["layer", "stream"]
+
+
+@dataclass(frozen=True)
+class LayerRefit:
+    """What the refit did to one layer.
+
+    Attributes:
+        name: Dotted name.
+        block: Number of its block.
+        before: Held-out error of the factors as they were, relative to that of an output of zero.
+        after: That of the factors chosen; equal to ``before`` if none were better.
+        anchor: lambda of the factors chosen; NaN if none.
+        variant: Which factors moved; "" if none.
+        accepted: Whether the layer ended with new factors.
+    """
+
+    name: str
+    block: int
+    before: float
+    after: float
+    anchor: float
+    variant: str
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class BlockRefit:
+    """The judge's verdict on one block: the model's mean loss on held-out batches, in nats.
+
+    Attributes:
+        block: Its number.
+        before: With the block's factors as they were, those of earlier blocks refitted.
+        after: With the block's new factors.
+        accepted: Whether they stayed.
+    """
+
+    block: int
+    before: float
+    after: float
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class RefitReport:
+    """What a refit did.
+
+    Attributes:
+        layers: In order of execution.
+        blocks: The verdicts.
+        skipped: Layers that could not be refitted: not reached, run more than once, or on other tokens than the block.
+        loss_before: The model's mean loss on the held-out batches before, in nats.
+        loss_after: And after.
+        reverted: Whether the last check put everything back.
+        fit_batches: How many batches the factors were fitted to.
+        held_batches: How many were held out.
+        seconds: What it took.
+    """
+
+    layers: list[LayerRefit]
+    blocks: list[BlockRefit]
+    skipped: list[str]
+    loss_before: float
+    loss_after: float
+    reverted: bool
+    fit_batches: int
+    held_batches: int
+    seconds: float
+
+    @property
+    def accepted(self) -> int:
+        """Number of layers that ended with new factors."""
+        return sum(layer.accepted for layer in self.layers)
+
+    def __str__(self) -> str:
+        """One line."""
+        if self.reverted:
+            return (
+                f"Refit: put back, since the held-out loss would have gone from {self.loss_before:.4f} to "
+                f"{self.loss_after:.4f} ({self.seconds:.0f} s)."
+            )
+        return (
+            f"Refit: {self.accepted} of {len(self.layers) + len(self.skipped)} layers, held-out loss "
+            f"{self.loss_before:.4f} to {self.loss_after:.4f} ({self.held_batches} of "
+            f"{self.fit_batches + self.held_batches} batches held out, {self.seconds:.0f} s)."
+        )
+
+
+@dataclass(frozen=True)
+class RefitOptions:
+    """How a refit chooses.
+
+    Attributes:
+        anchors: Values of lambda to choose from, layer by layer, by the held-out error.
+        variants: Which factors may move, likewise.
+        target: See :data:`Target`.
+        bias: Whether biases that are there move along.
+        holdout: Every so many-th batch is held out.
+        judge_batches: How many of those the judge looks at after each block; 0 leaves out the verdicts on blocks, and
+            only the last check is made.
+    """
+
+    anchors: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
+    variants: tuple[Variant, ...] = ("factors", "right")
+    target: Target = "stream"
+    bias: bool = True
+    holdout: int = 4
+    judge_batches: int = 8
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if not self.anchors or not all(0 <= anchor < math.inf for anchor in self.anchors):
+            raise ValueError(f"Expected `anchors` to be finite numbers of at least 0 but got {self.anchors}.")
+        if not self.variants or not set(self.variants) <= {"factors", "right"}:
+            raise ValueError(f'Expected `variants` out of "factors" and "right" but got {self.variants}.')
+        if self.target not in ("layer", "stream"):
+            raise ValueError(f'Expected `target` to be "layer" or "stream" but got {self.target!r}.')
+        if self.holdout < 2 or self.judge_batches < 0:
+            raise ValueError(
+                f"Expected `holdout` of at least 2 and `judge_batches` of at least 0 but got {self.holdout} and "
+                f"{self.judge_batches}."
+            )
+
+
+def check_refit(model: nn.Module, layers: Iterable[str]) -> None:
+    """Refuse models whose layers cannot be refitted block by block; changes nothing and computes nothing.
+
+    Args:
+        model: The model, dense or compressed.
+        layers: Names of the layers that are or will be compressed.
+
+    Raises:
+        RefitError: Saying why.
+    """
+    layers = list(layers)
+    find_blocks(model, layers)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[int, str] = {}
+    wanted = {id(modules[name]): name for name in layers}
+    for name, module in modules.items():
+        if id(module) in wanted and places.setdefault(id(module), name) != name:
+            raise RefitError(
+                f"Expected layers of their own but {name!r} and {places[id(module)]!r} are one: a refit for one place "
+                "would change the other. Exclude it, or compress without refit."
+            )
+
+
+def causal_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean token loss of a causal language model; without labels, those are the real tokens themselves."""
+    labels = batch.get("labels")
+    if labels is None:
+        labels = batch["input_ids"]
+        if batch.get("attention_mask") is not None:
+            labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    return model(
+        input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), labels=labels, use_cache=False
+    ).loss
+
+
+def refit(
+    model: nn.Module,
+    dense: Mapping[str, nn.Module],
+    gradients: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    *,
+    options: RefitOptions | None = None,
+    loss: BatchLoss = causal_loss,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> RefitReport:
+    """Refit the factors of a compressed model, block by block in order of execution, in place.
+
+    Each layer is fitted to what the model compressed so far gives it, with the dense model's outputs as the target and
+    its own factors as the anchor (:mod:`~fasc_lightning.refit_solve`). Held-out batches choose lambda and decide layer
+    by layer; the model's loss on them decides block by block, and once more at the end. What is not accepted stays as
+    it was, as does everything if anything fails. Shapes, ranks, layouts and the layers' identities stay.
+
+    Memory: the hidden states of all batches at one block's input, twice, and the moments of one group of layers that
+    share an input.
+
+    Args:
+        model: The compressed model.
+        dense: The dense layer of each compressed one by name, on the model's device, as
+            :func:`~fasc_lightning.swap.swap_modules` returns them.
+        gradients: G = E[h h^T] of each of them (m, m), from the calibration. Shrunk here as "fasc" does.
+        batches: What to fit to and to judge by: the calibration's batches, moved to the model's device. Tokens whose
+            "attention_mask" is 0 do not count.
+        options: How to choose.
+        loss: Sends a batch through the model and returns its mean loss.
+        device: Where to solve; by default where the layers are.
+        progress: Wraps the loop over blocks.
+
+    Returns:
+        What was done.
+
+    Raises:
+        RefitError: If the model's blocks cannot be run one by one.
+        ValueError: If there are too few batches, or layers do not match.
+    """
+    start = time.perf_counter()
+    options = options or RefitOptions()
+    batches = list(batches)
+    layers = _checked_layers(model, dense, gradients)
+    if len(batches) < options.holdout:
+        raise ValueError(
+            f"Expected at least {options.holdout} batches, of which every {options.holdout}th is held out, but got "
+            f"{len(batches)}. Use smaller batches."
+        )
+    check_refit(model, dense)
+    saved = {name: _state(layer) for name, layer in layers.items()}
+    try:
+        with evaluating(model):
+            runner = BlockRunner(model, dense, batches, loss)
+            work = _Refit(runner, layers, dense, gradients, options, device, progress)
+            report = work.run()
+    except BaseException:
+        for name, layer in layers.items():
+            layer.load_state_dict(saved[name])
+        raise
+    if report.reverted:
+        for name, layer in layers.items():
+            layer.load_state_dict(saved[name])
+    return RefitReport(**{**vars(report), "seconds": time.perf_counter() - start})
+
+
+class _Refit:
+    """One refit: the two streams of hidden states, and the loop over blocks."""
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        layers: Mapping[str, CompressedLinear],
+        dense: Mapping[str, nn.Module],
+        gradients: Mapping[str, Tensor],
+        options: RefitOptions,
+        device: torch.device | str | None,
+        progress: Progress | None,
+    ) -> None:
+        self.runner = runner
+        self.layers = layers
+        self.dense = dense
+        self.gradients = gradients
+        self.options = options
+        self.device = device
+        self.progress = progress or (lambda names, description: names)
+        self.held = list(range(options.holdout - 1, len(runner.batches), options.holdout))
+        # Spread over all held-out batches, which may come from several sources in turn.
+        count = min(options.judge_batches, len(self.held))
+        self.judged = [self.held[i * len(self.held) // count] for i in range(count)]
+        self.rows = [_real_tokens(batch) for batch in runner.batches]
+        # Both streams start from the same embeddings.
+        self.exact = list(runner.inputs)
+        self.drifted = list(runner.inputs)
+        self.reports: list[LayerRefit] = []
+        self.blocks: list[BlockRefit] = []
+
+    def run(self) -> RefitReport:
+        """Go through all blocks."""
+        before = self._model_loss()
+        current = self._judge(0)
+        numbers = [str(i) for i in range(len(self.runner.blocks))]
+        for number in self.progress(numbers, "Refitting"):
+            current = self._block(int(number), current)
+        changed = any(layer.accepted for layer in self.reports)
+        after = self._model_loss() if changed else before
+        reverted = not after <= before  # NaN, too
+        reports = [_undone(layer) for layer in self.reports] if reverted else self.reports
+        done = {layer.name for layer in reports}
+        held = len(self.held)
+        return RefitReport(
+            layers=reports,
+            blocks=self.blocks,
+            skipped=[name for name in self.layers if name not in done],
+            loss_before=before,
+            loss_after=after,
+            reverted=reverted,
+            fit_batches=len(self.runner.batches) - held,
+            held_batches=held,
+            seconds=0.0,
+        )
+
+    def _block(self, block: int, current: float) -> float:
+        """Refit one block and push both streams past it; returns the judged loss."""
+        with self.runner.dense():
+            exact = self._push(block, self.exact)
+        inside = {name: layer for name, layer in self.layers.items() if self._holds(block, name)}
+        groups = self.runner.groups(block, self.drifted[0], inside) if inside else []
+        saved = {name: _state(inside[name]) for group in groups for name in group}
+        reports = [report for group in groups for report in self._group(block, group, exact)]
+        drifted = self._push(block, self.drifted)
+        if any(report.accepted for report in reports) and self.judged:
+            judged = self._judge(block + 1, drifted)
+            accepted = judged < current
+            self.blocks.append(BlockRefit(block, current, judged, accepted))
+            if accepted:
+                current = judged
+            else:
+                for name, state in saved.items():
+                    inside[name].load_state_dict(state)
+                reports = [_undone(report) for report in reports]
+                drifted = self._push(block, self.drifted)
+        self.reports += reports
+        self.exact, self.drifted = exact, drifted
+        return current
+
+    def _group(self, block: int, group: Sequence[str], exact: Sequence[Tensor]) -> list[LayerRefit]:
+        """Refit layers that share an input."""
+        first = group[0]
+        joins: Joins = None
+        if self.options.target == "stream" and len(group) == 1:
+            joins = joins_stream(self.runner, block, self.drifted[0], self.layers[first])
+        fit, held = self._moments(block, first, joins, exact)
+        return [self._layer(block, name, fit, held, joins) for name in group]
+
+    def _layer(self, block: int, name: str, fit: RowMoments, held: RowMoments, joins: Joins) -> LayerRefit:
+        """Try all candidates on one layer and keep the best if it beats what is there."""
+        layer, options = self.layers[name], self.options
+        device = self.device or next(layer.parameters()).device
+        W = linear_weight(self.dense[name]).detach().to(device).double()
+        G = shrink(self.gradients[name].to(device).double(), SHRINK_G)
+        fitted, judged = (_drift_moments(moments, W, joins, device) for moments in (fit, held))
+        fitted = fitted.shrunk(W, SHRINK_A)
+        left, right = (factor.detach().to(device).double() for factor in layer.factors())
+        start = Factors(left, right)
+        scale = float((G * judged.V).sum()) or 1.0
+        before = drift_loss(judged, G, left @ right) / scale
+        bias = options.bias and layer.bias is not None
+        best, choice = math.inf, None
+        for variant in options.variants:
+            for anchor in options.anchors:
+                found = solve_refit(fitted, G, start, anchor, variant, bias)
+                error = drift_loss(judged, G, found.B @ found.C, found.shift) / scale
+                if error < best:
+                    best, choice = error, (found, anchor, variant)
+        if choice is None or not best < before:
+            return LayerRefit(name, block, before, before, math.nan, "", False)
+        found, anchor, variant = choice
+        _store(layer, found)
+        return LayerRefit(name, block, before, best, anchor, variant, True)
+
+    def _moments(self, block: int, name: str, joins: Joins, exact: Sequence[Tensor]) -> tuple[RowMoments, RowMoments]:
+        """Return the moments of the rows [x, x^], with a target of its own [x, x^, v], of both shares of batches.
+
+        Args:
+            block: Which block.
+            name: A layer in it.
+            joins: Where the layer's output joins the stream, whose error it is then to make good.
+            exact: The dense block's outputs.
+        """
+        layer, original = self.layers[name], self.dense[name]
+        m, n = linear_shape(layer)
+        dtype, device = moment_dtype([layer]), next(layer.parameters()).device
+        fit, held = (RowMoments(2 * n if joins is None else 2 * n + m, dtype, device) for _ in range(2))
+        W, W_low = (weight.detach().to(dtype) for weight in (linear_weight(original), layer.to_weight()))
+        for i, rows in enumerate(self.rows):
+            with self.runner.dense():
+                x = self.runner.layer_input(block, i, self.exact[i], original).reshape(-1, n).to(dtype)
+            if joins == "end":
+                x_hat, drifted = self.runner.run_and_see(block, i, self.drifted[i], layer)
+                missing = exact[i] - drifted
+            else:
+                x_hat = self.runner.layer_input(block, i, self.drifted[i], layer)
+                missing = self.exact[i] - self.drifted[i]
+            x_hat = x_hat.reshape(-1, n).to(dtype)
+            parts = [x, x_hat]
+            if joins is not None:
+                # At the end of the block, the drifted stream holds what this layer adds to it now.
+                added = x_hat @ W_low.T if joins == "end" else x @ W.T
+                parts.append(added + missing.reshape(-1, m).to(dtype))
+            joint = torch.cat(parts, dim=1)
+            (held if i in self.held else fit).update(joint if rows is None else joint[rows.to(joint.device)])
+        return fit, held
+
+    def _push(self, block: int, stream: Sequence[Tensor]) -> list[Tensor]:
+        return [self.runner.run(block, i, hidden) for i, hidden in enumerate(stream)]
+
+    def _holds(self, block: int, name: str) -> bool:
+        prefix = f"{self.runner.name}." if self.runner.name else ""
+        return name.startswith(f"{prefix}{block}.")
+
+    def _judge(self, block: int, hidden: Sequence[Tensor] | None = None) -> float:
+        """Return the mean loss of the judged batches from a block's input on; a NaN counts as the worst."""
+        if not self.judged:
+            return math.inf
+        stream = self.drifted if hidden is None else hidden
+        losses = [self.runner.loss_from(block, i, stream[i]) for i in self.judged]
+        return sum(losses) / len(losses)
+
+    def _model_loss(self) -> float:
+        """Return the mean loss of the held-out batches in the model as it is."""
+        return sum(self.runner.loss(i) for i in self.held) / len(self.held)
+
+
+def _checked_layers(
+    model: nn.Module, dense: Mapping[str, nn.Module], gradients: Mapping[str, Tensor]
+) -> dict[str, CompressedLinear]:
+    """Return the compressed layers by name, once each has a dense layer and a G of its shape."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers: dict[str, CompressedLinear] = {}
+    for name, original in dense.items():
+        layer = modules.get(name)
+        if not isinstance(layer, CompressedLinear):
+            raise ValueError(
+                f"Expected {name!r} to be a compressed layer of the model but it is "
+                f"{'missing' if layer is None else type(layer).__name__}: call refit after the swap."
+            )
+        m, n = linear_shape(layer)
+        if linear_shape(original) != (m, n) or name not in gradients or gradients[name].shape != (m, m):
+            got = tuple(gradients[name].shape) if name in gradients else None
+            raise ValueError(
+                f"Expected a dense layer of shape ({m}, {n}) and G of shape ({m}, {m}) for {name!r} but got "
+                f"{linear_shape(original)} and {got}."
+            )
+        layers[name] = layer
+    if not layers:
+        raise ValueError("Expected compressed layers to refit but `dense` is empty.")
+    return layers
+
+
+def _drift_moments(moments: RowMoments, W: Tensor, joins: Joins, device: torch.device | str) -> DriftMoments:
+    joint, mean = moments.compute().to(device), moments.mean().to(device)
+    if joins is None:
+        return linear_target_moments(W, joint, mean)
+    return measured_target_moments(joint, mean, W.shape[1])
+
+
+def _state(layer: CompressedLinear) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in layer.state_dict().items()}
+
+
+@torch.no_grad()
+def _store(layer: CompressedLinear, factors: Factors) -> None:
+    """Put factors into a layer, which keeps its layout, dtype, device, flags and identity."""
+    bias = layer.bias
+    if bias is not None and factors.shift is not None:
+        bias = (bias.double() + factors.shift.to(bias.device)).to(bias.dtype)
+    parameter = next(layer.parameters())
+    built = make_lowrank(
+        factors.B,
+        factors.C,
+        bias,
+        "pivot" if layer.layout == "pivot" else "factors",
+        dtype=parameter.dtype,
+        device=parameter.device,
+    )
+    layer.load_state_dict(built.state_dict())
+
+
+def _undone(report: LayerRefit) -> LayerRefit:
+    return LayerRefit(report.name, report.block, report.before, report.after, report.anchor, report.variant, False)
+
+
+def _real_tokens(batch: Any) -> Tensor | None:
+    """Return which of a batch's flattened tokens are no padding; None if all are."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return None if mask is None or bool(mask.all()) else mask.bool().flatten()

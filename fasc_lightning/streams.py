@@ -1,0 +1,391 @@
+"""Sums over a stream of tokens or sequences that merge by adding: what the statistics of a layer are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import Metric
+
+from fasc_lightning.packed import add_gram_, packed_diagonal, packed_size, unpack
+
+#: Options of torchmetrics: processes are summed by our own `all_reduce_`, since its synchronisation gathers every
+#: process's matrices; and a cached result would be a second matrix, and wrong once states are merged.
+OWN_SYNC: dict[str, Any] = {"sync_on_compute": False, "compute_with_cache": False}
+
+
+class StreamedSums(Metric):
+    """States that are sums over what was seen, and a count of it.
+
+    Exact: merging two streams is adding their states, in any order and on any number of processes. Memory is
+    allocated by the first update, so that a layer that is never reached costs nothing.
+
+    Args:
+        dtype: Type of the accumulators, float32 or float64; inputs in half precision are converted first.
+        shapes: Shape of each state by name.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    count: Tensor
+
+    def __init__(self, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"Expected `dtype` to be torch.float32 or torch.float64 but got {dtype}.")
+        super().__init__(**OWN_SYNC)
+        self.accumulator_dtype = dtype
+        self.state_shapes = shapes
+        # Scalars stand in for the zero matrices: torchmetrics keeps a second copy of every default.
+        for name in shapes:
+            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def allocate(self) -> None:
+        """Give the states their full shapes; done by the first update and before a reduction."""
+        for name, shape in self.state_shapes.items():
+            state = getattr(self, name)
+            if state.shape != shape:
+                setattr(self, name, torch.zeros(shape, dtype=self.accumulator_dtype, device=state.device))
+
+    def average(self, name: str) -> Tensor:
+        """Return a state over the count; zeros if nothing was seen."""
+        self.allocate()
+        return getattr(self, name) / self.count.clamp(min=1).to(self.accumulator_dtype)
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The states by name, the count among them."""
+        return {name: getattr(self, name) for name in (*self.state_shapes, "count")}
+
+    def add_(self, other: Self) -> Self:
+        """Merge another stream's sums into these, in place."""
+        if other.count > 0:
+            self.allocate()
+            theirs = other.sums
+            for name, mine in self.sums.items():
+                mine += theirs[name].to(mine.device)
+            self._update_count += other._update_count
+        return self
+
+    def subtract_(self, other: Self) -> Self:
+        """Take another stream's sums out of these, in place: it must have been part of them."""
+        theirs = other.sums
+        for name, mine in self.sums.items():
+            mine -= theirs[name]
+        return self
+
+    def all_reduce_(self, group: Any | None = None) -> None:
+        """Sum the states over all processes, in place.
+
+        torchmetrics' own synchronisation gathers every process's matrices before adding them; with d^2 numbers a
+        state that is memory nobody has. Every process must call this for the same streams in the same order.
+        """
+        self.allocate()
+        for state in self.sums.values():
+            dist.all_reduce(state, group=group)
+        self._update_count = max(self._update_count, int(self.count > 0))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the states hold now."""
+        return sum(t.numel() * t.element_size() for t in self.sums.values())
+
+
+class Moments(StreamedSums):
+    """Count, sum and sum of outer products of a stream of vectors.
+
+    The symmetric matrix is packed (:func:`~fasc_lightning.packed.add_gram_`).
+
+    Args:
+        features: Length d of the vectors.
+        dtype: Type of the accumulators.
+        absolute: Whether to sum the absolute values as well.
+        second: Whether to sum the outer products, nearly all of the work and of the memory; else only their trace.
+    """
+
+    outer: Tensor
+    energy: Tensor
+    total: Tensor
+    magnitude: Tensor
+
+    def __init__(
+        self, features: int, dtype: torch.dtype = torch.float32, absolute: bool = False, second: bool = True
+    ) -> None:
+        shapes: dict[str, tuple[int, ...]] = {"total": (features,)}
+        if second:
+            shapes["outer"] = (packed_size(features),)
+        else:
+            shapes["energy"] = (1,)
+        if absolute:
+            shapes["magnitude"] = (features,)
+        super().__init__(dtype, shapes)
+        self.features = features
+        self.absolute = absolute
+        self.second = second
+
+    def update(self, x: Tensor, scale: float = 1.0) -> None:
+        """Add the rows of ``scale * x``.
+
+        Args:
+            x: Vectors, shape (tokens, d), any floating type.
+            scale: Factor of all of them; cheaper here than as a copy of ``x``.
+
+        Raises:
+            ValueError: If ``x`` is not of shape (tokens, d).
+            FloatingPointError: If ``x`` holds NaN or Inf (or numbers whose sum overflows); nothing is added then.
+        """
+        if x.ndim != 2 or x.shape[1] != self.features:
+            raise ValueError(f"Expected vectors of shape (tokens, {self.features}) but got {tuple(x.shape)}.")
+        self.allocate()
+        # Autocast may be on in the thread that runs the backward pass; the moments must not be rounded by it.
+        with torch.autocast(x.device.type, enabled=False):
+            X = x.detach().to(self.accumulator_dtype)
+            total = X.sum(0)
+            # A sum is finite only if every term is: one scalar to read back instead of another pass.
+            if not torch.isfinite(total.sum()):
+                raise FloatingPointError("Expected finite vectors but some hold NaN or Inf.")
+            if self.second:
+                add_gram_(self.outer, X, scale**2)
+            else:
+                self.energy.add_(X.square().sum(), alpha=scale**2)
+            self.total.add_(total, alpha=scale)
+            if self.absolute:
+                self.magnitude.add_(X.abs().sum(0), alpha=abs(scale))
+            self.count += X.shape[0]
+
+    def compute(self) -> Tensor:
+        """Return the uncentred second moment E[x x^T], shape (d, d)."""
+        self.allocate()
+        return unpack(self.outer, self.features) / self.count.clamp(min=1).to(self.accumulator_dtype)
+
+    def mean(self) -> Tensor:
+        """Return the mean vector, shape (d,)."""
+        return self.average("total")
+
+    def mean_square(self) -> Tensor:
+        """Return E|x|^2, the trace of the second moment, a float64 scalar."""
+        self.allocate()
+        total = packed_diagonal(self.outer, self.features) if self.second else self.energy
+        return total.double().sum() / self.count.clamp(min=1)
+
+    def mean_magnitude(self) -> Tensor:
+        """Return E|x|, shape (d,), of a stream made with ``absolute``."""
+        return self.average("magnitude")
+
+    def covariance(self) -> Tensor:
+        """Return the centred second moment, shape (d, d)."""
+        mean = self.mean()
+        return self.compute() - torch.outer(mean, mean)
+
+
+class CrossMoments(StreamedSums):
+    """Count and sum of the outer products x h^T of a stream of pairs of vectors.
+
+    Args:
+        n: Length of x.
+        m: Length of h.
+        dtype: Type of the accumulators.
+    """
+
+    outer: Tensor
+
+    def __init__(self, n: int, m: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(dtype, {"outer": (n, m)})
+        self.shape = (n, m)
+
+    def update(self, x: Tensor, h: Tensor, scale: float = 1.0) -> None:
+        """Add the pairs (x, scale * h).
+
+        Args:
+            x: Shape (tokens, n).
+            h: Shape (tokens, m).
+            scale: Factor of every h.
+
+        Raises:
+            ValueError: If the shapes are others.
+        """
+        _check_pairs(x, h, self.shape)
+        self.allocate()
+        with torch.autocast(x.device.type, enabled=False):
+            self.outer.addmm_(
+                x.detach().to(self.accumulator_dtype).T, h.detach().to(self.accumulator_dtype), alpha=scale
+            )
+            self.count += len(x)
+
+    def compute(self) -> Tensor:
+        """Return E[x h^T], shape (n, m)."""
+        return self.average("outer")
+
+
+class CoupledMoments(StreamedSums):
+    r"""Second moments of x and of h in which a token weighs by the length of the other vector.
+
+    With p = |h| and q = |x|,
+
+        A_h = \sum_t p_t x_t x_t^T / \sum_t p_t,    G_x = \sum_t q_t h_t h_t^T / \sum_t q_t.
+
+    The squares |h|^2 and |x|^2 would be one step from identities towards the Kronecker product nearest to
+    E[(x x^T) (x) (h h^T)] (Van Loan and Pitsianis 1993). They leave few tokens with any say: the lengths of gradients
+    have heavy tails. Their square roots trade some of that coupling for more tokens.
+
+    Args:
+        m: Length of h.
+        n: Length of x.
+        dtype: Type of the accumulators.
+    """
+
+    right: Tensor
+    left: Tensor
+    weights: Tensor
+
+    def __init__(self, m: int, n: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(dtype, {"right": (packed_size(n),), "left": (packed_size(m),), "weights": (2,)})
+        self.shape = (m, n)
+
+    def update(self, x: Tensor, h: Tensor, scale: float = 1.0) -> None:
+        """Add the pairs (x, scale * h).
+
+        Args:
+            x: Shape (tokens, n).
+            h: Shape (tokens, m).
+            scale: Factor of every h.
+
+        Raises:
+            ValueError: If the shapes are others.
+        """
+        m, n = self.shape
+        _check_pairs(x, h, (n, m))
+        self.allocate()
+        with torch.autocast(x.device.type, enabled=False):
+            X, H = x.detach().to(self.accumulator_dtype), h.detach().to(self.accumulator_dtype)
+            p, q = H.norm(dim=1), X.norm(dim=1)
+            add_gram_(self.right, X * p.sqrt()[:, None], abs(scale))
+            add_gram_(self.left, H * q.sqrt()[:, None], scale**2)
+            self.weights += torch.stack([p.sum() * abs(scale), q.sum()])
+            self.count += len(x)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Return (A_h (n, n), G_x (m, m)); zeros where all weights are."""
+        self.allocate()
+        m, n = self.shape
+        p, q = self.weights.clamp(min=torch.finfo(self.accumulator_dtype).tiny)
+        return unpack(self.right, n) / p, unpack(self.left, m) / q
+
+
+class SequenceFisher(StreamedSums):
+    r"""Sums over the weight gradients of single sequences, G_i = \sum_t h_t x_t^T of shape (m, n), none of them stored.
+
+    The empirical Fisher of a layer's weight is F = E[vec(G_i) vec(G_i)^T]. Its diagonal, summed along the rows of W,
+    is what FWSVD weighs by. Its nearest Kronecker product, F ~ right (x) left, is the dominant singular pair of
+    E[vec(G_i) vec(G_i)^T] rearranged (Van Loan and Pitsianis 1993), and one step of the power iteration for it is
+
+        left <- E[G_i right G_i^T],    right <- E[G_i^T left G_i].
+
+    Both sides step at once, from the same factors: a pass over the data each. It starts from identities.
+
+    A call whose sequences cannot be told apart counts as one sequence, and so do samples of one token each: see
+    :meth:`~fasc_lightning.tokens.TokenRows.lengths`.
+
+    Args:
+        m: Outputs.
+        n: Inputs.
+        dtype: Type of the accumulators.
+        kronecker: Whether to take a step of the iteration, or only the diagonal's row sums.
+        start: Stream of the step before, whose factors this one starts from; identities by default. Its matrices are
+            referred to, not copied.
+    """
+
+    rows: Tensor
+    right: Tensor
+    left: Tensor
+
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        dtype: torch.dtype = torch.float32,
+        kronecker: bool = False,
+        start: SequenceFisher | None = None,
+    ) -> None:
+        shapes: dict[str, tuple[int, ...]] = {"rows": (m,)}
+        if kronecker:
+            shapes |= {"right": (packed_size(n),), "left": (packed_size(m),)}
+        super().__init__(dtype, shapes)
+        self.shape = (m, n)
+        self.is_kronecker = kronecker
+        self.start = None if start is None else (start.right, start.left)
+
+    def update(self, x: Tensor, h: Tensor, lengths: Sequence[int], scale: float = 1.0) -> None:
+        """Add sequences of pairs (x, scale * h); those of no tokens do not count.
+
+        Args:
+            x: Shape (tokens, n), sequence after sequence.
+            h: Shape (tokens, m).
+            lengths: Tokens of each sequence.
+            scale: Factor of every h.
+
+        Raises:
+            ValueError: If the shapes are others, or the lengths do not add up to the tokens.
+        """
+        m, n = self.shape
+        _check_pairs(x, h, (n, m))
+        if sum(lengths) != len(x):
+            raise ValueError(
+                f"Expected sequences of {len(x)} tokens in all but got lengths that sum to {sum(lengths)}."
+            )
+        self.allocate()
+        with torch.autocast(x.device.type, enabled=False):
+            # Unpacked for the length of a call only: for all layers they would be half as much memory again.
+            right = None if self.start is None else _unit(self.start[0], n)
+            left = None if self.start is None else _unit(self.start[1], m)
+            for G in self._gradients(x.detach(), h.detach(), lengths):
+                self.rows.add_(G.square().sum(1), alpha=scale**2)
+                if self.is_kronecker:
+                    add_gram_(self.left, G.T, scale**2, None if right is None else right @ G.T)
+                    add_gram_(self.right, G, scale**2, None if left is None else left @ G)
+                self.count += 1
+
+    def _gradients(self, x: Tensor, h: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
+        start = 0
+        for length in lengths:
+            rows = slice(start, start + length)
+            start += length
+            if length:
+                yield h[rows].to(self.accumulator_dtype).T @ x[rows].to(self.accumulator_dtype)
+
+    def fisher_rows(self) -> Tensor:
+        """Return the row sums of E[G_i * G_i], elementwise squares, shape (m,)."""
+        return self.average("rows")
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Return (right (n, n), left (m, m)) after the step.
+
+        Each has the trace sqrt(tr F) with tr F = E|G_i|_F^2, so that right (x) left has the trace of F. The power
+        iteration itself leaves the scale open; this one makes layers compare, and is exact where F is a Kronecker
+        product.
+
+        Raises:
+            ValueError: If this stream takes no step.
+        """
+        if not self.is_kronecker:
+            raise ValueError("Expected a stream of Kronecker factors but it was made with kronecker=False.")
+        self.allocate()
+        m, n = self.shape
+        trace = self.fisher_rows().sum().sqrt()
+        return _unit(self.right, n).mul_(trace / n), _unit(self.left, m).mul_(trace / m)
+
+
+def _unit(packed: Tensor, d: int) -> Tensor:
+    """Return the positive semidefinite matrix (d, d) at the scale of an identity, trace d; zeros stay zeros."""
+    trace = packed_diagonal(packed, d).sum()
+    S = unpack(packed, d)
+    return S.mul_(d / trace) if trace > 0 else S
+
+
+def _check_pairs(x: Tensor, h: Tensor, shape: tuple[int, int]) -> None:
+    if (x.shape[1:], h.shape[1:]) != ((shape[0],), (shape[1],)) or len(x) != len(h):
+        raise ValueError(f"Expected as many x and h of lengths {shape} but got {x.shape=} and {h.shape=}.")

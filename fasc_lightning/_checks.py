@@ -101,6 +101,7 @@ def check_options(
     method: str,
     allocation: str,
     layout: str,
+    refit: object,
     token_fraction: float,
     calibration_steps: int | None,
     seed: int,
@@ -117,6 +118,8 @@ def check_options(
     for name, value, known in (("allocation", allocation, ALLOCATIONS), ("layout", layout, LAYOUTS)):
         if value not in known:
             raise ValueError(f"Expected `{name}` to be one of {', '.join(known)} but got {value!r}.")
+    if not (isinstance(refit, bool) or refit == "auto"):
+        raise ValueError(f"Expected `refit` to be True, False or 'auto' but got {refit!r}.")
     if not 0 < token_fraction <= 1:
         raise ValueError(f"Expected `token_fraction` to be in (0, 1] but got {token_fraction}.")
     if isinstance(seed, bool) or not isinstance(seed, int):

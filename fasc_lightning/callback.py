@@ -33,6 +33,8 @@ from fasc_lightning.lowrank import Layout
 from fasc_lightning.moments import CalibrationMoments, moment_dtype, moments_bytes
 from fasc_lightning.monitor import LayerScores, RhoMonitor, write_history
 from fasc_lightning.pooled import Gradient
+from fasc_lightning.refit import RefitReport
+from fasc_lightning.refit_phase import Refit, RefitPhase, refit_figures
 from fasc_lightning.report import (
     CompressionReport,
     LayerReport,
@@ -81,6 +83,9 @@ class FascCallback(pl.Callback):
         allocation: "fisher" spends the budget over all layers; "uniform" gives each layer its own share.
         layout: "pivot" stores a rank-k (m, n) matrix in k (m + n - k) numbers, "factors" in k (m + n); "auto" is
             pivot, which needs less at every rank.
+        refit: Whether factors are refitted to the inputs that the compressed model gives them, block by block, on the
+            calibration's batches (:mod:`~fasc_lightning.refit`). "auto" does so where the model's blocks can be run
+            one by one, and says why where not; True insists. It keeps the batches and the moments for it.
         targets: Patterns of the layers to compress, as in peft; by default every linear layer but output embeddings
             and tied weights.
         exclude: Patterns of layers to leave alone.
@@ -132,6 +137,7 @@ class FascCallback(pl.Callback):
         method: str = "fasc",
         allocation: str = "fisher",
         layout: Layout = "auto",
+        refit: Refit = "auto",
         targets: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
         calibration_steps: int | None = None,
@@ -158,13 +164,14 @@ class FascCallback(pl.Callback):
             _checks.check_budget(rank, keep)
         check_gate(gate, gate_by, gate_exclude, method)
         _checks.check_options(
-            method, allocation, layout, token_fraction, calibration_steps, seed, loss_terms, token_mask
+            method, allocation, layout, refit, token_fraction, calibration_steps, seed, loss_terms, token_mask
         )
         self.rank = rank
         self.keep = keep
         self.method = method
         self.allocation = allocation
         self.layout = layout
+        self.refit: Refit = refit
         self.targets = targets
         self.exclude = exclude
         self.calibration_steps = calibration_steps
@@ -189,6 +196,7 @@ class FascCallback(pl.Callback):
         self._calibrated = 0  # batches
         self._monitor = RhoMonitor(monitor_every_n_steps or 1, monitor_tokens, rho_threshold, rho_gradient, seed)
         self._taps: Taps | None = None
+        self._refit: RefitPhase | None = None
         self._frozen: FrozenFit | None = None
         self._replaced: dict[str, nn.Module] = {}
         self._reports: list[LayerReport] = []
@@ -199,7 +207,9 @@ class FascCallback(pl.Callback):
     @property
     def options(self) -> dict[str, Any]:
         """The options that decide the result, for reports."""
-        names = "rank keep method allocation layout targets exclude calibration_steps update_weights token_fraction "
+        names = (
+            "rank keep method allocation layout refit targets exclude calibration_steps update_weights token_fraction "
+        )
         names += "rho_gradient gate gate_by gate_exclude"
         return {name: getattr(self, name) for name in names.split()}
 
@@ -275,6 +285,7 @@ class FascCallback(pl.Callback):
         tokens = SCORE_TOKENS if self.gate is None else self.monitor_tokens
         self._scores = LayerScores(self._layers, tokens, self.rho_gradient, self.seed, device)
         self._taps = Taps(self._layers, self._moments, self._scores)
+        self._refit = RefitPhase.of(self.refit, pl_module, self._layers)
         self._frozen = None if self.update_weights else FrozenFit(trainer, pl_module)
 
     @override
@@ -323,6 +334,8 @@ class FascCallback(pl.Callback):
         )
         self._taps.begin_batch(rows)
         self._calibrated += 1
+        if self._refit is not None:
+            self._refit.keep(batch)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -388,11 +401,12 @@ class FascCallback(pl.Callback):
         self._replaced = swap_modules(pl_module, result.replacements)
         attach_config(pl_module, method=self.method, options=self.options)
         self._seconds["swap"] = time.perf_counter() - start
+        refitted = self._run_refit(trainer, pl_module)
         # They hold the dense parameters, which a checkpoint would otherwise store beside the factors.
         trainer.strategy.optimizers = []
         trainer.strategy.lr_scheduler_configs = []
         after = self._measure(pl_module, {**self._layers, **result.replacements})
-        self.report = self._make_report(trainer, before, after)
+        self.report = self._make_report(trainer, before, after, refitted)
         log_report(trainer.loggers, self.report, trainer.global_step)
         rank_zero_info(f"\n{self.report}")
 
@@ -446,16 +460,30 @@ class FascCallback(pl.Callback):
             device=trainer.strategy.root_device,
             progress=layer_progress(trainer),
             methods=methods,
+            consume=self._refit is None,
         )
         self._reports = [LayerReport.of(plan, rows[plan.name], flags[plan.name]) for plan in result.layers]
         return same_everywhere(trainer, result)
+
+    def _run_refit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> RefitReport | None:
+        if self._refit is None:
+            return None
+        assert self._moments is not None
+        start = time.perf_counter()
+        report = self._refit.run(trainer, pl_module, self._replaced, self._moments)
+        self._seconds["refit"] = time.perf_counter() - start
+        return report
 
     @staticmethod
     def _measure(pl_module: pl.LightningModule, layers: dict[str, nn.Module]) -> tuple[Size, Size]:
         return measure_layers(layers), measure_model(pl_module)
 
     def _make_report(
-        self, trainer: pl.Trainer, before: tuple[Size, Size], after: tuple[Size, Size]
+        self,
+        trainer: pl.Trainer,
+        before: tuple[Size, Size],
+        after: tuple[Size, Size],
+        refitted: RefitReport | None,
     ) -> CompressionReport:
         return CompressionReport(
             method=self.method,
@@ -467,6 +495,7 @@ class FascCallback(pl.Callback):
             moments_bytes=self._moments_bytes,
             peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
             layers=self._reports,
+            refit=None if refitted is None else refit_figures(refitted),
         )
 
     def _release(self, trainer: pl.Trainer) -> None:
@@ -480,6 +509,6 @@ class FascCallback(pl.Callback):
 
     def _forget(self) -> None:
         """Drop statistics and references to the module's layers."""
-        self._taps = self._moments = self._frozen = self._scores = None
+        self._taps = self._moments = self._frozen = self._scores = self._refit = None
         self._layers, self._replaced, self._reports = {}, {}, []
         self._monitor.forget()

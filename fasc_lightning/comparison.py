@@ -26,6 +26,7 @@ from fasc_lightning.factorize import Progress, Unit, compress_layers, layer_budg
 from fasc_lightning.lowrank import Layout
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.refit import refit
+from fasc_lightning.refit_phase import GradientMoments
 from fasc_lightning.report import measure_layers, write_json
 from fasc_lightning.swap import swap_modules
 
@@ -340,7 +341,7 @@ class Comparison:
         seconds = {"factorize": factorized - start, "swap": time.perf_counter() - factorized}
         try:
             if cell.refit and dense:
-                gradients = {name: moments.gradients[name].compute() for name in dense}
+                gradients = GradientMoments(moments, dense)
                 seconds["refit"] = refit(self.model, dense, gradients, self._batches(), progress=progress).seconds
             yield Built(self.model, {**layers, **result.replacements}, seconds, plan)
         finally:

@@ -264,7 +264,9 @@ class CalibrationMoments:
         for group in self._own():
             group.pop(name, None)
         plain = "plain" in self.needs
-        self.gradients[name] = Moments(m, self.dtype, second=plain).to(self.device)  # its count says that nothing is left
+        self.gradients[name] = Moments(m, self.dtype, second=plain).to(
+            self.device
+        )  # its count says that nothing is left
         for key in [key for key in self.inputs if not any(member in self.shapes for member in key)]:
             self.inputs[key] = self._new_input(n)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from fasc_lightning.factorize import Progress
 from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
 from fasc_lightning.moments import moment_dtype
 from fasc_lightning.refit_blocks import BatchLoss, BlockRunner, Joins, RefitError, find_blocks, joins_stream
+from fasc_lightning.refit_report import BlockRefit, LayerRefit, RefitReport
 from fasc_lightning.refit_solve import (
     DriftMoments,
     Factors,
@@ -35,91 +36,6 @@ Target = Literal["layer", "stream"]
 
 
 @dataclass(frozen=True)
-class LayerRefit:
-    """What the refit did to one layer.
-
-    Attributes:
-        name: Dotted name.
-        block: Number of its block.
-        before: Held-out error of the factors as they were, relative to that of an output of zero.
-        after: That of the factors chosen; equal to ``before`` if none were better.
-        anchor: lambda of the factors chosen; NaN if none.
-        variant: Which factors moved; "" if none.
-        accepted: Whether the layer ended with new factors.
-    """
-
-    name: str
-    block: int
-    before: float
-    after: float
-    anchor: float
-    variant: str
-    accepted: bool
-
-
-@dataclass(frozen=True)
-class BlockRefit:
-    """The judge's verdict on one block: the model's mean loss on held-out batches, in nats.
-
-    Attributes:
-        block: Its number.
-        before: With the block's factors as they were, those of earlier blocks refitted.
-        after: With the block's new factors.
-        accepted: Whether they stayed.
-    """
-
-    block: int
-    before: float
-    after: float
-    accepted: bool
-
-
-@dataclass(frozen=True)
-class RefitReport:
-    """What a refit did.
-
-    Attributes:
-        layers: In order of execution.
-        blocks: The verdicts.
-        skipped: Layers that could not be refitted: not reached, run more than once, or on other tokens than the block.
-        loss_before: The model's mean loss on the held-out batches before, in nats.
-        loss_after: And after.
-        reverted: Whether the last check put everything back.
-        fit_batches: How many batches the factors were fitted to.
-        held_batches: How many were held out.
-        seconds: What it took.
-    """
-
-    layers: list[LayerRefit]
-    blocks: list[BlockRefit]
-    skipped: list[str]
-    loss_before: float
-    loss_after: float
-    reverted: bool
-    fit_batches: int
-    held_batches: int
-    seconds: float
-
-    @property
-    def accepted(self) -> int:
-        """Number of layers that ended with new factors."""
-        return sum(layer.accepted for layer in self.layers)
-
-    def __str__(self) -> str:
-        """One line."""
-        if self.reverted:
-            return (
-                f"Refit: put back, since the held-out loss would have gone from {self.loss_before:.4f} to "
-                f"{self.loss_after:.4f} ({self.seconds:.0f} s)."
-            )
-        return (
-            f"Refit: {self.accepted} of {len(self.layers) + len(self.skipped)} layers, held-out loss "
-            f"{self.loss_before:.4f} to {self.loss_after:.4f} ({self.held_batches} of "
-            f"{self.fit_batches + self.held_batches} batches held out, {self.seconds:.0f} s)."
-        )
-
-
-@dataclass(frozen=True)
 class RefitOptions:
     """How a refit chooses.
 
@@ -133,12 +49,12 @@ class RefitOptions:
             only the last check is made.
     """
 
-    anchors: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
-    variants: tuple[Variant, ...] = ("factors", "right")
+    anchors: tuple[float, ...] = (1.0, 3.0)
+    variants: tuple[Variant, ...] = ("factors",)
     target: Target = "stream"
     bias: bool = True
     holdout: int = 4
-    judge_batches: int = 8
+    judge_batches: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -253,7 +169,7 @@ def refit(
     if report.reverted:
         for name, layer in layers.items():
             layer.load_state_dict(saved[name])
-    return RefitReport(**{**vars(report), "seconds": time.perf_counter() - start})
+    return replace(report, seconds=time.perf_counter() - start)
 
 
 class _Refit:
@@ -297,7 +213,7 @@ class _Refit:
         changed = any(layer.accepted for layer in self.reports)
         after = self._model_loss() if changed else before
         reverted = not after <= before  # NaN, too
-        reports = [_undone(layer) for layer in self.reports] if reverted else self.reports
+        reports = [layer.undone() for layer in self.reports] if reverted else self.reports
         done = {layer.name for layer in reports}
         held = len(self.held)
         return RefitReport(
@@ -330,7 +246,7 @@ class _Refit:
             else:
                 for name, state in saved.items():
                     inside[name].load_state_dict(state)
-                reports = [_undone(report) for report in reports]
+                reports = [report.undone() for report in reports]
                 drifted = self._push(block, self.drifted)
         self.reports += reports
         self.exact, self.drifted = exact, drifted
@@ -477,10 +393,6 @@ def _store(layer: CompressedLinear, factors: Factors) -> None:
         device=parameter.device,
     )
     layer.load_state_dict(built.state_dict())
-
-
-def _undone(report: LayerRefit) -> LayerRefit:
-    return LayerRefit(report.name, report.block, report.before, report.after, report.anchor, report.variant, False)
 
 
 def _real_tokens(batch: Any) -> Tensor | None:

@@ -81,10 +81,12 @@ class CompressionReport:
         seed: Of token subsampling.
         targeted: Sizes of the targeted layers, "dense" and "compressed".
         whole: Sizes of the whole model, alike.
-        seconds: By phase: calibrate, factorize, swap.
+        seconds: By phase: calibrate, factorize, swap, and refit if there was one.
         moments_bytes: Memory of the statistics.
         peak_memory_bytes: Largest memory of the process (on CUDA: of the device) so far.
         layers: One row a targeted layer.
+        refit: What a refit did: layers changed, loss before and after on held-out batches, how many batches there
+            were, whether all was put back; None if there was none.
         versions: Of the libraries.
     """
 
@@ -97,6 +99,7 @@ class CompressionReport:
     moments_bytes: int
     peak_memory_bytes: int
     layers: list[LayerReport] = field(repr=False)
+    refit: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
 
     def to_dict(self) -> dict[str, Any]:
@@ -252,6 +255,10 @@ def summary_table(report: CompressionReport) -> str:
             f"{before_size.bytes / 1e6:.1f} -> {after_size.bytes / 1e6:.1f} MB, "
             f"{before_size.flops_per_token / 1e6:.1f} -> {after_size.flops_per_token / 1e6:.1f} MFLOPs a token"
         )
+    if report.refit is not None:
+        loss = report.refit["loss"]
+        outcome = "put back" if report.refit["reverted"] else f"{report.refit['layers']} layers changed"
+        lines.append(f"refit: {outcome}; held-out loss {loss['before']:.4f} -> {loss['after']:.4f}")
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())
     lines.append(f"{seconds}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
     return "\n".join(lines)

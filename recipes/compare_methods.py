@@ -78,7 +78,7 @@ def build_parser() -> ArgumentParser:
     add("--keep", nargs="+", type=float, default=[], help="fractions of the targeted parameters; 0.8 if no budget")
     add("--rank", nargs="+", type=int | float, default=[], help="fractions of full rank (0.5) or ranks (256)")
     add("--settings", nargs="+", default=["fisher-pivot"], help="ALLOCATION-LAYOUT, as uniform-factors")
-    add("--refit", default="false", choices=["true", "false"], help="whether factors are refitted, in all cells")
+    add("--refit-methods", nargs="*", default=[], help="solvers measured refitted as well, in the last setting")
     add("--gfwsvd-passes", type=int, default=2, help="passes of gfwsvd's iteration beyond the first step")
     add("--eval-text", nargs="+", default=[], help="NAME=FILE: texts to measure perplexity on")
     add("--eval-facts", help="jsonl file with subject, relation, template, object, kind")
@@ -149,11 +149,16 @@ def check(options: Namespace) -> Namespace:
     if options.methods == ["all"]:
         options.methods = [*available_methods(), *PRUNERS]
     solvers = available_methods()
-    for name, known in (("methods", [*solvers, *PRUNERS]), ("study_methods", solvers), ("studies", STUDIES)):
+    for name, known in (
+        ("methods", [*solvers, *PRUNERS]),
+        ("refit_methods", solvers),
+        ("study_methods", solvers),
+        ("studies", STUDIES),
+    ):
         if unknown := [value for value in options[name] if value not in known]:
             option = name.replace("_", "-")
             raise ValueError(f"Expected --{option} to be of {', '.join(known)} but got {', '.join(unknown)}.")
-        if len(set(options[name])) < len(options[name]) or not options[name]:
+        if len(set(options[name])) < len(options[name]) or not (options[name] or name == "refit_methods"):
             raise ValueError(f"Expected --{name.replace('_', '-')} to be different names but got {options[name]}.")
     if not options.keep and not options.rank:
         options.keep = [0.8]
@@ -175,7 +180,6 @@ def grid_cells(options: Namespace) -> list[Cell]:
     """Return the cells of the grid, budget by budget; pruners have one a budget, whatever the settings."""
     budgets = [*(Budget(keep=keep) for keep in options.keep), *(Budget(rank=rank) for rank in options.rank)]
     settings = [Setting.parse(text) for text in options.settings]
-    refit = options.refit == "true"
     cells = []
     for budget in budgets:
         for method in options.methods:
@@ -183,7 +187,10 @@ def grid_cells(options: Namespace) -> list[Cell]:
             if method in PRUNERS:
                 cells.append(Cell(method, budget))
             else:
-                cells += [Cell(method, budget, setting, refit, passes) for setting in settings]
+                cells += [Cell(method, budget, setting, passes=passes) for setting in settings]
+        for method in options.refit_methods:
+            passes = options.gfwsvd_passes if method == "gfwsvd" else 0
+            cells.append(Cell(method, budget, settings[-1], True, passes))
     return cells
 
 
@@ -237,7 +244,8 @@ class Run:
             options.seed,
             progress=sys.stderr.isatty(),
         )
-        solvers = [method for method in options.methods if method not in PRUNERS] if self._grid(options) else []
+        grid = [*options.methods, *options.refit_methods] if self._grid(options) else []
+        solvers = [method for method in dict.fromkeys(grid) if method not in PRUNERS]
         if {"sensitivity", "layers"} & set(options.studies):
             solvers += options.study_methods
         if "thresholds" in options.studies:

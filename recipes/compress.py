@@ -69,7 +69,7 @@ def build_parser() -> ArgumentParser:
     add("--method", default="fasc", choices=available_methods(), help="solver")
     add("--allocation", default="fisher", choices=list(ALLOCATIONS), help="how the budget is spent over layers")
     add("--layout", default="auto", choices=["auto", "pivot", "factors"], help="how a low-rank matrix is stored")
-    add("--refit", default="false", choices=["true", "false"], help="only false: this version has no refit")
+    add("--refit", default="true", choices=["true", "false"], help="whether factors are refitted to drifted inputs")
     add("--windows", type=int, default=64, help="calibration windows")
     add("--window", type=int, default=512, help="tokens a window")
     add("--token-fraction", type=float, default=1.0, help="share of the tokens that enters the moments")
@@ -121,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         method=options.method,
         allocation=options.allocation,
         layout=options.layout,
+        refit=options.refit == "true",
         token_fraction=options.token_fraction,
         seed=options.seed,
     )
@@ -151,8 +152,6 @@ def check(options: Namespace) -> Namespace:
     if options.rank is None and options.keep is None:
         options.rank = 0.5
     FascCallback(rank=options.rank, keep=options.keep, token_fraction=options.token_fraction)  # refuses wrong values
-    if options.refit == "true":
-        raise ValueError("Expected --refit false: this version has no refit of the factors.")
     for name in ("windows", "window", "eval_windows", "batch_size"):
         if options[name] < 1:
             raise ValueError(f"Expected --{name.replace('_', '-')} to be at least 1 but got {options[name]}.")

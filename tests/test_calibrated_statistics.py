@@ -68,7 +68,7 @@ def test_a_pooled_gate_gathers_its_own_beside_the_methods(make_trainer):
     assert statistics_needed("fasc", 0.3) == {"coupled", "plain"}
 
 
-def test_methods_that_need_only_A_and_G_gather_nothing_else(make_trainer):
+def test_methods_that_need_plain_moments_gather_nothing_else(make_trainer):
     callback = RecordingCallback(rank=0.5, method="fasc-plain", update_weights=False)
     make_trainer(callback).fit(causal_module(), token_loader())
     assert not callback.kept_moments.takes_pairs

@@ -307,7 +307,7 @@ def test_report_is_complete_and_json(make_trainer, tmp_path):
     assert saved["targeted"]["parameters"]["compressed"] <= 0.7 * saved["targeted"]["parameters"]["dense"]
     flops = saved["targeted"]["flops_per_token"]
     assert flops["compressed"] == 2 * saved["targeted"]["parameters"]["compressed"]
-    assert set(saved["seconds"]) == {"calibrate", "factorize", "swap"}
+    assert set(saved["seconds"]) == {"calibrate", "factorize", "swap", "refit"}
     assert saved["peak_memory_bytes"] > 0
     row = saved["layers"][0]
     assert set(row) == {

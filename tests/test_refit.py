@@ -42,7 +42,7 @@ def test_families_lose_less_on_held_out_tokens_with_the_same_parameters(family):
     layers = compressed_layers(case.model)
     kinds = {name: (type(layer), layer.rank, layer.parameter_count, id(layer)) for name, layer in layers.items()}
     parameters = sum(p.numel() for p in case.model.parameters())
-    report = refit(*case.refit_arguments())
+    report = refit(*case.refit_arguments(), options=RefitOptions(judge_batches=3))
     assert report.loss_before == pytest.approx(before, rel=1e-5)
     assert report.loss_after == pytest.approx(held_loss(case, case.model), rel=1e-5)
     assert report.loss_after <= report.loss_before
@@ -139,7 +139,7 @@ def test_the_judge_puts_a_block_back_and_says_so(monkeypatch):
     before = state(case.model)
     verdicts = iter([1.0, 2.0, 0.5])  # before; after block 0; after block 1
     monkeypatch.setattr(refit_module._Refit, "_judge", lambda self, block, hidden=None: next(verdicts))
-    report = refit(*case.refit_arguments())
+    report = refit(*case.refit_arguments(), options=RefitOptions(judge_batches=3))
     assert [(block.block, block.accepted) for block in report.blocks] == [(0, False), (1, True)]
     assert {layer.block for layer in report.layers if layer.accepted} == {1}
     for name, value in case.model.state_dict().items():

@@ -239,9 +239,10 @@ def test_a_method_that_fails_is_shown_with_its_reason_and_stops_nothing(recipe, 
 def test_refit_and_passes_are_cells_of_their_own(recipe, folder):
     options = arguments(folder, "--methods", "gfwsvd", "--studies", "grid")
     recipe.main([*options, "--gfwsvd-passes", "0"])
-    content = recipe.main([*options, "--gfwsvd-passes", "1", "--refit", "true"])
-    assert content["cells"][1]["refit"] is True
-    assert content["cells"][1]["seconds refit"] > 0
+    content = recipe.main([*options, "--gfwsvd-passes", "1", "--refit-methods", "fasc"])
+    refitted = [cell for cell in content["cells"] if cell.get("refit")]
+    assert [cell["method"] for cell in refitted] == ["fasc"]
+    assert refitted[0]["seconds refit"] > 0
     assert content["seconds"]["1 further passes for kronecker"] > 0
     assert len(list((folder / "out" / "cells" / "grid").glob("gfwsvd*"))) == 2
 

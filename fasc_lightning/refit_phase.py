@@ -1,0 +1,203 @@
+"""The refit inside a fit: which modules allow one, the batches it needs, and one result on every process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from fasc_lightning._distributed import is_distributed
+from fasc_lightning._progress import layer_progress
+from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.refit import RefitOptions, RefitReport, check_refit, refit
+from fasc_lightning.refit_blocks import RefitError
+
+#: "auto" refits where a module allows it and says why where not; True insists.
+Refit = bool | Literal["auto"]
+
+
+class RefitPhase:
+    """Keeps the calibration's batches on the CPU, and refits the factors once they are in the module.
+
+    Args:
+        insisted: Whether to warn, not only say so, where there turn out to be too few batches.
+        options: How the refit chooses.
+    """
+
+    def __init__(self, insisted: bool = False, options: RefitOptions | None = None) -> None:
+        self.insisted = insisted
+        self.options = options or RefitOptions()
+        self.batches: list[Any] = []
+
+    @staticmethod
+    def of(wanted: Refit, pl_module: pl.LightningModule, layers: Iterable[str]) -> RefitPhase | None:
+        """Return the phase, or None where there shall be none; before any work is done.
+
+        Args:
+            wanted: The option.
+            pl_module: The module of the fit.
+            layers: Names of the targeted layers in it.
+
+        Raises:
+            RefitError: If a refit is insisted on and the module does not allow one.
+        """
+        if wanted is False:
+            return None
+        try:
+            if not pl_module.automatic_optimization:
+                raise RefitError(
+                    "Expected automatic optimization, so that `training_step` returns the loss that judges a refit. "
+                    "Compress with refit=False."
+                )
+            check_refit(pl_module, layers)
+        except RefitError as error:
+            if wanted is True:
+                raise
+            rank_zero_info(f"FascCallback: the factors will not be refitted. {error}")
+            return None
+        return RefitPhase(insisted=wanted is True)
+
+    def keep(self, batch: Any) -> None:
+        """Keep a batch of the calibration."""
+        self.batches.append(move_data_to_device(batch, "cpu"))
+
+    def run(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        dense: Mapping[str, nn.Module],
+        moments: CalibrationMoments,
+    ) -> RefitReport | None:
+        """Refit the compressed module in place; on several processes with the first one's batches, for all.
+
+        Args:
+            trainer: Of the fit.
+            pl_module: The module, its layers replaced.
+            dense: The layers that were replaced, by name.
+            moments: The calibration's, whose G is the metric.
+
+        Returns:
+            What was done; None if there was nothing to do or too few batches, which is said, or on other processes.
+
+        Raises:
+            RuntimeError: On every process but the first, if the first one failed.
+        """
+        if not is_distributed(trainer):
+            return self._run(trainer, pl_module, dense, moments)
+        report, error = None, None
+        if trainer.is_global_zero:
+            try:
+                report = self._run(trainer, pl_module, dense, moments)
+            except Exception as caught:
+                error = caught
+        failed = [error is not None]
+        dist.broadcast_object_list(failed, src=0)
+        if error is not None:
+            raise error
+        if failed[0]:
+            raise RuntimeError("The refit failed on the first process; see its error. The module is put back.")
+        modules = dict(pl_module.named_modules())
+        for name in sorted(dense):
+            for tensor in modules[name].state_dict().values():
+                dist.broadcast(tensor, src=0)
+        return report
+
+    def _run(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        dense: Mapping[str, nn.Module],
+        moments: CalibrationMoments,
+    ) -> RefitReport | None:
+        if not dense:
+            return None
+        if len(self.batches) < self.options.holdout:
+            say = rank_zero_warn if self.insisted else rank_zero_info
+            say(
+                f"FascCallback: the factors are not refitted. That takes at least {self.options.holdout} calibration "
+                f"batches, of which every {self.options.holdout}th is held out, and there were {len(self.batches)}. "
+                "HINT: smaller batches, or refit=False."
+            )
+            return None
+        device = trainer.strategy.root_device
+        with _silent(pl_module):
+            return refit(
+                pl_module,
+                dense,
+                GradientMoments(moments, dense),
+                [move_data_to_device(batch, device) for batch in self.batches],
+                options=self.options,
+                loss=_training_loss,
+                device=device,
+                progress=layer_progress(trainer),
+            )
+
+
+def refit_figures(report: RefitReport) -> dict[str, Any]:
+    """Return what a compression's report says of a refit, in plain types."""
+    return {
+        "layers": report.accepted,
+        "loss": {"before": report.loss_before, "after": report.loss_after},
+        "batches": {"fit": report.fit_batches, "held": report.held_batches},
+        "reverted": report.reverted,
+    }
+
+
+class GradientMoments(Mapping[str, Tensor]):
+    """G of each layer by name, the coupled one if there is one, unpacked when it is asked for: all of them at once would be as large as a model.
+
+    Args:
+        moments: Of the calibration.
+        names: The layers.
+    """
+
+    def __init__(self, moments: CalibrationMoments, names: Iterable[str]) -> None:
+        self._moments = moments
+        self._names = list(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        statistics = self._moments.layer(name)
+        return statistics.G if statistics.coupled is None else statistics.coupled[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _training_loss(module: nn.Module, batch: Any) -> Tensor:
+    """Return the module's own loss of a batch.
+
+    Raises:
+        RefitError: If the training step skips it.
+    """
+    assert isinstance(module, pl.LightningModule)
+    outputs: Any = module.training_step(batch, 0)
+    loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+    if not isinstance(loss, Tensor):
+        raise RefitError(
+            f"Expected a training step that returns a loss for every batch but got {type(loss).__name__}. Compress "
+            "with refit=False."
+        )
+    return loss
+
+
+@contextmanager
+def _silent(module: pl.LightningModule) -> Iterator[None]:
+    """Let a training step run outside of the training loop, where ``self.log`` is an error."""
+    names = ("log", "log_dict")
+    vars(module).update(dict.fromkeys(names, lambda *args, **kwargs: None))
+    try:
+        yield
+    finally:
+        for name in names:
+            del vars(module)[name]

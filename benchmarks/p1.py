@@ -25,9 +25,12 @@ FACTS = "facts_p1.jsonl"
 ROWS = {
     "keep0.8": ["--keep", "0.8"],
     "keep0.6": ["--keep", "0.6"],
+    "keep0.4": ["--keep", "0.4"],
     "rank0.5": ["--rank", "0.5"],
+    "keep0.8-without-refit": ["--keep", "0.8", "--refit", "false"],
+    "keep0.6-without-refit": ["--keep", "0.6", "--refit", "false"],
     "rank0.5-svd-llm-uniform-factors": (
-        ["--rank", "0.5", "--method", "svd-llm", "--allocation", "uniform", "--layout", "factors"]
+        ["--rank", "0.5", "--method", "svd-llm", "--allocation", "uniform", "--layout", "factors", "--refit", "false"]
     ),
     "keep0.8-256-windows": ["--keep", "0.8", "--windows", "256"],
     "keep0.6-256-windows": ["--keep", "0.6", "--windows", "256"],

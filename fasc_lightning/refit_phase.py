@@ -150,7 +150,9 @@ def refit_figures(report: RefitReport) -> dict[str, Any]:
 
 
 class GradientMoments(Mapping[str, Tensor]):
-    """G of each layer by name, the coupled one if there is one, unpacked when it is asked for: all of them at once would be as large as a model.
+    """G of each layer by name, the coupled one if there is one.
+
+    Unpacked when it is asked for: all of them at once would be as large as a model.
 
     Args:
         moments: Of the calibration.

@@ -27,6 +27,7 @@ class Saving(FascCallback):
         ranks = {row.name: row.rank for row in self.report.layers}
         rhos = {row.name: row.rho_debiased for row in self.report.layers}
         content = {"moments": layers, "ranks": ranks, "rhos": rhos, "state": pl_module.state_dict()}
+        content["refit"] = self.report.refit
         torch.save(content, Path(sys.argv[3]) / f"{sys.argv[2]}-{trainer.global_rank}.pt")
 
 
@@ -49,7 +50,15 @@ def main() -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Saving(rank=0.5, update_weights=False, token_fraction=fraction, allocation=sys.argv[5])],
+        callbacks=[
+            Saving(
+                rank=0.5,
+                update_weights=False,
+                token_fraction=fraction,
+                allocation=sys.argv[5],
+                refit=sys.argv[6] == "True",
+            )
+        ],
     )
     trainer.fit(module, loader)
 

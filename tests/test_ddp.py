@@ -24,8 +24,8 @@ def run_script(script: str, *arguments: object) -> None:
     )
 
 
-def run(devices: int, name: str, folder: Path, fraction: float, allocation: str) -> list[dict]:
-    run_script("ddp_fit.py", devices, name, folder, fraction, allocation)
+def run(devices: int, name: str, folder: Path, fraction: float, allocation: str, refit: bool = False) -> list[dict]:
+    run_script("ddp_fit.py", devices, name, folder, fraction, allocation, refit)
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(devices)]
 
 
@@ -54,6 +54,16 @@ def test_two_processes_end_as_one_does(tmp_path, fraction, allocation):
             assert (weights[name] - expected).norm() <= 1e-3 * expected.norm()
             compared += 1
     assert compared >= (14 if allocation == "uniform" else 7)
+
+
+def test_two_processes_end_with_the_refit_of_the_first(tmp_path):
+    (plain, _), (first, second) = (run(2, str(refit), tmp_path, 1.0, "fisher", refit) for refit in (False, True))
+    assert plain["refit"] is None
+    assert first["refit"]["batches"] == {"fit": 3, "held": 1}
+    assert second["refit"] is None
+    assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
+    changed = any(not torch.equal(value, plain["state"][name]) for name, value in first["state"].items())
+    assert changed is (not first["refit"]["reverted"])
 
 
 def test_two_processes_observe_what_one_does(tmp_path):

@@ -173,7 +173,7 @@ def test_the_cross_moment_can_be_dropped_once_it_has_served(tokens):
 
 
 def test_unknown_statistics_and_a_saliency_without_gradients_are_refused(tokens):
-    with pytest.raises(ValueError, match="among plain, coupled, C, .*, kronecker but got 'hessian'"):
+    with pytest.raises(ValueError, match=r"among plain, coupled, C, .*, kronecker but got 'hessian'"):
         CalibrationMoments({"q": (4, 3)}, needs=["C", "hessian"])
     moments = CalibrationMoments({"q": (4, 3)}, torch.float64, needs=["saliency"])
     with pytest.raises(ValueError, match="input gradients g = W\\^T h of layer 'q'"):

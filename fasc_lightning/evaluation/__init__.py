@@ -10,6 +10,7 @@ from fasc_lightning.evaluation.facts import (
     recalled_facts,
 )
 from fasc_lightning.evaluation.grouped import GroupedPercent
+from fasc_lightning.evaluation.harness import HarnessResult, HarnessScore, harness_model, run_harness
 from fasc_lightning.evaluation.intervals import PairedInterval, paired_interval
 from fasc_lightning.evaluation.minimal_pairs import (
     MinimalPair,
@@ -44,6 +45,11 @@ from fasc_lightning.evaluation.short_answers import (
 )
 
 __all__ = [
+    # tasks of lm-eval
+    "HarnessResult",
+    "HarnessScore",
+    "harness_model",
+    "run_harness",
     # perplexity
     "MeanTokenLoss",
     "perplexity",

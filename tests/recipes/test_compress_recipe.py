@@ -138,7 +138,6 @@ def test_self_calibration_and_builtin_evaluation(recipe, folder, monkeypatch):
     [
         (["--eval-text", "foxes"], ValueError, "NAME=FILE but got 'foxes'"),
         (["--eval-text", "foxes=nowhere.txt"], FileNotFoundError, r"nowhere\.txt is none"),
-        (["--refit", "true"], ValueError, "has no refit"),
         (["--windows", "0"], ValueError, "--windows to be at least 1"),
         (["--rank", "0.5", "--keep", "0.5"], ValueError, "got both"),
     ],

@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARK_OUT ?= benchmarks/results
 
-.PHONY: install compress track-rho test lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring clean
+.PHONY: install compress track-rho test lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-variants clean
 
 install: $(STAMP)
 
@@ -42,6 +42,10 @@ benchmark-monitoring: install
 # Needs the evaluation texts: FASC_DATA=<folder> make benchmark-p1
 benchmark-p1: install
 	$(RUN) benchmarks/p1.py --output $(BENCHMARK_OUT)
+
+# Needs them, too, and hours: every variant of fasc that was tried. VARIANTS='--variants fasc refit' runs a few.
+benchmark-variants: install
+	$(RUN) benchmarks/fasc_variants.py --output $(BENCHMARK_OUT)/fasc_variants $(VARIANTS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -13,7 +13,6 @@ A statistic is a pair of matrices a layer, A (n, n) of its inputs and G (m, m) o
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -150,10 +149,9 @@ def fisher_windows(
             # The drawn gradients are those of a sum of token losses.
             taps.begin_batch(TokenRows(f"window {i}", scale=1.0))
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            u = draw(logits.detach(), generator)
-            if not torch.isfinite(u).all():
+            if not torch.isfinite(logits).all():
                 raise FloatingPointError(f"Expected finite logits but those of window {i} are not.")
-            logits.backward(u)
+            logits.backward(draw(logits.detach(), generator))
             taps.end_batch()
             yield (i + 1) * ids.numel()
     finally:
@@ -245,7 +243,7 @@ class Statistics:
         counts = sorted(int(name.removeprefix("windows-")) for name in missing if name.startswith("windows-"))
         # Mahalanobis lengths come last, once the plain statistics that they are taken from are there.
         rest = [name for name in missing if name not in drawn and not name.startswith("windows-")]
-        rest.sort(key="mahalanobis".__eq__)
+        rest.sort(key=lambda name: name == "mahalanobis")
         while rest:
             ready = [name for name in rest if name != "mahalanobis" or self.path("plain").is_file()][:PER_PASS]
             streams = {name: self._streams(name) for name in ready}
@@ -318,7 +316,6 @@ class Statistics:
         from safetensors.torch import save_file
 
         for name, by_layer in streams.items():
-            start = time.perf_counter()
             sums = {
                 f"{layer}:{state}": value.contiguous()
                 for layer, stream in by_layer.items()
@@ -326,5 +323,3 @@ class Statistics:
             }
             with whole_file(self.path(name)) as temporary:
                 save_file(sums, temporary)
-            if self.progress:
-                print(f"{name}: kept ({time.perf_counter() - start:.0f} s)", flush=True)

@@ -35,6 +35,10 @@ from fasc_lightning.solvers.fasc import SHRINK_A, SHRINK_G
 Target = Literal["layer", "stream"]
 
 
+#: Fewer batches leave nothing to hold out.
+MIN_BATCHES = 4
+
+
 @dataclass(frozen=True)
 class RefitOptions:
     """How a refit chooses.
@@ -44,16 +48,16 @@ class RefitOptions:
         variants: Which factors may move, likewise.
         target: See :data:`Target`.
         bias: Whether biases that are there move along.
-        holdout: Every so many-th batch is held out.
+        holdout: Every so many-th batch is held out; the last one, where there are fewer.
         judge_batches: How many of those the judge looks at after each block; 0 leaves out the verdicts on blocks, and
             only the last check is made.
     """
 
-    anchors: tuple[float, ...] = (1.0, 3.0)
+    anchors: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
     variants: tuple[Variant, ...] = ("factors",)
     target: Target = "stream"
     bias: bool = True
-    holdout: int = 4
+    holdout: int = 8
     judge_batches: int = 0
 
     def __post_init__(self) -> None:
@@ -150,10 +154,10 @@ def refit(
     options = options or RefitOptions()
     batches = list(batches)
     layers = _checked_layers(model, dense, gradients)
-    if len(batches) < options.holdout:
+    if len(batches) < MIN_BATCHES:
         raise ValueError(
-            f"Expected at least {options.holdout} batches, of which every {options.holdout}th is held out, but got "
-            f"{len(batches)}. Use smaller batches."
+            f"Expected at least {MIN_BATCHES} batches, some of which are held out, but got {len(batches)}. Use smaller "
+            "batches."
         )
     check_refit(model, dense)
     saved = {name: _state(layer) for name, layer in layers.items()}
@@ -192,7 +196,8 @@ class _Refit:
         self.options = options
         self.device = device
         self.progress = progress or (lambda names, description: names)
-        self.held = list(range(options.holdout - 1, len(runner.batches), options.holdout))
+        every = min(options.holdout, len(runner.batches))
+        self.held = list(range(every - 1, len(runner.batches), every))
         # Spread over all held-out batches, which may come from several sources in turn.
         count = min(options.judge_batches, len(self.held))
         self.judged = [self.held[i * len(self.held) // count] for i in range(count)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fasc_lightning._distributed import is_distributed
 from fasc_lightning._progress import layer_progress
 from fasc_lightning.moments import CalibrationMoments
-from fasc_lightning.refit import RefitOptions, RefitReport, check_refit, refit
+from fasc_lightning.refit import MIN_BATCHES, RefitOptions, RefitReport, check_refit, refit
 from fasc_lightning.refit_blocks import RefitError
 
 #: "auto" refits where a module allows it and says why where not; True insists.
@@ -117,12 +117,12 @@ class RefitPhase:
     ) -> RefitReport | None:
         if not dense:
             return None
-        if len(self.batches) < self.options.holdout:
+        if len(self.batches) < MIN_BATCHES:
             say = rank_zero_warn if self.insisted else rank_zero_info
             say(
-                f"FascCallback: the factors are not refitted. That takes at least {self.options.holdout} calibration "
-                f"batches, of which every {self.options.holdout}th is held out, and there were {len(self.batches)}. "
-                "HINT: smaller batches, or refit=False."
+                f"FascCallback: the factors are not refitted. That takes at least {MIN_BATCHES} calibration batches, "
+                f"some of which are held out, and there were {len(self.batches)}. HINT: smaller batches, or "
+                "refit=False."
             )
             return None
         device = trainer.strategy.root_device

@@ -1,0 +1,441 @@
+"""What makes fasc better, and what does not: variants of it on windows that neither a fit nor P1 has seen.
+
+    FASC_DATA=<folder with the texts> python benchmarks/fasc_variants.py --output benchmarks/results/fasc_variants
+
+Calibrated as P1 is, with fisher allocation and pivot storage; judged by the perplexity over the first windows of
+calib_squad_wikipedia.txt and over windows 300 and on of calib_c4_realnews.txt. Changes are ratios of perplexities with
+paired bootstrap intervals over the windows, against `plain` (fasc-plain) and against `fasc`, both without refit. A
+variant helps where it is better on both texts and hurts where it is worse on one, beyond its intervals; else it ties.
+
+Each cell (a variant at a budget) and each statistic is saved as it ends, and not made again as long as model, windows
+and options are the same; delete the folder after a change of the code. All statistics of SmolLM2-135M take 11 GB there.
+Tried besides and left out, since it diverged: correcting the mean outputs of all layers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics as stdlib_statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from variant_statistics import WINDOW_COUNTS, Statistics, nested_windows
+from variant_tables import REFERENCES, markdown, result_rows
+
+from fasc_lightning._fingerprint import fingerprint, tokenizer_fingerprint
+from fasc_lightning._tables import save_table
+from fasc_lightning.allocation import Candidate, allocate_fisher
+from fasc_lightning.bundled import load_model
+from fasc_lightning.comparison_tables import shown_perplexity
+from fasc_lightning.data import calibration_windows, model_fingerprint, read_text, text_windows
+from fasc_lightning.evaluation import token_losses
+from fasc_lightning.factorize import layer_budgets
+from fasc_lightning.lowrank import linear_shape, linear_weight, make_lowrank, pivot_cost
+from fasc_lightning.objective import HeldoutLosses, fisher_losses
+from fasc_lightning.refit import RefitOptions, RefitReport, refit
+from fasc_lightning.refit_phase import refit_figures
+from fasc_lightning.report import library_versions, write_json
+from fasc_lightning.solvers import Factorization
+from fasc_lightning.solvers._linalg import shrink
+from fasc_lightning.solvers.fasc import SHRINK_A, SHRINK_COUPLED_G, SHRINK_G, two_sided
+from fasc_lightning.study import backward_windows
+from fasc_lightning.swap import swap_modules
+from fasc_lightning.taps import Taps, select_layers
+
+CALIBRATION = ("calib_wikitext2_train.txt", "calib_wikipedia_exllama.txt", "calib_c4_realnews.txt")
+#: The texts that judge, and the first window of each that does. The news file calibrates, too, with its first windows.
+JUDGES = {"squad": ("calib_squad_wikipedia.txt", 0), "news": ("calib_c4_realnews.txt", 300)}
+#: Further windows of the calibration files, for the exact J on tokens that nothing was fitted to.
+HELDOUT_WINDOWS = 24
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a variant does; the defaults are those of ``fasc`` without refit.
+
+    Attributes:
+        A: Statistics whose A is averaged.
+        G: Statistics whose G is averaged.
+        matched: Whether those are brought to the trace of the first before: where units differ.
+        shrink_inputs: Relative shrinkage of A.
+        shrink_gradients: Of G.
+        power: The allocation is given losses to this power,
+        heldout: times (exact J on held-out windows / predicted J) to this power, both at the budget's ranks.
+        choose: Whether a layer is factorised from plain statistics where exact J on held-out windows prefers it.
+        refit: Options of a refit after allocation, if there is one.
+    """
+
+    A: tuple[str, ...] = ("coupled",)
+    G: tuple[str, ...] = ("coupled",)
+    matched: bool = False
+    shrink_inputs: float = SHRINK_A
+    shrink_gradients: float = SHRINK_COUPLED_G
+    power: float = 1.0
+    heldout: float = 0.0
+    choose: bool = False
+    refit: RefitOptions | None = None
+
+    @classmethod
+    def of(cls, *names: str, **options: Any) -> Variant:
+        """Return the variant whose A and G are both from the statistics of these names."""
+        return cls(A=names, G=names, **options)
+
+
+#: All variants by name, in the order of the tables.
+VARIANTS = {
+    "plain": Variant.of("plain", shrink_gradients=SHRINK_G),
+    "fasc": Variant(),
+    # Token weights |h|^a and |x|^a; fasc is a = 1. Shrinkage stays that of fasc.
+    "weight-0": Variant.of("plain"),
+    "weight-0.5": Variant.of("weight-0.5"),
+    "weight-1-only-A": Variant(G=("plain",)),
+    "weight-1-only-G": Variant(A=("plain",)),
+    "weight-1.5": Variant.of("weight-1.5"),
+    "weight-2": Variant.of("weight-2"),
+    "weight-2-clipped": Variant.of("weight-2-clipped"),
+    "mahalanobis": Variant.of("mahalanobis"),
+    "shrink-G-0.02": Variant(shrink_gradients=0.02),
+    "shrink-G-0.1": Variant(shrink_gradients=0.1),
+    "shrink-G-0.2": Variant(shrink_gradients=0.2),
+    "shrink-A-1e-3": Variant(shrink_inputs=1e-3),
+    "shrink-A-1e-2": Variant(shrink_inputs=1e-2),
+    "shrink-A-3e-2": Variant(shrink_inputs=3e-2),
+    # These change one thing about plain.
+    "sequence": Variant.of("sequence", shrink_gradients=SHRINK_G),
+    "sequence-half": Variant.of("plain", "sequence", matched=True, shrink_gradients=SHRINK_G),
+    "sample": Variant.of("sample", shrink_gradients=SHRINK_G),
+    "sample-half": Variant.of("plain", "sample", matched=True, shrink_gradients=SHRINK_G),
+    "root": Variant.of("root", shrink_gradients=SHRINK_G),
+    "root-half": Variant.of("plain", "root", matched=True, shrink_gradients=SHRINK_G),
+    # And these about fasc.
+    "staged-0.8": Variant.of("staged-0.8"),
+    "staged-0.8-only-G": Variant(G=("staged-0.8",)),
+    "staged-0.8-half": Variant.of("coupled", "staged-0.8"),
+    "staged-0.6": Variant.of("staged-0.6"),
+    "staged-0.6-only-G": Variant(G=("staged-0.6",)),
+    "staged-0.6-half": Variant.of("coupled", "staged-0.6"),
+    "staged-thirds": Variant.of("coupled", "staged-0.8", "staged-0.6", matched=True),
+    "losses-power-0.8": Variant(power=0.8),
+    "losses-power-1.2": Variant(power=1.2),
+    "losses-heldout": Variant(heldout=1.0),
+    "losses-heldout-root": Variant(heldout=0.5),
+    "choose-by-heldout": Variant(choose=True),
+    **{f"windows-{count}": Variant.of(f"windows-{count}") for count in WINDOW_COUNTS},
+    "refit": Variant(refit=RefitOptions()),
+    "refit-layer": Variant(refit=RefitOptions(target="layer")),
+    "refit-judge": Variant(refit=RefitOptions(judge_batches=4)),
+    "refit-lambda-1": Variant(refit=RefitOptions(anchors=(1.0,))),
+    "refit-lambda-3": Variant(refit=RefitOptions(anchors=(3.0,))),
+    "refit-lambda-0.3-1-3": Variant(refit=RefitOptions(anchors=(0.3, 1.0, 3.0))),
+    "refit-lambda-3-10": Variant(refit=RefitOptions(anchors=(3.0, 10.0))),
+}
+
+
+@dataclass
+class Bench:
+    """A model, its statistics, and the windows that judge.
+
+    Attributes:
+        model: The dense model.
+        layers: Its layers that are compressed.
+        statistics: Of them.
+        heldout: Windows for exact J, shape (windows, window).
+        judges: Windows by text.
+        folder: Where cells are kept.
+        source: Fingerprint of all that cells depend on besides the variant and the budget.
+        progress: Whether to show bars.
+    """
+
+    model: Any
+    layers: dict[str, nn.Module]
+    statistics: Statistics
+    heldout: Tensor
+    judges: dict[str, Tensor]
+    folder: Path
+    source: str
+    progress: bool = False
+
+    def dense(self) -> dict[str, Any]:
+        """Return the cell of the dense model."""
+        path = self.folder / "dense.json"
+        return self._kept(path, {}) or self._save(path, {}, {"variant": "dense", "keep": 1.0, "kept": 1.0}, {})
+
+    def run(self, name: str, variant: Variant, budgets: Sequence[float]) -> Iterator[dict[str, Any]]:
+        """Yield the cell of a variant at every budget, those that are kept from their files."""
+        settings = _settings(variant)
+        paths = {keep: self._path(name, keep) for keep in budgets}
+        if self.is_pending(name, variant, budgets):
+            self.prepare([variant])
+            start = time.perf_counter()
+            factorizations = self.factorize(variant)
+            factorize_seconds = time.perf_counter() - start
+        for keep, path in paths.items():
+            if kept := self._kept(path, settings):
+                yield kept
+                continue
+            chosen, losses = self.losses(variant, factorizations, keep)
+            ranks = self.ranks(losses, keep)
+            with self.compressed(chosen, ranks) as replaced:
+                facts: dict[str, Any] = {"variant": name, "keep": keep, "kept": self.share(ranks)}
+                seconds = {"factorize": factorize_seconds, "refit": 0.0}
+                if variant.refit is not None:
+                    report = self.refit(replaced, variant.refit)
+                    facts["refit"], seconds["refit"] = refit_figures(report), report.seconds
+                yield self._save(path, settings, facts, seconds)
+
+    def is_pending(self, name: str, variant: Variant, budgets: Sequence[float]) -> bool:
+        """Whether a cell of the variant is not there yet."""
+        return any(self._kept(self._path(name, keep), _settings(variant)) is None for keep in budgets)
+
+    def prepare(self, variants: Sequence[Variant]) -> None:
+        """Gather the statistics of all variants that are not there yet."""
+        names = [name for variant in variants for name in needed_statistics(variant)]
+        staged = [name for name in dict.fromkeys(names) if name.startswith("staged-")]
+        self.statistics.gather(name for name in names if name not in staged)
+        for name in staged:
+            if self.statistics.path(name).is_file():
+                continue
+            factorizations = self.factorize(VARIANTS["fasc"])
+            ranks = self.ranks(_losses_of(factorizations), float(name.removeprefix("staged-")))
+            with self.compressed(factorizations, ranks):
+                del factorizations
+                now = {layer: self.model.get_submodule(layer) for layer in self.layers}
+                self.statistics.gather_staged(name, now)
+
+    def metric(self, variant: Variant, layer: str) -> tuple[Tensor, Tensor]:
+        """Return A (n, n) and G (m, m) of one layer as the variant takes them, shrunk, in float64."""
+        read = {name: self.statistics.pair(name, layer) for name in {*variant.A, *variant.G}}
+        A = mean_matrix([read[name][0] for name in variant.A], variant.matched)
+        G = mean_matrix([read[name][1] for name in variant.G], variant.matched)
+        return shrink(A, variant.shrink_inputs), shrink(G, variant.shrink_gradients)
+
+    def factorize(self, variant: Variant) -> dict[str, Factorization]:
+        """Return the factors of every layer."""
+        found = {}
+        for name, module in self.layers.items():
+            result = two_sided(linear_weight(module).detach(), *self.metric(variant, name))
+            # Single precision halves the memory of all of them; losses keep theirs.
+            found[name] = Factorization(result.left.float(), result.right.float(), result.losses)
+        return found
+
+    def losses(
+        self, variant: Variant, factorizations: dict[str, Factorization], keep: float
+    ) -> tuple[dict[str, Factorization], dict[str, Tensor]]:
+        """Return each layer's factors, and the losses by rank that the allocation is to see."""
+        chosen = dict(factorizations)
+        heldout = self.heldout_losses(keep) if variant.heldout or variant.choose else {}
+        if variant.choose:
+            plain = self.factorize(VARIANTS["plain"])
+            for name, J in heldout.items():
+                if J["plain"] < J["fasc"]:
+                    W = linear_weight(self.layers[name]).detach()
+                    in_one_unit = fisher_losses(W, *self.metric(VARIANTS["fasc"], name), plain[name])
+                    chosen[name] = replace(plain[name], losses=in_one_unit)
+        losses = {name: loss**variant.power for name, loss in _losses_of(chosen).items()}
+        if variant.heldout:
+            ratios = {name: J["fasc"] / J["predicted"] for name, J in heldout.items()}
+            usual = stdlib_statistics.median(ratios.values())  # for layers that are dense at these ranks
+            losses = {name: loss * ratios.get(name, usual) ** variant.heldout for name, loss in losses.items()}
+        return chosen, losses
+
+    def heldout_losses(self, keep: float) -> dict[str, dict[str, float]]:
+        """Return exact J of `fasc` and of `plain` at the ranks of `fasc`, and what `fasc` predicted, by layer."""
+        path, settings = self.folder / f"heldout-{keep}.json", {"windows": len(self.heldout)}
+        if kept := self._kept(path, settings):
+            return kept["layers"]
+        fasc, plain = (self.factorize(VARIANTS[name]) for name in ("fasc", "plain"))
+        ranks = {name: k for name, k in self.ranks(_losses_of(fasc), keep).items() if k is not None}
+        judge = HeldoutLosses(
+            {name: linear_weight(self.layers[name]).detach() for name in ranks},
+            {
+                name: {label: _weight(found[name], k) for label, found in (("fasc", fasc), ("plain", plain))}
+                for name, k in ranks.items()
+            },
+        )
+        for _ in backward_windows(self.model, Taps(self.layers, pairs=judge), self.heldout, self.progress):
+            pass
+        found = {name: {**judge.losses(name), "predicted": float(fasc[name].losses[k])} for name, k in ranks.items()}
+        write_json({"layers": found, "source": self.source, "settings": settings}, path)
+        return found
+
+    def ranks(self, losses: Mapping[str, Tensor], keep: float) -> dict[str, int | None]:
+        """Return the rank of each layer in a budget, None for dense."""
+        candidates = [Candidate(k, *linear_shape(self.layers[k]), v.double().numpy()) for k, v in losses.items()]
+        ranks = allocate_fisher(candidates, sum(layer_budgets(self.layers, None, keep).values()), pivot_cost)
+        return {candidate.name: k for candidate, k in zip(candidates, ranks, strict=True)}
+
+    def share(self, ranks: Mapping[str, int | None]) -> float:
+        """Return the share of the layers' weights that is kept."""
+        shapes = {name: linear_shape(self.layers[name]) for name in ranks}
+        spent = sum(m * n if (k := ranks[name]) is None else pivot_cost(m, n, k) for name, (m, n) in shapes.items())
+        return spent / sum(m * n for m, n in shapes.values())
+
+    @contextmanager
+    def compressed(
+        self, factorizations: Mapping[str, Factorization], ranks: Mapping[str, int | None]
+    ) -> Iterator[dict[str, nn.Module]]:
+        """Compress the model for the length of a block; yields the dense layers that were replaced."""
+        built: dict[str, nn.Module] = {}
+        for name, k in ranks.items():
+            if k is not None:
+                bias: Tensor | None = getattr(self.layers[name], "bias", None)
+                B, C = factorizations[name].truncate(k)
+                built[name] = make_lowrank(B, C, None if bias is None else bias.detach(), "pivot").requires_grad_(False)
+        replaced = swap_modules(self.model, built)
+        try:
+            yield replaced
+        finally:
+            swap_modules(self.model, replaced)
+
+    def refit(self, replaced: dict[str, nn.Module], options: RefitOptions) -> RefitReport:
+        """Refit the compressed model on the calibration windows."""
+        gradients = {name: self.statistics.pair("coupled", name)[1] for name in replaced}
+        batches = [{"input_ids": ids} for ids in self.statistics.windows.split(1)]
+        return refit(self.model, replaced, gradients, batches, options=options)
+
+    def _path(self, name: str, keep: float) -> Path:
+        return self.folder / f"{name}-{keep}.json"
+
+    def _kept(self, path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """Return a file's content if it was made from the same source and settings."""
+        if not path.is_file():
+            return None
+        content = json.loads(path.read_text())
+        return content if (content["source"], content["settings"]) == (self.source, settings) else None
+
+    def _save(
+        self, path: Path, settings: dict[str, Any], facts: dict[str, Any], seconds: dict[str, float]
+    ) -> dict[str, Any]:
+        """Judge the model as it is, and keep the cell."""
+        start = time.perf_counter()
+        losses = {text: token_losses(self.model, windows, batch_size=2) for text, windows in self.judges.items()}
+        cell = {
+            **facts,
+            "perplexity": {text: float(values.mean().exp()) for text, values in losses.items()},
+            "losses": {text: values.tolist() for text, values in losses.items()},
+            "seconds": {**seconds, "evaluate": time.perf_counter() - start},
+            "source": self.source,
+            "settings": settings,
+        }
+        write_json(cell, path)
+        return cell
+
+
+def needed_statistics(variant: Variant) -> list[str]:
+    """Return the names of all statistics behind a variant."""
+    names = [*variant.A, *variant.G]
+    if variant.refit is not None or any(name.startswith("staged-") for name in names):
+        names.append("coupled")
+    if variant.heldout or variant.choose:
+        names += ["plain", "coupled"]
+    return list(dict.fromkeys(names))
+
+
+def mean_matrix(matrices: Sequence[Tensor], matched: bool) -> Tensor:
+    """Return the mean of symmetric matrices in float64, all at the trace of the first if ``matched``."""
+    first, *others = (matrix.double() for matrix in matrices)
+    scaled = [matrix * (first.trace() / matrix.trace()) if matched else matrix for matrix in others]
+    return sum(scaled, first) / len(matrices)
+
+
+def _settings(variant: Variant) -> dict[str, Any]:
+    """Return a variant's options as JSON gives them back."""
+    return json.loads(json.dumps(asdict(variant)))
+
+
+def _losses_of(factorizations: Mapping[str, Factorization]) -> dict[str, Tensor]:
+    return {name: factorization.losses.double() for name, factorization in factorizations.items()}
+
+
+def _weight(factorization: Factorization, rank: int) -> Tensor:
+    B, C = factorization.truncate(rank)
+    return B @ C
+
+
+def make_bench(arguments: argparse.Namespace, data: Path) -> Bench:
+    """Load the model and all windows."""
+    model, tokenizer = load_model(arguments.model)
+    model.eval().requires_grad_(False)
+    files = [str(data / file) for file in CALIBRATION]
+
+    def calibration(count: int) -> Tensor:
+        return calibration_windows(files, tokenizer, windows=count, window=arguments.window, seed=arguments.seed)
+
+    windows = calibration(arguments.windows)
+    nested = nested_windows(calibration, WINDOW_COUNTS)
+    heldout = nested_windows(calibration, [arguments.windows, arguments.windows + HELDOUT_WINDOWS])[arguments.windows :]
+    judges = {
+        text: text_windows(read_text(str(data / file)), tokenizer, first + arguments.judge_windows, arguments.window)
+        for text, (file, first) in JUDGES.items()
+    }
+    judges = {text: found[JUDGES[text][1] :] for text, found in judges.items()}
+    layers = select_layers(model)
+    folder = arguments.output
+    gathered = fingerprint(
+        *(model_fingerprint(model), tokenizer_fingerprint(tokenizer), windows, nested, list(layers)),
+        *(arguments.seed, arguments.precision, library_versions()["fasc-lightning"]),
+    )
+    judged = fingerprint(gathered, heldout, *judges.values())
+    show = sys.stderr.isatty()
+    kept = Statistics(model, layers, windows, nested, folder / "statistics", gathered, arguments.seed, show)
+    return Bench(model, layers, kept, heldout, judges, folder / "cells", judged, show)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="a folder, a hub id, or smollm2")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--keep", nargs="+", type=float, default=[0.8, 0.6])
+    parser.add_argument("--windows", type=int, default=64, help="calibration windows of all but windows-N")
+    parser.add_argument("--window", type=int, default=512, help="tokens a window")
+    parser.add_argument("--judge-windows", type=int, default=16, help="of each text")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=["highest", "medium"], default="highest", help="of float32 products")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/fasc_variants"))
+    arguments = parser.parse_args(argv)
+    first = min(first for file, first in JUDGES.values() if file in CALIBRATION)
+    most = len(CALIBRATION) * first - HELDOUT_WINDOWS
+    if arguments.windows > most:
+        parser.error(f"--windows {arguments.windows} would calibrate on windows that judge: at most {most}")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the variants that are named, print the tables, and save them."""
+    arguments = parse(argv)
+    folder = os.environ.get("FASC_DATA")
+    missing = [f for f in (*CALIBRATION, *(f for f, _ in JUDGES.values())) if not (Path(folder or "") / f).exists()]
+    if folder is None or missing:
+        sys.exit(f"Expected FASC_DATA to name the folder with the texts, but it is {folder!r}, without {missing[0]}.")
+    torch.set_float32_matmul_precision(arguments.precision)
+    bench = make_bench(arguments, Path(folder))
+    dense = bench.dense()
+    names = list(dict.fromkeys([REFERENCES[0], *arguments.variants]))
+    # All at once, so that one pass serves many.
+    bench.prepare([VARIANTS[name] for name in names if bench.is_pending(name, VARIANTS[name], arguments.keep)])
+    cells = []
+    for name in names:
+        for cell in bench.run(name, VARIANTS[name], arguments.keep):
+            cells.append(cell)
+            shown = ", ".join(f"{text} {shown_perplexity(value)}" for text, value in cell["perplexity"].items())
+            print(f"{name} at {cell['keep']}: {shown}", flush=True)
+    cells.sort(key=lambda cell: -cell["keep"])
+    rows = result_rows(cells, arguments.seed)
+    save_table(rows, arguments.output / "results.csv")
+    text = markdown(rows, dense)
+    (arguments.output / "results.md").write_text(text + "\n")
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    main()

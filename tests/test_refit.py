@@ -18,7 +18,7 @@ from fasc_lightning.solvers.fasc import two_sided
 from fasc_lightning.swap import compressed_layers, swap_modules
 
 #: Without shrinkage nor choice: what the closed forms alone would do.
-PLAIN = RefitOptions(anchors=(0.0,), variants=("factors",), target="layer", judge_batches=0)
+PLAIN = RefitOptions(holdout=4, anchors=(0.0,), variants=("factors",), target="layer", judge_batches=0)
 
 
 def state(model):
@@ -42,7 +42,7 @@ def test_families_lose_less_on_held_out_tokens_with_the_same_parameters(family):
     layers = compressed_layers(case.model)
     kinds = {name: (type(layer), layer.rank, layer.parameter_count, id(layer)) for name, layer in layers.items()}
     parameters = sum(p.numel() for p in case.model.parameters())
-    report = refit(*case.refit_arguments(), options=RefitOptions(judge_batches=3))
+    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4, judge_batches=3))
     assert report.loss_before == pytest.approx(before, rel=1e-5)
     assert report.loss_after == pytest.approx(held_loss(case, case.model), rel=1e-5)
     assert report.loss_after <= report.loss_before
@@ -57,7 +57,7 @@ def test_families_lose_less_on_held_out_tokens_with_the_same_parameters(family):
 
 def test_it_helps_where_drift_is_large():
     case = compressed_case(rank=0.3)
-    report = refit(*case.refit_arguments())
+    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4))
     assert report.accepted > 0
     assert report.loss_after < report.loss_before
     assert str(report).startswith(f"Refit: {report.accepted} of {len(case.dense)} layers, held-out loss")
@@ -109,7 +109,7 @@ def test_layers_that_join_the_stream_are_fitted_to_its_error(monkeypatch):
     monkeypatch.setattr(refit_module, "SHRINK_G", 0.0)
     model, dense, gradients, batches = linear_stack()
     batches = [*batches[:3], batches[0]]  # what is fitted to is judged by, too
-    options = RefitOptions(anchors=(0.0,), variants=("factors",), target="stream", judge_batches=0)
+    options = RefitOptions(holdout=4, anchors=(0.0,), variants=("factors",), target="stream", judge_batches=0)
     x = torch.cat([batch["x"].reshape(-1, 6) for batch in batches[:3]])
     exact = x + x @ dense["blocks.0.linear"].weight.detach().T
     exact = exact + exact @ dense["blocks.1.linear"].weight.detach().T
@@ -127,7 +127,7 @@ def test_what_does_not_carry_over_is_not_accepted():
     noise = [{"input_ids": torch.full((2, 24), 3 + i)} for i in range(12)]
     batches = [batch if i % 4 == 3 else noise[i] for i, batch in enumerate(case.batches)]
     before = state(case.model)
-    plain = RefitOptions(anchors=(0.0,), judge_batches=3)
+    plain = RefitOptions(holdout=4, anchors=(0.0,), judge_batches=3)
     report = refit(case.model, case.dense, case.gradients, batches, options=plain)
     assert report.accepted == 0
     assert same(before, state(case.model))
@@ -139,7 +139,7 @@ def test_the_judge_puts_a_block_back_and_says_so(monkeypatch):
     before = state(case.model)
     verdicts = iter([1.0, 2.0, 0.5])  # before; after block 0; after block 1
     monkeypatch.setattr(refit_module._Refit, "_judge", lambda self, block, hidden=None: next(verdicts))
-    report = refit(*case.refit_arguments(), options=RefitOptions(judge_batches=3))
+    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4, judge_batches=3))
     assert [(block.block, block.accepted) for block in report.blocks] == [(0, False), (1, True)]
     assert {layer.block for layer in report.layers if layer.accepted} == {1}
     for name, value in case.model.state_dict().items():
@@ -153,7 +153,7 @@ def test_the_last_check_puts_everything_back_and_says_so(monkeypatch, after):
     before = state(case.model)
     losses = iter([2.0, after])
     monkeypatch.setattr(refit_module._Refit, "_model_loss", lambda self: next(losses))
-    report = refit(*case.refit_arguments(), options=RefitOptions(judge_batches=0))
+    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4, judge_batches=0))
     assert report.reverted
     assert report.accepted == 0
     assert same(before, state(case.model))
@@ -174,7 +174,7 @@ def test_an_interrupted_refit_leaves_the_factors_as_they_were(calls):
         return causal_loss(model, batch)
 
     with pytest.raises(KeyboardInterrupt):
-        refit(*case.refit_arguments(), loss=loss, options=RefitOptions(judge_batches=3))
+        refit(*case.refit_arguments(), loss=loss, options=RefitOptions(holdout=4, judge_batches=3))
     assert same(before, state(case.model))
     assert modules == list(case.model.modules())
     assert case.model.training
@@ -202,7 +202,7 @@ def test_layouts_stay(layout):
     case = compressed_case(layout=layout)
     kind = PivotedLinear if layout == "pivot" else LowRankLinear
     shapes = {name: value.shape for name, value in case.model.state_dict().items()}
-    report = refit(*case.refit_arguments())
+    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4))
     assert report.accepted
     assert {type(layer) for layer in compressed_layers(case.model).values()} == {kind}
     assert shapes == {name: value.shape for name, value in case.model.state_dict().items()}
@@ -213,7 +213,7 @@ def test_half_precision_models_stay_so():
     case.model.bfloat16()
     for layer in case.dense.values():
         layer.bfloat16()
-    report = refit(*case.refit_arguments())
+    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4))
     assert report.accepted
     assert report.loss_after <= report.loss_before
     assert {p.dtype for p in case.model.parameters()} == {torch.bfloat16}
@@ -227,7 +227,7 @@ def test_padding_does_not_count():
         mask = nn.functional.pad(batch["attention_mask"], (0, 5))
         padded.append({"input_ids": ids, "attention_mask": mask})
     other = copy.deepcopy(case)
-    options = RefitOptions(anchors=(1.0,), judge_batches=0)
+    options = RefitOptions(holdout=4, anchors=(1.0,), judge_batches=0)
     first = refit(*case.refit_arguments(), options=options)
     second = refit(other.model, other.dense, other.gradients, padded, options=options)
     assert first.accepted == second.accepted > 0
@@ -241,11 +241,11 @@ def test_biases_move_with_the_factors_unless_told_not_to():
     case = compressed_case("gpt2")
     other = copy.deepcopy(case)
     biases = {name: layer.bias.clone() for name, layer in compressed_layers(case.model).items()}
-    report = refit(*case.refit_arguments(), options=RefitOptions(judge_batches=0))
+    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4, judge_batches=0))
     moved = {name for name, layer in compressed_layers(case.model).items() if not torch.equal(layer.bias, biases[name])}
     assert moved == {layer.name for layer in report.layers if layer.accepted}
     assert moved
-    refit(*other.refit_arguments(), options=RefitOptions(judge_batches=0, bias=False))
+    refit(*other.refit_arguments(), options=RefitOptions(holdout=4, judge_batches=0, bias=False))
     assert all(torch.equal(layer.bias, biases[name]) for name, layer in compressed_layers(other.model).items())
 
 
@@ -257,7 +257,7 @@ def test_layers_that_are_not_reached_are_left_alone_and_named():
     case.dense["model.layers.1.spare"] = nn.Linear(8, 8, bias=False)
     case.gradients["model.layers.1.spare"] = torch.eye(8)
     before = state(spare)
-    report = refit(*case.refit_arguments())
+    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4))
     assert report.skipped == ["model.layers.1.spare"]
     assert same(before, state(spare))
 

@@ -249,6 +249,10 @@ class CalibrationMoments:
             kronecker=sequences.compute() if sequences is not None and "kronecker" in self.needs else None,
         )
 
+    def gradient_metric(self, name: str) -> Tensor:
+        """Return G of one layer alone, shape (m, m): the coupled one if it was gathered, as ``fasc`` takes it."""
+        return self.couplings[name].compute()[1] if name in self.couplings else self.gradients[name].compute()
+
     def _own(self) -> Iterator[dict[str, Any]]:
         """Yield what is held for each layer on its own, by name, in a fixed order."""
         yield from (self.gradients, self.couplings, self.crosses, self.saliencies, self.sequences)

@@ -359,8 +359,8 @@ def _checked_layers(
                 f"{'missing' if layer is None else type(layer).__name__}: call refit after the swap."
             )
         m, n = linear_shape(layer)
-        if linear_shape(original) != (m, n) or name not in gradients or gradients[name].shape != (m, m):
-            got = tuple(gradients[name].shape) if name in gradients else None
+        got = tuple(gradients[name].shape) if name in gradients else None
+        if linear_shape(original) != (m, n) or got != (m, m):
             raise ValueError(
                 f"Expected a dense layer of shape ({m}, {n}) and G of shape ({m}, {m}) for {name!r} but got "
                 f"{linear_shape(original)} and {got}."

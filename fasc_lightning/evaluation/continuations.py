@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,27 @@ def check_finite(scores: Tensor, item: str) -> None:
 def ranks_first(scores: Tensor, true: int) -> bool:
     """Whether the true entry is above every other one; a tie is not."""
     return bool((scores >= scores[true]).sum() == 1)
+
+
+def each_ranks_first(scores: Iterable[Tensor], true: Sequence[int], items: Sequence[str]) -> Tensor:
+    """Whether each item's true entry is above every other one of its scores.
+
+    Args:
+        scores: Of each item's entries.
+        true: Number of the true entry.
+        items: What scores are of, for errors.
+
+    Returns:
+        Bool tensor of shape (items,).
+
+    Raises:
+        FloatingPointError: If a score is not finite, naming the item.
+    """
+    outcome = []
+    for score, entry, item in zip(scores, true, items, strict=True):
+        check_finite(score, item)
+        outcome.append(ranks_first(score, entry))
+    return torch.tensor(outcome)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from fasc_lightning.evaluation.continuations import (
     ContinuationTrie,
-    check_finite,
     continuation_ids,
     continuation_scores,
+    each_ranks_first,
     prompt_ids,
-    ranks_first,
 )
 from fasc_lightning.evaluation.grouped import GroupedPercent, plain_groups
 from fasc_lightning.evaluation.items import load_items, text_fields
@@ -124,6 +123,19 @@ class FactualRecall(GroupedPercent):
         )
 
 
+def recall_result(recalled: Tensor, kinds: Sequence[str], candidates: Sequence[int]) -> FactsResult:
+    """Return the result of some facts, through a metric of their own kinds.
+
+    Args:
+        recalled: Whether each fact was recalled, bool of shape (facts,).
+        kinds: Kind of each fact.
+        candidates: Number of candidates each fact was ranked among.
+    """
+    metric = FactualRecall(sorted(set(kinds)))
+    metric.update(recalled, kinds, torch.tensor(candidates))
+    return metric.result()
+
+
 def load_facts(path: str | Path) -> list[Fact]:
     """Read facts from a jsonl file (also ``.xz``), one object a line.
 
@@ -175,10 +187,7 @@ def factual_recall(
     """
     recalled = recalled_facts(model, tokenizer, facts, batch_size)
     candidates = relation_candidates(facts)
-    kinds = [fact.kind for fact in facts]
-    metric = FactualRecall(sorted(set(kinds)))
-    metric.update(recalled, kinds, torch.tensor([len(candidates[fact.relation]) for fact in facts]))
-    return metric.result()
+    return recall_result(recalled, [fact.kind for fact in facts], [len(candidates[fact.relation]) for fact in facts])
 
 
 def recalled_facts(
@@ -205,12 +214,11 @@ def recalled_facts(
     if not facts:
         raise ValueError("Expected at least one fact, but got none.")
     candidates = relation_candidates(facts)
-    scores = candidate_scores(model, tokenizer, facts, candidates, batch_size)
-    outcome = []
-    for fact, score in zip(facts, scores, strict=True):
-        check_finite(score, f"The score of a candidate for {fact.prompt!r}")
-        outcome.append(ranks_first(score, candidates[fact.relation].index(fact.object)))
-    return torch.tensor(outcome)
+    return each_ranks_first(
+        candidate_scores(model, tokenizer, facts, candidates, batch_size),
+        [candidates[fact.relation].index(fact.object) for fact in facts],
+        [f"The score of a candidate for {fact.prompt!r}" for fact in facts],
+    )
 
 
 def candidate_scores(

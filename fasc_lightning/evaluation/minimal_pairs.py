@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fasc_lightning.evaluation.continuations import (
     ContinuationTrie,
-    check_finite,
     continuation_scores,
-    ranks_first,
+    each_ranks_first,
     text_ids,
 )
 from fasc_lightning.evaluation.grouped import ByGroup, grouped_percent, plain_groups
@@ -158,9 +156,8 @@ def correct_pairs(
             "neither. Set `tokenizer.bos_token`."
         )
     tries = [ContinuationTrie.of([text_ids(tokenizer, pair.good), text_ids(tokenizer, pair.bad)]) for pair in pairs]
-    scores = continuation_scores(model, [[start]] * len(pairs), tries, batch_size)
-    outcome = []
-    for pair, score in zip(pairs, scores, strict=True):
-        check_finite(score, f"The score of {pair.good!r} or of {pair.bad!r}")
-        outcome.append(ranks_first(score, 0))
-    return torch.tensor(outcome)
+    return each_ranks_first(
+        continuation_scores(model, [[start]] * len(pairs), tries, batch_size),
+        [0] * len(pairs),
+        [f"The score of {pair.good!r} or of {pair.bad!r}" for pair in pairs],
+    )

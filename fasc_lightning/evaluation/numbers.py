@@ -7,18 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fasc_lightning.evaluation.continuations import (
     ContinuationTrie,
-    check_finite,
     continuation_ids,
     continuation_scores,
+    each_ranks_first,
     prompt_ids,
-    ranks_first,
 )
-from fasc_lightning.evaluation.facts import FactsResult, FactualRecall
+from fasc_lightning.evaluation.facts import FactsResult, recall_result
 from fasc_lightning.evaluation.items import load_items, text_fields
 
 if TYPE_CHECKING:
@@ -92,10 +90,8 @@ def number_recall(
         ValueError: If there are no facts.
     """
     recalled = recalled_numbers(model, tokenizer, facts, batch_size)
-    kinds = [fact.kind for fact in facts]
-    metric = FactualRecall(sorted(set(kinds)))
-    metric.update(recalled, kinds, torch.full((len(facts),), len({fact.object for fact in facts})))
-    return metric.result()
+    numbers = {fact.object for fact in facts}
+    return recall_result(recalled, [fact.kind for fact in facts], [len(numbers)] * len(facts))
 
 
 def recalled_numbers(
@@ -127,8 +123,8 @@ def recalled_numbers(
     tries = [
         ContinuationTrie.of([continuation_ids(tokenizer, fact.ending(number)) for number in numbers]) for fact in facts
     ]
-    outcome = []
-    for fact, score in zip(facts, continuation_scores(model, prompts, tries, batch_size), strict=True):
-        check_finite(score, f"The score of a number after {fact.prompt!r}")
-        outcome.append(ranks_first(score, numbers.index(fact.object)))
-    return torch.tensor(outcome)
+    return each_ranks_first(
+        continuation_scores(model, prompts, tries, batch_size),
+        [numbers.index(fact.object) for fact in facts],
+        [f"The score of a number after {fact.prompt!r}" for fact in facts],
+    )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fasc_lightning.evaluation.continuations import is_key_value_cache, last_logits_only
+from fasc_lightning.evaluation.continuations import check_finite, is_key_value_cache, last_logits_only
 from fasc_lightning.evaluation.grouped import ByGroup, grouped_percent, plain_groups
 from fasc_lightning.evaluation.items import load_items, text_fields
 from fasc_lightning.evaluation.perplexity import evaluating
@@ -317,11 +317,7 @@ def _write_greedily(
         output = model(unread, attention_mask=mask, use_cache=True, **options, **narrow)
         best, tokens = output.logits[:, -1].float().max(-1)
         for row in sorted(unfinished):
-            if not best[row].isfinite():
-                raise FloatingPointError(
-                    f"The output after {writing[row].name!r} is not finite. The model's weights or activations "
-                    "overflow: check its dtype and the layers that were replaced."
-                )
+            check_finite(best[row], f"The output after {writing[row].name!r}")
             writing[row].answer.append(int(tokens[row]))
             if ended(writing[row].answer):
                 unfinished.discard(row)

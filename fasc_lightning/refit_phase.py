@@ -21,6 +21,8 @@ from fasc_lightning.refit_blocks import RefitError
 #: "auto" refits where a module allows it and says why where not; True insists.
 Refit = bool | Literal["auto"]
 
+_NOT_REFITTED = "FascCallback: the factors will not be refitted. {}"
+
 
 class RefitPhase:
     """Keeps the calibration's batches on the CPU, and refits the factors once they are in the module.
@@ -59,7 +61,7 @@ class RefitPhase:
         except RefitError as error:
             if wanted is True:
                 raise
-            rank_zero_info(f"FascCallback: the factors will not be refitted. {error}")
+            rank_zero_info(_NOT_REFITTED.format(error))
             return None
         return RefitPhase(insisted=wanted is True)
 
@@ -86,6 +88,7 @@ class RefitPhase:
             What was done; None if there was nothing to do or too few batches, which is said, or on other processes.
 
         Raises:
+            RefitError: If a refit is insisted on and the module turns out not to allow one.
             RuntimeError: On every process but the first, if the first one failed.
         """
         if not is_distributed(trainer):
@@ -126,17 +129,23 @@ class RefitPhase:
             )
             return None
         device = trainer.strategy.root_device
-        with _silent(pl_module):
-            return refit(
-                pl_module,
-                dense,
-                GradientMoments(moments, dense),
-                [move_data_to_device(batch, device) for batch in self.batches],
-                options=self.options,
-                loss=_training_loss,
-                device=device,
-                progress=layer_progress(trainer),
-            )
+        try:
+            with _silent(pl_module):
+                return refit(
+                    pl_module,
+                    dense,
+                    GradientMoments(moments, dense),
+                    [move_data_to_device(batch, device) for batch in self.batches],
+                    options=self.options,
+                    loss=_training_loss,
+                    device=device,
+                    progress=layer_progress(trainer),
+                )
+        except RefitError as error:  # some modules only show what they are when they run
+            if self.insisted:
+                raise
+            rank_zero_info(_NOT_REFITTED.format(error))
+            return None
 
 
 def refit_figures(report: RefitReport) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from fasc_lightning.evaluation import perplexity
 from fasc_lightning.refit import refit
 from fasc_lightning.refit_blocks import RefitError
 from fasc_lightning.refit_phase import GradientMoments, RefitPhase
+from fasc_lightning.swap import is_compressed
 
 
 def fit(make_trainer, refit, module=None, **options):
@@ -68,6 +69,23 @@ def test_auto_says_why_a_module_is_not_refitted_and_true_insists(make_trainer, m
         _, report = fit(make_trainer, "auto")
     assert report.refit is None
     assert "will not be refitted. Expected a model whose blocks form a ModuleList." in caplog.text
+
+
+def test_a_module_that_only_refuses_when_it_runs_is_compressed_without_under_auto(make_trainer, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise RefitError("Expected blocks whose first argument is the hidden states.")
+
+    monkeypatch.setattr("fasc_lightning.refit_phase.refit", refuse)
+    with caplog.at_level("INFO"):
+        module, report = fit(make_trainer, "auto")
+    assert is_compressed(module)
+    assert report.refit is None
+    assert "will not be refitted. Expected blocks whose first argument" in caplog.text
+    module = causal_module()
+    before = state(module)
+    with pytest.raises(RefitError, match="first argument"):
+        fit(make_trainer, True, module)
+    assert_untouched(module, before)
 
 
 def test_too_few_batches_leave_the_factors_as_they_are(make_trainer, caplog):

@@ -6,12 +6,14 @@ Single answers are kept, not only their means: two cells that were asked the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from fasc_lightning._fingerprint import fingerprint
@@ -20,6 +22,9 @@ from fasc_lightning.evaluation.facts import relation_candidates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: As torch names them: "medium" multiplies float32 matrices in bfloat16 and adds up in float32, where the device can.
+Precision = Literal["highest", "high", "medium"]
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,13 @@ class Evaluation:
         texts: Windows of token ids by name, each (windows, window).
         facts: May be empty.
         pairs: Minimal pairs; may be empty.
+        precision: Of products of float32 matrices while the questions are asked, and only then.
     """
 
     texts: Mapping[str, Tensor]
     facts: Sequence[Fact]
     pairs: Sequence[MinimalPair] = ()
+    precision: Precision = "highest"
 
     def __post_init__(self) -> None:
         if not (self.texts or self.facts or self.pairs):
@@ -75,7 +82,7 @@ class Evaluation:
     def fingerprint(self) -> str:
         """Return a hash of all questions."""
         facts, pairs = [fact.to_dict() for fact in self.facts], [pair.to_dict() for pair in self.pairs]
-        return fingerprint(list(self.texts), *self.texts.values(), facts, pairs)
+        return fingerprint(list(self.texts), *self.texts.values(), facts, pairs, self.precision)
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Measured:
         """Ask a model.
@@ -83,13 +90,25 @@ class Evaluation:
         Raises:
             FloatingPointError: If a loss or a score is not finite, or a perplexity beyond what a float can hold.
         """
-        losses = {name: token_losses(model, windows, batch_size=2).tolist() for name, windows in self.texts.items()}
-        for name, values in losses.items():
-            if not sum(values) / len(values) < math.log(1e300):
-                raise FloatingPointError(f"The perplexity of {name} is beyond 1e300.")
-        recalled = recalled_facts(model, tokenizer, self.facts).tolist() if self.facts else []
-        preferred = correct_pairs(model, tokenizer, self.pairs).tolist() if self.pairs else []
-        return Measured(losses, recalled, preferred)
+        with matmul_precision(self.precision):
+            losses = {name: token_losses(model, windows, batch_size=2).tolist() for name, windows in self.texts.items()}
+            for name, values in losses.items():
+                if not sum(values) / len(values) < math.log(1e300):
+                    raise FloatingPointError(f"The perplexity of {name} is beyond 1e300.")
+            recalled = recalled_facts(model, tokenizer, self.facts).tolist() if self.facts else []
+            preferred = correct_pairs(model, tokenizer, self.pairs).tolist() if self.pairs else []
+            return Measured(losses, recalled, preferred)
+
+
+@contextmanager
+def matmul_precision(precision: Precision) -> Iterator[None]:
+    """Multiply float32 matrices in a precision; what held before holds again afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def some_facts(facts: Sequence[Fact], count: int, random: Random) -> list[Fact]:

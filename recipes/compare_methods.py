@@ -31,9 +31,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -44,7 +45,7 @@ from fasc_lightning._options import add_source_options, add_text_options
 from fasc_lightning._progress import terminal_progress
 from fasc_lightning.bundled import load_model
 from fasc_lightning.comparison import DENSE, PRUNERS, Budget, Cell, CellStore, Comparison, Outcome, Setting
-from fasc_lightning.comparison_evaluation import Evaluation, some_facts
+from fasc_lightning.comparison_evaluation import Evaluation, Precision, some_facts
 from fasc_lightning.comparison_layers import gate_cells, group_cells, sensitivity_cells
 from fasc_lightning.comparison_report import Report
 from fasc_lightning.comparison_statistics import Calibration
@@ -74,6 +75,7 @@ def build_parser() -> ArgumentParser:
     add("--gfwsvd-passes", type=int, default=2, help="passes of gfwsvd's iteration beyond the first step")
     add_text_options(parser, windows=8)
     add("--eval-facts", help="jsonl file with subject, relation, template, object, kind")
+    add("--eval-precision", default="highest", help="of float32 products in evaluation: highest, high, medium (bf16)")
     add("--minimal-pairs", help="jsonl file of minimal pairs in BLiMP's format, for a column on syntax")
     add("--studies", nargs="+", default=["grid", "kinds"], help=f"any of {', '.join(STUDIES)}")
     add("--study-methods", nargs="+", default=["fasc", "svd"], help="solvers of sensitivity and layers")
@@ -158,6 +160,11 @@ def check(options: Namespace) -> Namespace:
             raise ValueError(f"Expected --{name.replace('_', '-')} to be at least {least} but got {options[name]}.")
     for threshold in options.thresholds:
         check_gate(threshold)
+    precisions = get_args(Precision)
+    if options.eval_precision not in precisions:
+        raise ValueError(
+            f"Expected --eval-precision to be one of {', '.join(precisions)} but got {options.eval_precision!r}."
+        )
     grid_cells(options)  # refuses budgets and settings that there are not
     Budget(rank=options.study_rank)
     options.eval_text = named_files(options.eval_text)
@@ -195,13 +202,15 @@ def evaluation_of(options: Namespace, tokenizer: Any) -> Evaluation:
     windows = {
         name: text_windows(text, tokenizer, options.eval_windows, options.window) for name, text in texts.items()
     }
-    return Evaluation(windows, facts, load_minimal_pairs(options.minimal_pairs) if options.minimal_pairs else [])
+    pairs = load_minimal_pairs(options.minimal_pairs) if options.minimal_pairs else []
+    return Evaluation(windows, facts, pairs, options.eval_precision)
 
 
 def few_questions(evaluation: Evaluation, options: Namespace) -> Evaluation:
     """Return some of the questions, for studies with hundreds of cells: no minimal pairs, whole relations of facts."""
     texts = {name: windows[: options.study_windows] for name, windows in evaluation.texts.items()}
-    return Evaluation(texts, some_facts(evaluation.facts, options.study_facts, Random(options.seed)))
+    facts = some_facts(evaluation.facts, options.study_facts, Random(options.seed))
+    return replace(evaluation, texts=texts, facts=facts, pairs=[])
 
 
 class Run:
@@ -247,7 +256,7 @@ class Run:
             "model": options.model,
             "calibration": f"{options.windows} windows of {options.window} tokens of {sources}",
             "evaluation": f"{options.eval_windows} windows of each text, {len(self.evaluation.facts)} facts, "
-            f"{len(self.evaluation.pairs)} minimal pairs",
+            f"{len(self.evaluation.pairs)} minimal pairs; float32 products in {options.eval_precision} precision",
             "seed": options.seed,
             "versions": library_versions(),
             "options": {name: value for name, value in options.as_dict().items() if value is not None},

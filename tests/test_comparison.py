@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import random
@@ -10,7 +11,7 @@ import torch
 from comparison_cases import outcome
 from tiny import byte_tokenizer, causal_model
 
-from fasc_lightning import comparison, comparison_statistics
+from fasc_lightning import comparison, comparison_evaluation, comparison_statistics
 from fasc_lightning.comparison import Budget, Cell, CellStore, Comparison, Outcome, Setting, budget_share
 from fasc_lightning.comparison_evaluation import Evaluation, some_facts
 from fasc_lightning.comparison_layers import (
@@ -135,9 +136,10 @@ def test_questions_are_told_apart(evaluation):
         Evaluation({"other": windows(2, 3)}, FACTS, PAIRS),
         Evaluation({"noise": windows(2, 3)}, FACTS[1:], PAIRS),
         Evaluation({"noise": windows(2, 3)}, FACTS, PAIRS[1:]),
+        Evaluation({"noise": windows(2, 3)}, FACTS, PAIRS, "medium"),
     ]
     assert same.fingerprint() == evaluation.fingerprint()
-    assert len({e.fingerprint() for e in (same, *others)}) == 5
+    assert len({e.fingerprint() for e in (same, *others)}) == 6
     with pytest.raises(ValueError, match="Expected texts, facts or minimal pairs"):
         Evaluation({}, [])
 
@@ -148,6 +150,20 @@ def test_answers_are_those_of_the_evaluation(calibration, evaluation):
     assert (len(measured.losses["noise"]), len(measured.recalled), len(measured.preferred)) == (3, 9, 2)
     assert evaluation.chance == pytest.approx(100 / 3)
     assert evaluation.kinds.count("geographic") == 6
+
+
+def test_the_precision_holds_while_questions_are_asked_and_no_longer(calibration, evaluation, monkeypatch):
+    seen = []
+
+    def spy(model, *arguments, **options):
+        seen.append(torch.get_float32_matmul_precision())
+        return torch.zeros(1)
+
+    for name in ("token_losses", "recalled_facts", "correct_pairs"):
+        monkeypatch.setattr(comparison_evaluation, name, spy)
+    dataclasses.replace(evaluation, precision="medium").measure(calibration.model, calibration.tokenizer)
+    assert seen == ["medium"] * 3
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_some_facts_are_whole_relations_of_all_kinds():

@@ -55,7 +55,8 @@ class Evaluation:
         texts: Windows of token ids by name, each (windows, window).
         facts: May be empty.
         pairs: Minimal pairs; may be empty.
-        precision: Of products of float32 matrices while the questions are asked, and only then.
+        precision: Of products of float32 matrices while texts are read, and only then: a fact is a few tokens, for
+            which every weight would have to be rounded anew.
     """
 
     texts: Mapping[str, Tensor]
@@ -92,12 +93,12 @@ class Evaluation:
         """
         with matmul_precision(self.precision):
             losses = {name: token_losses(model, windows, batch_size=2).tolist() for name, windows in self.texts.items()}
-            for name, values in losses.items():
-                if not sum(values) / len(values) < math.log(1e300):
-                    raise FloatingPointError(f"The perplexity of {name} is beyond 1e300.")
-            recalled = recalled_facts(model, tokenizer, self.facts).tolist() if self.facts else []
-            preferred = correct_pairs(model, tokenizer, self.pairs).tolist() if self.pairs else []
-            return Measured(losses, recalled, preferred)
+        for name, values in losses.items():
+            if not sum(values) / len(values) < math.log(1e300):
+                raise FloatingPointError(f"The perplexity of {name} is beyond 1e300.")
+        recalled = recalled_facts(model, tokenizer, self.facts).tolist() if self.facts else []
+        preferred = correct_pairs(model, tokenizer, self.pairs).tolist() if self.pairs else []
+        return Measured(losses, recalled, preferred)
 
 
 @contextmanager

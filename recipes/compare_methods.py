@@ -75,7 +75,9 @@ def build_parser() -> ArgumentParser:
     add("--gfwsvd-passes", type=int, default=2, help="passes of gfwsvd's iteration beyond the first step")
     add_text_options(parser, windows=8)
     add("--eval-facts", help="jsonl file with subject, relation, template, object, kind")
-    add("--eval-precision", default="highest", help="of float32 products in evaluation: highest, high, medium (bf16)")
+    add(
+        "--eval-precision", default="highest", help="of float32 products in reading texts: highest, high, medium (bf16)"
+    )
     add("--minimal-pairs", help="jsonl file of minimal pairs in BLiMP's format, for a column on syntax")
     add("--studies", nargs="+", default=["grid", "kinds"], help=f"any of {', '.join(STUDIES)}")
     add("--study-methods", nargs="+", default=["fasc", "svd"], help="solvers of sensitivity and layers")
@@ -256,7 +258,7 @@ class Run:
             "model": options.model,
             "calibration": f"{options.windows} windows of {options.window} tokens of {sources}",
             "evaluation": f"{options.eval_windows} windows of each text, {len(self.evaluation.facts)} facts, "
-            f"{len(self.evaluation.pairs)} minimal pairs; float32 products in {options.eval_precision} precision",
+            f"{len(self.evaluation.pairs)} minimal pairs; texts read in {options.eval_precision} precision of products",
             "seed": options.seed,
             "versions": library_versions(),
             "options": {name: value for name, value in options.as_dict().items() if value is not None},

@@ -61,6 +61,11 @@ class ContinuationTrie:
             edges=torch.tensor(edges, dtype=torch.long).view(-1, 4).T,
         )
 
+    def prefixes_of(self, continuations: Sequence[int]) -> list[int]:
+        """Numbers of the prefixes that further tokens of these continuations are predicted in."""
+        wanted = torch.isin(self.edges[0], torch.tensor(continuations, dtype=torch.long))
+        return self.edges[1][wanted].unique().tolist()
+
     @property
     def width(self) -> int:
         """Tokens of the longest sequence to feed."""
@@ -73,6 +78,7 @@ def continuation_scores(
     tries: Sequence[ContinuationTrie],
     batch_size: int = 64,
     alike: Sequence[Hashable] | None = None,
+    true: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Log-probability of every continuation of every prompt, given the prompt.
 
@@ -87,10 +93,13 @@ def continuation_scores(
         batch_size: Prompts a forward pass.
         alike: A key for each prompt. What the prompts of one key have in common at their beginning, such as the
             examples before a question, is read once for all of them. None reads every prompt by itself.
+        true: Number of the true continuation of each prompt, where only its rank is wanted. A continuation whose
+            first token is less likely than the whole true one is not read to its end: no further token can help.
 
     Returns:
-        For each prompt a float32 tensor of shape (continuations,), on the CPU, in nats. Scores that are not
-        finite are returned as they are; see :func:`check_finite`.
+        For each prompt a float32 tensor of shape (continuations,), on the CPU, in nats; with ``true``, upper bounds
+        below the true one's score for continuations that were not read. Scores that are not finite are returned as
+        they are; see :func:`check_finite`.
     """
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(alike if alike is not None else [None] * len(prompts)):
@@ -103,7 +112,10 @@ def continuation_scores(
             for batch in _same_length_batches(members, prompts, tries, batch_size):
                 rest = [prompts[i][common:] for i in batch]
                 last, reading = _Reading.of(model, rest) if read is None else read.follow([0] * len(rest), rest, keep=1)
-                for i, score in zip(batch, _score_batch(last, reading, [tries[i] for i in batch]), strict=True):
+                found = _score_batch(
+                    last, reading, [tries[i] for i in batch], None if true is None else [true[i] for i in batch]
+                )
+                for i, score in zip(batch, found, strict=True):
                     scores[i] = score
     return scores
 
@@ -192,18 +204,50 @@ class _Reading:
         return output.logits[:, -keep:], _Reading(self.model, ids, branch)
 
 
-def _score_batch(last: Tensor, reading: _Reading, tries: list[ContinuationTrie]) -> list[Tensor]:
+def _score_batch(
+    last: Tensor, reading: _Reading, tries: list[ContinuationTrie], true: list[int] | None
+) -> list[Tensor]:
     """Scores of the continuations of prompts of one length; see :func:`continuation_scores`.
 
     Args:
         last: Logits after each prompt, (prompts, 1, vocabulary).
         reading: The prompts.
         tries: Continuations of each.
+        true: Number of the true continuation of each, or None.
     """
     first = last[:, -1].float().log_softmax(-1).cpu()  # (prompts, vocabulary)
     scores = [row[trie.first] for row, trie in zip(first, tries, strict=True)]
+    everything = {(row, number) for row, trie in enumerate(tries) for number in range(len(trie.prefixes))}
+    if true is None:
+        _add_further_tokens(scores, reading, tries, sorted(everything))
+        return scores
+    wanted = {
+        (row, number)
+        for row, (trie, entry) in enumerate(zip(tries, true, strict=True))
+        for number in trie.prefixes_of([entry])
+    }
+    _add_further_tokens(scores, reading, tries, sorted(wanted))
+    rivals = {
+        (row, number)
+        for row, (trie, entry) in enumerate(zip(tries, true, strict=True))
+        # A NaN compares false and so is a rival, and is seen in the end.
+        for number in trie.prefixes_of((~(scores[row] < scores[row][entry])).nonzero().flatten().tolist())
+    }
+    _add_further_tokens(scores, reading, tries, sorted(rivals - wanted))
+    return scores
 
-    work = [(row, number) for row, trie in enumerate(tries) for number in range(len(trie.prefixes))]
+
+def _add_further_tokens(
+    scores: list[Tensor], reading: _Reading, tries: list[ContinuationTrie], work: list[tuple[int, int]]
+) -> None:
+    """Add the log-probabilities of continuations' further tokens to the scores of their first ones.
+
+    Args:
+        scores: Of each prompt's continuations; added to in place.
+        reading: The prompts.
+        tries: Continuations of each.
+        work: Which prefixes to read: prompt, number of the prefix.
+    """
     step = max(1, _CONTINUATION_TOKENS // max(1, *(trie.width for trie in tries)))
     for chunk in (work[start : start + step] for start in range(0, len(work), step)):
         fed = [tries[row].prefixes[number] for row, number in chunk]
@@ -217,7 +261,6 @@ def _score_batch(last: Tensor, reading: _Reading, tries: list[ContinuationTrie])
             continuation, position, token = (part[prefix == number] for part in (continuation, position, token))
             log_prob = (logits[i, position, token] - normaliser[i, position]).cpu()
             scores[row].index_add_(0, continuation, log_prob)
-    return scores
 
 
 def last_logits_only(model: PreTrainedModel, positions: int) -> dict[str, int]:

@@ -214,9 +214,10 @@ def recalled_facts(
     if not facts:
         raise ValueError("Expected at least one fact, but got none.")
     candidates = relation_candidates(facts)
+    true = [candidates[fact.relation].index(fact.object) for fact in facts]
     return each_ranks_first(
-        candidate_scores(model, tokenizer, facts, candidates, batch_size),
-        [candidates[fact.relation].index(fact.object) for fact in facts],
+        candidate_scores(model, tokenizer, facts, candidates, batch_size, true),
+        true,
         [f"The score of a candidate for {fact.prompt!r}" for fact in facts],
     )
 
@@ -227,6 +228,7 @@ def candidate_scores(
     facts: Sequence[Fact],
     candidates: dict[str, list[str]],
     batch_size: int = 64,
+    true: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Log-probability of every candidate of every fact, given the prompt.
 
@@ -238,6 +240,7 @@ def candidate_scores(
         facts: The facts.
         candidates: Candidates of each relation.
         batch_size: Prompts a forward pass.
+        true: Number of each fact's true candidate, where only its rank is wanted.
 
     Returns:
         For each fact a float tensor of shape (candidates of its relation,), on the CPU, in nats.
@@ -247,4 +250,4 @@ def candidate_scores(
         for relation, texts in candidates.items()
     }
     prompts = [prompt_ids(tokenizer, fact.prompt) for fact in facts]
-    return continuation_scores(model, prompts, [tries[fact.relation] for fact in facts], batch_size)
+    return continuation_scores(model, prompts, [tries[fact.relation] for fact in facts], batch_size, true=true)

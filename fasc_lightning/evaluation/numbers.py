@@ -123,8 +123,9 @@ def recalled_numbers(
     tries = [
         ContinuationTrie.of([continuation_ids(tokenizer, fact.ending(number)) for number in numbers]) for fact in facts
     ]
+    true = [numbers.index(fact.object) for fact in facts]
     return each_ranks_first(
-        continuation_scores(model, prompts, tries, batch_size),
-        [numbers.index(fact.object) for fact in facts],
+        continuation_scores(model, prompts, tries, batch_size, true=true),
+        true,
         [f"The score of a number after {fact.prompt!r}" for fact in facts],
     )

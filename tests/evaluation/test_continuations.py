@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 import torch
 from evaluation_cases import random_model
 
 from fasc_lightning.evaluation.continuations import (
     ContinuationTrie,
+    _score_batch,
     check_finite,
     continuation_ids,
     continuation_scores,
@@ -28,6 +32,51 @@ def test_scores_equal_those_of_plain_forward_passes(family, alike, reference):
         expected = [reference(model, prompt, ids) for ids in CONTINUATIONS]
         assert score.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
         assert score.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_ranks_of_true_continuations_are_those_of_all_scores(family):
+    model = random_model(family)
+    generator = random.Random(0)
+    prompts = [[generator.randrange(3, 40) for _ in range(generator.randint(1, 5))] for _ in range(30)]
+    lists = [[[generator.randrange(3, 40) for _ in range(generator.randint(1, 4))] for _ in range(9)] for _ in prompts]
+    tries = [ContinuationTrie.of(continuations) for continuations in lists]
+    everything = continuation_scores(model, prompts, tries)
+    true = [int(scores.argsort(descending=True)[i % 3]) for i, scores in enumerate(everything)]
+    bounded = continuation_scores(model, prompts, tries, true=true)
+    for scores, bounds, entry in zip(everything, bounded, true, strict=True):
+        torch.testing.assert_close(bounds[entry], scores[entry])
+        assert torch.equal(bounds > bounds[entry], scores > scores[entry])
+        read = torch.isclose(bounds, scores, rtol=1e-5)
+        assert (read | (bounds < bounds[entry])).all()
+        assert (bounds[~read] > scores[~read]).all()
+    assert sum(int((~torch.isclose(a, b, rtol=1e-5)).sum()) for a, b in zip(everything, bounded, strict=True)) > 0
+
+
+def test_continuations_that_cannot_come_first_are_not_read(model):
+    with torch.no_grad():
+        best, worst = model(torch.tensor([[3, 4, 5]])).logits[0, -1].argsort(descending=True)[[0, -1]].tolist()
+    read = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append((args[0] if args else kwargs["input_ids"]).tolist()), with_kwargs=True
+    )
+    trie = ContinuationTrie.of([[best], [worst, 8], [best, 9, 7]])
+    continuation_scores(model, [[3, 4, 5]], [trie], true=[0])
+    assert read[0] == [[3, 4, 5]]
+    assert all([worst] not in rows for rows in read)
+
+
+def test_a_broken_rival_is_seen():
+    class Broken:
+        model, ids = None, None
+
+        def follow(self, rows, more, keep=None):
+            return torch.full((len(rows), len(more[0]), 64), math.nan), self
+
+    trie = ContinuationTrie.of([[5], [5, 6]])
+    last = torch.zeros(1, 1, 64)
+    scores = _score_batch(last, Broken(), [trie], [0])[0]
+    assert scores[1].isnan()
 
 
 def test_what_alike_prompts_share_is_read_once(model):

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 #: Number of parameters of a rank-k (m, n) matrix in a layout: cost(m, n, k).
 Cost: TypeAlias = Callable[[int, int, int], int]
 
-ALLOCATIONS = ("fisher", "uniform")
+#: "fisher" spends one budget by predicted losses, "measured" by losses corrected on tokens, "uniform" layer by layer.
+ALLOCATIONS = ("measured", "fisher", "uniform")
 
 
 @dataclass(frozen=True)

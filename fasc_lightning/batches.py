@@ -50,11 +50,19 @@ def gradient_scale(
     Raises:
         ValueError: If the terms of a mean cannot be counted.
     """
-    scale = _terms(loss_terms or getattr(pl_module, "loss_terms", "mean"), batch, mask)
+    scale = _scale(pl_module, batch, mask, loss_terms)
     if pl_module.automatic_optimization:
         scale *= trainer.accumulate_grad_batches
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scale if scaler is None else scale / scaler.get_scale()
+
+
+def replayed_rows(
+    pl_module: pl.LightningModule, batch: Any, *, token_mask: TokenMask | None, loss_terms: LossTerms | None
+) -> TokenRows:
+    """Describe a batch whose loss is had outside of the training loop, as the training step returns it."""
+    mask = batch_mask(pl_module, batch, token_mask)
+    return TokenRows("a batch run again", mask, _scale(pl_module, batch, mask, loss_terms))
 
 
 def observed_rows(
@@ -107,6 +115,10 @@ def calibration_rows(
     # A scaler that never adapts would overflow on and on: that is an error.
     may_overflow = scaler is not None and steps
     return TokenRows(batch_label(trainer), mask, scale, fraction, seeds, may_overflow, scored=scored)
+
+
+def _scale(pl_module: pl.LightningModule, batch: Any, mask: Tensor | None, loss_terms: LossTerms | None) -> float:
+    return _terms(loss_terms or getattr(pl_module, "loss_terms", "mean"), batch, mask)
 
 
 def _terms(loss_terms: LossTerms | Any, batch: Any, mask: Tensor | None) -> float:

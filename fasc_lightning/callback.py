@@ -17,6 +17,7 @@ from fasc_lightning._distributed import is_distributed, same_everywhere
 from fasc_lightning._memory import available_memory, peak_memory_bytes, return_freed_memory
 from fasc_lightning._progress import layer_progress
 from fasc_lightning.batches import LossTerms, TokenMask, batch_label, calibration_rows, observed_rows
+from fasc_lightning.correction import Correction
 from fasc_lightning.factorize import CompressionResult, check_budget_fits, compress_layers
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.gate import (
@@ -35,6 +36,7 @@ from fasc_lightning.monitor import LayerScores, RhoMonitor, write_history
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.refit import RefitReport
 from fasc_lightning.refit_phase import Refit, RefitPhase, refit_figures
+from fasc_lightning.replay import Replay
 from fasc_lightning.report import (
     CompressionReport,
     LayerReport,
@@ -80,12 +82,14 @@ class FascCallback(pl.Callback):
             "fisher-diag", "fwsvd"; "gfwsvd", by the one step of its iteration that needs no further pass; and, for
             comparison only, "fasc-eq6" and "fasc-eq6-literal", the eigenproblem as printed. See
             :mod:`fasc_lightning.solvers`.
-        allocation: "fisher" spends the budget over all layers; "uniform" gives each layer its own share.
+        allocation: "measured" spends the budget over all layers, by losses that are corrected on an eighth of the
+            calibration's batches (:mod:`~fasc_lightning.measured`); "fisher" by predicted losses alone; "uniform" gives
+            each layer its own share.
         layout: "pivot" stores a rank-k (m, n) matrix in k (m + n - k) numbers, "factors" in k (m + n); "auto" is
             pivot, which needs less at every rank.
         refit: Whether factors are refitted to the inputs that the compressed model gives them, block by block, on the
             calibration's batches (:mod:`~fasc_lightning.refit`). "auto" does so where the model's blocks can be run
-            one by one, and says why where not; True insists. It keeps the batches and the moments for it.
+            one by one, and says why where not; True insists. It keeps the moments for it.
         targets: Patterns of the layers to compress, as in peft; by default every linear layer but output embeddings
             and tied weights.
         exclude: Patterns of layers to leave alone.
@@ -135,7 +139,7 @@ class FascCallback(pl.Callback):
         rank: int | float | None = None,  # both spelled out: command lines read the type, and 256 is not 256.0
         keep: float | None = None,
         method: str = "fasc",
-        allocation: str = "fisher",
+        allocation: str = "measured",
         layout: Layout = "auto",
         refit: Refit = "auto",
         targets: str | list[str] | None = None,
@@ -197,6 +201,7 @@ class FascCallback(pl.Callback):
         self._monitor = RhoMonitor(monitor_every_n_steps or 1, monitor_tokens, rho_threshold, rho_gradient, seed)
         self._taps: Taps | None = None
         self._refit: RefitPhase | None = None
+        self._replay = Replay()
         self._frozen: FrozenFit | None = None
         self._replaced: dict[str, nn.Module] = {}
         self._reports: list[LayerReport] = []
@@ -286,6 +291,7 @@ class FascCallback(pl.Callback):
         self._scores = LayerScores(self._layers, tokens, self.rho_gradient, self.seed, device)
         self._taps = Taps(self._layers, self._moments, self._scores)
         self._refit = RefitPhase.of(self.refit, pl_module, self._layers)
+        self._replay = Replay()
         self._frozen = None if self.update_weights else FrozenFit(trainer, pl_module)
 
     @override
@@ -334,8 +340,8 @@ class FascCallback(pl.Callback):
         )
         self._taps.begin_batch(rows)
         self._calibrated += 1
-        if self._refit is not None:
-            self._refit.keep(batch)
+        if self._refit is not None or self.allocation == "measured":
+            self._replay.keep(batch)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -395,7 +401,7 @@ class FascCallback(pl.Callback):
         start = time.perf_counter()
         return_freed_memory()
         # After every `on_train_end`, so that averaging callbacks have put their weights in place.
-        result = self._factorize(trainer)
+        result = self._factorize(trainer, pl_module)
         self._seconds["factorize"] = time.perf_counter() - start
         start = time.perf_counter()
         self._replaced = swap_modules(pl_module, result.replacements)
@@ -441,7 +447,7 @@ class FascCallback(pl.Callback):
     def _calibrating(self) -> bool:
         return self._taps is not None and self._taps.installed
 
-    def _factorize(self, trainer: pl.Trainer) -> CompressionResult:
+    def _factorize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> CompressionResult:
         assert self._moments is not None
         assert self._scores is not None
         _checks.warn_few_tokens({name: self._moments.tokens(name) for name in self._layers}, layer_shapes(self._layers))
@@ -461,6 +467,9 @@ class FascCallback(pl.Callback):
             progress=layer_progress(trainer),
             methods=methods,
             consume=self._refit is None,
+            measure=Correction(
+                trainer, pl_module, self._layers, self._replay, self.token_mask, self.loss_terms
+            ).measure,
         )
         self._reports = [LayerReport.of(plan, rows[plan.name], flags[plan.name]) for plan in result.layers]
         return same_everywhere(trainer, result)
@@ -470,7 +479,7 @@ class FascCallback(pl.Callback):
             return None
         assert self._moments is not None
         start = time.perf_counter()
-        report = self._refit.run(trainer, pl_module, self._replaced, self._moments)
+        report = self._refit.run(trainer, pl_module, self._replaced, self._moments, self._replay)
         self._seconds["refit"] = time.perf_counter() - start
         return report
 
@@ -510,5 +519,5 @@ class FascCallback(pl.Callback):
     def _forget(self) -> None:
         """Drop statistics and references to the module's layers."""
         self._taps = self._moments = self._frozen = self._scores = self._refit = None
-        self._layers, self._replaced, self._reports = {}, {}, []
+        self._layers, self._replaced, self._reports, self._replay = {}, {}, [], Replay()
         self._monitor.forget()

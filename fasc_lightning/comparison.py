@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,11 +24,13 @@ from fasc_lightning.comparison_evaluation import Evaluation, Measured
 from fasc_lightning.comparison_statistics import Calibration
 from fasc_lightning.factorize import Progress, Unit, compress_layers, layer_budgets
 from fasc_lightning.lowrank import Layout
+from fasc_lightning.measured import measure_losses, spread
 from fasc_lightning.moments import CalibrationMoments
-from fasc_lightning.refit import refit
+from fasc_lightning.refit import causal_loss, refit
 from fasc_lightning.refit_phase import GradientMoments
 from fasc_lightning.report import measure_layers, write_json
 from fasc_lightning.swap import swap_modules
+from fasc_lightning.tokens import TokenRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +86,7 @@ class Setting:
     @property
     def unit(self) -> Unit:
         """What is spent over layers: losses that compare between them, whatever the solver."""
-        return "fisher" if self.allocation == "fisher" else "own"
+        return "own" if self.allocation == "uniform" else "fisher"
 
     def __str__(self) -> str:
         return f"{self.allocation}-{self.layout}"
@@ -288,6 +290,10 @@ class Comparison:
         """Return the calibration windows for methods that read them themselves."""
         return [{"input_ids": ids.to(self.model.device)} for ids in self.calibration.windows.split(1)]
 
+    def _measure(self, layers: dict[str, nn.Module], factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Return what low-rank layers lose on some of the calibration windows."""
+        return measure_losses(self.model, layers, factors, spread(self._batches()), _window_rows, causal_loss)
+
     def _layers(self, cell: Cell) -> dict[str, nn.Module]:
         return self.layers if cell.layers is None else {name: self.layers[name] for name in cell.layers}
 
@@ -334,6 +340,7 @@ class Comparison:
             methods=dict(cell.methods),
             consume=False,
             unit=cell.setting.unit,
+            measure=partial(self._measure, layers),
         )
         factorized = time.perf_counter()
         plan = [{**asdict(layer), "shape": list(layer.shape)} for layer in result.layers]  # as JSON gives it back
@@ -346,6 +353,10 @@ class Comparison:
             yield Built(self.model, {**layers, **result.replacements}, seconds, plan)
         finally:
             swap_modules(self.model, dense)
+
+
+def _window_rows(batch: Mapping[str, Tensor]) -> TokenRows:
+    return TokenRows("a window run again", scale=batch["input_ids"][:, 1:].numel())
 
 
 def budget_share(layers: Mapping[str, nn.Module], budget: Budget) -> float:

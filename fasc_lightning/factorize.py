@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ from fasc_lightning.lowrank import (
     make_lowrank,
     pivot_cost,
 )
+from fasc_lightning.measured import Measure, correction
 from fasc_lightning.moments import CalibrationMoments, not_gathered
 from fasc_lightning.objective import fisher_losses, fisher_metric
 from fasc_lightning.solvers import Factorization, get_solver, solver_needs
@@ -136,6 +137,7 @@ def compress_layers(
     methods: Mapping[str, str] | None = None,
     consume: bool = True,
     unit: Unit = "own",
+    measure: Measure | None = None,
 ) -> CompressionResult:
     """Factorise the layers and build their replacements; the layers themselves are only read.
 
@@ -149,13 +151,17 @@ def compress_layers(
     for it where one solver serves all: the ranks that J would give it, instead of those of its own objective. J of a
     solver that does not minimise it may rise with the rank; the allocation takes the best of all ranks anyway.
 
+    With "measured" the ranks that "fisher" gives are measured on tokens, each layer's losses are corrected by what
+    comes out (:func:`~fasc_lightning.measured.correction`), and the budget is spent anew. Only J can be measured:
+    losses in other units are spent as "fisher" does.
+
     Args:
         layers: The targeted layers by name.
         moments: Their moments.
         rank: See :func:`layer_budgets`.
         keep: See :func:`layer_budgets`.
         method: Solver.
-        allocation: "fisher" (one budget, spent where it matters most) or "uniform".
+        allocation: "measured" or "fisher" (one budget, spent where it matters most), or "uniform".
         layout: "auto", "pivot" or "factors".
         device: Where to factorise.
         progress: Wraps the loop over layers.
@@ -163,6 +169,7 @@ def compress_layers(
         consume: Whether to free each layer's moments once they are used, so that memory does not grow. Moments that
             are kept can serve another run.
         unit: "own": losses as each solver states them; "fisher": J of the Fisher metric, in which layers compare.
+        measure: Measures J of low-rank layers on tokens; needed for "measured".
 
     Raises:
         RuntimeError: If no gradient reached any layer.
@@ -171,6 +178,8 @@ def compress_layers(
     """
     if unit not in UNITS:
         raise ValueError(f"Expected `unit` to be one of {', '.join(UNITS)} but got {unit!r}.")
+    if allocation == "measured" and measure is None:
+        raise ValueError('Expected `measure` for allocation="measured" but got None. Or allocate by "fisher".')
     progress = progress or (lambda names, description: names)
     solvers = _solvers(layers, method, methods or {})
     _check_gathered(solvers.values(), moments)
@@ -197,7 +206,11 @@ def compress_layers(
         )
     _warn_unreached([name for name in layers if name not in factorizations], len(layers))
 
-    ranks = _allocate(layers, factorizations, tokens, budgets, allocation, layout_cost(layout))
+    cost = layout_cost(layout)
+    ranks = _allocate(layers, factorizations, tokens, budgets, allocation, cost)
+    if allocation == "measured" and measure is not None and (fisher or method in FISHER_METHODS):
+        factorizations = _corrected(factorizations, ranks, measure)
+        ranks = _allocate(layers, factorizations, tokens, budgets, allocation, cost)
     replacements: dict[str, nn.Module] = {}
     plans = []
     for name in progress(list(layers), "Building"):
@@ -288,6 +301,21 @@ def _allocate(
     else:
         ranks = allocate_fisher(candidates, budget, cost)
     return {c.name: k for c, k in zip(candidates, ranks, strict=True)}
+
+
+def _corrected(
+    factorizations: dict[str, Factorization], ranks: Mapping[str, int | None], measure: Measure
+) -> dict[str, Factorization]:
+    """Return the factorisations with losses corrected by what they are at some ranks, on tokens."""
+    chosen = {name: k for name, k in ranks.items() if k is not None}
+    measured = measure({name: factorizations[name].truncate(k) for name, k in chosen.items()})
+    corrected = dict(factorizations)
+    for name, k in chosen.items():
+        losses = factorizations[name].losses
+        corrected[name] = replace(
+            factorizations[name], losses=losses * correction(float(losses[k]), measured.get(name, math.nan))
+        )
+    return corrected
 
 
 def _build(module: nn.Module, factorization: Factorization, rank: int, layout: Layout) -> CompressedLinear:

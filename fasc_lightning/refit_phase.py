@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from fasc_lightning._progress import layer_progress
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.refit import MIN_BATCHES, RefitOptions, RefitReport, check_refit, refit
 from fasc_lightning.refit_blocks import RefitError
+from fasc_lightning.replay import NoLossError, Replay, check_automatic, on_first_process, silent, training_loss
 
 #: "auto" refits where a module allows it and says why where not; True insists.
 Refit = bool | Literal["auto"]
@@ -25,7 +24,7 @@ _NOT_REFITTED = "FascCallback: the factors will not be refitted. {}"
 
 
 class RefitPhase:
-    """Keeps the calibration's batches on the CPU, and refits the factors once they are in the module.
+    """Refits the factors to the calibration's batches once they are in the module.
 
     Args:
         insisted: Whether to warn, not only say so, where there turn out to be too few batches.
@@ -35,7 +34,6 @@ class RefitPhase:
     def __init__(self, insisted: bool = False, options: RefitOptions | None = None) -> None:
         self.insisted = insisted
         self.options = options or RefitOptions()
-        self.batches: list[Any] = []
 
     @staticmethod
     def of(wanted: Refit, pl_module: pl.LightningModule, layers: Iterable[str]) -> RefitPhase | None:
@@ -48,26 +46,19 @@ class RefitPhase:
 
         Raises:
             RefitError: If a refit is insisted on and the module does not allow one.
+            NoLossError: Likewise, if it optimises by hand.
         """
         if wanted is False:
             return None
         try:
-            if not pl_module.automatic_optimization:
-                raise RefitError(
-                    "Expected automatic optimization, so that `training_step` returns the loss that judges a refit. "
-                    "Compress with refit=False."
-                )
+            check_automatic(pl_module, "Compress with refit=False.")
             check_refit(pl_module, layers)
-        except RefitError as error:
+        except (RefitError, NoLossError) as error:
             if wanted is True:
                 raise
             rank_zero_info(_NOT_REFITTED.format(error))
             return None
         return RefitPhase(insisted=wanted is True)
-
-    def keep(self, batch: Any) -> None:
-        """Keep a batch of the calibration."""
-        self.batches.append(move_data_to_device(batch, "cpu"))
 
     def run(
         self,
@@ -75,6 +66,7 @@ class RefitPhase:
         pl_module: pl.LightningModule,
         dense: Mapping[str, nn.Module],
         moments: CalibrationMoments,
+        replay: Replay,
     ) -> RefitReport | None:
         """Refit the compressed module in place; on several processes with the first one's batches, for all.
 
@@ -83,28 +75,19 @@ class RefitPhase:
             pl_module: The module, its layers replaced.
             dense: The layers that were replaced, by name.
             moments: The calibration's, whose G is the metric.
+            replay: The calibration's batches.
 
         Returns:
             What was done; None if there was nothing to do or too few batches, which is said, or on other processes.
 
         Raises:
             RefitError: If a refit is insisted on and the module turns out not to allow one.
+            NoLossError: Likewise, if its training step returns no loss.
             RuntimeError: On every process but the first, if the first one failed.
         """
+        report = on_first_process(trainer, lambda: self._run(trainer, pl_module, dense, moments, replay), "The refit")
         if not is_distributed(trainer):
-            return self._run(trainer, pl_module, dense, moments)
-        report, error = None, None
-        if trainer.is_global_zero:
-            try:
-                report = self._run(trainer, pl_module, dense, moments)
-            except Exception as caught:
-                error = caught
-        failed = [error is not None]
-        dist.broadcast_object_list(failed, src=0)
-        if error is not None:
-            raise error
-        if failed[0]:
-            raise RuntimeError("The refit failed on the first process; see its error. The module is put back.")
+            return report
         modules = dict(pl_module.named_modules())
         for name in sorted(dense):
             for tensor in modules[name].state_dict().values():
@@ -117,31 +100,32 @@ class RefitPhase:
         pl_module: pl.LightningModule,
         dense: Mapping[str, nn.Module],
         moments: CalibrationMoments,
+        replay: Replay,
     ) -> RefitReport | None:
         if not dense:
             return None
-        if len(self.batches) < MIN_BATCHES:
+        if len(replay.batches) < MIN_BATCHES:
             say = rank_zero_warn if self.insisted else rank_zero_info
             say(
                 f"FascCallback: the factors are not refitted. That takes at least {MIN_BATCHES} calibration batches, "
-                f"some of which are held out, and there were {len(self.batches)}. HINT: smaller batches, or "
+                f"some of which are held out, and there were {len(replay.batches)}. HINT: smaller batches, or "
                 "refit=False."
             )
             return None
         device = trainer.strategy.root_device
         try:
-            with _silent(pl_module):
+            with silent(pl_module):
                 return refit(
                     pl_module,
                     dense,
                     GradientMoments(moments, dense),
-                    [move_data_to_device(batch, device) for batch in self.batches],
+                    replay.on(device),
                     options=self.options,
-                    loss=_training_loss,
+                    loss=training_loss,
                     device=device,
                     progress=layer_progress(trainer),
                 )
-        except RefitError as error:  # some modules only show what they are when they run
+        except (RefitError, NoLossError) as error:  # some modules only show what they are when they run
             if self.insisted:
                 raise
             rank_zero_info(_NOT_REFITTED.format(error))
@@ -182,32 +166,3 @@ class GradientMoments(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def _training_loss(module: nn.Module, batch: Any) -> Tensor:
-    """Return the module's own loss of a batch.
-
-    Raises:
-        RefitError: If the training step skips it.
-    """
-    assert isinstance(module, pl.LightningModule)
-    outputs: Any = module.training_step(batch, 0)
-    loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-    if not isinstance(loss, Tensor):
-        raise RefitError(
-            f"Expected a training step that returns a loss for every batch but got {type(loss).__name__}. Compress "
-            "with refit=False."
-        )
-    return loss
-
-
-@contextmanager
-def _silent(module: pl.LightningModule) -> Iterator[None]:
-    """Let a training step run outside of the training loop, where ``self.log`` is an error."""
-    names = ("log", "log_dict")
-    vars(module).update(dict.fromkeys(names, lambda *args, **kwargs: None))
-    try:
-        yield
-    finally:
-        for name in names:
-            del vars(module)[name]

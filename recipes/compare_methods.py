@@ -8,7 +8,7 @@ SmolLM2-135M-Instruct and the built-in texts and facts.
 A whole grid, on data of your own:
 
     python recipes/compare_methods.py --calibration a.txt b.txt --windows 64 --methods fasc svd-llm svd magnitude \
-        --keep 0.8 0.6 0.4 --rank 0.5 --settings uniform-factors fisher-pivot \
+        --keep 0.8 0.6 0.4 --rank 0.5 --settings uniform-factors measured-pivot --refit-methods fasc \
         --eval-text news=news.txt --eval-facts facts.jsonl --eval-windows 32 --output comparison
 
 Every method reads one pass of statistics, which is kept (`--statistics`). Every cell (a method, a budget, a setting) is
@@ -17,7 +17,8 @@ again for the same model, tokenizer, tokens, questions, options and version; aft
 the folder. A cell that fails is shown with its reason and stops nothing.
 
 A setting is ALLOCATION-LAYOUT: `uniform-factors` is how most methods were published, a rank a layer and two factors;
-`fisher-pivot` gives every method the best allocation and storage, ranks by the losses in the Fisher metric.
+`fisher-pivot` gives every method one budget for all layers, spent by its losses in the Fisher metric, and the best
+storage; `measured-pivot` corrects those losses on some of the calibration windows first, as FascCallback does.
 
 Studies: `grid` and `kinds` (recall by kind of relation, Table 6 of the FASC paper) come from the same cells.
 `sensitivity` compresses each layer alone (Fig. 2); `layers` the fifth of the layers with the highest and with the
@@ -70,7 +71,7 @@ def build_parser() -> ArgumentParser:
     add("--methods", nargs="+", default=["fasc", "svd-llm", "svd"], help=f"any of {everything}; or all")
     add("--keep", nargs="+", type=float, default=[], help="fractions of the targeted parameters; 0.8 if no budget")
     add("--rank", nargs="+", type=int | float, default=[], help="fractions of full rank (0.5) or ranks (256)")
-    add("--settings", nargs="+", default=["fisher-pivot"], help="ALLOCATION-LAYOUT, as uniform-factors")
+    add("--settings", nargs="+", default=["measured-pivot"], help="ALLOCATION-LAYOUT, as uniform-factors")
     add("--refit-methods", nargs="*", default=[], help="solvers measured refitted as well, in the last setting")
     add("--gfwsvd-passes", type=int, default=2, help="passes of gfwsvd's iteration beyond the first step")
     add_text_options(parser, windows=8)

@@ -26,6 +26,7 @@ from fasc_lightning.comparison_layers import (
 from fasc_lightning.comparison_statistics import Calibration, gather_moments
 from fasc_lightning.evaluation import Fact, MinimalPair, perplexity
 from fasc_lightning.lowrank import LowRankLinear, PivotedLinear
+from fasc_lightning.measured import measure_losses
 from fasc_lightning.report import measure_layers
 from fasc_lightning.solvers import available_methods
 from fasc_lightning.swap import compressed_layers
@@ -215,6 +216,23 @@ def test_a_setting_decides_allocation_and_storage(calibration, evaluation, monke
         built = {**calibration.layers, **seen["layers"]}
         assert found.parameters == measure_layers(built).parameters
         assert len(ranks) > 1 if setting is BEST else len(ranks) <= 4  # one for each shape
+
+
+def test_a_measured_setting_looks_at_the_calibration_windows(calibration, evaluation, monkeypatch):
+    seen = []
+
+    def watched(model, layers, factors, batches, rows, loss):
+        seen.append((len(batches), set(factors)))
+        return measure_losses(model, layers, factors, batches, rows, loss)
+
+    monkeypatch.setattr(comparison, "measure_losses", watched)
+    outcome = comparing(calibration).measure(Cell("fasc", KEEP, Setting("measured", "pivot")), evaluation)
+    assert outcome.error == ""
+    ((count, measured),) = seen
+    assert count == 4
+    assert {layer["name"] for layer in outcome.plan if layer["layout"] != "dense"} & measured
+    before = comparing(calibration).measure(Cell("fasc", KEEP, BEST), evaluation)
+    assert [layer["loss"] for layer in before.plan] != [layer["loss"] for layer in outcome.plan]
 
 
 def test_a_single_layer(calibration, evaluation):

@@ -1,0 +1,83 @@
+"""Measuring losses inside a fit: on the first process, with the module's own loss, the same result on all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from fasc_lightning._distributed import is_distributed
+from fasc_lightning.batches import LossTerms, TokenMask, replayed_rows
+from fasc_lightning.measured import measure_losses, spread
+from fasc_lightning.replay import NoLossError, Replay, check_automatic, on_first_process, silent, training_loss
+
+
+class Correction:
+    """What approximations of a module's layers lose on the calibration's batches.
+
+    Args:
+        trainer: Of the fit.
+        pl_module: Its module, dense.
+        layers: The targeted layers by name.
+        replay: The calibration's batches.
+        token_mask: See :class:`~fasc_lightning.FascCallback`.
+        loss_terms: Likewise.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        layers: dict[str, nn.Module],
+        replay: Replay,
+        token_mask: TokenMask | None,
+        loss_terms: LossTerms | None,
+    ) -> None:
+        self._trainer = trainer
+        self._module = pl_module
+        self._layers = layers
+        self._replay = replay
+        self._token_mask = token_mask
+        self._loss_terms = loss_terms
+
+    def measure(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Return J by layer; nothing, which is said, where the module gives no loss outside of the training loop.
+
+        Args:
+            factors: B (m, k), C (k, n) of the layers to measure.
+
+        Raises:
+            FloatingPointError: If a loss is not finite.
+            RuntimeError: On every process but the first, if the first one failed.
+        """
+        found = on_first_process(self._trainer, lambda: self._measure(factors), "Measuring the losses of layers")
+        if not is_distributed(self._trainer):
+            assert found is not None
+            return found
+        shared: list[Any] = [found]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+
+    def _measure(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+        batches = Replay()
+        batches.batches = spread(self._replay.batches)
+        try:
+            check_automatic(self._module, 'Or allocate by "fisher".')
+            with silent(self._module):
+                return measure_losses(
+                    self._module,
+                    self._layers,
+                    factors,
+                    batches.on(self._trainer.strategy.root_device),
+                    lambda batch: replayed_rows(
+                        self._module, batch, token_mask=self._token_mask, loss_terms=self._loss_terms
+                    ),
+                    training_loss,
+                )
+        except NoLossError as error:
+            rank_zero_info(f"FascCallback: ranks follow predicted losses alone. {error}")
+            return {}

@@ -40,6 +40,7 @@ from fasc_lightning.data import calibration_windows, model_fingerprint, read_tex
 from fasc_lightning.evaluation import token_losses
 from fasc_lightning.factorize import layer_budgets
 from fasc_lightning.lowrank import linear_shape, linear_weight, make_lowrank, pivot_cost
+from fasc_lightning.measured import spread
 from fasc_lightning.objective import HeldoutLosses, fisher_losses
 from fasc_lightning.refit import RefitOptions, RefitReport, refit
 from fasc_lightning.refit_phase import refit_figures
@@ -70,6 +71,7 @@ class Variant:
         shrink_gradients: Of G.
         power: The allocation is given losses to this power,
         heldout: times (exact J on held-out windows / predicted J) to this power, both at the budget's ranks.
+        measured: The same on some of the calibration windows, as allocation="measured" does (0.5 there).
         choose: Whether a layer is factorised from plain statistics where exact J on held-out windows prefers it.
         refit: Options of a refit after allocation, if there is one.
     """
@@ -81,6 +83,7 @@ class Variant:
     shrink_gradients: float = SHRINK_COUPLED_G
     power: float = 1.0
     heldout: float = 0.0
+    measured: float = 0.0
     choose: bool = False
     refit: RefitOptions | None = None
 
@@ -128,6 +131,8 @@ VARIANTS = {
     "losses-power-1.2": Variant(power=1.2),
     "losses-heldout": Variant(heldout=1.0),
     "losses-heldout-root": Variant(heldout=0.5),
+    "losses-measured": Variant(measured=1.0),
+    "losses-measured-root": Variant(measured=0.5),
     "choose-by-heldout": Variant(choose=True),
     **{f"windows-{count}": Variant.of(f"windows-{count}") for count in WINDOW_COUNTS},
     "refit": Variant(refit=RefitOptions()),
@@ -232,7 +237,7 @@ class Bench:
     ) -> tuple[dict[str, Factorization], dict[str, Tensor]]:
         """Return each layer's factors, and the losses by rank that the allocation is to see."""
         chosen = dict(factorizations)
-        heldout = self.heldout_losses(keep) if variant.heldout or variant.choose else {}
+        heldout = self.exact_losses(keep, "heldout", self.heldout) if variant.heldout or variant.choose else {}
         if variant.choose:
             plain = self.factorize(VARIANTS["plain"])
             for name, J in heldout.items():
@@ -242,14 +247,21 @@ class Bench:
                     chosen[name] = replace(plain[name], losses=in_one_unit)
         losses = {name: loss**variant.power for name, loss in _losses_of(chosen).items()}
         if variant.heldout:
-            ratios = {name: J["fasc"] / J["predicted"] for name, J in heldout.items()}
-            usual = stdlib_statistics.median(ratios.values())  # for layers that are dense at these ranks
-            losses = {name: loss * ratios.get(name, usual) ** variant.heldout for name, loss in losses.items()}
+            losses = _corrected(losses, heldout, variant.heldout)
+        if variant.measured:
+            windows = torch.stack(spread(list(self.statistics.windows)))
+            losses = _corrected(losses, self.exact_losses(keep, "measured", windows), variant.measured)
         return chosen, losses
 
-    def heldout_losses(self, keep: float) -> dict[str, dict[str, float]]:
-        """Return exact J of `fasc` and of `plain` at the ranks of `fasc`, and what `fasc` predicted, by layer."""
-        path, settings = self.folder / f"heldout-{keep}.json", {"windows": len(self.heldout)}
+    def exact_losses(self, keep: float, label: str, windows: Tensor) -> dict[str, dict[str, float]]:
+        """Return exact J of `fasc` and of `plain` at the ranks of `fasc`, and what `fasc` predicted, by layer.
+
+        Args:
+            keep: Of which budget.
+            label: Of the windows, for the file that keeps the result.
+            windows: Token ids, shape (windows, window).
+        """
+        path, settings = self.folder / f"{label}-{keep}.json", {"windows": len(windows)}
         if kept := self._kept(path, settings):
             return kept["layers"]
         fasc, plain = (self.factorize(VARIANTS[name]) for name in ("fasc", "plain"))
@@ -261,7 +273,7 @@ class Bench:
                 for name, k in ranks.items()
             },
         )
-        for _ in backward_windows(self.model, Taps(self.layers, pairs=judge), self.heldout, self.progress):
+        for _ in backward_windows(self.model, Taps(self.layers, pairs=judge), windows, self.progress):
             pass
         found = {name: {**judge.losses(name), "predicted": float(fasc[name].losses[k])} for name, k in ranks.items()}
         write_json({"layers": found, "source": self.source, "settings": settings}, path)
@@ -350,6 +362,15 @@ def mean_matrix(matrices: Sequence[Tensor], matched: bool) -> Tensor:
 def _settings(variant: Variant) -> dict[str, Any]:
     """Return a variant's options as JSON gives them back."""
     return json.loads(json.dumps(asdict(variant)))
+
+
+def _corrected(
+    losses: Mapping[str, Tensor], exact: Mapping[str, Mapping[str, float]], power: float
+) -> dict[str, Tensor]:
+    """Return losses times a power of exact over predicted J."""
+    ratios = {name: J["fasc"] / J["predicted"] for name, J in exact.items()}
+    usual = stdlib_statistics.median(ratios.values())  # for layers that are dense at these ranks
+    return {name: loss * ratios.get(name, usual) ** power for name, loss in losses.items()}
 
 
 def _losses_of(factorizations: Mapping[str, Factorization]) -> dict[str, Tensor]:

@@ -24,7 +24,16 @@ from fasc_lightning.study import backward_windows
 from fasc_lightning.swap import swap_modules
 from fasc_lightning.taps import Taps, layer_shapes
 
-FEW = ["fasc", "root-half", "staged-0.6-half", "losses-heldout", "choose-by-heldout", "windows-16", "refit"]
+FEW = [
+    "fasc",
+    "root-half",
+    "staged-0.6-half",
+    "losses-heldout",
+    "losses-measured-root",
+    "choose-by-heldout",
+    "windows-16",
+    "refit",
+]
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +182,7 @@ def test_heldout_ratios_scale_the_losses_of_their_layers(bench, monkeypatch):
     factorizations = bench.factorize(Variant())
     first, second, *others = bench.layers
     J = {first: {"fasc": 8.0, "plain": 1.0, "predicted": 2.0}, second: {"fasc": 9.0, "plain": 10.0, "predicted": 1.0}}
-    monkeypatch.setattr(bench, "heldout_losses", lambda keep: J)
+    monkeypatch.setattr(bench, "exact_losses", lambda keep, label, windows: J)
     _, losses = bench.losses(Variant(heldout=0.5), factorizations, 0.6)
     for name, factor in ((first, 2.0), (second, 3.0), (others[0], 6.5**0.5)):
         torch.testing.assert_close(losses[name], factor * factorizations[name].losses)
@@ -186,7 +195,7 @@ def test_a_layer_goes_to_plain_where_heldout_tokens_prefer_it(bench, monkeypatch
     factorizations, plain = bench.factorize(Variant()), bench.factorize(VARIANTS["plain"])
     first, second, *_ = bench.layers
     J = {first: {"fasc": 2.0, "plain": 1.0, "predicted": 1.0}, second: {"fasc": 1.0, "plain": 2.0, "predicted": 1.0}}
-    monkeypatch.setattr(bench, "heldout_losses", lambda keep: J)
+    monkeypatch.setattr(bench, "exact_losses", lambda keep, label, windows: J)
     chosen, losses = bench.losses(Variant(choose=True), factorizations, 0.6)
     assert torch.equal(chosen[first].left, plain[first].left)
     assert chosen[second] is factorizations[second]
@@ -197,7 +206,7 @@ def test_a_layer_goes_to_plain_where_heldout_tokens_prefer_it(bench, monkeypatch
 
 def test_heldout_losses_are_measured_at_the_ranks_of_the_budget(bench):
     bench.prepare([Variant(choose=True)])
-    found = bench.heldout_losses(0.6)
+    found = bench.exact_losses(0.6, "heldout", bench.heldout)
     factorizations = bench.factorize(Variant())
     ranks = bench.ranks({name: f.losses for name, f in factorizations.items()}, 0.6)
     assert set(found) == {name for name, k in ranks.items() if k is not None}
@@ -205,7 +214,7 @@ def test_heldout_losses_are_measured_at_the_ranks_of_the_budget(bench):
         assert J["predicted"] == pytest.approx(factorizations[name].losses[ranks[name]].item())
         assert J["fasc"] > 0
         assert J["plain"] > 0
-    assert bench.heldout_losses(0.6) == found
+    assert bench.exact_losses(0.6, "heldout", bench.heldout) == found
 
 
 def test_statistics_that_are_averaged_may_be_brought_to_one_trace():

@@ -29,6 +29,7 @@ from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.refit import causal_loss, refit
 from fasc_lightning.refit_phase import GradientMoments
 from fasc_lightning.report import measure_layers, write_json
+from fasc_lightning.solvers import Factorization
 from fasc_lightning.swap import swap_modules
 from fasc_lightning.tokens import TokenRows
 
@@ -218,6 +219,29 @@ class Built:
     passes: int = 0
 
 
+@dataclass
+class _Factorized:
+    """Factorisations that cells of one method and unit share, whatever their budgets.
+
+    Attributes:
+        key: Of those cells.
+        layers: By name.
+        seconds: What the last cell took that made any.
+    """
+
+    key: tuple[Any, ...] = ()
+    layers: dict[str, Factorization] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def of(self, cell: Cell) -> _Factorized:
+        """Forget what is not of this cell: all layers of two methods would be two models."""
+        assert cell.setting is not None
+        key = (cell.method, cell.passes, cell.methods, cell.setting.unit)
+        if key != self.key:
+            self.key, self.layers, self.seconds = key, {}, 0.0
+        return self
+
+
 class Comparison:
     """Runs cells on one model, one after the other, and leaves the model as it was after each.
 
@@ -232,6 +256,7 @@ class Comparison:
         self.model = calibration.model
         self.layers = calibration.layers
         self.methods = list(methods)
+        self._factorized = _Factorized()
 
     @cached_property
     def moments(self) -> CalibrationMoments:
@@ -327,6 +352,8 @@ class Comparison:
         assert cell.setting is not None
         moments = self.moments
         start = time.perf_counter()
+        factorized = self._factorized.of(cell)
+        there = len(factorized.layers)
         result = compress_layers(
             layers,
             moments,
@@ -341,11 +368,17 @@ class Comparison:
             consume=False,
             unit=cell.setting.unit,
             measure=partial(self._measure, layers),
+            known=factorized.layers,
         )
-        factorized = time.perf_counter()
+        ended = time.perf_counter()
+        spent = ended - start
+        if len(factorized.layers) > there:
+            factorized.seconds = spent
+        else:  # what an earlier cell did would have been this one's work
+            spent += factorized.seconds
         plan = [{**asdict(layer), "shape": list(layer.shape)} for layer in result.layers]  # as JSON gives it back
         dense = swap_modules(self.model, result.replacements)
-        seconds = {"factorize": factorized - start, "swap": time.perf_counter() - factorized}
+        seconds = {"factorize": spent, "swap": time.perf_counter() - ended}
         try:
             if cell.refit and dense:
                 gradients = GradientMoments(moments, dense)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -138,6 +138,7 @@ def compress_layers(
     consume: bool = True,
     unit: Unit = "own",
     measure: Measure | None = None,
+    known: MutableMapping[str, Factorization] | None = None,
 ) -> CompressionResult:
     """Factorise the layers and build their replacements; the layers themselves are only read.
 
@@ -170,6 +171,8 @@ def compress_layers(
             are kept can serve another run.
         unit: "own": losses as each solver states them; "fisher": J of the Fisher metric, in which layers compare.
         measure: Measures J of low-rank layers on tokens; needed for "measured".
+        known: Factorisations by layer from an earlier call with the same layers, moments, solvers and unit, which are
+            not made again; those that are made are put in. For other budgets, allocations and layouts.
 
     Raises:
         RuntimeError: If no gradient reached any layer.
@@ -194,9 +197,13 @@ def compress_layers(
         )
     factorizations: dict[str, Factorization] = {}
     for name in progress(reached, "Factorising"):
-        factorization = _factorize(layers[name], moments, name, solvers[name], fisher, device)
+        factorization = None if known is None else known.get(name)
+        if factorization is None:
+            factorization = _factorize(layers[name], moments, name, solvers[name], fisher, device)
         if factorization is not None:
             factorizations[name] = factorization
+            if known is not None:
+                known[name] = factorization
         if consume:
             moments.release(name)
     if not factorizations:

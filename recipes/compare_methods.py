@@ -178,20 +178,22 @@ def check(options: Namespace) -> Namespace:
 
 
 def grid_cells(options: Namespace) -> list[Cell]:
-    """Return the cells of the grid, budget by budget; pruners have one a budget, whatever the settings."""
+    """Return the cells of the grid; pruners have one a budget, whatever the settings.
+
+    Method by method: cells of one method that differ in their budgets alone share its factorisations.
+    """
     budgets = [*(Budget(keep=keep) for keep in options.keep), *(Budget(rank=rank) for rank in options.rank)]
     settings = [Setting.parse(text) for text in options.settings]
     cells = []
-    for budget in budgets:
-        for method in options.methods:
-            passes = options.gfwsvd_passes if method == "gfwsvd" else 0
-            if method in PRUNERS:
-                cells.append(Cell(method, budget))
-            else:
-                cells += [Cell(method, budget, setting, passes=passes) for setting in settings]
-        for method in options.refit_methods:
-            passes = options.gfwsvd_passes if method == "gfwsvd" else 0
-            cells.append(Cell(method, budget, settings[-1], True, passes))
+    for method in options.methods:
+        passes = options.gfwsvd_passes if method == "gfwsvd" else 0
+        if method in PRUNERS:
+            cells += [Cell(method, budget) for budget in budgets]
+        else:
+            cells += [Cell(method, budget, setting, passes=passes) for setting in settings for budget in budgets]
+    for method in options.refit_methods:
+        passes = options.gfwsvd_passes if method == "gfwsvd" else 0
+        cells += [Cell(method, budget, settings[-1], True, passes) for budget in budgets]
     return cells
 
 

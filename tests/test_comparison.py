@@ -11,7 +11,7 @@ import torch
 from comparison_cases import outcome
 from tiny import byte_tokenizer, causal_model
 
-from fasc_lightning import comparison, comparison_evaluation, comparison_statistics
+from fasc_lightning import comparison, comparison_evaluation, comparison_statistics, factorize
 from fasc_lightning.comparison import Budget, Cell, CellStore, Comparison, Outcome, Setting, budget_share
 from fasc_lightning.comparison_evaluation import Evaluation, some_facts
 from fasc_lightning.comparison_layers import (
@@ -233,6 +233,24 @@ def test_a_measured_setting_looks_at_the_calibration_windows(calibration, evalua
     assert {layer["name"] for layer in outcome.plan if layer["layout"] != "dense"} & measured
     before = comparing(calibration).measure(Cell("fasc", KEEP, BEST), evaluation)
     assert [layer["loss"] for layer in before.plan] != [layer["loss"] for layer in outcome.plan]
+
+
+def test_cells_that_differ_in_their_budget_share_factorisations(calibration, evaluation, monkeypatch):
+    made = []
+    solve = factorize._factorize
+
+    def counted(module, moments, name, *arguments):
+        made.append(name)
+        return solve(module, moments, name, *arguments)
+
+    monkeypatch.setattr(factorize, "_factorize", counted)
+    running = comparing(calibration)
+    cells = [Cell("fasc", Budget(keep=keep), BEST) for keep in (0.8, 0.6)]
+    outcomes = [running.measure(cell, evaluation) for cell in [*cells, Cell("svd", KEEP, BEST)]]
+    assert len(made) == 2 * len(calibration.layers)
+    assert outcomes[1].seconds["factorize"] > outcomes[0].seconds["factorize"]
+    alone = comparing(calibration).measure(cells[1], evaluation)
+    assert (alone.plan, alone.measured) == (outcomes[1].plan, outcomes[1].measured)
 
 
 def test_a_single_layer(calibration, evaluation):

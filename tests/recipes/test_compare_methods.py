@@ -232,7 +232,7 @@ def test_a_method_that_fails_is_shown_with_its_reason_and_stops_nothing(recipe, 
     assert rows["fasc", "keep 0.8"]["error"] == ""
     assert "a budget of at least" in rows["fasc", "keep 0.001"]["error"]
     page = (folder / "out" / "results.md").read_text()
-    assert "Failed: broken keep 0.8 fisher-pivot: FloatingPointError: the solver met NaN" in page
+    assert "Failed: broken keep 0.8 measured-pivot: FloatingPointError: the solver met NaN" in page
     assert [row["perplexity of foxes"] for row in content["best"]] == ["fasc", "-"]
 
 

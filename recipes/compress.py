@@ -61,7 +61,7 @@ def build_parser() -> ArgumentParser:
     )
     add("--keep", type=float, help="fraction of the targeted parameters to keep, instead of --rank")
     add("--method", default="fasc", choices=available_methods(), help="solver")
-    add("--allocation", default="fisher", choices=list(ALLOCATIONS), help="how the budget is spent over layers")
+    add("--allocation", default="measured", choices=list(ALLOCATIONS), help="how the budget is spent over layers")
     add("--layout", default="auto", choices=["auto", "pivot", "factors"], help="how a low-rank matrix is stored")
     add("--refit", default="true", choices=["true", "false"], help="whether factors are refitted to drifted inputs")
     add("--token-fraction", type=float, default=1.0, help="share of the tokens that enters the moments")

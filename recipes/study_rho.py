@@ -32,7 +32,7 @@ from fasc_lightning import FascCallback
 from fasc_lightning._memory import peak_memory_bytes, return_freed_memory
 from fasc_lightning._options import add_source_options, add_text_options
 from fasc_lightning._tables import Row, save_table, table_text
-from fasc_lightning.allocation import ALLOCATIONS, resolve_rank
+from fasc_lightning.allocation import resolve_rank
 from fasc_lightning.bundled import load_model
 from fasc_lightning.data import calibration_windows, named_files, read_text, text_windows
 from fasc_lightning.evaluation import builtin_text, perplexity
@@ -73,7 +73,7 @@ def build_parser() -> ArgumentParser:
     add_source_options(parser, windows=64)
     add("--heldout-windows", type=int, default=16, help="more windows of the same texts, to measure gains on")
     add("--rank", type=int | float, default=0.5, help="fraction of full rank (0.5) or absolute rank (256)")
-    add("--allocation", default="fisher", choices=list(ALLOCATIONS), help="of the gate's budget over layers")
+    add("--allocation", default="fisher", choices=["fisher", "uniform"], help="of the gate's budget over layers")
     add("--studies", nargs="+", default=list(STUDIES), help=f"any of {', '.join(STUDIES)}")
     add("--thresholds", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.3, 0.4, 0.5], help="gates to compare")
     add("--gate-by", default="debiased", choices=list(GATE_BY), help="which score the gate goes by")

@@ -17,7 +17,6 @@ from fasc_lightning._distributed import is_distributed, same_everywhere
 from fasc_lightning._memory import available_memory, peak_memory_bytes, return_freed_memory
 from fasc_lightning._progress import layer_progress
 from fasc_lightning.batches import LossTerms, TokenMask, batch_label, calibration_rows, observed_rows
-from fasc_lightning.correction import Correction
 from fasc_lightning.factorize import CompressionResult, check_budget_fits, compress_layers
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.gate import (
@@ -31,6 +30,7 @@ from fasc_lightning.gate import (
 from fasc_lightning.history import RhoHistory, describe
 from fasc_lightning.hub import attach_config
 from fasc_lightning.lowrank import Layout
+from fasc_lightning.measure_phase import MeasurePhase
 from fasc_lightning.moments import CalibrationMoments, moment_dtype, moments_bytes
 from fasc_lightning.monitor import LayerScores, RhoMonitor, write_history
 from fasc_lightning.pooled import Gradient
@@ -467,7 +467,7 @@ class FascCallback(pl.Callback):
             progress=layer_progress(trainer),
             methods=methods,
             consume=self._refit is None,
-            measure=Correction(
+            measure=MeasurePhase(
                 trainer, pl_module, self._layers, self._replay, self.token_mask, self.loss_terms
             ).measure,
         )

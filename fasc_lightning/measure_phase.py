@@ -16,7 +16,7 @@ from fasc_lightning.measured import measure_losses, spread
 from fasc_lightning.replay import NoLossError, Replay, check_automatic, on_first_process, silent, training_loss
 
 
-class Correction:
+class MeasurePhase:
     """What approximations of a module's layers lose on the calibration's batches.
 
     Args:

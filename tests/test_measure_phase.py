@@ -7,7 +7,7 @@ import torch
 from tiny import causal_module, token_loader
 from watching import assert_untouched, state
 
-from fasc_lightning import FascCallback, compress, correction
+from fasc_lightning import FascCallback, compress, measure_phase
 from fasc_lightning.measured import measure_losses
 
 
@@ -27,7 +27,7 @@ def watched(monkeypatch):
         calls.append((batches, found, rows(batches[0]).scale))
         return found
 
-    monkeypatch.setattr(correction, "measure_losses", watch)
+    monkeypatch.setattr(measure_phase, "measure_losses", watch)
     return calls
 
 
@@ -75,7 +75,7 @@ def test_a_measurement_that_fails_gives_the_dense_module_back(make_trainer, monk
     def fail(*args, **kwargs):
         raise FloatingPointError("no")
 
-    monkeypatch.setattr(correction, "measure_losses", fail)
+    monkeypatch.setattr(measure_phase, "measure_losses", fail)
     module = causal_module()
     before = state(module)
     with pytest.raises(FloatingPointError, match="no"):

@@ -18,13 +18,10 @@ from fasc_lightning.moments import moment_dtype
 from fasc_lightning.refit_blocks import BatchLoss, BlockRunner, Joins, RefitError, find_blocks, joins_stream
 from fasc_lightning.refit_report import BlockRefit, LayerRefit, RefitReport
 from fasc_lightning.refit_solve import (
-    DriftMoments,
+    DriftRows,
     Factors,
-    RowMoments,
     Variant,
     drift_loss,
-    linear_target_moments,
-    measured_target_moments,
     solve_refit,
 )
 from fasc_lightning.solvers._linalg import shrink
@@ -128,8 +125,8 @@ def refit(
     by layer; the model's loss on them decides block by block, and once more at the end. What is not accepted stays as
     it was, as does everything if anything fails. Shapes, ranks, layouts and the layers' identities stay.
 
-    Memory: the hidden states of all batches at one block's input, twice, and the moments of one group of layers that
-    share an input.
+    Memory: the hidden states of all batches at one block's input, twice, the inputs of its layers in the dense model,
+    and the moments of one group of layers that share an input.
 
     Args:
         model: The compressed model.
@@ -235,12 +232,17 @@ class _Refit:
 
     def _block(self, block: int, current: float) -> float:
         """Refit one block and push both streams past it; returns the judged loss."""
-        with self.runner.dense():
-            exact = self._push(block, self.exact)
         inside = {name: layer for name, layer in self.layers.items() if self._holds(block, name)}
         groups = self.runner.groups(block, self.drifted[0], inside) if inside else []
+        first = [self.dense[group[0]] for group in groups]
+        with self.runner.dense():
+            seen = [self.runner.run_and_see(block, i, hidden, first) for i, hidden in enumerate(self.exact)]
+        exact, inputs = [output for _, output in seen], [inputs for inputs, _ in seen]
+        del seen
         saved = {name: _state(inside[name]) for group in groups for name in group}
-        reports = [report for group in groups for report in self._group(block, group, exact)]
+        reports = []
+        for group in groups:  # the inputs of a group are let go with it
+            reports += self._group(block, group, exact, [batch.pop(0) for batch in inputs])
         drifted = self._push(block, self.drifted)
         if any(report.accepted for report in reports) and self.judged:
             judged = self._judge(block + 1, drifted)
@@ -257,23 +259,24 @@ class _Refit:
         self.exact, self.drifted = exact, drifted
         return current
 
-    def _group(self, block: int, group: Sequence[str], exact: Sequence[Tensor]) -> list[LayerRefit]:
-        """Refit layers that share an input."""
+    def _group(
+        self, block: int, group: Sequence[str], exact: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> list[LayerRefit]:
+        """Refit layers that share an input, whose dense values are given."""
         first = group[0]
         joins: Joins = None
         if self.options.target == "stream" and len(group) == 1:
             joins = joins_stream(self.runner, block, self.drifted[0], self.layers[first])
-        fit, held = self._moments(block, first, joins, exact)
-        return [self._layer(block, name, fit, held, joins) for name in group]
+        fit, held = self._moments(block, first, joins, exact, inputs)
+        return [self._layer(block, name, fit, held) for name in group]
 
-    def _layer(self, block: int, name: str, fit: RowMoments, held: RowMoments, joins: Joins) -> LayerRefit:
+    def _layer(self, block: int, name: str, fit: DriftRows, held: DriftRows) -> LayerRefit:
         """Try all candidates on one layer and keep the best if it beats what is there."""
         layer, options = self.layers[name], self.options
         device = self.device or next(layer.parameters()).device
         W = linear_weight(self.dense[name]).detach().to(device).double()
         G = shrink(self.gradients[name].to(device).double(), SHRINK_G)
-        fitted, judged = (_drift_moments(moments, W, joins, device) for moments in (fit, held))
-        fitted = fitted.shrunk(W, SHRINK_A)
+        fitted, judged = fit.moments(W).shrunk(W, SHRINK_A), held.moments(W)
         left, right = (factor.detach().to(device).double() for factor in layer.factors())
         start = Factors(left, right)
         scale = float((G * judged.V).sum()) or 1.0
@@ -292,37 +295,40 @@ class _Refit:
         _store(layer, found)
         return LayerRefit(name, block, before, best, anchor, variant, True)
 
-    def _moments(self, block: int, name: str, joins: Joins, exact: Sequence[Tensor]) -> tuple[RowMoments, RowMoments]:
-        """Return the moments of the rows [x, x^], with a target of its own [x, x^, v], of both shares of batches.
+    def _moments(
+        self, block: int, name: str, joins: Joins, exact: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> tuple[DriftRows, DriftRows]:
+        """Return the moments of a layer's tokens, of both shares of batches.
 
         Args:
             block: Which block.
             name: A layer in it.
             joins: Where the layer's output joins the stream, whose error it is then to make good.
             exact: The dense block's outputs.
+            inputs: The dense layer's inputs.
         """
         layer, original = self.layers[name], self.dense[name]
         m, n = linear_shape(layer)
         dtype, device = moment_dtype([layer]), next(layer.parameters()).device
-        fit, held = (RowMoments(2 * n if joins is None else 2 * n + m, dtype, device) for _ in range(2))
+        fit, held = (DriftRows((m, n), joins is not None, dtype, device) for _ in range(2))
         W, W_low = (weight.detach().to(dtype) for weight in (linear_weight(original), layer.to_weight()))
         for i, rows in enumerate(self.rows):
-            with self.runner.dense():
-                x = self.runner.layer_input(block, i, self.exact[i], original).reshape(-1, n).to(dtype)
+            x, v = inputs[i].reshape(-1, n).to(dtype), None
             if joins == "end":
-                x_hat, drifted = self.runner.run_and_see(block, i, self.drifted[i], layer)
+                (x_hat,), drifted = self.runner.run_and_see(block, i, self.drifted[i], [layer])
                 missing = exact[i] - drifted
             else:
                 x_hat = self.runner.layer_input(block, i, self.drifted[i], layer)
                 missing = self.exact[i] - self.drifted[i]
             x_hat = x_hat.reshape(-1, n).to(dtype)
-            parts = [x, x_hat]
             if joins is not None:
                 # At the end of the block, the drifted stream holds what this layer adds to it now.
                 added = x_hat @ W_low.T if joins == "end" else x @ W.T
-                parts.append(added + missing.reshape(-1, m).to(dtype))
-            joint = torch.cat(parts, dim=1)
-            (held if i in self.held else fit).update(joint if rows is None else joint[rows.to(joint.device)])
+                v = added + missing.reshape(-1, m).to(dtype)
+            if rows is not None:
+                real = rows.to(device)
+                x, x_hat, v = x[real], x_hat[real], None if v is None else v[real]
+            (held if i in self.held else fit).update(x, x_hat, v)
         return fit, held
 
     def _push(self, block: int, stream: Sequence[Tensor]) -> list[Tensor]:
@@ -369,13 +375,6 @@ def _checked_layers(
     if not layers:
         raise ValueError("Expected compressed layers to refit but `dense` is empty.")
     return layers
-
-
-def _drift_moments(moments: RowMoments, W: Tensor, joins: Joins, device: torch.device | str) -> DriftMoments:
-    joint, mean = moments.compute().to(device), moments.mean().to(device)
-    if joins is None:
-        return linear_target_moments(W, joint, mean)
-    return measured_target_moments(joint, mean, W.shape[1])
 
 
 def _state(layer: CompressedLinear) -> dict[str, Tensor]:

@@ -151,19 +151,28 @@ class BlockRunner:
         call = self._calls[batch][block]
         return _hidden(self.blocks[block](hidden, *call.args, **call.kwargs))
 
-    def run_and_see(self, block: int, batch: int, hidden: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return the input of a layer inside a block, and what :meth:`run` does."""
-        found: list[Tensor] = []
+    def run_and_see(
+        self, block: int, batch: int, hidden: Tensor, layers: Sequence[nn.Module]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return the inputs of layers inside a block, and what :meth:`run` does."""
+        found: dict[nn.Module, tuple[Tensor, int]] = {}
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(_first(args, kwargs))
+            x = _first(args, kwargs).detach()
+            found[module] = x, x._version
 
-        handle = layer.register_forward_pre_hook(see, with_kwargs=True)
+        handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
         try:
             output = self.run(block, batch, hidden)
         finally:
-            handle.remove()
-        return found[0], output
+            for handle in handles:
+                handle.remove()
+        inputs = []
+        for layer in layers:
+            x, version = found[layer]
+            # What was modified in place since has to be computed again.
+            inputs.append(x if x._version == version else self.layer_input(block, batch, hidden, layer))
+        return inputs, output
 
     def layer_input(self, block: int, batch: int, hidden: Tensor, layer: nn.Module) -> Tensor:
         """Return the input of a layer inside a block, computing no further than there."""

@@ -142,24 +142,55 @@ def linear_target_moments(W: Tensor, joint: Tensor, mean: Tensor) -> DriftMoment
     return DriftMoments(A, A_hat, W @ S, W @ A @ W.T, mean[:n], mean[n:], W @ mean[:n])
 
 
-def measured_target_moments(joint: Tensor, mean: Tensor, n: int) -> DriftMoments:
-    """Return the moments for any target from those of the rows [x, x^, v].
+def measured_target_moments(A: Tensor, mean_x: Tensor, joint: Tensor, mean: Tensor) -> DriftMoments:
+    """Return the moments for any target from those of x, and of the rows [x^, v]: x and x^ need not meet.
 
     Args:
-        joint: E[[x, x^, v] [x, x^, v]^T], shape (2 n + m, 2 n + m).
-        mean: E[[x, x^, v]], shape (2 n + m,).
-        n: Length of x.
+        A: E[x x^T], shape (n, n).
+        mean_x: E[x], shape (n,).
+        joint: E[[x^, v] [x^, v]^T], shape (n + m, n + m).
+        mean: E[[x^, v]], shape (n + m,).
     """
-    joint, mean = joint.double(), mean.double()
-    return DriftMoments(
-        joint[:n, :n],
-        joint[n : 2 * n, n : 2 * n],
-        joint[2 * n :, n : 2 * n],
-        joint[2 * n :, 2 * n :],
-        mean[:n],
-        mean[n : 2 * n],
-        mean[2 * n :],
-    )
+    A, mean_x, joint, mean = A.double(), mean_x.double(), joint.double(), mean.double()
+    n = len(A)
+    return DriftMoments(A, joint[:n, :n], joint[n:, :n], joint[n:, n:], mean_x, mean[:n], mean[n:])
+
+
+class DriftRows:
+    """Moments of the tokens of one layer W (m, n): what a refit to its own outputs, or to another target, needs.
+
+    Args:
+        shape: (m, n).
+        measured: Whether there is another target than W x.
+        dtype: Of the sums.
+        device: Where they live.
+    """
+
+    def __init__(self, shape: tuple[int, int], measured: bool, dtype: torch.dtype, device: torch.device) -> None:
+        m, n = shape
+        self._inputs = RowMoments(n, dtype, device) if measured else None
+        self._joint = RowMoments(n + m if measured else 2 * n, dtype, device)
+
+    def update(self, x: Tensor, x_hat: Tensor, v: Tensor | None) -> None:
+        """Add tokens: dense inputs x, drifted ones x^ (tokens, n), and targets v (tokens, m) if they are measured.
+
+        Raises:
+            FloatingPointError: If some are not finite.
+        """
+        if self._inputs is None:
+            self._joint.update(torch.cat([x, x_hat], dim=1))
+        else:
+            assert v is not None
+            self._inputs.update(x)
+            self._joint.update(torch.cat([x_hat, v], dim=1))
+
+    def moments(self, W: Tensor) -> DriftMoments:
+        """Return the moments on the device of W."""
+        joint, mean = self._joint.compute().to(W.device), self._joint.mean().to(W.device)
+        if self._inputs is None:
+            return linear_target_moments(W, joint, mean)
+        inputs = self._inputs
+        return measured_target_moments(inputs.compute().to(W.device), inputs.mean().to(W.device), joint, mean)
 
 
 def drift_loss(moments: DriftMoments, G: Tensor, weight: Tensor, shift: Tensor | None = None) -> float:

@@ -13,7 +13,7 @@ from fasc_lightning import refit as refit_module
 from fasc_lightning.lowrank import LowRankLinear, PivotedLinear, make_lowrank
 from fasc_lightning.refit import RefitOptions, causal_loss, check_refit, refit
 from fasc_lightning.refit_blocks import RefitError
-from fasc_lightning.refit_solve import RowMoments
+from fasc_lightning.refit_solve import DriftRows
 from fasc_lightning.solvers.fasc import two_sided
 from fasc_lightning.swap import compressed_layers, swap_modules
 
@@ -182,16 +182,16 @@ def test_an_interrupted_refit_leaves_the_factors_as_they_were(calls):
 
 
 def test_moments_are_those_of_one_group_at_a_time(monkeypatch):
-    alive: weakref.WeakSet[RowMoments] = weakref.WeakSet()
+    alive: weakref.WeakSet[DriftRows] = weakref.WeakSet()
     most = []
 
-    class Counted(RowMoments):
+    class Counted(DriftRows):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             alive.add(self)
             most.append(len(alive))
 
-    monkeypatch.setattr(refit_module, "RowMoments", Counted)
+    monkeypatch.setattr(refit_module, "DriftRows", Counted)
     refit(*compressed_case().refit_arguments())
     assert max(most) <= 2  # fitted to, and held out
     assert len(most) >= 8

@@ -105,6 +105,32 @@ def test_a_layers_input_is_that_of_the_whole_model_with_either_kind_of_layer():
         torch.testing.assert_close(x, seen[0])
 
 
+def test_inputs_of_several_layers_are_seen_in_one_run():
+    case = compressed_case(steps=3)
+    runner = BlockRunner(case.model, case.dense, case.batches[:1], causal_loss)
+    layers = [case.model.get_submodule(f"model.layers.0.{name}") for name in ("self_attn.q_proj", "mlp.down_proj")]
+    inputs, output = runner.run_and_see(0, 0, runner.inputs[0], layers)
+    for x, layer in zip(inputs, layers, strict=True):
+        torch.testing.assert_close(x, runner.layer_input(0, 0, runner.inputs[0], layer))
+    torch.testing.assert_close(output, runner.run(0, 0, runner.inputs[0]))
+    assert not any(module._forward_pre_hooks for module in case.model.modules())
+
+
+def test_an_input_that_is_modified_in_place_is_seen_as_it_was():
+    case = compressed_case(steps=3)
+    runner = BlockRunner(case.model, case.dense, case.batches[:1], causal_loss)
+    layer = case.model.get_submodule("model.layers.0.mlp.down_proj")
+    expected = runner.layer_input(0, 0, runner.inputs[0], layer).clone()
+
+    def overwrite(module, args, output):
+        args[0].zero_()
+
+    handle = layer.register_forward_hook(overwrite)
+    (seen,), _ = runner.run_and_see(0, 0, runner.inputs[0], [layer])
+    handle.remove()
+    torch.testing.assert_close(seen, expected)
+
+
 def test_compressed_layers_are_back_whatever_happens():
     case = compressed_case(steps=3)
     runner = BlockRunner(case.model, case.dense, case.batches[:1], causal_loss)

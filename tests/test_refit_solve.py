@@ -132,8 +132,9 @@ def test_the_loss_is_that_of_the_tokens(problem):
 
 def test_a_measured_target_of_the_dense_outputs_is_the_linear_one(problem):
     x, drifted, W, _, _ = problem
-    rows = torch.cat([x, drifted, x @ W.T], dim=1)
-    measured = measured_target_moments(rows.T @ rows / TOKENS, rows.mean(0), N).shrunk(W, 0.01)
+    rows = torch.cat([drifted, x @ W.T], dim=1)
+    measured = measured_target_moments(x.T @ x / TOKENS, x.mean(0), rows.T @ rows / TOKENS, rows.mean(0))
+    measured = measured.shrunk(W, 0.01)
     linear = linear_moments(x, drifted, W).shrunk(W, 0.01)
     for name, value in vars(linear).items():
         torch.testing.assert_close(getattr(measured, name), value)

@@ -136,6 +136,7 @@ VARIANTS = {
     "choose-by-heldout": Variant(choose=True),
     **{f"windows-{count}": Variant.of(f"windows-{count}") for count in WINDOW_COUNTS},
     "refit": Variant(refit=RefitOptions()),
+    "refit-to-factors": Variant(refit=RefitOptions(towards="factors")),
     "refit-layer": Variant(refit=RefitOptions(target="layer")),
     "refit-judge": Variant(refit=RefitOptions(judge_batches=4)),
     "refit-lambda-1": Variant(refit=RefitOptions(anchors=(1.0,))),
@@ -312,7 +313,8 @@ class Bench:
         """Refit the compressed model on the calibration windows."""
         gradients = {name: self.statistics.pair("coupled", name)[1] for name in replaced}
         batches = [{"input_ids": ids} for ids in self.statistics.windows.split(1)]
-        return refit(self.model, replaced, gradients, batches, options=options)
+        inputs = {name: self.statistics.pair("coupled", name)[0] for name in replaced}
+        return refit(self.model, replaced, gradients, batches, inputs=inputs, options=options)
 
     def _path(self, name: str, keep: float) -> Path:
         return self.folder / f"{name}-{keep}.json"

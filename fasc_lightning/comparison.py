@@ -27,7 +27,7 @@ from fasc_lightning.lowrank import Layout
 from fasc_lightning.measured import measure_losses, spread
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.refit import causal_loss, refit
-from fasc_lightning.refit_phase import GradientMoments
+from fasc_lightning.refit_phase import ByLayer
 from fasc_lightning.report import measure_layers, write_json
 from fasc_lightning.solvers import Factorization
 from fasc_lightning.swap import swap_modules
@@ -381,8 +381,15 @@ class Comparison:
         seconds = {"factorize": spent, "swap": time.perf_counter() - ended}
         try:
             if cell.refit and dense:
-                gradients = GradientMoments(moments, dense)
-                seconds["refit"] = refit(self.model, dense, gradients, self._batches(), progress=progress).seconds
+                report = refit(
+                    self.model,
+                    dense,
+                    ByLayer(moments.gradient_metric, dense),
+                    self._batches(),
+                    inputs=ByLayer(moments.input_metric, dense),
+                    progress=progress,
+                )
+                seconds["refit"] = report.seconds
             yield Built(self.model, {**layers, **result.replacements}, seconds, plan)
         finally:
             swap_modules(self.model, dense)

@@ -253,6 +253,10 @@ class CalibrationMoments:
         """Return G of one layer alone, shape (m, m): the coupled one if it was gathered, as ``fasc`` takes it."""
         return self.couplings[name].compute()[1] if name in self.couplings else self.gradients[name].compute()
 
+    def input_metric(self, name: str) -> Tensor:
+        """Return A of one layer alone, shape (n, n): the coupled one if it was gathered, as ``fasc`` takes it."""
+        return self.couplings[name].compute()[0] if name in self.couplings else self.layer(name).A
+
     def _own(self) -> Iterator[dict[str, Any]]:
         """Yield what is held for each layer on its own, by name, in a fixed order."""
         yield from (self.gradients, self.couplings, self.crosses, self.saliencies, self.sequences)

@@ -18,6 +18,7 @@ from fasc_lightning.moments import moment_dtype
 from fasc_lightning.refit_blocks import BatchLoss, BlockRunner, Joins, RefitError, find_blocks, joins_stream
 from fasc_lightning.refit_report import BlockRefit, LayerRefit, RefitReport
 from fasc_lightning.refit_solve import (
+    DriftMoments,
     DriftRows,
     Factors,
     Variant,
@@ -32,6 +33,10 @@ from fasc_lightning.solvers.fasc import SHRINK_A, SHRINK_G
 Target = Literal["layer", "stream"]
 
 
+#: What a refit is drawn to: "dense", the dense layer, in the moments that the factors were made with (layers whose bias
+#: moves, and refits without those moments, cannot); "factors", the factors there were.
+Anchor = Literal["dense", "factors"]
+
 #: Fewer batches leave nothing to hold out.
 MIN_BATCHES = 4
 
@@ -42,6 +47,7 @@ class RefitOptions:
 
     Attributes:
         anchors: Values of lambda to choose from, layer by layer, by the held-out error.
+        towards: See :data:`Anchor`.
         variants: Which factors may move, likewise.
         target: See :data:`Target`.
         bias: Whether biases that are there move along.
@@ -51,6 +57,7 @@ class RefitOptions:
     """
 
     anchors: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
+    towards: Anchor = "dense"
     variants: tuple[Variant, ...] = ("factors",)
     target: Target = "stream"
     bias: bool = True
@@ -63,6 +70,8 @@ class RefitOptions:
             raise ValueError(f"Expected `anchors` to be finite numbers of at least 0 but got {self.anchors}.")
         if not self.variants or not set(self.variants) <= {"factors", "right"}:
             raise ValueError(f'Expected `variants` out of "factors" and "right" but got {self.variants}.')
+        if self.towards not in ("dense", "factors"):
+            raise ValueError(f'Expected `towards` to be "dense" or "factors" but got {self.towards!r}.')
         if self.target not in ("layer", "stream"):
             raise ValueError(f'Expected `target` to be "layer" or "stream" but got {self.target!r}.')
         if self.holdout < 2 or self.judge_batches < 0:
@@ -113,6 +122,7 @@ def refit(
     gradients: Mapping[str, Tensor],
     batches: Iterable[Any],
     *,
+    inputs: Mapping[str, Tensor] | None = None,
     options: RefitOptions | None = None,
     loss: BatchLoss = causal_loss,
     device: torch.device | str | None = None,
@@ -121,9 +131,10 @@ def refit(
     """Refit the factors of a compressed model, block by block in order of execution, in place.
 
     Each layer is fitted to what the model compressed so far gives it, with the dense model's outputs as the target and
-    its own factors as the anchor (:mod:`~fasc_lightning.refit_solve`). Held-out batches choose lambda and decide layer
-    by layer; the model's loss on them decides block by block, and once more at the end. What is not accepted stays as
-    it was, as does everything if anything fails. Shapes, ranks, layouts and the layers' identities stay.
+    an anchor (:mod:`~fasc_lightning.refit_solve`). Held-out batches choose lambda and decide layer by layer; what is
+    accepted is then fitted to all batches. The model's loss on the held-out ones is the last check, of all layers
+    together. What is not accepted stays as it was, as does everything if anything fails. Shapes, ranks, layouts and the
+    layers' identities stay.
 
     Memory: the hidden states of all batches at one block's input, twice, the inputs of its layers in the dense model,
     and the moments of one group of layers that share an input.
@@ -135,6 +146,8 @@ def refit(
         gradients: G = E[h h^T] of each of them (m, m), from the calibration. Shrunk here as "fasc" does.
         batches: What to fit to and to judge by: the calibration's batches, moved to the model's device. Tokens whose
             "attention_mask" is 0 do not count.
+        inputs: A = E[x x^T] of each of them (n, n), as the factors were made with, from the calibration. Shrunk here
+            likewise.
         options: How to choose.
         loss: Sends a batch through the model and returns its mean loss.
         device: Where to solve; by default where the layers are.
@@ -161,7 +174,7 @@ def refit(
     try:
         with evaluating(model):
             runner = BlockRunner(model, dense, batches, loss)
-            work = _Refit(runner, layers, dense, gradients, options, device, progress)
+            work = _Refit(runner, layers, dense, gradients, inputs, options, device, progress)
             report = work.run()
     except BaseException:
         for name, layer in layers.items():
@@ -182,6 +195,7 @@ class _Refit:
         layers: Mapping[str, CompressedLinear],
         dense: Mapping[str, nn.Module],
         gradients: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor] | None,
         options: RefitOptions,
         device: torch.device | str | None,
         progress: Progress | None,
@@ -190,6 +204,7 @@ class _Refit:
         self.layers = layers
         self.dense = dense
         self.gradients = gradients
+        self.inputs = inputs
         self.options = options
         self.device = device
         self.progress = progress or (lambda names, description: names)
@@ -276,24 +291,34 @@ class _Refit:
         device = self.device or next(layer.parameters()).device
         W = linear_weight(self.dense[name]).detach().to(device).double()
         G = shrink(self.gradients[name].to(device).double(), SHRINK_G)
-        fitted, judged = fit.moments(W).shrunk(W, SHRINK_A), held.moments(W)
+        own, judged = fit.moments(W), held.moments(W)
+        fitted = own.shrunk(W, SHRINK_A)
         left, right = (factor.detach().to(device).double() for factor in layer.factors())
         start = Factors(left, right)
         scale = float((G * judged.V).sum()) or 1.0
         before = drift_loss(judged, G, left @ right) / scale
         bias = options.bias and layer.bias is not None
+        towards = None if bias else self._anchor(name, W, fitted)
         best, choice = math.inf, None
         for variant in options.variants:
             for anchor in options.anchors:
-                found = solve_refit(fitted, G, start, anchor, variant, bias)
+                found = solve_refit(fitted, G, start, anchor, variant, bias, towards)
                 error = drift_loss(judged, G, found.B @ found.C, found.shift) / scale
                 if error < best:
-                    best, choice = error, (found, anchor, variant)
+                    best, choice = error, (anchor, variant)
         if choice is None or not best < before:
             return LayerRefit(name, block, before, before, math.nan, "", False)
-        found, anchor, variant = choice
-        _store(layer, found)
+        anchor, variant = choice
+        everything = own.mixed(judged, held.count / (fit.count + held.count)).shrunk(W, SHRINK_A)
+        _store(layer, solve_refit(everything, G, start, anchor, variant, bias, towards))
         return LayerRefit(name, block, before, best, anchor, variant, True)
+
+    def _anchor(self, name: str, W: Tensor, moments: DriftMoments) -> tuple[Tensor, Tensor] | None:
+        """Return the dense layer and the calibration's A, in the unit of the tokens' own."""
+        if self.inputs is None or self.options.towards == "factors":
+            return None
+        A = shrink(self.inputs[name].to(W.device).double(), SHRINK_A)
+        return W, A * (moments.A.diagonal().sum() / A.diagonal().sum())
 
     def _moments(
         self, block: int, name: str, joins: Joins, exact: Sequence[Tensor], inputs: Sequence[Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -74,7 +74,7 @@ class RefitPhase:
             trainer: Of the fit.
             pl_module: The module, its layers replaced.
             dense: The layers that were replaced, by name.
-            moments: The calibration's, whose G is the metric.
+            moments: The calibration's, whose A and G are the metric.
             replay: The calibration's batches.
 
         Returns:
@@ -118,8 +118,9 @@ class RefitPhase:
                 return refit(
                     pl_module,
                     dense,
-                    GradientMoments(moments, dense),
+                    ByLayer(moments.gradient_metric, dense),
                     replay.on(device),
+                    inputs=ByLayer(moments.input_metric, dense),
                     options=self.options,
                     loss=training_loss,
                     device=device,
@@ -142,24 +143,22 @@ def refit_figures(report: RefitReport) -> dict[str, Any]:
     }
 
 
-class GradientMoments(Mapping[str, Tensor]):
-    """G of each layer by name, the coupled one if there is one.
-
-    Unpacked when it is asked for: all of them at once would be as large as a model.
+class ByLayer(Mapping[str, Tensor]):
+    """A tensor of each layer by name, computed when it is asked for: all of them at once would be as large as a model.
 
     Args:
-        moments: Of the calibration.
+        read: Returns that of a layer.
         names: The layers.
     """
 
-    def __init__(self, moments: CalibrationMoments, names: Iterable[str]) -> None:
-        self._moments = moments
+    def __init__(self, read: Callable[[str], Tensor], names: Iterable[str]) -> None:
+        self._read = read
         self._names = dict.fromkeys(names)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._moments.gradient_metric(name)
+        return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

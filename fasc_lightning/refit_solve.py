@@ -6,7 +6,9 @@ model had x. The refit of W' minimises, with the metric G of the gradients at th
     E[(v - W' x^)^T G (v - W' x^)] + lambda E[(W'_0 x - W' x)^T G (W'_0 x - W' x)],
 
 where the target v is W x (or what closes the error of a whole block) and W'_0 are the factors as they were before: the
-anchor, which keeps few tokens from being fitted too well.
+anchor, which keeps few tokens from being fitted too well. Or W'_0 is the dense W, and E[x x^T] the moments that the
+factors themselves were made with: the second term is then the loss J that the compression minimised, and the refit may
+leave the factors it has for others that cost no more.
 
 Both terms are least squares on tokens, the second one with tokens of weight lambda. In all, but for 1 + lambda,
 
@@ -19,7 +21,7 @@ rank k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -74,6 +76,11 @@ class DriftMoments:
             P=keep * self.P + noise * W,
             V=keep * self.V + noise * (W @ W.T),
         )
+
+    def mixed(self, other: DriftMoments, share: float) -> DriftMoments:
+        """Return the moments of these tokens and others, which are ``share`` of all."""
+        pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return DriftMoments(**{name: (1 - share) * own + share * added for name, own, added in pairs})
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,11 @@ class DriftRows:
             self._inputs.update(x)
             self._joint.update(torch.cat([x_hat, v], dim=1))
 
+    @property
+    def count(self) -> int:
+        """Number of tokens."""
+        return self._joint.count
+
     def moments(self, W: Tensor) -> DriftMoments:
         """Return the moments on the device of W."""
         joint, mean = self._joint.compute().to(W.device), self._joint.mean().to(W.device)
@@ -211,9 +223,15 @@ def drift_loss(moments: DriftMoments, G: Tensor, weight: Tensor, shift: Tensor |
 
 
 def solve_refit(
-    moments: DriftMoments, G: Tensor, start: Factors, anchor: float, variant: Variant = "factors", bias: bool = False
+    moments: DriftMoments,
+    G: Tensor,
+    start: Factors,
+    anchor: float,
+    variant: Variant = "factors",
+    bias: bool = False,
+    towards: tuple[Tensor, Tensor] | None = None,
 ) -> Factors:
-    """Minimise the error with drifted inputs plus ``anchor`` times the change from the factors there were.
+    """Minimise the error with drifted inputs plus ``anchor`` times the distance from what the refit is anchored to.
 
     A bias is optimal for the matrix it comes with, so both sides are centred first; its shift is then the weighted mean
     of what the matrix leaves.
@@ -221,17 +239,25 @@ def solve_refit(
     Args:
         moments: Of the tokens to fit to, invertible (:meth:`DriftMoments.shrunk`).
         G: Metric, shape (m, m), positive definite.
-        start: W'_0; its rank is that of the result.
+        start: The factors there are; their rank is that of the result.
         anchor: lambda, at least 0.
         variant: Which factors move.
         bias: Whether the layer has a bias to shift.
+        towards: The anchor: a matrix (m, n) and the moments of inputs (n, n) that the distance from it is measured in,
+            in the unit of those of the tokens. None: the factors there are, and the tokens' own.
 
     Returns:
         The factors, in float64.
+
+    Raises:
+        ValueError: If there are a bias and an anchor: the mean of the anchor's inputs is not known.
     """
+    if bias and towards is not None:
+        raise ValueError("Expected no `towards` for a layer with a bias: the mean of the anchor's inputs is not known.")
     B, C = start.B.double(), start.C.double()
-    H = (moments.A_hat + anchor * moments.A) / (1 + anchor)
-    P = (moments.P + anchor * (B @ (C @ moments.A))) / (1 + anchor)
+    goal, A = (B @ C, moments.A) if towards is None else (towards[0].double(), towards[1].double())
+    H = (moments.A_hat + anchor * A) / (1 + anchor)
+    P = (moments.P + anchor * (goal @ A)) / (1 + anchor)
     u = (moments.mean_x_hat + anchor * moments.mean_x) / (1 + anchor)
     v = (moments.mean_v + anchor * (B @ (C @ moments.mean_x))) / (1 + anchor)
     if bias:

@@ -14,6 +14,7 @@ from fasc_lightning.lowrank import LowRankLinear, PivotedLinear, make_lowrank
 from fasc_lightning.refit import RefitOptions, causal_loss, check_refit, refit
 from fasc_lightning.refit_blocks import RefitError
 from fasc_lightning.refit_solve import DriftRows
+from fasc_lightning.solvers._linalg import shrink
 from fasc_lightning.solvers.fasc import two_sided
 from fasc_lightning.swap import compressed_layers, swap_modules
 
@@ -80,14 +81,14 @@ def linear_stack():
 
 
 def test_each_block_is_fitted_to_what_the_refitted_ones_before_it_give(monkeypatch):
-    """Two blocks by hand: least squares on the fit batches, in the metric, with the drift of a refitted block 0."""
+    """Two blocks by hand: least squares on all batches, in the metric, with the drift of a refitted block 0."""
     monkeypatch.setattr(refit_module, "SHRINK_A", 0.0)
     monkeypatch.setattr(refit_module, "SHRINK_G", 0.0)
     monkeypatch.setattr(refit_module, "drift_loss", lambda *arguments, **options: next(falling))
     falling = iter(range(100, 0, -1))  # every candidate is better than the last one
     model, dense, gradients, batches = linear_stack()
     compressed = compressed_layers(model)
-    x = torch.cat([batch["x"].reshape(-1, 6) for i, batch in enumerate(batches) if i % 4 != 3])
+    x = torch.cat([batch["x"].reshape(-1, 6) for batch in batches])  # held-out ones too, once accepted
     x_hat = x
     expected = {}
     for name, layer in dense.items():
@@ -110,7 +111,7 @@ def test_layers_that_join_the_stream_are_fitted_to_its_error(monkeypatch):
     model, dense, gradients, batches = linear_stack()
     batches = [*batches[:3], batches[0]]  # what is fitted to is judged by, too
     options = RefitOptions(holdout=4, anchors=(0.0,), variants=("factors",), target="stream", judge_batches=0)
-    x = torch.cat([batch["x"].reshape(-1, 6) for batch in batches[:3]])
+    x = torch.cat([batch["x"].reshape(-1, 6) for batch in batches])
     exact = x + x @ dense["blocks.0.linear"].weight.detach().T
     exact = exact + exact @ dense["blocks.1.linear"].weight.detach().T
     refit(model, dense, gradients, batches, loss=stack_loss, options=options)
@@ -119,6 +120,28 @@ def test_layers_that_join_the_stream_are_fitted_to_its_error(monkeypatch):
     T = torch.linalg.lstsq(hidden, exact - hidden).solution.T  # the residual path's error is part of the target
     B, C = two_sided(T, hidden.T @ hidden, gradients["blocks.1.linear"]).truncate(2)
     torch.testing.assert_close(layers["blocks.1.linear"].to_weight(), B @ C)
+
+
+def test_the_anchor_is_the_dense_layer_in_the_calibrations_moments():
+    case = compressed_case()
+    inputs = {name: torch.eye(layer.in_features) for name, layer in case.dense.items()}
+    weights = {}
+    for towards in ("dense", "factors"):
+        options = RefitOptions(holdout=4, anchors=(1e9,), towards=towards)
+        again = compressed_case()
+        refit(*again.refit_arguments(), inputs=inputs, options=options)
+        weights[towards] = {name: layer.to_weight() for name, layer in compressed_layers(again.model).items()}
+    changed = 0
+    for name, before in compressed_layers(case.model).items():
+        torch.testing.assert_close(weights["factors"][name], before.to_weight(), rtol=1e-3, atol=1e-4)
+        G = shrink(case.gradients[name].double(), refit_module.SHRINK_G)
+        B, C = two_sided(case.dense[name].weight.detach(), torch.eye(before.in_features).double(), G).truncate(
+            before.rank
+        )
+        if not torch.equal(weights["dense"][name], before.to_weight()):
+            torch.testing.assert_close(weights["dense"][name].double(), B @ C, rtol=1e-3, atol=1e-4)
+            changed += 1
+    assert changed > 0
 
 
 def test_what_does_not_carry_over_is_not_accepted():

@@ -11,7 +11,7 @@ from fasc_lightning import FascCallback, compress
 from fasc_lightning.evaluation import perplexity
 from fasc_lightning.refit import refit
 from fasc_lightning.refit_blocks import RefitError
-from fasc_lightning.refit_phase import GradientMoments, RefitPhase
+from fasc_lightning.refit_phase import ByLayer, RefitPhase
 from fasc_lightning.replay import NoLossError
 from fasc_lightning.swap import is_compressed
 
@@ -128,9 +128,9 @@ def test_gradient_moments_are_coupled_where_they_can_be():
         moments.add_pairs("q", x, h)
         weights = torch.ones(9) if needs == ["plain"] else x.norm(dim=1)
         expected = (h * weights[:, None]).T @ h / weights.sum()
-        torch.testing.assert_close(GradientMoments(moments, ["q"])["q"], expected)
+        torch.testing.assert_close(ByLayer(moments.gradient_metric, ["q"])["q"], expected)
         with pytest.raises(KeyError):
-            GradientMoments(moments, ["q"])["k"]
+            ByLayer(moments.gradient_metric, ["q"])["k"]
 
 
 def test_compress_refits_by_default_and_perplexity_on_the_batches_does_not_rise():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fasc_lightning.refit_solve import (
+    DriftRows,
     Factors,
     RowMoments,
     drift_loss,
@@ -109,6 +110,51 @@ def test_a_strong_anchor_leaves_the_factors_what_they_were(problem, variant):
     assert changes == sorted(changes, reverse=True)
     assert changes[-1] < 1e-6
     assert found.shift.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("variant", ["factors", "right"])
+def test_an_anchor_elsewhere_is_measured_in_its_own_moments(problem, variant):
+    x, drifted, W, G, start = problem
+    A = torch.diag(torch.arange(1.0, N + 1, dtype=torch.float64))
+    found = solve_refit(linear_moments(x, drifted, W), G, start, 0.7, variant, towards=(W, A))
+
+    def loss(B, C):
+        error, change = x @ W.T - drifted @ (B @ C).T, W - B @ C
+        return ((error @ G) * error).sum(1).mean() + 0.7 * (G * (change @ A @ change.T)).sum()
+
+    if variant == "right":
+        brute = minimise(lambda C: loss(start.B, C), start.C)
+    else:
+        brute = min(
+            minimise(loss, start.B, start.C), minimise(loss, torch.randn_like(start.B), torch.randn_like(start.C))
+        )
+    assert loss(found.B, found.C).item() == pytest.approx(brute, rel=1e-6)
+
+
+def test_a_strong_anchor_elsewhere_is_the_two_sided_solution(problem):
+    x, drifted, W, G, start = problem
+    A = torch.diag(torch.arange(1.0, N + 1, dtype=torch.float64))
+    found = solve_refit(linear_moments(x, drifted, W), G, start, 1e9, towards=(W, A))
+    B, C = two_sided(W, A, G).truncate(K)
+    torch.testing.assert_close(found.B @ found.C, B @ C, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_needs_the_tokens_own_anchor(problem):
+    x, drifted, W, G, start = problem
+    with pytest.raises(ValueError, match="Expected no `towards`"):
+        solve_refit(linear_moments(x, drifted, W), G, start, 1.0, bias=True, towards=(W, torch.eye(N)))
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_moments_of_two_shares_mix_to_those_of_all(problem, measured):
+    x, drifted, W, _, _ = problem
+    shares = [DriftRows((M, N), measured, torch.float64, x.device) for _ in range(3)]
+    for rows, share in ((slice(0, 10), shares[0]), (slice(10, TOKENS), shares[1]), (slice(0, TOKENS), shares[2])):
+        share.update(x[rows], drifted[rows], 2 * x[rows] @ W.T if measured else None)
+    first, second, everything = (share.moments(W) for share in shares)
+    mixed = first.mixed(second, shares[1].count / TOKENS)
+    for name, value in vars(everything).items():
+        torch.testing.assert_close(getattr(mixed, name), value)
 
 
 def test_without_drift_and_anchor_it_is_the_two_sided_solution(problem):

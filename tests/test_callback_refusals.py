@@ -39,7 +39,7 @@ from fasc_lightning.swap import is_compressed
         ({"keep": 1.2}, ValueError, r"`keep` to be a fraction in \(0, 1\] but got 1.2"),
         ({"keep": "0.5"}, TypeError, "a number but got '0.5'"),
         ({"rank": 0.5, "method": "pca"}, ValueError, "one of asvd, fasc, .* but got 'pca'"),
-        ({"rank": 0.5, "allocation": "best"}, ValueError, "one of fisher, uniform"),
+        ({"rank": 0.5, "allocation": "best"}, ValueError, "one of measured, fisher, uniform"),
         ({"rank": 0.5, "layout": "coo"}, ValueError, "one of auto, pivot, factors"),
         ({"rank": 0.5, "token_fraction": 0}, ValueError, "token_fraction"),
         ({"rank": 0.5, "calibration_steps": 0}, ValueError, "calibration_steps"),

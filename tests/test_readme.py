@@ -17,6 +17,7 @@ README = (ROOT / "README.md").read_text()
 #: Appended to every recipe command: the last value of an option counts.
 REDUCED = {
     "compress": "--model {model} --windows 6 --window 32 --eval-windows 2",
+    "compare_methods": "--model {model} --windows 6 --window 32 --eval-windows 2",
     "track_rho": "--people 12 --steps 4 --batch-size 8 --window 16 --monitor-every-n-steps 2",
     "study_rho": "--model {model} --windows 6 --heldout-windows 2 --window 32 --eval-windows 2",
 }
@@ -27,7 +28,7 @@ def blocks(language, page=README):
 
 
 def recipe_commands():
-    pages = README + (ROOT / "docs" / "rho.md").read_text()
+    pages = README + "".join((ROOT / "docs" / name).read_text() for name in ("rho.md", "results.md"))
     lines = "\n".join(blocks("bash", pages)).replace("\\\n", " ").splitlines()
     return [line for line in lines if "python recipes/" in line]
 
@@ -63,7 +64,7 @@ def test_there_are_recipe_commands():
     assert len(recipe_commands()) >= 4
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/rho.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/rho.md", "docs/results.md"])
 def test_figures_and_pages_exist(page):
     links = re.findall(r"\]\(([\w./-]+)\)", (ROOT / page).read_text())
     assert links

@@ -24,7 +24,9 @@ from fasc_lightning.subspaces import (
 def random_moments(m: int, n: int, tokens: int = 200) -> LayerMoments:
     x = torch.randn(tokens, n, dtype=torch.float64) @ torch.randn(n, n, dtype=torch.float64)
     h = torch.randn(tokens, m, dtype=torch.float64) @ torch.randn(m, m, dtype=torch.float64)
-    return LayerMoments(x.T @ x / tokens, h.T @ h / tokens, x.mean(0), h.mean(0), tokens)
+    by_h, by_x = h.norm(dim=1, keepdim=True), x.norm(dim=1, keepdim=True)
+    coupled = (x * by_h).T @ x / by_h.sum(), (h * by_x).T @ h / by_x.sum()
+    return LayerMoments(x.T @ x / tokens, h.T @ h / tokens, x.mean(0), h.mean(0), tokens, coupled=coupled)
 
 
 def orthonormal(n: int, k: int) -> torch.Tensor:

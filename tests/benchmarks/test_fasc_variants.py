@@ -103,10 +103,11 @@ def test_plain_and_fasc_are_the_solvers_of_the_package(bench):
 def test_what_is_judged_is_the_refitted_model(bench, monkeypatch):
     refits = []
 
-    def refit_and_break(model, dense, gradients, batches, *, options):
-        report = refit(model, dense, gradients, batches, options=options)
+    def refit_and_break(model, dense, gradients, batches, *, inputs, options):
+        report = refit(model, dense, gradients, batches, inputs=inputs, options=options)
         for name, G in gradients.items():
             torch.testing.assert_close(G, bench.statistics.pair("coupled", name)[1])
+            torch.testing.assert_close(inputs[name], bench.statistics.pair("coupled", name)[0])
             for parameter in model.get_submodule(name).parameters():
                 parameter.zero_()
         refits.append((options, [batch["input_ids"] for batch in batches]))

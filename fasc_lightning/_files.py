@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -87,15 +87,16 @@ def _link(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def check_json_files(folder: Path) -> None:
-    """Refuse a folder with a JSON file that is cut short or damaged.
+def check_json_files(files: Iterable[Path]) -> None:
+    """Refuse JSON files that are cut short or damaged; those that do not exist are passed over.
 
     Raises:
         ValueError: With the file.
     """
-    for file in sorted(folder.glob("*.json")):
+    for file in files:
         try:
-            json.loads(file.read_bytes())
+            if file.is_file():
+                json.loads(file.read_bytes())
         except ValueError as error:
             raise ValueError(
                 f"{file} is not valid JSON ({error}): truncated or damaged. Save or copy it again."

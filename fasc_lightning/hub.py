@@ -23,10 +23,14 @@ from typing_extensions import override
 
 from fasc_lightning._files import check_json_files
 from fasc_lightning._guards import expect_guards, guards
+from fasc_lightning._names import some_names
 from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape, linear_weight
 from fasc_lightning.swap import compressed_layers, swap_modules, to_dense
 
 QUANT_METHOD = "fasc"
+
+#: Files of a saved model that are read beside the weights.
+JSON_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 #: Of the folders that this version writes, and the newest that it reads.
 FORMAT_VERSION = 1
@@ -185,7 +189,8 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
             "they would report. Use from_pretrained of a transformers class for a partial load."
         )
     kwargs.setdefault("trust_remote_code", False)
-    check_json_files(Path(path))  # transformers passes over a damaged generation_config.json
+    # transformers passes over a damaged generation_config.json, and does not name an index.
+    check_json_files(Path(path, kwargs.get("subfolder") or "", name) for name in JSON_FILES)
     config = _read_config(path, kwargs)
     model_class = model_class or _saved_class(path, config)
     strict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -274,8 +279,8 @@ def _resolve_names(model: Any, layers: Mapping[str, dict[str, Any]]) -> dict[str
     saved_class = (model.config.architectures or [None])[0]
     if missing and (not resolved or type(model).__name__ == saved_class):
         raise ValueError(
-            f"The configuration names compressed layers that {type(model).__name__} does not have: {_some(missing)}. "
-            "Was the folder's config.json edited, or is this another model's?"
+            f"The configuration names compressed layers that {type(model).__name__} does not have: "
+            f"{some_names(missing)}. Was the folder's config.json edited, or is this another model's?"
         )
     return resolved
 
@@ -418,7 +423,7 @@ def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str
             if isinstance(layer, PivotedLinear) and not _is_permutation(layer.permutation)
         ],
     }
-    found = [f"{problem}: {_some(keys)}" for problem, keys in problems.items() if keys]
+    found = [f"{problem}: {some_names(keys)}" for problem, keys in problems.items() if keys]
     if found:
         raise ValueError(
             f"The weights in {str(path)!r} are not those of {type(model).__name__} with the layers that its "
@@ -430,12 +435,6 @@ def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str
 def _is_permutation(index: torch.Tensor) -> bool:
     # An offloaded layer's index is not in memory.
     return index.is_meta or bool(torch.equal(index.long().sort().values, torch.arange(len(index), device=index.device)))
-
-
-def _some(names: Any, most: int = 3) -> str:
-    names = sorted(map(str, names))
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _register() -> None:

@@ -175,10 +175,10 @@ from transformers import {auto_class}
 model = {auto_class}.from_pretrained("...")  # this folder, or its hub id
 ```
 
-Without that import transformers says "Unknown quantization type, got fasc" and fails on weights of another size. Nothing
-in the folder is quantised or pickled, and no code is loaded from it. `fasc_lightning.load_compressed(...)` also refuses
-a folder that lacks weights or has others. `fasc_lightning.to_dense(model)` makes the model dense, for tools that know
-no low-rank layers: as large as before, as good as it is now."""
+Without that import transformers says "Unknown quantization type, got fasc" and fails on weights of another size.
+Nothing in the folder is quantised or pickled, and no code is loaded from it. `fasc_lightning.load_compressed(...)` also
+refuses a folder that lacks weights or has others. `fasc_lightning.to_dense(model)` makes the model dense, for tools
+that know no low-rank layers: as large as before, as good as it is now."""
 
 
 def _costs(results: Mapping[str, Any]) -> Iterator[str]:
@@ -206,7 +206,10 @@ def _sizes(report: Mapping[str, Any]) -> Iterator[str]:
     rows = [
         {
             "": f"{part}, {heading}",
-            **{state: f"{value if figure == 'parameters' else value / 1e6:,.0f}" for state, value in values.items()},
+            **{
+                state: f"{value:,}" if figure == "parameters" else f"{value / 1e6:,.1f}"
+                for state, value in values.items()
+            },
             "kept": f"{values['compressed'] / values['dense']:.1%}",
         }
         for part, sizes in (("targeted layers", report.get("targeted")), ("whole model", report.get("whole")))
@@ -223,7 +226,7 @@ def _making(made: Mapping[str, Any], calibration: str | Sequence[str] | None) ->
     versions = made.get("versions") or library_versions()
     lines = {
         "base model": made["base"] or "not stated",
-        "licence": f"{made['licence'] or 'not stated'}, as of the base model",
+        "licence": f"{made['licence'] or 'not stated'}; the base model's holds for this one",
         "method": made.get("method", "not stated"),
         "budget": _budget(options),
         "allocation, layout": ", ".join(str(options[name]) for name in ("allocation", "layout") if name in options),
@@ -298,8 +301,8 @@ def _layers(model: PreTrainedModel, report: Mapping[str, Any]) -> Iterator[str]:
     )
     yield (
         "rho says how strongly a layer's inputs and the gradients there are coupled (0 to 1); *null* is what shuffled "
-        "sequences reach, *debiased* is around 0 where there is no coupling. The loss is what the method's objective "
-        "says was lost, comparable between the layers of one model only."
+        "sequences reach, *debiased* is around 0 where there is no coupling. The loss is what the method's own "
+        "objective says was lost in the layer."
     )
 
 

@@ -41,7 +41,8 @@ def save_compressed(
     Here everything is written beside it first, so that whatever fails (a full disk, a folder that may not be written)
     leaves an earlier folder as it was. What an earlier folder holds beside the files of a saved model stays in it.
 
-    The folder can be uploaded as it is: ``huggingface_hub.upload_folder(folder_path=path, repo_id=...)``.
+    Where several processes hold the model, one of them saves it. The folder can be uploaded as it is, by
+    ``huggingface_hub.upload_folder(folder_path=path, repo_id=...)``.
 
     Args:
         model: The compressed model.

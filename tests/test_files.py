@@ -121,10 +121,9 @@ def test_a_file_is_no_folder(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe\x00"])
 def test_damaged_json_is_refused_by_name(tmp_path, content):
-    (tmp_path / "a.json").write_text("[1]")
-    (tmp_path / "notes.txt").write_text("no JSON")
-    check_json_files(tmp_path)
-    check_json_files(tmp_path / "nowhere")
-    (tmp_path / "b.json").write_bytes(content)
+    good, bad = tmp_path / "a.json", tmp_path / "b.json"
+    good.write_text("[1]")
+    check_json_files([good, bad, tmp_path / "nowhere" / "c.json"])
+    bad.write_bytes(content)
     with pytest.raises(ValueError, match=r"b\.json is not valid JSON"):
-        check_json_files(tmp_path)
+        check_json_files([good, bad])

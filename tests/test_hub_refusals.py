@@ -127,6 +127,8 @@ def test_truncated_json(tmp_path, name, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match=rf"{name} is not valid JSON.*truncated or damaged"):
         load_compressed(tmp_path)
+    with pytest.raises(ValueError, match=rf"{name} is not valid JSON"):
+        load_compressed(tmp_path.parent, subfolder=tmp_path.name)
 
 
 def test_an_index_that_names_a_file_that_is_not_there(tmp_path):

@@ -59,7 +59,7 @@ def test_how_it_was_made():
     )
     for line in (
         "* base model: some/base",
-        "* licence: mit, as of the base model",
+        "* licence: mit; the base model's holds for this one",
         "* method: fasc",
         "* budget: keep 0.7, the fraction of the targeted layers' parameters",
         "* allocation, layout: fisher, auto",
@@ -105,6 +105,7 @@ def test_perplexity_facts_and_sizes():
         f"{small.parameters / dense.parameters:.1%}",
     ]
     assert rows["targeted layers, parameters"][2] == f"{report.kept:.1%}"
+    assert rows["whole model, MB"][:2] == [f"{size.bytes / 1e6:.1f}" for size in (dense, small)]
     assert len(rows) == 7
 
 
@@ -213,7 +214,7 @@ def test_readmes_that_state_no_licence(tmp_path, readme, caplog):
     (tmp_path / "README.md").write_bytes(readme.encode("latin-1"))
     card = model_card(compressed(), base_model=str(tmp_path))
     assert card.data.license is None
-    assert "* licence: not stated, as of the base model" in card.text
+    assert "* licence: not stated; the base model's holds for this one" in card.text
 
 
 def test_the_code_in_the_card_loads_the_model(tmp_path):

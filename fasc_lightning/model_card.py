@@ -27,6 +27,9 @@ TASKS = {
 #: Heading of each figure of a size.
 FIGURES = {"parameters": "parameters", "bytes": "MB", "flops_per_token": "MFLOPs a token"}
 
+#: Columns of the rho table: what follows "rho" there and in the report.
+RHO = {"": "", " null": "_null", " debiased": "_debiased"}
+
 
 def model_card(
     model: PreTrainedModel,
@@ -58,7 +61,7 @@ def model_card(
 
     content = report.to_dict() if isinstance(report, CompressionReport) else dict(report or {})
     provenance = provenance_of(model)
-    check_report(model, content)
+    _check_report(model, content)
     if content:
         content = _own_names(model, content)
     results = {**{name: content.get(name) for name in ("perplexity", "facts")}, **(evaluation or {})}
@@ -87,7 +90,7 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
-def check_report(model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+def _check_report(model: PreTrainedModel, report: Mapping[str, Any]) -> None:
     """Refuse a report of layers that the model does not have.
 
     Raises:
@@ -304,10 +307,6 @@ def _layers(model: PreTrainedModel, report: Mapping[str, Any]) -> Iterator[str]:
         "sequences reach, *debiased* is around 0 where there is no coupling. The loss is what the method's own "
         "objective says was lost in the layer."
     )
-
-
-#: Columns of the rho table, and the report's names for them.
-RHO = {"": "", " null": "_null", " debiased": "_debiased"}
 
 
 def _shape(shape: Sequence[int]) -> str:

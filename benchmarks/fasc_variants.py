@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from variant_statistics import WINDOW_COUNTS, Statistics, nested_windows
 from variant_tables import REFERENCES, markdown, result_rows
 
+from fasc_lightning._files import whole_file
 from fasc_lightning._fingerprint import fingerprint, tokenizer_fingerprint
 from fasc_lightning._tables import save_table
 from fasc_lightning.allocation import Candidate, allocate_fisher
@@ -456,7 +457,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = result_rows(cells, arguments.seed)
     save_table(rows, arguments.output / "results.csv")
     text = markdown(rows, dense)
-    (arguments.output / "results.md").write_text(text + "\n")
+    with whole_file(arguments.output / "results.md") as temporary:
+        temporary.write_text(text + "\n")
     print(f"\n{text}")
 
 

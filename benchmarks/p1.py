@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fasc_lightning._files import whole_file
+
 RECIPE = Path(__file__).parents[1] / "recipes" / "compress.py"
 CALIBRATION = ("calib_wikitext2_train.txt", "calib_wikipedia_exllama.txt", "calib_c4_realnews.txt")
 TEXTS = {"wikitext2": "wikitext2_valid.txt", "c4": "calib_c4_exllamav3.txt"}
@@ -86,7 +88,8 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     reports = {name: run_row(name, ROWS[name], Path(folder), arguments.output) for name in arguments.rows}
     text = table(reports)
-    (arguments.output / "p1.md").write_text(text + "\n")
+    with whole_file(arguments.output / "p1.md") as temporary:
+        temporary.write_text(text + "\n")
     print(text)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fasc_lightning._tables import Row
-from fasc_lightning.comparison_tables import markdown_table, shown_perplexity
+from fasc_lightning._tables import Row, markdown_table
+from fasc_lightning.comparison_tables import shown_perplexity
 from fasc_lightning.evaluation import PairedInterval, paired_interval
 
 #: What changes are stated against; the first is always measured.

@@ -2,12 +2,15 @@
 
 from fasc_lightning.callback import FascCallback
 from fasc_lightning.compress import compress
+from fasc_lightning.dense import to_dense
 from fasc_lightning.dependence import DependenceScore
 from fasc_lightning.history import RhoHistory, emergence
 from fasc_lightning.hub import load_compressed
+from fasc_lightning.model_card import model_card
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.pooled import PooledDependenceScore, debiased_rho, iid_floor, rho
 from fasc_lightning.report import CompressionReport
+from fasc_lightning.saving import save_compressed
 from fasc_lightning.score import score
 
 __all__ = [
@@ -17,7 +20,10 @@ __all__ = [
     "CausalLMModule",
     "CompressionReport",
     # saved models
+    "save_compressed",
     "load_compressed",
+    "model_card",
+    "to_dense",
     # diagnosis
     "score",
     "rho",

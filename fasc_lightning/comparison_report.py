@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fasc_lightning._files import whole_file
-from fasc_lightning._tables import Row, save_table
+from fasc_lightning._tables import Row, markdown_table, save_table
 from fasc_lightning.comparison import Budget, Cell, Outcome
 from fasc_lightning.comparison_evaluation import Evaluation
 from fasc_lightning.comparison_figures import budget_figure, kinds_figure, sensitivity_figure
@@ -18,7 +18,6 @@ from fasc_lightning.comparison_tables import (
     budget_rows,
     failure_lines,
     kinds_rows,
-    markdown_table,
     metrics_of,
     results_rows,
     winners_rows,

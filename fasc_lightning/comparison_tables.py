@@ -258,17 +258,3 @@ def shown_perplexity(value: float) -> str:
     if value < 1000:
         return f"{value:.2f}"
     return f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
-
-
-def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Return one or more rows as a Markdown table, numbers with three digits after the point and NaN as a dash."""
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += ["| " + " | ".join(_cell_text(row[name]) for name in names) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def _cell_text(value: object) -> str:
-    if isinstance(value, float):
-        return "-" if math.isnan(value) else f"{value:.3f}"
-    return str(value).replace("|", "\\|")

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,16 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import override
 
+from fasc_lightning._files import check_json_files
+from fasc_lightning._guards import expect_guards, guards
+from fasc_lightning._names import some_names
 from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape, linear_weight
 from fasc_lightning.swap import compressed_layers, swap_modules, to_dense
 
 QUANT_METHOD = "fasc"
+
+#: Files of a saved model that are read beside the weights.
+JSON_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 #: Of the folders that this version writes, and the newest that it reads.
 FORMAT_VERSION = 1
@@ -72,6 +79,7 @@ class FascQuantizer(HfQuantizer):
 
     @override
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        expect_guards(model, kwargs.get("checkpoint_files") or (), self.quantization_config.layers)
         layers = _resolve_names(model, self.quantization_config.layers)
         empty: dict[str, nn.Module] = {
             name: _empty_layer(name, model.get_submodule(name), spec) for name, spec in layers.items()
@@ -88,10 +96,14 @@ class FascQuantizer(HfQuantizer):
         return model
 
     @override
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        return {**model.state_dict(), **guards(compressed_layers(model))}, {}
+
+    @override
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Make the model dense; without ``dtype`` it keeps its own, which need not be the configuration's any more."""
         self._dequantize(model, dtype)
-        self.remove_quantization_config(model)
+        _detach(model)
         return model
 
     @override
@@ -139,6 +151,12 @@ def attach_config(module: nn.Module, **provenance: Any) -> None:
             _detach(model)
 
 
+def provenance_of(model: Any) -> dict[str, Any]:
+    """Return how a compressed transformers model was made, as :func:`attach_config` and its configuration have it."""
+    config = _attached(model)
+    return dict(dict(config).get("provenance", {})) if _is_fasc(config) else {}
+
+
 def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs: Any) -> Any:
     """Load a compressed model: as ``from_pretrained`` does, but whole or not at all.
 
@@ -154,8 +172,8 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
         The ``PreTrainedModel``, in eval mode.
 
     Raises:
-        ValueError: If the folder holds no compressed model, was written by a newer format, or does not hold exactly
-            the model's weights; or an argument would make that impossible to tell.
+        ValueError: If the folder holds no compressed model, was written by a newer format, is damaged, or does not hold
+            exactly the model's weights; or an argument would make that impossible to tell.
         OSError: If the folder or one of its files cannot be found.
 
     Example:
@@ -171,6 +189,8 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
             "they would report. Use from_pretrained of a transformers class for a partial load."
         )
     kwargs.setdefault("trust_remote_code", False)
+    # transformers passes over a damaged generation_config.json, and does not name an index.
+    check_json_files(Path(path, kwargs.get("subfolder") or "", name) for name in JSON_FILES)
     config = _read_config(path, kwargs)
     model_class = model_class or _saved_class(path, config)
     strict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -259,8 +279,8 @@ def _resolve_names(model: Any, layers: Mapping[str, dict[str, Any]]) -> dict[str
     saved_class = (model.config.architectures or [None])[0]
     if missing and (not resolved or type(model).__name__ == saved_class):
         raise ValueError(
-            f"The configuration names compressed layers that {type(model).__name__} does not have: {_some(missing)}. "
-            "Was the folder's config.json edited, or is this another model's?"
+            f"The configuration names compressed layers that {type(model).__name__} does not have: "
+            f"{some_names(missing)}. Was the folder's config.json edited, or is this another model's?"
         )
     return resolved
 
@@ -299,22 +319,32 @@ def _describe_model(model: Any, provenance: Mapping[str, Any]) -> FascConfig | N
         )
     if earlier is not None and not provenance:
         provenance = dict(earlier).get("provenance", {})
+    elif earlier is None and (base := getattr(model.config, "_name_or_path", "")):
+        # Of a folder the name alone: a path means nothing where the model is loaded.
+        provenance = {"base_model": Path(base).name if Path(base).is_dir() else base, **provenance}
     return FascConfig(layers, provenance=provenance)
 
 
 def _attach(model: Any, config: FascConfig) -> None:
     model.config.quantization_config = config
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.quantization_config = config
+    # `save_pretrained` asks it for what to write.
+    model.hf_quantizer = FascQuantizer(config, pre_quantized=True)
     _untie(model)
 
 
 def _detach(model: Any) -> None:
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.dequantize(model)  # also puts GPT-2's kind of layers back
-    else:
-        del model.config.quantization_config
+    for holder, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    output = model.get_output_embeddings()
+    if output is not None and getattr(model.config, "tie_word_embeddings", False):
+        # Compressed, they were not tied; dense again, they still hold other numbers.
+        model.config.tie_word_embeddings = output.weight is model.get_input_embeddings().weight
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def _attached(model: Any) -> Any:
@@ -393,7 +423,7 @@ def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str
             if isinstance(layer, PivotedLinear) and not _is_permutation(layer.permutation)
         ],
     }
-    found = [f"{problem}: {_some(keys)}" for problem, keys in problems.items() if keys]
+    found = [f"{problem}: {some_names(keys)}" for problem, keys in problems.items() if keys]
     if found:
         raise ValueError(
             f"The weights in {str(path)!r} are not those of {type(model).__name__} with the layers that its "
@@ -405,12 +435,6 @@ def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str
 def _is_permutation(index: torch.Tensor) -> bool:
     # An offloaded layer's index is not in memory.
     return index.is_meta or bool(torch.equal(index.long().sort().values, torch.arange(len(index), device=index.device)))
-
-
-def _some(names: Any, most: int = 3) -> str:
-    names = sorted(map(str, names))
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _register() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from fasc_lightning._guards import guard_key, is_guard
 from fasc_lightning._lazy_weight import LazyWeight
 from fasc_lightning.pivots import orthonormal_basis, other_rows, select_basis_rows
 
@@ -103,6 +104,13 @@ class CompressedLinear(nn.Module, ABC):
         """Read-only stand-in for W': dtype, device and shape cost nothing, any computation makes W'."""
         # The compiler drops what is not used, and cannot trace the stand-in.
         return self.to_weight() if torch.compiler.is_compiling() else LazyWeight(self)
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A saved file, read as a state dict, has one more entry than the layer.
+        if is_guard(state_dict.get(guard_key(prefix.removesuffix(".")))):
+            del state_dict[guard_key(prefix.removesuffix("."))]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def parameter_count(self) -> int:

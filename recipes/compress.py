@@ -24,10 +24,10 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
-from fasc_lightning import CompressionReport, FascCallback, compress
+from fasc_lightning import CompressionReport, FascCallback, compress, save_compressed
 from fasc_lightning._options import add_source_options, add_text_options
 from fasc_lightning.allocation import ALLOCATIONS
-from fasc_lightning.bundled import load_model
+from fasc_lightning.bundled import SMOLLM2, SMOLLM2_LICENCE, SMOLLM2_SOURCE, load_model
 from fasc_lightning.data import (
     calibration_windows,
     check_file,
@@ -46,6 +46,7 @@ from fasc_lightning.evaluation import (
     perplexity,
 )
 from fasc_lightning.report import write_json
+from fasc_lightning.saving import check_folder
 from fasc_lightning.solvers import available_methods
 
 
@@ -69,7 +70,8 @@ def build_parser() -> ArgumentParser:
     add("--seed", type=int, default=0, help="of sampling, shuffling and subsampling")
     add_text_options(parser, windows=32)
     add("--eval-facts", help="jsonl file with subject, relation, template, object, kind")
-    add("--output", help="folder for the compressed model and its tokenizer")
+    add("--output", help="folder for the compressed model, its tokenizer and its model card")
+    add("--licence", help="of the model, for the card; default: what the README.md of the model's folder says")
     add("--report", help="JSON file for the report")
     add("--device", help="default: cuda if there is one")
     return parser
@@ -124,12 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     content = full_report(options, report, seconds, dense, compressed)
     print_report(report, content)
-    if options.output:
-        model.save_pretrained(options.output)
-        tokenizer.save_pretrained(options.output)
-        print(f"Saved to {options.output}")
-    if options.report:
-        write_json(content, options.report)
+    try:
+        if options.output:
+            save(options, model, tokenizer, content)
+    finally:  # a full disk must not cost the figures as well
+        if options.report:
+            write_json(content, options.report)
     return content
 
 
@@ -139,6 +141,7 @@ def check(options: Namespace) -> Namespace:
     Raises:
         ValueError: If an option is out of range.
         FileNotFoundError: If a file is missing.
+        FileExistsError: If --output holds files, but no saved model.
     """
     if options.rank is None and options.keep is None:
         options.rank = 0.5
@@ -149,6 +152,8 @@ def check(options: Namespace) -> Namespace:
     options.eval_text = named_files(options.eval_text)
     if options.eval_facts:
         check_file(options.eval_facts)
+    if options.output:
+        check_folder(options.output)
     return options
 
 
@@ -208,6 +213,20 @@ def compare_facts(dense: FactsResult | None, compressed: FactsResult | None) -> 
             for kind, (percent, count) in dense.by_kind.items()
         },
     }
+
+
+def save(options: Namespace, model: Any, tokenizer: Any, content: dict[str, Any]) -> None:
+    """Write the compressed model, its tokenizer and its model card."""
+    bundled = options.model == SMOLLM2
+    save_compressed(
+        model,
+        options.output,
+        report=content,
+        tokenizer=tokenizer,
+        base_model=SMOLLM2_SOURCE if bundled else options.model,
+        licence=options.licence or (SMOLLM2_LICENCE if bundled else None),
+    )
+    print(f"Saved to {options.output}")
 
 
 def print_report(report: CompressionReport, content: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from fasc_lightning.comparison_tables import (
     failure_lines,
     kind_metrics,
     kinds_rows,
-    markdown_table,
     metrics_of,
     rank_cells,
     results_rows,
@@ -146,11 +145,6 @@ def test_a_share_of_nothing_is_undefined():
     rows = results_rows(nothing, {Cell("fasc", KEEP, BEST): nothing}, KINDS)
     assert math.isnan(rows[1]["facts % / dense"])
     assert budget_rows(nothing, {Cell("fasc", KEEP, BEST): nothing}, metrics())[1]["facts %"] == "**0.0 (-)**"
-
-
-def test_markdown():
-    text = markdown_table([{"a|b": 1.23456, "c": "x|y"}, {"a|b": math.nan, "c": 3}])
-    assert text.splitlines()[2:] == ["| 1.235 | x\\|y |", "| - | 3 |"]
 
 
 def test_perplexities_of_any_size():

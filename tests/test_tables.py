@@ -3,7 +3,7 @@ from __future__ import annotations
 import csv
 import math
 
-from fasc_lightning._tables import save_table, table_text
+from fasc_lightning._tables import markdown_table, save_table, table_text
 
 ROWS = [{"layer": "a [1]", "count": 12345, "r": 0.12345}, {"layer": "b", "count": 2, "r": math.nan}]
 
@@ -29,3 +29,8 @@ def test_csv_gives_every_value_back_exactly(tmp_path):
     assert [row["layer"] for row in rows] == ["a [1]", "b"]
     assert float(rows[0]["r"]) == ROWS[0]["r"]
     assert math.isnan(float(rows[1]["r"]))
+
+
+def test_markdown():
+    text = markdown_table([{"a|b": 1.23456, "c": "x|y"}, {"a|b": math.nan, "c": 3}])
+    assert text.splitlines()[2:] == ["| 1.235 | x\\|y |", "| - | 3 |"]

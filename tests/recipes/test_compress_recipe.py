@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tiny import save_model_folder
 from transformers import AutoModelForCausalLM
 
@@ -59,7 +60,8 @@ def arguments(folder, *more):
 
 def test_the_report_is_what_the_contract_says(recipe, folder, capsys):
     path = folder / "out" / "report.json"
-    recipe.main(arguments(folder, "--keep", "0.8", "--report", str(path), "--output", str(folder / "compressed")))
+    output = ["--output", str(folder / "compressed"), "--licence", "mit"]
+    recipe.main(arguments(folder, "--keep", "0.8", "--report", str(path), *output))
     report = json.loads(path.read_text())
     assert report["method"] == "fasc"
     assert report["seed"] == 0
@@ -83,6 +85,14 @@ def test_the_report_is_what_the_contract_says(recipe, folder, capsys):
     printed = capsys.readouterr().out
     assert "perplexity of foxes" in printed
     assert "facts recalled" in printed
+
+    # The card says so, and names files without their folders.
+    card = ModelCard.load(folder / "compressed" / "README.md")
+    assert card.data.license == "mit"
+    assert f"| perplexity of foxes | {report['perplexity']['foxes']['dense']:.2f} |" in card.text
+    assert "* base model: model\n" in card.text
+    assert "calibration data: text.txt; 12 windows of 64 tokens; 768 tokens seen by a layer" in card.text
+    assert str(folder) not in card.text
 
     # What was saved is what was measured.
     for load in (load_compressed, AutoModelForCausalLM.from_pretrained):
@@ -140,11 +150,22 @@ def test_self_calibration_and_builtin_evaluation(recipe, folder, monkeypatch):
         (["--eval-text", "foxes=nowhere.txt"], FileNotFoundError, r"nowhere\.txt is none"),
         (["--windows", "0"], ValueError, "--windows to be at least 1"),
         (["--rank", "0.5", "--keep", "0.5"], ValueError, "got both"),
+        (["--output", str(Path(__file__).parent)], FileExistsError, "holds other files"),
     ],
 )
 def test_bad_input(recipe, folder, options, error, message):
     with pytest.raises(error, match=message):
         recipe.main(arguments(folder, *options))
+
+
+def test_a_save_that_fails_does_not_cost_the_report(recipe, folder, monkeypatch):
+    def fail(*args, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(recipe, "save_compressed", fail)
+    with pytest.raises(OSError, match="no space left"):
+        recipe.main(arguments(folder, "--output", str(folder / "out"), "--report", str(folder / "r.json")))
+    assert json.loads((folder / "r.json").read_text())["perplexity"]
 
 
 def test_as_a_script_with_a_config_file(folder):

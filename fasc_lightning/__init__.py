@@ -7,6 +7,7 @@ from fasc_lightning.history import RhoHistory, emergence
 from fasc_lightning.hub import load_compressed
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.pooled import PooledDependenceScore, debiased_rho, iid_floor, rho
+from fasc_lightning.quantize import quantize
 from fasc_lightning.report import CompressionReport
 from fasc_lightning.score import score
 
@@ -14,6 +15,7 @@ __all__ = [
     # compression
     "FascCallback",
     "compress",
+    "quantize",
     "CausalLMModule",
     "CompressionReport",
     # saved models

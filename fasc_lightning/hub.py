@@ -2,7 +2,8 @@
 
 transformers builds a model from its configuration, lets a quantizer change its layers, and then reads the weights by
 name. A compressed model is saved with a :class:`FascConfig` that names its layers and their ranks; the quantizer puts
-empty layers of those shapes in place. Nothing is quantised: the name is that of the library's only hook at that point.
+empty layers of those shapes in place. Most models are not quantised, and those that are hold plain int8 tensors: the
+name is that of the library's only hook at that point.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import override
 
+from fasc_lightning.int8 import Int8Linear
 from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape, linear_weight
+from fasc_lightning.quantized_layers import QUANTIZATIONS, DenseLinear, make_room_for_int8, quantization_of
 from fasc_lightning.swap import compressed_layers, swap_modules, to_dense
 
 QUANT_METHOD = "fasc"
@@ -34,7 +37,8 @@ class FascConfig(QuantizationConfigMixin):
 
     Args:
         layers: For each compressed layer, by its dotted name in the model: "rank" (int), "layout" ("pivot" or
-            "factors"), "bias" (bool) and, of the pivot layout, "side" ("in" or "out").
+            "factors"), "bias" (bool) and, of the pivot layout, "side" ("in" or "out"). Of a quantised layer,
+            "quantize", too ("int8" or "int8-dynamic"); then the layout can be "dense".
         format_version: Of the folder.
         provenance: How the model was made (method, budget, ...), of JSON types; never read back into the model.
         quant_method: "fasc".
@@ -206,7 +210,8 @@ def _checked_layers(layers: Any) -> dict[str, dict[str, Any]]:
         if not _is_valid(spec):
             raise ValueError(
                 f'Expected {{"rank": int, "layout": "factors", "bias": bool}} or {{"rank": int, "layout": "pivot", '
-                f'"side": "in" or "out", "bias": bool}} of layer {name!r}, got {spec!r}.'
+                f'"side": "in" or "out", "bias": bool}}, and of a quantised layer "quantize": "int8" or '
+                f'"int8-dynamic" ("layout" may then be "dense"), of layer {name!r}, got {spec!r}.'
             )
     return {name: dict(spec) for name, spec in layers.items()}
 
@@ -214,14 +219,21 @@ def _checked_layers(layers: Any) -> dict[str, dict[str, Any]]:
 def _is_valid(spec: Any) -> bool:
     if not isinstance(spec, Mapping) or type(spec.get("rank")) is not int or type(spec.get("bias")) is not bool:
         return False
-    if spec.get("layout") == "pivot":
-        return set(spec) == {"rank", "layout", "bias", "side"} and spec["side"] in ("in", "out")
-    return set(spec) == {"rank", "layout", "bias"} and spec["layout"] == "factors"
+    layout, keys = spec.get("layout"), set(spec) - {"quantize"}
+    if "quantize" in spec and spec["quantize"] not in QUANTIZATIONS:
+        return False
+    if layout == "pivot":
+        return keys == {"rank", "layout", "bias", "side"} and spec["side"] in ("in", "out")
+    return keys == {"rank", "layout", "bias"} and (layout == "factors" or (layout == "dense" and "quantize" in spec))
 
 
 def _describe_layer(layer: CompressedLinear) -> dict[str, Any]:
-    spec = {"rank": layer.rank, "layout": layer.layout, "bias": layer.bias is not None}
-    return {**spec, "side": layer.side} if isinstance(layer, PivotedLinear) else spec
+    spec: dict[str, Any] = {"rank": layer.rank, "layout": layer.layout, "bias": layer.bias is not None}
+    if isinstance(layer, PivotedLinear):
+        spec["side"] = layer.side
+    if (quantization := quantization_of(layer)) is not None:
+        spec["quantize"] = quantization
+    return spec
 
 
 def _empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> CompressedLinear:
@@ -233,9 +245,14 @@ def _empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> Compre
     try:
         m, n = linear_shape(dense)
         options: dict[str, Any] = {"bias": spec["bias"], "device": "meta", "dtype": linear_weight(dense).dtype}
+        layer: CompressedLinear
         if spec["layout"] == "pivot":
-            return PivotedLinear(n, m, spec["rank"], side=spec["side"], **options)
-        return LowRankLinear(n, m, spec["rank"], **options)
+            layer = PivotedLinear(n, m, spec["rank"], side=spec["side"], **options)
+        elif spec["layout"] == "factors":
+            layer = LowRankLinear(n, m, spec["rank"], **options)
+        else:
+            layer = DenseLinear(n, m, **options)
+        return make_room_for_int8(layer, spec["quantize"]) if "quantize" in spec else layer
     except (TypeError, ValueError) as error:
         raise ValueError(f"The configuration of compressed layer {name!r} does not fit the model: {error}") from error
 
@@ -379,7 +396,8 @@ def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str
     """Refuse a model whose weights are not exactly the folder's.
 
     Raises:
-        ValueError: If a weight is missing, left over or of another shape, or a pivoted layer's index is no permutation.
+        ValueError: If a weight is missing, left over, of another shape or not of int8 where it must be, or a pivoted
+            layer's index is no permutation.
     """
     mismatched = [f"{key} {tuple(saved)} instead of {tuple(want)}" for key, saved, want in info["mismatched_keys"]]
     problems = {
@@ -391,6 +409,11 @@ def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str
             f"{name}.permutation"
             for name, layer in compressed_layers(model).items()
             if isinstance(layer, PivotedLinear) and not _is_permutation(layer.permutation)
+        ],
+        "not of int8": [
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, Int8Linear) and module.weight.dtype != torch.int8
         ],
     }
     found = [f"{problem}: {_some(keys)}" for problem, keys in problems.items() if keys]

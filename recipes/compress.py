@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from fasc_lightning.evaluation import (
     load_facts,
     perplexity,
 )
+from fasc_lightning.quantized_layers import QUANTIZATIONS
 from fasc_lightning.report import write_json
 from fasc_lightning.solvers import available_methods
 
@@ -64,6 +66,7 @@ def build_parser() -> ArgumentParser:
     add("--allocation", default="fisher", choices=list(ALLOCATIONS), help="how the budget is spent over layers")
     add("--layout", default="auto", choices=["auto", "pivot", "factors"], help="how a low-rank matrix is stored")
     add("--refit", default="true", choices=["true", "false"], help="whether factors are refitted to drifted inputs")
+    add("--quantize", choices=list(QUANTIZATIONS), help="hold the targeted layers in int8 when all else is done")
     add("--token-fraction", type=float, default=1.0, help="share of the tokens that enters the moments")
     add("--batch-size", type=int, default=1, help="windows a forward pass")
     add("--seed", type=int, default=0, help="of sampling, shuffling and subsampling")
@@ -113,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         allocation=options.allocation,
         layout=options.layout,
         refit=options.refit == "true",
+        quantize=options.quantize,
         token_fraction=options.token_fraction,
         seed=options.seed,
     )
@@ -127,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.output:
         model.save_pretrained(options.output)
         tokenizer.save_pretrained(options.output)
-        print(f"Saved to {options.output}")
+        content["saved_bytes"] = sum(file.stat().st_size for file in Path(options.output).glob("*.safetensors"))
+        print(f"Saved to {options.output}: {content['saved_bytes'] / 1e6:.1f} MB of weights")
     if options.report:
         write_json(content, options.report)
     return content

@@ -21,7 +21,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import override
 
-from fasc_lightning.int8 import Int8Linear
 from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape, linear_weight
 from fasc_lightning.quantized_layers import QUANTIZATIONS, DenseLinear, make_room_for_int8, quantization_of
 from fasc_lightning.swap import compressed_layers, swap_modules, to_dense
@@ -396,8 +395,7 @@ def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str
     """Refuse a model whose weights are not exactly the folder's.
 
     Raises:
-        ValueError: If a weight is missing, left over, of another shape or not of int8 where it must be, or a pivoted
-            layer's index is no permutation.
+        ValueError: If a weight is missing, left over or of another shape, or a pivoted layer's index is no permutation.
     """
     mismatched = [f"{key} {tuple(saved)} instead of {tuple(want)}" for key, saved, want in info["mismatched_keys"]]
     problems = {
@@ -409,11 +407,6 @@ def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str
             f"{name}.permutation"
             for name, layer in compressed_layers(model).items()
             if isinstance(layer, PivotedLinear) and not _is_permutation(layer.permutation)
-        ],
-        "not of int8": [
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if isinstance(module, Int8Linear) and module.weight.dtype != torch.int8
         ],
     }
     found = [f"{problem}: {_some(keys)}" for problem, keys in problems.items() if keys]

@@ -158,9 +158,9 @@ def _integer_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 def _int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """Sums over n of int8 tensors (tokens, n) and (m, n), shape (tokens, m)."""
-    # CUDA has the product of integers for some shapes only, and ONNX not at all. In float32 it is exact up to n = 1000
-    # and rounds as any other product beyond.
-    if x.device.type == "cpu" and not torch.onnx.is_in_onnx_export():
+    # CUDA has the product of integers for some shapes only, ONNX not at all, and with n = 1 torch (2.13) takes the
+    # transposed weight for one of another shape. In float32 it is exact up to n = 1000 and rounded as any other beyond.
+    if x.device.type == "cpu" and x.shape[1] > 1 and not torch.onnx.is_in_onnx_export():
         return torch._int_mm(x, weight.T)
     return x.float() @ weight.float().T
 

@@ -86,11 +86,9 @@ def quantization_of(layer: nn.Module) -> Quantization | None:
 def quantized_layer(layer: nn.Module, quantization: Quantization) -> CompressedLinear:
     """Return a layer of the same form and nearly the same function, its matrices rounded to int8 row by row.
 
-    Pivoted layers are rounded as they are: the coefficients are bounded, and each kept row has a scale of its own (of
-    kept columns, each output). Of two factors, the lengths of ``factor_out``'s columns are first moved into the rows
-    of ``factor_in``: they differ as the singular values do, so that a row of ``factor_out`` would spend its one scale
-    on the first columns and round the last away, while rows of ``factor_in`` have a scale each. With "int8-dynamic"
-    the lengths stay shared out evenly, as what comes out of ``factor_in`` is rounded, too, with one scale a token.
+    Nothing is done to the matrices before. Coefficients of pivoted layers are bounded and kept rows each have a scale
+    of their own; two factors share out the lengths of their columns and rows evenly, which loses as little to one scale
+    a row as moving them all to the side where each has its own.
 
     Args:
         layer: A compressed layer, or a dense one (``nn.Linear``, ``Conv1D``). It is only read.
@@ -103,7 +101,6 @@ def quantized_layer(layer: nn.Module, quantization: Quantization) -> CompressedL
     """
     if (found := quantization_of(layer)) is not None:
         raise ValueError(f"Expected weights in floating point but the layer is quantised ({found!r}) already.")
-    dynamic = quantization == "int8-dynamic"
     new = _empty_copy(layer)
     if isinstance(layer, CompressedLinear):
         weights = {name: matrix_of(child) for name, child in layer.named_children()}
@@ -111,10 +108,8 @@ def quantized_layer(layer: nn.Module, quantization: Quantization) -> CompressedL
         dtype = layer.weight.dtype
     else:
         weights, biases, dtype = {"matrix": linear_weight(layer)}, {"matrix": layer.bias}, linear_weight(layer).dtype
-    if isinstance(layer, LowRankLinear) and not dynamic:
-        weights["factor_out"], weights["factor_in"] = _unit_columns(weights["factor_out"], weights["factor_in"])
     for name, weight in weights.items():
-        setattr(new, name, Int8Linear.from_weight(weight, biases[name], dynamic, dtype))
+        setattr(new, name, Int8Linear.from_weight(weight, biases[name], quantization == "int8-dynamic", dtype))
     return new
 
 
@@ -149,10 +144,3 @@ def _empty_copy(layer: nn.Module) -> CompressedLinear:
     if layer.pivot_bias is not None:
         pivoted.pivot_bias = nn.Parameter(layer.pivot_bias.detach().clone(), layer.pivot_bias.requires_grad)
     return pivoted
-
-
-def _unit_columns(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same product, (m, k) and (k, n), the columns of the left one of length 1."""
-    norms = left.norm(dim=0)
-    norms = torch.where(norms > 0, norms, 1.0)
-    return left / norms, right * norms[:, None]

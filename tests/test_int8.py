@@ -96,6 +96,17 @@ def test_dynamic_rounds_each_token_too(shape):
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("m", "n"), [(7, 1), (1, 7), (1, 1), (31, 2)])
+def test_sums_of_integers_are_exact_in_every_shape(m, n):
+    layer = case(m, n, bias=False, dynamic=True)[1]
+    layer.weight.data = torch.randint(-128, 128, (m, n), dtype=torch.int8)
+    layer.scale.fill_(1.0)
+    x = torch.randint(-127, 127, (5, n)).float()
+    x[:, 0] = 127.5  # the scale of a token is 1
+    expected = x.clamp_max(127) @ layer.weight.float().T
+    assert torch.equal(layer(x), expected)
+
+
 def test_both_kinds_are_close_to_the_layer_that_was_rounded():
     x = tokens(64, 200)
     for dynamic, most in ((False, 0.012), (True, 0.02)):

@@ -425,9 +425,10 @@ def matrix_of(child: nn.Module) -> Tensor:
     if isinstance(child, Int8Linear):
         return child.dequantize()
     if not isinstance(child, nn.Linear) or type(child.weight) not in (nn.Parameter, Tensor):
-        kind = type(getattr(child, "weight", child)).__name__ if isinstance(child, nn.Linear) else type(child).__name__
+        found = type(child.weight if isinstance(child, nn.Linear) else child)
         raise TypeError(
-            f"Expected plain linear layers as the factors of a compressed layer, found {kind}. "
+            "Expected plain linear layers as the factors of a compressed layer, found "
+            f"{found.__module__}.{found.__qualname__}. "
             "Merge adapters, and undo quantisation by other libraries, before asking for the dense matrix."
         )
     return child.weight.to(torch.promote_types(child.weight.dtype, torch.float32))

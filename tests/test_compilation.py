@@ -9,6 +9,7 @@ import torch
 from lowrank_cases import case
 from tiny import causal_model, token_loader
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
 
 from fasc_lightning import compress, load_compressed, quantize
@@ -26,10 +27,10 @@ def models(tmp_path_factory):
     """A reloaded compressed model, made once."""
     made = {}
 
-    def get(layout, family="llama", quantization=None, **settings):
-        key = (layout, family, quantization, *settings.items())
+    def get(layout, family="llama", quantization=None):
+        key = (layout, family, quantization)
         if key not in made:
-            model = causal_model(family, **settings).eval()
+            model = causal_model(family, num_hidden_layers=1).eval()
             compress(model, list(token_loader(samples=16)), keep=0.7, layout=layout, refit=False, progress=False)
             if quantization is not None:
                 quantize(model, quantization)
@@ -52,7 +53,7 @@ def _forget_compiled():
 def loss_and_gradients(model, forward=None):
     """Loss of a batch, and the gradient of every parameter that has one."""
     model.zero_grad()
-    loss = (forward or model)(input_ids=IDS, labels=IDS).loss
+    loss = (model if forward is None else forward)(input_ids=IDS, labels=IDS, use_cache=False).loss
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -67,8 +68,9 @@ def assert_same_training(got, expected):
 # torch.compile
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int8-dynamic"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "quantization"), [("pivot", None), ("factors", None), ("pivot", "int8"), ("factors", "int8-dynamic")]
+)
 def test_whole_graph_forward_and_backward(models, layout, quantization):
     model = models(layout, quantization=quantization)
     expected = loss_and_gradients(model)
@@ -77,17 +79,15 @@ def test_whole_graph_forward_and_backward(models, layout, quantization):
     assert_same_training(loss_and_gradients(model, compiled), expected)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_whole_graph_of_other_families(models, family):
-    for layout in LAYOUTS:
-        model = models(layout, family)
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(input_ids=IDS).logits, model(input_ids=IDS).logits)
+@pytest.mark.parametrize(("family", "layout"), [("gpt2", "pivot"), ("opt", "factors")])
+def test_whole_graph_of_other_families(models, family, layout):
+    model = models(layout, family)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
-@pytest.mark.parametrize("quantization", [None, "int8"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "quantization"), [("pivot", None), ("pivot", "int8"), ("factors", None)])
 def test_half_precision_under_no_grad(models, layout, quantization):
     model = models(layout, quantization=quantization).to(torch.bfloat16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -95,39 +95,37 @@ def test_half_precision_under_no_grad(models, layout, quantization):
         assert torch.equal(compiled(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_graph_serves_all_lengths(models, layout):
-    model = models(layout)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
-    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        for ids in (IDS, IDS[:, :5], torch.arange(3, 48).reshape(5, 9)):
-            torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+def test_lengths_need_as_few_graphs_as_in_the_dense_model(models):
+    counts = []
+    for model in (causal_model(num_hidden_layers=1).eval(), models("pivot"), models("factors")):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+        with torch.no_grad():
+            for ids in (IDS, IDS[:, :5].contiguous(), torch.arange(3, 48).reshape(5, 9)):
+                torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+        counts.append(counter.frame_count)
+    assert counts[1:] == counts[:1] * 2
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own use
 def test_generated_code(tmp_path, monkeypatch):
-    """The default backend, which writes C++, on a stack of every kind of layer."""
+    """The default backend, which writes C++: outputs permuted in one layer, inputs in the other, which is of int8."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    float32 = {"dtype": torch.float32}
-    stack = nn.Sequential(
-        case("pivot", 12, 20, **float32)[0],
-        nn.GELU(),
-        case("factors", 20, 12, **float32)[0],
-        nn.GELU(),
-        case("pivot", 20, 20, **float32)[0],
-        case("pivot", 24, 20, **float32)[0],
-    )
-    quantize(stack, targets=["5"])
+    layers = [case("pivot", m, n, dtype=torch.float32)[0] for m, n in ((12, 20), (24, 12))]
+    stack = nn.Sequential(*layers)
+    quantize(stack, targets=["1"])
     compiled = torch.compile(stack, fullgraph=True)
     x = torch.randn(3, 4, 20)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), stack(x))
+        wanted = stack(x)
+        torch.testing.assert_close(compiled(x), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
 # torch.export
 
 
-@pytest.mark.parametrize("quantization", [None, "int8"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "quantization"), [("pivot", None), ("factors", "int8"), ("pivot", "int8-dynamic")])
 def test_exported_for_all_batches_and_lengths_and_saved(models, layout, quantization, tmp_path):
     model = models(layout, quantization=quantization)
     free = {0: Dim("batch", max=64), 1: Dim("length", max=60)}
@@ -150,12 +148,11 @@ def test_exported_for_all_batches_and_lengths_and_saved(models, layout, quantiza
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("quantization", [None, "int8-dynamic"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "quantization"), [("pivot", None), ("factors", None), ("pivot", "int8-dynamic")])
 def test_checkpointed_blocks_have_the_same_gradients(models, layout, quantization, reentrant):
     model = models(layout, quantization=quantization).train()
     expected = loss_and_gradients(model)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     calls = []
     layer = next(iter(compressed_layers(model).values()))
     layer.register_forward_hook(lambda *_: calls.append(1))
@@ -169,6 +166,6 @@ def test_checkpointed_training_of_frozen_factors(models):
     model.requires_grad_(False)
     norm = model.model.layers[0].input_layernorm.weight.requires_grad_(True)
     expected = loss_and_gradients(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     assert_same_training(loss_and_gradients(model), expected)
     assert norm.grad.any()

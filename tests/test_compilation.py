@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
@@ -108,6 +110,7 @@ def test_lengths_need_as_few_graphs_as_in_the_dense_model(models):
     assert counts[1:] == counts[:1] * 2
 
 
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own use
 def test_generated_code(tmp_path, monkeypatch):
     """The default backend, which writes C++: outputs permuted in one layer, inputs in the other, which is of int8."""

@@ -65,7 +65,9 @@ def test_logits_in_onnxruntime_are_those_in_torch(family, layout, quantization, 
             wanted = model(input_ids=ids, attention_mask=mask).logits
         (logits,) = run.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
         real = mask.bool()
-        torch.testing.assert_close(torch.from_numpy(logits)[real], wanted[real], rtol=0, atol=1e-4)
+        # Between two steps of int8, the rounding of the floats before decides to which an activation goes.
+        atol = 1e-4 if quantization != "int8-dynamic" else 0.02 * float(wanted.abs().max())
+        torch.testing.assert_close(torch.from_numpy(logits)[real], wanted[real], rtol=0, atol=atol)
 
 
 def test_the_file_of_an_int8_layer_holds_int8(tmp_path):

@@ -101,7 +101,7 @@ def test_a_steep_spectrum_is_rounded_no_worse_than_a_flat_one():
         W = U * torch.logspace(0, -decades, 16, dtype=torch.float64) @ V.T
         for layout in ("factors", "pivot"):
             new = quantized_layer(make_lowrank(W @ V, V.T, None, layout, dtype=torch.float32), "int8")
-            assert (new.to_weight() - W).norm() < 0.01 * W.norm()
+            assert (new.to_weight() - W).norm() < 0.015 * W.norm()
 
 
 def test_flags():

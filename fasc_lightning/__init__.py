@@ -9,6 +9,7 @@ from fasc_lightning.hub import load_compressed
 from fasc_lightning.model_card import model_card
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.pooled import PooledDependenceScore, debiased_rho, iid_floor, rho
+from fasc_lightning.quantize import quantize
 from fasc_lightning.report import CompressionReport
 from fasc_lightning.saving import save_compressed
 from fasc_lightning.score import score
@@ -17,6 +18,7 @@ __all__ = [
     # compression
     "FascCallback",
     "compress",
+    "quantize",
     "CausalLMModule",
     "CompressionReport",
     # saved models

@@ -16,6 +16,7 @@ from torch import Tensor
 from fasc_lightning._memory import available_memory
 from fasc_lightning.allocation import ALLOCATIONS
 from fasc_lightning.hsic import MIN_TOKENS
+from fasc_lightning.quantize import check_quantization
 from fasc_lightning.solvers import get_solver
 from fasc_lightning.swap import is_compressed
 
@@ -78,7 +79,9 @@ def check_monitor(every_n_steps: int | None, tokens: int, threshold: float, obse
         )
 
 
-def check_monitor_only(calibration_steps: int | None, update_weights: bool, gate: float | None) -> None:
+def check_monitor_only(
+    calibration_steps: int | None, update_weights: bool, gate: float | None, quantize: object
+) -> None:
     """Refuse options of a compression where there is none.
 
     Raises:
@@ -88,6 +91,7 @@ def check_monitor_only(calibration_steps: int | None, update_weights: bool, gate
         "calibration_steps": calibration_steps is not None,
         "update_weights=False": not update_weights,
         "gate": gate is not None,
+        "quantize": quantize is not None,
     }
     for name, is_given in given.items():
         if is_given:
@@ -107,6 +111,7 @@ def check_options(
     seed: int,
     loss_terms: object,
     token_mask: object,
+    quantize: object,
 ) -> None:
     """Check the options that are not the budget.
 
@@ -120,6 +125,8 @@ def check_options(
             raise ValueError(f"Expected `{name}` to be one of {', '.join(known)} but got {value!r}.")
     if not (isinstance(refit, bool) or refit == "auto"):
         raise ValueError(f"Expected `refit` to be True, False or 'auto' but got {refit!r}.")
+    if quantize is not None:
+        check_quantization(quantize)
     if not 0 < token_fraction <= 1:
         raise ValueError(f"Expected `token_fraction` to be in (0, 1] but got {token_fraction}.")
     if isinstance(seed, bool) or not isinstance(seed, int):

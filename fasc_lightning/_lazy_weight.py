@@ -35,7 +35,7 @@ class LazyWeight(Tensor):
     _source: CompressedLinear
 
     def __new__(cls, source: CompressedLinear) -> LazyWeight:
-        like = source._child().weight
+        like = source._like
         size = (source.out_features, source.in_features)
         lazy = Tensor._make_wrapper_subclass(cls, size, dtype=like.dtype, device=like.device)
         lazy._source = source

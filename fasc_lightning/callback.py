@@ -34,6 +34,8 @@ from fasc_lightning.measure_phase import MeasurePhase
 from fasc_lightning.moments import CalibrationMoments, moment_dtype, moments_bytes
 from fasc_lightning.monitor import LayerScores, RhoMonitor, write_history
 from fasc_lightning.pooled import Gradient
+from fasc_lightning.quantize import quantize_layers
+from fasc_lightning.quantized_layers import Quantization
 from fasc_lightning.refit import RefitReport
 from fasc_lightning.refit_phase import Refit, RefitPhase, refit_figures
 from fasc_lightning.replay import Replay
@@ -120,6 +122,9 @@ class FascCallback(pl.Callback):
             gate, every batch is scored, on ``monitor_tokens`` of its tokens.
         gate_exclude: Patterns of layers that rho does not decide and the cheap solver serves, or "paper": the
             attention of blocks 0 to 2 and the output projections of the last block.
+        quantize: "int8" holds the targeted layers in int8 when all else is done, those that stay dense included;
+            "int8-dynamic" rounds what goes into them, too (:func:`~fasc_lightning.quantize`). What is int8 does not
+            train. None does not.
 
     Attributes:
         report: The :class:`~fasc_lightning.report.CompressionReport`, after the fit.
@@ -158,17 +163,18 @@ class FascCallback(pl.Callback):
         gate: float | None = None,
         gate_by: Literal["debiased", "pooled", "rho"] = "debiased",
         gate_exclude: str | list[str] | None = None,
+        quantize: Quantization | None = None,
     ) -> None:
         _checks.check_monitor(
             monitor_every_n_steps, monitor_tokens, rho_threshold, emergence_observations, rho_gradient
         )
         if rank is None and keep is None and monitor_every_n_steps is not None:
-            _checks.check_monitor_only(calibration_steps, update_weights, gate)
+            _checks.check_monitor_only(calibration_steps, update_weights, gate, quantize)
         else:
             _checks.check_budget(rank, keep)
         check_gate(gate, gate_by, gate_exclude, method)
         _checks.check_options(
-            method, allocation, layout, refit, token_fraction, calibration_steps, seed, loss_terms, token_mask
+            method, allocation, layout, refit, token_fraction, calibration_steps, seed, loss_terms, token_mask, quantize
         )
         self.rank = rank
         self.keep = keep
@@ -192,6 +198,7 @@ class FascCallback(pl.Callback):
         self.gate = gate
         self.gate_by = gate_by
         self.gate_exclude = gate_exclude
+        self.quantize: Quantization | None = quantize
         self.report: CompressionReport | None = None
         self._schedule = CalibrationSchedule(calibration_steps)
         self._layers: dict[str, nn.Module] = {}
@@ -215,7 +222,7 @@ class FascCallback(pl.Callback):
         names = (
             "rank keep method allocation layout refit targets exclude calibration_steps update_weights token_fraction "
         )
-        names += "rho_gradient gate gate_by gate_exclude"
+        names += "rho_gradient gate gate_by gate_exclude quantize"
         return {name: getattr(self, name) for name in names.split()}
 
     @property
@@ -413,6 +420,7 @@ class FascCallback(pl.Callback):
         trainer.strategy.lr_scheduler_configs = []
         after = self._measure(pl_module, {**self._layers, **result.replacements})
         self.report = self._make_report(trainer, before, after, refitted)
+        self._quantize(pl_module)
         log_report(trainer.loggers, self.report, trainer.global_step)
         rank_zero_info(f"\n{self.report}")
 
@@ -482,6 +490,15 @@ class FascCallback(pl.Callback):
         report = self._refit.run(trainer, pl_module, self._replaced, self._moments, self._replay)
         self._seconds["refit"] = time.perf_counter() - start
         return report
+
+    def _quantize(self, pl_module: pl.LightningModule) -> None:
+        if self.quantize is None:
+            return
+        assert self.report is not None
+        start = time.perf_counter()
+        replaced = quantize_layers(pl_module, self._layers, self.quantize)
+        self._replaced = {**replaced, **self._replaced}  # of layers compressed before, what they were at first
+        self.report = self.report.with_quantized(pl_module, self.quantize, self._layers, time.perf_counter() - start)
 
     @staticmethod
     def _measure(pl_module: pl.LightningModule, layers: dict[str, nn.Module]) -> tuple[Size, Size]:

@@ -2,7 +2,8 @@
 
 transformers builds a model from its configuration, lets a quantizer change its layers, and then reads the weights by
 name. A compressed model is saved with a :class:`FascConfig` that names its layers and their ranks; the quantizer puts
-empty layers of those shapes in place. Nothing is quantised: the name is that of the library's only hook at that point.
+empty layers of those shapes in place. Most models are not quantised, and those that are hold plain int8 tensors: the
+name is that of the library's only hook at that point.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fasc_lightning._files import check_json_files
 from fasc_lightning._guards import expect_guards, guards
 from fasc_lightning._names import some_names
 from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape, linear_weight
+from fasc_lightning.quantized_layers import QUANTIZATIONS, DenseLinear, make_room_for_int8, quantization_of
 from fasc_lightning.swap import compressed_layers, swap_modules, to_dense
 
 QUANT_METHOD = "fasc"
@@ -41,7 +43,8 @@ class FascConfig(QuantizationConfigMixin):
 
     Args:
         layers: For each compressed layer, by its dotted name in the model: "rank" (int), "layout" ("pivot" or
-            "factors"), "bias" (bool) and, of the pivot layout, "side" ("in" or "out").
+            "factors"), "bias" (bool) and, of the pivot layout, "side" ("in" or "out"). Of a quantised layer,
+            "quantize", too ("int8" or "int8-dynamic"); then the layout can be "dense".
         format_version: Of the folder.
         provenance: How the model was made (method, budget, ...), of JSON types; never read back into the model.
         quant_method: "fasc".
@@ -226,7 +229,8 @@ def _checked_layers(layers: Any) -> dict[str, dict[str, Any]]:
         if not _is_valid(spec):
             raise ValueError(
                 f'Expected {{"rank": int, "layout": "factors", "bias": bool}} or {{"rank": int, "layout": "pivot", '
-                f'"side": "in" or "out", "bias": bool}} of layer {name!r}, got {spec!r}.'
+                f'"side": "in" or "out", "bias": bool}}, and of a quantised layer "quantize": "int8" or '
+                f'"int8-dynamic" ("layout" may then be "dense"), of layer {name!r}, got {spec!r}.'
             )
     return {name: dict(spec) for name, spec in layers.items()}
 
@@ -234,14 +238,21 @@ def _checked_layers(layers: Any) -> dict[str, dict[str, Any]]:
 def _is_valid(spec: Any) -> bool:
     if not isinstance(spec, Mapping) or type(spec.get("rank")) is not int or type(spec.get("bias")) is not bool:
         return False
-    if spec.get("layout") == "pivot":
-        return set(spec) == {"rank", "layout", "bias", "side"} and spec["side"] in ("in", "out")
-    return set(spec) == {"rank", "layout", "bias"} and spec["layout"] == "factors"
+    layout, keys = spec.get("layout"), set(spec) - {"quantize"}
+    if "quantize" in spec and spec["quantize"] not in QUANTIZATIONS:
+        return False
+    if layout == "pivot":
+        return keys == {"rank", "layout", "bias", "side"} and spec["side"] in ("in", "out")
+    return keys == {"rank", "layout", "bias"} and (layout == "factors" or (layout == "dense" and "quantize" in spec))
 
 
 def _describe_layer(layer: CompressedLinear) -> dict[str, Any]:
-    spec = {"rank": layer.rank, "layout": layer.layout, "bias": layer.bias is not None}
-    return {**spec, "side": layer.side} if isinstance(layer, PivotedLinear) else spec
+    spec: dict[str, Any] = {"rank": layer.rank, "layout": layer.layout, "bias": layer.bias is not None}
+    if isinstance(layer, PivotedLinear):
+        spec["side"] = layer.side
+    if (quantization := quantization_of(layer)) is not None:
+        spec["quantize"] = quantization
+    return spec
 
 
 def _empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> CompressedLinear:
@@ -253,9 +264,14 @@ def _empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> Compre
     try:
         m, n = linear_shape(dense)
         options: dict[str, Any] = {"bias": spec["bias"], "device": "meta", "dtype": linear_weight(dense).dtype}
+        layer: CompressedLinear
         if spec["layout"] == "pivot":
-            return PivotedLinear(n, m, spec["rank"], side=spec["side"], **options)
-        return LowRankLinear(n, m, spec["rank"], **options)
+            layer = PivotedLinear(n, m, spec["rank"], side=spec["side"], **options)
+        elif spec["layout"] == "factors":
+            layer = LowRankLinear(n, m, spec["rank"], **options)
+        else:
+            layer = DenseLinear(n, m, **options)
+        return make_room_for_int8(layer, spec["quantize"]) if "quantize" in spec else layer
     except (TypeError, ValueError) as error:
         raise ValueError(f"The configuration of compressed layer {name!r} does not fit the model: {error}") from error
 

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from fasc_lightning._guards import guard_key, is_guard
 from fasc_lightning._lazy_weight import LazyWeight
+from fasc_lightning.int8 import Int8Linear
 from fasc_lightning.pivots import orthonormal_basis, other_rows, select_basis_rows
 
 Layout = Literal["auto", "pivot", "factors"]
@@ -26,7 +27,9 @@ def pivot_cost(m: int, n: int, k: int) -> int:
 
 
 class CompressedLinear(nn.Module, ABC):
-    """A linear layer y = W' x + b, W' of shape (m, n) and rank k, held in fewer than m n numbers.
+    """A linear layer y = W' x + b, W' of shape (m, n) and rank k, held in fewer than m n numbers, or in fewer bytes.
+
+    The matrices it is held in are ``nn.Linear`` children, or, quantised, :class:`~fasc_lightning.int8.Int8Linear`.
 
     Model code of transformers reads ``.weight`` of linear layers in about a hundred places, nearly always for
     its dtype or device (T5, GPT-J, Qwen2-VL). So there is a read-only :attr:`weight`; it is no parameter and
@@ -65,7 +68,8 @@ class CompressedLinear(nn.Module, ABC):
         """Left (m, k) and right (k, n) factors of W', differentiable; of half-precision layers in float32.
 
         Raises:
-            TypeError: If a child is no longer a plain linear layer (LoRA, quantisation).
+            TypeError: If a child is neither a plain linear layer nor an :class:`~fasc_lightning.int8.Int8Linear`
+                (adapters, torchao's tensors).
         """
 
     @property
@@ -79,25 +83,37 @@ class CompressedLinear(nn.Module, ABC):
         """Bytes of the state dict beside the parameters: the index of a pivoted layer."""
 
     @abstractmethod
-    def _child(self) -> nn.Linear: ...
+    def _child(self) -> nn.Module: ...
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the layer's dtype and device: a weight, or the scales of a quantised one."""
+        child: Any = self._child()
+        like: Tensor = child.scale if isinstance(child, Int8Linear) else child.weight
+        return like
 
     def to_weight(self) -> Tensor:
         """The dense matrix W', shape (m, n), in the layer's dtype, differentiable.
 
         Raises:
-            TypeError: If a child is no longer a plain linear layer (LoRA, quantisation).
+            TypeError: As :meth:`factors`.
         """
         left, right = self.factors()
-        return (left @ right).to(self._child().weight.dtype)
+        return (left @ right).to(self._like.dtype)
 
     def to_linear(self) -> nn.Linear:
-        """A new dense layer of the same function; trainable if any parameter of this layer is."""
+        """A new dense layer of the same function; trainable if any parameter of this layer is, or it was quantised.
+
+        Raises:
+            TypeError: As :meth:`factors`.
+        """
         weight, bias = self.to_weight().detach(), self.bias
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
         linear.weight = nn.Parameter(weight)
         if bias is not None:
             linear.bias = nn.Parameter(bias.detach().clone())
-        return linear.train(self.training).requires_grad_(any(p.requires_grad for p in self.parameters()))
+        trainable = any(p.requires_grad or not p.is_floating_point() for p in self.parameters())
+        return linear.train(self.training).requires_grad_(trainable)
 
     @property
     def weight(self) -> Tensor:
@@ -164,7 +180,7 @@ class LowRankLinear(CompressedLinear):
 
     @override
     def factors(self) -> tuple[Tensor, Tensor]:
-        return _matrix(self.factor_out), _matrix(self.factor_in)
+        return matrix_of(self.factor_out), matrix_of(self.factor_in)
 
     @property
     @override
@@ -177,7 +193,7 @@ class LowRankLinear(CompressedLinear):
         return 0
 
     @override
-    def _child(self) -> nn.Linear:
+    def _child(self) -> nn.Module:
         return self.factor_in
 
 
@@ -268,7 +284,7 @@ class PivotedLinear(CompressedLinear):
 
     @override
     def factors(self) -> tuple[Tensor, Tensor]:
-        basis, T = _matrix(self.basis), _matrix(self.coefficients)
+        basis, T = matrix_of(self.basis), matrix_of(self.coefficients)
         eye = torch.eye(self.rank, dtype=T.dtype, device=T.device)
         if self.side == "out":
             return torch.cat([eye, T])[self.permutation], basis
@@ -289,7 +305,7 @@ class PivotedLinear(CompressedLinear):
         return self.permutation.numel() * self.permutation.element_size()
 
     @override
-    def _child(self) -> nn.Linear:
+    def _child(self) -> nn.Module:
         return self.basis
 
     def extra_repr(self) -> str:
@@ -412,13 +428,16 @@ def _permute(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(1, index)
 
 
-def _matrix(child: nn.Module) -> Tensor:
+def matrix_of(child: nn.Module) -> Tensor:
     """Weight of a child; float32 if it is of half precision, whose products would round twice."""
+    if isinstance(child, Int8Linear):
+        return child.dequantize()
     if not isinstance(child, nn.Linear) or type(child.weight) not in (nn.Parameter, Tensor):
-        kind = type(getattr(child, "weight", child)).__name__ if isinstance(child, nn.Linear) else type(child).__name__
+        found = type(child.weight if isinstance(child, nn.Linear) else child)
         raise TypeError(
-            f"Expected plain linear layers as the factors of a compressed layer, found {kind}. "
-            "Merge adapters and undo quantisation before asking for the dense matrix."
+            "Expected plain linear layers as the factors of a compressed layer, found "
+            f"{found.__module__}.{found.__qualname__}. "
+            "Merge adapters, and undo quantisation by other libraries, before asking for the dense matrix."
         )
     return child.weight.to(torch.promote_types(child.weight.dtype, torch.float32))
 

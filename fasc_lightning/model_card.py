@@ -96,14 +96,16 @@ def _check_report(model: PreTrainedModel, report: Mapping[str, Any]) -> None:
     Raises:
         ValueError: With the first that differs; or if the model is not compressed.
     """
-    held = {name: layer.rank for name, layer in compressed_layers(model).items()}
-    if not held:
+    layers = compressed_layers(model)
+    if not layers:
         raise ValueError(
             f"Expected a compressed model, but {type(model).__name__} is dense. Compress it first, or use its own "
             "save_pretrained."
         )
     if not report:
         return
+    # Dense layers that were quantised are compressed layers, too, but have no rank of their own.
+    held = {name: layer.rank for name, layer in layers.items() if layer.layout != "dense"}
     told = {row["name"]: row["rank"] for row in _own_names(model, report)["layers"] if row["layout"] != "dense"}
     different = sorted(name for name in held.keys() | told.keys() if held.get(name) != told.get(name))
     if different:
@@ -179,7 +181,7 @@ model = {auto_class}.from_pretrained("...")  # this folder, or its hub id
 ```
 
 Without that import transformers says "Unknown quantization type, got fasc" and fails on weights of another size.
-Nothing in the folder is quantised or pickled, and no code is loaded from it. `fasc_lightning.load_compressed(...)` also
+Nothing in the folder is pickled, and no code is loaded from it. `fasc_lightning.load_compressed(...)` also
 refuses a folder that lacks weights or has others. `fasc_lightning.to_dense(model)` makes the model dense, for tools
 that know no low-rank layers: as large as before, as good as it is now."""
 
@@ -234,6 +236,7 @@ def _making(made: Mapping[str, Any], calibration: str | Sequence[str] | None) ->
         "budget": _budget(options),
         "allocation, layout": ", ".join(str(options[name]) for name in ("allocation", "layout") if name in options),
         "refit": _refit(made),
+        "quantised": options.get("quantize") or "no",
         "calibration data": _calibration(made, calibration),
         "seed": made.get("seed", "not stated"),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,10 @@ class CompressionReport:
         method: Solver.
         options: The options of the compression.
         seed: Of token subsampling.
-        targeted: Sizes of the targeted layers, "dense" and "compressed".
+        targeted: Sizes of the targeted layers, "dense" and "compressed"; if they were quantised, too, then also
+            "unquantized", just before that.
         whole: Sizes of the whole model, alike.
-        seconds: By phase: calibrate, factorize, swap, and refit if there was one.
+        seconds: By phase: calibrate, factorize, swap, and refit and quantize if there were such.
         moments_bytes: Memory of the statistics.
         peak_memory_bytes: Largest memory of the process (on CUDA: of the device) so far.
         layers: One row a targeted layer.
@@ -116,6 +117,26 @@ class CompressionReport:
     def to_json(self, path: str | Path) -> None:
         """Write the report as JSON."""
         write_json(self.to_dict(), path)
+
+    def with_quantized(
+        self, model: nn.Module, quantization: str, layers: Iterable[str], seconds: float
+    ) -> CompressionReport:
+        """Return the report with the sizes of the model as it is now, its layers quantised.
+
+        Args:
+            model: The quantised model.
+            quantization: How.
+            layers: Names of the quantised layers in the model, which are the targeted ones.
+            seconds: That it took.
+        """
+        targeted = measure_layers({name: model.get_submodule(name) for name in layers})
+        return replace(
+            self,
+            options={**self.options, "quantize": quantization},
+            targeted={**self.targeted, "unquantized": self.targeted["compressed"], "compressed": targeted},
+            whole={**self.whole, "unquantized": self.whole["compressed"], "compressed": measure_model(model)},
+            seconds={**self.seconds, "quantize": seconds},
+        )
 
     @property
     def kept(self) -> float:
@@ -249,12 +270,15 @@ def summary_table(report: CompressionReport) -> str:
         lines.append("rho may mislead: " + ", ".join(f"{flag} ({count} layers)" for flag, count in flags.items()))
     for title, sizes in (("targeted layers", report.targeted), ("whole model", report.whole)):
         before_size, after_size = sizes["dense"], sizes["compressed"]
+        stages = [sizes[state] for state in ("dense", "unquantized", "compressed") if state in sizes]
+        megabytes = " -> ".join(f"{size.bytes / 1e6:.1f}" for size in stages)
         lines.append(
             f"{title}: {before_size.parameters:,} -> {after_size.parameters:,} parameters "
-            f"({after_size.parameters / before_size.parameters:.1%}), "
-            f"{before_size.bytes / 1e6:.1f} -> {after_size.bytes / 1e6:.1f} MB, "
+            f"({after_size.parameters / before_size.parameters:.1%}), {megabytes} MB, "
             f"{before_size.flops_per_token / 1e6:.1f} -> {after_size.flops_per_token / 1e6:.1f} MFLOPs a token"
         )
+    if "unquantized" in report.targeted:
+        lines.append(f"the last of these sizes is with the targeted layers in {report.options['quantize']}")
     if report.refit is not None:
         loss = report.refit["loss"]
         outcome = "put back" if report.refit["reverted"] else f"{report.refit['layers']} layers changed"

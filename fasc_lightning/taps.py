@@ -48,6 +48,7 @@ def select_layers(
     model: nn.Module,
     targets: str | list[str] | None = None,
     exclude: str | list[str] | None = None,
+    eligible: Callable[[nn.Module], bool] | None = None,
 ) -> dict[str, nn.Module]:
     """Return the linear layers to compress, by dotted name, in the model's order.
 
@@ -57,14 +58,16 @@ def select_layers(
             transformers ``Conv1D`` except output embeddings and layers whose weight is tied to another module's;
             those are only taken when a pattern names them.
         exclude: Patterns of layers to leave alone.
+        eligible: What is a layer to select from; by default :func:`is_plain_linear`.
 
     Raises:
         ValueError: If nothing is selected.
     """
+    eligible = eligible or is_plain_linear
     everything = targets is None or targets == "all-linear"
     protected = _protected(model) if everything else set()
     layers: dict[str, nn.Module] = {}
-    linear = {name: module for name, module in model.named_modules() if is_plain_linear(module)}
+    linear = {name: module for name, module in model.named_modules() if eligible(module)}
     for name, module in linear.items():
         if everything:
             selected = id(module) not in protected

@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from fasc_lightning.evaluation import (
     load_facts,
     perplexity,
 )
+from fasc_lightning.quantized_layers import QUANTIZATIONS
 from fasc_lightning.report import write_json
 from fasc_lightning.saving import check_folder
 from fasc_lightning.solvers import available_methods
@@ -65,6 +67,7 @@ def build_parser() -> ArgumentParser:
     add("--allocation", default="measured", choices=list(ALLOCATIONS), help="how the budget is spent over layers")
     add("--layout", default="auto", choices=["auto", "pivot", "factors"], help="how a low-rank matrix is stored")
     add("--refit", default="true", choices=["true", "false"], help="whether factors are refitted to drifted inputs")
+    add("--quantize", choices=list(QUANTIZATIONS), help="hold the targeted layers in int8 when all else is done")
     add("--token-fraction", type=float, default=1.0, help="share of the tokens that enters the moments")
     add("--batch-size", type=int, default=1, help="windows a forward pass")
     add("--seed", type=int, default=0, help="of sampling, shuffling and subsampling")
@@ -115,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         allocation=options.allocation,
         layout=options.layout,
         refit=options.refit == "true",
+        quantize=options.quantize,
         token_fraction=options.token_fraction,
         seed=options.seed,
     )
@@ -128,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print_report(report, content)
     try:
         if options.output:
-            save(options, model, tokenizer, content)
+            content["saved_bytes"] = save(options, model, tokenizer, content)
     finally:  # a full disk must not cost the figures as well
         if options.report:
             write_json(content, options.report)
@@ -215,8 +219,8 @@ def compare_facts(dense: FactsResult | None, compressed: FactsResult | None) -> 
     }
 
 
-def save(options: Namespace, model: Any, tokenizer: Any, content: dict[str, Any]) -> None:
-    """Write the compressed model, its tokenizer and its model card."""
+def save(options: Namespace, model: Any, tokenizer: Any, content: dict[str, Any]) -> int:
+    """Write the compressed model, its tokenizer and its model card; returns the bytes of the weights' files."""
     bundled = options.model == SMOLLM2
     save_compressed(
         model,
@@ -226,7 +230,9 @@ def save(options: Namespace, model: Any, tokenizer: Any, content: dict[str, Any]
         base_model=SMOLLM2_SOURCE if bundled else options.model,
         licence=options.licence or (SMOLLM2_LICENCE if bundled else None),
     )
-    print(f"Saved to {options.output}")
+    size = sum(file.stat().st_size for file in Path(options.output).glob("*.safetensors"))
+    print(f"Saved to {options.output}: {size / 1e6:.1f} MB of weights")
+    return size
 
 
 def print_report(report: CompressionReport, content: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ def test_refusals_leave_the_model_alone():
         to_dense(causal_model())
     model = compressed()
     model.model.layers[1].mlp.up_proj.basis = nn.Sequential()
-    with pytest.raises(TypeError, match="Merge adapters and undo quantisation"):
+    with pytest.raises(TypeError, match="Merge adapters, and undo quantisation by other libraries"):
         to_dense(model)
     assert hasattr(model.config, "quantization_config")
     assert is_compressed(model.model.layers[0])

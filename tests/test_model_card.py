@@ -62,7 +62,7 @@ def test_how_it_was_made():
         "* licence: mit; the base model's holds for this one",
         "* method: fasc",
         "* budget: keep 0.7, the fraction of the targeted layers' parameters",
-        "* allocation, layout: fisher, auto",
+        "* allocation, layout: measured, auto",
         "* calibration data: news, a/b; 256 tokens seen by a layer",
         "* seed: 0",
     ):

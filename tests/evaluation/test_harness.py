@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import yaml
 from tiny import Tokens, byte_tokenizer, save_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fasc_lightning import compress
+from fasc_lightning import compress, load_compressed
 from fasc_lightning.evaluation.harness import harness_model, run_harness
 from fasc_lightning.swap import is_compressed
 
@@ -41,6 +43,12 @@ def compressed(model):
     compress(model, [{"input_ids": ids[i : i + 4]} for i in range(0, 16, 4)], keep=0.6, progress=False)
     assert is_compressed(model)
     return model
+
+
+def reloaded(model):
+    with tempfile.TemporaryDirectory() as folder:
+        compressed(model).save_pretrained(folder)
+        return load_compressed(folder)
 
 
 def choice_scores(model, tokenizer, item):
@@ -77,7 +85,9 @@ def write_task(path, items, name="colours", **settings):
     return config, path / f"{name}.yaml"
 
 
-@pytest.mark.parametrize("prepare", [lambda model: model, compressed], ids=["dense", "compressed"])
+@pytest.mark.parametrize(
+    "prepare", [lambda model: model, compressed, reloaded], ids=["dense", "compressed", "reloaded"]
+)
 def test_a_local_task_is_scored_as_by_hand(folder, prepare, tmp_path):
     model, tokenizer = folder
     model = prepare(model).train()
@@ -108,6 +118,25 @@ def test_a_local_task_is_scored_as_by_hand(folder, prepare, tmp_path):
     # The same task as a dict, and fewer items of it.
     assert run_harness(model, tokenizer, [config]).scores == result.scores
     assert run_harness(model, tokenizer, [config], limit=2).scores["colours"]["acc"].value == 0.5
+
+
+def test_the_command_of_lm_eval_on_a_saved_folder(folder, tmp_path):
+    """As the README has it: lm-eval's own program, with the format registered first."""
+    model, tokenizer = folder
+    compressed(model).save_pretrained(tmp_path / "compressed")
+    tokenizer.save_pretrained(tmp_path / "compressed")
+    items = [{**item, "label": i % 2} for i, item in enumerate(ITEMS)]
+    config, path = write_task(tmp_path / "task", items)
+    program = "import fasc_lightning, lm_eval.__main__ as lm_eval; lm_eval.cli_evaluate()"
+    options = f"--model hf --model_args pretrained={tmp_path / 'compressed'},dtype=float32 --device cpu --batch_size 4"
+    command = [sys.executable, "-c", program, *options.split(), "--tasks", str(path), "--output_path", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, timeout=600)
+    (written,) = tmp_path.rglob("results_*.json")
+    value = json.loads(written.read_text())["results"]["colours"]["acc,none"]
+    assert (
+        value
+        == run_harness(load_compressed(tmp_path / "compressed"), tokenizer, [config]).scores["colours"]["acc"].value
+    )
 
 
 def test_log_probabilities_are_those_of_the_model(folder):

@@ -111,6 +111,29 @@ def test_the_saved_model_computes_what_was_measured(recipe, folder):
     assert perplexity(model, windows) == pytest.approx(report["perplexity"]["foxes"]["compressed"], rel=1e-5)
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int8-dynamic"])
+def test_int8_is_measured_saved_and_reloaded(recipe, folder, quantization, capsys):
+    from fasc_lightning.bundled import load_model
+    from fasc_lightning.data import text_windows
+    from fasc_lightning.evaluation import perplexity
+
+    path = folder / "compressed"
+    report = recipe.main(arguments(folder, "--keep", "0.8", "--quantize", quantization, "--output", str(path)))
+    assert report["options"]["quantize"] == quantization
+    sizes = report["whole"]["bytes"]
+    assert sizes["compressed"] < sizes["unquantized"] < sizes["dense"]
+    model, tokenizer = load_model(str(path))
+    assert sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) == sizes["compressed"]
+    windows = text_windows(TEXT, tokenizer, 4, 64)
+    assert perplexity(model, windows) == pytest.approx(report["perplexity"]["foxes"]["compressed"], rel=1e-5)
+    # On disk there are a header and no buffers that can be computed.
+    assert report["saved_bytes"] == (path / "model.safetensors").stat().st_size
+    assert report["saved_bytes"] < sizes["unquantized"]
+    printed = capsys.readouterr().out
+    assert f"with the targeted layers in {quantization}" in printed
+    assert "MB of weights" in printed
+
+
 def test_without_a_budget_it_is_rank_a_half(recipe, folder):
     report = recipe.main(arguments(folder))
     assert report["options"]["rank"] == 0.5

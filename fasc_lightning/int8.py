@@ -1,0 +1,185 @@
+"""A linear layer whose weight is held as int8, in tensors that every file format and every loader takes.
+
+The numbers are those of torchao's int8 weight-only and dynamic quantisation (symmetric, one scale a row). They are
+not held in its tensor subclasses: those need torchao wherever a model is loaded, in a version that still has the
+class, and a safetensors file cannot hold them as they are. An int8 tensor and a float one can be saved, sent, moved
+and read anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: Half of the 255 steps from -128 to 127.
+_HALF_RANGE = 127.5
+
+
+class Int8Linear(nn.Module):
+    """y = W x + b with W[i, j] = scale[i] weight[i, j], weight of int8: m n bytes and m numbers.
+
+    One scale for each output, since it can then leave the sum over inputs: the int8 numbers go into the matrix product
+    as they are, and the product is scaled. The weight is not trained; gradients pass through it to the input, with
+    ``dynamic`` as if the input had not been rounded.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        bias: Whether there is a bias, which stays as it is.
+        dynamic: Whether the input, too, is rounded to int8, with one scale a token, and the product made of integers:
+            faster where there are many tokens, less exact. Otherwise the product is made in the input's dtype.
+        device: Device of the tensors.
+        dtype: Dtype of ``scale`` and ``bias``, which stands for the layer's.
+
+    Attributes:
+        weight: The parameter of int8, (m, n), without gradient.
+        scale: Buffer, (m,).
+    """
+
+    scale: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        dynamic: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.dynamic = dynamic
+        weight = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", torch.ones(out_features, device=device, dtype=dtype))
+        values = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if values is None else nn.Parameter(values))
+
+    @classmethod
+    def from_weight(
+        cls, weight: Tensor, bias: Tensor | None, dynamic: bool = False, dtype: torch.dtype | None = None
+    ) -> Int8Linear:
+        """Round a weight.
+
+        Args:
+            weight: W, (m, n).
+            bias: b, (m,), or None.
+            dynamic: Whether inputs are rounded, too.
+            dtype: Of the layer; None for that of the weight.
+
+        Raises:
+            ValueError: If the weight is not finite.
+        """
+        m, n = weight.shape
+        layer = cls(n, m, bias is not None, dynamic, device="meta")
+        rounded, scale = round_rows(weight.detach(), dtype or weight.dtype)
+        layer.weight = nn.Parameter(rounded, requires_grad=False)
+        layer.scale = scale
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+        return layer
+
+    def dequantize(self) -> Tensor:
+        """The matrix W, (m, n), in the dtype of the scales, and at least in float32."""
+        wide = torch.promote_types(self.scale.dtype, torch.float32)
+        return self.weight.to(wide) * self.scale.to(wide)[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., n) to (..., m), in the dtype of x, or that of autocast."""
+        if x.requires_grad and torch.is_grad_enabled():
+            y: Tensor = _Product.apply(x, self.weight, self.scale, self.dynamic)
+        else:
+            y = _product(x, self.weight, self.scale, self.dynamic)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape, bias and kind, for ``repr``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"dynamic={self.dynamic}"
+        )
+
+
+def round_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round each row to int8 with a scale of its own.
+
+    Args:
+        weight: (m, n).
+        dtype: Of the scales. They are rounded to it first, and the row then by what they became, so that a scale of
+            half precision shifts no row as a whole.
+
+    Returns:
+        Numbers from -128 to 127, (m, n), and scales, (m,).
+
+    Raises:
+        ValueError: If the weight is not finite.
+    """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    scale = _scale(wide).to(dtype)
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError(f"Expected finite weights to round but a {tuple(weight.shape)} matrix holds NaN or infinity.")
+    return _rounded(wide, scale[:, None].to(wide.dtype)), scale
+
+
+def _scale(wide: Tensor) -> Tensor:
+    """Scale of each row. A row of zeros has one, too."""
+    return (wide.abs().amax(-1) / _HALF_RANGE).clamp_min(torch.finfo(torch.float32).eps)
+
+
+def _rounded(wide: Tensor, scale: Tensor) -> Tensor:
+    return torch.round(wide * (1.0 / scale)).clamp(-128, 127).to(torch.int8)
+
+
+def _product(x: Tensor, weight: Tensor, scale: Tensor, dynamic: bool) -> Tensor:
+    """W x in the dtype that a linear layer would give it."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if dynamic:
+        return _integer_product(x, weight, scale).to(dtype)
+    if dtype == torch.float16:  # 127 times as large as the scaled ones, its sums could overflow
+        return F.linear(x, weight.to(dtype) * scale.to(dtype)[:, None])
+    return F.linear(x, weight.to(dtype)) * scale.to(dtype)
+
+
+def _integer_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """W x of tokens rounded to int8, in float32 or wider."""
+    wide = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+    token_scale = _scale(wide)[:, None]
+    sums = _int8_matmul(_rounded(wide, token_scale), weight)
+    y = sums.to(wide.dtype) * token_scale * scale.to(wide.dtype)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """Sums over n of int8 tensors (tokens, n) and (m, n), shape (tokens, m)."""
+    # CUDA has the product of integers for some shapes only, ONNX not at all, and with n = 1 torch (2.13) takes the
+    # transposed weight for one of another shape. In float32 it is exact up to n = 1000 and rounded as any other beyond.
+    if x.device.type == "cpu" and x.shape[1] > 1 and not torch.onnx.is_in_onnx_export():
+        return torch._int_mm(x, weight.T)
+    return x.float() @ weight.float().T
+
+
+class _Product(torch.autograd.Function):
+    """:func:`_product` that keeps the int8 numbers for its backward pass, not a float copy of them.
+
+    Rounding has no gradient of use: that of the unrounded product is taken for it (the straight-through estimate).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, dynamic: bool) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.dtype = x.dtype
+        return _product(x, weight, scale, dynamic)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        # Scaled by themselves, gradients in float16 could vanish.
+        W = weight.to(grad.dtype) * scale.to(grad.dtype)[:, None]
+        return (grad @ W).to(ctx.dtype), None, None, None

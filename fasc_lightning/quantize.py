@@ -1,0 +1,100 @@
+"""quantize(): int8 for the layers of a compressed model, after everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from fasc_lightning.hub import attach_config
+from fasc_lightning.lowrank import CompressedLinear
+from fasc_lightning.quantized_layers import QUANTIZATIONS, Quantization, quantized_layer
+from fasc_lightning.swap import compressed_layers, swap_modules
+from fasc_lightning.taps import is_plain_linear, select_layers
+
+
+def quantize(
+    model: nn.Module,
+    quantization: Quantization = "int8",
+    *,
+    targets: str | list[str] | None = None,
+    exclude: str | list[str] | None = None,
+) -> list[str]:
+    """Round the weights of a model's linear layers to int8, in place: all of them or, if anything fails, none.
+
+    One byte a weight and one float a row. It needs no data. Factors and pivoted layers keep their form and their rank;
+    dense layers that are targeted become int8, too, since bytes are what is saved here. Output embeddings, tied
+    weights, embeddings and norms stay as they are: they are small, shared, or what logits depend on most.
+
+    What is int8 does not train. So quantise last: after recovery, and after adapters are merged.
+
+    Args:
+        model: Any module; most gain has one that was compressed.
+        quantization: "int8" keeps activations as they are. "int8-dynamic" rounds those, too, token by token, which
+            makes the products faster on processors with int8 instructions, and the result less exact.
+        targets: Patterns of layers, as FascCallback's; by default every linear layer, compressed or dense, but output
+            embeddings and tied weights.
+        exclude: Patterns of layers to leave alone.
+
+    Returns:
+        Names of the layers.
+
+    Raises:
+        ValueError: If the option is unknown, nothing is selected, or a layer is quantised already or not finite.
+        TypeError: If a layer carries adapters or another library's quantisation.
+
+    Example:
+        >>> from fasc_lightning.lowrank import LowRankLinear
+        >>> model = nn.Sequential(LowRankLinear(8, 6, 2))
+        >>> quantize(model)
+        ['0']
+        >>> model[0].factor_in.weight.dtype
+        torch.int8
+    """
+    check_quantization(quantization)
+    inside = {id(child) for layer in compressed_layers(model).values() for child in layer.modules() if child != layer}
+
+    def eligible(module: nn.Module) -> bool:
+        return isinstance(module, CompressedLinear) or (is_plain_linear(module) and id(module) not in inside)
+
+    layers = select_layers(model, targets, exclude, eligible)
+    quantize_layers(model, layers, quantization)
+    return list(layers)
+
+
+def quantize_layers(model: nn.Module, names: Iterable[str], quantization: Quantization) -> dict[str, nn.Module]:
+    """Quantise layers by name, in place, and let a transformers model's configuration say so.
+
+    Returns:
+        The layers that were replaced, for :func:`~fasc_lightning.swap.swap_modules`.
+
+    Raises:
+        ValueError: If a layer is quantised already or not finite. The model is what it was.
+        TypeError: If one carries adapters or another library's quantisation. The model is what it was.
+    """
+    new: dict[str, nn.Module] = {}
+    for name in names:
+        try:
+            new[name] = quantized_layer(model.get_submodule(name), quantization)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"Layer {name!r} cannot be quantised. {error}") from error
+    replaced = swap_modules(model, new)
+    try:
+        attach_config(model)
+    except BaseException:
+        swap_modules(model, replaced)
+        raise
+    return replaced
+
+
+def check_quantization(quantization: Any) -> None:
+    """Check the option.
+
+    Raises:
+        ValueError: If it is unknown.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(
+            f"Expected `quantize` to be one of {', '.join(map(repr, QUANTIZATIONS))} but got {quantization!r}."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import fields
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,28 +14,18 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fasc_lightning import _checks
-from fasc_lightning._distributed import is_distributed, same_everywhere
-from fasc_lightning._memory import available_memory, peak_memory_bytes, return_freed_memory
-from fasc_lightning._progress import layer_progress
-from fasc_lightning.batches import LossTerms, TokenMask, batch_label, calibration_rows, observed_rows
-from fasc_lightning.factorize import CompressionResult, check_budget_fits, compress_layers
-from fasc_lightning.frozen import FrozenFit
-from fasc_lightning.gate import (
-    check_gate,
-    choose_methods,
-    excluded_layers,
-    failure_flags,
-    gate_scores,
-    statistics_needed,
-)
+from fasc_lightning._memory import peak_memory_bytes, return_freed_memory
+from fasc_lightning.batches import LossTerms, TokenMask, batch_label, observed_rows
+from fasc_lightning.calibration import Calibration, CalibrationOptions
+from fasc_lightning.factorize import CompressionResult, check_budget_fits
+from fasc_lightning.gate import check_gate
 from fasc_lightning.history import RhoHistory, describe
 from fasc_lightning.hub import attach_config
 from fasc_lightning.lowrank import Layout
-from fasc_lightning.moments import CalibrationMoments, moment_dtype, moments_bytes
-from fasc_lightning.monitor import LayerScores, RhoMonitor, write_history
+from fasc_lightning.monitor import RhoMonitor, write_history
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.refit import RefitReport
-from fasc_lightning.refit_phase import Refit, RefitPhase, refit_figures
+from fasc_lightning.refit_phase import Refit, refit_figures
 from fasc_lightning.report import (
     CompressionReport,
     LayerReport,
@@ -45,11 +36,7 @@ from fasc_lightning.report import (
 )
 from fasc_lightning.schedule import CalibrationSchedule
 from fasc_lightning.swap import swap_modules
-from fasc_lightning.taps import Taps, layer_shapes, select_layers
-
-#: Where rho decides nothing, a calibration scores every so many batches, on so many tokens: it is a diagnostic then,
-#: and moments are what the time is for.
-SCORE_EVERY, SCORE_TOKENS = 8, 64
+from fasc_lightning.taps import layer_shapes, select_layers
 
 
 class FascCallback(pl.Callback):
@@ -191,18 +178,11 @@ class FascCallback(pl.Callback):
         self.report: CompressionReport | None = None
         self._schedule = CalibrationSchedule(calibration_steps)
         self._layers: dict[str, nn.Module] = {}
-        self._moments: CalibrationMoments | None = None
-        self._scores: LayerScores | None = None
-        self._calibrated = 0  # batches
+        self._calibration: Calibration | None = None
         self._monitor = RhoMonitor(monitor_every_n_steps or 1, monitor_tokens, rho_threshold, rho_gradient, seed)
-        self._taps: Taps | None = None
-        self._refit: RefitPhase | None = None
-        self._frozen: FrozenFit | None = None
         self._replaced: dict[str, nn.Module] = {}
         self._reports: list[LayerReport] = []
         self._seconds: dict[str, float] = {}
-        self._moments_bytes = 0
-        self._began = 0.0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -261,32 +241,11 @@ class FascCallback(pl.Callback):
         if self._monitors:
             self._monitor.start(trainer, self._layers)
         if self._compresses:
-            self._prepare_calibration(trainer, pl_module)
-
-    def _prepare_calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        shapes = layer_shapes(self._layers)
-        _checks.check_rank_fits(shapes, self.rank)
-        check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout)
-        device = trainer.strategy.root_device
-        dtype = moment_dtype(self._layers.values())
-        needs = statistics_needed(self.method, self.gate, self.gate_by)
-        needed = moments_bytes(shapes.values(), dtype, needs)
-        _checks.check_memory(needed, device)
-        rank_zero_info(
-            f"FascCallback: {len(shapes)} layers with {sum(m * n for m, n in shapes.values()):,} weights; their "
-            f"moments need at most {needed / 1e9:.2f} GB ({dtype}) of the "
-            f"{available_memory(device) / 1e9:.2f} GB free on {device}."
-        )
-        return_freed_memory()
-        self._seconds = {}
-        self._calibrated = 0
-        excluded_layers(self._layers, self.gate_exclude)  # refuses patterns that match nothing
-        self._moments = CalibrationMoments(shapes, dtype, device, needs)
-        tokens = SCORE_TOKENS if self.gate is None else self.monitor_tokens
-        self._scores = LayerScores(self._layers, tokens, self.rho_gradient, self.seed, device)
-        self._taps = Taps(self._layers, self._moments, self._scores)
-        self._refit = RefitPhase.of(self.refit, pl_module, self._layers)
-        self._frozen = None if self.update_weights else FrozenFit(trainer, pl_module)
+            _checks.check_rank_fits(layer_shapes(self._layers), self.rank)
+            check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout)
+            options = CalibrationOptions(**{f.name: getattr(self, f.name) for f in fields(CalibrationOptions)})
+            self._calibration = Calibration(trainer, pl_module, self._layers, options)
+            self._seconds = {}
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -297,10 +256,10 @@ class FascCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._compresses and self._schedule.begins(trainer):
-            self._calibrate_batch(trainer, pl_module, batch)
+        if self._calibration is not None and self._schedule.begins(trainer):
+            self._calibration.begin_batch(trainer, pl_module, batch)
         # A frozen module has the same rho at every step, and the calibration measures it.
-        frozen = self._frozen is not None and self._frozen.active
+        frozen = self._calibration is not None and self._calibration.frozen
         if self._monitors and not frozen and self._monitor.due(trainer):
             rows = observed_rows(
                 trainer,
@@ -312,31 +271,6 @@ class FascCallback(pl.Callback):
             )
             self._monitor.begin_batch(trainer, rows)
 
-    def _calibrate_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        assert self._taps is not None
-        if not self._taps.installed:
-            self._began = time.perf_counter()
-            self._taps.install()
-            if self._frozen is not None:
-                self._frozen.enter()
-        if self._frozen is not None:
-            self._frozen.hold()
-        rows = calibration_rows(
-            trainer,
-            pl_module,
-            batch,
-            token_mask=self.token_mask,
-            loss_terms=self.loss_terms,
-            fraction=self.token_fraction,
-            seed=self.seed,
-            steps=self._frozen is None,
-            scored=self.gate is not None or self._calibrated % SCORE_EVERY == 0,
-        )
-        self._taps.begin_batch(rows)
-        self._calibrated += 1
-        if self._refit is not None:
-            self._refit.keep(batch)
-
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if not self._calibrating:
@@ -347,9 +281,8 @@ class FascCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._calibrating:
-            assert self._taps is not None
-            self._taps.end_batch()
+        if self._calibration is not None:
+            self._calibration.end_batch()
         self._monitor.end_batch(trainer)
 
     @override
@@ -362,35 +295,30 @@ class FascCallback(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        calibrated = self._calibrating
         self._monitor.close(trainer)
         self._release(trainer)
         if self._monitors:
             write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations)
-        if not calibrated:
-            return
-        self._seconds["calibrate"] = time.perf_counter() - self._began
-        # While every process is still in the loop, and on the device of the process group.
-        if is_distributed(trainer):
-            assert self._moments is not None
-            assert self._scores is not None
-            self._moments.all_reduce_()
-            self._scores.all_reduce_()
+        if self._calibration is not None and self._calibration.begun:
+            # While every process is still in the loop, and on the device of the process group.
+            self._calibration.finish(trainer)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._monitors:
             summary = describe(self.rho_history, self.rho_threshold, self.emergence_observations)
             rank_zero_info(f"FascCallback: {summary}")
-        if self._moments is None:
+        calibration = self._calibration
+        if calibration is None:
             return
-        if "calibrate" not in self._seconds:
+        if not calibration.begun:
             raise MisconfigurationException(
                 "Expected at least one calibration batch but the fit ended without any: is the dataloader empty, or "
                 "had the Trainer finished before, or was it stopped early (then give `calibration_steps`)? The model "
                 "is not compressed."
             )
-        self._moments_bytes = self._moments.nbytes
+        moments_bytes = calibration.moments.nbytes
+        self._seconds["calibrate"] = calibration.seconds
         before = self._measure(pl_module, self._layers)
         start = time.perf_counter()
         return_freed_memory()
@@ -406,7 +334,7 @@ class FascCallback(pl.Callback):
         trainer.strategy.optimizers = []
         trainer.strategy.lr_scheduler_configs = []
         after = self._measure(pl_module, {**self._layers, **result.replacements})
-        self.report = self._make_report(trainer, before, after, refitted)
+        self.report = self._make_report(trainer, before, after, refitted, moments_bytes)
         log_report(trainer.loggers, self.report, trainer.global_step)
         rank_zero_info(f"\n{self.report}")
 
@@ -439,38 +367,21 @@ class FascCallback(pl.Callback):
 
     @property
     def _calibrating(self) -> bool:
-        return self._taps is not None and self._taps.installed
+        return self._calibration is not None and self._calibration.running
 
     def _factorize(self, trainer: pl.Trainer) -> CompressionResult:
-        assert self._moments is not None
-        assert self._scores is not None
-        _checks.warn_few_tokens({name: self._moments.tokens(name) for name in self._layers}, layer_shapes(self._layers))
-        rows = {row["layer"]: row for row in self._scores.rows(trainer.global_step)}
-        scores = gate_scores(self.gate_by, rows, self._layers, self._moments)
-        methods = choose_methods(scores, self.gate, self.method, self.gate_exclude)
-        flags = failure_flags(self._layers, self._moments)
-        result = compress_layers(
-            self._layers,
-            self._moments,
-            rank=self.rank,
-            keep=self.keep,
-            method=self.method,
-            allocation=self.allocation,
-            layout=self.layout,
-            device=trainer.strategy.root_device,
-            progress=layer_progress(trainer),
-            methods=methods,
-            consume=self._refit is None,
+        assert self._calibration is not None
+        result, self._reports = self._calibration.factorize(
+            trainer, rank=self.rank, keep=self.keep, allocation=self.allocation, layout=self.layout
         )
-        self._reports = [LayerReport.of(plan, rows[plan.name], flags[plan.name]) for plan in result.layers]
-        return same_everywhere(trainer, result)
+        return result
 
     def _run_refit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> RefitReport | None:
-        if self._refit is None:
+        assert self._calibration is not None
+        if self._calibration.refit is None:
             return None
-        assert self._moments is not None
         start = time.perf_counter()
-        report = self._refit.run(trainer, pl_module, self._replaced, self._moments)
+        report = self._calibration.refit.run(trainer, pl_module, self._replaced, self._calibration.moments)
         self._seconds["refit"] = time.perf_counter() - start
         return report
 
@@ -484,6 +395,7 @@ class FascCallback(pl.Callback):
         before: tuple[Size, Size],
         after: tuple[Size, Size],
         refitted: RefitReport | None,
+        moments_bytes: int,
     ) -> CompressionReport:
         return CompressionReport(
             method=self.method,
@@ -492,7 +404,7 @@ class FascCallback(pl.Callback):
             targeted={"dense": before[0], "compressed": after[0]},
             whole={"dense": before[1], "compressed": after[1]},
             seconds=dict(self._seconds),
-            moments_bytes=self._moments_bytes,
+            moments_bytes=moments_bytes,
             peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
             layers=self._reports,
             refit=None if refitted is None else refit_figures(refitted),
@@ -501,14 +413,12 @@ class FascCallback(pl.Callback):
     def _release(self, trainer: pl.Trainer) -> None:
         """Take hooks off and put back what was held; safe at any time."""
         self._monitor.remove()
-        if self._taps is not None:
-            self._taps.remove()
-        if self._frozen is not None:
-            self._frozen.exit()
+        if self._calibration is not None:
+            self._calibration.release()
         self._schedule.stop(trainer)
 
     def _forget(self) -> None:
         """Drop statistics and references to the module's layers."""
-        self._taps = self._moments = self._frozen = self._scores = self._refit = None
+        self._calibration = None
         self._layers, self._replaced, self._reports = {}, {}, []
         self._monitor.forget()

@@ -1,0 +1,208 @@
+"""The calibration of a fit: all that is gathered on its batches, from the first of them to the factors."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from fasc_lightning import _checks
+from fasc_lightning._distributed import is_distributed, same_everywhere
+from fasc_lightning._memory import available_memory, return_freed_memory
+from fasc_lightning._progress import layer_progress
+from fasc_lightning.batches import LossTerms, TokenMask, calibration_rows
+from fasc_lightning.factorize import CompressionResult, compress_layers
+from fasc_lightning.frozen import FrozenFit
+from fasc_lightning.gate import choose_methods, excluded_layers, failure_flags, gate_scores, statistics_needed
+from fasc_lightning.lowrank import Layout
+from fasc_lightning.moments import CalibrationMoments, moment_dtype, moments_bytes
+from fasc_lightning.monitor import LayerScores
+from fasc_lightning.pooled import Gradient
+from fasc_lightning.refit_phase import Refit, RefitPhase
+from fasc_lightning.report import LayerReport
+from fasc_lightning.taps import Taps, layer_shapes
+
+#: Where rho decides nothing, a calibration scores every so many batches, on so many tokens: it is a diagnostic then,
+#: and moments are what the time is for.
+SCORE_EVERY, SCORE_TOKENS = 8, 64
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Those options of :class:`~fasc_lightning.FascCallback` that decide what is gathered, under the same names."""
+
+    method: str
+    refit: Refit
+    update_weights: bool
+    token_fraction: float
+    seed: int
+    loss_terms: LossTerms | None
+    token_mask: TokenMask | None
+    monitor_tokens: int
+    rho_gradient: Gradient
+    gate: float | None
+    gate_by: str
+    gate_exclude: str | list[str] | None
+
+
+class Calibration:
+    """Gathers moments, scores and the refit's batches while a Trainer goes through batches, and makes factors of them.
+
+    Nothing is put on the module before the first batch.
+
+    Args:
+        trainer: Of the fit; its device holds the statistics.
+        pl_module: The module of the fit.
+        layers: The targeted layers in it, by name.
+        options: What to gather.
+
+    Attributes:
+        layers: The targeted layers.
+        moments: Second moments of their inputs and gradients.
+        scores: Their dependence scores.
+        refit: Keeps batches for a refit; None where there shall be none.
+        batches: How many batches were counted, on this process.
+
+    Raises:
+        MemoryError: If the moments do not fit.
+        ValueError: If a pattern of ``gate_exclude`` matches nothing.
+        RefitError: If a refit is insisted on and the module does not allow one.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        layers: dict[str, nn.Module],
+        options: CalibrationOptions,
+    ) -> None:
+        self.layers = layers
+        self.options = options
+        self.batches = 0
+        device, dtype = trainer.strategy.root_device, moment_dtype(layers.values())
+        shapes, needs = layer_shapes(layers), statistics_needed(options.method, options.gate, options.gate_by)
+        needed = moments_bytes(shapes.values(), dtype, needs)
+        _checks.check_memory(needed, device)
+        rank_zero_info(
+            f"FascCallback: {len(shapes)} layers with {sum(m * n for m, n in shapes.values()):,} weights; their "
+            f"moments need at most {needed / 1e9:.2f} GB ({dtype}) of the "
+            f"{available_memory(device) / 1e9:.2f} GB free on {device}."
+        )
+        return_freed_memory()
+        excluded_layers(layers, options.gate_exclude)  # refuses patterns that match nothing
+        self.moments = CalibrationMoments(shapes, dtype, device, needs)
+        tokens = SCORE_TOKENS if options.gate is None else options.monitor_tokens
+        self.scores = LayerScores(layers, tokens, options.rho_gradient, options.seed, device)
+        self.refit = RefitPhase.of(options.refit, pl_module, layers)
+        self._taps = Taps(layers, self.moments, self.scores)
+        self._frozen = None if options.update_weights else FrozenFit(trainer, pl_module)
+        self._seconds = 0.0
+        self._began: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the batches took."""
+        return self._seconds if self._began is None else time.perf_counter() - self._began
+
+    @property
+    def begun(self) -> bool:
+        """Whether there was a batch."""
+        return self.batches > 0
+
+    @property
+    def running(self) -> bool:
+        """Whether hooks are on the layers."""
+        return self._taps.installed
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the module is held still."""
+        return self._frozen is not None and self._frozen.active
+
+    def begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Start to count a batch; the first one puts the hooks on and freezes what is to be frozen."""
+        if not self.running:
+            self._began = time.perf_counter()
+            self._taps.install()
+            if self._frozen is not None:
+                self._frozen.enter()
+        if self._frozen is not None:
+            self._frozen.hold()
+        options = self.options
+        rows = calibration_rows(
+            trainer,
+            pl_module,
+            batch,
+            token_mask=options.token_mask,
+            loss_terms=options.loss_terms,
+            fraction=options.token_fraction,
+            seed=options.seed,
+            steps=self._frozen is None,
+            scored=options.gate is not None or self.batches % SCORE_EVERY == 0,
+        )
+        self._taps.begin_batch(rows)
+        self.batches += 1
+        if self.refit is not None:
+            self.refit.keep(batch)
+
+    def end_batch(self) -> None:
+        """End a batch, if there is one."""
+        if self.running:
+            self._taps.end_batch()
+
+    def finish(self, trainer: pl.Trainer) -> None:
+        """Sum the statistics over all processes, once the last batch has run."""
+        self._seconds, self._began = self.seconds, None
+        if is_distributed(trainer):
+            self.moments.all_reduce_()
+            self.scores.all_reduce_()
+
+    def release(self) -> None:
+        """Take the hooks off and thaw the module; safe at any time."""
+        self._taps.remove()
+        if self._frozen is not None:
+            self._frozen.exit()
+
+    def factorize(
+        self, trainer: pl.Trainer, *, rank: int | float | None, keep: float | None, allocation: str, layout: Layout
+    ) -> tuple[CompressionResult, list[LayerReport]]:
+        """Turn the statistics into replacements, the same ones on every process, and say what becomes of each layer.
+
+        The statistics are used up, unless a refit needs them.
+
+        Args:
+            trainer: Of the fit.
+            rank: See :func:`~fasc_lightning.factorize.layer_budgets`.
+            keep: Likewise.
+            allocation: "fisher" or "uniform".
+            layout: "auto", "pivot" or "factors".
+
+        Raises:
+            RuntimeError: If no gradient reached any layer, or processes chose different ranks.
+            ValueError: If the budget cannot be met.
+        """
+        options, moments = self.options, self.moments
+        _checks.warn_few_tokens({name: moments.tokens(name) for name in self.layers}, layer_shapes(self.layers))
+        rows = {row["layer"]: row for row in self.scores.rows(trainer.global_step)}
+        scores = gate_scores(options.gate_by, rows, self.layers, moments)
+        methods = choose_methods(scores, options.gate, options.method, options.gate_exclude)
+        flags = failure_flags(self.layers, moments)
+        result = compress_layers(
+            self.layers,
+            moments,
+            rank=rank,
+            keep=keep,
+            method=options.method,
+            allocation=allocation,
+            layout=layout,
+            device=trainer.strategy.root_device,
+            progress=layer_progress(trainer),
+            methods=methods,
+            consume=self.refit is None,
+        )
+        reports = [LayerReport.of(plan, rows[plan.name], flags[plan.name]) for plan in result.layers]
+        return same_everywhere(trainer, result), reports

@@ -6,6 +6,7 @@ from fasc_lightning.dependence import DependenceScore
 from fasc_lightning.history import RhoHistory, emergence
 from fasc_lightning.hub import load_compressed
 from fasc_lightning.module import CausalLMModule
+from fasc_lightning.plan import apply_plan, compression_plan
 from fasc_lightning.pooled import PooledDependenceScore, debiased_rho, iid_floor, rho
 from fasc_lightning.report import CompressionReport
 from fasc_lightning.score import score
@@ -18,6 +19,8 @@ __all__ = [
     "CompressionReport",
     # saved models
     "load_compressed",
+    "compression_plan",
+    "apply_plan",
     # diagnosis
     "score",
     "rho",

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import override
 
-from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape, linear_weight
+from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape
 from fasc_lightning.swap import compressed_layers, swap_modules, to_dense
 
 QUANT_METHOD = "fasc"
@@ -59,7 +59,7 @@ class FascConfig(QuantizationConfigMixin):
             raise ValueError(f"Expected quant_method {QUANT_METHOD!r}, got {quant_method!r}.")
         self.quant_method = quant_method  # type: ignore[assignment] # its own methods are an enum, others' are strings
         self.format_version = format_version
-        self.layers = _checked_layers(layers)
+        self.layers = checked_layers(layers)
         # By way of JSON, so that it is now what it will be after a reload.
         self.provenance: dict[str, Any] = json.loads(json.dumps({**(provenance or {}), **more}, allow_nan=False))
 
@@ -74,7 +74,7 @@ class FascQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         layers = _resolve_names(model, self.quantization_config.layers)
         empty: dict[str, nn.Module] = {
-            name: _empty_layer(name, model.get_submodule(name), spec) for name, spec in layers.items()
+            name: empty_layer(name, model.get_submodule(name), spec) for name, spec in layers.items()
         }
         swap_modules(model, empty)
         # The names of this model are those that it must be saved with.
@@ -194,8 +194,8 @@ def _check_version(version: Any) -> None:
         )
 
 
-def _checked_layers(layers: Any) -> dict[str, dict[str, Any]]:
-    """Plain copies of the layers' descriptions.
+def checked_layers(layers: Any) -> dict[str, dict[str, Any]]:
+    """Plain copies of the layers' descriptions (see :class:`FascConfig`).
 
     Raises:
         ValueError: If there are none, or one is not valid.
@@ -219,20 +219,22 @@ def _is_valid(spec: Any) -> bool:
     return set(spec) == {"rank", "layout", "bias"} and spec["layout"] == "factors"
 
 
-def _describe_layer(layer: CompressedLinear) -> dict[str, Any]:
+def describe_layer(layer: CompressedLinear) -> dict[str, Any]:
+    """What a plan and a :class:`FascConfig` say of a layer."""
     spec = {"rank": layer.rank, "layout": layer.layout, "bias": layer.bias is not None}
     return {**spec, "side": layer.side} if isinstance(layer, PivotedLinear) else spec
 
 
-def _empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> CompressedLinear:
-    """Compressed layer on the meta device that takes the place of a dense one.
+def empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> CompressedLinear:
+    """Compressed layer on the meta device that takes the place of a dense one, or of another compressed one.
 
     Raises:
         ValueError: If the description does not fit the dense layer.
     """
     try:
         m, n = linear_shape(dense)
-        options: dict[str, Any] = {"bias": spec["bias"], "device": "meta", "dtype": linear_weight(dense).dtype}
+        weight: Any = dense.weight
+        options: dict[str, Any] = {"bias": spec["bias"], "device": "meta", "dtype": weight.dtype}
         if spec["layout"] == "pivot":
             return PivotedLinear(n, m, spec["rank"], side=spec["side"], **options)
         return LowRankLinear(n, m, spec["rank"], **options)
@@ -288,7 +290,7 @@ def _outermost_models(module: nn.Module) -> Iterator[Any]:
 
 def _describe_model(model: Any, provenance: Mapping[str, Any]) -> FascConfig | None:
     """Configuration of a model, or None if none of its layers is compressed."""
-    layers = {name: _describe_layer(layer) for name, layer in compressed_layers(model).items()}
+    layers = {name: describe_layer(layer) for name, layer in compressed_layers(model).items()}
     if not layers:
         return None
     earlier = _attached(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,25 @@ class CompressionReport:
         """Write the report as JSON."""
         write_json(self.to_dict(), path)
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> CompressionReport:
+        """Return the report of which :meth:`to_dict` made ``content``."""
+        figures = {field.name: content[field.name] for field in fields(cls) if field.name in content}
+        for name in ("targeted", "whole"):
+            sizes = content[name]
+            figures[name] = {
+                state: Size(**{figure: sizes[figure][state] for figure in sizes}) for state in ("dense", "compressed")
+            }
+        figures["layers"] = [_layer_report(row) for row in content["layers"]]
+        return cls(**figures)
+
+    @property
+    def plan(self) -> dict[str, dict[str, Any]]:
+        """The plan of the compressed model, for :func:`~fasc_lightning.apply_plan`."""
+        return {
+            layer.name: {"rank": layer.rank, "layout": layer.layout} for layer in self.layers if layer.layout != "dense"
+        }
+
     @property
     def kept(self) -> float:
         """Fraction of the targeted layers' parameters that is kept."""
@@ -124,6 +143,12 @@ class CompressionReport:
 
     def __str__(self) -> str:
         return summary_table(self)
+
+
+def _layer_report(row: Mapping[str, Any]) -> LayerReport:
+    """Return a row as it was before JSON: tuples are no lists, and NaN is not None."""
+    figures: dict[str, Any] = {name: float("nan") if value is None else value for name, value in row.items()}
+    return LayerReport(**{**figures, "shape": tuple(row["shape"]), "flags": tuple(row["flags"])})
 
 
 def write_json(content: Any, path: str | Path) -> None:

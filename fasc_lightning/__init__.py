@@ -1,6 +1,7 @@
 """fasc-lightning: knowledge-aware low-rank compression inside PyTorch Lightning."""
 
 from fasc_lightning.callback import FascCallback
+from fasc_lightning.checkpoints import match_checkpoint
 from fasc_lightning.compress import compress
 from fasc_lightning.dependence import DependenceScore
 from fasc_lightning.history import RhoHistory, emergence
@@ -21,6 +22,7 @@ __all__ = [
     "load_compressed",
     "compression_plan",
     "apply_plan",
+    "match_checkpoint",
     # diagnosis
     "score",
     "rho",

@@ -11,12 +11,14 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from fasc_lightning import _checks
 from fasc_lightning._memory import peak_memory_bytes, return_freed_memory
 from fasc_lightning.batches import LossTerms, TokenMask, batch_label, observed_rows
 from fasc_lightning.calibration import Calibration, CalibrationOptions
+from fasc_lightning.checkpoints import match_on_load
 from fasc_lightning.factorize import CompressionResult, check_budget_fits
 from fasc_lightning.gate import check_gate
 from fasc_lightning.history import RhoHistory, describe
@@ -26,16 +28,9 @@ from fasc_lightning.monitor import RhoMonitor, write_history
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.refit import RefitReport
 from fasc_lightning.refit_phase import Refit, refit_figures
-from fasc_lightning.report import (
-    CompressionReport,
-    LayerReport,
-    Size,
-    log_report,
-    measure_layers,
-    measure_model,
-)
+from fasc_lightning.report import CompressionReport, LayerReport, log_report, measure_layers, measure_model
 from fasc_lightning.schedule import CalibrationSchedule
-from fasc_lightning.swap import swap_modules
+from fasc_lightning.swap import is_compressed, swap_modules
 from fasc_lightning.taps import layer_shapes, select_layers
 
 
@@ -51,6 +46,8 @@ class FascCallback(pl.Callback):
     ``rho_null/<layer>``, ``rho_debiased/<layer>``, ``fasc/rho_mean``, ``fasc/rho_debiased_mean`` and
     ``fasc/rho_above_threshold`` go to every logger and into ``trainer.callback_metrics``, for ModelCheckpoint and
     EarlyStopping; the table with intervals is ``callback.rho_history``.
+
+    Checkpoints of both kinds, dense and compressed, load in every stage (:mod:`~fasc_lightning.checkpoints`).
 
     Example:
         >>> import lightning as L
@@ -177,6 +174,7 @@ class FascCallback(pl.Callback):
         self.gate_exclude = gate_exclude
         self.report: CompressionReport | None = None
         self._schedule = CalibrationSchedule(calibration_steps)
+        self._load_hook: RemovableHandle | None = None
         self._layers: dict[str, nn.Module] = {}
         self._calibration: Calibration | None = None
         self._monitor = RhoMonitor(monitor_every_n_steps or 1, monitor_tokens, rho_threshold, rho_gradient, seed)
@@ -207,37 +205,53 @@ class FascCallback(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"rho_history": self.rho_history.state_dict()}
+        state: dict[str, Any] = {"rho_history": self.rho_history.state_dict()}
+        return state if self.report is None else {**state, "report": self.report.to_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rho_history.load_state_dict(state_dict["rho_history"])
+        if "report" in state_dict:
+            self.report = CompressionReport.from_dict(state_dict["report"])
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        report = checkpoint["callbacks"].get(self.state_key, {}).get("report")
+        if report is not None and is_compressed(pl_module):
+            attach_config(pl_module, method=report["method"], options=report["options"])
 
     # Phases, in the order of a fit.
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Weights of every kind load, whatever form the layers have; in modules of others nothing else can see to it.
+        self._load_hook = pl_module.register_load_state_dict_pre_hook(match_on_load)
         if stage != "fit":
             return
+        self.report = None
         _checks.check_strategy(trainer)
-        _checks.check_module(pl_module, compresses=self._compresses)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if self._compresses and any(isinstance(c, FascCallback) and c._compresses and c is not self for c in callbacks):
-            raise MisconfigurationException(
-                "Expected one FascCallback with a budget in a fit but got several: each would freeze and restore what "
-                "the other holds. HINT: one callback spends one budget over all its `targets`."
-            )
+        _checks.check_module(pl_module, compresses=False)  # a checkpoint may make a compressed module dense
         if self._compresses:
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            _checks.check_single([c for c in callbacks if isinstance(c, FascCallback) and c._compresses])
             self._schedule.check(trainer)
         if trainer.global_step == 0:  # a checkpoint brings its own history, after this
             self._monitor.history = RhoHistory()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.report is not None and is_compressed(pl_module):  # as a checkpoint has brought both
+            rank_zero_info(
+                "FascCallback: the checkpoint is of a fit that has been compressed already. Its factors are trained "
+                "on, and `report` is of that compression."
+            )
+            return
+        self.report = None
         # Only here do modules made in `configure_model` exist.
         _checks.check_module(pl_module, compresses=self._compresses)
         self._layers = select_layers(pl_module, self.targets, self.exclude)
-        self.report = None
         if self._monitors:
             self._monitor.start(trainer, self._layers)
         if self._compresses:
@@ -249,7 +263,7 @@ class FascCallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._compresses:
+        if self._calibration is not None:
             self._schedule.start(trainer)
 
     @override
@@ -260,7 +274,7 @@ class FascCallback(pl.Callback):
             self._calibration.begin_batch(trainer, pl_module, batch)
         # A frozen module has the same rho at every step, and the calibration measures it.
         frozen = self._calibration is not None and self._calibration.frozen
-        if self._monitors and not frozen and self._monitor.due(trainer):
+        if self._monitors and self._layers and not frozen and self._monitor.due(trainer):
             rows = observed_rows(
                 trainer,
                 pl_module,
@@ -319,7 +333,7 @@ class FascCallback(pl.Callback):
             )
         moments_bytes = calibration.moments.nbytes
         self._seconds["calibrate"] = calibration.seconds
-        before = self._measure(pl_module, self._layers)
+        before = measure_layers(self._layers), measure_model(pl_module)
         start = time.perf_counter()
         return_freed_memory()
         # After every `on_train_end`, so that averaging callbacks have put their weights in place.
@@ -333,8 +347,19 @@ class FascCallback(pl.Callback):
         # They hold the dense parameters, which a checkpoint would otherwise store beside the factors.
         trainer.strategy.optimizers = []
         trainer.strategy.lr_scheduler_configs = []
-        after = self._measure(pl_module, {**self._layers, **result.replacements})
-        self.report = self._make_report(trainer, before, after, refitted, moments_bytes)
+        after = measure_layers({**self._layers, **result.replacements}), measure_model(pl_module)
+        self.report = CompressionReport(
+            method=self.method,
+            options=self.options,
+            seed=self.seed,
+            targeted={"dense": before[0], "compressed": after[0]},
+            whole={"dense": before[1], "compressed": after[1]},
+            seconds=dict(self._seconds),
+            moments_bytes=moments_bytes,
+            peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
+            layers=self._reports,
+            refit=None if refitted is None else refit_figures(refitted),
+        )
         log_report(trainer.loggers, self.report, trainer.global_step)
         rank_zero_info(f"\n{self.report}")
 
@@ -385,34 +410,11 @@ class FascCallback(pl.Callback):
         self._seconds["refit"] = time.perf_counter() - start
         return report
 
-    @staticmethod
-    def _measure(pl_module: pl.LightningModule, layers: dict[str, nn.Module]) -> tuple[Size, Size]:
-        return measure_layers(layers), measure_model(pl_module)
-
-    def _make_report(
-        self,
-        trainer: pl.Trainer,
-        before: tuple[Size, Size],
-        after: tuple[Size, Size],
-        refitted: RefitReport | None,
-        moments_bytes: int,
-    ) -> CompressionReport:
-        return CompressionReport(
-            method=self.method,
-            options=self.options,
-            seed=self.seed,
-            targeted={"dense": before[0], "compressed": after[0]},
-            whole={"dense": before[1], "compressed": after[1]},
-            seconds=dict(self._seconds),
-            moments_bytes=moments_bytes,
-            peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
-            layers=self._reports,
-            refit=None if refitted is None else refit_figures(refitted),
-        )
-
     def _release(self, trainer: pl.Trainer) -> None:
         """Take hooks off and put back what was held; safe at any time."""
         self._monitor.remove()
+        if self._load_hook is not None:
+            self._load_hook.remove()
         if self._calibration is not None:
             self._calibration.release()
         self._schedule.stop(trainer)

@@ -15,9 +15,11 @@ from fasc_lightning._distributed import is_distributed, same_everywhere
 from fasc_lightning._memory import available_memory, return_freed_memory
 from fasc_lightning._progress import layer_progress
 from fasc_lightning.batches import LossTerms, TokenMask, calibration_rows
+from fasc_lightning.dependence import DependenceScore
 from fasc_lightning.factorize import CompressionResult, compress_layers
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.gate import choose_methods, excluded_layers, failure_flags, gate_scores, statistics_needed
+from fasc_lightning.loader_position import loops_before
 from fasc_lightning.lowrank import Layout
 from fasc_lightning.moments import CalibrationMoments, moment_dtype, moments_bytes
 from fasc_lightning.monitor import LayerScores
@@ -66,6 +68,8 @@ class Calibration:
         scores: Their dependence scores.
         refit: Keeps batches for a refit; None where there shall be none.
         batches: How many batches were counted, on this process.
+        finished: Whether the statistics are those of all processes.
+        origin: Lightning's loops and schedulers before the first batch, from which the calibration can start again.
 
     Raises:
         MemoryError: If the moments do not fit.
@@ -83,6 +87,8 @@ class Calibration:
         self.layers = layers
         self.options = options
         self.batches = 0
+        self.finished = False
+        self.origin: dict[str, Any] = {}
         device, dtype = trainer.strategy.root_device, moment_dtype(layers.values())
         shapes, needs = layer_shapes(layers), statistics_needed(options.method, options.gate, options.gate_by)
         needed = moments_bytes(shapes.values(), dtype, needs)
@@ -105,8 +111,8 @@ class Calibration:
 
     @property
     def seconds(self) -> float:
-        """Seconds that the batches took."""
-        return self._seconds if self._began is None else time.perf_counter() - self._began
+        """Seconds that the batches took, those before an interruption included."""
+        return self._seconds if self._began is None else self._seconds + time.perf_counter() - self._began
 
     @property
     def begun(self) -> bool:
@@ -144,6 +150,8 @@ class Calibration:
             steps=self._frozen is None,
             scored=options.gate is not None or self.batches % SCORE_EVERY == 0,
         )
+        if not self.begun:
+            self.origin = loops_before(trainer)
         self._taps.begin_batch(rows)
         self.batches += 1
         if self.refit is not None:
@@ -154,9 +162,62 @@ class Calibration:
         if self.running:
             self._taps.end_batch()
 
+    def settle(self, trainer: pl.Trainer) -> None:
+        """End a batch that has run, for a checkpoint that is saved before this calibration's turn to do so."""
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if progress.processed == progress.ready:
+            self.end_batch()
+
+    def setting(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Return, in plain data, what has to be the same for statistics to add up."""
+        options = self.options
+        return {
+            "layers": {name: list(shape) for name, shape in self.moments.shapes.items()},
+            "statistics": sorted(self.moments.needs),
+            "dtype": str(self.moments.dtype),
+            "scored tokens": self.scores.tokens,
+            "gate on every batch": options.gate is not None,
+            "rho_gradient": options.rho_gradient,
+            "seed": options.seed,
+            "token_fraction": options.token_fraction,
+            "update_weights": options.update_weights,
+            "loss_terms": "a callable" if callable(options.loss_terms) else options.loss_terms,
+            "refit": self.refit is not None,
+            "number of processes": trainer.world_size,
+        }
+
+    def restore(
+        self,
+        moments: CalibrationMoments | None,
+        scores: dict[str, DependenceScore] | None,
+        kept: list[Any],
+        batches: int,
+        seconds: float,
+    ) -> None:
+        """Go on from the statistics of a calibration that was interrupted.
+
+        Args:
+            moments: Of all processes, on the first of them; None on the others.
+            scores: Likewise.
+            kept: Batches for the refit.
+            batches: How many were counted.
+            seconds: What they took.
+        """
+        if moments is not None:
+            self.moments = self._taps.moments = moments
+        if scores is not None:
+            self.scores.scores = scores
+        if self.refit is not None:
+            self.refit.batches = kept
+        self.batches, self._seconds = batches, seconds
+
+    def reset(self) -> None:
+        """Undo a :meth:`restore` that other processes could not follow: nothing has been counted."""
+        self.restore(None, None, [], 0, 0.0)
+
     def finish(self, trainer: pl.Trainer) -> None:
         """Sum the statistics over all processes, once the last batch has run."""
-        self._seconds, self._began = self.seconds, None
+        self._seconds, self._began, self.finished = self.seconds, None, True
         if is_distributed(trainer):
             self.moments.all_reduce_()
             self.scores.all_reduce_()

@@ -26,6 +26,7 @@ from fasc_lightning.hub import attach_config
 from fasc_lightning.lowrank import Layout
 from fasc_lightning.monitor import RhoMonitor, write_history
 from fasc_lightning.pooled import Gradient
+from fasc_lightning.preemption import CalibrationKeeper, saves_on_exception
 from fasc_lightning.refit import RefitReport
 from fasc_lightning.refit_phase import Refit, refit_figures
 from fasc_lightning.report import CompressionReport, LayerReport, log_report, measure_layers, measure_model
@@ -47,7 +48,8 @@ class FascCallback(pl.Callback):
     ``fasc/rho_above_threshold`` go to every logger and into ``trainer.callback_metrics``, for ModelCheckpoint and
     EarlyStopping; the table with intervals is ``callback.rho_history``.
 
-    Checkpoints of both kinds, dense and compressed, load in every stage (:mod:`~fasc_lightning.checkpoints`).
+    Checkpoints of both kinds, dense and compressed, load in every stage (:mod:`~fasc_lightning.checkpoints`), and a fit
+    that is killed while it calibrates goes on from its last one (:mod:`~fasc_lightning.preemption`).
 
     Example:
         >>> import lightning as L
@@ -174,6 +176,7 @@ class FascCallback(pl.Callback):
         self.gate_exclude = gate_exclude
         self.report: CompressionReport | None = None
         self._schedule = CalibrationSchedule(calibration_steps)
+        self._keeper = CalibrationKeeper(self.state_key)
         self._load_hook: RemovableHandle | None = None
         self._layers: dict[str, nn.Module] = {}
         self._calibration: Calibration | None = None
@@ -215,9 +218,17 @@ class FascCallback(pl.Callback):
             self.report = CompressionReport.from_dict(state_dict["report"])
 
     @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._calibration is not None and self._calibration.begun and self.report is None:
+            self._keeper.save(trainer, self._calibration, self._schedule, checkpoint)
+
+    @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self._keeper.load(checkpoint)
         report = checkpoint["callbacks"].get(self.state_key, {}).get("report")
         if report is not None and is_compressed(pl_module):
             attach_config(pl_module, method=report["method"], options=report["options"])
@@ -237,6 +248,7 @@ class FascCallback(pl.Callback):
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             _checks.check_single([c for c in callbacks if isinstance(c, FascCallback) and c._compresses])
             self._schedule.check(trainer)
+            self._keeper.install(trainer)
         if trainer.global_step == 0:  # a checkpoint brings its own history, after this
             self._monitor.history = RhoHistory()
 
@@ -260,11 +272,13 @@ class FascCallback(pl.Callback):
             options = CalibrationOptions(**{f.name: getattr(self, f.name) for f in fields(CalibrationOptions)})
             self._calibration = Calibration(trainer, pl_module, self._layers, options)
             self._seconds = {}
+            self._keeper.resume(trainer, self._calibration, self._schedule)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._calibration is not None:
             self._schedule.start(trainer)
+            self._keeper.start(trainer, self._schedule)
 
     @override
     def on_train_batch_start(
@@ -331,6 +345,8 @@ class FascCallback(pl.Callback):
                 "had the Trainer finished before, or was it stopped early (then give `calibration_steps`)? The model "
                 "is not compressed."
             )
+        if not calibration.finished:  # the fit had nothing left to run, so that training neither started nor ended
+            calibration.finish(trainer)
         moments_bytes = calibration.moments.nbytes
         self._seconds["calibrate"] = calibration.seconds
         before = measure_layers(self._layers), measure_model(pl_module)
@@ -373,11 +389,17 @@ class FascCallback(pl.Callback):
             swap_modules(pl_module, self._replaced)
             attach_config(pl_module)
             self.report = None
-        self._forget()
+        # Callbacks that save a checkpoint of what went wrong do so after this.
+        if not (self._calibration is not None and saves_on_exception(trainer)):
+            self._keeper.remove(trainer)
+            self._forget()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._release(trainer)
+        if self._calibration is not None and self.report is not None:
+            self._keeper.clean()
+        self._keeper.remove(trainer)
         self._forget()
 
     # Parts of the phases.

@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import Tokens, causal_module
+from tiny import Tokens, causal_module, token_loader
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from watching import RecordingCallback
@@ -52,8 +52,19 @@ def every_batch(folder: Path) -> ModelCheckpoint:
 class Fits:
     """One fit that is never interrupted, and its continuation from what was there in the middle of it."""
 
-    def __init__(self, make_trainer, folder: Path, *, family="llama", model=None, trainer=None, loader=None, **options):
-        self.make_trainer, self.folder = make_trainer, folder
+    def __init__(
+        self,
+        make_trainer,
+        folder: Path,
+        *,
+        family: str = "llama",
+        model: dict | None = None,
+        trainer: dict | None = None,
+        loader=None,
+        validation: bool = False,
+        **options,
+    ):
+        self.make_trainer, self.folder, self.validation = make_trainer, folder, validation
         self.family, self.model, self.trainer = family, model or {}, trainer or {}
         self.loader = loader or stateful_loader
         self.options = {"keep": 0.6, "update_weights": False, **options}
@@ -65,7 +76,8 @@ class Fits:
         made = self.make_trainer(callback, *callbacks, enable_checkpointing=True, **{**self.trainer, **(trainer or {})})
         module = causal_module(self.family, **self.model)
         torch.manual_seed(2 if ckpt_path is None else 3)
-        made.fit(module, (loader or self.loader)(), ckpt_path=ckpt_path)
+        validation = token_loader(samples=4) if self.validation else None
+        made.fit(module, (loader or self.loader)(), validation, ckpt_path=ckpt_path)
         return module, callback
 
     def straight(self, batch: int, epoch: int = 0):

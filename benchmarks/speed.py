@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fasc_lightning.bundled import load_model
-from fasc_lightning.callback import SCORE_EVERY, SCORE_TOKENS
+from fasc_lightning.calibration import SCORE_EVERY, SCORE_TOKENS
 from fasc_lightning.data import text_windows
 from fasc_lightning.evaluation import builtin_text
 from fasc_lightning.factorize import compress_layers

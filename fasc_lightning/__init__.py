@@ -1,6 +1,7 @@
 """fasc-lightning: knowledge-aware low-rank compression inside PyTorch Lightning."""
 
 from fasc_lightning.callback import FascCallback
+from fasc_lightning.checkpoints import match_checkpoint
 from fasc_lightning.compress import compress
 from fasc_lightning.dense import to_dense
 from fasc_lightning.dependence import DependenceScore
@@ -8,6 +9,7 @@ from fasc_lightning.history import RhoHistory, emergence
 from fasc_lightning.hub import load_compressed
 from fasc_lightning.model_card import model_card
 from fasc_lightning.module import CausalLMModule
+from fasc_lightning.plan import apply_plan, compression_plan
 from fasc_lightning.pooled import PooledDependenceScore, debiased_rho, iid_floor, rho
 from fasc_lightning.quantize import quantize
 from fasc_lightning.report import CompressionReport
@@ -26,6 +28,9 @@ __all__ = [
     "load_compressed",
     "model_card",
     "to_dense",
+    "compression_plan",
+    "apply_plan",
+    "match_checkpoint",
     # diagnosis
     "score",
     "rho",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import lightning.pytorch as pl
 import torch
@@ -159,6 +159,19 @@ def check_strategy(trainer: pl.Trainer) -> None:
             f"Expected a single device or strategy='ddp' but got {name}, which shards or wraps the layers. HINT: "
             "compress on one device or under 'ddp' (a calibration epoch needs no optimizer state with "
             "update_weights=False), then train the compressed model under the strategy of your choice."
+        )
+
+
+def check_single(callbacks: Sequence[pl.Callback]) -> None:
+    """Refuse several callbacks that each have a budget.
+
+    Raises:
+        MisconfigurationException: If there is more than one.
+    """
+    if len(callbacks) > 1:
+        raise MisconfigurationException(
+            "Expected one FascCallback with a budget in a fit but got several: each would freeze and restore what "
+            "the other holds. HINT: one callback spends one budget over all its `targets`."
         )
 
 

@@ -15,6 +15,15 @@ def is_distributed(trainer: pl.Trainer) -> bool:
     return dist.is_available() and dist.is_initialized() and trainer.world_size > 1
 
 
+def gather_everywhere(trainer: pl.Trainer, value: Any) -> list[Any]:
+    """Return a value, of plain data and tensors, of every process, in their order."""
+    if not is_distributed(trainer):
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
 def same_everywhere(trainer: pl.Trainer, result: CompressionResult) -> CompressionResult:
     """Give every process the factors of the first: rounding must not make replicas differ.
 

@@ -4,56 +4,37 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import fields
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from fasc_lightning import _checks
-from fasc_lightning._distributed import is_distributed, same_everywhere
-from fasc_lightning._memory import available_memory, peak_memory_bytes, return_freed_memory
-from fasc_lightning._progress import layer_progress
-from fasc_lightning.batches import LossTerms, TokenMask, batch_label, calibration_rows, observed_rows
-from fasc_lightning.factorize import CompressionResult, check_budget_fits, compress_layers
-from fasc_lightning.frozen import FrozenFit
-from fasc_lightning.gate import (
-    check_gate,
-    choose_methods,
-    excluded_layers,
-    failure_flags,
-    gate_scores,
-    statistics_needed,
-)
+from fasc_lightning._memory import peak_memory_bytes, return_freed_memory
+from fasc_lightning.batches import LossTerms, TokenMask, batch_label, observed_rows
+from fasc_lightning.calibration import Calibration, CalibrationOptions
+from fasc_lightning.checkpoints import match_on_load
+from fasc_lightning.factorize import CompressionResult, check_budget_fits
+from fasc_lightning.gate import check_gate
 from fasc_lightning.history import RhoHistory, describe
 from fasc_lightning.hub import attach_config
 from fasc_lightning.lowrank import Layout
-from fasc_lightning.measure_phase import MeasurePhase
-from fasc_lightning.moments import CalibrationMoments, moment_dtype, moments_bytes
-from fasc_lightning.monitor import LayerScores, RhoMonitor, write_history
+from fasc_lightning.monitor import RhoMonitor, write_history
 from fasc_lightning.pooled import Gradient
+from fasc_lightning.preemption import CalibrationKeeper, saves_on_exception
 from fasc_lightning.quantize import quantize_layers
 from fasc_lightning.quantized_layers import Quantization
 from fasc_lightning.refit import RefitReport
-from fasc_lightning.refit_phase import Refit, RefitPhase, refit_figures
-from fasc_lightning.replay import Replay
-from fasc_lightning.report import (
-    CompressionReport,
-    LayerReport,
-    Size,
-    log_report,
-    measure_layers,
-    measure_model,
-)
+from fasc_lightning.refit_phase import Refit, refit_figures
+from fasc_lightning.report import CompressionReport, LayerReport, log_report, measure_layers, measure_model
 from fasc_lightning.schedule import CalibrationSchedule
-from fasc_lightning.swap import swap_modules
-from fasc_lightning.taps import Taps, layer_shapes, select_layers
-
-#: Where rho decides nothing, a calibration scores every so many batches, on so many tokens: it is a diagnostic then,
-#: and moments are what the time is for.
-SCORE_EVERY, SCORE_TOKENS = 8, 64
+from fasc_lightning.swap import is_compressed, swap_modules
+from fasc_lightning.taps import layer_shapes, select_layers
 
 
 class FascCallback(pl.Callback):
@@ -68,6 +49,9 @@ class FascCallback(pl.Callback):
     ``rho_null/<layer>``, ``rho_debiased/<layer>``, ``fasc/rho_mean``, ``fasc/rho_debiased_mean`` and
     ``fasc/rho_above_threshold`` go to every logger and into ``trainer.callback_metrics``, for ModelCheckpoint and
     EarlyStopping; the table with intervals is ``callback.rho_history``.
+
+    Checkpoints of both kinds, dense and compressed, load in every stage (:mod:`~fasc_lightning.checkpoints`), and a fit
+    that is killed while it calibrates goes on from its last one (:mod:`~fasc_lightning.preemption`).
 
     Example:
         >>> import lightning as L
@@ -201,20 +185,14 @@ class FascCallback(pl.Callback):
         self.quantize: Quantization | None = quantize
         self.report: CompressionReport | None = None
         self._schedule = CalibrationSchedule(calibration_steps)
+        self._keeper = CalibrationKeeper(self.state_key)
+        self._load_hook: RemovableHandle | None = None
         self._layers: dict[str, nn.Module] = {}
-        self._moments: CalibrationMoments | None = None
-        self._scores: LayerScores | None = None
-        self._calibrated = 0  # batches
+        self._calibration: Calibration | None = None
         self._monitor = RhoMonitor(monitor_every_n_steps or 1, monitor_tokens, rho_threshold, rho_gradient, seed)
-        self._taps: Taps | None = None
-        self._refit: RefitPhase | None = None
-        self._replay = Replay()
-        self._frozen: FrozenFit | None = None
         self._replaced: dict[str, nn.Module] = {}
         self._reports: list[LayerReport] = []
         self._seconds: dict[str, float] = {}
-        self._moments_bytes = 0
-        self._began = 0.0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -239,82 +217,87 @@ class FascCallback(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"rho_history": self.rho_history.state_dict()}
+        state: dict[str, Any] = {"rho_history": self.rho_history.state_dict()}
+        return state if self.report is None else {**state, "report": self.report.to_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rho_history.load_state_dict(state_dict["rho_history"])
+        if "report" in state_dict:
+            self.report = CompressionReport.from_dict(state_dict["report"])
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._calibration is not None and self._calibration.begun and self.report is None:
+            self._keeper.save(trainer, self._calibration, self._schedule, checkpoint)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._keeper.load(checkpoint)
+        report = checkpoint["callbacks"].get(self.state_key, {}).get("report")
+        if report is not None and is_compressed(pl_module):
+            attach_config(pl_module, method=report["method"], options=report["options"], seed=report["seed"])
 
     # Phases, in the order of a fit.
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Weights of every kind load, whatever form the layers have; in modules of others nothing else can see to it.
+        self._load_hook = pl_module.register_load_state_dict_pre_hook(match_on_load)
         if stage != "fit":
             return
+        self.report = None
         _checks.check_strategy(trainer)
-        _checks.check_module(pl_module, compresses=self._compresses)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if self._compresses and any(isinstance(c, FascCallback) and c._compresses and c is not self for c in callbacks):
-            raise MisconfigurationException(
-                "Expected one FascCallback with a budget in a fit but got several: each would freeze and restore what "
-                "the other holds. HINT: one callback spends one budget over all its `targets`."
-            )
+        _checks.check_module(pl_module, compresses=False)  # a checkpoint may make a compressed module dense
         if self._compresses:
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            _checks.check_single([c for c in callbacks if isinstance(c, FascCallback) and c._compresses])
             self._schedule.check(trainer)
+            self._keeper.install(trainer)
         if trainer.global_step == 0:  # a checkpoint brings its own history, after this
             self._monitor.history = RhoHistory()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.report is not None and is_compressed(pl_module):  # as a checkpoint has brought both
+            rank_zero_info(
+                "FascCallback: the checkpoint is of a fit that has been compressed already. Its factors are trained "
+                "on, and `report` is of that compression."
+            )
+            return
+        self.report = None
         # Only here do modules made in `configure_model` exist.
         _checks.check_module(pl_module, compresses=self._compresses)
         self._layers = select_layers(pl_module, self.targets, self.exclude)
-        self.report = None
         if self._monitors:
             self._monitor.start(trainer, self._layers)
         if self._compresses:
-            self._prepare_calibration(trainer, pl_module)
-
-    def _prepare_calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        shapes = layer_shapes(self._layers)
-        _checks.check_rank_fits(shapes, self.rank)
-        check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout)
-        device = trainer.strategy.root_device
-        dtype = moment_dtype(self._layers.values())
-        needs = statistics_needed(self.method, self.gate, self.gate_by)
-        needed = moments_bytes(shapes.values(), dtype, needs)
-        _checks.check_memory(needed, device)
-        rank_zero_info(
-            f"FascCallback: {len(shapes)} layers with {sum(m * n for m, n in shapes.values()):,} weights; their "
-            f"moments need at most {needed / 1e9:.2f} GB ({dtype}) of the "
-            f"{available_memory(device) / 1e9:.2f} GB free on {device}."
-        )
-        return_freed_memory()
-        self._seconds = {}
-        self._calibrated = 0
-        excluded_layers(self._layers, self.gate_exclude)  # refuses patterns that match nothing
-        self._moments = CalibrationMoments(shapes, dtype, device, needs)
-        tokens = SCORE_TOKENS if self.gate is None else self.monitor_tokens
-        self._scores = LayerScores(self._layers, tokens, self.rho_gradient, self.seed, device)
-        self._taps = Taps(self._layers, self._moments, self._scores)
-        self._refit = RefitPhase.of(self.refit, pl_module, self._layers)
-        self._replay = Replay()
-        self._frozen = None if self.update_weights else FrozenFit(trainer, pl_module)
+            _checks.check_rank_fits(layer_shapes(self._layers), self.rank)
+            check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout)
+            options = CalibrationOptions(**{f.name: getattr(self, f.name) for f in fields(CalibrationOptions)})
+            self._calibration = Calibration(trainer, pl_module, self._layers, options)
+            self._seconds = {}
+            self._keeper.resume(trainer, self._calibration, self._schedule)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._compresses:
+        if self._calibration is not None:
             self._schedule.start(trainer)
+            self._keeper.start(trainer, self._schedule)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._compresses and self._schedule.begins(trainer):
-            self._calibrate_batch(trainer, pl_module, batch)
+        if self._calibration is not None and self._schedule.begins(trainer):
+            self._calibration.begin_batch(trainer, pl_module, batch)
         # A frozen module has the same rho at every step, and the calibration measures it.
-        frozen = self._frozen is not None and self._frozen.active
-        if self._monitors and not frozen and self._monitor.due(trainer):
+        frozen = self._calibration is not None and self._calibration.frozen
+        if self._monitors and self._layers and not frozen and self._monitor.due(trainer):
             rows = observed_rows(
                 trainer,
                 pl_module,
@@ -324,31 +307,6 @@ class FascCallback(pl.Callback):
                 tokens=self.monitor_tokens,
             )
             self._monitor.begin_batch(trainer, rows)
-
-    def _calibrate_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        assert self._taps is not None
-        if not self._taps.installed:
-            self._began = time.perf_counter()
-            self._taps.install()
-            if self._frozen is not None:
-                self._frozen.enter()
-        if self._frozen is not None:
-            self._frozen.hold()
-        rows = calibration_rows(
-            trainer,
-            pl_module,
-            batch,
-            token_mask=self.token_mask,
-            loss_terms=self.loss_terms,
-            fraction=self.token_fraction,
-            seed=self.seed,
-            steps=self._frozen is None,
-            scored=self.gate is not None or self._calibrated % SCORE_EVERY == 0,
-        )
-        self._taps.begin_batch(rows)
-        self._calibrated += 1
-        if self._refit is not None or self.allocation == "measured":
-            self._replay.keep(batch)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -360,9 +318,8 @@ class FascCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._calibrating:
-            assert self._taps is not None
-            self._taps.end_batch()
+        if self._calibration is not None:
+            self._calibration.end_batch()
         self._monitor.end_batch(trainer)
 
     @override
@@ -375,36 +332,33 @@ class FascCallback(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        calibrated = self._calibrating
         self._monitor.close(trainer)
         self._release(trainer)
         if self._monitors:
             write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations)
-        if not calibrated:
-            return
-        self._seconds["calibrate"] = time.perf_counter() - self._began
-        # While every process is still in the loop, and on the device of the process group.
-        if is_distributed(trainer):
-            assert self._moments is not None
-            assert self._scores is not None
-            self._moments.all_reduce_()
-            self._scores.all_reduce_()
+        if self._calibration is not None and self._calibration.begun:
+            # While every process is still in the loop, and on the device of the process group.
+            self._calibration.finish(trainer)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._monitors:
             summary = describe(self.rho_history, self.rho_threshold, self.emergence_observations)
             rank_zero_info(f"FascCallback: {summary}")
-        if self._moments is None:
+        calibration = self._calibration
+        if calibration is None:
             return
-        if "calibrate" not in self._seconds:
+        if not calibration.begun:
             raise MisconfigurationException(
                 "Expected at least one calibration batch but the fit ended without any: is the dataloader empty, or "
                 "had the Trainer finished before, or was it stopped early (then give `calibration_steps`)? The model "
                 "is not compressed."
             )
-        self._moments_bytes = self._moments.nbytes
-        before = self._measure(pl_module, self._layers)
+        if not calibration.finished:  # the fit had nothing left to run, so that training neither started nor ended
+            calibration.finish(trainer)
+        moments_bytes = calibration.moments.nbytes
+        self._seconds["calibrate"] = calibration.seconds
+        before = measure_layers(self._layers), measure_model(pl_module)
         start = time.perf_counter()
         return_freed_memory()
         # After every `on_train_end`, so that averaging callbacks have put their weights in place.
@@ -418,8 +372,19 @@ class FascCallback(pl.Callback):
         # They hold the dense parameters, which a checkpoint would otherwise store beside the factors.
         trainer.strategy.optimizers = []
         trainer.strategy.lr_scheduler_configs = []
-        after = self._measure(pl_module, {**self._layers, **result.replacements})
-        self.report = self._make_report(trainer, before, after, refitted)
+        after = measure_layers({**self._layers, **result.replacements}), measure_model(pl_module)
+        self.report = CompressionReport(
+            method=self.method,
+            options=self.options,
+            seed=self.seed,
+            targeted={"dense": before[0], "compressed": after[0]},
+            whole={"dense": before[1], "compressed": after[1]},
+            seconds=dict(self._seconds),
+            moments_bytes=moments_bytes,
+            peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
+            layers=self._reports,
+            refit=None if refitted is None else refit_figures(refitted),
+        )
         self._quantize(pl_module)
         log_report(trainer.loggers, self.report, trainer.global_step)
         rank_zero_info(f"\n{self.report}")
@@ -434,11 +399,17 @@ class FascCallback(pl.Callback):
             swap_modules(pl_module, self._replaced)
             attach_config(pl_module)
             self.report = None
-        self._forget()
+        # Callbacks that save a checkpoint of what went wrong do so after this.
+        if not (self._calibration is not None and saves_on_exception(trainer)):
+            self._keeper.remove(trainer)
+            self._forget()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._release(trainer)
+        if self._calibration is not None and self.report is not None:
+            self._keeper.clean()
+        self._keeper.remove(trainer)
         self._forget()
 
     # Parts of the phases.
@@ -453,41 +424,21 @@ class FascCallback(pl.Callback):
 
     @property
     def _calibrating(self) -> bool:
-        return self._taps is not None and self._taps.installed
+        return self._calibration is not None and self._calibration.running
 
     def _factorize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> CompressionResult:
-        assert self._moments is not None
-        assert self._scores is not None
-        _checks.warn_few_tokens({name: self._moments.tokens(name) for name in self._layers}, layer_shapes(self._layers))
-        rows = {row["layer"]: row for row in self._scores.rows(trainer.global_step)}
-        scores = gate_scores(self.gate_by, rows, self._layers, self._moments)
-        methods = choose_methods(scores, self.gate, self.method, self.gate_exclude)
-        flags = failure_flags(self._layers, self._moments)
-        result = compress_layers(
-            self._layers,
-            self._moments,
-            rank=self.rank,
-            keep=self.keep,
-            method=self.method,
-            allocation=self.allocation,
-            layout=self.layout,
-            device=trainer.strategy.root_device,
-            progress=layer_progress(trainer),
-            methods=methods,
-            consume=self._refit is None,
-            measure=MeasurePhase(
-                trainer, pl_module, self._layers, self._replay, self.token_mask, self.loss_terms
-            ).measure,
+        assert self._calibration is not None
+        result, self._reports = self._calibration.factorize(
+            trainer, pl_module, rank=self.rank, keep=self.keep, layout=self.layout
         )
-        self._reports = [LayerReport.of(plan, rows[plan.name], flags[plan.name]) for plan in result.layers]
-        return same_everywhere(trainer, result)
+        return result
 
     def _run_refit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> RefitReport | None:
-        if self._refit is None:
+        assert self._calibration is not None
+        if self._calibration.refit is None:
             return None
-        assert self._moments is not None
         start = time.perf_counter()
-        report = self._refit.run(trainer, pl_module, self._replaced, self._moments, self._replay)
+        report = self._calibration.run_refit(trainer, pl_module, self._replaced)
         self._seconds["refit"] = time.perf_counter() - start
         return report
 
@@ -500,41 +451,17 @@ class FascCallback(pl.Callback):
         self._replaced = {**replaced, **self._replaced}  # of layers compressed before, what they were at first
         self.report = self.report.with_quantized(pl_module, self.quantize, self._layers, time.perf_counter() - start)
 
-    @staticmethod
-    def _measure(pl_module: pl.LightningModule, layers: dict[str, nn.Module]) -> tuple[Size, Size]:
-        return measure_layers(layers), measure_model(pl_module)
-
-    def _make_report(
-        self,
-        trainer: pl.Trainer,
-        before: tuple[Size, Size],
-        after: tuple[Size, Size],
-        refitted: RefitReport | None,
-    ) -> CompressionReport:
-        return CompressionReport(
-            method=self.method,
-            options=self.options,
-            seed=self.seed,
-            targeted={"dense": before[0], "compressed": after[0]},
-            whole={"dense": before[1], "compressed": after[1]},
-            seconds=dict(self._seconds),
-            moments_bytes=self._moments_bytes,
-            peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
-            layers=self._reports,
-            refit=None if refitted is None else refit_figures(refitted),
-        )
-
     def _release(self, trainer: pl.Trainer) -> None:
         """Take hooks off and put back what was held; safe at any time."""
         self._monitor.remove()
-        if self._taps is not None:
-            self._taps.remove()
-        if self._frozen is not None:
-            self._frozen.exit()
+        if self._load_hook is not None:
+            self._load_hook.remove()
+        if self._calibration is not None:
+            self._calibration.release()
         self._schedule.stop(trainer)
 
     def _forget(self) -> None:
         """Drop statistics and references to the module's layers."""
-        self._taps = self._moments = self._frozen = self._scores = self._refit = None
-        self._layers, self._replaced, self._reports, self._replay = {}, {}, [], Replay()
+        self._calibration = None
+        self._layers, self._replaced, self._reports = {}, {}, []
         self._monitor.forget()

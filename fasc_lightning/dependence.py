@@ -43,6 +43,10 @@ PERMUTATIONS, NULL_LEVEL, RESAMPLES = 200, 0.95, 1000
 MAX_ROWS = 2048
 
 
+#: The states that add up over batches and processes; beside them there are rows, which are put together.
+SUMS = ("biased", "unbiased", "permuted", "floor", "tokens", "short", "infinite")
+
+
 @dataclass(frozen=True)
 class Grams:
     """Centred Gram matrices of one variable on a sample of tokens, cut into minibatches.
@@ -272,15 +276,14 @@ def all_reduce_scores_(scores: Iterable[DependenceScore], group: Any | None = No
     scores = list(scores)
     if not scores:
         return
-    names = ("biased", "unbiased", "permuted", "floor", "tokens", "short", "infinite")
-    packed = torch.stack([torch.cat([getattr(score, name).flatten() for name in names]) for score in scores])
+    packed = torch.stack([torch.cat([getattr(score, name).flatten() for name in SUMS]) for score in scores])
     dist.all_reduce(packed, group=group)
     rows: list[Any] = [None] * dist.get_world_size(group)
     mine = [dim_zero_cat(score.rows).cpu() if len(score.rows) else None for score in scores]
     dist.all_gather_object(rows, mine, group=group)
     for i, (score, row) in enumerate(zip(scores, packed, strict=True)):
         start = 0
-        for name in names:
+        for name in SUMS:
             state: Tensor = getattr(score, name)
             setattr(score, name, row[start : start + state.numel()].view(state.shape).clone())
             start += state.numel()

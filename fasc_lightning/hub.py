@@ -25,7 +25,7 @@ from typing_extensions import override
 from fasc_lightning._files import check_json_files
 from fasc_lightning._guards import expect_guards, guards
 from fasc_lightning._names import some_names
-from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape, linear_weight
+from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape
 from fasc_lightning.quantized_layers import QUANTIZATIONS, DenseLinear, make_room_for_int8, quantization_of
 from fasc_lightning.swap import compressed_layers, swap_modules, to_dense
 
@@ -69,7 +69,7 @@ class FascConfig(QuantizationConfigMixin):
             raise ValueError(f"Expected quant_method {QUANT_METHOD!r}, got {quant_method!r}.")
         self.quant_method = quant_method  # type: ignore[assignment] # its own methods are an enum, others' are strings
         self.format_version = format_version
-        self.layers = _checked_layers(layers)
+        self.layers = checked_layers(layers)
         # By way of JSON, so that it is now what it will be after a reload.
         self.provenance: dict[str, Any] = json.loads(json.dumps({**(provenance or {}), **more}, allow_nan=False))
 
@@ -85,7 +85,7 @@ class FascQuantizer(HfQuantizer):
         expect_guards(model, kwargs.get("checkpoint_files") or (), self.quantization_config.layers)
         layers = _resolve_names(model, self.quantization_config.layers)
         empty: dict[str, nn.Module] = {
-            name: _empty_layer(name, model.get_submodule(name), spec) for name, spec in layers.items()
+            name: empty_layer(name, model.get_submodule(name), spec) for name, spec in layers.items()
         }
         swap_modules(model, empty)
         # The names of this model are those that it must be saved with.
@@ -217,8 +217,8 @@ def _check_version(version: Any) -> None:
         )
 
 
-def _checked_layers(layers: Any) -> dict[str, dict[str, Any]]:
-    """Plain copies of the layers' descriptions.
+def checked_layers(layers: Any) -> dict[str, dict[str, Any]]:
+    """Plain copies of the layers' descriptions (see :class:`FascConfig`).
 
     Raises:
         ValueError: If there are none, or one is not valid.
@@ -246,7 +246,8 @@ def _is_valid(spec: Any) -> bool:
     return keys == {"rank", "layout", "bias"} and (layout == "factors" or (layout == "dense" and "quantize" in spec))
 
 
-def _describe_layer(layer: CompressedLinear) -> dict[str, Any]:
+def describe_layer(layer: CompressedLinear) -> dict[str, Any]:
+    """What a plan and a :class:`FascConfig` say of a layer."""
     spec: dict[str, Any] = {"rank": layer.rank, "layout": layer.layout, "bias": layer.bias is not None}
     if isinstance(layer, PivotedLinear):
         spec["side"] = layer.side
@@ -255,15 +256,16 @@ def _describe_layer(layer: CompressedLinear) -> dict[str, Any]:
     return spec
 
 
-def _empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> CompressedLinear:
-    """Compressed layer on the meta device that takes the place of a dense one.
+def empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> CompressedLinear:
+    """Compressed layer on the meta device that takes the place of a dense one, or of another compressed one.
 
     Raises:
         ValueError: If the description does not fit the dense layer.
     """
     try:
         m, n = linear_shape(dense)
-        options: dict[str, Any] = {"bias": spec["bias"], "device": "meta", "dtype": linear_weight(dense).dtype}
+        weight: Any = dense.weight
+        options: dict[str, Any] = {"bias": spec["bias"], "device": "meta", "dtype": weight.dtype}
         layer: CompressedLinear
         if spec["layout"] == "pivot":
             layer = PivotedLinear(n, m, spec["rank"], side=spec["side"], **options)
@@ -324,7 +326,7 @@ def _outermost_models(module: nn.Module) -> Iterator[Any]:
 
 def _describe_model(model: Any, provenance: Mapping[str, Any]) -> FascConfig | None:
     """Configuration of a model, or None if none of its layers is compressed."""
-    layers = {name: _describe_layer(layer) for name, layer in compressed_layers(model).items()}
+    layers = {name: describe_layer(layer) for name, layer in compressed_layers(model).items()}
     if not layers:
         return None
     earlier = _attached(model)

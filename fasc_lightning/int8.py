@@ -37,6 +37,7 @@ class Int8Linear(nn.Module):
     Attributes:
         weight: The parameter of int8, (m, n), without gradient.
         scale: Buffer, (m,).
+        rounds_inputs: With ``dynamic``, True: so that a file of weights says which kind of layer they are of.
     """
 
     scale: Tensor
@@ -58,6 +59,8 @@ class Int8Linear(nn.Module):
         weight = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", torch.ones(out_features, device=device, dtype=dtype))
+        if dynamic:
+            self.register_buffer("rounds_inputs", torch.tensor(True, device=device))
         values = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
 
@@ -81,6 +84,8 @@ class Int8Linear(nn.Module):
         rounded, scale = round_rows(weight.detach(), dtype or weight.dtype)
         layer.weight = nn.Parameter(rounded, requires_grad=False)
         layer.scale = scale
+        if dynamic:
+            layer.rounds_inputs = torch.tensor(True, device=scale.device)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
         return layer

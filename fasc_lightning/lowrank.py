@@ -322,6 +322,7 @@ def make_lowrank(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     bound: float = 2.0,
+    side: Literal["out", "in"] | None = None,
 ) -> CompressedLinear:
     """Makes the layer y = B C x + b. Computes in float64 on the device of ``B`` (not MPS); draws no random numbers.
 
@@ -335,6 +336,7 @@ def make_lowrank(
         dtype: Dtype of the layer; None for that of B.
         device: Device of the layer; None for that of B.
         bound: Largest coefficient of the pivot layout in absolute value, above 1.
+        side: Of the pivot layout; None for the smaller one.
 
     Returns:
         The layer, in training mode, with parameters that require gradients.
@@ -367,7 +369,7 @@ def make_lowrank(
             factored.factor_out.bias = parameter(bias)
         return factored
 
-    pivoted = PivotedLinear(n, m, k, bias is not None, device="meta")
+    pivoted = PivotedLinear(n, m, k, bias is not None, side=side, device="meta")
     out = pivoted.side == "out"
     # An orthonormal basis rather than B itself: it has full rank even where columns vanished in the solver.
     rows, T = select_basis_rows(orthonormal_basis(left if out else right.T)[0], bound)

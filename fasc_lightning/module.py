@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from fasc_lightning.checkpoints import match_checkpoint
+
 
 class CausalLMModule(pl.LightningModule):
     """Next-token training of a transformers model, which tells FascCallback how its loss averages.
@@ -50,6 +52,10 @@ class CausalLMModule(pl.LightningModule):
         # A model whose parameters are all frozen, as for inference, can still be calibrated.
         parameters = [p for p in self.parameters() if p.requires_grad] or list(self.parameters())
         return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        match_checkpoint(self, checkpoint)
 
     def token_mask(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Return True for the tokens that are not padding, shape (samples, length)."""

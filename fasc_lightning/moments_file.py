@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fasc_lightning._files import whole_file
@@ -29,23 +30,61 @@ def save_moments(moments: CalibrationMoments, path: str | Path, source: str = ""
     """
     from safetensors.torch import save_file
 
+    tensors, header = pack_moments(moments)
+    header |= {"format": _FORMAT, "source": source}
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
+
+
+def pack_moments(moments: CalibrationMoments, distributed: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the sums by name, and in plain data what they are sums of.
+
+    Args:
+        moments: Of any needs; they stay what they are.
+        distributed: Whether to sum over all processes, for the first of them; the others then get no tensors.
+    """
     tensors: dict[str, Tensor] = {}
     groups: dict[str, list[Any]] = {}
     for group, streams in _groups(moments).items():
-        groups[group] = list(streams)
-        for i, stream in enumerate(streams.values()):
-            for state in stream.metric_state:
-                tensors[f"{group}.{i}.{state}"] = getattr(stream, state).contiguous()
+        keys = _keys_everywhere(streams) if distributed else list(streams)
+        groups[group] = keys
+        for i, key in enumerate(keys):
+            # A set of layers that share an input may have come up on other processes only.
+            stream = streams[key] if key in streams else moments._new_input(moments.shapes[key[0]][1])
+            sums = stream.reduced() if distributed else stream.sums
+            tensors.update({f"{group}.{i}.{state}": value.contiguous() for state, value in sums.items()})
     header = {
-        "format": _FORMAT,
-        "source": source,
         "shapes": moments.shapes,
         "dtype": str(moments.dtype).removeprefix("torch."),
         "needs": sorted(moments.needs),
         "groups": groups,
     }
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
+    return tensors, header
+
+
+def unpack_moments(
+    header: Mapping[str, Any], tensor: Callable[[str], Tensor], device: torch.device | str = "cpu"
+) -> CalibrationMoments:
+    """Return the moments of which :func:`pack_moments` made a header and tensors.
+
+    Args:
+        header: In plain data.
+        tensor: Returns a tensor by its name, on the device.
+        device: Where the moments shall live.
+    """
+    moments = CalibrationMoments(
+        {name: (m, n) for name, (m, n) in header["shapes"].items()},
+        getattr(torch, header["dtype"]),
+        device,
+        header["needs"],
+    )
+    for group, streams in _groups(moments).items():
+        for i, key in enumerate(header["groups"][group]):
+            stream = _stream(moments, streams, key)
+            for state in stream.sums:
+                setattr(stream, state, tensor(f"{group}.{i}.{state}"))
+            stream._update_count = int(stream.count > 0)
+    return moments
 
 
 def load_moments(
@@ -76,20 +115,11 @@ def load_moments(
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = _header(file.metadata(), path)
             _check(header, path, shapes, source)
-            moments = CalibrationMoments(
-                {name: (m, n) for name, (m, n) in header["shapes"].items()},
-                getattr(torch, header["dtype"]),
-                device,
-                header["needs"],
-            )
-            for group, streams in _groups(moments).items():
-                for i, key in enumerate(header["groups"][group]):
-                    _restore(_stream(moments, streams, key), file, f"{group}.{i}.")
+            return unpack_moments(header, file.get_tensor, device)
     except SafetensorError as error:
         raise ValueError(
             f"Expected a whole safetensors file of moments but {path} is damaged ({error}). Delete it and gather again."
         ) from error
-    return moments
 
 
 def moments_needs(path: str | Path) -> frozenset[str]:
@@ -118,13 +148,14 @@ def _groups(moments: CalibrationMoments) -> dict[str, dict[Any, StreamedSums]]:
 
 def _stream(moments: CalibrationMoments, streams: dict[Any, StreamedSums], key: Any) -> StreamedSums:
     # Inputs are made when a batch tells which layers share them; all others with the layers.
-    return moments._input(key) if isinstance(key, list) else streams[key]
+    return moments._input(key) if isinstance(key, list | tuple) else streams[key]
 
 
-def _restore(stream: StreamedSums, file: Any, prefix: str) -> None:
-    for state in stream.metric_state:
-        setattr(stream, state, file.get_tensor(prefix + state))
-    stream._update_count = int(stream.count > 0)
+def _keys_everywhere(streams: Mapping[Any, StreamedSums]) -> list[Any]:
+    """Return the keys that any process has, in one order for all."""
+    keys: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(keys, list(streams))
+    return sorted(set().union(*keys))
 
 
 def _header(metadata: Mapping[str, str] | None, path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,28 @@ class CompressionReport:
             seconds={**self.seconds, "quantize": seconds},
         )
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> CompressionReport:
+        """Return the report of which :meth:`to_dict` made ``content``."""
+        figures = {field.name: content[field.name] for field in fields(cls) if field.name in content}
+        for name in ("targeted", "whole"):
+            sizes = content[name]
+            states = next(iter(sizes.values()))
+            figures[name] = {state: Size(**{figure: sizes[figure][state] for figure in sizes}) for state in states}
+        figures["layers"] = [_layer_report(row) for row in content["layers"]]
+        return cls(**figures)
+
+    @property
+    def plan(self) -> dict[str, dict[str, Any]]:
+        """The plan of the compressed model, for :func:`~fasc_lightning.apply_plan`."""
+        quantize = self.options.get("quantize")
+        form = {} if quantize is None else {"quantize": quantize}
+        return {
+            layer.name: {"rank": layer.rank, "layout": layer.layout, **form}
+            for layer in self.layers
+            if layer.layout != "dense" or quantize is not None
+        }
+
     @property
     def kept(self) -> float:
         """Fraction of the targeted layers' parameters that is kept."""
@@ -145,6 +167,12 @@ class CompressionReport:
 
     def __str__(self) -> str:
         return summary_table(self)
+
+
+def _layer_report(row: Mapping[str, Any]) -> LayerReport:
+    """Return a row as it was before JSON: tuples are no lists, and NaN is not None."""
+    figures: dict[str, Any] = {name: float("nan") if value is None else value for name, value in row.items()}
+    return LayerReport(**{**figures, "shape": tuple(row["shape"]), "flags": tuple(row["flags"])})
 
 
 def write_json(content: Any, path: str | Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, Timer
@@ -79,6 +81,27 @@ class CalibrationSchedule:
             # A loader without a length: the last epoch is the best that is known.
             self.begun = self._in_last_epoch(trainer)
         return self.begun
+
+    def state_dict(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Return what a calibration that has begun needs to end where it would have, in another process."""
+        return {"stopping": bool(trainer.should_stop), "min_steps": trainer.fit_loop.epoch_loop.min_steps}
+
+    def load_state_dict(self, trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
+        """Go on with a calibration, after :meth:`start`."""
+        self.begun = True
+        if self._holding and state["stopping"]:
+            trainer.should_stop = True
+            trainer.fit_loop.epoch_loop.min_steps = state["min_steps"]
+
+    def missed(self, trainer: pl.Trainer) -> int:
+        """Return how many steps (batches, of a last epoch) the calibration has missed as a resumed training starts."""
+        if self.calibration_steps is not None:
+            begin = max(0, self._last_step - self.calibration_steps)
+            return int(max(0, self._position(trainer) - begin))
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        begun = self._in_last_epoch(trainer) and epochs.started > epochs.processed
+        return batches.processed if begun else 0
 
     def stop(self, trainer: pl.Trainer) -> None:
         """Give the Trainer its own ``min_steps`` back; safe to call at any time."""

@@ -21,7 +21,7 @@ class Saving(FascCallback):
     """Saves moments and weights of every process."""
 
     def on_fit_end(self, trainer, pl_module):
-        moments = copy.deepcopy(self._moments)
+        moments = copy.deepcopy(self._calibration.moments)
         super().on_fit_end(trainer, pl_module)
         layers = {name: vars(moments.layer(name)) for name in list(moments.shapes)}
         ranks = {row.name: row.rank for row in self.report.layers}

@@ -14,7 +14,8 @@ FOLDER = Path(__file__).parent
 
 
 def run_script(script: str, *arguments: object) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [sys.executable, str(FOLDER / script), *map(str, arguments)],
         check=True,

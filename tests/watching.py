@@ -42,5 +42,5 @@ class RecordingCallback(FascCallback):
         super().on_train_batch_end(*args)
 
     def on_fit_end(self, trainer, pl_module):
-        self.kept_moments = copy.deepcopy(self._moments)
+        self.kept_moments = copy.deepcopy(self._calibration.moments)
         super().on_fit_end(trainer, pl_module)

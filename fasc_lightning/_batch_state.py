@@ -1,0 +1,71 @@
+"""Batches as tensors and plain data, for files that hold nothing else, and back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+class UnsavableBatchError(TypeError):
+    """A batch holds what neither a tensor nor plain data can stand for."""
+
+
+def pack_batch(value: Any, tensors: dict[str, Tensor], prefix: str) -> Any:
+    """Return a batch in plain data, its tensors replaced by names.
+
+    Args:
+        value: Tensors and plain values in any nesting of dict, list, tuple and transformers' BatchEncoding.
+        tensors: Takes the tensors by name. None shares memory with another afterwards.
+        prefix: Of those names.
+
+    Raises:
+        UnsavableBatchError: If the batch is of any other type, which could not be made again.
+    """
+    if type(value) is Tensor:
+        name = f"{prefix}{len(tensors)}"
+        owned = value.detach().contiguous()
+        storages = {t.untyped_storage().data_ptr() for t in tensors.values()}
+        # Files of safetensors refuse tensors that share memory, as labels and inputs may do.
+        tensors[name] = owned.clone() if owned.untyped_storage().data_ptr() in storages else owned
+        return ["tensor", name]
+    if value is None or type(value) in (bool, int, float, str):
+        return ["value", value]
+    if type(value) in (list, tuple):
+        return [type(value).__name__, [pack_batch(item, tensors, prefix) for item in value]]
+    if type(value) is dict or type(value) is _batch_encoding():
+        if unsavable := [key for key in value if type(key) not in (str, int)]:
+            raise UnsavableBatchError(f"a mapping with the key {unsavable[0]!r}")
+        items = [[key, pack_batch(item, tensors, prefix)] for key, item in value.items()]
+        return ["dict" if type(value) is dict else "encoding", items]
+    raise UnsavableBatchError(f"a {type(value).__module__}.{type(value).__qualname__}")
+
+
+def unpack_batch(plain: Any, tensor: Callable[[str], Tensor]) -> Any:
+    """Return the batch of which :func:`pack_batch` made plain data.
+
+    Args:
+        plain: The data.
+        tensor: Returns a tensor by its name.
+    """
+    kind, content = plain
+    if kind == "tensor":
+        return tensor(content)
+    if kind == "value":
+        return content
+    if kind in ("list", "tuple"):
+        items = [unpack_batch(item, tensor) for item in content]
+        return items if kind == "list" else tuple(items)
+    mapping = {key: unpack_batch(item, tensor) for key, item in content}
+    if kind == "dict":
+        return mapping
+    from transformers import BatchEncoding
+
+    return BatchEncoding(mapping)
+
+
+def _batch_encoding() -> Any:
+    # A batch of that type exists only where its module has been imported; importing it here would take a second.
+    return getattr(sys.modules.get("transformers.tokenization_utils_base"), "BatchEncoding", None)

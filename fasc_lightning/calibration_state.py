@@ -1,0 +1,97 @@
+"""The statistics of a calibration as named tensors and plain data, and back; of all processes, on the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from fasc_lightning._batch_state import pack_batch, unpack_batch
+from fasc_lightning._distributed import is_distributed
+from fasc_lightning.calibration import Calibration
+from fasc_lightning.dependence import SUMS, DependenceScore, all_reduce_scores_
+from fasc_lightning.moments_file import pack_moments, unpack_moments
+
+
+def pack_calibration(trainer: pl.Trainer, calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the statistics so far, summed over all processes; the running ones stay what they are.
+
+    Args:
+        trainer: Of the fit.
+        calibration: Between two batches.
+
+    Returns:
+        Tensors by name, on the first process only, and a header for :func:`unpack_calibration`. On one process the
+        tensors are the running ones: they have to be written before the next batch.
+
+    Raises:
+        UnsavableBatchError: On the first process, after the work that all share, if batches to replay are of a type
+            that a file cannot hold.
+    """
+    distributed = is_distributed(trainer) and not calibration.finished  # else they are summed already
+    tensors, moments = pack_moments(calibration.moments, distributed)
+    scores, rows = _pack_scores(calibration.scores.scores, distributed)
+    batches: dict[str, Tensor] = {}
+    kept = []
+    if trainer.is_global_zero:  # which replays its own alone
+        kept = [pack_batch(batch, batches, "batch.") for batch in calibration.replay.batches]
+    header = {
+        "moments": moments,
+        "rows": rows,
+        "kept": kept,
+        "batches": calibration.batches,
+        "seconds": calibration.seconds,
+    }
+    return ({**tensors, **scores, **batches} if trainer.is_global_zero else {}), header
+
+
+def unpack_calibration(
+    trainer: pl.Trainer, calibration: Calibration, header: Mapping[str, Any], tensor: Callable[[str], Tensor]
+) -> None:
+    """Let a calibration that has not begun go on from what :func:`pack_calibration` returned.
+
+    Only the first process reads tensors: the sums over all processes are to be counted once.
+
+    Args:
+        trainer: Of the fit.
+        calibration: Of the same layers and options.
+        header: In plain data.
+        tensor: Returns a tensor by its name.
+    """
+    if not trainer.is_global_zero:
+        calibration.restore(None, None, [], header["batches"], header["seconds"])
+        return
+    device = calibration.moments.device
+    moments = unpack_moments(header["moments"], lambda name: tensor(name).to(device), device)
+    scores = {name: deepcopy(score) for name, score in calibration.scores.scores.items()}
+    _unpack_scores(scores, header["rows"], tensor)
+    kept = [unpack_batch(batch, tensor) for batch in header["kept"]]
+    calibration.restore(moments, scores, kept, header["batches"], header["seconds"])
+
+
+def _pack_scores(scores: Mapping[str, DependenceScore], distributed: bool) -> tuple[dict[str, Tensor], list[int]]:
+    """Return the states of all scores, stacked in the order of their names, and how many rows each has."""
+    ordered = [scores[name] for name in sorted(scores)]
+    if distributed:
+        ordered = deepcopy(ordered)
+        all_reduce_scores_(ordered)
+    tensors = {f"scores.{name}": torch.stack([getattr(score, name) for score in ordered]) for name in SUMS}
+    rows = [torch.cat([score.biased.new_zeros(0, 3), *score.rows]) for score in ordered]
+    tensors["scores.rows"] = torch.cat(rows)
+    return tensors, [len(part) for part in rows]
+
+
+def _unpack_scores(scores: Mapping[str, DependenceScore], rows: list[int], tensor: Callable[[str], Tensor]) -> None:
+    sums = {name: tensor(f"scores.{name}") for name in SUMS}
+    parts = tensor("scores.rows").split(rows)
+    for i, name in enumerate(sorted(scores)):
+        score = scores[name]
+        device = score.biased.device
+        for key, stacked in sums.items():
+            setattr(score, key, stacked[i].to(device).clone())
+        score.rows = [parts[i].to(device).clone()] if rows[i] else []
+        score._update_count = int(score.tokens > 0)

@@ -1,0 +1,233 @@
+"""Calibrations that outlive their process: what checkpoints keep of one, and how a fit goes on from it, or cannot.
+
+A checkpoint that is saved while a calibration goes on holds its statistics, summed over all processes, and where each
+process stands in its data. A fit that is resumed from it ends as it would have without the interruption. Where that
+cannot be had (a loader that is not stateful, a file that is missing, another number of processes), the fit goes back to
+where the calibration began, and says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fasc_lightning._batch_state import UnsavableBatchError
+from fasc_lightning._distributed import gather_everywhere
+from fasc_lightning.calibration import REPLAYED, Calibration
+from fasc_lightning.calibration_state import pack_calibration, unpack_calibration
+from fasc_lightning.loader_position import begin_epoch, go_back, obstacle, position, restore_position
+from fasc_lightning.schedule import CalibrationSchedule
+from fasc_lightning.sidecar import SidecarCheckpointIO, open_sidecar
+
+#: Of what a checkpoint keeps; of another one nothing is used.
+_FORMAT = 1
+
+#: Where it is in the callback's state.
+_KEY = "calibration"
+
+
+class CalibrationKeeper:
+    """Puts a fit's calibration into its checkpoints, and takes it out of the one that the fit is resumed from.
+
+    Args:
+        key: The callback's key in checkpoints.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._io: SidecarCheckpointIO | None = None
+        self._checkpoint: dict[str, Any] | None = None  # that the fit is resumed from, while it is read
+        self._state: dict[str, Any] | None = None
+        self._stopping = False  # as the fit was when it went back
+
+    def install(self, trainer: pl.Trainer) -> None:
+        """Let the Trainer's checkpoints have sidecars."""
+        inner = trainer.strategy.checkpoint_io
+        if isinstance(inner, SidecarCheckpointIO):  # of a fit that failed
+            inner = inner.inner
+        trainer.strategy.checkpoint_io = self._io = SidecarCheckpointIO(inner, self._find)
+        self._checkpoint, self._state, self._stopping = None, None, False
+
+    def remove(self, trainer: pl.Trainer) -> None:
+        """Give the Trainer its own plugin back; safe at any time."""
+        if self._io is not None and trainer.strategy.checkpoint_io is self._io:
+            trainer.strategy.checkpoint_io = self._io.inner
+        self._io = self._checkpoint = self._state = None
+
+    def clean(self) -> None:
+        """Remove sidecars, which a fit that has ended does not need."""
+        if self._io is not None:
+            self._io.clean()
+
+    # Saving.
+
+    def save(
+        self, trainer: pl.Trainer, calibration: Calibration, schedule: CalibrationSchedule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put a calibration that has begun into a checkpoint; on all processes together."""
+        calibration.settle(trainer)
+        left = _batches_are_left(trainer)
+        hindered = next(filter(None, gather_everywhere(trainer, obstacle(trainer) if left else "")), "")
+        state = {
+            "format": _FORMAT,
+            "end": _end(trainer, schedule),
+            "setting": calibration.setting(trainer),
+            "origin": calibration.origin,
+            "schedule": schedule.state_dict(trainer),
+            "left": left,
+            "obstacle": hindered,
+            "tensors": {},
+        }
+        if not hindered:
+            state["positions"] = gather_everywhere(trainer, position(trainer)) if left else []
+            try:
+                state["tensors"], state["header"] = pack_calibration(trainer, calibration)
+            except UnsavableBatchError as error:
+                state["obstacle"] = f"its batches, which are to be replayed, hold {error}, which a file cannot"
+        checkpoint["callbacks"].setdefault(self._key, {})[_KEY] = state
+
+    def _find(self, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+        return checkpoint.get("callbacks", {}).get(self._key, {}).get(_KEY)
+
+    # Resuming.
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Take a calibration out of a checkpoint, before Lightning copies what it hands to callbacks."""
+        state = checkpoint["callbacks"].get(self._key, {}).pop(_KEY, None)
+        if self._io is not None and state is not None and state["format"] == _FORMAT:  # in a fit
+            self._checkpoint, self._state = checkpoint, state
+
+    def resume(self, trainer: pl.Trainer, calibration: Calibration, schedule: CalibrationSchedule) -> None:
+        """Give a new calibration the statistics of the checkpoint; before Lightning restores its loops.
+
+        If they cannot be had, the loops will be where the calibration began, whose statistics then start from nothing.
+        """
+        state, checkpoint = self._state, self._checkpoint
+        self._checkpoint = None
+        if state is None or checkpoint is None:
+            return
+        if state["end"] != _end(trainer, schedule):
+            self._state = None
+            rank_zero_info(
+                "FascCallback: the statistics of the checkpoint are not used, since the fit now ends at another time "
+                f"({_described(_end(trainer, schedule))}; it was {_described(state['end'])})."
+            )
+            return
+        reason = self._unusable(trainer, calibration, state)
+        reason = next(filter(None, gather_everywhere(trainer, reason)), "")
+        if not reason:
+            reason = self._read(trainer, calibration, state)
+            reason = next(filter(None, gather_everywhere(trainer, reason)), "")
+        if reason:
+            self._state = None
+            self._go_back(trainer, calibration, checkpoint, state, reason)
+            return
+        calibration.origin = state["origin"]
+        rank_zero_info(f"FascCallback: the calibration goes on after {calibration.batches} batches.")
+
+    def start(self, trainer: pl.Trainer, schedule: CalibrationSchedule) -> None:
+        """Go on where the checkpoint was saved, once the schedule and Lightning's loops have started."""
+        state, self._state = self._state, None
+        begin_epoch(trainer)
+        if state is not None:
+            schedule.load_state_dict(trainer, state["schedule"])
+            if state["left"]:
+                restore_position(trainer, state["positions"][trainer.global_rank])
+        elif self._stopping:
+            trainer.should_stop = True
+        elif trainer.ckpt_path is not None and (missed := schedule.missed(trainer)):
+            rank_zero_warn(
+                f"FascCallback: the calibration starts again with what is left of it, since the checkpoint holds no "
+                f"statistics of its first {missed} {'batches' if schedule.calibration_steps is None else 'steps'}. "
+                "HINT: resume from a checkpoint of before the calibration."
+            )
+
+    @staticmethod
+    def _unusable(trainer: pl.Trainer, calibration: Calibration, state: Mapping[str, Any]) -> str:
+        """Return why the statistics of a checkpoint are not those of this fit; "" if they are."""
+        was, now = state["setting"], calibration.setting(trainer)
+        for name, value in now.items():
+            # Batches that were kept do no harm where nothing replays them.
+            if was[name] != value and not (name == REPLAYED and was[name]):
+                return f"{name} was {_short(was[name])} and is {_short(value)} now"
+        return state["obstacle"]
+
+    def _read(self, trainer: pl.Trainer, calibration: Calibration, state: dict[str, Any]) -> str:
+        """Read the statistics; return why that failed, "" if it did not."""
+        tensors: dict[str, Tensor] = state.pop("tensors")
+        beside = "token" in state and trainer.is_global_zero
+        try:
+            with open_sidecar(state["token"], Path(str(trainer.ckpt_path))) if beside else nullcontext() as found:
+                tensor: Callable[[str], Tensor] = tensors.__getitem__
+                if found is not None:
+                    file, handle = found
+                    tensor = handle.get_tensor
+                    assert self._io is not None
+                    self._io.keep_track(file)
+                unpack_calibration(trainer, calibration, state["header"], tensor)
+        except (OSError, KeyError, SafetensorError) as error:
+            return f"its statistics cannot be read: {error}"
+        return ""
+
+    def _go_back(
+        self,
+        trainer: pl.Trainer,
+        calibration: Calibration,
+        checkpoint: dict[str, Any],
+        state: Mapping[str, Any],
+        reason: str,
+    ) -> None:
+        """Let Lightning restore its loops as they were before the first batch of the calibration."""
+        calibration.reset()
+        go_back(checkpoint, state["origin"])
+        self._stopping = state["schedule"]["stopping"]
+        twice = ""
+        if calibration.options.update_weights:
+            twice = " The weights are trained on those batches once more, since update_weights=True."
+        rank_zero_warn(
+            f"FascCallback: the calibration starts again from its first batch and not where the checkpoint was saved. "
+            f"Reason: {reason}.{twice} HINT: a stateful loader and the same options, processes and files let it go on."
+        )
+
+
+def saves_on_exception(trainer: pl.Trainer) -> bool:
+    """Tell whether a callback saves a checkpoint when a fit fails or is told to stop."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(c, OnExceptionCheckpoint) or getattr(c, "save_on_exception", False) for c in callbacks)
+
+
+def _batches_are_left(trainer: pl.Trainer) -> bool:
+    """Tell whether the fit has another batch to run."""
+    loop = trainer.fit_loop
+    if 0 <= trainer.max_steps <= trainer.global_step or (trainer.should_stop and loop._can_stop_early):
+        return False
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        return True
+    epochs: Any = loop.epoch_progress.current
+    batches: Any = loop.epoch_loop.batch_progress.current
+    ended = loop.epoch_loop.batch_progress.is_last_batch and batches.processed == batches.ready
+    # An epoch counts as processed before the hooks at its end, where most checkpoints are saved.
+    done = epochs.processed + int(ended and epochs.started > epochs.processed)
+    return done < trainer.max_epochs
+
+
+def _end(trainer: pl.Trainer, schedule: CalibrationSchedule) -> list[Any]:
+    """Return what decides when the calibration takes place."""
+    return [trainer.max_epochs, trainer.max_steps, schedule.calibration_steps]
+
+
+def _described(end: list[Any]) -> str:
+    names = ("max_epochs", "max_steps", "calibration_steps")
+    return ", ".join(f"{name}={value}" for name, value in zip(names, end, strict=True))
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.80}"

@@ -1,0 +1,178 @@
+"""Statistics too large for a checkpoint, in a file of their own beside it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from typing_extensions import override
+
+from fasc_lightning._files import whole_file
+
+#: Bytes of statistics above which a checkpoint gets a sidecar. Lightning makes a checkpoint in memory before it is
+#: written, reads it on every process and copies what it hands to a callback: of a 135M model's statistics (1 GB) that
+#: would be several on each. Below it a single file is handier.
+SIDECAR_BYTES = 64 * 2**20
+
+SUFFIX = ".fasc.safetensors"
+
+_TOKEN = "fasc_lightning.calibration"
+
+
+class SidecarCheckpointIO(CheckpointIO):
+    """Saves and removes checkpoints as another plugin does, and with them the sidecars of their calibrations.
+
+    Every sidecar has a token that its checkpoint names, so that no checkpoint is ever taken for another's, and a file
+    name of its own, so that an older checkpoint of the same name keeps the one that it has until it is overwritten.
+
+    Args:
+        inner: The plugin.
+        find: Returns the part of a checkpoint that may hold large "tensors", or None.
+    """
+
+    def __init__(self, inner: CheckpointIO, find: Callable[[Mapping[str, Any]], dict[str, Any] | None]) -> None:
+        self.inner = inner
+        self._find = find
+        self._kept: dict[Path, list[Path]] = {}
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Save a checkpoint; statistics that cannot be written are left out, which it and a warning say."""
+        state = self._find(checkpoint)
+        written = None
+        if state is not None and _is_local(path) and _nbytes(state["tensors"]) > SIDECAR_BYTES:
+            tensors, state["tensors"] = state["tensors"], {}
+            try:
+                written, state["token"] = write_sidecar(tensors, Path(path))
+            except (OSError, SafetensorError) as error:
+                state["obstacle"] = f"its sidecar file could not be written ({error})"
+                rank_zero_warn(
+                    f"FascCallback: the statistics of the calibration could not be written beside {path}: {error}. A "
+                    "fit that is resumed from this checkpoint has to start its calibration again."
+                )
+        self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        if _is_local(path):
+            self._tidy(Path(path), written)
+
+    @override
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.inner.load_checkpoint(*args, **kwargs)
+
+    @override
+    def remove_checkpoint(self, path: Any) -> None:
+        self.inner.remove_checkpoint(path)
+        if _is_local(path):
+            _remove(sidecars(Path(path)))
+            self._kept.pop(Path(path), None)
+
+    @override
+    def teardown(self) -> None:
+        self.inner.teardown()
+
+    def keep_track(self, file: Path) -> None:
+        """Let :meth:`clean` remove a sidecar of another process, from which this one went on."""
+        self._kept.setdefault(file, []).append(file)
+
+    def clean(self) -> None:
+        """Remove the sidecars of all checkpoints that were saved."""
+        for files in self._kept.values():
+            _remove(files)
+        self._kept = {}
+
+    def _tidy(self, path: Path, written: Path | None) -> None:
+        """Remove the sidecars of earlier checkpoints of the same name."""
+        latest = [] if written is None else [written]
+        if isinstance(self.inner, AsyncCheckpointIO):
+            # Written in the background, the checkpoint may not be there yet: the one before it keeps its sidecar.
+            latest = [*self._kept.get(path, []), *latest][-2:]
+        self._kept[path] = latest
+        _remove(file for file in sidecars(path) if file not in latest)
+
+
+def write_sidecar(tensors: Mapping[str, Tensor], path: Path) -> tuple[Path, str]:
+    """Write tensors beside a checkpoint, whole or not at all; return the file and its token.
+
+    Raises:
+        OSError: If the folder is read-only or the disk is full.
+        SafetensorError: Likewise.
+    """
+    from safetensors.torch import save_file
+
+    token = uuid.uuid4().hex
+    file = path.parent / f"{_stem(path)}.{token[:8]}{SUFFIX}"
+    with whole_file(file) as temporary:
+        save_file(dict(tensors), temporary, metadata={_TOKEN: token})
+    return file, token
+
+
+@contextmanager
+def open_sidecar(token: str, path: Path) -> Iterator[tuple[Path, Any]]:
+    """Open the sidecar of a checkpoint wherever it lies beside it, whatever it is called.
+
+    Args:
+        token: That the checkpoint names.
+        path: Of the checkpoint, or a link to it.
+
+    Yields:
+        The file, and safetensors' handle, whose ``get_tensor(name)`` reads one tensor.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+    """
+    for folder in dict.fromkeys((path.parent, path.resolve().parent)):
+        for file in sorted(folder.glob(f"*{SUFFIX}")):
+            if read_token(file) == token:
+                with safe_open(file, framework="pt") as handle:
+                    yield file, handle
+                return
+    raise FileNotFoundError(f"there is no {_stem(path)}.{token[:8]}{SUFFIX} beside {path}, or it is damaged")
+
+
+def read_token(file: Path) -> str | None:
+    """Return the token of a sidecar; None of a file that is none, or is damaged."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return (handle.metadata() or {}).get(_TOKEN)
+    except (OSError, SafetensorError):
+        return None
+
+
+def sidecars(path: Path) -> list[Path]:
+    """Return the sidecars that were written for checkpoints of a path."""
+    prefix = f"{_stem(path)}."
+    tokens = 8 + len(SUFFIX)
+    return [
+        file
+        for file in path.parent.glob(f"*{SUFFIX}")
+        if file.name.startswith(prefix) and len(file.name) == len(prefix) + tokens
+    ]
+
+
+def _stem(path: Path) -> str:
+    # Lightning finds the newest checkpoint of a cluster job by what follows this in any file's name.
+    return path.name.replace("hpc_ckpt_", "hpc-ckpt-")
+
+
+def _is_local(path: Any) -> bool:
+    """Whether a path is of this machine's files: checkpoints elsewhere keep their statistics, of any size."""
+    return "://" not in str(path)
+
+
+def _nbytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in list(files):
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            rank_zero_warn(f"FascCallback: {file} is of no use any more but could not be removed: {error}.")

@@ -1,0 +1,64 @@
+"""A fit that kills itself in its calibration, or goes on after that; each process saves what it ends with.
+
+Run as a script, since Lightning's DDP launches its other processes by running the script again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from interrupted import every_batch
+from tiny import Tokens, causal_module
+from torchdata.stateful_dataloader import StatefulDataLoader
+from watching import RecordingCallback
+
+from fasc_lightning import sidecar
+
+
+class Watch(pl.Callback):
+    """Notes what the batches hold, and kills the process before one of them."""
+
+    def __init__(self, kill: bool) -> None:
+        self.kill, self.seen = kill, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.kill and (trainer.current_epoch, batch_idx) == (1, 5):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.seen.append(batch["input_ids"].tolist())
+
+
+def fit(devices: int, folder: Path, what: str = "") -> None:
+    """Fit for two epochs; "kill" the process in the second one, or "resume"."""
+    torch.manual_seed(0)
+    callback, watch = RecordingCallback(keep=0.6, seed=1), Watch(what == "kill")
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_epochs=2,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback, watch, every_batch(folder)],
+    )
+    # In double precision, so that the order of sums does not decide what is compared.
+    module = causal_module().double()
+    loader = StatefulDataLoader(Tokens(samples=16 * devices), batch_size=2, shuffle=True)
+    trainer.fit(module, loader, ckpt_path=folder / "last.ckpt" if what == "resume" else None)
+    content = {
+        "state": module.state_dict(),
+        "ranks": {row.name: row.rank for row in callback.report.layers},
+        "batches": callback.batches,
+        "seen": watch.seen,
+    }
+    torch.save(content, folder / f"{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    sidecar.SIDECAR_BYTES = 0
+    fit(int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

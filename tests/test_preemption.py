@@ -1,0 +1,202 @@
+"""Fits that are killed in the middle of a calibration and go on as if nothing had been."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import preempted_fit
+import pytest
+import torch
+from interrupted import BATCHES, Fits, assert_same, every_batch, sidecars, stateful_loader
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from tiny import causal_module, token_loader
+from watching import RecordingCallback
+
+from fasc_lightning import CausalLMModule
+
+# Lightning's notice of a folder in which an interrupted fit has left its checkpoints.
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+FOLDER = Path(__file__).parent
+
+
+@pytest.fixture
+def no_limit(monkeypatch):
+    """Every checkpoint in the middle of a calibration has a sidecar."""
+    monkeypatch.setattr("fasc_lightning.sidecar.SIDECAR_BYTES", 0)
+
+
+CASES = {
+    "frozen": {},
+    "training": {"update_weights": True},
+    "in the second epoch": {"epoch": 1, "update_weights": True},
+    "after the last batch but one": {"batch": BATCHES - 1},
+    "all statistics": {"method": "gfwsvd", "gate": 0.1, "gate_by": "pooled", "refit": False},
+    "subsampled tokens": {"token_fraction": 0.5},
+    "with dropout": {"update_weights": True, "family": "gpt2", "model": {"resid_pdrop": 0.2}},
+    "a loader without length": {"loader": lambda: stateful_loader(endless=True), "update_weights": True},
+    "several batches a step": {"trainer": {"accumulate_grad_batches": 2}, "update_weights": True, "batch": 4},
+    "validations in between": {"trainer": {"val_check_interval": 2}, "validation": True, "update_weights": True},
+    "the last steps": {"trainer": {"max_steps": 6, "max_epochs": -1}, "calibration_steps": 4, "update_weights": True},
+}
+
+
+@pytest.mark.parametrize(("case", "limit"), [*((case, 0) for case in CASES), ("frozen", 2**30), ("training", 2**30)])
+def test_a_fit_that_goes_on_ends_as_one_that_was_not_interrupted(make_trainer, tmp_path, monkeypatch, case, limit):
+    monkeypatch.setattr("fasc_lightning.sidecar.SIDECAR_BYTES", limit)
+    options = dict(CASES[case])
+    epoch, batch = options.pop("epoch", 0), options.pop("batch", 5)
+    options["trainer"] = {"max_epochs": epoch + 1, **options.get("trainer", {})}
+    fits = Fits(make_trainer, tmp_path, **options)
+    straight = fits.straight(batch, epoch)
+    assert bool(sidecars(tmp_path / "left")) is (limit == 0)
+    assert fits.left_running == ["last.ckpt"]  # removed at the end of the fit
+    resumed = fits.resumed()
+    assert_same(resumed, straight)
+    assert resumed[1].batches < straight[1].batches
+    assert sidecars(tmp_path / "left") == []
+
+
+@pytest.mark.parametrize("place", ["after the last batch", "after the last epoch"])
+def test_nothing_is_run_again_where_only_the_factors_are_missing(make_trainer, tmp_path, no_limit, place):
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if place == "after the last batch" and batch_idx == BATCHES - 1:
+                trainer.save_checkpoint(tmp_path / "left" / "last.ckpt")
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            if place == "after the last epoch":
+                trainer.save_checkpoint(tmp_path / "left" / "last.ckpt")
+
+        def on_fit_end(self, trainer, pl_module):
+            (kept,) = sidecars(tmp_path / "left")
+            (tmp_path / "left" / kept).rename(tmp_path / "kept")
+
+    # Any loader will do: nothing more is asked of it.
+    fits = Fits(make_trainer, tmp_path, loader=lambda: token_loader(samples=2 * BATCHES))
+    straight = fits.run(Save())
+    (tmp_path / "kept").rename(tmp_path / "left" / "statistics.fasc.safetensors")
+    resumed = fits.run(ckpt_path=tmp_path / "left" / "last.ckpt")
+    assert_same(resumed, straight)
+    assert resumed[1].batches == 0
+
+
+def test_a_second_interruption_is_no_different(make_trainer, tmp_path, no_limit):
+    fits = Fits(make_trainer, tmp_path, update_weights=True)
+    straight = fits.straight(3)
+
+    class Stop(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 5:
+                raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fits.run(every_batch(tmp_path / "running"), Stop(), ckpt_path=tmp_path / "left" / "last.ckpt")
+    assert len(sidecars(tmp_path / "running")) == 1
+    assert_same(fits.run(every_batch(tmp_path / "running"), ckpt_path=tmp_path / "running" / "last.ckpt"), straight)
+
+
+def test_early_stopping_ends_the_calibration_where_it_would_have(make_trainer, tmp_path):
+    class Plateau(CausalLMModule):
+        def on_train_epoch_end(self):
+            self.log("plateau", 1.0)
+
+    def fit(folder, *callbacks, ckpt_path=None):
+        torch.manual_seed(1)
+        callback = RecordingCallback(keep=0.6, calibration_steps=5)
+        stopping = EarlyStopping("plateau", patience=1, check_on_train_epoch_end=True)
+        trainer = make_trainer(
+            callback, stopping, every_batch(folder), *callbacks, max_epochs=50, enable_checkpointing=True
+        )
+        module = Plateau(causal_module().model, learning_rate=1e-3)
+        torch.manual_seed(2)
+        trainer.fit(module, stateful_loader(), ckpt_path=ckpt_path)
+        return (module, callback), trainer
+
+    class Stop(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (2, 3):
+                raise InterruptedError
+
+    straight, trainer = fit(tmp_path / "straight")
+    assert trainer.global_step == 2 * BATCHES + 5
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "left", Stop())
+    resumed, trainer = fit(tmp_path / "left", ckpt_path=tmp_path / "left" / "last.ckpt")
+    assert trainer.global_step == 2 * BATCHES + 5
+    assert_same(resumed, straight)
+
+
+def test_a_checkpoint_saved_by_a_callback_that_comes_first_counts_the_whole_batch(make_trainer, tmp_path):
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 4:
+                trainer.save_checkpoint(tmp_path / "first.ckpt")
+
+    class First(Fits):
+        def run(self, *callbacks, **options):
+            make = self.make_trainer
+            self.make_trainer = lambda *given, **settings: make(Save(), *given, **settings)
+            try:
+                return super().run(*callbacks, **options)
+            finally:
+                self.make_trainer = make
+
+    fits = First(make_trainer, tmp_path)
+    straight = fits.run()
+    assert_same(fits.run(ckpt_path=tmp_path / "first.ckpt"), straight)
+
+
+def test_a_checkpoint_of_an_exception_holds_the_statistics(make_trainer, tmp_path):
+    class Between(pl.Callback):
+        """Raises where Lightning itself does when it is told to stop: between two batches."""
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 4:
+                raise InterruptedError
+
+    fits = Fits(make_trainer, tmp_path)
+    straight = fits.run()
+    saving = ModelCheckpoint(tmp_path / "left", "failed", save_on_exception=True, save_last=True)
+    with pytest.raises(InterruptedError):
+        fits.run(Between(), saving)
+    for name in ("failed", "last"):
+        assert_same(fits.run(copy.deepcopy(saving), ckpt_path=tmp_path / "left" / f"{name}.ckpt"), straight)
+
+
+def run_script(*arguments: object, killed: bool = False) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(FOLDER / "preempted_fit.py"), *map(str, arguments)]
+    done = subprocess.run(command, env={**environment, "OMP_NUM_THREADS": "1"}, timeout=600, capture_output=True)
+    expected = -signal.SIGKILL if killed else 0
+    assert done.returncode == expected, done.stderr.decode()[-3000:]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_killed_fit_ends_with_the_factors_of_one_that_was_not(tmp_path, no_limit, devices):
+    run = run_script if devices > 1 else preempted_fit.fit
+    run(devices, tmp_path / "straight")
+    run_script(devices, tmp_path / "killed", "kill", killed=True)
+    assert len(sidecars(tmp_path / "killed")) == 1
+    assert not list((tmp_path / "killed").glob("*.pt"))
+    run(devices, tmp_path / "killed", "resume")
+    for rank in range(devices):
+        expected, found = (
+            torch.load(tmp_path / name / f"{rank}.pt", weights_only=True) for name in ("straight", "killed")
+        )
+        assert found["batches"] == expected["batches"] - 5
+        assert found["seen"] == expected["seen"][-len(found["seen"]) :]
+        assert found["ranks"] == expected["ranks"]
+        assert list(found["state"]) == list(expected["state"])
+        for name, value in expected["state"].items():
+            if devices == 1:
+                assert torch.equal(found["state"][name], value)
+            else:  # sums of two processes are added up in another order
+                torch.testing.assert_close(found["state"][name], value, rtol=1e-9, atol=1e-9)
+    assert sidecars(tmp_path / "killed") == []

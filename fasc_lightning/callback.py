@@ -29,7 +29,7 @@ from fasc_lightning.gate import (
 )
 from fasc_lightning.history import RhoHistory, describe
 from fasc_lightning.hub import attach_config
-from fasc_lightning.lowrank import Layout
+from fasc_lightning.layouts import Layout
 from fasc_lightning.moments import CalibrationMoments, moment_dtype, moments_bytes
 from fasc_lightning.monitor import LayerScores, RhoMonitor, write_history
 from fasc_lightning.pooled import Gradient
@@ -82,7 +82,10 @@ class FascCallback(pl.Callback):
             :mod:`fasc_lightning.solvers`.
         allocation: "fisher" spends the budget over all layers; "uniform" gives each layer its own share.
         layout: "pivot" stores a rank-k (m, n) matrix in k (m + n - k) numbers, "factors" in k (m + n); "auto" is
-            pivot, which needs less at every rank.
+            pivot, but for ranks so low that nothing is saved by it and those so high that dense layers are faster and
+            as small (:mod:`~fasc_lightning.layouts`, by times measured on a CPU).
+        align: Ranks are multiples of this number (layers may stay dense); matrix products like 8 or more. Within the
+            same budget.
         refit: Whether factors are refitted to the inputs that the compressed model gives them, block by block, on the
             calibration's batches (:mod:`~fasc_lightning.refit`). "auto" does so where the model's blocks can be run
             one by one, and says why where not; True insists. It keeps the batches and the moments for it.
@@ -137,6 +140,7 @@ class FascCallback(pl.Callback):
         method: str = "fasc",
         allocation: str = "fisher",
         layout: Layout = "auto",
+        align: int = 1,
         refit: Refit = "auto",
         targets: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
@@ -164,13 +168,14 @@ class FascCallback(pl.Callback):
             _checks.check_budget(rank, keep)
         check_gate(gate, gate_by, gate_exclude, method)
         _checks.check_options(
-            method, allocation, layout, refit, token_fraction, calibration_steps, seed, loss_terms, token_mask
+            method, allocation, layout, align, refit, token_fraction, calibration_steps, seed, loss_terms, token_mask
         )
         self.rank = rank
         self.keep = keep
         self.method = method
         self.allocation = allocation
         self.layout = layout
+        self.align = align
         self.refit: Refit = refit
         self.targets = targets
         self.exclude = exclude
@@ -207,10 +212,8 @@ class FascCallback(pl.Callback):
     @property
     def options(self) -> dict[str, Any]:
         """The options that decide the result, for reports."""
-        names = (
-            "rank keep method allocation layout refit targets exclude calibration_steps update_weights token_fraction "
-        )
-        names += "rho_gradient gate gate_by gate_exclude"
+        names = "rank keep method allocation layout align refit targets exclude calibration_steps update_weights "
+        names += "token_fraction rho_gradient gate gate_by gate_exclude"
         return {name: getattr(self, name) for name in names.split()}
 
     @property
@@ -266,7 +269,7 @@ class FascCallback(pl.Callback):
     def _prepare_calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         shapes = layer_shapes(self._layers)
         _checks.check_rank_fits(shapes, self.rank)
-        check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout)
+        check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout, self.align)
         device = trainer.strategy.root_device
         dtype = moment_dtype(self._layers.values())
         needs = statistics_needed(self.method, self.gate, self.gate_by)
@@ -457,6 +460,7 @@ class FascCallback(pl.Callback):
             method=self.method,
             allocation=self.allocation,
             layout=self.layout,
+            align=self.align,
             device=trainer.strategy.root_device,
             progress=layer_progress(trainer),
             methods=methods,

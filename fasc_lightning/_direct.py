@@ -54,6 +54,29 @@ def weight_and_bias(child: Any) -> tuple[Tensor, Tensor | None]:
     return parameters["weight"], parameters["bias"]
 
 
+def two_factors(x: Tensor, factor_in: Tensor, factor_out: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the outputs of a layer of two factors.
+
+    Args:
+        x: Inputs (..., n).
+        factor_in: Shape (k, n).
+        factor_out: Shape (m, k).
+        bias: Shape (m,), or None.
+
+    Returns:
+        Shape (..., m).
+    """
+    if x.numel() == factor_in.shape[1]:
+        y = affine(factor_out, torch.mv(factor_in, x.reshape(-1)), bias)
+        return y.view(*x.shape[:-1], factor_out.shape[0])
+    return F.linear(F.linear(x, factor_in), factor_out, bias)
+
+
+def affine(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the outputs (m,) for one token (n,): as F.linear, and in bfloat16 1.4 times as fast."""
+    return torch.mv(weight, x) if bias is None else torch.addmv(bias, weight, x)
+
+
 def pivot_rows(
     x: Tensor,
     basis: Tensor,
@@ -78,7 +101,7 @@ def pivot_rows(
     tokens = x.shape[0]
     if tokens == 1:
         z = torch.mv(basis, x.view(-1))
-        rest = torch.mv(coefficients, z) if bias is None else torch.addmv(bias, coefficients, z)
+        rest = affine(coefficients, z, bias)
         parts = torch.cat((z if pivot_bias is None else z + pivot_bias, rest))
         return parts.index_select(0, permutation).view(1, -1)
     if tokens < MANY_TOKENS:
@@ -118,7 +141,7 @@ def pivot_columns(x: Tensor, basis: Tensor, coefficients: Tensor, bias: Tensor |
     if x.shape[0] == 1:
         z, rest = x.view(-1).index_select(0, permutation).tensor_split((k,))
         z.addmv_(coefficients, rest)
-        return (torch.mv(basis, z) if bias is None else torch.addmv(bias, basis, z)).view(1, -1)
+        return affine(basis, z, bias).view(1, -1)
     z, rest = permute_columns(x, permutation).tensor_split((k,), 1)
     return F.linear(z.addmm_(rest, coefficients.t()), basis, bias)
 

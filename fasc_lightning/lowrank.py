@@ -5,11 +5,17 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fasc_lightning._direct import may_be_direct, permute_columns, pivot_columns, pivot_rows, weight_and_bias
+from fasc_lightning._direct import (
+    may_be_direct,
+    permute_columns,
+    pivot_columns,
+    pivot_rows,
+    two_factors,
+    weight_and_bias,
+)
 from fasc_lightning._lazy_weight import LazyWeight
 from fasc_lightning.layouts import Layout, auto_layout, factors_cost, pivot_cost
 from fasc_lightning.pivots import orthonormal_basis, other_rows, select_basis_rows
@@ -145,7 +151,7 @@ class LowRankLinear(CompressedLinear):
         """Maps (..., n) to (..., m)."""
         first, second = self._modules["factor_in"], self._modules["factor_out"]
         if may_be_direct(x, first, second):
-            return F.linear(F.linear(x, weight_and_bias(first)[0]), *weight_and_bias(second))
+            return two_factors(x, weight_and_bias(first)[0], *weight_and_bias(second))
         return self.factor_out(self.factor_in(x))
 
     @override

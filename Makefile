@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARK_OUT ?= benchmarks/results
 
-.PHONY: install compress track-rho test lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-variants clean
+.PHONY: install compress track-rho test lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants clean
 
 install: $(STAMP)
 
@@ -31,13 +31,21 @@ lint: install
 test: lint
 	$(RUN) -m pytest
 
-benchmark: benchmark-speed benchmark-monitoring benchmark-p1
+benchmark: benchmark-speed benchmark-monitoring benchmark-inference benchmark-p1
 
 benchmark-speed: install
 	$(RUN) benchmarks/speed.py --output $(BENCHMARK_OUT)
 
 benchmark-monitoring: install
 	$(RUN) benchmarks/monitoring.py --output $(BENCHMARK_OUT)
+
+# Twenty minutes on a quiet machine. INFERENCE='--shapes SmolLM2-135M' measures a part of it.
+benchmark-inference: install
+	$(RUN) benchmarks/inference.py --output $(BENCHMARK_OUT)/inference $(INFERENCE)
+
+# Ten minutes; with BREAK_EVEN=--write the package's table is replaced.
+benchmark-break-even: install
+	$(RUN) benchmarks/break_even.py --output $(BENCHMARK_OUT) $(BREAK_EVEN)
 
 # Needs the evaluation texts: FASC_DATA=<folder> make benchmark-p1
 benchmark-p1: install

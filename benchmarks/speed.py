@@ -13,13 +13,12 @@ dependence scored, as in a fit.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from interleaved import timed
 
 from fasc_lightning.bundled import load_model
 from fasc_lightning.calibration import SCORE_EVERY, SCORE_TOKENS
@@ -33,13 +32,6 @@ from fasc_lightning.monitor import LayerScores
 from fasc_lightning.report import write_json
 from fasc_lightning.taps import Taps, layer_shapes, select_layers
 from fasc_lightning.tokens import TokenRows, sample_seeds
-
-
-def timed(action: Callable[[], Any]) -> float:
-    """Return the seconds that an action takes."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def bare_step(model: Any, batch: dict[str, torch.Tensor]) -> None:

@@ -105,6 +105,7 @@ def check_options(
     method: str,
     allocation: str,
     layout: str,
+    align: int,
     refit: object,
     token_fraction: float,
     calibration_steps: int | None,
@@ -123,6 +124,8 @@ def check_options(
     for name, value, known in (("allocation", allocation, ALLOCATIONS), ("layout", layout, LAYOUTS)):
         if value not in known:
             raise ValueError(f"Expected `{name}` to be one of {', '.join(known)} but got {value!r}.")
+    if type(align) is not int or align < 1:
+        raise ValueError(f"Expected `align` to be a positive int, what ranks are multiples of, but got {align!r}.")
     if not (isinstance(refit, bool) or refit == "auto"):
         raise ValueError(f"Expected `refit` to be True, False or 'auto' but got {refit!r}.")
     if quantize is not None:

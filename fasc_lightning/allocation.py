@@ -35,7 +35,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class _Options:
-    """The ways to store one layer, by ascending cost; the last is dense."""
+    """The ways to store one layer, by ascending rank and cost; the last is dense."""
 
     ranks: NDArray[np.int64]  # 0 stands for dense
     costs: NDArray[np.int64]
@@ -46,19 +46,31 @@ class _Options:
         return int(np.argmin(self.losses + price * self.costs))
 
 
-def _options(candidate: Candidate, cost: Cost) -> _Options:
+def _options(candidate: Candidate, cost: Cost, align: int) -> _Options:
     dense = candidate.m * candidate.n
-    ranks = np.arange(1, len(candidate.losses), dtype=np.int64)
+    ranks = np.arange(align, len(candidate.losses), align, dtype=np.int64)
     costs = np.array([cost(candidate.m, candidate.n, k) for k in ranks.tolist()], dtype=np.int64)
     saves = costs < dense
     return _Options(
         np.append(ranks[saves], 0),
         np.append(costs[saves], dense),
-        np.append(np.asarray(candidate.losses, dtype=np.float64)[1:][saves], 0.0),
+        np.append(np.asarray(candidate.losses, dtype=np.float64)[ranks[saves]], 0.0),
     )
 
 
-def allocate_fisher(candidates: Sequence[Candidate], budget: int, cost: Cost) -> list[int | None]:
+def least_cost(m: int, n: int, cost: Cost, align: int = 1) -> int:
+    """Return the parameters of the cheapest way to store a layer: its lowest rank, or dense where that is no more.
+
+    Args:
+        m: Outputs.
+        n: Inputs.
+        cost: Parameters of a rank-k matrix in the layout in use.
+        align: What ranks are multiples of.
+    """
+    return m * n if align > min(m, n) else min(cost(m, n, align), m * n)
+
+
+def allocate_fisher(candidates: Sequence[Candidate], budget: int, cost: Cost, align: int = 1) -> list[int | None]:
     """Minimise the sum of the layers' losses under a budget of parameters.
 
     The Lagrangian sum of loss(k) + price * cost(k) separates by layer; its minimum is taken over every rank, since
@@ -70,19 +82,20 @@ def allocate_fisher(candidates: Sequence[Candidate], budget: int, cost: Cost) ->
         candidates: The layers.
         budget: Parameters that may be kept in all.
         cost: Parameters of a rank-k matrix in the layout in use.
+        align: What ranks are multiples of. A layer without such a rank that saves parameters stays dense.
 
     Returns:
         The rank of each layer, None for dense.
 
     Raises:
-        ValueError: If the budget does not even hold rank 1 everywhere.
+        ValueError: If the budget does not even hold the lowest rank everywhere.
     """
-    options = [_options(candidate, cost) for candidate in candidates]
+    options = [_options(candidate, cost, align) for candidate in candidates]
     least = sum(int(o.costs[0]) for o in options)
     if budget < least:
         raise ValueError(
-            f"Expected a budget of at least {least:,} parameters (rank 1 in each of {len(options)} layers) but got "
-            f"{budget:,}. Raise `rank` or `keep`."
+            f"Expected a budget of at least {least:,} parameters (rank {align} in each of {len(options)} layers) but "
+            f"got {budget:,}. Raise `rank` or `keep`{'' if align == 1 else ', or lower `align`'}."
         )
 
     def spend(price: float) -> tuple[list[int], int]:
@@ -132,27 +145,30 @@ def _spend_rest(options: Sequence[_Options], chosen: list[int], rest: int) -> No
         chosen[layer] = j
 
 
-def allocate_uniform(candidates: Sequence[Candidate], budgets: Sequence[int], cost: Cost) -> list[int | None]:
+def allocate_uniform(
+    candidates: Sequence[Candidate], budgets: Sequence[int], cost: Cost, align: int = 1
+) -> list[int | None]:
     """Give each layer the largest rank that its own budget holds, dense where that fits.
 
     Args:
         candidates: The layers; their losses are not looked at.
         budgets: Parameters that each layer may keep.
         cost: Parameters of a rank-k matrix in the layout in use.
+        align: What ranks are multiples of.
 
     Raises:
-        ValueError: If a layer's budget does not hold rank 1.
+        ValueError: If a layer's budget does not hold its lowest rank.
     """
     ranks: list[int | None] = []
     for candidate, budget in zip(candidates, budgets, strict=True):
-        o = _options(candidate, cost)
+        o = _options(candidate, cost, align)
         fitting = np.flatnonzero(o.costs <= budget)
         if not len(fitting):
             raise ValueError(
                 f"Expected a budget of at least {int(o.costs[0]):,} parameters for layer {candidate.name!r} but got "
-                f"{budget:,}. Raise `rank` or `keep`, or exclude the layer."
+                f"{budget:,}. Raise `rank` or `keep`,{'' if align == 1 else ' lower `align`,'} or exclude the layer."
             )
-        ranks.append(int(o.ranks[fitting[np.argmax(o.costs[fitting])]]) or None)
+        ranks.append(int(o.ranks[fitting[-1]]) or None)
     return ranks
 
 

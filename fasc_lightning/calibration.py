@@ -19,8 +19,8 @@ from fasc_lightning.dependence import DependenceScore
 from fasc_lightning.factorize import CompressionResult, compress_layers
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.gate import choose_methods, excluded_layers, failure_flags, gate_scores, statistics_needed
+from fasc_lightning.layouts import Layout
 from fasc_lightning.loader_position import loops_before
-from fasc_lightning.lowrank import Layout
 from fasc_lightning.measure_phase import MeasurePhase
 from fasc_lightning.moments import CalibrationMoments, moment_dtype, moments_bytes
 from fasc_lightning.monitor import LayerScores
@@ -249,6 +249,7 @@ class Calibration:
         rank: int | float | None,
         keep: float | None,
         layout: Layout,
+        align: int,
     ) -> tuple[CompressionResult, list[LayerReport]]:
         """Turn the statistics into replacements, the same ones on every process, and say what becomes of each layer.
 
@@ -259,7 +260,8 @@ class Calibration:
             pl_module: The module, dense.
             rank: See :func:`~fasc_lightning.factorize.layer_budgets`.
             keep: Likewise.
-            layout: "auto", "pivot" or "factors".
+            layout: See :func:`~fasc_lightning.factorize.compress_layers`.
+            align: Likewise.
 
         Raises:
             RuntimeError: If no gradient reached any layer, or processes chose different ranks.
@@ -279,6 +281,7 @@ class Calibration:
             method=options.method,
             allocation=options.allocation,
             layout=layout,
+            align=align,
             device=trainer.strategy.root_device,
             progress=layer_progress(trainer),
             methods=methods,

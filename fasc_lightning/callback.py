@@ -23,7 +23,7 @@ from fasc_lightning.factorize import CompressionResult, check_budget_fits
 from fasc_lightning.gate import check_gate
 from fasc_lightning.history import RhoHistory, describe
 from fasc_lightning.hub import attach_config
-from fasc_lightning.lowrank import Layout
+from fasc_lightning.layouts import Layout
 from fasc_lightning.monitor import RhoMonitor, write_history
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.preemption import CalibrationKeeper, saves_on_exception
@@ -72,7 +72,10 @@ class FascCallback(pl.Callback):
             calibration's batches (:mod:`~fasc_lightning.measured`); "fisher" by predicted losses alone; "uniform" gives
             each layer its own share.
         layout: "pivot" stores a rank-k (m, n) matrix in k (m + n - k) numbers, "factors" in k (m + n); "auto" is
-            pivot, which needs less at every rank.
+            pivot, but for ranks so low that nothing is saved by it and those so high that dense layers are faster and
+            as small (:mod:`~fasc_lightning.layouts`, by times measured on a CPU).
+        align: Ranks are multiples of this number (layers may stay dense); matrix products like 8 or more. Within the
+            same budget.
         refit: Whether factors are refitted to the inputs that the compressed model gives them, block by block, on the
             calibration's batches (:mod:`~fasc_lightning.refit`). "auto" does so where the model's blocks can be run
             one by one, and says why where not; True insists. It keeps the moments for it.
@@ -130,6 +133,7 @@ class FascCallback(pl.Callback):
         method: str = "fasc",
         allocation: str = "measured",
         layout: Layout = "auto",
+        align: int = 1,
         refit: Refit = "auto",
         targets: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
@@ -158,13 +162,24 @@ class FascCallback(pl.Callback):
             _checks.check_budget(rank, keep)
         check_gate(gate, gate_by, gate_exclude, method)
         _checks.check_options(
-            method, allocation, layout, refit, token_fraction, calibration_steps, seed, loss_terms, token_mask, quantize
+            method,
+            allocation,
+            layout,
+            align,
+            refit,
+            token_fraction,
+            calibration_steps,
+            seed,
+            loss_terms,
+            token_mask,
+            quantize,
         )
         self.rank = rank
         self.keep = keep
         self.method = method
         self.allocation = allocation
         self.layout = layout
+        self.align = align
         self.refit: Refit = refit
         self.targets = targets
         self.exclude = exclude
@@ -197,10 +212,8 @@ class FascCallback(pl.Callback):
     @property
     def options(self) -> dict[str, Any]:
         """The options that decide the result, for reports."""
-        names = (
-            "rank keep method allocation layout refit targets exclude calibration_steps update_weights token_fraction "
-        )
-        names += "rho_gradient gate gate_by gate_exclude quantize"
+        names = "rank keep method allocation layout align refit targets exclude calibration_steps update_weights "
+        names += "token_fraction rho_gradient gate gate_by gate_exclude quantize"
         return {name: getattr(self, name) for name in names.split()}
 
     @property
@@ -277,7 +290,7 @@ class FascCallback(pl.Callback):
             self._monitor.start(trainer, self._layers)
         if self._compresses:
             _checks.check_rank_fits(layer_shapes(self._layers), self.rank)
-            check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout)
+            check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout, self.align)
             options = CalibrationOptions(**{f.name: getattr(self, f.name) for f in fields(CalibrationOptions)})
             self._calibration = Calibration(trainer, pl_module, self._layers, options)
             self._seconds = {}
@@ -429,7 +442,7 @@ class FascCallback(pl.Callback):
     def _factorize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> CompressionResult:
         assert self._calibration is not None
         result, self._reports = self._calibration.factorize(
-            trainer, pl_module, rank=self.rank, keep=self.keep, layout=self.layout
+            trainer, pl_module, rank=self.rank, keep=self.keep, layout=self.layout, align=self.align
         )
         return result
 

@@ -23,7 +23,7 @@ from fasc_lightning.allocation import ALLOCATIONS
 from fasc_lightning.comparison_evaluation import Evaluation, Measured
 from fasc_lightning.comparison_statistics import Calibration
 from fasc_lightning.factorize import Progress, Unit, compress_layers, layer_budgets
-from fasc_lightning.lowrank import Layout
+from fasc_lightning.layouts import Layout
 from fasc_lightning.measured import measure_losses, spread
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.refit import causal_loss, refit

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from fasc_lightning.allocation import (
@@ -16,18 +17,12 @@ from fasc_lightning.allocation import (
     Cost,
     allocate_fisher,
     allocate_uniform,
+    least_cost,
     rank_budget,
     resolve_rank,
 )
-from fasc_lightning.lowrank import (
-    CompressedLinear,
-    Layout,
-    factors_cost,
-    linear_shape,
-    linear_weight,
-    make_lowrank,
-    pivot_cost,
-)
+from fasc_lightning.layouts import Layout, auto_cost, auto_layout, factors_cost, pivot_cost
+from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
 from fasc_lightning.measured import Measure, correction
 from fasc_lightning.moments import CalibrationMoments, not_gathered
 from fasc_lightning.objective import fisher_losses, fisher_metric
@@ -100,27 +95,41 @@ def layer_budgets(layers: dict[str, nn.Module], rank: float | None, keep: float 
 
 
 def check_budget_fits(
-    layers: dict[str, nn.Module], rank: float | None, keep: float | None, allocation: str, layout: Layout
+    layers: dict[str, nn.Module],
+    rank: float | None,
+    keep: float | None,
+    allocation: str,
+    layout: Layout,
+    align: int = 1,
 ) -> None:
-    """Refuse a budget that does not hold rank 1 in every layer.
+    """Refuse a budget that does not hold the lowest rank in every layer.
 
     Raises:
         ValueError: With the least budget that would do.
     """
-    cost, budgets = layout_cost(layout), layer_budgets(layers, rank, keep)
-    least = {name: min(cost(m, n, 1), m * n) for name, (m, n) in ((k, linear_shape(v)) for k, v in layers.items())}
+    cost, budgets = layout_cost(layout, layers_dtype(layers)), layer_budgets(layers, rank, keep)
+    least = {name: least_cost(*linear_shape(module), cost, align) for name, module in layers.items()}
     short = [name for name in layers if budgets[name] < least[name]]
     if (allocation == "uniform" and short) or sum(budgets.values()) < sum(least.values()):
         raise ValueError(
-            f"Expected a budget of at least {sum(least.values()):,} parameters (rank 1 in each of {len(layers)} "
+            f"Expected a budget of at least {sum(least.values()):,} parameters (rank {align} in each of {len(layers)} "
             f"layers) but {f'{rank=}' if keep is None else f'{keep=}'} gives {sum(budgets.values()):,}"
-            f"{f' and {short[0]!r} too few' if short else ''}. Raise it, or exclude small layers."
+            f"{f' and {short[0]!r} too few' if short else ''}. Raise it{'' if align == 1 else ', lower `align`'}, or "
+            "exclude small layers."
         )
 
 
-def layout_cost(layout: Layout) -> Cost:
+def layout_cost(layout: Layout, dtype: torch.dtype = torch.float32) -> Cost:
     """Return the number of parameters a layout needs, as a function of (m, n, k)."""
+    if layout == "auto":
+        return partial(auto_cost, dtype=dtype)
     return factors_cost if layout == "factors" else pivot_cost
+
+
+def layers_dtype(layers: Mapping[str, nn.Module]) -> torch.dtype:
+    """Return the dtype that the layers have in common; float32 if they have none."""
+    found = {linear_weight(module).dtype for module in layers.values()}
+    return found.pop() if len(found) == 1 else torch.float32
 
 
 def compress_layers(
@@ -132,6 +141,7 @@ def compress_layers(
     method: str = "fasc",
     allocation: str = "fisher",
     layout: Layout = "auto",
+    align: int = 1,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     methods: Mapping[str, str] | None = None,
@@ -163,7 +173,8 @@ def compress_layers(
         keep: See :func:`layer_budgets`.
         method: Solver.
         allocation: "measured" or "fisher" (one budget, spent where it matters most), or "uniform".
-        layout: "auto", "pivot" or "factors".
+        layout: "auto" (:func:`~fasc_lightning.layouts.auto_layout` for each layer), "pivot" or "factors".
+        align: What ranks are multiples of; layers that stay dense have full rank.
         device: Where to factorise.
         progress: Wraps the loop over layers.
         methods: Solver of single layers by name, in place of ``method``.
@@ -213,11 +224,14 @@ def compress_layers(
         )
     _warn_unreached([name for name in layers if name not in factorizations], len(layers))
 
-    cost = layout_cost(layout)
-    ranks = _allocate(layers, factorizations, tokens, budgets, allocation, cost)
+    dtype = layers_dtype(layers)
+    if layout == "auto" and torch.device(device).type != "cpu":
+        rank_zero_info(f"FascCallback: layout='auto' chooses layouts by times measured on a CPU, not on {device}.")
+    cost = layout_cost(layout, dtype)
+    ranks = _allocate(layers, factorizations, tokens, budgets, allocation, cost, align)
     if allocation == "measured" and measure is not None and (fisher or method in FISHER_METHODS):
         factorizations = _corrected(factorizations, ranks, measure)
-        ranks = _allocate(layers, factorizations, tokens, budgets, allocation, cost)
+        ranks = _allocate(layers, factorizations, tokens, budgets, allocation, cost, align)
     replacements: dict[str, nn.Module] = {}
     plans = []
     for name in progress(list(layers), "Building"):
@@ -228,7 +242,9 @@ def compress_layers(
             plans.append(LayerPlan(name, shape, min(shape), "dense", tokens[name], 0.0, solvers[name]))
             continue
         factorization = factorizations.pop(name)
-        replacements[name] = built = _build(module, factorization, k, layout)
+        # As the budget was told: a layer of another dtype than the rest may not choose for itself.
+        stored: Any = auto_layout(*shape, k, dtype) if layout == "auto" else layout
+        replacements[name] = built = _build(module, factorization, k, stored)
         loss = float(factorization.losses[k])
         plans.append(LayerPlan(name, shape, k, built.layout, tokens[name], loss, solvers[name]))
     return CompressionResult(replacements, plans)
@@ -283,6 +299,7 @@ def _allocate(
     budgets: dict[str, int],
     allocation: str,
     cost: Cost,
+    align: int,
 ) -> dict[str, int | None]:
     most = max(tokens.values())
     candidates = []
@@ -294,19 +311,19 @@ def _allocate(
     unreached = [name for name in layers if name not in factorizations]
     dense = sum(math.prod(linear_shape(layers[name])) for name in unreached)
     budget = sum(budgets.values()) - dense
-    least = sum(min(cost(c.m, c.n, 1), c.m * c.n) for c in candidates)
+    least = sum(least_cost(c.m, c.n, cost, align) for c in candidates)
     if budget < least and unreached:
         raise ValueError(
-            f"Expected a budget that holds the layers that no gradient reached, which stay dense, and rank 1 "
+            f"Expected a budget that holds the layers that no gradient reached, which stay dense, and rank {align} "
             f"elsewhere: {dense + least:,} parameters; but it is {sum(budgets.values()):,}. Exclude "
             f"{', '.join(unreached[:3])}{' ...' if len(unreached) > 3 else ''}, or raise `rank` or `keep`."
         )
     if allocation == "uniform":
         # What stays dense for want of a gradient is paid for by the others, in proportion.
         share = min(1.0, budget / sum(budgets[c.name] for c in candidates))
-        ranks = allocate_uniform(candidates, [math.floor(share * budgets[c.name]) for c in candidates], cost)
+        ranks = allocate_uniform(candidates, [math.floor(share * budgets[c.name]) for c in candidates], cost, align)
     else:
-        ranks = allocate_fisher(candidates, budget, cost)
+        ranks = allocate_fisher(candidates, budget, cost, align)
     return {c.name: k for c, k in zip(candidates, ranks, strict=True)}
 
 

@@ -8,22 +8,19 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from fasc_lightning._direct import (
+    may_be_direct,
+    permute_columns,
+    pivot_columns,
+    pivot_rows,
+    two_factors,
+    weight_and_bias,
+)
 from fasc_lightning._guards import guard_key, is_guard
 from fasc_lightning._lazy_weight import LazyWeight
 from fasc_lightning.int8 import Int8Linear
+from fasc_lightning.layouts import Layout, auto_layout, factors_cost, pivot_cost
 from fasc_lightning.pivots import orthonormal_basis, other_rows, select_basis_rows
-
-Layout = Literal["auto", "pivot", "factors"]
-
-
-def factors_cost(m: int, n: int, k: int) -> int:
-    """Numbers that two factors of a rank-k (m, n) matrix hold: k (m + n)."""
-    return k * (m + n)
-
-
-def pivot_cost(m: int, n: int, k: int) -> int:
-    """Numbers that k rows (or columns) and the coefficients of the others hold: k (m + n - k)."""
-    return k * (m + n - k)
 
 
 class CompressedLinear(nn.Module, ABC):
@@ -176,6 +173,9 @@ class LowRankLinear(CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., n) to (..., m)."""
+        first, second = self._modules["factor_in"], self._modules["factor_out"]
+        if may_be_direct(x, first, second):
+            return two_factors(x, weight_and_bias(first)[0], *weight_and_bias(second))
         return self.factor_out(self.factor_in(x))
 
     @override
@@ -263,18 +263,28 @@ class PivotedLinear(CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., n) to (..., m)."""
+        basis, coefficients = self._modules["basis"], self._modules["coefficients"]
+        if may_be_direct(x, basis, coefficients):
+            W, bias = weight_and_bias(basis)
+            T, rest_bias = weight_and_bias(coefficients)
+            permutation: Any = self._buffers["permutation"]
+            if self.side == "in":
+                return pivot_columns(x, W, T, bias, permutation)
+            return pivot_rows(x, W, T, self._parameters["pivot_bias"], rest_bias, permutation)
         # On the CPU an index along the last of two dimensions is 3 times faster than along the last of three.
-        flat = x.reshape(-1, self.in_features)
-        if self.side == "out":
-            z = self.basis(flat)
-            rest = self.coefficients(z)
-            # Autocast leaves the bias in float32, which would promote the output.
-            pivots = z if self.pivot_bias is None else z + self.pivot_bias.to(z.dtype)
-            y = _permute(torch.cat([pivots, rest], dim=1), self.permutation)
-        else:
-            permuted = _permute(flat, self.permutation)
-            y = self.basis(permuted[:, : self.rank] + self.coefficients(permuted[:, self.rank :]))
+        y = self._composed(x.reshape(-1, self.in_features))
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _composed(self, x: Tensor) -> Tensor:
+        """(N, n) to (N, m) by calls of the children: for autograd, hooks, adapters, compilers."""
+        if self.side == "in":
+            permuted = permute_columns(x, self.permutation)
+            return self.basis(permuted[:, : self.rank] + self.coefficients(permuted[:, self.rank :]))
+        z = self.basis(x)
+        rest = self.coefficients(z)
+        # Autocast leaves the bias in float32, which would promote the output.
+        pivots = z if self.pivot_bias is None else z + self.pivot_bias.to(z.dtype)
+        return permute_columns(torch.cat([pivots, rest], dim=1), self.permutation)
 
     @property
     def pivots(self) -> Tensor:
@@ -330,9 +340,9 @@ def make_lowrank(
         B: Left factor of W', shape (m, k). Dependent columns are allowed.
         C: Right factor of W', shape (k, n).
         bias: Bias b, shape (m,), or None.
-        layout: "pivot", "factors", or "auto": pivot, which stores less at every k < min(m, n). "factors"
-            makes B's columns orthogonal and gives both factors equal column and row norms, so that nothing
-            cancels or overflows in half precision.
+        layout: "pivot", which stores less at every k < min(m, n), "factors", or "auto", the one of them that
+            :func:`~fasc_lightning.layouts.auto_layout` takes. "factors" makes B's columns orthogonal and gives both
+            factors equal column and row norms, so that nothing cancels or overflows in half precision.
         dtype: Dtype of the layer; None for that of B.
         device: Device of the layer; None for that of B.
         bound: Largest coefficient of the pivot layout in absolute value, above 1.
@@ -355,6 +365,8 @@ def make_lowrank(
     if not bool(torch.isfinite(B).all() and torch.isfinite(C).all()):
         raise ValueError("Expected finite factors, got NaN or infinity. Check the statistics they were computed from.")
     target: dict[str, Any] = {"dtype": dtype or B.dtype, "device": device or B.device}
+    if layout == "auto" and auto_layout(m, n, k, target["dtype"]) == "factors":
+        layout = "factors"
 
     def parameter(value: Tensor) -> nn.Parameter:
         return nn.Parameter(value.detach().to(**target).contiguous().clone())
@@ -420,14 +432,6 @@ def flops_per_token(module: nn.Module) -> int:
         m, n = linear_shape(module)
         return 2 * m * n
     return 0
-
-
-def _permute(x: Tensor, index: Tensor) -> Tensor:
-    """Columns of x (N, d) in the order of index (d,)."""
-    if x.device.type == "cpu" and x.element_size() < 4 and not (x.requires_grad and torch.is_grad_enabled()):
-        # For 16-bit types on the CPU 1.5 times as fast, but not in its backward pass.
-        return x.gather(1, index.long().expand_as(x))
-    return x.index_select(1, index)
 
 
 def matrix_of(child: nn.Module) -> Tensor:

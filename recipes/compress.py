@@ -66,6 +66,7 @@ def build_parser() -> ArgumentParser:
     add("--method", default="fasc", choices=available_methods(), help="solver")
     add("--allocation", default="measured", choices=list(ALLOCATIONS), help="how the budget is spent over layers")
     add("--layout", default="auto", choices=["auto", "pivot", "factors"], help="how a low-rank matrix is stored")
+    add("--align", type=int, default=1, help="what ranks are multiples of (8 suits matrix products)")
     add("--refit", default="true", choices=["true", "false"], help="whether factors are refitted to drifted inputs")
     add("--quantize", choices=list(QUANTIZATIONS), help="hold the targeted layers in int8 when all else is done")
     add("--token-fraction", type=float, default=1.0, help="share of the tokens that enters the moments")
@@ -117,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         method=options.method,
         allocation=options.allocation,
         layout=options.layout,
+        align=options.align,
         refit=options.refit == "true",
         quantize=options.quantize,
         token_fraction=options.token_fraction,
@@ -149,7 +151,8 @@ def check(options: Namespace) -> Namespace:
     """
     if options.rank is None and options.keep is None:
         options.rank = 0.5
-    FascCallback(rank=options.rank, keep=options.keep, token_fraction=options.token_fraction)  # refuses wrong values
+    # Refuses wrong values.
+    FascCallback(rank=options.rank, keep=options.keep, align=options.align, token_fraction=options.token_fraction)
     for name in ("windows", "window", "eval_windows", "batch_size"):
         if options[name] < 1:
             raise ValueError(f"Expected --{name.replace('_', '-')} to be at least 1 but got {options[name]}.")

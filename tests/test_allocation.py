@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasc_lightning.allocation import Candidate, allocate_fisher, allocate_uniform, rank_budget, resolve_rank
+from fasc_lightning.allocation import (
+    Candidate,
+    allocate_fisher,
+    allocate_uniform,
+    least_cost,
+    rank_budget,
+    resolve_rank,
+)
+from fasc_lightning.layouts import auto_cost
 
 
 def pivot(m, n, k):
@@ -96,6 +104,86 @@ def test_fisher_is_no_worse_than_the_greedy_optimum_of_linear_costs(seed):
     first = sum(c.losses[1] for c in candidates)
     expected = first - sum(gains[: 4 * 5 - 4])
     assert loss(candidates, ranks) <= expected + 1e-9
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    layers=st.lists(st.tuples(st.integers(2, 10), st.integers(2, 10)), min_size=1, max_size=3),
+    keep=st.floats(0.3, 1.0),
+    cost=st.sampled_from([pivot, factors, auto_cost]),
+    align=st.integers(1, 4),
+    seed=st.integers(0, 100),
+)
+def test_aligned_ranks_are_near_the_best_multiples_by_brute_force(layers, keep, cost, align, seed):
+    rng = np.random.default_rng(seed)
+    candidates = [
+        Candidate(str(i), m, n, curve(rng.exponential(size=min(m, n)) ** 3)) for i, (m, n) in enumerate(layers)
+    ]
+    budget = int(keep * sum(m * n for m, n in layers))
+    choices = [
+        [k for k in range(1, min(c.m, c.n) + 1) if k % align == 0 and cost(c.m, c.n, k) < c.m * c.n] + [None]
+        for c in candidates
+    ]
+    feasible = [r for r in itertools.product(*choices) if spent(candidates, r, cost) <= budget]
+    if not feasible:
+        with pytest.raises(ValueError, match="budget of at least"):
+            allocate_fisher(candidates, budget, cost, align)
+        return
+    ranks = allocate_fisher(candidates, budget, cost, align)
+    assert tuple(ranks) in feasible
+    # One layer's step (Shapley-Folkman); the lowest multiple may be no option at all.
+    step = max(c.losses[choice[0]] if choice[0] else 0.0 for c, choice in zip(candidates, choices, strict=True))
+    best = min(loss(candidates, r) for r in feasible)
+    assert best - 1e-9 <= loss(candidates, ranks) <= best + step + 1e-9
+    for i, choice in enumerate(choices):
+        for k in choice:
+            other = [*ranks[:i], k, *ranks[i + 1 :]]
+            if spent(candidates, other, cost) <= budget:
+                assert loss(candidates, other) >= loss(candidates, ranks) - 1e-9
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    layers=st.lists(st.tuples(st.integers(2, 10), st.integers(2, 10)), min_size=1, max_size=3),
+    keep=st.floats(0.2, 1.0),
+    cost=st.sampled_from([pivot, factors, auto_cost]),
+    align=st.integers(1, 4),
+)
+def test_uniform_gives_each_layer_the_highest_multiple_its_budget_holds(layers, keep, cost, align):
+    candidates = [Candidate(str(i), m, n, curve(np.ones(min(m, n)))) for i, (m, n) in enumerate(layers)]
+    budgets = [int(keep * m * n) for m, n in layers]
+    expected = []
+    for c, budget in zip(candidates, budgets, strict=True):
+        saving = [k for k in range(align, min(c.m, c.n) + 1, align) if cost(c.m, c.n, k) < c.m * c.n]
+        fitting = [k for k in saving if cost(c.m, c.n, k) <= budget]
+        expected.append("dense" if budget >= c.m * c.n else max(fitting, default="none"))
+    if "none" in expected:
+        with pytest.raises(ValueError, match=f"for layer '{expected.index('none')}'"):
+            allocate_uniform(candidates, budgets, cost, align)
+    else:
+        ranks = allocate_uniform(candidates, budgets, cost, align)
+        assert ["dense" if k is None else k for k in ranks] == expected
+
+
+def test_aligning_spends_the_budget_that_rounding_down_would_leave():
+    rng = np.random.default_rng(0)
+    candidates = [Candidate(str(i), 64, 64, curve(rng.exponential(size=64) ** 2)) for i in range(8)]
+    budget = int(0.6 * 8 * 64 * 64)
+    aligned = allocate_fisher(candidates, budget, pivot, 8)
+    rounded = [k if k is None else max(8, k // 8 * 8) for k in allocate_fisher(candidates, budget, pivot)]
+    assert all(k is None or k % 8 == 0 for k in aligned)
+    assert spent(candidates, rounded, pivot) < spent(candidates, aligned, pivot) <= budget
+    assert loss(candidates, aligned) < loss(candidates, rounded)
+
+
+def test_a_layer_without_a_multiple_that_saves_stays_dense():
+    small, large = Candidate("small", 4, 6, curve(np.ones(4))), Candidate("large", 16, 16, curve(np.ones(16)))
+    assert allocate_fisher([small, large], 24 + pivot(16, 16, 8), pivot, 8) == [None, 8]
+    assert least_cost(4, 6, pivot, 8) == 24
+    assert least_cost(16, 16, pivot, 8) == 192
+    assert least_cost(16, 16, factors, 8) == 256
+    with pytest.raises(ValueError, match=r"at least 216 parameters \(rank 8 in each of 2 layers\).*lower `align`"):
+        allocate_fisher([small, large], 215, pivot, 8)
 
 
 def test_a_full_budget_keeps_everything_dense():

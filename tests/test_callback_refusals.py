@@ -41,6 +41,8 @@ from fasc_lightning.swap import is_compressed
         ({"rank": 0.5, "method": "pca"}, ValueError, "one of asvd, fasc, .* but got 'pca'"),
         ({"rank": 0.5, "allocation": "best"}, ValueError, "one of measured, fisher, uniform"),
         ({"rank": 0.5, "layout": "coo"}, ValueError, "one of auto, pivot, factors"),
+        ({"rank": 0.5, "align": 0}, ValueError, "`align` to be a positive int"),
+        ({"rank": 0.5, "align": 8.0}, ValueError, "multiples of, but got 8.0"),
         ({"rank": 0.5, "token_fraction": 0}, ValueError, "token_fraction"),
         ({"rank": 0.5, "calibration_steps": 0}, ValueError, "calibration_steps"),
         ({"rank": 0.5, "calibration_steps": True}, ValueError, "calibration_steps"),
@@ -93,6 +95,7 @@ FAILURES = {
     "targets that match nothing": (ValueError, "matches none", {"targets": ["query"]}),
     "rank larger than a layer": (ValueError, r"rank=20 is larger than 4 of 14", {"rank": 20}),
     "budget below rank 1": (ValueError, "budget of at least", {"rank": None, "keep": 0.01}),
+    "budget below the least aligned rank": (ValueError, "rank 16 in each.*lower `align`", {"rank": 0.3, "align": 16}),
 }
 
 

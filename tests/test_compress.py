@@ -72,6 +72,20 @@ def test_uniform_pivots_have_the_rank_that_was_asked_for():
     assert all(isinstance(layer, PivotedLinear) for layer in compressed_layers(model).values())
 
 
+@pytest.mark.parametrize("allocation", ["fisher", "uniform"])
+@pytest.mark.parametrize("layout", ["auto", "pivot", "factors"])
+def test_aligned_ranks_keep_the_budget(allocation, layout):
+    model = causal_model()
+    options = {"allocation": allocation, "layout": layout, "align": 4, "refit": False, "progress": False}
+    report = compress(model, token_loader(samples=16), keep=0.6, **options)
+    assert report.kept <= 0.6
+    assert report.options["align"] == 4
+    layers = compressed_layers(model)
+    assert layers
+    assert all(layer.rank % 4 == 0 for layer in layers.values())
+    assert all(row.rank == min(row.shape) for row in report.layers if row.layout == "dense")
+
+
 def test_half_precision_models_stay_so():
     model = causal_model().bfloat16()
     compress(model, token_loader(samples=16), keep=0.8, progress=False)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fasc_lightning import factorize, layouts
 from fasc_lightning.factorize import UNITS, compress_layers
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.objective import fisher_losses, fisher_metric
@@ -41,6 +42,39 @@ def test_plans_name_the_solver_and_the_layout_of_the_built_layer(layers, moments
             built = result.replacements.get(plan.name)
             assert plan.layout == ("dense" if built is None else built.layout)
         assert {plan.layout for plan in result.layers} <= {layout, "dense"}
+
+
+@pytest.mark.parametrize("allocation", ["fisher", "uniform"])
+@pytest.mark.parametrize("layout", ["auto", "pivot", "factors"])
+def test_aligned_ranks_are_multiples_within_the_budget(layers, moments, layout, allocation):
+    options = {"layout": layout, "allocation": allocation, "consume": False}
+    result = compress_layers(layers, moments, keep=0.7, align=4, **options)
+    assert result.replacements
+    assert all(plan.rank % 4 == 0 or plan.layout == "dense" for plan in result.layers)
+    built = {**layers, **result.replacements}
+    total = sum(p.numel() for layer in layers.values() for p in layer.parameters())
+    assert sum(p.numel() for layer in built.values() for p in layer.parameters()) <= 0.7 * total
+
+
+def test_auto_builds_what_the_budget_was_told(layers, moments, monkeypatch):
+    """Layers of another dtype than the rest may be faster in another layout, which would hold other numbers."""
+    layers["b"].to(torch.bfloat16)
+    wanted = {"a": "factors", "b": "factors", "c": "pivot"}
+    by_shape = {shape: wanted[name] for name, shape in SHAPES.items()}
+    asked = []
+
+    def auto_layout(m, n, k, dtype=torch.bfloat16):
+        asked.append(dtype)
+        return by_shape[m, n]
+
+    monkeypatch.setattr(layouts, "auto_layout", auto_layout)
+    monkeypatch.setattr(factorize, "auto_layout", auto_layout)
+    result = compress_layers(layers, moments, keep=0.6, consume=False)
+    assert {name: built.layout for name, built in result.replacements.items()}.items() <= wanted.items()
+    assert set(asked) == {torch.float32}
+    built = {**layers, **result.replacements}
+    total = sum(p.numel() for layer in layers.values() for p in layer.parameters())
+    assert sum(p.numel() for layer in built.values() for p in layer.parameters()) <= 0.6 * total
 
 
 def test_each_layer_is_served_by_its_own_solver(layers, moments):

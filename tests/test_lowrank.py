@@ -150,7 +150,8 @@ def test_half_precision_with_and_without_gradients_agree(layout, m, n):
     x = random(6, n).bfloat16().requires_grad_()
     with torch.no_grad():
         quick = layer(x)
-    assert torch.equal(quick, layer(x))
+    # Without gradients column pivots are added before the sum is rounded.
+    assert relative_error(quick, layer(x).detach().double()) < TOLERANCE[torch.bfloat16] / 2
 
 
 def test_large_bias_does_not_leak_into_other_outputs():

@@ -144,13 +144,15 @@ def test_without_a_budget_it_is_rank_a_half(recipe, folder):
     [
         ["--method", "svd-llm", "--allocation", "uniform", "--layout", "factors"],
         ["--rank", "12", "--token-fraction", "0.5", "--seed", "3"],
-        ["--method", "svd", "--refit", "false"],
+        ["--method", "svd", "--refit", "false", "--align", "8"],
     ],
 )
 def test_options(recipe, folder, options):
     report = recipe.main(arguments(folder, *options))
     layouts = {row["layout"] for row in report["layers"]}
     assert layouts <= ({"factors", "dense"} if "factors" in options else {"pivot", "dense"})
+    assert report["options"]["align"] == (8 if "--align" in options else 1)
+    assert "--align" not in options or all(row["rank"] % 8 == 0 for row in report["layers"] if row["layout"] != "dense")
     if "--rank" in options:
         assert report["options"]["rank"] == 12
         assert {row["tokens"] for row in report["layers"]} != {12 * 64}

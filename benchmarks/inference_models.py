@@ -1,0 +1,188 @@
+"""Models of `inference.py`: decoders of given shapes with random weights, dense and compressed, and what is timed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, LlamaModel
+
+from fasc_lightning._memory import return_freed_memory
+from fasc_lightning.allocation import Candidate, allocate_fisher
+from fasc_lightning.layouts import Stored
+from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape, linear_weight
+from fasc_lightning.swap import swap_modules, to_dense
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama-like decoder."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    layers: int = 1
+
+    def build(self, dtype: torch.dtype) -> LlamaModel:
+        """Return the decoder with random weights, in eval mode; its vocabulary, which is not timed, is tiny."""
+        config = LlamaConfig(
+            vocab_size=32,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=4096,
+        )
+        model: Any = LlamaModel(config)
+        return model.to(dtype).eval().requires_grad_(False)
+
+
+#: All decoder layers of the small model, one block of the large ones; Mistral-7B's blocks have Llama-3-8B's shapes.
+SHAPES = {
+    "SmolLM2-135M": Shape(576, 1536, 9, 3, layers=30),
+    "Llama-3.2-1B block": Shape(2048, 8192, 32, 8),
+    "Llama-3.2-3B block": Shape(3072, 8192, 24, 8),
+    "Llama-3-8B block": Shape(4096, 14336, 32, 8),
+}
+
+KINDS: dict[Stored, type[CompressedLinear]] = {"pivot": PivotedLinear, "factors": LowRankLinear}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a model is asked to do at once: some new tokens of each sequence, after those in its cache."""
+
+    batch: int
+    tokens: int
+    past: int
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that one run makes or reads."""
+        return self.batch * self.tokens
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a decoder, dense and compressed, in the order of their registration."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in list(found)[-1:])
+        if isinstance(module, nn.Linear | CompressedLinear) and not inside:
+            found[name] = module
+    return found
+
+
+def made_up_ranks(layers: Mapping[str, nn.Module], keep: float, layout: Stored, align: int) -> dict[str, int | None]:
+    """Return the rank of each layer, None for dense: what the package's allocation makes of losses that fall alike."""
+    candidates = []
+    for name, layer in layers.items():
+        m, n = linear_shape(layer)
+        share = np.arange(min(m, n) + 1) / min(m, n)
+        candidates.append(Candidate(name, m, n, m * n * np.exp(-6 * share)))
+    budget = int(keep * sum(c.m * c.n for c in candidates))
+    ranks = allocate_fisher(candidates, budget, KINDS[layout].cost, align)
+    return {c.name: k for c, k in zip(candidates, ranks, strict=True)}
+
+
+def compressed_twin(dense: nn.Module, keep: float, layout: Stored, align: int) -> nn.Module:
+    """Return a compressed decoder that shares with the dense one whatever stays dense."""
+    layers = linear_layers(dense)
+    twin = copy.deepcopy(dense, {id(layer): layer for layer in layers.values()})
+    new: dict[str, nn.Module] = {}
+    for name, rank in made_up_ranks(layers, keep, layout, align).items():
+        if rank is not None:
+            m, n = linear_shape(layers[name])
+            new[name] = random_layer(layout, m, n, rank, linear_weight(layers[name]).dtype)
+    swap_modules(twin, new)
+    return twin.requires_grad_(False)
+
+
+def random_layer(layout: Stored, m: int, n: int, rank: int, dtype: torch.dtype) -> CompressedLinear:
+    """Return a layer of random weights, its pivots spread over all features as those of a real one are."""
+    layer = KINDS[layout](n, m, rank, bias=False, dtype=dtype)  # type: ignore[call-arg]
+    if isinstance(layer, PivotedLinear):
+        layer.permutation = torch.randperm(len(layer.permutation)).to(torch.int32)
+    return layer.eval()
+
+
+def load_pair(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """Return the decoder of a compressed folder made dense, and as it is."""
+    from fasc_lightning import load_compressed
+
+    compressed = load_compressed(folder, dtype=dtype).base_model.eval().requires_grad_(False)
+    dense = copy.deepcopy(compressed)
+    to_dense(dense)
+    return dense.requires_grad_(False), compressed
+
+
+def decoder_action(model: Any, workload: Workload) -> Callable[[], Any]:
+    """Return a run of all decoder layers, attention and norms included; a cache is as it was after each run."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+    def embedded(tokens: int) -> torch.Tensor:
+        size = (workload.batch, tokens, model.config.hidden_size)
+        return torch.randn(size, generator=generator).to(dtype)
+
+    x = embedded(workload.tokens)
+    if not workload.past:
+        return lambda: model(inputs_embeds=x, use_cache=True)
+    cache = DynamicCache(config=model.config)
+    model(inputs_embeds=embedded(workload.past), past_key_values=cache, use_cache=True)
+
+    def step() -> None:
+        model(inputs_embeds=x, past_key_values=cache, use_cache=True)
+        cache.crop(-workload.tokens)
+
+    return step
+
+
+def layers_action(model: nn.Module, workload: Workload) -> Callable[[], Any]:
+    """Return a run of the linear layers alone, one after the other, each on an input of its shape."""
+    layers = list(linear_layers(model).values())
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        n: torch.randn((workload.batch, workload.tokens, n), generator=generator).to(dtype)
+        for n in sorted({linear_shape(layer)[1] for layer in layers})
+    }
+    pairs = [(layer, inputs[linear_shape(layer)[1]]) for layer in layers]
+
+    def run() -> None:
+        for layer, x in pairs:
+            layer(x)
+
+    return run
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the memory of a model's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+
+def growth(action: Callable[[], Any]) -> int | None:
+    """Return by how many bytes the memory of the process grows while an action runs; None where nobody can say.
+
+    Linux keeps the largest memory of a process and lets it be set back.
+    """
+    return_freed_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = _status_bytes("VmRSS")
+    action()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

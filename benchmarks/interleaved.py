@@ -1,0 +1,79 @@
+"""Times of several actions in one run, taken in turn: what slows a machine for a while slows all of them."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+Key = TypeVar("Key", bound=Hashable)
+
+#: Rounds of one run, however long they take: fewer have no median to speak of.
+LEAST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median of some values, the quarter-way values around it, and the extremes."""
+
+    median: float
+    low: float
+    high: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """Return the spread of one or more values."""
+        low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+        return cls(median, low, high, min(values), max(values))
+
+    def to_dict(self) -> dict[str, float]:
+        """Return plain types."""
+        return asdict(self)
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Return the seconds that an action takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def interleave(
+    actions: Mapping[Key, Callable[[], Any]], seconds: float, least_rounds: int = LEAST_ROUNDS
+) -> dict[Key, list[float]]:
+    """Time actions in turn, in another order each round, after one round that does not count.
+
+    Args:
+        actions: By name. Each should take well under a second.
+        seconds: After so many, no new round begins.
+        least_rounds: Rounds to make in any case.
+
+    Returns:
+        Seconds of each action, round by round.
+    """
+    times: dict[Key, list[float]] = {name: [] for name in actions}
+    for action in actions.values():
+        action()
+    order, shuffle = list(actions), random.Random(0).shuffle
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < least_rounds or time.perf_counter() < end:
+        shuffle(order)  # each leaves caches and allocator to the next
+        for name in order:
+            times[name].append(timed(actions[name]))
+        rounds += 1
+    return times
+
+
+def speed_ups(times: Mapping[Key, list[float]], reference: Key) -> dict[Key, Spread]:
+    """Return how many times as fast as the reference each action was, from ratios within each round."""
+    return {
+        name: Spread.of([a / b for a, b in zip(times[reference], values, strict=True)])
+        for name, values in times.items()
+    }

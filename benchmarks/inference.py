@@ -5,9 +5,10 @@
 
 Prefilling 512 tokens and decoding at batch 1 and 16, float32, bfloat16 and int8, layouts pivot and factors at several
 budgets: on all 30 decoder layers of SmolLM2-135M (and on their linear layers alone), and on one block of the shapes of
-Llama-3.2-1B and 3B and of Llama-3-8B, which Mistral-7B shares. Weights are random and ranks made up (the package's
-allocation, of losses that fall alike): times depend on shapes alone. Variants are taken in turn; each ratio is one to
-the dense model of the same round, and stated as the median over the rounds with the middle half of them.
+Llama-3.2-1B and 3B and of Llama-3-8B, which Mistral-7B shares. Weights are random and every layer keeps the same share,
+so that layouts are compared at equal parameters: times depend on shapes alone. (A model that was really compressed
+keeps different shares in different layers: give its folder.) Variants are taken in turn; each ratio is one to the dense
+model of the same round, and stated as the median over the rounds with the middle half of them.
 
 Each cell (a shape, a dtype, a workload) is saved as it ends, and not measured again under the same settings (delete the
 folder after a change of the code). Writes results.csv, results.md and speed_ups.png.

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from fasc_lightning._memory import return_freed_memory
-from fasc_lightning.allocation import Candidate, allocate_fisher
+from fasc_lightning.allocation import Candidate, allocate_uniform
 from fasc_lightning.layouts import Stored
 from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape, linear_weight
 from fasc_lightning.swap import swap_modules, to_dense
@@ -80,15 +80,11 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def made_up_ranks(layers: Mapping[str, nn.Module], keep: float, layout: Stored, align: int) -> dict[str, int | None]:
-    """Return the rank of each layer, None for dense: what the package's allocation makes of losses that fall alike."""
-    candidates = []
-    for name, layer in layers.items():
-        m, n = linear_shape(layer)
-        share = np.arange(min(m, n) + 1) / min(m, n)
-        candidates.append(Candidate(name, m, n, m * n * np.exp(-6 * share)))
-    budget = int(keep * sum(c.m * c.n for c in candidates))
-    ranks = allocate_fisher(candidates, budget, KINDS[layout].cost, align)
+def uniform_ranks(layers: Mapping[str, nn.Module], keep: float, layout: Stored, align: int) -> dict[str, int | None]:
+    """Return the rank of each layer, None for dense: the highest that keeps no more than a share of its parameters."""
+    shapes = {name: linear_shape(layer) for name, layer in layers.items()}
+    candidates = [Candidate(name, m, n, np.zeros(min(m, n) + 1)) for name, (m, n) in shapes.items()]
+    ranks = allocate_uniform(candidates, [int(keep * c.m * c.n) for c in candidates], KINDS[layout].cost, align)
     return {c.name: k for c, k in zip(candidates, ranks, strict=True)}
 
 
@@ -97,7 +93,7 @@ def compressed_twin(dense: nn.Module, keep: float, layout: Stored, align: int) -
     layers = linear_layers(dense)
     twin = copy.deepcopy(dense, {id(layer): layer for layer in layers.values()})
     new: dict[str, nn.Module] = {}
-    for name, rank in made_up_ranks(layers, keep, layout, align).items():
+    for name, rank in uniform_ranks(layers, keep, layout, align).items():
         if rank is not None:
             m, n = linear_shape(layers[name])
             new[name] = random_layer(layout, m, n, rank, linear_weight(layers[name]).dtype)

@@ -18,7 +18,7 @@ from inference_models import (
     layers_action,
     linear_layers,
     load_pair,
-    made_up_ranks,
+    uniform_ranks,
     weight_bytes,
 )
 from tiny import causal_model
@@ -135,7 +135,7 @@ def test_a_twin_keeps_the_budget_and_shares_the_rest(layout):
     layers, twins = linear_layers(dense), linear_layers(twin)
     assert list(layers) == list(twins)
     assert len(layers) == 14
-    ranks = made_up_ranks(layers, 0.5, layout, 4)
+    ranks = uniform_ranks(layers, 0.5, layout, 4)
     total = sum(layer.weight.numel() for layer in layers.values())
     kept = sum(p.numel() for layer in twins.values() for p in layer.parameters())
     assert 0.4 * total < kept <= 0.5 * total

@@ -94,7 +94,8 @@ def test_half_precision_under_no_grad(models, layout, quantization):
     model = models(layout, quantization=quantization).to(torch.bfloat16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert torch.equal(compiled(input_ids=IDS).logits, model(input_ids=IDS).logits)
+        # Not compiled, sums are made in place and rounded once less.
+        torch.testing.assert_close(compiled(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=0.02, atol=1e-3)
 
 
 def test_lengths_need_as_few_graphs_as_in_the_dense_model(models):

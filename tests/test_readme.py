@@ -10,10 +10,13 @@ from pathlib import Path
 
 import lightning as L
 import pytest
-from tiny import causal_model, causal_module, save_model_folder, token_loader
+from tiny import byte_tokenizer, causal_model, causal_module, save_model_folder, token_loader
+
+from fasc_lightning import compress
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+SERVING = (ROOT / "docs" / "serving.md").read_text()
 #: Appended to every recipe command: the last value of an option counts.
 REDUCED = {
     "compress": "--model {model} --windows 6 --window 32 --eval-windows 2",
@@ -72,15 +75,18 @@ def test_figures_and_pages_exist(page):
 
 
 @pytest.mark.filterwarnings("ignore:.*tensorboardX")  # Lightning's word on the default logger
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # asked for by peft
+@pytest.mark.parametrize("code", blocks("python") + blocks("python", SERVING))
 def test_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {"L": L, "module": causal_module(), "model": causal_model(), "loader": token_loader(samples=16)}
-    if "save_pretrained" in code:
-        from fasc_lightning import compress
-
-        compress(names["model"], names["loader"], keep=0.8, progress=False)
-    names["batches"] = list(names["loader"])
+    tokenizer, loader = byte_tokenizer(), token_loader(samples=16)
+    size = {"vocab_size": len(tokenizer)}
+    names = {"L": L, "module": causal_module(**size), "model": causal_model(**size), "loader": loader}
+    names |= {"tokenizer": tokenizer, "batches": list(loader)}
+    if 'load_compressed("compressed")' in code and "save_compressed" not in code:
+        model = causal_model()
+        compress(model, loader, keep=0.8, progress=False)
+        model.save_pretrained("compressed")
     exec(compile(code, "README.md", "exec"), names)
 
 

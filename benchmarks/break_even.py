@@ -6,7 +6,7 @@
 Single layers of the shapes of SmolLM2-135M, Llama-3.2-1B and Llama-3-8B, both layouts, float32 and bfloat16: prefilling
 512 tokens and decoding one, against dense layers of the same shape, taken in turn. Each variant is as many copies of
 the layer as fill 64 MB, so that decoding reads weights from memory, as in a model. Shapes are saved as they end and not
-measured again (delete the folder after a change of the code).
+measured again under the same settings (delete the folder after a change of the code).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fasc_lightning import layouts
 from fasc_lightning._tables import Row, markdown_table, save_table
 from fasc_lightning.lowrank import CompressedLinear
-from fasc_lightning.report import write_json
+from fasc_lightning.report import library_versions, write_json
 
 #: (m, n) of q and o, k and v, gate and up, down.
 SHAPES = (
@@ -129,15 +129,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", type=int, nargs="+", help="m n m n ..., in place of all")
     parser.add_argument("--write", action="store_true", help="replace the package's table")
     options = parser.parse_args(arguments)
+    if options.write and options.shapes:
+        parser.error("expected all shapes with --write, but got --shapes: the package's table would lose the others")
     flat: list[int] = options.shapes or [size for shape in SHAPES for size in shape]
+    settings = {"threads": torch.get_num_threads(), "seconds": options.seconds, "versions": library_versions()}
     rows: list[Row] = []
     for dtype in DTYPES:
         for m, n in zip(flat[::2], flat[1::2], strict=True):
             path: Path = options.output / "break_even" / f"{dtype}-{m}x{n}.json"
-            if not path.exists():
-                write_json(measure(m, n, dtype, options.seconds), path)
-            found: Any = json.loads(path.read_text())
-            rows += found
+            cell: Any = json.loads(path.read_text()) if path.exists() else {}
+            if cell.get("settings") != settings:
+                cell = {"settings": settings, "rows": measure(m, n, dtype, options.seconds)}
+                write_json(cell, path)
+            rows += cell["rows"]
     save_table(rows, options.output / "break_even.csv")
     if options.write:
         save_table(rows, Path(layouts.__file__).with_name("break_even.csv"))

@@ -40,6 +40,7 @@ def may_be_direct(x: Tensor, *children: nn.Module | None) -> bool:
         if (
             type(child) is not nn.Linear
             or type(child._parameters.get("weight")) is not nn.Parameter
+            or "bias" not in child._parameters
             or child._forward_hooks
             or child._forward_pre_hooks
             or "forward" in child.__dict__  # where accelerate puts the one that fetches offloaded weights
@@ -49,7 +50,7 @@ def may_be_direct(x: Tensor, *children: nn.Module | None) -> bool:
 
 
 def weight_and_bias(child: Any) -> tuple[Tensor, Tensor | None]:
-    """Return the parameters of a plain linear layer; the attributes would be looked up ten times as slowly."""
+    """Return the parameters of a child that :func:`may_be_direct` saw; attributes take ten times as long to look up."""
     parameters = child._parameters
     return parameters["weight"], parameters["bias"]
 
@@ -157,7 +158,8 @@ def permute_columns(x: Tensor, index: Tensor) -> Tensor:
     On the CPU index_select runs on one thread and takes the time of two copies; gather runs on all, at half the speed,
     and is the faster of the two for 16-bit types. Its gradient is the slower one.
     """
-    if x.shape[0] < MANY_TOKENS or not x.is_cpu:
+    # A compiled or exported program must not depend on the number of tokens of its example.
+    if torch.compiler.is_compiling() or not x.is_cpu or x.shape[0] < MANY_TOKENS:
         return x.index_select(1, index)
     forward_only = not (x.requires_grad and torch.is_grad_enabled())
     if forward_only and (x.dtype.itemsize < 4 or torch.get_num_threads() > 1):

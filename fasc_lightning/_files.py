@@ -41,11 +41,13 @@ def whole_folder(path: str | Path, stale: Callable[[str], bool]) -> Iterator[Pat
 
     Raises:
         NotADirectoryError: If there is a file at ``path``.
-        OSError: If something cannot be written.
+        OSError: If something cannot be written, or the folder is a mount point.
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"Expected {path} to be a folder, or not to exist, but it is a file.")
+    if os.path.ismount(path):
+        raise OSError(f"Expected a folder that can be renamed but {path} is a mount point. Use a folder inside of it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     unique = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     temporary, old = unique.with_suffix(".tmp"), unique.with_suffix(".old")
@@ -61,7 +63,7 @@ def whole_folder(path: str | Path, stale: Callable[[str], bool]) -> Iterator[Pat
             except BaseException:
                 old.rename(path)
                 raise
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # what is new is in place: an error would say otherwise
         else:
             temporary.rename(path)
     finally:

@@ -29,8 +29,8 @@ def to_dense(model: Model) -> Model:
         The same model. Outputs agree with the compressed model's to rounding, not bit by bit.
 
     Raises:
-        ValueError: If nothing in the model is compressed.
-        TypeError: If a factor is no plain linear layer (adapters on it, or quantised). Nothing is changed.
+        ValueError: If nothing in the model is compressed, or weights are offloaded. Nothing is changed.
+        TypeError: If a factor carries adapters, or another library's quantisation. Nothing is changed.
 
     Example:
         >>> model = load_compressed("compressed")  # doctest: +SKIP

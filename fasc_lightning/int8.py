@@ -97,7 +97,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., n) to (..., m), in the dtype of x, or that of autocast."""
-        if x.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (x.requires_grad or torch._C._are_functorch_transforms_active()):
             y: Tensor = _Product.apply(x, self.weight, self.scale, self.dynamic)
         else:
             y = _product(x, self.weight, self.scale, self.dynamic)
@@ -174,13 +174,21 @@ class _Product(torch.autograd.Function):
     """:func:`_product` that keeps the int8 numbers for its backward pass, not a float copy of them.
 
     Rounding has no gradient of use: that of the unrounded product is taken for it (the straight-through estimate).
+    Forward-mode derivatives are an error: the compiler cannot trace functions that have them.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, dynamic: bool) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, scale: Tensor, dynamic: bool) -> Tensor:
+        return _product(x, weight, scale, dynamic)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        del output
+        x, weight, scale, _ = inputs
         ctx.save_for_backward(weight, scale)
         ctx.dtype = x.dtype
-        return _product(x, weight, scale, dynamic)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

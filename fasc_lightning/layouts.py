@@ -59,6 +59,9 @@ def auto_layout(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> L
     * the index of the pivots takes as many bytes as they save against a dense layer, and a dense layer is faster; or
     * the rank is full, for which only "dense" is left.
 
+    So "auto" spends no parameters on speed: a layer that is slower than a dense one, as the table says of small ones,
+    or than two factors of as many numbers and less rank, stays pivoted. ``layout="factors"`` is the other choice.
+
     Args:
         m: Outputs.
         n: Inputs.
@@ -97,17 +100,6 @@ def relative_time(m: int, n: int, k: int, layout: Stored, dtype: torch.dtype = t
         return math.nan
     kept = _COSTS[layout](m, n, k) / (m * n)
     return geometric_mean(float(np.interp(kept, *curve)) for curve in curves)
-
-
-def break_even_rank(m: int, n: int, layout: Stored, dtype: torch.dtype = torch.float32) -> int | None:
-    """Return the highest rank at which a layer is as fast as a dense one, by :func:`relative_time`.
-
-    0 if there is none; None where no shape near was measured.
-    """
-    if not _curves(m, n, layout, dtype):
-        return None
-    ranks = range(min(m, n) - 1, 0, -1)
-    return next((k for k in ranks if relative_time(m, n, k, layout, dtype) <= 1), 0)
 
 
 @cache

@@ -270,7 +270,7 @@ class PivotedLinear(CompressedLinear):
             permutation: Any = self._buffers["permutation"]
             if self.side == "in":
                 return pivot_columns(x, W, T, bias, permutation)
-            return pivot_rows(x, W, T, self._parameters["pivot_bias"], rest_bias, permutation)
+            return pivot_rows(x, W, T, self.pivot_bias, rest_bias, permutation)
         # On the CPU an index along the last of two dimensions is 3 times faster than along the last of three.
         y = self._composed(x.reshape(-1, self.in_features))
         return y.view(*x.shape[:-1], self.out_features)

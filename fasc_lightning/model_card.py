@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fasc_lightning._tables import Row, markdown_table
 from fasc_lightning.hub import provenance_of
-from fasc_lightning.report import CompressionReport, library_versions
+from fasc_lightning.quantized_layers import quantization_of
+from fasc_lightning.report import CompressionReport, Size, library_versions, measure_layers, measure_model
 from fasc_lightning.swap import compressed_layers
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def model_card(
     provenance = provenance_of(model)
     _check_report(model, content)
     if content:
-        content = _own_names(model, content)
+        content = _as_quantized(model, _own_names(model, content))
     results = {**{name: content.get(name) for name in ("perplexity", "facts")}, **(evaluation or {})}
     results = {name: value for name, value in results.items() if value}
     base = base_model or provenance.get("base_model")
@@ -79,6 +80,7 @@ def model_card(
     )
     options = {**provenance.get("options", {}), **content.get("options", {})}
     made = {**provenance, **content, "options": options, "base": _short(base), "licence": licence}
+    made["quantization"] = _quantization(model)
     sections = [
         _introduction(model, made),
         _loading(auto_class),
@@ -125,6 +127,31 @@ def _own_names(model: PreTrainedModel, report: Mapping[str, Any]) -> dict[str, A
         return next((tail for i in range(len(parts)) if (tail := ".".join(parts[i:])) in known), name)
 
     return {**report, "layers": [{**row, "name": own(row["name"])} for row in report["layers"]]}
+
+
+def _as_quantized(model: PreTrainedModel, report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report with the sizes of the model as it is, where it was quantised after the report was made."""
+    if _quantization(model) is None or report["options"].get("quantize") is not None:
+        return report
+    targeted = {row["name"]: model.get_submodule(row["name"]) for row in report["layers"]}
+    return {
+        **report,
+        "targeted": _with_compressed(report["targeted"], measure_layers(targeted)),
+        "whole": _with_compressed(report["whole"], measure_model(model)),
+    }
+
+
+def _with_compressed(sizes: Mapping[str, Mapping[str, int]], found: Size) -> dict[str, dict[str, int]]:
+    return {
+        figure: {**states, "unquantized": states["compressed"], "compressed": getattr(found, figure)}
+        for figure, states in sizes.items()
+    }
+
+
+def _quantization(model: PreTrainedModel) -> str | None:
+    """How the model's compressed layers are quantised, all or some of them."""
+    found = sorted({kind for layer in compressed_layers(model).values() if (kind := quantization_of(layer))})
+    return ", ".join(found) or None
 
 
 def _stated_licence(folder: str | None) -> str | None:
@@ -236,7 +263,7 @@ def _making(made: Mapping[str, Any], calibration: str | Sequence[str] | None) ->
         "budget": _budget(options),
         "allocation, layout": ", ".join(str(options[name]) for name in ("allocation", "layout") if name in options),
         "refit": _refit(made),
-        "quantised": options.get("quantize") or "no",
+        "quantised": made["quantization"] or "no",
         "calibration data": _calibration(made, calibration),
         "seed": made.get("seed", "not stated"),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),

@@ -10,7 +10,7 @@ from torch import nn
 from fasc_lightning.hub import attach_config
 from fasc_lightning.lowrank import CompressedLinear
 from fasc_lightning.quantized_layers import QUANTIZATIONS, Quantization, quantized_layer
-from fasc_lightning.swap import compressed_layers, swap_modules
+from fasc_lightning.swap import check_in_memory, compressed_layers, swap_modules
 from fasc_lightning.taps import is_plain_linear, select_layers
 
 
@@ -27,7 +27,8 @@ def quantize(
     dense layers that are targeted become int8, too, since bytes are what is saved here. Output embeddings, tied
     weights, embeddings and norms stay as they are: they are small, shared, or what logits depend on most.
 
-    What is int8 does not train. So quantise last: after recovery, and after adapters are merged.
+    What is int8 does not train. So quantise last: after recovery, and after adapters are merged. As with other int8
+    layers, ``model.requires_grad_(True)`` is an error of torch afterwards.
 
     Args:
         model: Any module; most gain has one that was compressed.
@@ -41,7 +42,8 @@ def quantize(
         Names of the layers.
 
     Raises:
-        ValueError: If the option is unknown, nothing is selected, or a layer is quantised already or not finite.
+        ValueError: If the option is unknown, nothing is selected, or a layer is quantised already, not finite or
+            offloaded.
         TypeError: If a layer carries adapters or another library's quantisation.
 
     Example:
@@ -70,13 +72,15 @@ def quantize_layers(model: nn.Module, names: Iterable[str], quantization: Quanti
         The layers that were replaced, for :func:`~fasc_lightning.swap.swap_modules`.
 
     Raises:
-        ValueError: If a layer is quantised already or not finite. The model is what it was.
+        ValueError: If a layer is quantised already, not finite or not in memory. The model is what it was.
         TypeError: If one carries adapters or another library's quantisation. The model is what it was.
     """
+    layers = {name: model.get_submodule(name) for name in names}
+    check_in_memory(layers)
     new: dict[str, nn.Module] = {}
-    for name in names:
+    for name, layer in layers.items():
         try:
-            new[name] = quantized_layer(model.get_submodule(name), quantization)
+            new[name] = quantized_layer(layer, quantization)
         except (TypeError, ValueError) as error:
             raise type(error)(f"Layer {name!r} cannot be quantised. {error}") from error
     replaced = swap_modules(model, new)

@@ -33,7 +33,7 @@ def save_compressed(
     licence: str | None = None,
     calibration: str | Sequence[str] | None = None,
     evaluation: Mapping[str, Any] | None = None,
-    **options: Any,
+    max_shard_size: int | str | None = None,
 ) -> Path:
     """Save a compressed model with its tokenizer and its model card, whole or not at all.
 
@@ -53,15 +53,15 @@ def save_compressed(
         licence: Of the base model.
         calibration: What the model was calibrated on.
         evaluation: Perplexity and facts before and after.
-        **options: Of ``save_pretrained``: ``max_shard_size``, ...
+        max_shard_size: Of a file of weights, in bytes or as "5GB"; by default that of ``save_pretrained``.
 
     Returns:
         The folder.
 
     Raises:
         TypeError: If the model is not a transformers model.
-        ValueError: If it holds no compressed layers, or its floating-point types are mixed, or the report is another
-            model's.
+        ValueError: If it holds no compressed layers, or adapters that are not merged, or its floating-point types are
+            mixed, or the report is another model's.
         FileExistsError: If the folder holds files, but no saved model.
         OSError: If something could not be written.
 
@@ -77,9 +77,10 @@ def save_compressed(
     card = model_card(
         model, report, base_model=base_model, licence=licence, calibration=calibration, evaluation=evaluation
     )
+    sharding: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     try:
         with whole_folder(Path(path), lambda name: OLD_WEIGHTS.fullmatch(name) is not None) as folder:
-            model.save_pretrained(folder, **options)
+            model.save_pretrained(folder, **sharding)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             card.save(folder / "README.md")
@@ -93,7 +94,7 @@ def check_model(model: Any) -> None:
 
     Raises:
         TypeError: If the model is not of transformers.
-        ValueError: If its floating-point types are mixed.
+        ValueError: If its floating-point types are mixed, or it carries adapters.
     """
     from transformers import PreTrainedModel
 
@@ -101,6 +102,11 @@ def check_model(model: Any) -> None:
         raise TypeError(
             f"Expected a transformers model but got {type(model).__name__}. Of a LightningModule save the model inside "
             "(`module.model`), or the module itself with `trainer.save_checkpoint`."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "Expected a model without adapters but it carries some, which transformers would save in its place. Merge "
+            "them, or save them with `model.save_pretrained` to a folder of their own and `model.delete_adapter` them."
         )
     example: dict[torch.dtype, str] = {}
     for name, tensor in model.state_dict().items():
@@ -116,7 +122,9 @@ def check_model(model: Any) -> None:
 
 def _stays_float32(model: PreTrainedModel, name: str) -> bool:
     """Whether transformers loads a weight in float32 whatever the model's type."""
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    if model.dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
     return not kept.isdisjoint(name.split("."))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -70,8 +72,28 @@ def to_dense(model: nn.Module) -> dict[str, nn.Module]:
 
     Returns:
         The replaced layers by name, for :func:`swap_modules`.
+
+    Raises:
+        ValueError: If weights of a layer are not in memory. Nothing is changed.
+        TypeError: As :meth:`CompressedLinear.factors`. Nothing is changed.
     """
-    return swap_modules(model, {name: _dense(layer) for name, layer in compressed_layers(model).items()})
+    layers = compressed_layers(model)
+    check_in_memory(layers)
+    return swap_modules(model, {name: _dense(layer) for name, layer in layers.items()})
+
+
+def check_in_memory(layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers whose weights are elsewhere, of which nothing can be computed.
+
+    Raises:
+        ValueError: With the first such layer.
+    """
+    for name, layer in layers.items():
+        if any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers())):
+            raise ValueError(
+                f"Expected weights in memory but those of layer {name!r} are offloaded, or on the meta device. Load "
+                "the model without offloading."
+            )
 
 
 def _dense(layer: CompressedLinear) -> nn.Module:

@@ -213,3 +213,29 @@ def test_columns_are_permuted_with_and_without_gradients(tokens, dtype):
     x = x.clone().requires_grad_()
     _direct.permute_columns(x, index).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize(("layout", "m", "n"), CASES)
+def test_one_compiled_or_exported_program_serves_few_and_many_tokens(layout, m, n):
+    layer, *_ = case(layout, m, n)
+    sizes = (2, MANY_TOKENS - 1, MANY_TOKENS, 3 * MANY_TOKENS)
+    x = random(sizes[-1], n)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+        free = {"x": {0: torch.export.Dim("tokens", max=4096)}}
+        programs = [torch.export.export(layer.eval(), (x[:size],), dynamic_shapes=free) for size in (5, sizes[-1])]
+        for size in sizes:
+            for run in (compiled, *(program.module() for program in programs)):
+                torch.testing.assert_close(run(x[:size]), layer(x[:size]))
+
+
+def test_a_bias_of_another_kind_is_found():
+    layer, W, b = case("pivot", 12, 20)
+    bias = layer.coefficients.bias.detach().clone()
+    del layer.coefficients.bias
+    layer.coefficients.bias = bias
+    nn.utils.parametrize.register_parametrization(layer, "pivot_bias", nn.Identity())
+    for tokens in (1, 3, MANY_TOKENS):
+        x = random(tokens, 20)
+        with torch.no_grad():
+            assert torch.allclose(layer(x), F.linear(x, W, b), atol=1e-12)

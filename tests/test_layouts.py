@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fasc_lightning import layouts
-from fasc_lightning.layouts import auto_cost, auto_layout, break_even_rank, factors_cost, pivot_cost, relative_time
+from fasc_lightning.layouts import auto_cost, auto_layout, factors_cost, pivot_cost, relative_time
 
 TABLE = list(csv.DictReader(Path(layouts.__file__).with_name("break_even.csv").read_text().splitlines()))
 COSTS = {"pivot": pivot_cost, "factors": factors_cost}
@@ -39,7 +39,9 @@ def test_the_table_holds_every_shape_in_both_layouts_and_types():
         for dtype, layout, (m, n), tokens in product(["float32", "bfloat16"], COSTS, SHAPES, [1, 512])
     }
     assert len(SHAPES) == 12
-    assert all(0 < float(row["kept"]) <= 1 and 0 < float(row["time"]) < 20 for row in TABLE)
+    # Of large layers in bfloat16, matrix-vector products beat torch's dense layer threefold.
+    assert all(0 < float(row["kept"]) <= 1 and float(row["kept"]) / 4 < float(row["time"]) < 20 for row in TABLE)
+    assert {row["threads"] for row in TABLE} == {"2"}
 
 
 def test_times_are_those_of_the_table_at_its_points_averaged_over_tokens():
@@ -61,10 +63,6 @@ def test_times_are_interpolated_between_points_and_taken_from_the_nearest_shape(
     assert relative_time(300, 300, 1, "factors") == pytest.approx(9.0)
     assert relative_time(1024, 256, 1, "factors") == pytest.approx(9.0)
     assert math.isnan(relative_time(1025, 512, 1, "factors"))
-    # 0.4 + 0.8 (share - 0.2) / 0.4 = 1 at a share of 0.5, that is k = 16.
-    assert break_even_rank(64, 64, "factors") == 16
-    assert break_even_rank(512, 512, "factors") == 0
-    assert break_even_rank(32, 16, "factors") is None
 
 
 @pytest.mark.parametrize(("m", "n"), [(576, 576), (192, 576), (1536, 576), (96, 64), (20, 30)])

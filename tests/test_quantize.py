@@ -257,6 +257,30 @@ def test_a_folder_with_its_card(compressed, tmp_path):
     assert "* quantised: int8-dynamic\n" in (tmp_path / "small" / "README.md").read_text()
 
 
+def test_the_card_of_a_model_that_was_quantised_after_its_report(compressed, tmp_path):
+    model, report = compressed(keep=0.7)
+    quantize(model, "int8")
+    save_compressed(model, tmp_path / "small", report=report)
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "* quantised: int8\n" in card
+    row = next(line for line in card.splitlines() if line.startswith("| whole model, MB"))
+    megabytes = [f"{size / 1e6:,.1f}" for size in (report.whole["dense"].bytes, tensor_bytes(model))]
+    assert megabytes[0] in row
+    kept = tensor_bytes(model) / report.whole["dense"].bytes
+    assert f"{kept:.1%}" in row
+
+
+@pytest.mark.parametrize("change", [to_dense, quantize])
+def test_offloaded_layers_are_refused(compressed, change):
+    model, _ = compressed()
+    layer = model.get_submodule(UP)
+    layer.to("meta")
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=rf"those of layer '{UP}' are offloaded"):
+        change(model)
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+
+
 def test_a_reload_in_another_dtype(compressed, tmp_path):
     model, _ = compressed(quantize="int8")
     model.save_pretrained(tmp_path)

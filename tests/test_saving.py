@@ -198,9 +198,28 @@ def test_floating_point_types_that_a_folder_cannot_hold(tmp_path):
     model = compressed().bfloat16()
     model.lm_head.float()
     refused(tmp_path, model, ValueError, r"one floating-point type.*bfloat16 \('model.*float32 \('lm_head\.weight'\)")
-    # What transformers itself holds in float32 is loaded so.
+    # What transformers itself holds in float32 is loaded so; some of it beside float16 alone.
+    model._keep_in_fp32_modules = {"lm_head"}
+    refused(tmp_path, model, ValueError, "one floating-point type")
     model._keep_in_fp32_modules_strict = {"lm_head"}
     save_compressed(model, tmp_path / "small")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # asked for by peft
+def test_adapters_are_not_saved_in_place_of_the_model(tmp_path):
+    from peft import LoraConfig
+
+    model = compressed()
+    save_compressed(model, tmp_path / "small")
+    before = sorted(tmp_path.glob("small/*"))
+    model.add_adapter(LoraConfig(r=2, target_modules=["basis"]))
+    refused(tmp_path, model, ValueError, "without adapters but it carries some")
+    assert sorted(tmp_path.glob("small/*")) == before
+
+
+def test_a_mount_point_cannot_be_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "small")
+    refused(tmp_path, compressed(), OSError, "is a mount point. Use a folder inside")
 
 
 def test_folders_that_are_not_to_be_replaced(tmp_path, monkeypatch):

@@ -27,15 +27,23 @@ def test_measures_each_shape_once_and_writes_the_table(tmp_path, monkeypatch, ca
     assert {row["layout"] for row in rows} == {"pivot", "factors"}
     assert all(0 < float(row["kept"]) <= 0.7 and float(row["time"]) > 0 for row in rows)
     assert "| float32 | 16 x 24 |" in capsys.readouterr().out
-    monkeypatch.setattr(break_even, "measure", lambda *args: pytest.fail("measured again"))
+    measured = []
+    monkeypatch.setattr(break_even, "measure", lambda *args: measured.append(args) or [rows[0]])
     main(options)
+    assert not measured
+    main([*options[:2], "--seconds", "1e-9", *options[4:]])
+    assert len(measured) == 4
 
 
 def test_the_packages_table_is_replaced_only_when_asked(tmp_path, monkeypatch):
     package = tmp_path / "package"
     monkeypatch.setattr(break_even.layouts, "__file__", str(package / "layouts.py"))
-    options = ["--output", str(tmp_path / "out"), "--seconds", "0", "--shapes", "16", "24"]
+    monkeypatch.setattr(break_even, "SHAPES", ((16, 24),))
+    options = ["--output", str(tmp_path / "out"), "--seconds", "0"]
     main(options)
+    assert not package.exists()
+    with pytest.raises(SystemExit):
+        main([*options, "--write", "--shapes", "16", "24"])
     assert not package.exists()
     main([*options, "--write"])
     assert (package / "break_even.csv").read_text() == (tmp_path / "out" / "break_even.csv").read_text()

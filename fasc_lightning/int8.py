@@ -177,8 +177,6 @@ class _Product(torch.autograd.Function):
     Forward-mode derivatives are an error: the compiler cannot trace functions that have them.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, weight: Tensor, scale: Tensor, dynamic: bool) -> Tensor:
         return _product(x, weight, scale, dynamic)

@@ -198,16 +198,12 @@ def test_compiled_and_exported(dynamic):
     torch.testing.assert_close(exported(x.detach()), layer(x))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_function_transforms_see_the_unrounded_product(dynamic):
     _, layer = case(dynamic=dynamic)
     W, x = layer.dequantize(), tokens(5, 12)
     gradient = torch.func.grad(lambda x: layer(x).sum())(x)
     torch.testing.assert_close(gradient, W.sum(0).expand(5, 12))
-    torch.testing.assert_close(torch.vmap(layer)(x[None].expand(3, 5, 12)), layer(x).expand(3, 5, 9))
-    jacobian = torch.func.jacrev(layer)(x[0])
-    torch.testing.assert_close(jacobian, W)
     with pytest.raises(RuntimeError, match="jvp"):  # not a wrong derivative
         torch.func.jvp(layer, (x,), (x,))
 

@@ -198,6 +198,7 @@ def test_compiled_and_exported(dynamic):
     torch.testing.assert_close(exported(x.detach()), layer(x))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_function_transforms_see_the_unrounded_product(dynamic):
     _, layer = case(dynamic=dynamic)

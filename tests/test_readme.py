@@ -67,7 +67,7 @@ def test_there_are_recipe_commands():
     assert len(recipe_commands()) >= 4
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/rho.md", "docs/results.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/rho.md", "docs/results.md", "docs/speed.md"])
 def test_figures_and_pages_exist(page):
     links = re.findall(r"\]\(([\w./-]+)\)", (ROOT / page).read_text())
     assert links

@@ -214,7 +214,7 @@ class PivotedLinear(CompressedLinear):
         out_features: m.
         rank: k, at most min(m, n) and below the number of features of the permuted side.
         bias: Whether there is a bias.
-        side: "out" (rows) or "in" (columns); None for the smaller side.
+        side: "out" (rows) or "in" (columns); None for the smaller side (:func:`smaller_side`).
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -243,7 +243,7 @@ class PivotedLinear(CompressedLinear):
         super().__init__(in_features, out_features, rank)
         if side not in ("out", "in", None):
             raise ValueError(f'Expected side "out", "in" or None, got {side!r}.')
-        self.side = side or ("out" if out_features <= in_features else "in")
+        self.side = side or smaller_side(out_features, in_features)
         permuted = out_features if self.side == "out" else in_features
         if rank >= permuted:
             raise ValueError(
@@ -321,6 +321,11 @@ class PivotedLinear(CompressedLinear):
     def extra_repr(self) -> str:
         """Shape, rank, bias and side, for ``repr``."""
         return f"{super().extra_repr()}, side={self.side}"
+
+
+def smaller_side(m: int, n: int) -> Literal["out", "in"]:
+    """Return the side of an (m, n) layer with fewer features to permute; of equal ones the inputs, one copy less."""
+    return "out" if m < n else "in"
 
 
 def make_lowrank(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fasc_lightning._guards import is_guard
 from fasc_lightning._names import some_names
 from fasc_lightning.hub import attach_config, checked_layers, describe_layer, empty_layer
-from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
+from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank, smaller_side
 from fasc_lightning.quantized_layers import quantized_layer
 from fasc_lightning.swap import compressed_layers, swap_modules
 
@@ -207,7 +207,7 @@ def _complete(layer: nn.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
     bias = getattr(layer, "bias", None) is not None
     implied: dict[str, Any] = {"bias": bias}
     if spec.get("layout") == "pivot":
-        implied["side"] = "out" if m <= n else "in"
+        implied["side"] = smaller_side(m, n)
     if spec.get("bias", bias) != bias:
         raise ValueError(f"Expected a plan of a layer with bias={bias} but it is of one with bias={spec['bias']}.")
     return {**implied, **spec}

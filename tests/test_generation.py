@@ -147,7 +147,8 @@ def test_half_precision_generates_with_a_cache(layout):
     # The first choice is made by the prompt alone, in one pass.
     with torch.no_grad():
         first = model(ids, attention_mask=mask).logits[:, -1]
-    assert torch.equal(first.float(), scores[0].float().where(scores[0] > float("-inf"), first.float()))
+    chosen = scores[0].float().where(scores[0] > float("-inf"), first.float())
+    torch.testing.assert_close(chosen, first.float(), rtol=0.02, atol=0.02)
     assert tokens.shape == (3, ids.shape[1] + 10)
 
 

@@ -79,6 +79,11 @@ class CompressedLinear(nn.Module, ABC):
     def extra_bytes(self) -> int:
         """Bytes of the state dict beside the parameters: the index of a pivoted layer."""
 
+    @property
+    @abstractmethod
+    def reads_inputs(self) -> str:
+        """Name of the child whose inputs are the layer's own, all or some; the other reads what comes of them."""
+
     @abstractmethod
     def _child(self) -> nn.Module: ...
 
@@ -192,6 +197,11 @@ class LowRankLinear(CompressedLinear):
     def extra_bytes(self) -> int:
         return 0
 
+    @property
+    @override
+    def reads_inputs(self) -> str:
+        return "factor_in"
+
     @override
     def _child(self) -> nn.Module:
         return self.factor_in
@@ -285,6 +295,11 @@ class PivotedLinear(CompressedLinear):
         # Autocast leaves the bias in float32, which would promote the output.
         pivots = z if self.pivot_bias is None else z + self.pivot_bias.to(z.dtype)
         return permute_columns(torch.cat([pivots, rest], dim=1), self.permutation)
+
+    @property
+    @override
+    def reads_inputs(self) -> str:
+        return "basis" if self.side == "out" else "coefficients"
 
     @property
     def pivots(self) -> Tensor:

@@ -32,8 +32,8 @@ def quantize(
 
     Args:
         model: Any module; most gain has one that was compressed.
-        quantization: "int8" keeps activations as they are. "int8-dynamic" rounds those, too, token by token, which
-            makes the products faster on processors with int8 instructions, and the result less exact.
+        quantization: "int8" keeps activations as they are. "int8-dynamic" rounds the inputs of layers, too, token by
+            token, which makes their products faster on processors with int8 instructions, and the result less exact.
         targets: Patterns of layers, as FascCallback's; by default every linear layer, compressed or dense, but output
             embeddings and tied weights.
         exclude: Patterns of layers to leave alone.

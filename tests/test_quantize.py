@@ -46,6 +46,10 @@ def logits(model):
 
 def assert_same(reloaded, model):
     assert torch.equal(logits(reloaded), logits(model))
+    assert_same_state(reloaded, model)
+
+
+def assert_same_state(reloaded, model):
     got, expected = reloaded.state_dict(), model.state_dict()
     assert list(got) == list(expected)
     for key, value in expected.items():
@@ -286,8 +290,10 @@ def test_a_reload_in_another_dtype(compressed, tmp_path):
     model.save_pretrained(tmp_path)
     half = load_compressed(tmp_path, dtype=torch.bfloat16)
     assert {t.dtype for t in half.state_dict().values()} == {torch.bfloat16, torch.int8, torch.int32}
-    assert_same(half, model.to(torch.bfloat16))
-    assert_same(half.float(), half.bfloat16().float())
+    model.to(torch.bfloat16)
+    assert_same_state(half, model)
+    # A conversion rounds the frequencies of rotary embeddings, too, and a load does not.
+    torch.testing.assert_close(logits(half), logits(model), rtol=0.02, atol=0.01)
 
 
 def test_shards_and_a_device_map(compressed, tmp_path):

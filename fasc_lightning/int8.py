@@ -8,7 +8,7 @@ and read anywhere.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +17,34 @@ from torch.nn import functional as F
 #: Half of the 255 steps from -128 to 127.
 _HALF_RANGE = 127.5
 
+#: A second int8 number holds what rounding to the first has left, half a step of it at most, in so many steps.
+_FINER = 254
+
+#: To how many bits inputs are rounded; None: not at all.
+InputBits = Literal[8, 16] | None
+
 
 class Int8Linear(nn.Module):
     """y = W x + b with W[i, j] = scale[i] weight[i, j], weight of int8: m n bytes and m numbers.
 
     One scale for each output, since it can then leave the sum over inputs: the int8 numbers go into the matrix product
     as they are, and the product is scaled. The weight is not trained; gradients pass through it to the input, with
-    ``dynamic`` as if the input had not been rounded.
+    ``input_bits`` as if the input had not been rounded.
 
     Args:
         in_features: n.
         out_features: m.
         bias: Whether there is a bias, which stays as it is.
-        dynamic: Whether the input, too, is rounded to int8, with one scale a token, and the product made of integers:
-            faster where there are many tokens, less exact. Otherwise the product is made in the input's dtype.
+        input_bits: 8 rounds the input to int8, with one scale a token, and makes a product of integers: faster than one
+            in the input's dtype, and less exact. 16 rounds it to two int8 numbers, for twice that product: for inputs
+            of which one is far larger than the rest. None does not round.
         device: Device of the tensors.
         dtype: Dtype of ``scale`` and ``bias``, which stands for the layer's.
 
     Attributes:
         weight: The parameter of int8, (m, n), without gradient.
         scale: Buffer, (m,).
-        rounds_inputs: With ``dynamic``, True: so that a file of weights says which kind of layer they are of.
+        rounds_inputs: With ``input_bits``, True: so that a file of weights says which kind of layer they are of.
     """
 
     scale: Tensor
@@ -48,43 +55,43 @@ class Int8Linear(nn.Module):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        dynamic: bool = False,
+        input_bits: InputBits = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.dynamic = dynamic
+        self.input_bits: InputBits = input_bits
         weight = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", torch.ones(out_features, device=device, dtype=dtype))
-        if dynamic:
+        if input_bits is not None:
             self.register_buffer("rounds_inputs", torch.tensor(True, device=device))
         values = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
 
     @classmethod
     def from_weight(
-        cls, weight: Tensor, bias: Tensor | None, dynamic: bool = False, dtype: torch.dtype | None = None
+        cls, weight: Tensor, bias: Tensor | None, input_bits: InputBits = None, dtype: torch.dtype | None = None
     ) -> Int8Linear:
         """Round a weight.
 
         Args:
             weight: W, (m, n).
             bias: b, (m,), or None.
-            dynamic: Whether inputs are rounded, too.
+            input_bits: To what inputs are rounded, if at all.
             dtype: Of the layer; None for that of the weight.
 
         Raises:
             ValueError: If the weight is not finite.
         """
         m, n = weight.shape
-        layer = cls(n, m, bias is not None, dynamic, device="meta")
+        layer = cls(n, m, bias is not None, input_bits, device="meta")
         rounded, scale = round_rows(weight.detach(), dtype or weight.dtype)
         layer.weight = nn.Parameter(rounded, requires_grad=False)
         layer.scale = scale
-        if dynamic:
+        if input_bits is not None:
             layer.rounds_inputs = torch.tensor(True, device=scale.device)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
@@ -98,16 +105,16 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., n) to (..., m), in the dtype of x, or that of autocast."""
         if torch.is_grad_enabled() and (x.requires_grad or torch._C._are_functorch_transforms_active()):
-            y: Tensor = _Product.apply(x, self.weight, self.scale, self.dynamic)
+            y: Tensor = _Product.apply(x, self.weight, self.scale, self.input_bits)
         else:
-            y = _product(x, self.weight, self.scale, self.dynamic)
+            y = _product(x, self.weight, self.scale, self.input_bits)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """Shape, bias and kind, for ``repr``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"dynamic={self.dynamic}"
+            f"input_bits={self.input_bits}"
         )
 
 
@@ -141,23 +148,29 @@ def _rounded(wide: Tensor, scale: Tensor) -> Tensor:
     return torch.round(wide * (1.0 / scale)).clamp(-128, 127).to(torch.int8)
 
 
-def _product(x: Tensor, weight: Tensor, scale: Tensor, dynamic: bool) -> Tensor:
+def _product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: InputBits) -> Tensor:
     """W x in the dtype that a linear layer would give it."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if dynamic:
-        return _integer_product(x, weight, scale).to(dtype)
+    if input_bits is not None:
+        return _integer_product(x, weight, scale, input_bits).to(dtype)
     if dtype == torch.float16:  # 127 times as large as the scaled ones, its sums could overflow
         return F.linear(x, weight.to(dtype) * scale.to(dtype)[:, None])
     return F.linear(x, weight.to(dtype)) * scale.to(dtype)
 
 
-def _integer_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """W x of tokens rounded to int8, in float32 or wider."""
+def _integer_product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int) -> Tensor:
+    """W x of tokens rounded to one or two int8 numbers, in float32 or wider."""
     wide = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
     token_scale = _scale(wide)[:, None]
-    sums = _int8_matmul(_rounded(wide, token_scale), weight)
-    y = sums.to(wide.dtype) * token_scale * scale.to(wide.dtype)
+    coarse = _rounded(wide, token_scale)
+    if input_bits == 8:
+        sums = _int8_matmul(coarse, weight).to(wide.dtype)
+    else:
+        fine = _rounded(wide - coarse.to(wide.dtype) * token_scale, token_scale / _FINER)
+        both = _int8_matmul(torch.cat((coarse, fine)), weight).to(wide.dtype).tensor_split(2)
+        sums = both[0] + both[1] / _FINER
+    y = sums * token_scale * scale.to(wide.dtype)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -178,8 +191,8 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, scale: Tensor, dynamic: bool) -> Tensor:
-        return _product(x, weight, scale, dynamic)
+    def forward(x: Tensor, weight: Tensor, scale: Tensor, input_bits: InputBits) -> Tensor:
+        return _product(x, weight, scale, input_bits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -61,10 +61,10 @@ def test_form_is_kept_and_the_function_nearly(shape, bias, quantization):
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_bytes_are_one_a_number_and_a_scale_a_row(quantization):
     pivoted, factored, dense = (quantized_layer(layer, quantization) for layer in layers(40, 60, 12, bias=False))
-    marks = 1 if quantization == "int8-dynamic" else 0  # a byte of the matrix that reads the inputs
+    marks = 1 if quantization == "int8-dynamic" else 0  # a byte of each matrix
     index, scales = 4 * 40, 4 * (12 + 28)
-    assert stored_bytes(pivoted) - marks == 12 * (40 + 60 - 12) + scales + index
-    assert stored_bytes(factored) - marks == 12 * (40 + 60) + 4 * (12 + 40)
+    assert stored_bytes(pivoted) - 2 * marks == 12 * (40 + 60 - 12) + scales + index
+    assert stored_bytes(factored) - 2 * marks == 12 * (40 + 60) + 4 * (12 + 40)
     assert stored_bytes(dense) - marks == 40 * 60 + 4 * 40
 
 
@@ -110,9 +110,10 @@ def test_a_steep_spectrum_is_rounded_no_worse_than_a_flat_one():
     ("layout", "m", "n", "reader"),
     [("factors", 40, 60, "factor_in"), ("pivot", 40, 60, "basis"), ("pivot", 60, 40, "coefficients")],
 )
-def test_what_passes_between_the_matrices_is_never_rounded(layout, m, n, reader):
+def test_what_passes_between_the_matrices_is_rounded_finely(layout, m, n, reader):
     new = quantized_layer(make_lowrank(random(m, 12), random(12, n), None, layout, dtype=torch.float32), "int8-dynamic")
-    assert {name for name, child in new.named_children() if child.dynamic} == {reader}
+    assert {child.input_bits: name for name, child in new.named_children()}[8] == reader
+    assert {child.input_bits for child in new.children()} == {8, 16}
     assert quantization_of(new) == "int8-dynamic"
 
 

@@ -82,14 +82,26 @@ def restore_position(trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
 
 
 def begin_epoch(trainer: pl.Trainer) -> None:
-    """Let the loaders of a resumed training begin the epoch that it begins, as training starts.
+    """Let a resumed training begin a new epoch if that of its checkpoint had ended; as training starts.
 
-    After a checkpoint of an epoch's last batch, Lightning goes on with stateful loaders where they had nothing left.
+    Lightning would go on with stateful loaders where they had nothing left, and miscount epochs, some of them empty,
+    after a checkpoint of an epoch's last batch or, with `max_steps`, of its end. What is left of an epoch after its
+    validation it runs by itself.
     """
     loop = trainer.fit_loop
-    ended = loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
-    if ended and any(_is_stateful(loader) for loader in _loaders(trainer)):
-        _iterate(trainer)
+    epoch_loop, epochs = loop.epoch_loop, loop.epoch_progress
+    current: Any = epochs.current
+    if not (loop.is_resuming and epoch_loop.batch_progress.is_last_batch and current.started == current.processed):
+        return
+    if epoch_loop.restarted_on_train_batch_end:
+        epoch_loop.batch_progress.increment_completed()
+        epoch_loop._batches_that_stepped += 1
+    for counts in (epochs.total, epochs.current):
+        counts.ready = counts.started = counts.completed = counts.processed  # type: ignore[attr-defined]
+    for inner in (loop, epoch_loop, epoch_loop.val_loop):  # what begins is no restart
+        inner._restarting = False
+        inner.reset_restart_stage()
+    _iterate(trainer)
 
 
 def _iterate(trainer: pl.Trainer) -> None:

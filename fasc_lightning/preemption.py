@@ -136,11 +136,11 @@ class CalibrationKeeper:
     def start(self, trainer: pl.Trainer, schedule: CalibrationSchedule) -> None:
         """Go on where the checkpoint was saved, once the schedule and Lightning's loops have started."""
         state, self._state = self._state, None
+        if state is not None and state["left"]:
+            restore_position(trainer, state["positions"][trainer.global_rank])
         begin_epoch(trainer)
         if state is not None:
             schedule.load_state_dict(trainer, state["schedule"])
-            if state["left"]:
-                restore_position(trainer, state["positions"][trainer.global_rank])
         elif self._stopping:
             trainer.should_stop = True
         elif trainer.ckpt_path is not None and (missed := schedule.missed(trainer)):

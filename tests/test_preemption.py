@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import preempted_fit
 import pytest
 import torch
-from interrupted import BATCHES, Fits, assert_same, every_batch, sidecars, stateful_loader
+from interrupted import BATCHES, Copying, Fits, assert_same, every_batch, sidecars, stateful_loader
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from tiny import causal_module, token_loader
 from watching import RecordingCallback
@@ -43,6 +43,7 @@ CASES = {
     "a loader without length": {"loader": lambda: stateful_loader(endless=True), "update_weights": True},
     "several batches a step": {"trainer": {"accumulate_grad_batches": 2}, "update_weights": True, "batch": 4},
     "validations in between": {"trainer": {"val_check_interval": 2}, "validation": True, "update_weights": True},
+    "worker processes": {"loader": lambda: stateful_loader(num_workers=2), "update_weights": True},
     "the last steps": {"trainer": {"max_steps": 6, "max_epochs": -1}, "calibration_steps": 4, "update_weights": True},
 }
 
@@ -61,6 +62,104 @@ def test_a_fit_that_goes_on_ends_as_one_that_was_not_interrupted(make_trainer, t
     assert_same(resumed, straight)
     assert resumed[1].batches < straight[1].batches
     assert sidecars(tmp_path / "left") == []
+
+
+class Saving(pl.Callback):
+    """Saves a checkpoint at the end of the first of two epochs, in one of the hooks there."""
+
+    def __init__(self, path: Path, place: str) -> None:
+        self.path, self.place = path, place
+
+    def save(self, trainer, place, epoch):
+        if place == self.place and trainer.fit_loop.epoch_progress.current.processed == epoch:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == BATCHES - 1:
+            self.save(trainer, "the last batch", 0)
+
+    def on_validation_end(self, trainer, pl_module):
+        self.save(trainer, "the validation", 0)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.save(trainer, "the end of the epoch", 1)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.save(trainer, "the start of the next", 1)
+
+
+EPOCHS_END = ["the last batch", "the validation", "the end of the epoch", "the start of the next"]
+END = {"epochs": {"max_epochs": 2}, "steps": {"max_epochs": -1, "max_steps": 2 * BATCHES}}
+
+
+@pytest.mark.parametrize(("end", "endless"), [("epochs", False), ("steps", False), ("steps", True)])
+@pytest.mark.parametrize("place", EPOCHS_END)
+def test_a_calibration_of_several_epochs_goes_on_at_the_end_of_one(make_trainer, tmp_path, place, end, endless):
+    options = {"validation": True, "trainer": END[end], "loader": lambda: stateful_loader(endless)}
+    fits = Fits(make_trainer, tmp_path, calibration_steps=12, update_weights=True, **options)
+    straight = fits.run(Saving(tmp_path / "saved.ckpt", place))
+    resumed = fits.run(ckpt_path=tmp_path / "saved.ckpt")
+    assert_same(resumed, straight)
+    assert (straight[1].batches, resumed[1].batches) == (12, 8)
+
+
+@pytest.mark.parametrize("place", EPOCHS_END)
+def test_epochs_are_still_counted_right_at_the_next_interruption(make_trainer, tmp_path, place):
+    fits = Fits(make_trainer, tmp_path, validation=True, trainer={"max_epochs": 3}, calibration_steps=20)
+    straight = fits.run(every_batch(tmp_path / "running"), Saving(tmp_path / "saved.ckpt", place))
+    fits.run(
+        every_batch(tmp_path / "running"),
+        Copying(tmp_path / "running", tmp_path / "left", 5, epoch=1),
+        Copying(tmp_path / "running", tmp_path / "later", 0, epoch=2),
+        ckpt_path=tmp_path / "saved.ckpt",
+    )
+    for folder, batches in (("left", 11), ("later", 8)):
+        resumed = fits.run(every_batch(tmp_path / "running"), ckpt_path=tmp_path / folder / "last.ckpt")
+        assert_same(resumed, straight)
+        assert resumed[1].batches == batches
+
+
+class Scheduled(CausalLMModule):
+    """Halves its learning rate at every step, which it takes by itself or has taken."""
+
+    def __init__(self, model, automatic: bool) -> None:
+        super().__init__(model)
+        self.automatic_optimization = automatic
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if not self.automatic_optimization:
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+            self.lr_schedulers().step()
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_schedulers_that_stand_still_are_saved_as_they_are(make_trainer, tmp_path, automatic):
+    def fit(**options):
+        callback = RecordingCallback(keep=0.6, update_weights=False, calibration_steps=6, allocation="fisher")
+        trainer = make_trainer(callback, *options.pop("callbacks", ()), enable_checkpointing=True)
+        module = Scheduled(causal_module().model, automatic)
+        torch.manual_seed(2)
+        trainer.fit(module, stateful_loader(), **options)
+        return module, callback
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 4:
+                trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    straight = fit(callbacks=[Save()])
+    (schedule,) = torch.load(tmp_path / "saved.ckpt", weights_only=True)["lr_schedulers"]
+    assert schedule["last_epoch"] == 2
+    assert_same(fit(ckpt_path=tmp_path / "saved.ckpt"), straight)
 
 
 @pytest.mark.parametrize("place", ["after the last batch", "after the last epoch"])

@@ -77,6 +77,7 @@ class Calibration:
         replay: The batches of this process, where what follows runs them once more.
         batches: How many batches were counted, on this process.
         finished: Whether the statistics are those of all processes.
+        spent: Whether factors are being made of them, which uses them up.
         origin: Lightning's loops and schedulers before the first batch, from which the calibration can start again.
 
     Raises:
@@ -96,6 +97,7 @@ class Calibration:
         self.options = options
         self.batches = 0
         self.finished = False
+        self.spent = False
         self.origin: dict[str, Any] = {}
         device, dtype = trainer.strategy.root_device, moment_dtype(layers.values())
         shapes, needs = layer_shapes(layers), statistics_needed(options.method, options.gate, options.gate_by)
@@ -267,6 +269,7 @@ class Calibration:
             RuntimeError: If no gradient reached any layer, or processes chose different ranks.
             ValueError: If the budget cannot be met.
         """
+        self.spent = True
         options, moments = self.options, self.moments
         _checks.warn_few_tokens({name: moments.tokens(name) for name in self.layers}, layer_shapes(self.layers))
         rows = {row["layer"]: row for row in self.scores.rows(trainer.global_step)}

@@ -115,7 +115,9 @@ def _iterate(trainer: pl.Trainer) -> None:
 
 
 def loops_before(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return Lightning's loops, its schedulers and what they set, as they were before the batch that starts now.
+    """Return Lightning's loops, its schedulers and what they set, and whether it is told to stop, before a batch.
+
+    That is the batch that starts now.
 
     Loaders are left out: that batch has been taken from them. They start from the beginning then.
     """
@@ -127,6 +129,7 @@ def loops_before(trainer: pl.Trainer) -> dict[str, Any]:
         counts["ready"] = counts["completed"]
     return {
         "loops": loops,
+        "stopping": bool(trainer.should_stop),
         "lr_schedulers": [c.scheduler.state_dict() for c in trainer.strategy.lr_scheduler_configs],
         "param_groups": [
             [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -144,8 +147,9 @@ def go_back(checkpoint: dict[str, Any], before: Mapping[str, Any]) -> None:
     """
     checkpoint["loops"]["fit_loop"] = before["loops"]
     checkpoint["lr_schedulers"] = before["lr_schedulers"]
-    for state, groups in zip(checkpoint["optimizer_states"], before["param_groups"], strict=True):
-        for group, settings in zip(state["param_groups"], groups, strict=True):
+    # Neither is strict: the checkpoint may be of other optimizers, which is for Lightning to say.
+    for state, groups in zip(checkpoint["optimizer_states"], before["param_groups"], strict=False):
+        for group, settings in zip(state["param_groups"], groups, strict=False):
             group.update(settings)
 
 

@@ -36,11 +36,15 @@ class SidecarCheckpointIO(CheckpointIO):
     Args:
         inner: The plugin.
         find: Returns the part of a checkpoint that may hold large "tensors", or None.
+
+    Attributes:
+        on_teardown: Called when Lightning tears the plugin down.
     """
 
     def __init__(self, inner: CheckpointIO, find: Callable[[Mapping[str, Any]], dict[str, Any] | None]) -> None:
         self.inner = inner
         self._find = find
+        self.on_teardown: Callable[[], None] | None = None
         self._kept: dict[Path, list[Path]] = {}
 
     @override
@@ -76,6 +80,8 @@ class SidecarCheckpointIO(CheckpointIO):
     @override
     def teardown(self) -> None:
         self.inner.teardown()
+        if self.on_teardown is not None:
+            self.on_teardown()
 
     def keep_track(self, file: Path) -> None:
         """Let :meth:`clean` remove a sidecar of another process, from which this one went on."""

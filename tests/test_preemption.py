@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import lightning.pytorch as pl
 import preempted_fit
 import pytest
 import torch
-from interrupted import BATCHES, Copying, Fits, assert_same, every_batch, sidecars, stateful_loader
+from interrupted import BATCHES, Between, Copying, Fits, assert_same, every_batch, failing, sidecars, stateful_loader
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from tiny import causal_module, token_loader
 from watching import RecordingCallback
@@ -201,7 +202,8 @@ def test_a_second_interruption_is_no_different(make_trainer, tmp_path, no_limit)
     assert_same(fits.run(every_batch(tmp_path / "running"), ckpt_path=tmp_path / "running" / "last.ckpt"), straight)
 
 
-def test_early_stopping_ends_the_calibration_where_it_would_have(make_trainer, tmp_path):
+@pytest.mark.parametrize(("saving", "name"), [(every_batch, "last"), (failing, "failed")])
+def test_early_stopping_ends_the_calibration_where_it_would_have(make_trainer, tmp_path, saving, name):
     class Plateau(CausalLMModule):
         def on_train_epoch_end(self):
             self.log("plateau", 1.0)
@@ -210,26 +212,49 @@ def test_early_stopping_ends_the_calibration_where_it_would_have(make_trainer, t
         torch.manual_seed(1)
         callback = RecordingCallback(keep=0.6, calibration_steps=5)
         stopping = EarlyStopping("plateau", patience=1, check_on_train_epoch_end=True)
-        trainer = make_trainer(
-            callback, stopping, every_batch(folder), *callbacks, max_epochs=50, enable_checkpointing=True
-        )
+        trainer = make_trainer(callback, stopping, saving(folder), *callbacks, max_epochs=50, enable_checkpointing=True)
         module = Plateau(causal_module().model, learning_rate=1e-3)
         torch.manual_seed(2)
-        trainer.fit(module, stateful_loader(), ckpt_path=ckpt_path)
+        try:
+            trainer.fit(module, stateful_loader(), ckpt_path=ckpt_path)
+        finally:
+            assert trainer.fit_loop.min_steps is None
         return (module, callback), trainer
-
-    class Stop(pl.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if (trainer.current_epoch, batch_idx) == (2, 3):
-                raise InterruptedError
 
     straight, trainer = fit(tmp_path / "straight")
     assert trainer.global_step == 2 * BATCHES + 5
     with pytest.raises(InterruptedError):
-        fit(tmp_path / "left", Stop())
-    resumed, trainer = fit(tmp_path / "left", ckpt_path=tmp_path / "left" / "last.ckpt")
+        fit(tmp_path / "left", Between(2, epoch=2))
+    resumed, trainer = fit(tmp_path / "left", ckpt_path=tmp_path / "left" / f"{name}.ckpt")
     assert trainer.global_step == 2 * BATCHES + 5
     assert_same(resumed, straight)
+
+
+def test_a_fit_that_was_told_to_stop_counts_nothing_twice(make_trainer, tmp_path):
+    class Halt(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = batch_idx == 4
+
+    # Any loader will do: no batch is left.
+    fits = Fits(make_trainer, tmp_path, loader=lambda: token_loader(samples=2 * BATCHES))
+    running = tmp_path / "running"
+    straight = fits.run(every_batch(running), Halt(), CopyingAtTheEnd(running, tmp_path / "left"))
+    resumed = fits.run(every_batch(running), ckpt_path=tmp_path / "left" / "last.ckpt")
+    assert_same(resumed, straight)
+    assert (straight[1].batches, resumed[1].batches) == (5, 0)
+    with pytest.warns(UserWarning, match="the calibration starts again from its first batch.*seed was 0 and is 1 now"):
+        _, callback = fits.run(every_batch(running), ckpt_path=tmp_path / "left" / "last.ckpt", seed=1)
+    assert callback.batches == BATCHES  # nothing has told this fit to stop
+
+
+class CopyingAtTheEnd(Copying):
+    """Copies when training has ended and nothing is compressed yet."""
+
+    def __init__(self, source: Path, target: Path) -> None:
+        super().__init__(source, target, batch=-1)
+
+    def on_train_end(self, trainer, pl_module):
+        shutil.copytree(self.source, self.target)
 
 
 def test_a_checkpoint_saved_by_a_callback_that_comes_first_counts_the_whole_batch(make_trainer, tmp_path):
@@ -253,49 +278,57 @@ def test_a_checkpoint_saved_by_a_callback_that_comes_first_counts_the_whole_batc
 
 
 def test_a_checkpoint_of_an_exception_holds_the_statistics(make_trainer, tmp_path):
-    class Between(pl.Callback):
-        """Raises where Lightning itself does when it is told to stop: between two batches."""
-
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if batch_idx == 4:
-                raise InterruptedError
-
     fits = Fits(make_trainer, tmp_path)
     straight = fits.run()
     saving = ModelCheckpoint(tmp_path / "left", "failed", save_on_exception=True, save_last=True)
     with pytest.raises(InterruptedError):
-        fits.run(Between(), saving)
+        fits.run(Between(4), saving)
     for name in ("failed", "last"):
         assert_same(fits.run(copy.deepcopy(saving), ckpt_path=tmp_path / "left" / f"{name}.ckpt"), straight)
 
 
-def run_script(*arguments: object, killed: bool = False) -> None:
+def run_script(*arguments: object, code: int = 0) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, str(FOLDER / "preempted_fit.py"), *map(str, arguments)]
     done = subprocess.run(command, env={**environment, "OMP_NUM_THREADS": "1"}, timeout=600, capture_output=True)
-    expected = -signal.SIGKILL if killed else 0
-    assert done.returncode == expected, done.stderr.decode()[-3000:]
+    assert done.returncode == code, done.stderr.decode()[-3000:]
 
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_killed_fit_ends_with_the_factors_of_one_that_was_not(tmp_path, no_limit, devices):
     run = run_script if devices > 1 else preempted_fit.fit
     run(devices, tmp_path / "straight")
-    run_script(devices, tmp_path / "killed", "kill", killed=True)
+    run_script(devices, tmp_path / "killed", "kill", code=-signal.SIGKILL)
     assert len(sidecars(tmp_path / "killed")) == 1
     assert not list((tmp_path / "killed").glob("*.pt"))
-    run(devices, tmp_path / "killed", "resume")
+    run(devices, tmp_path / "killed")
     for rank in range(devices):
-        expected, found = (
-            torch.load(tmp_path / name / f"{rank}.pt", weights_only=True) for name in ("straight", "killed")
-        )
-        assert found["batches"] == expected["batches"] - 5
-        assert found["seen"] == expected["seen"][-len(found["seen"]) :]
-        assert found["ranks"] == expected["ranks"]
-        assert list(found["state"]) == list(expected["state"])
-        for name, value in expected["state"].items():
-            if devices == 1:
-                assert torch.equal(found["state"][name], value)
-            else:  # sums of two processes are added up in another order
-                torch.testing.assert_close(found["state"][name], value, rtol=1e-9, atol=1e-9)
+        found = assert_same_end(tmp_path, "killed", rank, exact=devices == 1)
+        assert found["batches"] == BATCHES - 5
     assert sidecars(tmp_path / "killed") == []
+
+
+def test_processes_that_are_told_to_stop_save_what_they_have_and_one_that_fails_waits_for_no_other(tmp_path):
+    run_script(2, tmp_path / "straight")
+    run_script(2, tmp_path / "stopped", "terminate")
+    assert (tmp_path / "stopped" / "failed.ckpt").exists()
+    run_script(2, tmp_path / "stopped")
+    run_script(2, tmp_path / "failed", "fail", code=1)
+    run_script(2, tmp_path / "failed")
+    for rank in range(2):
+        assert assert_same_end(tmp_path, "stopped", rank)["batches"] == BATCHES - 5
+        assert torch.load(tmp_path / "failed" / f"{rank}.pt", weights_only=True)["batches"] == BATCHES
+
+
+def assert_same_end(folder, name, rank, exact=False):
+    """One process ended as that of the fit in "straight"; return what it ended with."""
+    expected, found = (torch.load(folder / each / f"{rank}.pt", weights_only=True) for each in ("straight", name))
+    assert found["seen"] == expected["seen"][-len(found["seen"]) :]
+    assert found["ranks"] == expected["ranks"]
+    assert list(found["state"]) == list(expected["state"])
+    for key, value in expected["state"].items():
+        if exact:
+            assert torch.equal(found["state"][key], value)
+        else:  # sums of two processes are added up in another order
+            torch.testing.assert_close(found["state"][key], value, rtol=1e-9, atol=1e-9)
+    return found

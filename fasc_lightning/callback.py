@@ -427,7 +427,7 @@ class FascCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._release()
         if self._calibration is not None and self.report is not None:
-            self._keeper.clean()
+            self._keeper.clean(trainer)
         self._end(trainer)
 
     # Parts of the phases.

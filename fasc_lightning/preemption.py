@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors import SafetensorError
 from torch import Tensor
@@ -25,7 +26,7 @@ from fasc_lightning.calibration import REPLAYED, Calibration
 from fasc_lightning.calibration_state import pack_calibration, unpack_calibration
 from fasc_lightning.loader_position import begin_epoch, go_back, obstacle, position, restore_position
 from fasc_lightning.schedule import CalibrationSchedule
-from fasc_lightning.sidecar import SidecarCheckpointIO, open_sidecar
+from fasc_lightning.sidecar import SidecarCheckpointIO, is_local, open_sidecar
 
 #: Of what a checkpoint keeps; of another one nothing is used.
 _FORMAT = 1
@@ -75,10 +76,11 @@ class CalibrationKeeper:
         else:
             end()
 
-    def clean(self) -> None:
-        """Remove sidecars, which a fit that has ended does not need."""
-        if self._io is not None:
-            self._io.clean()
+    def clean(self, trainer: pl.Trainer) -> None:
+        """Remove the sidecars where the fit saves checkpoints: it has ended, and others may be in use elsewhere."""
+        if self._io is not None and trainer.is_global_zero:
+            folders = [getattr(c, "dirpath", None) for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
+            self._io.clean(Path(folder) for folder in folders if folder is not None and is_local(folder))
 
     # Saving.
 
@@ -122,6 +124,7 @@ class CalibrationKeeper:
         state = checkpoint["callbacks"].get(self._key, {}).pop(_KEY, None)
         if self._io is not None and state is not None and state["format"] == _FORMAT:  # in a fit
             self._checkpoint, self._state = checkpoint, state
+            self._io.run = state["run"]
 
     def resume(self, trainer: pl.Trainer, calibration: Calibration, schedule: CalibrationSchedule) -> None:
         """Give a new calibration the statistics of the checkpoint; before Lightning restores its loops.
@@ -176,18 +179,14 @@ class CalibrationKeeper:
         changed = [name for name in now if was[name] != now[name] and not (name == REPLAYED and was[name])]
         return state["obstacle"] or next((_change(name, was[name], now[name]) for name in changed), "")
 
-    def _read(self, trainer: pl.Trainer, calibration: Calibration, state: dict[str, Any]) -> str:
+    @staticmethod
+    def _read(trainer: pl.Trainer, calibration: Calibration, state: dict[str, Any]) -> str:
         """Read the statistics; return why that failed, "" if it did not."""
         tensors: dict[str, Tensor] = state.pop("tensors")
         beside = "token" in state and trainer.is_global_zero
         try:
-            with open_sidecar(state["token"], Path(str(trainer.ckpt_path))) if beside else nullcontext() as found:
-                tensor: Callable[[str], Tensor] = tensors.__getitem__
-                if found is not None:
-                    file, handle = found
-                    tensor = handle.get_tensor
-                    assert self._io is not None
-                    self._io.keep_track(file)
+            with open_sidecar(state["token"], Path(str(trainer.ckpt_path))) if beside else nullcontext() as handle:
+                tensor: Callable[[str], Tensor] = tensors.__getitem__ if handle is None else handle.get_tensor
                 unpack_calibration(trainer, calibration, state["header"], tensor)
         except (OSError, KeyError, SafetensorError) as error:
             return f"its statistics cannot be read: {error}"

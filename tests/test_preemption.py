@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -62,7 +63,7 @@ def test_a_fit_that_goes_on_ends_as_one_that_was_not_interrupted(make_trainer, t
     resumed = fits.resumed()
     assert_same(resumed, straight)
     assert resumed[1].batches < straight[1].batches
-    assert sidecars(tmp_path / "left") == []
+    assert sidecars(tmp_path / "running") == []
 
 
 class Saving(pl.Callback):
@@ -200,6 +201,44 @@ def test_a_second_interruption_is_no_different(make_trainer, tmp_path, no_limit)
         fits.run(every_batch(tmp_path / "running"), Stop(), ckpt_path=tmp_path / "left" / "last.ckpt")
     assert len(sidecars(tmp_path / "running")) == 1
     assert_same(fits.run(every_batch(tmp_path / "running"), ckpt_path=tmp_path / "running" / "last.ckpt"), straight)
+
+
+class Killed(Fits):
+    """A fit whose checkpoints are all kept, interrupted after its third batch."""
+
+    def __init__(self, make_trainer, folder, **options):
+        super().__init__(make_trainer, folder, **options)
+        with pytest.raises(InterruptedError):
+            self.run(self.every("left"), Between(3))
+        self.left = folder / "left"
+        assert len(sidecars(self.left)) == 3
+
+    def every(self, folder):
+        return ModelCheckpoint(self.folder / folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+
+    def go_on(self, folder, **options):
+        return self.run(self.every(folder), ckpt_path=self.left / "step=3.ckpt", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({}, "goes on after 3"), ({"trainer": {"max_epochs": 2}}, "another time"), ({"seed": 4}, "seed was 0")],
+)
+@pytest.mark.filterwarnings("ignore:FascCallback. the calibration starts again")
+def test_no_sidecar_of_a_killed_process_outlives_the_run(make_trainer, tmp_path, no_limit, caplog, options, said):
+    with caplog.at_level("INFO"), warnings.catch_warnings(record=True) as caught:
+        Killed(make_trainer, tmp_path).go_on("left", **options)
+    assert said in caplog.text + "".join(str(warning.message) for warning in caught)
+    assert sidecars(tmp_path / "left") == []
+
+
+def test_a_second_run_from_the_same_checkpoint_goes_on_from_it_too(make_trainer, tmp_path, no_limit):
+    fits = Killed(make_trainer, tmp_path)
+    for folder, keep in (("a", 0.6), ("b", 0.4)):
+        _, callback = fits.go_on(folder, keep=keep)
+        assert callback.batches == BATCHES - 3
+        assert sidecars(tmp_path / folder) == []
+    assert len(sidecars(tmp_path / "left")) == 3
 
 
 @pytest.mark.parametrize(("saving", "name"), [(every_batch, "last"), (failing, "failed")])

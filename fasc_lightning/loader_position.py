@@ -16,7 +16,6 @@ import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
-from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from fasc_lightning._batch_state import UnsavableBatchError, pack_batch, unpack_batch
@@ -44,7 +43,7 @@ def obstacle(trainer: pl.Trainer) -> str:
         if own is not None and not all(type(index) is int for index in own._sampler_list):
             return f"the {type(own._sampler).__name__} of its {name} draws what is not a number"
     try:
-        pack_batch(list(fetcher.batches), {}, "")
+        pack_batch(list(fetcher.batches))
     except UnsavableBatchError as error:
         return f"its loader has no length, and the batch fetched ahead holds {error}, which a file cannot"
     return ""
@@ -55,8 +54,7 @@ def position(trainer: pl.Trainer) -> dict[str, Any]:
 
     In plain data and tensors. There must be no :func:`obstacle`.
     """
-    tensors: dict[str, Tensor] = {}
-    fetched = pack_batch(list(trainer.fit_loop._data_fetcher.batches), tensors, "")  # type: ignore[union-attr]
+    fetched, tensors = pack_batch(list(trainer.fit_loop._data_fetcher.batches))  # type: ignore[union-attr]
     return {
         "loaders": [loader.state_dict() for loader in _loaders(trainer)],
         "orders": [_order(loader) for loader in _loaders(trainer)],

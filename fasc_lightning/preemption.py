@@ -104,6 +104,7 @@ class CalibrationKeeper:
             "schedule": schedule.state_dict(trainer),
             "left": left,
             "obstacle": hindered,
+            "accumulated": calibration.options.update_weights and left and trainer.fit_loop._should_accumulate(),
             "tensors": {},
         }
         if not hindered:
@@ -153,6 +154,12 @@ class CalibrationKeeper:
             return
         calibration.origin = state["origin"]
         rank_zero_info(f"FascCallback: the calibration goes on after {calibration.batches} batches.")
+        if state["accumulated"]:
+            rank_zero_warn(
+                "FascCallback: the checkpoint was saved while gradients were accumulated, which none holds, so that the "
+                "next optimizer step lacks those of some batches. The statistics are whole. HINT: "
+                "ModelCheckpoint(every_n_train_steps=...) saves right after a step."
+            )
 
     def start(self, trainer: pl.Trainer, schedule: CalibrationSchedule) -> None:
         """Go on where the checkpoint was saved, once the schedule and Lightning's loops have started."""

@@ -25,7 +25,7 @@ class Watch(pl.Callback):
     """Notes what the batches hold, and ends the fit before one of them."""
 
     def __init__(self, what: str) -> None:
-        self.what, self.seen = what, []
+        self.what, self.seen, self.replayed = what, [], 0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.what == "kill" and (trainer.current_epoch, batch_idx) == (1, 5):
@@ -41,6 +41,9 @@ class Watch(pl.Callback):
             # Lightning waits for the other processes after it has saved, and they for this one.
             trainer.strategy.barrier = lambda *unused: os._exit(1)
             raise InterruptedError
+
+    def on_train_end(self, trainer, pl_module):
+        self.replayed = len(trainer.callbacks[0]._calibration.replay.batches)
 
 
 def fit(devices: int, folder: Path, what: str = "") -> None:
@@ -70,6 +73,7 @@ def fit(devices: int, folder: Path, what: str = "") -> None:
         "ranks": {row.name: row.rank for row in callback.report.layers},
         "batches": callback.batches,
         "seen": watch.seen,
+        "replayed": watch.replayed,
     }
     torch.save(content, folder / f"{trainer.global_rank}.pt")
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -203,6 +204,20 @@ def test_a_second_interruption_is_no_different(make_trainer, tmp_path, no_limit)
     assert_same(fits.run(every_batch(tmp_path / "running"), ckpt_path=tmp_path / "running" / "last.ckpt"), straight)
 
 
+@pytest.mark.parametrize("update_weights", [True, False])
+def test_gradients_that_no_checkpoint_holds_are_spoken_of(make_trainer, tmp_path, update_weights):
+    options = {"update_weights": update_weights, "trainer": {"accumulate_grad_batches": 2}}
+    fits = Fits(make_trainer, tmp_path, **options)
+    with pytest.raises(InterruptedError):
+        fits.run(failing(tmp_path), Between(4))
+    lost = pytest.warns(UserWarning, match="the next optimizer step lacks those of some batches")
+    with lost if update_weights else nullcontext():
+        module, callback = fits.run(failing(tmp_path), ckpt_path=tmp_path / "failed.ckpt")
+    assert callback.batches == BATCHES - 5
+    if not update_weights:
+        assert_same((module, callback), fits.run(failing(tmp_path)))
+
+
 class Killed(Fits):
     """A fit whose checkpoints are all kept, interrupted after its third batch."""
 
@@ -224,14 +239,15 @@ class Killed(Fits):
     ("options", "said"),
     [({}, "goes on after 3"), ({"trainer": {"max_epochs": 2}}, "another time"), ({"seed": 4}, "seed was 0")],
 )
-@pytest.mark.filterwarnings("ignore:FascCallback. the calibration starts again")
 def test_no_sidecar_of_a_killed_process_outlives_the_run(make_trainer, tmp_path, no_limit, caplog, options, said):
     with caplog.at_level("INFO"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         Killed(make_trainer, tmp_path).go_on("left", **options)
     assert said in caplog.text + "".join(str(warning.message) for warning in caught)
     assert sidecars(tmp_path / "left") == []
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_second_run_from_the_same_checkpoint_goes_on_from_it_too(make_trainer, tmp_path, no_limit):
     fits = Killed(make_trainer, tmp_path)
     for folder, keep in (("a", 0.6), ("b", 0.4)):
@@ -364,6 +380,7 @@ def assert_same_end(folder, name, rank, exact=False):
     expected, found = (torch.load(folder / each / f"{rank}.pt", weights_only=True) for each in ("straight", name))
     assert found["seen"] == expected["seen"][-len(found["seen"]) :]
     assert found["ranks"] == expected["ranks"]
+    assert found["replayed"] == (0 if rank else BATCHES)  # one process alone runs its own again
     assert list(found["state"]) == list(expected["state"])
     for key, value in expected["state"].items():
         if exact:

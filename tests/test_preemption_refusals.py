@@ -107,7 +107,17 @@ def test_statistics_that_cannot_be_read_are_never_guessed(make_trainer, tmp_path
     assert callback.report.layers[0].tokens == straight[1].report.layers[0].tokens
 
 
+def every_token(batch):
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+
+
+def half_of_the_terms(batch):
+    return batch["input_ids"].numel() / 2
+
+
 CHANGES = {
+    "the mask": ({"token_mask": every_token}, r"token_mask was None and is .*every_token now"),
+    "the terms": ({"loss_terms": half_of_the_terms}, r"loss_terms was None and is .*half_of_the_terms now"),
     "the seed": ({"seed": 3}, "seed was 0 and is 3 now"),
     "the statistics": ({"method": "gfwsvd"}, "statistics was .* and is .* now"),
     "the tokens": ({"token_fraction": 0.5}, "token_fraction was 1.0 and is 0.5 now"),
@@ -137,15 +147,20 @@ def test_another_budget_uses_the_same_statistics(make_trainer, tmp_path):
     assert [row.rho for row in callback.report.layers] == [row.rho for row in straight.report.layers]
 
 
-def test_another_number_of_processes_starts_the_calibration_again(make_trainer, tmp_path):
+@pytest.mark.parametrize("what", ["number of processes", "layers"])
+def test_another_setting_starts_the_calibration_again(make_trainer, tmp_path, what):
     fits = Fits(make_trainer, tmp_path)
     straight = fits.straight(5)
     path = tmp_path / "left" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     (kept,) = [s["calibration"] for s in checkpoint["callbacks"].values() if "calibration" in s]
-    kept["setting"]["number of processes"] = 2
+    if what == "layers":
+        name, said = list(kept["setting"]["layers"])[-1], r"layers: 'model.*' was not there and is \[\d+, \d+\] now"
+        del kept["setting"]["layers"][name]
+    else:
+        kept["setting"][what], said = 2, "number of processes was 2 and is 1 now"
     torch.save(checkpoint, path)
-    with pytest.warns(UserWarning, match=f"{AGAIN}.*number of processes was 2 and is 1 now"):
+    with pytest.warns(UserWarning, match=f"{AGAIN}.*{said}"):
         _, callback = fits.resumed()
     assert callback.batches == BATCHES
     assert callback.report.layers[0].tokens == straight[1].report.layers[0].tokens

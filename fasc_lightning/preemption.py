@@ -2,8 +2,11 @@
 
 A checkpoint that is saved while a calibration goes on holds its statistics, summed over all processes, and where each
 process stands in its data. A fit that is resumed from it ends as it would have without the interruption. Where that
-cannot be had (a loader that is not stateful, a file that is missing, another number of processes), the fit goes back to
-where the calibration began, and says why.
+cannot be had (a loader that is not stateful, a file that is missing, another number of processes, a fit that failed
+while it compressed), the fit goes back to where the calibration began, and says why.
+
+A checkpoint of an exception is saved as things stood when it was raised: what is to be given back to the Trainer and
+let go of then waits until Lightning tears down the plugin that saves checkpoints, which it does last.
 """
 
 from __future__ import annotations
@@ -156,8 +159,8 @@ class CalibrationKeeper:
         rank_zero_info(f"FascCallback: the calibration goes on after {calibration.batches} batches.")
         if state["accumulated"]:
             rank_zero_warn(
-                "FascCallback: the checkpoint was saved while gradients were accumulated, which none holds, so that the "
-                "next optimizer step lacks those of some batches. The statistics are whole. HINT: "
+                "FascCallback: the checkpoint was saved while gradients were accumulated, which none holds, so "
+                "that the next optimizer step lacks those of some batches. The statistics are whole. HINT: "
                 "ModelCheckpoint(every_n_train_steps=...) saves right after a step."
             )
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from interrupted import BATCHES, Between, Copying, Fits, assert_same, every_batch, failing, sidecars, stateful_loader
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tiny import causal_module, token_loader
 from watching import RecordingCallback
 
@@ -120,6 +121,19 @@ def test_epochs_are_still_counted_right_at_the_next_interruption(make_trainer, t
         resumed = fits.run(every_batch(tmp_path / "running"), ckpt_path=tmp_path / folder / "last.ckpt")
         assert_same(resumed, straight)
         assert resumed[1].batches == batches
+
+
+@pytest.mark.parametrize("end", END)
+def test_a_fit_that_is_terminated_at_the_end_of_an_epoch_goes_on_with_the_next(make_trainer, tmp_path, end):
+    class Terminate(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer._signal_connector.received_sigterm = True
+
+    fits = Fits(make_trainer, tmp_path, calibration_steps=12, update_weights=True, trainer=END[end])
+    straight = fits.run(failing(tmp_path))
+    with pytest.raises(SIGTERMException):
+        fits.run(failing(tmp_path), Terminate())
+    assert_same(fits.run(failing(tmp_path), ckpt_path=tmp_path / "failed.ckpt"), straight)
 
 
 class Scheduled(CausalLMModule):
@@ -349,35 +363,49 @@ def run_script(*arguments: object, code: int = 0) -> None:
     assert done.returncode == code, done.stderr.decode()[-3000:]
 
 
+@pytest.fixture(scope="module")
+def two_straight(tmp_path_factory):
+    """What two processes end with that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("two")
+    run_script(2, folder / "straight")
+    return folder
+
+
 @pytest.mark.parametrize("devices", [1, 2])
-def test_a_killed_fit_ends_with_the_factors_of_one_that_was_not(tmp_path, no_limit, devices):
-    run = run_script if devices > 1 else preempted_fit.fit
-    run(devices, tmp_path / "straight")
+def test_a_killed_fit_ends_with_the_factors_of_one_that_was_not(request, tmp_path, no_limit, devices):
+    run, straight = run_script, tmp_path
+    if devices == 1:
+        run = preempted_fit.fit
+        run(1, tmp_path / "straight")
+    else:
+        straight = request.getfixturevalue("two_straight")
     run_script(devices, tmp_path / "killed", "kill", code=-signal.SIGKILL)
     assert len(sidecars(tmp_path / "killed")) == 1
     assert not list((tmp_path / "killed").glob("*.pt"))
     run(devices, tmp_path / "killed")
     for rank in range(devices):
-        found = assert_same_end(tmp_path, "killed", rank, exact=devices == 1)
+        found = assert_same_end(tmp_path / "killed", straight / "straight", rank, exact=devices == 1)
         assert found["batches"] == BATCHES - 5
     assert sidecars(tmp_path / "killed") == []
 
 
-def test_processes_that_are_told_to_stop_save_what_they_have_and_one_that_fails_waits_for_no_other(tmp_path):
-    run_script(2, tmp_path / "straight")
+def test_processes_that_are_told_to_stop_save_what_they_have_and_one_that_fails_waits_for_no_other(
+    tmp_path, two_straight
+):
     run_script(2, tmp_path / "stopped", "terminate")
     assert (tmp_path / "stopped" / "failed.ckpt").exists()
     run_script(2, tmp_path / "stopped")
     run_script(2, tmp_path / "failed", "fail", code=1)
     run_script(2, tmp_path / "failed")
     for rank in range(2):
-        assert assert_same_end(tmp_path, "stopped", rank)["batches"] == BATCHES - 5
+        found = assert_same_end(tmp_path / "stopped", two_straight / "straight", rank)
+        assert found["batches"] == BATCHES - 5
         assert torch.load(tmp_path / "failed" / f"{rank}.pt", weights_only=True)["batches"] == BATCHES
 
 
-def assert_same_end(folder, name, rank, exact=False):
-    """One process ended as that of the fit in "straight"; return what it ended with."""
-    expected, found = (torch.load(folder / each / f"{rank}.pt", weights_only=True) for each in ("straight", name))
+def assert_same_end(folder, straight, rank, exact=False):
+    """One process of the fit in a folder ended as that of a straight one; return what it ended with."""
+    found, expected = (torch.load(each / f"{rank}.pt", weights_only=True) for each in (folder, straight))
     assert found["seen"] == expected["seen"][-len(found["seen"]) :]
     assert found["ranks"] == expected["ranks"]
     assert found["replayed"] == (0 if rank else BATCHES)  # one process alone runs its own again

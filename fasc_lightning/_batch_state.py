@@ -13,32 +13,44 @@ class UnsavableBatchError(TypeError):
     """A batch holds what neither a tensor nor plain data can stand for."""
 
 
-def pack_batch(value: Any, tensors: dict[str, Tensor], prefix: str) -> Any:
-    """Return a batch in plain data, its tensors replaced by names.
+def pack_batch(value: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """Return a batch, or a list of batches, as plain data and tensors.
 
     Args:
         value: Tensors and plain values in any nesting of dict, list, tuple and transformers' BatchEncoding.
-        tensors: Takes the tensors by name. None shares memory with another afterwards.
-        prefix: Of those names.
+        prefix: Of the tensors' names.
+
+    Returns:
+        Plain data, with names for tensors, and the tensors by name. None shares memory with another, or is a part of
+        a larger one, which a file would hold whole.
 
     Raises:
         UnsavableBatchError: If the batch is of any other type, which could not be made again.
     """
+    tensors: dict[str, Tensor] = {}
+    return _pack(value, prefix, tensors, set()), tensors
+
+
+def _pack(value: Any, prefix: str, tensors: dict[str, Tensor], storages: set[int]) -> Any:
+    """Return plain data; put tensors, and where their memory is, into the collections."""
     if type(value) is Tensor:
         name = f"{prefix}{len(tensors)}"
         owned = value.detach().contiguous()
-        storages = {t.untyped_storage().data_ptr() for t in tensors.values()}
+        storage = owned.untyped_storage()
         # Files of safetensors refuse tensors that share memory, as labels and inputs may do.
-        tensors[name] = owned.clone() if owned.untyped_storage().data_ptr() in storages else owned
+        if storage.data_ptr() in storages or storage.nbytes() > owned.numel() * owned.element_size():
+            owned = owned.clone()
+        storages.add(owned.untyped_storage().data_ptr())
+        tensors[name] = owned
         return ["tensor", name]
     if value is None or type(value) in (bool, int, float, str):
         return ["value", value]
     if type(value) in (list, tuple):
-        return [type(value).__name__, [pack_batch(item, tensors, prefix) for item in value]]
+        return [type(value).__name__, [_pack(item, prefix, tensors, storages) for item in value]]
     if type(value) is dict or type(value) is _batch_encoding():
         if unsavable := [key for key in value if type(key) not in (str, int)]:
             raise UnsavableBatchError(f"a mapping with the key {unsavable[0]!r}")
-        items = [[key, pack_batch(item, tensors, prefix)] for key, item in value.items()]
+        items = [[key, _pack(item, prefix, tensors, storages)] for key, item in value.items()]
         return ["dict" if type(value) is dict else "encoding", items]
     raise UnsavableBatchError(f"a {type(value).__module__}.{type(value).__qualname__}")
 

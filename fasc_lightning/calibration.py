@@ -74,9 +74,10 @@ class Calibration:
         moments: Second moments of their inputs and gradients.
         scores: Their dependence scores.
         refit: The refit that is to follow; None where there shall be none.
-        replay: The batches of this process, where what follows runs them once more.
+        replay: The batches of the first process, where what follows runs them once more; empty on the others.
         batches: How many batches were counted, on this process.
         finished: Whether the statistics are those of all processes.
+        spent: Whether factors are being made of them, which uses them up.
         origin: Lightning's loops and schedulers before the first batch, from which the calibration can start again.
 
     Raises:
@@ -96,6 +97,7 @@ class Calibration:
         self.options = options
         self.batches = 0
         self.finished = False
+        self.spent = False
         self.origin: dict[str, Any] = {}
         device, dtype = trainer.strategy.root_device, moment_dtype(layers.values())
         shapes, needs = layer_shapes(layers), statistics_needed(options.method, options.gate, options.gate_by)
@@ -168,7 +170,7 @@ class Calibration:
             self.origin = loops_before(trainer)
         self._taps.begin_batch(rows)
         self.batches += 1
-        if self.replays:
+        if self.replays and trainer.is_global_zero:  # which runs its own alone
             self.replay.keep(batch)
 
     def end_batch(self) -> None:
@@ -195,7 +197,8 @@ class Calibration:
             "seed": options.seed,
             "token_fraction": options.token_fraction,
             "update_weights": options.update_weights,
-            "loss_terms": "a callable" if callable(options.loss_terms) else options.loss_terms,
+            "loss_terms": _named(options.loss_terms),
+            "token_mask": _named(options.token_mask),
             REPLAYED: self.replays,
             "number of processes": trainer.world_size,
         }
@@ -267,6 +270,7 @@ class Calibration:
             RuntimeError: If no gradient reached any layer, or processes chose different ranks.
             ValueError: If the budget cannot be met.
         """
+        self.spent = True
         options, moments = self.options, self.moments
         _checks.warn_few_tokens({name: moments.tokens(name) for name in self.layers}, layer_shapes(self.layers))
         rows = {row["layer"]: row for row in self.scores.rows(trainer.global_step)}
@@ -299,3 +303,11 @@ class Calibration:
         """Refit the compressed module; see :meth:`~fasc_lightning.refit_phase.RefitPhase.run`."""
         assert self.refit is not None
         return self.refit.run(trainer, pl_module, dense, self.moments, self.replay)
+
+
+def _named(option: Any) -> str | None:
+    """Return an option in plain data: a callable by the name of its code, which is as far as files can tell."""
+    if not callable(option):
+        return option
+    code = option if hasattr(option, "__qualname__") else type(option)
+    return f"{code.__module__}.{code.__qualname__}"

@@ -35,10 +35,7 @@ def pack_calibration(trainer: pl.Trainer, calibration: Calibration) -> tuple[dic
     distributed = is_distributed(trainer) and not calibration.finished  # else they are summed already
     tensors, moments = pack_moments(calibration.moments, distributed)
     scores, rows = _pack_scores(calibration.scores.scores, distributed)
-    batches: dict[str, Tensor] = {}
-    kept = []
-    if trainer.is_global_zero:  # which replays its own alone
-        kept = [pack_batch(batch, batches, "batch.") for batch in calibration.replay.batches]
+    kept, batches = pack_batch(calibration.replay.batches, "batch.")
     header = {
         "moments": moments,
         "rows": rows,
@@ -69,7 +66,7 @@ def unpack_calibration(
     moments = unpack_moments(header["moments"], lambda name: tensor(name).to(device), device)
     scores = {name: deepcopy(score) for name, score in calibration.scores.scores.items()}
     _unpack_scores(scores, header["rows"], tensor)
-    kept = [unpack_batch(batch, tensor) for batch in header["kept"]]
+    kept = unpack_batch(header["kept"], tensor)
     calibration.restore(moments, scores, kept, header["batches"], header["seconds"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -19,19 +20,18 @@ from fasc_lightning._memory import peak_memory_bytes, return_freed_memory
 from fasc_lightning.batches import LossTerms, TokenMask, batch_label, observed_rows
 from fasc_lightning.calibration import Calibration, CalibrationOptions
 from fasc_lightning.checkpoints import match_on_load
-from fasc_lightning.factorize import CompressionResult, check_budget_fits
+from fasc_lightning.factorize import check_budget_fits
 from fasc_lightning.gate import check_gate
 from fasc_lightning.history import RhoHistory, describe
 from fasc_lightning.hub import attach_config
 from fasc_lightning.layouts import Layout
 from fasc_lightning.monitor import RhoMonitor, write_history
 from fasc_lightning.pooled import Gradient
-from fasc_lightning.preemption import CalibrationKeeper, saves_on_exception
+from fasc_lightning.preemption import CalibrationKeeper
 from fasc_lightning.quantize import quantize_layers
 from fasc_lightning.quantized_layers import Quantization
-from fasc_lightning.refit import RefitReport
 from fasc_lightning.refit_phase import Refit, refit_figures
-from fasc_lightning.report import CompressionReport, LayerReport, log_report, measure_layers, measure_model
+from fasc_lightning.report import CompressionReport, log_report, measure_layers, measure_model
 from fasc_lightning.schedule import CalibrationSchedule
 from fasc_lightning.swap import is_compressed, swap_modules
 from fasc_lightning.taps import layer_shapes, select_layers
@@ -206,8 +206,7 @@ class FascCallback(pl.Callback):
         self._calibration: Calibration | None = None
         self._monitor = RhoMonitor(monitor_every_n_steps or 1, monitor_tokens, rho_threshold, rho_gradient, seed)
         self._replaced: dict[str, nn.Module] = {}
-        self._reports: list[LayerReport] = []
-        self._seconds: dict[str, float] = {}
+        self._set_aside: tuple[list[Any], list[Any]] = [], []
 
     @property
     def options(self) -> dict[str, Any]:
@@ -263,6 +262,7 @@ class FascCallback(pl.Callback):
         self._load_hook = pl_module.register_load_state_dict_pre_hook(match_on_load)
         if stage != "fit":
             return
+        self._forget()  # what a fit that failed may have left
         self.report = None
         _checks.check_strategy(trainer)
         _checks.check_module(pl_module, compresses=False)  # a checkpoint may make a compressed module dense
@@ -293,7 +293,6 @@ class FascCallback(pl.Callback):
             check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout, self.align)
             options = CalibrationOptions(**{f.name: getattr(self, f.name) for f in fields(CalibrationOptions)})
             self._calibration = Calibration(trainer, pl_module, self._layers, options)
-            self._seconds = {}
             self._keeper.resume(trainer, self._calibration, self._schedule)
 
     @override
@@ -323,9 +322,8 @@ class FascCallback(pl.Callback):
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if not self._calibrating:
-            return
-        _checks.check_loss(loss, len(self._layers), batch_label(trainer))
+        if self._calibrating:
+            _checks.check_loss(loss, len(self._layers), batch_label(trainer))
 
     @override
     def on_train_batch_end(
@@ -346,7 +344,8 @@ class FascCallback(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._monitor.close(trainer)
-        self._release(trainer)
+        self._release()
+        self._schedule.stop(trainer)
         if self._monitors:
             write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations)
         if self._calibration is not None and self._calibration.begun:
@@ -370,21 +369,24 @@ class FascCallback(pl.Callback):
         if not calibration.finished:  # the fit had nothing left to run, so that training neither started nor ended
             calibration.finish(trainer)
         moments_bytes = calibration.moments.nbytes
-        self._seconds["calibrate"] = calibration.seconds
+        seconds = {"calibrate": calibration.seconds}
         before = measure_layers(self._layers), measure_model(pl_module)
         start = time.perf_counter()
         return_freed_memory()
         # After every `on_train_end`, so that averaging callbacks have put their weights in place.
-        result = self._factorize(trainer, pl_module)
-        self._seconds["factorize"] = time.perf_counter() - start
+        result, reports = calibration.factorize(
+            trainer, pl_module, rank=self.rank, keep=self.keep, layout=self.layout, align=self.align
+        )
+        seconds["factorize"] = time.perf_counter() - start
         start = time.perf_counter()
         self._replaced = swap_modules(pl_module, result.replacements)
         attach_config(pl_module, method=self.method, options=self.options, seed=self.seed)
-        self._seconds["swap"] = time.perf_counter() - start
-        refitted = self._run_refit(trainer, pl_module)
-        # They hold the dense parameters, which a checkpoint would otherwise store beside the factors.
-        trainer.strategy.optimizers = []
-        trainer.strategy.lr_scheduler_configs = []
+        seconds["swap"] = time.perf_counter() - start
+        refitted = None
+        if calibration.refit is not None:
+            start = time.perf_counter()
+            refitted = calibration.run_refit(trainer, pl_module, self._replaced)
+            seconds["refit"] = time.perf_counter() - start
         after = measure_layers({**self._layers, **result.replacements}), measure_model(pl_module)
         self.report = CompressionReport(
             method=self.method,
@@ -392,19 +394,24 @@ class FascCallback(pl.Callback):
             seed=self.seed,
             targeted={"dense": before[0], "compressed": after[0]},
             whole={"dense": before[1], "compressed": after[1]},
-            seconds=dict(self._seconds),
+            seconds=seconds,
             moments_bytes=moments_bytes,
             peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
-            layers=self._reports,
+            layers=reports,
             refit=None if refitted is None else refit_figures(refitted),
         )
         self._quantize(pl_module)
         log_report(trainer.loggers, self.report, trainer.global_step)
         rank_zero_info(f"\n{self.report}")
+        # They hold the dense parameters, which a checkpoint would otherwise store beside the factors.
+        self._set_aside = trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs
+        trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._release(trainer)
+        if self._calibration is not None:
+            self._calibration.settle(trainer)
+        self._release()
         if self._monitors:
             with suppress(OSError):  # what went wrong first is what is to be seen
                 write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations, figures=False)
@@ -412,18 +419,16 @@ class FascCallback(pl.Callback):
             swap_modules(pl_module, self._replaced)
             attach_config(pl_module)
             self.report = None
-        # Callbacks that save a checkpoint of what went wrong do so after this.
-        if not (self._calibration is not None and saves_on_exception(trainer)):
-            self._keeper.remove(trainer)
-            self._forget()
+        if self._set_aside != ([], []):
+            trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = self._set_aside
+        self._keeper.after_exception(trainer, exception, partial(self._end, trainer))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._release(trainer)
+        self._release()
         if self._calibration is not None and self.report is not None:
-            self._keeper.clean()
-        self._keeper.remove(trainer)
-        self._forget()
+            self._keeper.clean(trainer)
+        self._end(trainer)
 
     # Parts of the phases.
 
@@ -439,22 +444,6 @@ class FascCallback(pl.Callback):
     def _calibrating(self) -> bool:
         return self._calibration is not None and self._calibration.running
 
-    def _factorize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> CompressionResult:
-        assert self._calibration is not None
-        result, self._reports = self._calibration.factorize(
-            trainer, pl_module, rank=self.rank, keep=self.keep, layout=self.layout, align=self.align
-        )
-        return result
-
-    def _run_refit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> RefitReport | None:
-        assert self._calibration is not None
-        if self._calibration.refit is None:
-            return None
-        start = time.perf_counter()
-        report = self._calibration.run_refit(trainer, pl_module, self._replaced)
-        self._seconds["refit"] = time.perf_counter() - start
-        return report
-
     def _quantize(self, pl_module: pl.LightningModule) -> None:
         if self.quantize is None:
             return
@@ -464,17 +453,22 @@ class FascCallback(pl.Callback):
         self._replaced = {**replaced, **self._replaced}  # of layers compressed before, what they were at first
         self.report = self.report.with_quantized(pl_module, self.quantize, self._layers, time.perf_counter() - start)
 
-    def _release(self, trainer: pl.Trainer) -> None:
-        """Take hooks off and put back what was held; safe at any time."""
+    def _release(self) -> None:
+        """Take hooks off and put back what was frozen; safe at any time."""
         self._monitor.remove()
         if self._load_hook is not None:
             self._load_hook.remove()
         if self._calibration is not None:
             self._calibration.release()
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        """Give the Trainer back what is its own, and let go of the fit; safe at any time."""
         self._schedule.stop(trainer)
+        self._keeper.remove(trainer)
+        self._forget()
 
     def _forget(self) -> None:
         """Drop statistics and references to the module's layers."""
         self._calibration = None
-        self._layers, self._replaced, self._reports = {}, {}, []
+        self._layers, self._replaced, self._set_aside = {}, {}, ([], [])
         self._monitor.forget()

@@ -27,6 +27,7 @@ class FrozenFit:
         self._training: dict[nn.Module, bool] = {}
         self._requires_grad: dict[nn.Parameter, bool] = {}
         self._grad_sync: bool | None = None
+        self._schedulers: list[tuple[Any, type]] = []
         self.active = False
 
     def enter(self) -> None:
@@ -43,8 +44,10 @@ class FrozenFit:
         strategy, epoch_loop = self._trainer.strategy, self._trainer.fit_loop.epoch_loop
         strategy.optimizer_step = _run_closure_only  # type: ignore[method-assign]
         epoch_loop.update_lr_schedulers = _no_step  # type: ignore[method-assign]
-        for config in strategy.lr_scheduler_configs:  # for those that manual optimisation steps itself
-            config.scheduler.step = _no_step  # type: ignore[method-assign]
+        # For those that manual optimisation steps itself. An attribute would go into checkpoints: it is state.
+        self._schedulers = [(c.scheduler, type(c.scheduler)) for c in strategy.lr_scheduler_configs]
+        for scheduler, kind in self._schedulers:
+            scheduler.__class__ = type(kind.__name__, (kind,), {"step": _no_step})
         if isinstance(strategy.model, DistributedDataParallel):
             # No parameter has a gradient to average; DDP's reducer would wait for them.
             self._grad_sync = strategy.model.require_backward_grad_sync
@@ -67,11 +70,11 @@ class FrozenFit:
         strategy, epoch_loop = self._trainer.strategy, self._trainer.fit_loop.epoch_loop
         vars(strategy).pop("optimizer_step", None)
         vars(epoch_loop).pop("update_lr_schedulers", None)
-        for config in strategy.lr_scheduler_configs:
-            vars(config.scheduler).pop("step", None)
+        for scheduler, kind in self._schedulers:
+            scheduler.__class__ = kind
         if self._grad_sync is not None and isinstance(strategy.model, DistributedDataParallel):
             strategy.model.require_backward_grad_sync = self._grad_sync
-        self._training, self._requires_grad, self._grad_sync = {}, {}, None
+        self._training, self._requires_grad, self._schedulers, self._grad_sync = {}, {}, [], None
 
 
 def _run_closure_only(optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:

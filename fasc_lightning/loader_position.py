@@ -16,7 +16,6 @@ import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
-from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from fasc_lightning._batch_state import UnsavableBatchError, pack_batch, unpack_batch
@@ -44,7 +43,7 @@ def obstacle(trainer: pl.Trainer) -> str:
         if own is not None and not all(type(index) is int for index in own._sampler_list):
             return f"the {type(own._sampler).__name__} of its {name} draws what is not a number"
     try:
-        pack_batch(list(fetcher.batches), {}, "")
+        pack_batch(list(fetcher.batches))
     except UnsavableBatchError as error:
         return f"its loader has no length, and the batch fetched ahead holds {error}, which a file cannot"
     return ""
@@ -55,8 +54,7 @@ def position(trainer: pl.Trainer) -> dict[str, Any]:
 
     In plain data and tensors. There must be no :func:`obstacle`.
     """
-    tensors: dict[str, Tensor] = {}
-    fetched = pack_batch(list(trainer.fit_loop._data_fetcher.batches), tensors, "")  # type: ignore[union-attr]
+    fetched, tensors = pack_batch(list(trainer.fit_loop._data_fetcher.batches))  # type: ignore[union-attr]
     return {
         "loaders": [loader.state_dict() for loader in _loaders(trainer)],
         "orders": [_order(loader) for loader in _loaders(trainer)],
@@ -82,14 +80,26 @@ def restore_position(trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
 
 
 def begin_epoch(trainer: pl.Trainer) -> None:
-    """Let the loaders of a resumed training begin the epoch that it begins, as training starts.
+    """Let a resumed training begin a new epoch if that of its checkpoint had ended; as training starts.
 
-    After a checkpoint of an epoch's last batch, Lightning goes on with stateful loaders where they had nothing left.
+    Lightning would go on with stateful loaders where they had nothing left, and miscount epochs, some of them empty,
+    after a checkpoint of an epoch's last batch or, with `max_steps`, of its end. What is left of an epoch after its
+    validation it runs by itself.
     """
     loop = trainer.fit_loop
-    ended = loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
-    if ended and any(_is_stateful(loader) for loader in _loaders(trainer)):
-        _iterate(trainer)
+    epoch_loop, epochs = loop.epoch_loop, loop.epoch_progress
+    current: Any = epochs.current
+    if not (loop.is_resuming and epoch_loop.batch_progress.is_last_batch and current.started == current.processed):
+        return
+    if epoch_loop.restarted_on_train_batch_end:
+        epoch_loop.batch_progress.increment_completed()
+        epoch_loop._batches_that_stepped += 1
+    for counts in (epochs.total, epochs.current):
+        counts.ready = counts.started = counts.completed = counts.processed  # type: ignore[attr-defined]
+    for inner in (loop, epoch_loop, epoch_loop.val_loop):  # what begins is no restart
+        inner._restarting = False
+        inner.reset_restart_stage()
+    _iterate(trainer)
 
 
 def _iterate(trainer: pl.Trainer) -> None:
@@ -103,7 +113,9 @@ def _iterate(trainer: pl.Trainer) -> None:
 
 
 def loops_before(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return Lightning's loops, its schedulers and what they set, as they were before the batch that starts now.
+    """Return Lightning's loops, its schedulers and what they set, and whether it is told to stop, before a batch.
+
+    That is the batch that starts now.
 
     Loaders are left out: that batch has been taken from them. They start from the beginning then.
     """
@@ -115,6 +127,7 @@ def loops_before(trainer: pl.Trainer) -> dict[str, Any]:
         counts["ready"] = counts["completed"]
     return {
         "loops": loops,
+        "stopping": bool(trainer.should_stop),
         "lr_schedulers": [c.scheduler.state_dict() for c in trainer.strategy.lr_scheduler_configs],
         "param_groups": [
             [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -132,8 +145,9 @@ def go_back(checkpoint: dict[str, Any], before: Mapping[str, Any]) -> None:
     """
     checkpoint["loops"]["fit_loop"] = before["loops"]
     checkpoint["lr_schedulers"] = before["lr_schedulers"]
-    for state, groups in zip(checkpoint["optimizer_states"], before["param_groups"], strict=True):
-        for group, settings in zip(state["param_groups"], groups, strict=True):
+    # Neither is strict: the checkpoint may be of other optimizers, which is for Lightning to say.
+    for state, groups in zip(checkpoint["optimizer_states"], before["param_groups"], strict=False):
+        for group, settings in zip(state["param_groups"], groups, strict=False):
             group.update(settings)
 
 

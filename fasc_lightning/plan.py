@@ -56,7 +56,8 @@ def apply_plan(model: nn.Module, plan: Plan, state_dict: Mapping[str, Tensor] | 
     Args:
         model: Any module whose layers of the plan are dense, or already as planned.
         plan: From :func:`compression_plan` or ``report.plan``.
-        state_dict: Weights of the whole compressed model, as ``state_dict()`` gave them.
+        state_dict: Weights of the whole compressed model, as ``state_dict()`` gave them. A model on the meta device
+            takes these very tensors over; weights that it ties have to be tied again.
 
     Returns:
         The layers that were replaced, by name; ``swap_modules(model, ...)`` puts them back.
@@ -85,7 +86,8 @@ def apply_plan(model: nn.Module, plan: Plan, state_dict: Mapping[str, Tensor] | 
     if state_dict is not None:
         try:
             check_fit(model, state_dict)
-            model.load_state_dict(state_dict)
+            # Copying onto the meta device does nothing, and torch only warns.
+            model.load_state_dict(state_dict, assign=any(p.is_meta for p in model.parameters()))
         except BaseException:
             swap_layers(model, replaced)
             raise

@@ -2,8 +2,11 @@
 
 A checkpoint that is saved while a calibration goes on holds its statistics, summed over all processes, and where each
 process stands in its data. A fit that is resumed from it ends as it would have without the interruption. Where that
-cannot be had (a loader that is not stateful, a file that is missing, another number of processes), the fit goes back to
-where the calibration began, and says why.
+cannot be had (a loader that is not stateful, a file that is missing, another number of processes, a fit that failed
+while it compressed), the fit goes back to where the calibration began, and says why.
+
+A checkpoint of an exception is saved as things stood when it was raised: what is to be given back to the Trainer and
+let go of then waits until Lightning tears down the plugin that saves checkpoints, which it does last.
 """
 
 from __future__ import annotations
@@ -15,17 +18,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors import SafetensorError
 from torch import Tensor
 
 from fasc_lightning._batch_state import UnsavableBatchError
-from fasc_lightning._distributed import gather_everywhere
+from fasc_lightning._distributed import gather_everywhere, is_distributed
 from fasc_lightning.calibration import REPLAYED, Calibration
 from fasc_lightning.calibration_state import pack_calibration, unpack_calibration
 from fasc_lightning.loader_position import begin_epoch, go_back, obstacle, position, restore_position
 from fasc_lightning.schedule import CalibrationSchedule
-from fasc_lightning.sidecar import SidecarCheckpointIO, open_sidecar
+from fasc_lightning.sidecar import SidecarCheckpointIO, is_local, open_sidecar
 
 #: Of what a checkpoint keeps; of another one nothing is used.
 _FORMAT = 1
@@ -46,7 +50,8 @@ class CalibrationKeeper:
         self._io: SidecarCheckpointIO | None = None
         self._checkpoint: dict[str, Any] | None = None  # that the fit is resumed from, while it is read
         self._state: dict[str, Any] | None = None
-        self._stopping = False  # as the fit was when it went back
+        self._stopping = False  # as the fit was before the calibration to which it goes back
+        self._alone = False  # whether this process failed and others may be waiting for it
 
     def install(self, trainer: pl.Trainer) -> None:
         """Let the Trainer's checkpoints have sidecars."""
@@ -54,7 +59,8 @@ class CalibrationKeeper:
         if isinstance(inner, SidecarCheckpointIO):  # of a fit that failed
             inner = inner.inner
         trainer.strategy.checkpoint_io = self._io = SidecarCheckpointIO(inner, self._find)
-        self._checkpoint, self._state, self._stopping = None, None, False
+        self._checkpoint, self._state = None, None
+        self._stopping = self._alone = False
 
     def remove(self, trainer: pl.Trainer) -> None:
         """Give the Trainer its own plugin back; safe at any time."""
@@ -62,20 +68,37 @@ class CalibrationKeeper:
             trainer.strategy.checkpoint_io = self._io.inner
         self._io = self._checkpoint = self._state = None
 
-    def clean(self) -> None:
-        """Remove sidecars, which a fit that has ended does not need."""
-        if self._io is not None:
-            self._io.clean()
+    def after_exception(self, trainer: pl.Trainer, exception: BaseException, end: Callable[[], None]) -> None:
+        """Call something once other callbacks have saved their checkpoints of what went wrong.
+
+        Lightning tears nothing down after an exception but its strategy, and with that the plugin.
+        """
+        self._alone = is_distributed(trainer) and not isinstance(exception, SIGTERMException)
+        if self._io is not None and trainer.strategy.checkpoint_io is self._io:
+            self._io.on_teardown = end
+        else:
+            end()
+
+    def clean(self, trainer: pl.Trainer) -> None:
+        """Remove the sidecars where the fit saves checkpoints: it has ended, and others may be in use elsewhere."""
+        if self._io is not None and trainer.is_global_zero:
+            folders = [getattr(c, "dirpath", None) for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
+            self._io.clean(Path(folder) for folder in folders if folder is not None and is_local(folder))
 
     # Saving.
 
     def save(
         self, trainer: pl.Trainer, calibration: Calibration, schedule: CalibrationSchedule, checkpoint: dict[str, Any]
     ) -> None:
-        """Put a calibration that has begun into a checkpoint; on all processes together."""
+        """Put a calibration that has begun into a checkpoint; on all processes together unless one of them failed."""
         calibration.settle(trainer)
         left = _batches_are_left(trainer)
-        hindered = next(filter(None, gather_everywhere(trainer, obstacle(trainer) if left else "")), "")
+        if calibration.spent:
+            hindered = "the fit failed while it compressed the model"
+        elif self._alone:
+            hindered = "it was saved when a process of several failed"
+        else:
+            hindered = next(filter(None, gather_everywhere(trainer, obstacle(trainer) if left else "")), "")
         state = {
             "format": _FORMAT,
             "end": _end(trainer, schedule),
@@ -84,6 +107,7 @@ class CalibrationKeeper:
             "schedule": schedule.state_dict(trainer),
             "left": left,
             "obstacle": hindered,
+            "accumulated": calibration.options.update_weights and left and trainer.fit_loop._should_accumulate(),
             "tensors": {},
         }
         if not hindered:
@@ -104,6 +128,7 @@ class CalibrationKeeper:
         state = checkpoint["callbacks"].get(self._key, {}).pop(_KEY, None)
         if self._io is not None and state is not None and state["format"] == _FORMAT:  # in a fit
             self._checkpoint, self._state = checkpoint, state
+            self._io.run = state["run"]
 
     def resume(self, trainer: pl.Trainer, calibration: Calibration, schedule: CalibrationSchedule) -> None:
         """Give a new calibration the statistics of the checkpoint; before Lightning restores its loops.
@@ -132,15 +157,21 @@ class CalibrationKeeper:
             return
         calibration.origin = state["origin"]
         rank_zero_info(f"FascCallback: the calibration goes on after {calibration.batches} batches.")
+        if state["accumulated"]:
+            rank_zero_warn(
+                "FascCallback: the checkpoint was saved while gradients were accumulated, which none holds, so "
+                "that the next optimizer step lacks those of some batches. The statistics are whole. HINT: "
+                "ModelCheckpoint(every_n_train_steps=...) saves right after a step."
+            )
 
     def start(self, trainer: pl.Trainer, schedule: CalibrationSchedule) -> None:
         """Go on where the checkpoint was saved, once the schedule and Lightning's loops have started."""
         state, self._state = self._state, None
+        if state is not None and state["left"]:
+            restore_position(trainer, state["positions"][trainer.global_rank])
         begin_epoch(trainer)
         if state is not None:
             schedule.load_state_dict(trainer, state["schedule"])
-            if state["left"]:
-                restore_position(trainer, state["positions"][trainer.global_rank])
         elif self._stopping:
             trainer.should_stop = True
         elif trainer.ckpt_path is not None and (missed := schedule.missed(trainer)):
@@ -152,26 +183,20 @@ class CalibrationKeeper:
 
     @staticmethod
     def _unusable(trainer: pl.Trainer, calibration: Calibration, state: Mapping[str, Any]) -> str:
-        """Return why the statistics of a checkpoint are not those of this fit; "" if they are."""
+        """Return why the statistics of a checkpoint are not to be had, or not this fit's; "" if nothing hinders."""
         was, now = state["setting"], calibration.setting(trainer)
-        for name, value in now.items():
-            # Batches that were kept do no harm where nothing replays them.
-            if was[name] != value and not (name == REPLAYED and was[name]):
-                return f"{name} was {_short(was[name])} and is {_short(value)} now"
-        return state["obstacle"]
+        # Batches that were kept do no harm where nothing replays them.
+        changed = [name for name in now if was[name] != now[name] and not (name == REPLAYED and was[name])]
+        return state["obstacle"] or next((_change(name, was[name], now[name]) for name in changed), "")
 
-    def _read(self, trainer: pl.Trainer, calibration: Calibration, state: dict[str, Any]) -> str:
+    @staticmethod
+    def _read(trainer: pl.Trainer, calibration: Calibration, state: dict[str, Any]) -> str:
         """Read the statistics; return why that failed, "" if it did not."""
         tensors: dict[str, Tensor] = state.pop("tensors")
         beside = "token" in state and trainer.is_global_zero
         try:
-            with open_sidecar(state["token"], Path(str(trainer.ckpt_path))) if beside else nullcontext() as found:
-                tensor: Callable[[str], Tensor] = tensors.__getitem__
-                if found is not None:
-                    file, handle = found
-                    tensor = handle.get_tensor
-                    assert self._io is not None
-                    self._io.keep_track(file)
+            with open_sidecar(state["token"], Path(str(trainer.ckpt_path))) if beside else nullcontext() as handle:
+                tensor: Callable[[str], Tensor] = tensors.__getitem__ if handle is None else handle.get_tensor
                 unpack_calibration(trainer, calibration, state["header"], tensor)
         except (OSError, KeyError, SafetensorError) as error:
             return f"its statistics cannot be read: {error}"
@@ -188,7 +213,7 @@ class CalibrationKeeper:
         """Let Lightning restore its loops as they were before the first batch of the calibration."""
         calibration.reset()
         go_back(checkpoint, state["origin"])
-        self._stopping = state["schedule"]["stopping"]
+        self._stopping = state["origin"]["stopping"]
         twice = ""
         if calibration.options.update_weights:
             twice = " The weights are trained on those batches once more, since update_weights=True."
@@ -196,12 +221,6 @@ class CalibrationKeeper:
             f"FascCallback: the calibration starts again from its first batch and not where the checkpoint was saved. "
             f"Reason: {reason}.{twice} HINT: a stateful loader and the same options, processes and files let it go on."
         )
-
-
-def saves_on_exception(trainer: pl.Trainer) -> bool:
-    """Tell whether a callback saves a checkpoint when a fit fails or is told to stop."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return any(isinstance(c, OnExceptionCheckpoint) or getattr(c, "save_on_exception", False) for c in callbacks)
 
 
 def _batches_are_left(trainer: pl.Trainer) -> bool:
@@ -229,5 +248,8 @@ def _described(end: list[Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in zip(names, end, strict=True))
 
 
-def _short(value: Any) -> str:
-    return f"{value!r:.80}"
+def _change(name: str, was: Any, now: Any) -> str:
+    if isinstance(was, dict) and isinstance(now, dict):  # of layers, of which there may be hundreds
+        key = next(key for key in [*was, *now] if was.get(key) != now.get(key))
+        name, was, now = f"{name}: {key!r}", was.get(key, "not there"), now.get(key, "not there")
+    return f"{name} was {was} and is {now} now"

@@ -89,9 +89,10 @@ class CalibrationSchedule:
     def load_state_dict(self, trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
         """Go on with a calibration, after :meth:`start`."""
         self.begun = True
-        if self._holding and state["stopping"]:
+        if state["stopping"]:
             trainer.should_stop = True
-            trainer.fit_loop.epoch_loop.min_steps = state["min_steps"]
+            if self._holding:
+                trainer.fit_loop.epoch_loop.min_steps = state["min_steps"]
 
     def missed(self, trainer: pl.Trainer) -> int:
         """Return how many steps (batches, of a last epoch) the calibration has missed as a resumed training starts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,21 +27,32 @@ SUFFIX = ".fasc.safetensors"
 
 _TOKEN = "fasc_lightning.calibration"
 
+#: Characters of a token that name the run, those that a file name has, and what the name has after the run.
+_RUN, _NAMED = 8, 16
+_UNIQUE = f"[0-9a-f]{{{_NAMED - _RUN}}}"
+
 
 class SidecarCheckpointIO(CheckpointIO):
     """Saves and removes checkpoints as another plugin does, and with them the sidecars of their calibrations.
 
     Every sidecar has a token that its checkpoint names, so that no checkpoint is ever taken for another's, and a file
     name of its own, so that an older checkpoint of the same name keeps the one that it has until it is overwritten.
+    Both begin with the run, of which a fit and those that go on from its checkpoints are parts.
 
     Args:
         inner: The plugin.
         find: Returns the part of a checkpoint that may hold large "tensors", or None.
+
+    Attributes:
+        run: Of this fit; that of the checkpoint where it goes on from one.
+        on_teardown: Called when Lightning tears the plugin down.
     """
 
     def __init__(self, inner: CheckpointIO, find: Callable[[Mapping[str, Any]], dict[str, Any] | None]) -> None:
         self.inner = inner
         self._find = find
+        self.run = uuid.uuid4().hex[:_RUN]
+        self.on_teardown: Callable[[], None] | None = None
         self._kept: dict[Path, list[Path]] = {}
 
     @override
@@ -48,10 +60,12 @@ class SidecarCheckpointIO(CheckpointIO):
         """Save a checkpoint; statistics that cannot be written are left out, which it and a warning say."""
         state = self._find(checkpoint)
         written = None
-        if state is not None and _is_local(path) and _nbytes(state["tensors"]) > SIDECAR_BYTES:
+        if state is not None:
+            state["run"] = self.run
+        if state is not None and is_local(path) and _nbytes(state["tensors"]) > SIDECAR_BYTES:
             tensors, state["tensors"] = state["tensors"], {}
             try:
-                written, state["token"] = write_sidecar(tensors, Path(path))
+                written, state["token"] = write_sidecar(tensors, Path(path), self.run)
             except (OSError, SafetensorError) as error:
                 state["obstacle"] = f"its sidecar file could not be written ({error})"
                 rank_zero_warn(
@@ -59,7 +73,7 @@ class SidecarCheckpointIO(CheckpointIO):
                     "fit that is resumed from this checkpoint has to start its calibration again."
                 )
         self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
-        if _is_local(path):
+        if is_local(path):
             self._tidy(Path(path), written)
 
     @override
@@ -69,22 +83,24 @@ class SidecarCheckpointIO(CheckpointIO):
     @override
     def remove_checkpoint(self, path: Any) -> None:
         self.inner.remove_checkpoint(path)
-        if _is_local(path):
+        if is_local(path):
             _remove(sidecars(Path(path)))
             self._kept.pop(Path(path), None)
 
     @override
     def teardown(self) -> None:
         self.inner.teardown()
+        if self.on_teardown is not None:
+            self.on_teardown()
 
-    def keep_track(self, file: Path) -> None:
-        """Let :meth:`clean` remove a sidecar of another process, from which this one went on."""
-        self._kept.setdefault(file, []).append(file)
+    def clean(self, folders: Iterable[Path]) -> None:
+        """Remove the sidecars of the run, those of killed processes included.
 
-    def clean(self) -> None:
-        """Remove the sidecars of all checkpoints that were saved."""
-        for files in self._kept.values():
-            _remove(files)
+        Args:
+            folders: Where to look for them, beside those of the checkpoints that were saved.
+        """
+        for folder in {*folders, *(path.parent for path in self._kept)}:
+            _remove(_matching(folder, rf".*\.{self.run}{_UNIQUE}"))
         self._kept = {}
 
     def _tidy(self, path: Path, written: Path | None) -> None:
@@ -97,8 +113,8 @@ class SidecarCheckpointIO(CheckpointIO):
         _remove(file for file in sidecars(path) if file not in latest)
 
 
-def write_sidecar(tensors: Mapping[str, Tensor], path: Path) -> tuple[Path, str]:
-    """Write tensors beside a checkpoint, whole or not at all; return the file and its token.
+def write_sidecar(tensors: Mapping[str, Tensor], path: Path, run: str) -> tuple[Path, str]:
+    """Write tensors beside a checkpoint of a run, whole or not at all; return the file and its token.
 
     Raises:
         OSError: If the folder is read-only or the disk is full.
@@ -106,15 +122,15 @@ def write_sidecar(tensors: Mapping[str, Tensor], path: Path) -> tuple[Path, str]
     """
     from safetensors.torch import save_file
 
-    token = uuid.uuid4().hex
-    file = path.parent / f"{_stem(path)}.{token[:8]}{SUFFIX}"
+    token = run + uuid.uuid4().hex
+    file = path.parent / _name(path, token)
     with whole_file(file) as temporary:
         save_file(dict(tensors), temporary, metadata={_TOKEN: token})
     return file, token
 
 
 @contextmanager
-def open_sidecar(token: str, path: Path) -> Iterator[tuple[Path, Any]]:
+def open_sidecar(token: str, path: Path) -> Iterator[Any]:
     """Open the sidecar of a checkpoint wherever it lies beside it, whatever it is called.
 
     Args:
@@ -122,7 +138,7 @@ def open_sidecar(token: str, path: Path) -> Iterator[tuple[Path, Any]]:
         path: Of the checkpoint, or a link to it.
 
     Yields:
-        The file, and safetensors' handle, whose ``get_tensor(name)`` reads one tensor.
+        safetensors' handle, whose ``get_tensor(name)`` reads one tensor.
 
     Raises:
         FileNotFoundError: If it is not there.
@@ -131,9 +147,9 @@ def open_sidecar(token: str, path: Path) -> Iterator[tuple[Path, Any]]:
         for file in sorted(folder.glob(f"*{SUFFIX}")):
             if read_token(file) == token:
                 with safe_open(file, framework="pt") as handle:
-                    yield file, handle
+                    yield handle
                 return
-    raise FileNotFoundError(f"there is no {_stem(path)}.{token[:8]}{SUFFIX} beside {path}, or it is damaged")
+    raise FileNotFoundError(f"there is no {_name(path, token)} beside {path}, or it is damaged")
 
 
 def read_token(file: Path) -> str | None:
@@ -146,14 +162,18 @@ def read_token(file: Path) -> str | None:
 
 
 def sidecars(path: Path) -> list[Path]:
-    """Return the sidecars that were written for checkpoints of a path."""
-    prefix = f"{_stem(path)}."
-    tokens = 8 + len(SUFFIX)
-    return [
-        file
-        for file in path.parent.glob(f"*{SUFFIX}")
-        if file.name.startswith(prefix) and len(file.name) == len(prefix) + tokens
-    ]
+    """Return the sidecars that were written for checkpoints of a path, and what is left of unfinished ones."""
+    return _matching(path.parent, rf"{re.escape(_stem(path))}\.[0-9a-f]{{{_RUN}}}{_UNIQUE}")
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of a folder whose names are a pattern and what ends sidecars, whole or half written."""
+    name = re.compile(rf"{pattern}{re.escape(SUFFIX)}(\.tmp)?")
+    return [file for file in folder.glob(f"*{SUFFIX}*") if name.fullmatch(file.name)]
+
+
+def _name(path: Path, token: str) -> str:
+    return f"{_stem(path)}.{token[:_NAMED]}{SUFFIX}"
 
 
 def _stem(path: Path) -> str:
@@ -161,7 +181,7 @@ def _stem(path: Path) -> str:
     return path.name.replace("hpc_ckpt_", "hpc-ckpt-")
 
 
-def _is_local(path: Any) -> bool:
+def is_local(path: Any) -> bool:
     """Whether a path is of this machine's files: checkpoints elsewhere keep their statistics, of any size."""
     return "://" not in str(path)
 

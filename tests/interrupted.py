@@ -49,6 +49,22 @@ def every_batch(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=0, save_last=True)
 
 
+def failing(folder: Path) -> ModelCheckpoint:
+    """Saves failed.ckpt when a fit fails, and nothing else."""
+    return ModelCheckpoint(folder, "failed", save_on_exception=True, every_n_epochs=0)
+
+
+class Between(pl.Callback):
+    """Raises where Lightning itself does when it is told to stop: between two batches."""
+
+    def __init__(self, batch: int, epoch: int = 0) -> None:
+        self.at = epoch, batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == self.at:
+            raise InterruptedError
+
+
 class Fits:
     """One fit that is never interrupted, and its continuation from what was there in the middle of it."""
 

@@ -1,4 +1,4 @@
-"""A fit that kills itself in its calibration, or goes on after that; each process saves what it ends with.
+"""A fit that ends itself in its calibration, or goes on after that; each process saves what it ends with.
 
 Run as a script, since Lightning's DDP launches its other processes by running the script again.
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from interrupted import every_batch
+from interrupted import every_batch, failing
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tiny import Tokens, causal_module
 from torchdata.stateful_dataloader import StatefulDataLoader
 from watching import RecordingCallback
@@ -21,21 +22,37 @@ from fasc_lightning import sidecar
 
 
 class Watch(pl.Callback):
-    """Notes what the batches hold, and kills the process before one of them."""
+    """Notes what the batches hold, and ends the fit before one of them."""
 
-    def __init__(self, kill: bool) -> None:
-        self.kill, self.seen = kill, []
+    def __init__(self, what: str) -> None:
+        self.what, self.seen, self.replayed = what, [], 0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if self.kill and (trainer.current_epoch, batch_idx) == (1, 5):
+        if self.what == "kill" and (trainer.current_epoch, batch_idx) == (1, 5):
             os.kill(os.getpid(), signal.SIGKILL)
         self.seen.append(batch["input_ids"].tolist())
 
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) != (1, 4):
+            return
+        if self.what == "terminate":
+            raise SIGTERMException
+        if self.what == "fail" and trainer.is_global_zero:
+            # Lightning waits for the other processes after it has saved, and they for this one.
+            trainer.strategy.barrier = lambda *unused: os._exit(1)
+            raise InterruptedError
+
+    def on_train_end(self, trainer, pl_module):
+        self.replayed = len(trainer.callbacks[0]._calibration.replay.batches)
+
 
 def fit(devices: int, folder: Path, what: str = "") -> None:
-    """Fit for two epochs; "kill" the process in the second one, or "resume"."""
+    """Fit for two epochs; in the second one "kill", "terminate" or "fail" (the first process does).
+
+    It goes on from what an earlier one has left in the folder.
+    """
     torch.manual_seed(0)
-    callback, watch = RecordingCallback(keep=0.6, seed=1), Watch(what == "kill")
+    callback, watch = RecordingCallback(keep=0.6, seed=1), Watch(what)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=devices,
@@ -44,17 +61,19 @@ def fit(devices: int, folder: Path, what: str = "") -> None:
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[callback, watch, every_batch(folder)],
+        callbacks=[callback, watch, every_batch(folder), failing(folder)],
     )
     # In double precision, so that the order of sums does not decide what is compared.
     module = causal_module().double()
     loader = StatefulDataLoader(Tokens(samples=16 * devices), batch_size=2, shuffle=True)
-    trainer.fit(module, loader, ckpt_path=folder / "last.ckpt" if what == "resume" else None)
+    last = next((path for name in ("failed", "last") if (path := folder / f"{name}.ckpt").exists()), None)
+    trainer.fit(module, loader, ckpt_path=last)
     content = {
         "state": module.state_dict(),
         "ranks": {row.name: row.rank for row in callback.report.layers},
         "batches": callback.batches,
         "seen": watch.seen,
+        "replayed": watch.replayed,
     }
     torch.save(content, folder / f"{trainer.global_rank}.pt")
 

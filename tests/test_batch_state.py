@@ -14,9 +14,8 @@ from fasc_lightning._batch_state import UnsavableBatchError, pack_batch, unpack_
 
 def returned(batch):
     """A batch after the way that it takes: through JSON and a safetensors file."""
-    tensors = {}
-    plain = json.loads(json.dumps(pack_batch(batch, tensors, "batch.")))
-    return unpack_batch(plain, load(save(tensors)).__getitem__)
+    plain, tensors = pack_batch(batch, "batch.")
+    return unpack_batch(json.loads(json.dumps(plain)), load(save(tensors)).__getitem__)
 
 
 def test_batches_of_every_usual_kind_come_back():
@@ -44,11 +43,24 @@ def test_a_batch_of_transformers_is_one_again():
 def test_tensors_that_share_memory_or_are_strided_come_back_alone():
     ids = torch.arange(12).view(3, 4)
     batch = {"input_ids": ids, "labels": ids, "first": ids[0], "columns": ids.T}
-    tensors = {}
-    pack_batch(batch, tensors, "")
+    _, tensors = pack_batch(batch)
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == 4
     found = returned(batch)
     assert all(torch.equal(found[name], value) for name, value in batch.items())
+
+
+def test_a_part_of_a_larger_tensor_is_packed_without_the_rest():
+    data = torch.arange(1000.0)
+    _, tensors = pack_batch([data[:4], data[4:8], torch.zeros(0), torch.zeros(0)])
+    assert [tensor.untyped_storage().nbytes() for tensor in tensors.values()] == [16, 16, 0, 0]
+
+
+def test_packing_looks_at_each_tensor_once(monkeypatch):
+    looked = []
+    storage = torch.Tensor.untyped_storage
+    monkeypatch.setattr(torch.Tensor, "untyped_storage", lambda tensor: looked.append(1) or storage(tensor))
+    pack_batch([torch.ones(2) for _ in range(50)])
+    assert len(looked) == 100
 
 
 Pair = namedtuple("Pair", "x y")
@@ -66,4 +78,4 @@ Pair = namedtuple("Pair", "x y")
 )
 def test_what_could_not_be_made_again_is_refused(batch, what):
     with pytest.raises(UnsavableBatchError, match=what):
-        pack_batch(batch, {}, "")
+        pack_batch(batch)

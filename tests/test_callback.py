@@ -242,9 +242,9 @@ def test_averaged_weights_are_the_ones_compressed(make_trainer):
             seen.update(state(pl_module))
 
     class Reading(FascCallback):
-        def _factorize(self, trainer, pl_module):
+        def on_fit_end(self, trainer, pl_module):
             self.weights = {n: m.weight.detach().clone() for n, m in self._layers.items()}
-            return super()._factorize(trainer, pl_module)
+            super().on_fit_end(trainer, pl_module)
 
     for order in (0, 1):
         module = causal_module()

@@ -184,6 +184,18 @@ def test_weights_that_do_not_fit_change_nothing(edit):
     assert not hasattr(fresh.config, "quantization_config")
 
 
+def test_a_model_on_the_meta_device_takes_the_weights_over():
+    small = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6))
+    plan = {"0": {"rank": 2, "layout": "pivot"}}
+    apply_plan(small, plan)
+    with torch.device("meta"):
+        fresh = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6))
+    apply_plan(fresh, plan, small.state_dict())
+    x = torch.randn(3, 8)
+    assert torch.equal(fresh(x), small(x))
+    assert all(p.requires_grad for p in fresh.parameters())
+
+
 def test_a_layer_that_is_compressed_otherwise_is_refused():
     model = nn.Sequential(nn.Linear(8, 8))
     apply_plan(model, {"0": {"rank": 2, "layout": "factors"}})

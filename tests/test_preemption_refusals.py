@@ -7,13 +7,14 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from interrupted import BATCHES, Fits, assert_same, every_batch, sidecars, stateful_loader
+from interrupted import BATCHES, Between, Fits, assert_same, every_batch, failing, sidecars, stateful_loader
 from tiny import Tokens, causal_module, token_loader
 from torch.utils.data import RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from watching import RecordingCallback, assert_untouched, state
 
 from fasc_lightning import CausalLMModule, FascCallback
+from fasc_lightning.report import measure_model
 from fasc_lightning.swap import is_compressed
 
 # Lightning's notice of a folder in which an interrupted fit has left its checkpoints.
@@ -106,7 +107,17 @@ def test_statistics_that_cannot_be_read_are_never_guessed(make_trainer, tmp_path
     assert callback.report.layers[0].tokens == straight[1].report.layers[0].tokens
 
 
+def every_token(batch):
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+
+
+def half_of_the_terms(batch):
+    return batch["input_ids"].numel() / 2
+
+
 CHANGES = {
+    "the mask": ({"token_mask": every_token}, r"token_mask was None and is .*every_token now"),
+    "the terms": ({"loss_terms": half_of_the_terms}, r"loss_terms was None and is .*half_of_the_terms now"),
     "the seed": ({"seed": 3}, "seed was 0 and is 3 now"),
     "the statistics": ({"method": "gfwsvd"}, "statistics was .* and is .* now"),
     "the tokens": ({"token_fraction": 0.5}, "token_fraction was 1.0 and is 0.5 now"),
@@ -136,15 +147,20 @@ def test_another_budget_uses_the_same_statistics(make_trainer, tmp_path):
     assert [row.rho for row in callback.report.layers] == [row.rho for row in straight.report.layers]
 
 
-def test_another_number_of_processes_starts_the_calibration_again(make_trainer, tmp_path):
+@pytest.mark.parametrize("what", ["number of processes", "layers"])
+def test_another_setting_starts_the_calibration_again(make_trainer, tmp_path, what):
     fits = Fits(make_trainer, tmp_path)
     straight = fits.straight(5)
     path = tmp_path / "left" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     (kept,) = [s["calibration"] for s in checkpoint["callbacks"].values() if "calibration" in s]
-    kept["setting"]["number of processes"] = 2
+    if what == "layers":
+        name, said = list(kept["setting"]["layers"])[-1], r"layers: 'model.*' was not there and is \[\d+, \d+\] now"
+        del kept["setting"]["layers"][name]
+    else:
+        kept["setting"][what], said = 2, "number of processes was 2 and is 1 now"
     torch.save(checkpoint, path)
-    with pytest.warns(UserWarning, match=f"{AGAIN}.*number of processes was 2 and is 1 now"):
+    with pytest.warns(UserWarning, match=f"{AGAIN}.*{said}"):
         _, callback = fits.resumed()
     assert callback.batches == BATCHES
     assert callback.report.layers[0].tokens == straight[1].report.layers[0].tokens
@@ -232,6 +248,76 @@ def test_and_go_on_where_nothing_replays_them(make_trainer, tmp_path):
     fits = Fits(make_trainer, tmp_path, loader=lambda: stateful_loader(collate_fn=bagged), **options)
     straight = fits.straight(5)
     assert_same(fits.resumed(), straight)
+
+
+# Fits that fail.
+
+
+def fail(*unused):
+    raise InterruptedError
+
+
+class Fail(pl.Callback):
+    on_fit_end = fail
+
+
+@pytest.mark.parametrize("fails", ["in the middle", "afterwards"])
+@pytest.mark.parametrize("refit", [True, False])
+def test_a_checkpoint_of_a_fit_that_failed_while_it_compressed_starts_the_calibration_again(
+    make_trainer, tmp_path, monkeypatch, fails, refit
+):
+    def fit(*others, **options):
+        callback, module = RecordingCallback(keep=0.6, refit=refit), causal_module()
+        trainer = make_trainer(callback, *others, failing(tmp_path), enable_checkpointing=True)
+        trainer.fit(module, stateful_loader(), **options)
+        return module, callback
+
+    if fails == "in the middle":
+        monkeypatch.setattr("fasc_lightning.callback.measure_model", fail_after(1))
+    with pytest.raises(InterruptedError):
+        fit(*([Fail()] if fails == "afterwards" else []))
+    monkeypatch.undo()
+    checkpoint = torch.load(tmp_path / "failed.ckpt", weights_only=True)
+    (of_adam,) = checkpoint["optimizer_states"]
+    assert of_adam["state"]
+    (kept,) = [s["calibration"] for s in checkpoint["callbacks"].values() if "calibration" in s]
+    assert kept["tensors"] == {}
+    with pytest.warns(UserWarning, match=f"{AGAIN}.*Reason: the fit failed while it compressed the model"):
+        module, callback = fit(ckpt_path=tmp_path / "failed.ckpt")
+    assert callback.batches == BATCHES
+    assert is_compressed(module)
+
+
+def fail_after(calls):
+    """The model is measured once before and once after the swap."""
+    results = iter([measure_model] * calls)
+
+    def measured(*arguments):
+        for measure in results:
+            return measure(*arguments)
+        raise InterruptedError
+
+    return measured
+
+
+def test_nothing_of_a_failed_fit_is_kept_or_acts_in_the_next(make_trainer, tmp_path):
+    compressed = tmp_path / "compressed.ckpt"
+    trainer = make_trainer(FascCallback(keep=0.6))
+    trainer.fit(causal_module(), stateful_loader())
+    trainer.save_checkpoint(compressed)
+    callback = FascCallback(keep=0.6)
+    trainer = make_trainer(callback, Between(4), failing(tmp_path), enable_checkpointing=True)
+    plugin = trainer.strategy.checkpoint_io
+    with pytest.raises(InterruptedError):
+        trainer.fit(causal_module(), stateful_loader())
+    assert "calibration" in str(torch.load(tmp_path / "failed.ckpt", weights_only=True)["callbacks"].values())
+    assert callback._calibration is None
+    assert trainer.strategy.checkpoint_io is plugin
+    callback._calibration = object()  # as where another callback's failure kept Lightning from tearing down
+    trainer = make_trainer(callback, max_epochs=2)
+    trainer.fit(causal_module(), stateful_loader(), ckpt_path=compressed)
+    assert trainer.global_step == 2 * BATCHES
+    assert trainer.optimizers  # of a fit that compresses nothing
 
 
 # Files.

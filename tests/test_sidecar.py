@@ -35,8 +35,7 @@ def test_large_statistics_lie_beside_the_checkpoint_and_small_ones_in_it(tmp_pat
     assert large["state"]["tensors"] == {}
     (name,) = names(tmp_path)
     assert name.startswith("large.ckpt.")
-    with open_sidecar(large["state"]["token"], tmp_path / "large.ckpt") as (file, handle):
-        assert file.name == name
+    with open_sidecar(large["state"]["token"], tmp_path / "large.ckpt") as handle:
         assert torch.equal(handle.get_tensor("a"), torch.arange(100))
 
 
@@ -50,13 +49,13 @@ def test_sidecars_are_found_by_their_token_and_not_by_their_name(tmp_path):
     moved.mkdir()
     files["a"].rename(moved / f"other{SUFFIX}")
     files["b"].rename(moved / files["a"].name)
-    with open_sidecar(tokens["a"], moved / "renamed.ckpt") as (file, _):
-        assert file.name == f"other{SUFFIX}"
+    with open_sidecar(tokens["a"], moved / "renamed.ckpt") as handle:
+        assert handle.metadata() == {"fasc_lightning.calibration": tokens["a"]}
     (tmp_path / "link.ckpt").symlink_to(moved / "renamed.ckpt")
     (moved / "renamed.ckpt").touch()
-    with open_sidecar(tokens["b"], tmp_path / "link.ckpt") as (file, _):
-        assert file.parent == moved
-    with pytest.raises(FileNotFoundError, match=r"there is no a\.ckpt\.\w{8}\.fasc\.safetensors beside"):
+    with open_sidecar(tokens["b"], tmp_path / "link.ckpt") as handle:
+        assert handle.metadata() == {"fasc_lightning.calibration": tokens["b"]}
+    with pytest.raises(FileNotFoundError, match=r"there is no a\.ckpt\.\w{16}\.fasc\.safetensors beside"):
         open_sidecar(tokens["a"], tmp_path / "a.ckpt").__enter__()
 
 
@@ -84,9 +83,35 @@ def test_removing_a_checkpoint_removes_its_sidecar_alone(tmp_path):
         io.save_checkpoint(checkpoint(), tmp_path / f"{name}.ckpt")
     io.remove_checkpoint(tmp_path / "a.ckpt")
     assert [name[:7] for name in names(tmp_path)] == ["b.ckpt."]
-    io.clean()
+    io.clean([])
     assert names(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir()] == ["b.ckpt"]
+
+
+def test_the_end_of_a_run_removes_what_its_killed_processes_left_where_it_is_told_to_look(tmp_path):
+    first, other = plugin(), plugin()
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        for name in ("a", "b"):
+            first.save_checkpoint(checkpoint(), folder / f"{name}.ckpt")
+    (half,) = sidecars(here / "b.ckpt")
+    half.rename(half.with_name(half.name + ".tmp"))
+    other.save_checkpoint(checkpoint(), here / "c.ckpt")
+    (here / f"mine{SUFFIX}").touch()
+    second = plugin()
+    second.run = first.run
+    second.clean([here])
+    assert sorted(path.name.split(".")[0] for path in here.iterdir()) == ["a", "b", "c", "c", "mine"]
+    assert len(names(there)) == 2
+
+
+def test_a_half_written_file_of_a_killed_process_goes_with_the_next_save_of_that_name(tmp_path):
+    io = plugin()
+    io.save_checkpoint(checkpoint(), tmp_path / "last.ckpt")
+    (file,) = sidecars(tmp_path / "last.ckpt")
+    file.rename(file.with_name(file.name.replace(io.run, "0" * 8) + ".tmp"))
+    io.save_checkpoint(checkpoint(), tmp_path / "last.ckpt")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_checkpoint_that_is_written_later_keeps_the_sidecar_of_the_one_before(tmp_path):
@@ -96,7 +121,7 @@ def test_a_checkpoint_that_is_written_later_keeps_the_sidecar_of_the_one_before(
     assert len(names(tmp_path)) == 2
     io.teardown()
     token = torch.load(tmp_path / "last.ckpt", weights_only=True)["state"]["token"]
-    with open_sidecar(token, tmp_path / "last.ckpt") as (_, handle):
+    with open_sidecar(token, tmp_path / "last.ckpt") as handle:
         assert len(handle.get_tensor("a")) == 100
 
 
@@ -113,7 +138,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_it_and_its_sidecar(tmp_p
     with pytest.raises(OSError, match="Read-only"):
         io.save_checkpoint(checkpoint(), path)
     assert path.read_bytes() == before
-    with open_sidecar(token, path) as (_, handle):
+    with open_sidecar(token, path) as handle:
         assert len(handle.get_tensor("a")) == 100
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from fasc_lightning.hub import attach_config
 from fasc_lightning.lowrank import CompressedLinear
+from fasc_lightning.plan import swap_layers
 from fasc_lightning.quantized_layers import QUANTIZATIONS, Quantization, quantized_layer
-from fasc_lightning.swap import check_in_memory, compressed_layers, swap_modules
+from fasc_lightning.swap import check_in_memory, compressed_layers
 from fasc_lightning.taps import is_plain_linear, select_layers
 
 
@@ -83,13 +83,7 @@ def quantize_layers(model: nn.Module, names: Iterable[str], quantization: Quanti
             new[name] = quantized_layer(layer, quantization)
         except (TypeError, ValueError) as error:
             raise type(error)(f"Layer {name!r} cannot be quantised. {error}") from error
-    replaced = swap_modules(model, new)
-    try:
-        attach_config(model)
-    except BaseException:
-        swap_modules(model, replaced)
-        raise
-    return replaced
+    return swap_layers(model, new)
 
 
 def check_quantization(quantization: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -321,7 +322,7 @@ class BlockRunner:
             if i == 0:
                 self.inputs.append(args[0].detach())
             if i == len(calls):  # in order and once; else the count tells
-                calls.append(_BlockCall(intern(args[1:]), intern(kwargs)))
+                calls.append(_BlockCall(intern(_without_cache(args[1:])), intern(_without_cache(kwargs))))
 
         return note
 
@@ -460,6 +461,18 @@ def _slot(modules: Mapping[str, nn.Module], name: str, dense: nn.Module) -> _Slo
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return a layer's input."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def _without_cache(value: Any) -> Any:
+    """Return arguments without the keys and values of earlier tokens, which every run would add to."""
+    cache = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
+    if cache is not None and isinstance(value, cache):
+        return None
+    if type(value) is dict:
+        return {key: False if key == "use_cache" else _without_cache(item) for key, item in value.items()}
+    if type(value) is tuple:
+        return tuple(_without_cache(item) for item in value)
+    return value
 
 
 def _in_type(value: Any, dtype: torch.dtype) -> Any:

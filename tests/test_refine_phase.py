@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import lightning.pytorch as pl
 import pytest
 import torch
+from refine_cases import OPTIONS, Refining
 from tiny import causal_module, token_loader
 
 from fasc_lightning import FascCallback
-from fasc_lightning.refine import RefineOptions, refine
+from fasc_lightning.refine import refine
 from fasc_lightning.refine_phase import RefinePhase, refine_figures
 from fasc_lightning.refit_blocks import RefitError
 from fasc_lightning.replay import NoLossError, Replay
-
-
-class Refining(pl.Callback):
-    """Compresses by the callback it is given, and refines when the next fit starts, as recovery does."""
-
-    def __init__(self, compression: FascCallback) -> None:
-        self.compression = compression
-        self.dense = {}
-        self.report = None
-
-    def on_fit_end(self, trainer, pl_module):
-        if not self.dense:
-            self.dense = dict(self.compression._replaced)
-
-    def on_fit_start(self, trainer, pl_module):
-        if self.dense:
-            replay = Replay()
-            for batch in token_loader(samples=16, batch_size=2):
-                replay.keep(batch)
-            RefinePhase.check(pl_module, self.dense)
-            self.report = RefinePhase(RefineOptions(steps=30, lr=3e-3)).run(trainer, pl_module, self.dense, replay)
 
 
 def compressed(make_trainer):
@@ -51,8 +30,8 @@ def test_it_is_the_refinement_of_the_kept_batches_by_hand(make_trainer, monkeypa
         other,
         by_hand.dense,
         list(token_loader(samples=16, batch_size=2)),
-        steps=30,
-        lr=3e-3,
+        steps=OPTIONS.steps,
+        lr=OPTIONS.lr,
         loss=lambda module, batch: module.model(**batch).loss,
     )
     figures = refine_figures(refining.report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,6 +23,16 @@ def gather_everywhere(trainer: pl.Trainer, value: Any) -> list[Any]:
     values: list[Any] = [None] * trainer.world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def share_layers(trainer: pl.Trainer, pl_module: pl.LightningModule, names: Iterable[str]) -> None:
+    """Give every process the first one's parameters and buffers of layers, in place."""
+    if not is_distributed(trainer):
+        return
+    modules = dict(pl_module.named_modules())
+    for name in sorted(names):
+        for tensor in modules[name].state_dict().values():
+            dist.broadcast(tensor, src=0)
 
 
 def same_everywhere(trainer: pl.Trainer, result: CompressionResult) -> CompressionResult:

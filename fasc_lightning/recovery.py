@@ -102,7 +102,11 @@ class LoraRecovery:
         if self.config is not None:
             return deepcopy(self.config)
         alpha = 2 * self.r if self.alpha is None else self.alpha
-        return LoraConfig(r=self.r, lora_alpha=alpha, lora_dropout=self.dropout)
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=alpha,  # type: ignore[arg-type] # a float does as well
+            lora_dropout=self.dropout,
+        )
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ def _text(value: Any) -> Any:
 
 
 def _distillation(teacher: TeacherOption) -> Distillation | None:
-    return Distillation() if teacher == "dense" else teacher  # type: ignore[return-value]
+    return Distillation() if teacher == "dense" else teacher
 
 
 def _check_common(recovery: Recovery) -> None:

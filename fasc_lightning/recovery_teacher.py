@@ -130,7 +130,8 @@ class TeacherPhase:
         teacher: Teacher | None = pl_module.teacher
         if teacher is None or teacher.cache is None or not teacher.present:
             return
-        loaders = trainer.fit_loop._combined_loader.flattened
+        combined: Any = trainer.fit_loop._combined_loader
+        loaders = combined.flattened
         random = rng_state()
         if all(_can_be_gone_through(loader) for loader in loaders):
             for batches in (*loaders, held):

@@ -5,6 +5,7 @@ Run as a script, since Lightning's DDP launches its other processes by running t
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import torch
 from recovery_cases import FAST
 from tiny import Tokens, causal_module
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
-from fasc_lightning import Distillation, FactorRecovery, FascCallback, LoraRecovery
+from fasc_lightning import Distillation, FascCallback, LoraRecovery
 
 
 def trainer(devices: int, *callbacks: pl.Callback, epochs: int = 1) -> pl.Trainer:
@@ -33,21 +35,22 @@ def trainer(devices: int, *callbacks: pl.Callback, epochs: int = 1) -> pl.Traine
 
 def main() -> None:
     devices, folder, kind = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    recovery = {
-        "lora": LoraRecovery(r=4),
-        "factors": FactorRecovery(teacher="dense"),
-        "cache": LoraRecovery(r=4, teacher=Distillation(cache=str(folder / f"cache-{devices}"))),
-    }[kind]
+    recovery = LoraRecovery(r=4, validate_every=3)
+    if kind == "cache":
+        recovery = LoraRecovery(r=4, teacher=Distillation(cache=str(folder / "cache")))
     # In double precision, so that the order of sums does not decide what is compared.
     module = causal_module().double()
     module.learning_rate = 3e-3
-    data = Tokens(samples=32)
+    data, held = Tokens(samples=32), Tokens(samples=8, seed=3)
     callback = FascCallback(**FAST, recovery=recovery)
-    fit = trainer(devices, callback)
-    fit.fit(module, DataLoader(data, batch_size=4 // devices))
-    # Two processes take every other sample each; so that a step sees the same samples, nothing is shuffled.
+    trainer(devices, callback).fit(module, DataLoader(data, batch_size=4 // devices))
     fit = trainer(devices, callback, epochs=3)
-    fit.fit(module, DataLoader(data, batch_size=4 // devices))
+    if kind == "cache":  # samples are held back, and go from one process to the other at every epoch
+        fit.fit(module, DataLoader(data, batch_size=4 // devices))
+    else:  # Lightning's own sampler shuffles; so that a step sees the same samples, this one does not
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        sampler = DistributedSampler(data, devices, rank, shuffle=False)
+        fit.fit(module, DataLoader(data, 4 // devices, sampler=sampler), DataLoader(held, 2))
     content = {"state": module.state_dict(), "figures": callback.report.recovery}
     content["trained"] = [name for name, p in module.named_parameters() if p.requires_grad]
     torch.save(content, folder / f"{devices}-{fit.global_rank}.pt")

@@ -66,7 +66,7 @@ def test_adapters_sit_on_every_factor_and_add_nothing_at_first(model):
     assert carries_adapters(model) is None
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {".*basis": 1}}])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}, {"lora_alpha": 1}])
 def test_merging_keeps_ranks_names_and_function(model, options):
     plain, layers = values(model), compressed_layers(model)
     ranks = {name: layer.rank for name, layer in layers.items()}
@@ -95,7 +95,7 @@ def test_adapters_that_are_not_finite_are_not_merged(model):
     before = values(model)
     adapters = trained(model)
     next(p for n, p in model.named_parameters() if "lora_B" in n).data.fill_(torch.nan)
-    with pytest.raises(ValueError, match="finite adapters but that of 'model.layers.0.self_attn.q_proj"):
+    with pytest.raises(ValueError, match=r"finite adapters but that of .*q_proj"):
         adapters.take_off(merge=True)
     adapters.take_off(merge=False)
     assert same(values(model), before)

@@ -124,7 +124,7 @@ def test_the_dense_model_is_its_own_best_student(pair):
     twin.teacher = Teacher(
         twin, {name: copy.deepcopy(layer) for name, layer in layers.items()}, Distillation(blocks=1.0)
     )
-    assert float(twin.training_step(batches()[0], 0)) == pytest.approx(0, abs=1e-6)
+    assert twin.training_step(batches()[0], 0).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_block_outputs_are_compared(pair):
@@ -133,18 +133,17 @@ def test_block_outputs_are_compared(pair):
     batch = batches()[0]
     hidden = []
     for module in (student, dense):
+        found = []
+
+        def keep(block, args, output, found=found):
+            found.append(output[0] if isinstance(output, tuple) else output)
+
+        handles = [block.register_forward_hook(keep) for block in module.model.model.layers]
         with torch.no_grad():
-            found = []
-            handles = [
-                block.register_forward_hook(
-                    lambda m, a, o, found=found: found.append(o[0] if isinstance(o, tuple) else o)
-                )
-                for block in module.model.model.layers
-            ]
-            module.model(**{k: v for k, v in batch.items() if k != "labels"})
-            for handle in handles:
-                handle.remove()
-            hidden.append(found)
+            module.model(**batch)
+        for handle in handles:
+            handle.remove()
+        hidden.append(found)
     expected = torch.stack([(s - t).square().sum() / t.square().sum() for s, t in zip(*hidden, strict=True)]).mean()
     torch.testing.assert_close(relative_error(*hidden), expected)
     for settings in ({}, {"device": "cpu"}):

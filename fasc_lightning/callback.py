@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any, Literal
@@ -217,9 +216,7 @@ class FascCallback(pl.Callback):
         self._replaced: dict[str, nn.Module] = {}
         self._reports: list[LayerReport] = []
         self._seconds: dict[str, float] = {}
-        self._second: SecondFit | None = None
-        if self.recovery is not None:
-            self._second = SecondFit(self.recovery, seed, token_mask, loss_terms)
+        self._second = SecondFit(self.recovery, seed, token_mask, loss_terms)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -245,9 +242,7 @@ class FascCallback(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"rho_history": self.rho_history.state_dict()}
-        if self._second is not None:
-            state |= self._second.state_dict()
+        state: dict[str, Any] = {"rho_history": self.rho_history.state_dict(), **self._second.state_dict()}
         return state if self.report is None else {**state, "report": self.report.to_dict()}
 
     @override
@@ -273,7 +268,7 @@ class FascCallback(pl.Callback):
         report = state.get("report")
         if report is not None and is_compressed(pl_module):
             attach_config(pl_module, method=report["method"], options=report["options"], seed=report["seed"])
-        if self._second is not None and trainer.state.fn == "fit":
+        if trainer.state.fn == "fit":
             self._second.load(trainer, pl_module, state, self.state_key)
             self.report = self.report if self._recovering is not None else None
 
@@ -281,7 +276,7 @@ class FascCallback(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and self._second is not None:
+        if stage == "fit":
             self._second.set_up(trainer, pl_module, self.report, self.state_key)
         # Weights of every kind load, whatever form the layers have; in modules of others nothing else can see to it.
         self._load_hook = pl_module.register_load_state_dict_pre_hook(match_on_load)
@@ -294,8 +289,6 @@ class FascCallback(pl.Callback):
         if self._compresses:
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             _checks.check_single([c for c in callbacks if isinstance(c, FascCallback) and c._compresses])
-            if self._second is None:  # else a checkpoint may make it a recovery
-                self._schedule.check(trainer)
             self._keeper.install(trainer)
         if trainer.global_step == 0:  # a checkpoint brings its own history, after this
             self._monitor.history = RhoHistory()
@@ -316,10 +309,9 @@ class FascCallback(pl.Callback):
         if self._monitors:
             self._monitor.start(trainer, self._layers)
         if self._compresses:
+            self._schedule.check(trainer)  # only here is it known that the fit is no recovery
             _checks.check_rank_fits(layer_shapes(self._layers), self.rank)
-            if self._second is not None:
-                self._second.check(pl_module, self._layers)
-                self._schedule.check(trainer)
+            self._second.check(pl_module, self._layers)
             check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout, self.align)
             options = CalibrationOptions(**{f.name: getattr(self, f.name) for f in fields(CalibrationOptions)})
             self._calibration = Calibration(trainer, pl_module, self._layers, options)
@@ -442,13 +434,12 @@ class FascCallback(pl.Callback):
             layers=self._reports,
             refit=None if refitted is None else refit_figures(refitted),
         )
-        if self._second is None:
-            self._quantize(pl_module, self._layers)
-        else:
-            self._second.keep(self._replaced)
+        self._second.keep(self._replaced)
+        if self.recovery is None:
+            self._quantize(pl_module)
         log_report(trainer.loggers, self.report, trainer.global_step)
         rank_zero_info(f"\n{self.report}")
-        if self._second is not None:
+        if self.recovery is not None:
             rank_zero_info("FascCallback: the next fit, by a new Trainer with this callback, recovers.")
 
     @override
@@ -474,8 +465,7 @@ class FascCallback(pl.Callback):
         self._release(trainer)
         if self._recovering is not None:
             self._recovering.teardown(trainer, pl_module, stage)
-        if self._second is not None:
-            self._second.forget()
+        self._second.forget()
         if self._calibration is not None and self.report is not None:
             self._keeper.clean()
         self._keeper.remove(trainer)
@@ -493,7 +483,7 @@ class FascCallback(pl.Callback):
 
     @property
     def _recovering(self) -> RecoveryCallback | None:
-        return None if self._second is None else self._second.running
+        return self._second.running
 
     @property
     def _calibrating(self) -> bool:
@@ -515,11 +505,11 @@ class FascCallback(pl.Callback):
         self._seconds["refit"] = time.perf_counter() - start
         return report
 
-    def _quantize(self, pl_module: pl.LightningModule, layers: Iterable[str]) -> None:
+    def _quantize(self, pl_module: pl.LightningModule) -> None:
         if self.quantize is None:
             return
         assert self.report is not None
-        start, layers = time.perf_counter(), list(layers)
+        start, layers = time.perf_counter(), [layer.name for layer in self.report.layers]
         replaced = quantize_layers(pl_module, layers, self.quantize)
         self._replaced = {**replaced, **self._replaced}  # of layers compressed before, what they were at first
         self.report = self.report.with_quantized(pl_module, self.quantize, layers, time.perf_counter() - start)
@@ -530,7 +520,7 @@ class FascCallback(pl.Callback):
         assert self.report is not None
         assert done.figures is not None
         self.report = self.report.with_recovered(done.figures)
-        self._quantize(pl_module, [layer.name for layer in self.report.layers])
+        self._quantize(pl_module)
         report = self.report
         attach_config(pl_module, method=report.method, options=report.options, seed=report.seed)
         log_report(trainer.loggers, report, trainer.global_step)

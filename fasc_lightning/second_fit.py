@@ -39,7 +39,7 @@ class SecondFit:
     """Recognises the fit that recovers and has a :class:`~fasc_lightning.recovery_phase.RecoveryCallback` for it.
 
     Args:
-        recovery: What to do.
+        recovery: What to do; None if no fit is a recovery.
         seed: See :class:`~fasc_lightning.FascCallback`.
         token_mask: Likewise.
         loss_terms: Likewise.
@@ -49,7 +49,7 @@ class SecondFit:
     """
 
     def __init__(
-        self, recovery: Recovery, seed: int, token_mask: TokenMask | None, loss_terms: LossTerms | None
+        self, recovery: Recovery | None, seed: int, token_mask: TokenMask | None, loss_terms: LossTerms | None
     ) -> None:
         self.running: RecoveryCallback | None = None
         self._recovery = recovery
@@ -71,6 +71,8 @@ class SecondFit:
             MisconfigurationException: With the remedy.
             NoLossError: If it optimises by hand.
         """
+        if self._recovery is None:
+            return
         check_automatic(pl_module, REMEDY)
         if self._recovery.distillation is not None:
             check_distillable(pl_module, self._recovery.distillation, list(layers))
@@ -78,7 +80,7 @@ class SecondFit:
     def keep(self, replaced: Mapping[str, nn.Module]) -> None:
         """Keep the dense layers that a compression has replaced, if a teacher is to be made of them."""
         self._dense, self._teacher = {}, None
-        if self._recovery.distillation is not None:
+        if self._recovery is not None and self._recovery.distillation is not None:
             self._dense.update(replaced)
             self._teacher = weights_fingerprint(self._dense)
 
@@ -92,6 +94,8 @@ class SecondFit:
             key: Of the callback's state in checkpoints.
         """
         self.running, self._linear = None, {}
+        if self._recovery is None:
+            return
         if report is not None and is_compressed(pl_module):
             self.running = self._callback(key)
             self.running.setup(trainer, pl_module, "fit")
@@ -109,7 +113,12 @@ class SecondFit:
         """
         linear, self.running, self._linear = self._linear, None, {}
         report = state.get("report")
-        if report is None or report.get("recovery") is not None or not is_compressed(pl_module):
+        if (
+            self._recovery is None
+            or report is None
+            or report.get("recovery") is not None
+            or not is_compressed(pl_module)
+        ):
             return
         self._teacher = state.get("teacher", self._teacher)
         found = not self._dense
@@ -129,6 +138,7 @@ class SecondFit:
         return {} if self._teacher is None else {"teacher": self._teacher}
 
     def _callback(self, key: str) -> RecoveryCallback:
+        assert self._recovery is not None
         return RecoveryCallback(
             self._recovery,
             self._dense,

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from fasc_lightning._tables import Row, markdown_table
 from fasc_lightning.hub import provenance_of
 from fasc_lightning.quantized_layers import quantization_of
-from fasc_lightning.report import CompressionReport, Size, library_versions, measure_layers, measure_model
+from fasc_lightning.report import (
+    CompressionReport,
+    Size,
+    library_versions,
+    measure_layers,
+    measure_model,
+    recovery_line,
+)
 from fasc_lightning.swap import compressed_layers
 
 if TYPE_CHECKING:
@@ -263,6 +270,7 @@ def _making(made: Mapping[str, Any], calibration: str | Sequence[str] | None) ->
         "budget": _budget(options),
         "allocation, layout": ", ".join(str(options[name]) for name in ("allocation", "layout") if name in options),
         "refit": _refit(made),
+        "recovery": _recovery(made),
         "quantised": made["quantization"] or "no",
         "calibration data": _calibration(made, calibration),
         "seed": made.get("seed", "not stated"),
@@ -287,6 +295,14 @@ def _refit(made: Mapping[str, Any]) -> str:
     before, after = (refit["loss"][when] for when in ("before", "after"))
     outcome = "put back" if refit["reverted"] else f"{refit['layers']} layers changed"
     return f"{outcome}, loss on held-out batches {before:.4f} before and {after:.4f} after"
+
+
+def _recovery(made: Mapping[str, Any]) -> str:
+    """Return what a recovery did; nothing if there was none."""
+    figures, options = made.get("recovery"), made["options"].get("recovery")
+    if figures is not None:
+        return recovery_line(figures)
+    return "" if options is None else f"{options['arm']}, by {'a teacher' if options['teacher'] else 'labels'}"
 
 
 def _calibration(made: Mapping[str, Any], stated: str | Sequence[str] | None) -> str:

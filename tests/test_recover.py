@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from recovery_cases import FAST, ranks, same, training_loader, values
+from tiny import causal_model
+
+from fasc_lightning import FactorRecovery, LoraRecovery, compress, load_compressed, recover, save_compressed
+from fasc_lightning.swap import is_compressed
+
+pytest.importorskip("peft", reason="peft is not installed")
+
+QUICK = {name: value for name, value in FAST.items() if name != "update_weights"} | {"progress": False}
+
+
+@pytest.mark.parametrize("teacher", [None, "dense"])
+@pytest.mark.parametrize("arm", [LoraRecovery, FactorRecovery])
+def test_compress_recovers(arm, teacher):
+    model = causal_model().eval()
+    flags = {name: p.requires_grad for name, p in model.named_parameters() if "embed" in name or "norm" in name}
+    recovery = arm(teacher=teacher, epochs=5, learning_rate=3e-3)
+    report = compress(model, list(training_loader()), recovery=recovery, **QUICK)
+    figures = report.recovery
+    assert figures["held_out_loss"]["after"] < figures["held_out_loss"]["before"]
+    assert figures["tokens"] == 5 * 7 * 4 * 16  # of 8 batches one is held back
+    assert not model.training
+    assert {name: p.requires_grad for name, p in model.named_parameters() if name in flags} == flags
+    assert all(p.requires_grad for p in model.parameters())
+    assert not hasattr(model, "peft_config")
+
+
+def test_the_data_of_a_recovery_can_be_others(tmp_path):
+    model = causal_model()
+    train, held = list(training_loader(16, seed=3)), list(training_loader(8, seed=4))
+    report = compress(
+        model, training_loader(), recovery="factors", recovery_data=train, recovery_held_out=held, **QUICK
+    )
+    assert report.recovery["tokens"] == 16 * 16
+    save_compressed(model, tmp_path / "m", report=report)
+    assert (
+        load_compressed(tmp_path / "m").config.quantization_config.provenance["options"]["recovery"]["arm"] == "factors"
+    )
+
+
+def test_batches_that_can_be_gone_through_once_serve_both_fits():
+    report = compress(causal_model(), iter(training_loader()), recovery="lora", **QUICK)
+    assert report.recovery["tokens"] == 7 * 4 * 16
+
+
+def test_too_little_data_is_refused_before_the_compression():
+    model = causal_model()
+    before = values(model)
+    with pytest.raises(MisconfigurationException, match="at least 2 samples"):
+        compress(model, [next(iter(training_loader()))], recovery="lora", **QUICK)
+    with pytest.raises(ValueError, match="Expected `recovery` together with data"):
+        compress(model, training_loader(), recovery_data=training_loader(), **QUICK)
+    assert same(values(model), before)
+
+
+@pytest.mark.parametrize("form", ["model", "layers"])
+def test_a_compressed_model_is_recovered_towards_a_dense_one(form):
+    dense = causal_model().eval()
+    model = copy.deepcopy(dense)
+    compress(model, training_loader(), **QUICK)
+    old = ranks(model)
+    given = dense if form == "model" else {name: dense.get_submodule(name) for name in old}
+    recovery = LoraRecovery(teacher="dense", epochs=6, learning_rate=3e-3)
+    figures = recover(model, training_loader(), recovery, dense=given, progress=False)
+    assert figures["held_out_loss"]["after"] < figures["held_out_loss"]["before"]
+    assert ranks(model) == old
+    assert not is_compressed(dense)
+    with torch.no_grad():
+        dense(**next(iter(training_loader())))
+
+
+def test_what_cannot_be_recovered_is_refused():
+    with pytest.raises(MisconfigurationException, match="Expected a compressed module"):
+        recover(causal_model(), training_loader(), progress=False)
+    with pytest.raises(TypeError, match="whose loss is not known"):
+        recover(torch.nn.Linear(2, 2), training_loader(), progress=False)
+    with pytest.raises(ValueError, match="to say what is trained"):
+        recover(causal_model(), training_loader(), None, progress=False)

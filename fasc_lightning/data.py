@@ -258,7 +258,7 @@ def calibration_windows(
 
 def _source_text(source: str, tokens: int) -> str:
     """Text of a file, or at least ``tokens`` tokens' worth from the start of a hub data set."""
-    if is_file(source):
+    if is_file(source, "calibration"):
         return read_text(source)
     documents: list[str] = []
     length = 0
@@ -271,15 +271,15 @@ def _source_text(source: str, tokens: int) -> str:
     return "\n\n".join(documents)
 
 
-def is_file(source: str) -> bool:
-    """Return whether a source is a file, and not a hub data set.
+def is_file(source: str, use: str = "data") -> bool:
+    """Return whether a source is a file, and not a hub data set; ``use`` names it in the error.
 
     Raises:
         FileNotFoundError: If it reads like a file and there is none.
     """
     path = Path(source)
     if not path.is_file() and path.suffix in (".txt", ".jsonl", ".xz"):
-        raise FileNotFoundError(f"Expected a data file at {source}, but there is none.")
+        raise FileNotFoundError(f"Expected a {use} file at {source}, but there is none.")
     return path.is_file()
 
 

@@ -201,9 +201,9 @@ def prompt_texts(record: Instruction, tokenizer: PreTrainedTokenizerBase) -> tup
         return prompt, prompt + record.answer + (tokenizer.eos_token or "")
     question = [{"role": "user", "content": record.request}]
     answer = [{"role": "assistant", "content": record.answer}]
-    asked = tokenizer.apply_chat_template(question, tokenize=False)
-    prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(question + answer, tokenize=False)
+    asked = str(tokenizer.apply_chat_template(question, tokenize=False))
+    prompt = str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
+    whole = str(tokenizer.apply_chat_template(question + answer, tokenize=False))
     if not whole.startswith(asked):
         raise ValueError(
             f"{record.where}: expected a chat template that puts the assistant's turn after the user's, but its text "

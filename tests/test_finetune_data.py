@@ -155,7 +155,7 @@ def test_a_split_keeps_every_example_and_never_parts_copies(heldout):
 def test_a_split_of_nothing_and_of_too_little():
     examples = [example(1, 2), example(1, 2)]
     assert split_examples(examples, 0.0, 0) == (examples, [])
-    with pytest.raises(ValueError, match="at least 2 distinct examples.* but got 1"):
+    with pytest.raises(ValueError, match=r"at least 2 distinct examples.* but got 1"):
         split_examples(examples, 0.1, 0)
 
 

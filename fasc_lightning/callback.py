@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any, Literal
@@ -29,10 +30,13 @@ from fasc_lightning.pooled import Gradient
 from fasc_lightning.preemption import CalibrationKeeper, saves_on_exception
 from fasc_lightning.quantize import quantize_layers
 from fasc_lightning.quantized_layers import Quantization
+from fasc_lightning.recovery import FactorRecovery, LoraRecovery, as_recovery, describe_recovery
+from fasc_lightning.recovery_phase import RecoveryCallback
 from fasc_lightning.refit import RefitReport
 from fasc_lightning.refit_phase import Refit, refit_figures
 from fasc_lightning.report import CompressionReport, LayerReport, log_report, measure_layers, measure_model
 from fasc_lightning.schedule import CalibrationSchedule
+from fasc_lightning.second_fit import SecondFit, recovery_instead
 from fasc_lightning.swap import is_compressed, swap_modules
 from fasc_lightning.taps import layer_shapes, select_layers
 
@@ -112,6 +116,9 @@ class FascCallback(pl.Callback):
         quantize: "int8" holds the targeted layers in int8 when all else is done, those that stay dense included;
             "int8-dynamic" rounds what goes into them, too (:func:`~fasc_lightning.quantize`). What is int8 does not
             train. None does not.
+        recovery: "lora", "factors" or their options (:class:`~fasc_lightning.LoraRecovery`,
+            :class:`~fasc_lightning.FactorRecovery`). This fit compresses; the next one, by a new Trainer with the same
+            callback, trains what recovery trains, and only then is quantised. None: the next fit is not ours.
 
     Attributes:
         report: The :class:`~fasc_lightning.report.CompressionReport`, after the fit.
@@ -152,12 +159,13 @@ class FascCallback(pl.Callback):
         gate_by: Literal["debiased", "pooled", "rho"] = "debiased",
         gate_exclude: str | list[str] | None = None,
         quantize: Quantization | None = None,
+        recovery: Literal["lora", "factors"] | LoraRecovery | FactorRecovery | None = None,
     ) -> None:
         _checks.check_monitor(
             monitor_every_n_steps, monitor_tokens, rho_threshold, emergence_observations, rho_gradient
         )
         if rank is None and keep is None and monitor_every_n_steps is not None:
-            _checks.check_monitor_only(calibration_steps, update_weights, gate, quantize)
+            _checks.check_monitor_only(calibration_steps, update_weights, gate, quantize, recovery)
         else:
             _checks.check_budget(rank, keep)
         check_gate(gate, gate_by, gate_exclude, method)
@@ -198,6 +206,7 @@ class FascCallback(pl.Callback):
         self.gate_by = gate_by
         self.gate_exclude = gate_exclude
         self.quantize: Quantization | None = quantize
+        self.recovery = as_recovery(recovery)
         self.report: CompressionReport | None = None
         self._schedule = CalibrationSchedule(calibration_steps)
         self._keeper = CalibrationKeeper(self.state_key)
@@ -208,13 +217,19 @@ class FascCallback(pl.Callback):
         self._replaced: dict[str, nn.Module] = {}
         self._reports: list[LayerReport] = []
         self._seconds: dict[str, float] = {}
+        self._second: SecondFit | None = None
+        if self.recovery is not None:
+            self._second = SecondFit(self.recovery, seed, token_mask, loss_terms)
 
     @property
     def options(self) -> dict[str, Any]:
         """The options that decide the result, for reports."""
         names = "rank keep method allocation layout align refit targets exclude calibration_steps update_weights "
         names += "token_fraction rho_gradient gate gate_by gate_exclude quantize"
-        return {name: getattr(self, name) for name in names.split()}
+        options = {name: getattr(self, name) for name in names.split()}
+        if self.recovery is not None:  # what is not done yet is said once it is
+            options |= {"recovery": describe_recovery(self.recovery), "quantize": None}
+        return options
 
     @property
     def rho_history(self) -> RhoHistory:
@@ -231,6 +246,8 @@ class FascCallback(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"rho_history": self.rho_history.state_dict()}
+        if self._second is not None:
+            state |= self._second.state_dict()
         return state if self.report is None else {**state, "report": self.report.to_dict()}
 
     @override
@@ -239,6 +256,7 @@ class FascCallback(pl.Callback):
         if "report" in state_dict:
             self.report = CompressionReport.from_dict(state_dict["report"])
 
+    @recovery_instead
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -251,9 +269,12 @@ class FascCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._keeper.load(checkpoint)
-        report = checkpoint["callbacks"].get(self.state_key, {}).get("report")
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        report = state.get("report")
         if report is not None and is_compressed(pl_module):
             attach_config(pl_module, method=report["method"], options=report["options"], seed=report["seed"])
+        if self._second is not None and trainer.state.fn == "fit":
+            self._second.load(trainer, pl_module, state, self.state_key)
 
     # Phases, in the order of a fit.
 
@@ -263,17 +284,21 @@ class FascCallback(pl.Callback):
         self._load_hook = pl_module.register_load_state_dict_pre_hook(match_on_load)
         if stage != "fit":
             return
+        if self._second is not None and self._second.set_up(trainer, pl_module, self.report, self.state_key):
+            return
         self.report = None
         _checks.check_strategy(trainer)
         _checks.check_module(pl_module, compresses=False)  # a checkpoint may make a compressed module dense
         if self._compresses:
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             _checks.check_single([c for c in callbacks if isinstance(c, FascCallback) and c._compresses])
-            self._schedule.check(trainer)
+            if self._second is None or trainer.ckpt_path is None:  # else it may be no calibration
+                self._schedule.check(trainer)
             self._keeper.install(trainer)
         if trainer.global_step == 0:  # a checkpoint brings its own history, after this
             self._monitor.history = RhoHistory()
 
+    @recovery_instead
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.report is not None and is_compressed(pl_module):  # as a checkpoint has brought both
@@ -289,6 +314,7 @@ class FascCallback(pl.Callback):
         if self._monitors:
             self._monitor.start(trainer, self._layers)
         if self._compresses:
+            self._schedule.check(trainer)
             _checks.check_rank_fits(layer_shapes(self._layers), self.rank)
             check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout, self.align)
             options = CalibrationOptions(**{f.name: getattr(self, f.name) for f in fields(CalibrationOptions)})
@@ -296,12 +322,14 @@ class FascCallback(pl.Callback):
             self._seconds = {}
             self._keeper.resume(trainer, self._calibration, self._schedule)
 
+    @recovery_instead
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._calibration is not None:
             self._schedule.start(trainer)
             self._keeper.start(trainer, self._schedule)
 
+    @recovery_instead
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -327,6 +355,12 @@ class FascCallback(pl.Callback):
             return
         _checks.check_loss(loss, len(self._layers), batch_label(trainer))
 
+    @recovery_instead
+    @override
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        pass
+
+    @recovery_instead
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -335,14 +369,17 @@ class FascCallback(pl.Callback):
             self._calibration.end_batch()
         self._monitor.end_batch(trainer)
 
+    @recovery_instead
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._monitor.publish(trainer)
 
+    @recovery_instead
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._monitor.publish(trainer)
 
+    @recovery_instead
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._monitor.close(trainer)
@@ -355,6 +392,9 @@ class FascCallback(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._recovering is not None:
+            self._end_recovery(trainer, pl_module, self._recovering)
+            return
         if self._monitors:
             summary = describe(self.rho_history, self.rho_threshold, self.emergence_observations)
             rank_zero_info(f"FascCallback: {summary}")
@@ -398,13 +438,21 @@ class FascCallback(pl.Callback):
             layers=self._reports,
             refit=None if refitted is None else refit_figures(refitted),
         )
-        self._quantize(pl_module)
+        if self._second is None:
+            self._quantize(pl_module, self._layers)
+        else:
+            self._second.keep(self._replaced)
         log_report(trainer.loggers, self.report, trainer.global_step)
         rank_zero_info(f"\n{self.report}")
+        if self._second is not None:
+            rank_zero_info("FascCallback: the next fit, by a new Trainer with this callback, recovers.")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._release(trainer)
+        if self._recovering is not None:
+            self._recovering.on_exception(trainer, pl_module, exception)
+            return
         if self._monitors:
             with suppress(OSError):  # what went wrong first is what is to be seen
                 write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations, figures=False)
@@ -420,6 +468,10 @@ class FascCallback(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._release(trainer)
+        if self._recovering is not None:
+            self._recovering.teardown(trainer, pl_module, stage)
+        if self._second is not None:
+            self._second.forget()
         if self._calibration is not None and self.report is not None:
             self._keeper.clean()
         self._keeper.remove(trainer)
@@ -434,6 +486,10 @@ class FascCallback(pl.Callback):
     @property
     def _monitors(self) -> bool:
         return self.monitor_every_n_steps is not None
+
+    @property
+    def _recovering(self) -> RecoveryCallback | None:
+        return None if self._second is None else self._second.running
 
     @property
     def _calibrating(self) -> bool:
@@ -455,14 +511,26 @@ class FascCallback(pl.Callback):
         self._seconds["refit"] = time.perf_counter() - start
         return report
 
-    def _quantize(self, pl_module: pl.LightningModule) -> None:
+    def _quantize(self, pl_module: pl.LightningModule, layers: Iterable[str]) -> None:
         if self.quantize is None:
             return
         assert self.report is not None
-        start = time.perf_counter()
-        replaced = quantize_layers(pl_module, self._layers, self.quantize)
+        start, layers = time.perf_counter(), list(layers)
+        replaced = quantize_layers(pl_module, layers, self.quantize)
         self._replaced = {**replaced, **self._replaced}  # of layers compressed before, what they were at first
-        self.report = self.report.with_quantized(pl_module, self.quantize, self._layers, time.perf_counter() - start)
+        self.report = self.report.with_quantized(pl_module, self.quantize, layers, time.perf_counter() - start)
+
+    def _end_recovery(self, trainer: pl.Trainer, pl_module: pl.LightningModule, done: RecoveryCallback) -> None:
+        """End a recovery, and quantise what is to be quantised last."""
+        done.on_fit_end(trainer, pl_module)
+        assert self.report is not None
+        assert done.figures is not None
+        self.report = self.report.with_recovered(done.figures)
+        self._quantize(pl_module, [layer.name for layer in self.report.layers])
+        report = self.report
+        attach_config(pl_module, method=report.method, options=report.options, seed=report.seed)
+        log_report(trainer.loggers, report, trainer.global_step)
+        rank_zero_info(f"\n{report}")
 
     def _release(self, trainer: pl.Trainer) -> None:
         """Take hooks off and put back what was held; safe at any time."""

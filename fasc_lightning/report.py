@@ -88,6 +88,7 @@ class CompressionReport:
         layers: One row a targeted layer.
         refit: What a refit did: layers changed, loss before and after on held-out batches, how many batches there
             were, whether all was put back; None if there was none.
+        recovery: What a recovery did, the figures of :class:`~fasc_lightning.RecoveryCallback`; None if there was none.
         versions: Of the libraries.
     """
 
@@ -101,6 +102,7 @@ class CompressionReport:
     peak_memory_bytes: int
     layers: list[LayerReport] = field(repr=False)
     refit: dict[str, Any] | None = None
+    recovery: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,6 +139,10 @@ class CompressionReport:
             whole={**self.whole, "unquantized": self.whole["compressed"], "compressed": measure_model(model)},
             seconds={**self.seconds, "quantize": seconds},
         )
+
+    def with_recovered(self, figures: dict[str, Any]) -> CompressionReport:
+        """Return the report with what a recovery did."""
+        return replace(self, recovery=figures, seconds={**self.seconds, "recover": figures["seconds"]})
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> CompressionReport:
@@ -311,9 +317,24 @@ def summary_table(report: CompressionReport) -> str:
         loss = report.refit["loss"]
         outcome = "put back" if report.refit["reverted"] else f"{report.refit['layers']} layers changed"
         lines.append(f"refit: {outcome}; held-out loss {loss['before']:.4f} -> {loss['after']:.4f}")
+    if report.recovery is not None:
+        lines.append(recovery_line(report.recovery))
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())
     lines.append(f"{seconds}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
     return "\n".join(lines)
+
+
+def recovery_line(figures: Mapping[str, Any]) -> str:
+    """Return what a recovery did, in a line."""
+    loss = figures["held_out_loss"]
+    what = f"recovery ({figures['arm']}{', distilled' if figures['teacher'] else ''}, "
+    what += f"{figures['trained_parameters']:,} parameters, {figures['tokens']:,} tokens)"
+    if figures["reverted"]:
+        return f"{what}: nothing lowered the held-out loss of {loss['before']:.4f}; the factors are what they were"
+    return (
+        f"{what}: held-out loss {loss['before']:.4f} -> {loss['after']:.4f}, at step {figures['best_step']} of "
+        f"{figures['steps']}"
+    )
 
 
 def _weights(layer: LayerReport) -> int:

@@ -1,0 +1,220 @@
+"""The options of recovery: what is trained after a compression, for how long, towards what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from fasc_lightning.distillation import Distillation
+
+#: Where the loss comes from: the labels alone, the dense model, or the dense model by given options.
+TeacherOption = Literal["dense"] | Distillation | None
+
+#: Initialisations of peft that leave the factors as they are, so that an adapter adds nothing before it is trained.
+_NEUTRAL_INITS = (True, "gaussian", "orthogonal")
+
+#: What a LoraConfig may not ask for, since everything but adapters on factors is frozen and merging keeps the layers.
+_REFUSED = {
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "modules_to_save": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None,),
+    "layer_replication": (None,),
+}
+
+
+@dataclass(frozen=True)
+class LoraRecovery:
+    """Adapters on the factors are trained and then merged into them; all else is frozen.
+
+    An adapter on a factor is merged into that factor, so that ranks stay what they are. Layers that stayed dense get
+    none.
+
+    Attributes:
+        r: Rank of the adapters, at most that of a factor.
+        alpha: An adapter's product is multiplied by alpha / r; None for alpha = 2 r.
+        dropout: Of what goes into an adapter.
+        config: A peft ``LoraConfig``, or its arguments, in place of the three. Its ``target_modules`` select among the
+            compressed layers, or their factors, as ``targets`` does; without any all of them are taken.
+        teacher: None (labels), "dense" (the dense model's predictions, with the defaults of
+            :class:`~fasc_lightning.Distillation`), or a ``Distillation``.
+        learning_rate: Of AdamW in ``compress`` and ``recover``. A Trainer of your own asks the module.
+        epochs: Likewise.
+        validate_every: Optimizer steps from one look at the held-out loss to the next; None for eight in a fit, or one
+            an epoch where its length is not known.
+        patience: Stop after so many of them that brought nothing; None never stops early.
+
+    Raises:
+        ValueError: If an option is out of range.
+        TypeError: If one is of a wrong type.
+        ModuleNotFoundError: If peft is not installed.
+    """
+
+    r: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    config: Any = None
+    teacher: TeacherOption = None
+    learning_rate: float = 1e-3
+    epochs: int = 1
+    validate_every: int | None = None
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        if type(self.r) is not int or self.r < 1:
+            raise ValueError(f"Expected `r` to be a positive int but got {self.r!r}.")
+        if not (self.alpha is None or self.alpha > 0):
+            raise ValueError(f"Expected `alpha` to be positive or None but got {self.alpha!r}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"Expected `dropout` to be in [0, 1) but got {self.dropout!r}.")
+        if find_spec("peft") is None:
+            raise ModuleNotFoundError(
+                "Expected peft for recovery by LoRA but it is not installed. HINT: pip install "
+                "'fasc-lightning[recovery]', or train the factors themselves: recovery='factors'."
+            )
+        if self.config is not None:
+            if (self.r, self.alpha, self.dropout) != (8, None, 0.0):
+                raise ValueError("Expected `config` or (`r`, `alpha`, `dropout`) but got both. Give one.")
+            _check_config(self.lora_config())
+
+    @property
+    def arm(self) -> str:
+        """Name in reports."""
+        return "lora"
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """The options of the teacher, if there is one."""
+        return _distillation(self.teacher)
+
+    def lora_config(self) -> Any:
+        """Return the peft ``LoraConfig``, a copy that may be changed."""
+        from copy import deepcopy
+
+        from peft import LoraConfig
+
+        if isinstance(self.config, Mapping):
+            return LoraConfig(**self.config)
+        if self.config is not None:
+            return deepcopy(self.config)
+        alpha = 2 * self.r if self.alpha is None else self.alpha
+        return LoraConfig(r=self.r, lora_alpha=alpha, lora_dropout=self.dropout)
+
+
+@dataclass(frozen=True)
+class FactorRecovery:
+    """The factors themselves, with their biases, are trained; all else is frozen.
+
+    Attributes:
+        norms: Whether normalisation layers are trained, too.
+        teacher: See :class:`LoraRecovery`.
+        learning_rate: Likewise.
+        epochs: Likewise.
+        validate_every: Likewise.
+        patience: Likewise.
+
+    Raises:
+        ValueError: If an option is out of range.
+        TypeError: If one is of a wrong type.
+    """
+
+    norms: bool = False
+    teacher: TeacherOption = None
+    learning_rate: float = 1e-4
+    epochs: int = 1
+    validate_every: int | None = None
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        if not isinstance(self.norms, bool):
+            raise TypeError(f"Expected `norms` to be True or False but got {self.norms!r}.")
+
+    @property
+    def arm(self) -> str:
+        """Name in reports."""
+        return "factors"
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """The options of the teacher, if there is one."""
+        return _distillation(self.teacher)
+
+
+Recovery = LoraRecovery | FactorRecovery
+
+
+def as_recovery(option: Literal["lora", "factors"] | Recovery | None) -> Recovery | None:
+    """Return the options that a short form stands for.
+
+    Raises:
+        ValueError: If it stands for none.
+    """
+    if option is None or isinstance(option, Recovery):
+        return option
+    if option == "lora":
+        return LoraRecovery()
+    if option == "factors":
+        return FactorRecovery()
+    raise ValueError(
+        f"Expected `recovery` to be 'lora', 'factors', a LoraRecovery or a FactorRecovery but got {option!r}."
+    )
+
+
+def describe_recovery(recovery: Recovery) -> dict[str, Any]:
+    """Return the options in plain types, for reports and model cards."""
+    options = {name: getattr(recovery, name) for name in recovery.__dataclass_fields__}
+    config = options.pop("config", None)
+    if config is not None:
+        found = config if isinstance(config, Mapping) else config.to_dict()
+        options = {**options, "r": found.get("r", 8), "alpha": found.get("lora_alpha"), "config": str(config)}
+    teacher = recovery.distillation
+    options["teacher"] = None if teacher is None else {k: _text(v) for k, v in asdict(teacher).items()}
+    return {"arm": recovery.arm, **options}
+
+
+def _text(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+
+
+def _distillation(teacher: TeacherOption) -> Distillation | None:
+    return Distillation() if teacher == "dense" else teacher  # type: ignore[return-value]
+
+
+def _check_common(recovery: Recovery) -> None:
+    teacher = recovery.teacher
+    if not (teacher is None or teacher == "dense" or isinstance(teacher, Distillation)):
+        raise ValueError(f"Expected `teacher` to be None, 'dense' or a Distillation but got {teacher!r}.")
+    if not recovery.learning_rate > 0:
+        raise ValueError(f"Expected `learning_rate` to be positive but got {recovery.learning_rate!r}.")
+    for name in ("epochs", "validate_every", "patience"):
+        value = getattr(recovery, name)
+        if value is None and name != "epochs":
+            continue
+        if type(value) is not int or value < 1:
+            raise ValueError(f"Expected `{name}` to be a positive int but got {value!r}.")
+
+
+def _check_config(config: Any) -> None:
+    """Refuse adapters that would train more than factors, or change them before they are trained."""
+    from peft import LoraConfig
+
+    if not (is_dataclass(config) and isinstance(config, LoraConfig)):
+        raise TypeError(f"Expected `config` to be a peft LoraConfig or its arguments but got {config!r:.100}.")
+    for name, allowed in _REFUSED.items():
+        value = getattr(config, name, allowed[0])
+        if value not in allowed:
+            raise ValueError(
+                f"Expected a LoraConfig with {name}={allowed[0]!r} but got {value!r}: recovery trains adapters on the "
+                "factors and nothing else. HINT: FactorRecovery trains the factors and their biases."
+            )
+    if config.init_lora_weights not in _NEUTRAL_INITS:
+        raise ValueError(
+            f"Expected `init_lora_weights` to be one of {', '.join(map(repr, _NEUTRAL_INITS))} but got "
+            f"{config.init_lora_weights!r}, which changes the factors, or what the model computes, before the first "
+            "step: what recovery brings could not be told, nor undone."
+        )

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from fasc_lightning.bundled import cache_folder
 from fasc_lightning.data import SELF, sample_windows
 from fasc_lightning.finetune_records import Document, Instruction, read_records
+from fasc_lightning.resumable_loader import ResumableLoader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,7 +91,7 @@ class FinetuneData:
     """Batches of "input_ids", "attention_mask" and "labels", each (samples, length).
 
     Attributes:
-        train: To train on, in a shuffled order that is the same in each epoch.
+        train: To train on, in a shuffled order that is the same in each epoch; a resumed fit goes on in its middle.
         heldout: To judge by: no example of it, nor a copy of one, is in ``train``. None if nothing is held out.
         summary: Counts.
     """
@@ -407,7 +408,8 @@ def _shuffled(examples: list[Example], seed: int) -> list[Example]:
 
 def _loader(examples: list[Example], batch_size: int, padding: int) -> DataLoader[Any]:
     # A list is all that a loader asks of a data set with indices.
-    return DataLoader(examples, batch_size=batch_size, collate_fn=partial(collate, padding=padding))  # type: ignore[arg-type]
+    dataset: Any = examples
+    return ResumableLoader(dataset, batch_size=batch_size, collate_fn=partial(collate, padding=padding))
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -79,7 +79,7 @@ class LogitCache:
             if path not in self._opened:
                 self._opened.add(path)
                 opened = safe_open(path, framework="pt")
-                keys: list[str] = list(opened.keys())  # noqa: SIM118 (no mapping)
+                keys: list[str] = list(opened.keys())
                 self._files.update(dict.fromkeys((key for key in keys if key.endswith(".index")), opened))
 
     def has(self, batch: Any) -> bool:

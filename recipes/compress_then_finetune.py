@@ -29,12 +29,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from fasc_lightning.distillation import Distillation
-from fasc_lightning.recovery import FactorRecovery, LoraRecovery
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
-from typing_extensions import override
 
 from fasc_lightning import CausalLMModule, FascCallback
 from fasc_lightning._fit import run_fit
@@ -49,6 +46,7 @@ from fasc_lightning._options import (
 from fasc_lightning._recipe import measurement_lines, perplexity_line, save_model
 from fasc_lightning.bundled import load_model
 from fasc_lightning.data import calibration_windows, window_loader
+from fasc_lightning.distillation import Distillation
 from fasc_lightning.drift import (
     HELD_OUT,
     Measured,
@@ -59,10 +57,10 @@ from fasc_lightning.drift import (
     drift,
 )
 from fasc_lightning.finetune_data import OVERLONG, FinetuneData, finetune_data
+from fasc_lightning.recovery import FactorRecovery, LoraRecovery
 from fasc_lightning.report import write_json
 
 ARMS = {"lora": LoraRecovery, "factors": FactorRecovery}
-WARMUP = 0.05  # of the steps
 
 
 def build_parser() -> ArgumentParser:
@@ -138,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         states["dense"] = questions.measure(model, tokenizer)
 
     callback = FascCallback(**compression_options(options), update_weights=False, recovery=recovery)
-    module = RecoveryModule(model, learning_rate=recovery.learning_rate)
+    module = CausalLMModule(model, recovery.learning_rate, schedule="cosine")
     print(f"Compressing on {options.windows} windows of {options.window} tokens from {', '.join(options.calibration)}")
     run_fit(module, window_loader(calibration, options.batch_size), callback, progress=True)
 
@@ -147,8 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         states["compressed"] = questions.measure(model, tokenizer)
 
     print(f"Recovering on {', '.join(options.data)}")
-    with clock("recover"):
-        recover(options, module, callback, data)
+    recover(options, module, callback, data)
 
     with clock("evaluate"):
         print("Evaluating the recovered model")
@@ -178,22 +175,6 @@ class Clock:
         start = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-class RecoveryModule(CausalLMModule):
-    """A causal language model whose learning rate rises over the first steps and then falls to zero."""
-
-    @override
-    def configure_optimizers(self) -> Any:
-        optimizer = super().configure_optimizers()
-        steps = int(self.trainer.estimated_stepping_batches)
-        warmup = max(1, round(WARMUP * steps))
-
-        def factor(step: int) -> float:
-            return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1.0)
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def check(options: Namespace) -> LoraRecovery | FactorRecovery:
@@ -285,8 +266,10 @@ def recover(options: Namespace, module: pl.LightningModule, callback: FascCallba
             enable_model_summary=False,
             callbacks=callbacks,
         )
+        if last is not None:  # not as an argument of `fit`, which callbacks see too late
+            trainer.ckpt_path = last
         try:
-            trainer.fit(module, data.train, ckpt_path=last)
+            trainer.fit(module, data.train)
         finally:
             module.to(device)  # Lightning moves modules to the CPU when a fit ends
 

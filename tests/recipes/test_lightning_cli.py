@@ -15,6 +15,13 @@ from fasc_lightning import FascCallback, load_compressed
 from fasc_lightning.recovery import FactorRecovery, LoraRecovery
 from fasc_lightning.swap import is_compressed
 
+# Lightning's word on arguments that do not come from the command line, which here is pytest's.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
+    # Lightning's own calls.
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:FascCallback.*nothing lowered"),  # the model is random: so is what it loses
+]
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIG = RECIPES / "configs" / "lightning_cli.yaml"
 TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. " * 30
@@ -72,7 +79,11 @@ def test_the_example_compresses_recovers_and_saves(recipe, folder):
     [
         ("factors", FactorRecovery()),
         ("lora", LoraRecovery()),
-        ("{class_path: fasc_lightning.FactorRecovery, init_args: {norms: true}}", FactorRecovery(norms=True)),
+        # What both classes have stays as it stands in the file.
+        (
+            "{class_path: fasc_lightning.FactorRecovery, init_args: {norms: true, learning_rate: 0.002}}",
+            FactorRecovery(norms=True, teacher="dense", learning_rate=0.002),
+        ),
     ],
 )
 def test_the_command_line_changes_the_callback(recipe, folder, value, expected):

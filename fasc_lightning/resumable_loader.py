@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -22,7 +22,7 @@ class ResumableLoader(DataLoader[Any]):
     _skip = 0
 
     @override
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         skip, self._skip = self._skip, 0
         self._given = skip
         for batch in islice(super().__iter__(), skip, None):

@@ -65,7 +65,7 @@ def run_fit(
         )
         try:
             generator = None if recovery is None else torch.Generator().manual_seed(seed)
-            trainer.fit(module, _as_loader(batches, generator), None if held_out is None else _as_loader(held_out))
+            trainer.fit(module, as_loader(batches, generator), None if held_out is None else as_loader(held_out))
         finally:
             model.to(device)  # Lightning moves modules to the CPU when a fit ends
     return prefix
@@ -97,7 +97,7 @@ def _as_lightning_module(model: nn.Module, recovery: Recovery | None) -> tuple[p
     )
 
 
-def _as_loader(batches: DataLoader[Any] | Iterable[Any], generator: torch.Generator | None = None) -> DataLoader[Any]:
+def as_loader(batches: DataLoader[Any] | Iterable[Any], generator: torch.Generator | None = None) -> DataLoader[Any]:
     """Return a loader that passes batches on as they are; Trainer takes a plain list for several loaders.
 
     Args:

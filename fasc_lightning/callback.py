@@ -275,24 +275,26 @@ class FascCallback(pl.Callback):
             attach_config(pl_module, method=report["method"], options=report["options"], seed=report["seed"])
         if self._second is not None and trainer.state.fn == "fit":
             self._second.load(trainer, pl_module, state, self.state_key)
+            self.report = self.report if self._recovering is not None else None
 
     # Phases, in the order of a fit.
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and self._second is not None:
+            self._second.set_up(trainer, pl_module, self.report, self.state_key)
         # Weights of every kind load, whatever form the layers have; in modules of others nothing else can see to it.
         self._load_hook = pl_module.register_load_state_dict_pre_hook(match_on_load)
         if stage != "fit":
             return
-        if self._second is not None and self._second.set_up(trainer, pl_module, self.report, self.state_key):
-            return
-        self.report = None
+        if self._recovering is None:
+            self.report = None
         _checks.check_strategy(trainer)
         _checks.check_module(pl_module, compresses=False)  # a checkpoint may make a compressed module dense
         if self._compresses:
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             _checks.check_single([c for c in callbacks if isinstance(c, FascCallback) and c._compresses])
-            if self._second is None or trainer.ckpt_path is None:  # else it may be no calibration
+            if self._second is None:  # else a checkpoint may make it a recovery
                 self._schedule.check(trainer)
             self._keeper.install(trainer)
         if trainer.global_step == 0:  # a checkpoint brings its own history, after this
@@ -314,8 +316,10 @@ class FascCallback(pl.Callback):
         if self._monitors:
             self._monitor.start(trainer, self._layers)
         if self._compresses:
-            self._schedule.check(trainer)
             _checks.check_rank_fits(layer_shapes(self._layers), self.rank)
+            if self._second is not None:
+                self._second.check(pl_module, self._layers)
+                self._schedule.check(trainer)
             check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout, self.align)
             options = CalibrationOptions(**{f.name: getattr(self, f.name) for f in fields(CalibrationOptions)})
             self._calibration = Calibration(trainer, pl_module, self._layers, options)

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fasc_lightning._fit import run_fit
+from fasc_lightning._fit import as_loader, run_fit
 from fasc_lightning.callback import FascCallback
+from fasc_lightning.held_out import split_loader
 from fasc_lightning.recovery import Recovery
 from fasc_lightning.report import CompressionReport
 
@@ -74,6 +75,8 @@ def compress(
         raise ValueError("Expected `recovery` together with data for it but got None. HINT: recovery='lora'.")
     if isinstance(batches, Iterator):  # to go through twice
         batches = list(batches)
+    if callback.recovery is not None and recovery_held_out is None:
+        split_loader(as_loader(batches if recovery_data is None else recovery_data))  # refuses before any work is done
     prefix = run_fit(model, batches, callback, progress)
     if callback.recovery is not None:
         run_fit(

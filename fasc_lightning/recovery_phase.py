@@ -13,6 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from fasc_lightning import _checks
@@ -29,11 +30,15 @@ from fasc_lightning.replay import check_automatic
 from fasc_lightning.report import recovery_line
 from fasc_lightning.resumable_loader import restore_loaders
 from fasc_lightning.swap import compressed_layers
+from fasc_lightning.swap import compressed_layers, is_compressed
 from fasc_lightning.taps import is_plain_linear
 from fasc_lightning.tokens import count_tokens
 
 #: Where nothing else is asked for, so many looks at the held-out loss in a fit.
 LOOKS = 8
+
+#: For modules whose training step returns no loss.
+REMEDY = "Recovery looks at the loss of held-out batches: let Lightning step the optimizer."
 
 #: Its entry in a callback's state.
 _KEY = "recovery"
@@ -98,8 +103,10 @@ class RecoveryCallback(pl.Callback):
         self._tokens = self._tokens_before = 0
         self._seconds, self._began = 0.0, time.perf_counter()
         self._diverged: int | None = None
+        self._modes: dict[nn.Module, bool] = {}
         self._batch_norms: list[nn.Module] = []
         self._linear: dict[str, nn.Module] = {}
+        self._load_hook: RemovableHandle | None = None
         self._snapshot: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
     @property
@@ -115,10 +122,17 @@ class RecoveryCallback(pl.Callback):
             self._forget()
             _checks.check_strategy(trainer)
             _checks.check_module(pl_module, compresses=False)
-            if trainer.ckpt_path is None:
+            if is_compressed(pl_module):
                 self.begin(trainer, pl_module)
-            elif not self.dense:  # a checkpoint is about to replace them
+            elif not self.dense:  # which a checkpoint may be about to replace
                 self._linear = {name: m for name, m in pl_module.named_modules() if is_plain_linear(m)}
+
+            def undo(*unused: Any) -> None:
+                if self.active:
+                    self._undo(trainer, pl_module)
+
+            # Before a checkpoint is loaded nobody says that one will be. It holds the weights of a plain module.
+            self._load_hook = pl_module.register_load_state_dict_pre_hook(undo)
 
     @override
     def on_load_checkpoint(
@@ -149,7 +163,7 @@ class RecoveryCallback(pl.Callback):
             ValueError: If the state is of a recovery with other options.
         """
         check_recoverable(pl_module, self.recovery)
-        check_automatic(pl_module, "Recovery looks at the loss of held-out batches: let Lightning step the optimizer.")
+        check_automatic(pl_module, REMEDY)
         if state is not None and state["arm"] != self.recovery.arm:
             raise ValueError(
                 f"Expected a checkpoint of a recovery of {self.recovery.arm!r} but it is one of {state['arm']!r}."
@@ -163,6 +177,7 @@ class RecoveryCallback(pl.Callback):
             self._source = HeldBack(trainer.fit_loop._data_source)
             trainer.fit_loop._data_source = self._source
         self._flags = [(p, p.requires_grad) for p in pl_module.parameters()]
+        self._modes = {module: module.training for module in pl_module.modules()}
         self.active = True
         try:
             if state is not None:
@@ -177,6 +192,8 @@ class RecoveryCallback(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._linear = {}
+        self._remove_load_hook()
         if not self.active:  # resumed from a checkpoint that has nothing for callbacks
             self.begin(trainer, pl_module)
         check_optimizers(trainer, self._trained(pl_module))
@@ -275,6 +292,7 @@ class RecoveryCallback(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._remove_load_hook()
         if self.active:
             if saves_on_exception(trainer) and self._best.begun:  # checkpoints are saved after this
                 self._snapshot = self._saved(pl_module)
@@ -282,6 +300,7 @@ class RecoveryCallback(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._remove_load_hook()
         if self.active:
             self._undo(trainer, pl_module)
 
@@ -395,6 +414,11 @@ class RecoveryCallback(pl.Callback):
             put_values(pl_module, self._initial)
         self._restore(trainer)
 
+    def _remove_load_hook(self) -> None:
+        if self._load_hook is not None:
+            self._load_hook.remove()
+            self._load_hook = None
+
     def _restore(self, trainer: pl.Trainer) -> None:
         """Put back what the recovery held; the module is plain again."""
         if self._teacher is not None:
@@ -402,9 +426,11 @@ class RecoveryCallback(pl.Callback):
         for parameter, requires_grad in self._flags:
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
+        for module in self._batch_norms:
+            module.training = self._modes.get(module, module.training)
         if self._source is not None and trainer.fit_loop._data_source is self._source:
             trainer.fit_loop._data_source = self._source.source
-        self._flags, self._initial, self.active = [], {}, False
+        self._flags, self._modes, self._initial, self.active = [], {}, {}, False
 
 
 def trained_factors(model: nn.Module, recovery: FactorRecovery) -> dict[str, nn.Parameter]:

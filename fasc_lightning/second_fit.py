@@ -10,9 +10,11 @@ import lightning.pytorch as pl
 from torch import nn
 
 from fasc_lightning.batches import LossTerms, TokenMask
+from fasc_lightning.distillation import check_distillable
 from fasc_lightning.recovery import Recovery
-from fasc_lightning.recovery_phase import RecoveryCallback
+from fasc_lightning.recovery_phase import REMEDY, RecoveryCallback
 from fasc_lightning.recovery_teacher import weights_fingerprint
+from fasc_lightning.replay import check_automatic
 from fasc_lightning.swap import is_compressed
 from fasc_lightning.taps import is_plain_linear
 
@@ -58,6 +60,21 @@ class SecondFit:
         self._teacher: str | None = None
         self._linear: dict[str, nn.Module] = {}
 
+    def check(self, pl_module: pl.LightningModule, layers: Mapping[str, nn.Module]) -> None:
+        """Refuse a module that could be compressed and not recovered, before it is compressed.
+
+        Args:
+            pl_module: The module.
+            layers: The targeted layers by name.
+
+        Raises:
+            MisconfigurationException: With the remedy.
+            NoLossError: If it optimises by hand.
+        """
+        check_automatic(pl_module, REMEDY)
+        if self._recovery.distillation is not None:
+            check_distillable(pl_module, self._recovery.distillation, list(layers))
+
     def keep(self, replaced: Mapping[str, nn.Module]) -> None:
         """Keep the dense layers that a compression has replaced, if a teacher is to be made of them."""
         self._dense, self._teacher = {}, None
@@ -65,27 +82,21 @@ class SecondFit:
             self._dense.update(replaced)
             self._teacher = weights_fingerprint(self._dense)
 
-    def set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: object, key: str) -> bool:
-        """Start a fit; of one that is resumed only :meth:`load` can tell what it is.
+    def set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: object, key: str) -> None:
+        """Start a fit; if a checkpoint is loaded after this, :meth:`load` starts it once more.
 
         Args:
             trainer: Of the fit.
             pl_module: Its module.
             report: Of the compression in an earlier fit, if there was one.
             key: Of the callback's state in checkpoints.
-
-        Returns:
-            Whether it is a recovery.
         """
         self.running, self._linear = None, {}
-        if trainer.ckpt_path is not None:
+        if report is not None and is_compressed(pl_module):
+            self.running = self._callback(key)
+            self.running.setup(trainer, pl_module, "fit")
+        else:  # which a checkpoint may be about to replace
             self._linear = {name: module for name, module in pl_module.named_modules() if is_plain_linear(module)}
-            return False
-        if report is None or not is_compressed(pl_module):
-            return False
-        self.running = self._callback(key)
-        self.running.setup(trainer, pl_module, "fit")
-        return True
 
     def load(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: Mapping[str, Any], key: str) -> None:
         """Go on with a recovery, or begin one, from a checkpoint that was saved after the compression.
@@ -96,14 +107,14 @@ class SecondFit:
             state: Of the callback in the checkpoint.
             key: Of that state.
         """
+        linear, self.running, self._linear = self._linear, None, {}
         report = state.get("report")
         if report is None or report.get("recovery") is not None or not is_compressed(pl_module):
             return
         self._teacher = state.get("teacher", self._teacher)
         found = not self._dense
         if found:  # the layers that the checkpoint has just replaced
-            self._dense.update(self._linear)
-        self._linear = {}
+            self._dense.update(linear)
         self.running = self._callback(key)
         self.running.begin(trainer, pl_module, state.get("recovery"), found=found)
 

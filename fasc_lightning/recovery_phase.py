@@ -29,7 +29,6 @@ from fasc_lightning.recovery_teacher import TeacherPhase
 from fasc_lightning.replay import check_automatic
 from fasc_lightning.report import recovery_line
 from fasc_lightning.resumable_loader import restore_loaders
-from fasc_lightning.swap import compressed_layers
 from fasc_lightning.swap import compressed_layers, is_compressed
 from fasc_lightning.taps import is_plain_linear
 from fasc_lightning.tokens import count_tokens

@@ -26,6 +26,9 @@ IGNORED = -100
 #: What becomes of instructions that are longer than a window.
 Overlong = Literal["cut", "skip", "error"]
 OVERLONG: tuple[Overlong, ...] = ("cut", "skip", "error")
+#: What becomes of instructions whose answer is empty.
+Empty = Literal["error", "skip"]
+EMPTY: tuple[Empty, ...] = ("error", "skip")
 # Tokens that a tokenizer's `model_max_length` of "no limit" is beyond.
 _NO_LIMIT = 10**9
 
@@ -63,6 +66,7 @@ class DataSummary:
         learnt: The tokens that a loss is taken of.
         cut: Examples whose answer's end was cut off at the window.
         skipped: Examples left out, since they are longer than the window.
+        empty: Examples left out, since their answer is empty.
         windows: Rows of the training batches.
     """
 
@@ -72,6 +76,7 @@ class DataSummary:
     learnt: int = 0
     cut: int = 0
     skipped: int = 0
+    empty: int = 0
     windows: int = 0
 
     def __str__(self) -> str:
@@ -83,6 +88,8 @@ class DataSummary:
             lines.append(f"{self.cut:,} answers were cut at the end of the window")
         if self.skipped:
             lines.append(f"{self.skipped:,} examples were left out, as they do not fit into the window")
+        if self.empty:
+            lines.append(f"{self.empty:,} examples were left out, as their answer is empty")
         return "; ".join(lines)
 
 
@@ -112,6 +119,7 @@ def finetune_data(
     pack: bool = True,
     answers_only: bool = True,
     overlong: Overlong = "cut",
+    empty: Empty = "error",
     streaming: bool = True,
     seed: int = 0,
     model: PreTrainedModel | None = None,
@@ -135,6 +143,7 @@ def finetune_data(
         answers_only: Whether the loss leaves out what is asked; plain texts are learnt as a whole either way.
         overlong: Instructions of more than ``window`` tokens: "cut" the end of the answer (and leave out those whose
             answer does not begin before it), "skip" them, or "error". All are counted in the summary.
+        empty: Instructions whose answer is empty: "error", or "skip" and count them.
         streaming: Whether hub data sets are read row by row; else they are fetched whole.
         seed: Of what is sampled, of what is held out, and of the order.
         model: To sample from, and to check the window against; ``"self"`` needs it.
@@ -143,9 +152,9 @@ def finetune_data(
     Raises:
         FileNotFoundError: If a source reads like a file and there is none.
         ValueError: If an option is out of range, the window is longer than the model's context, a row is of no known
-            kind or has no answer (naming file and line), or too little is left to train on.
+            kind or has an empty answer (naming file and line), or too little is left to train on.
     """
-    _check(sources, tokens, heldout, batch_size, overlong)
+    _check(sources, tokens, heldout, batch_size, overlong, empty)
     check_window(window, tokenizer, model)
     share = None if tokens is None else -(-tokens // len(sources))
     summary = DataSummary()
@@ -154,9 +163,12 @@ def finetune_data(
         if source == SELF:
             examples += _sampled(model, tokenizer, share, window, seed, cache)
             continue
-        found = list(_encoded(source, tokenizer, window, share, answers_only, overlong, streaming, summary))
+        found = list(_encoded(source, tokenizer, window, share, answers_only, overlong, empty, streaming, summary))
         if not found:
-            raise ValueError(f"Expected examples in {source} but none was left: {summary.skipped} are too long.")
+            raise ValueError(
+                f"Expected examples in {source} but none was left: {summary.skipped} are too long, {summary.empty} "
+                "have an empty answer."
+            )
         examples += found
     summary.examples, summary.tokens = len(examples), sum(map(len, examples))
     summary.learnt = sum(example.learnt for example in examples)
@@ -240,6 +252,7 @@ def _encoded(
     tokens: int | None,
     answers_only: bool,
     overlong: Overlong,
+    empty: Empty,
     streaming: bool,
     summary: DataSummary,
 ) -> Iterator[Example]:
@@ -257,6 +270,14 @@ def _encoded(
             while len(joined) >= window:
                 yield _example(joined[:window])
                 joined, seen = joined[window:], seen + window
+            continue
+        if not record.answer.strip():
+            if empty == "error":
+                raise ValueError(
+                    f"{record.where}: expected an answer but it is empty. Leave the row out of the data, or let empty "
+                    'answers be left out: empty="skip" (--empty skip).'
+                )
+            summary.empty += 1
             continue
         example = encode_instruction(record, tokenizer, answers_only)
         if (fitting := fit_example(example, window, overlong, record.where)) is None:
@@ -418,7 +439,9 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((token for token in ids if token is not None), 0)
 
 
-def _check(sources: Sequence[str], tokens: int | None, heldout: float, batch_size: int, overlong: str) -> None:
+def _check(
+    sources: Sequence[str], tokens: int | None, heldout: float, batch_size: int, overlong: str, empty: str
+) -> None:
     if not sources or isinstance(sources, str) or len(set(sources)) < len(sources):
         raise ValueError(f"Expected a list of one or more distinct sources but got {sources!r}.")
     if tokens is not None and tokens < 1:
@@ -429,3 +452,5 @@ def _check(sources: Sequence[str], tokens: int | None, heldout: float, batch_siz
         raise ValueError(f"Expected at least 1 row a batch but got {batch_size=}.")
     if overlong not in OVERLONG:
         raise ValueError(f"Expected `overlong` to be one of {OVERLONG} but got {overlong!r}.")
+    if empty not in EMPTY:
+        raise ValueError(f"Expected `empty` to be one of {EMPTY} but got {empty!r}.")

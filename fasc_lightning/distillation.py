@@ -117,7 +117,7 @@ def check_distillable(module: nn.Module, distillation: Distillation, layers: lis
         raise MisconfigurationException(
             f"Expected a module that can learn from a teacher but {type(module).__name__} has no `predictions(batch)` "
             "(logits and which of them count) or no attribute `teacher`, which its `training_step` asks for the loss. "
-            "HINT: see fasc_lightning.Distillable; CausalLMModule has both. Or recover with teacher=None."
+            "HINT: see fasc_lightning.distillation.Distillable; CausalLMModule has both. Or recover with teacher=None."
         )
     if distillation.blocks:
         try:

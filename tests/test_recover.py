@@ -40,9 +40,9 @@ def test_the_data_of_a_recovery_can_be_others(tmp_path):
     )
     assert report.recovery["tokens"] == 16 * 16
     save_compressed(model, tmp_path / "m", report=report)
-    assert (
-        load_compressed(tmp_path / "m").config.quantization_config.provenance["options"]["recovery"]["arm"] == "factors"
-    )
+    provenance = load_compressed(tmp_path / "m").config.quantization_config.provenance
+    assert provenance["options"]["recovery"]["arm"] == "factors"
+    assert "* recovery: recovery (factors, " in (tmp_path / "m" / "README.md").read_text()
 
 
 def test_batches_that_can_be_gone_through_once_serve_both_fits():

@@ -191,6 +191,23 @@ def test_a_loss_that_is_not_finite_stops_and_the_best_state_is_restored(make_tra
     assert all(torch.isfinite(value).all() for value in module.state_dict().values())
 
 
+@pytest.mark.parametrize(
+    "options", [{"max_steps": 5, "max_epochs": -1}, {"max_epochs": -1, "max_time": {"seconds": 1}}]
+)
+def test_the_end_of_a_recovery_need_not_be_known(make_trainer, options):
+    module, callback = compressed(make_trainer, LoraRecovery())
+    trainer = make_trainer(callback, **options)
+    trainer.fit(module, training_loader())
+    figures = callback.report.recovery
+    assert figures["steps"] == trainer.global_step
+    # Eight looks in a fit of known length, else one at the end of every epoch, and one before and after it.
+    steps = [step for step, _ in figures["history"]]
+    if "max_steps" in options:
+        assert steps == [0, 1, 2, 3, 4, 5]
+    else:
+        assert set(range(0, trainer.global_step, 7)) | {trainer.global_step} == set(steps)
+
+
 def test_validation_batches_decide_where_there_are_any(make_trainer):
     module, callback = compressed(make_trainer, "lora")
     held = training_loader(8, seed=5)

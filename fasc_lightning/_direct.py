@@ -1,8 +1,8 @@
-"""Forward passes without gradients: straight to the matrix products, and every output written once.
+"""Forward passes without gradients: straight to the matrix products, with few operations around them.
 
 Reading the weights of a small layer for one token takes some tens of microseconds, and calling a child module takes a
 few of them; a compressed layer has two children. So where nobody could tell the difference, their weights are used
-without calling them, and with few operations: `benchmarks/inference.py` measures what is left of the gain.
+without calling them: `benchmarks/inference.py` measures what is left of the gain.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from fasc_lightning.hub import describe_layer, empty_layer
 from fasc_lightning.lowrank import CompressedLinear, is_conv1d, linear_shape
 from fasc_lightning.plan import REMEMBERED, check_fit, compression_plan, place, set_trainable, swap_layers
 from fasc_lightning.quantized_layers import quantization_of
+from fasc_lightning.swap import empty_conv1d
 
 
 def match_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -173,10 +174,7 @@ def _dense_layer(name: str, layer: CompressedLinear, state: Mapping[str, Tensor]
     m, n, dtype = layer.out_features, layer.in_features, layer.weight.dtype
     new: nn.Module
     if layer.from_conv1d:
-        from transformers.pytorch_utils import Conv1D
-
-        with torch.device("meta"):  # draws no random numbers
-            new = Conv1D(m, n).to(dtype)
+        new = empty_conv1d(m, n).to(dtype)
     else:
         new = nn.Linear(n, m, "bias" in state, device="meta", dtype=dtype)
     return _filled(name, place(new, _device(layer)), layer, state)

@@ -98,7 +98,7 @@ class CalibrationKeeper:
         elif self._alone:
             hindered = "it was saved when a process of several failed"
         else:
-            hindered = next(filter(None, gather_everywhere(trainer, obstacle(trainer) if left else "")), "")
+            hindered = _of_any(trainer, obstacle(trainer) if left else "")
         state = {
             "format": _FORMAT,
             "end": _end(trainer, schedule),
@@ -146,11 +146,8 @@ class CalibrationKeeper:
                 f"({_described(_end(trainer, schedule))}; it was {_described(state['end'])})."
             )
             return
-        reason = self._unusable(trainer, calibration, state)
-        reason = next(filter(None, gather_everywhere(trainer, reason)), "")
-        if not reason:
-            reason = self._read(trainer, calibration, state)
-            reason = next(filter(None, gather_everywhere(trainer, reason)), "")
+        reason = _of_any(trainer, self._unusable(trainer, calibration, state))
+        reason = reason or _of_any(trainer, self._read(trainer, calibration, state))
         if reason:
             self._state = None
             self._go_back(trainer, calibration, checkpoint, state, reason)
@@ -221,6 +218,11 @@ class CalibrationKeeper:
             f"FascCallback: the calibration starts again from its first batch and not where the checkpoint was saved. "
             f"Reason: {reason}.{twice} HINT: a stateful loader and the same options, processes and files let it go on."
         )
+
+
+def _of_any(trainer: pl.Trainer, reason: str) -> str:
+    """Return the reason of the first process that has one, the same on every process; "" if none has."""
+    return next(filter(None, gather_everywhere(trainer, reason)), "")
 
 
 def _batches_are_left(trainer: pl.Trainer) -> bool:

@@ -151,13 +151,13 @@ def _empty_copy(layer: nn.Module) -> CompressedLinear:
         m, n = linear_weight(layer).shape
         return DenseLinear(n, m, layer.bias is not None, device="meta")
     n, m, k, bias = layer.in_features, layer.out_features, layer.rank, layer.bias is not None
-    if not isinstance(layer, PivotedLinear):
-        factored = LowRankLinear(n, m, k, bias, device="meta")
-        factored.from_conv1d = layer.from_conv1d
-        return factored
-    pivoted = PivotedLinear(n, m, k, bias, layer.side, device="meta")
-    pivoted.from_conv1d = layer.from_conv1d
-    pivoted.permutation = layer.permutation.clone()
-    if layer.pivot_bias is not None:
-        pivoted.pivot_bias = nn.Parameter(layer.pivot_bias.detach().clone(), layer.pivot_bias.requires_grad)
-    return pivoted
+    new: CompressedLinear
+    if isinstance(layer, PivotedLinear):
+        new = PivotedLinear(n, m, k, bias, layer.side, device="meta")
+        new.permutation = layer.permutation.clone()
+        if layer.pivot_bias is not None:
+            new.pivot_bias = nn.Parameter(layer.pivot_bias.detach().clone(), layer.pivot_bias.requires_grad)
+    else:
+        new = LowRankLinear(n, m, k, bias, device="meta")
+    new.from_conv1d = layer.from_conv1d
+    return new

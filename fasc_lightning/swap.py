@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -100,13 +101,18 @@ def _dense(layer: CompressedLinear) -> nn.Module:
     linear = layer.to_linear()
     if not layer.from_conv1d:
         return linear
-    from transformers.pytorch_utils import Conv1D
-
-    with torch.device("meta"):  # draws no random numbers
-        conv = Conv1D(layer.out_features, layer.in_features)
+    conv = empty_conv1d(layer.out_features, layer.in_features)
     conv.weight = nn.Parameter(linear.weight.detach().T.contiguous(), linear.weight.requires_grad)
     conv.bias = linear.bias
     return conv.train(layer.training)
+
+
+def empty_conv1d(m: int, n: int) -> Any:
+    """Return a transformers ``Conv1D`` with m outputs and n inputs on the meta device; draws no random numbers."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        return Conv1D(m, n)
 
 
 def _check_replacements(modules: dict[str, nn.Module], replacements: dict[str, nn.Module]) -> dict[int, nn.Module]:

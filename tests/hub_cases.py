@@ -43,6 +43,10 @@ def logits(model):
 def assert_same(reloaded, model):
     assert not reloaded.training
     assert torch.equal(logits(reloaded), logits(model))
+    assert_same_state(reloaded, model)
+
+
+def assert_same_state(reloaded, model):
     got, expected = reloaded.state_dict(), model.state_dict()
     assert list(got) == list(expected)
     for key, value in expected.items():

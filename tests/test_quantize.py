@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_cases import assert_complete, assert_same, assert_same_state, logits
 from safetensors.torch import load_file
 from tiny import causal_model, causal_module, feature_loader, mlp, token_loader
 from torch import nn
@@ -18,7 +19,6 @@ from fasc_lightning.int8 import Int8Linear
 from fasc_lightning.quantized_layers import DenseLinear, quantization_of
 from fasc_lightning.swap import compressed_layers, is_compressed, to_dense
 
-IDS = torch.arange(3, 17).reshape(2, 7)
 UP = "model.layers.0.mlp.up_proj"
 
 
@@ -37,24 +37,6 @@ def compressed():
         return copy.deepcopy(model), report
 
     return get
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits
-
-
-def assert_same(reloaded, model):
-    assert torch.equal(logits(reloaded), logits(model))
-    assert_same_state(reloaded, model)
-
-
-def assert_same_state(reloaded, model):
-    got, expected = reloaded.state_dict(), model.state_dict()
-    assert list(got) == list(expected)
-    for key, value in expected.items():
-        assert got[key].dtype == value.dtype
-        assert torch.equal(got[key], value)
 
 
 def tensor_bytes(model):
@@ -230,7 +212,7 @@ def test_round_trip(compressed, tmp_path, family, layout, quantization):
     model, report = compressed(family, layout=layout, quantize=quantization)
     model.save_pretrained(tmp_path)
     reloaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert {key: value for key, value in info.items() if value} == {}
+    assert_complete(info)
     assert_same(reloaded, model)
     assert_same(load_compressed(tmp_path), model)
     assert repr(reloaded) == repr(model)

@@ -49,7 +49,11 @@ def run_fit(
     module, prefix = _as_lightning_module(model, recovery)
     training: dict[str, Any] = {"max_epochs": 1}
     if recovery is not None:
-        training = {"max_epochs": recovery.epochs, "gradient_clip_val": 1.0 if module.automatic_optimization else None}
+        training = {
+            "max_epochs": recovery.epochs,
+            "precision": recovery.precision,
+            "gradient_clip_val": 1.0 if module.automatic_optimization else None,
+        }
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with _quiet_trainer(progress):
         trainer = pl.Trainer(

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fasc_lightning.distillation import Distillation
 
 #: Where the loss comes from: the labels alone, the dense model, or the dense model by given options.
 TeacherOption = Literal["dense"] | Distillation | None
+
+#: Of a Trainer, in its own words.
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"]
 
 #: Initialisations of peft that leave the factors as they are, so that an adapter adds nothing before it is trained.
 _NEUTRAL_INITS = (True, "gaussian", "orthogonal")
@@ -43,6 +46,7 @@ class LoraRecovery:
             :class:`~fasc_lightning.Distillation`), or a ``Distillation``.
         learning_rate: Of AdamW in ``compress`` and ``recover``. A Trainer of your own asks the module.
         epochs: Likewise.
+        precision: Of the Trainer in these, for example "bf16-mixed"; None for its default.
         validate_every: Optimizer steps from one look at the held-out loss to the next; None for eight in a fit, or one
             an epoch where its length is not known.
         patience: Stop after so many of them that brought nothing; None never stops early.
@@ -60,6 +64,7 @@ class LoraRecovery:
     teacher: TeacherOption = None
     learning_rate: float = 1e-3
     epochs: int = 1
+    precision: Precision | None = None
     validate_every: int | None = None
     patience: int | None = None
 
@@ -118,6 +123,7 @@ class FactorRecovery:
         teacher: See :class:`LoraRecovery`.
         learning_rate: Likewise.
         epochs: Likewise.
+        precision: Likewise.
         validate_every: Likewise.
         patience: Likewise.
 
@@ -130,6 +136,7 @@ class FactorRecovery:
     teacher: TeacherOption = None
     learning_rate: float = 1e-4
     epochs: int = 1
+    precision: Precision | None = None
     validate_every: int | None = None
     patience: int | None = None
 
@@ -195,6 +202,10 @@ def _check_common(recovery: Recovery) -> None:
         raise ValueError(f"Expected `teacher` to be None, 'dense' or a Distillation but got {teacher!r}.")
     if not recovery.learning_rate > 0:
         raise ValueError(f"Expected `learning_rate` to be positive but got {recovery.learning_rate!r}.")
+    if recovery.precision not in (None, *get_args(Precision)):
+        raise ValueError(
+            f"Expected `precision` to be one of {', '.join(get_args(Precision))} or None but got {recovery.precision!r}."
+        )
     for name in ("epochs", "validate_every", "patience"):
         value = getattr(recovery, name)
         if value is None and name != "epochs":

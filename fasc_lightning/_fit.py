@@ -46,7 +46,7 @@ def run_fit(
     Raises:
         TypeError: If the model is of no kind that has a loss.
     """
-    module, prefix = _as_lightning_module(model, recovery)
+    module, prefix = as_lightning_module(model, recovery)
     training: dict[str, Any] = {"max_epochs": 1}
     if recovery is not None:
         training = {
@@ -80,7 +80,7 @@ def as_lightning_prefix(model: nn.Module) -> str:
     return "" if isinstance(model, pl.LightningModule) else "model."
 
 
-def _as_lightning_module(model: nn.Module, recovery: Recovery | None) -> tuple[pl.LightningModule, str]:
+def as_lightning_module(model: nn.Module, recovery: Recovery | None) -> tuple[pl.LightningModule, str]:
     """Return a module to fit, and the prefix that it puts before the model's own names.
 
     Raises:

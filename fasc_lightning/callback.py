@@ -16,7 +16,6 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from fasc_lightning import _checks
-from fasc_lightning._memory import peak_memory_bytes, return_freed_memory
 from fasc_lightning.batches import LossTerms, TokenMask, batch_label, observed_rows
 from fasc_lightning.calibration import Calibration, CalibrationOptions
 from fasc_lightning.checkpoints import match_on_load
@@ -32,8 +31,9 @@ from fasc_lightning.quantize import quantize_layers
 from fasc_lightning.quantized_layers import Quantization
 from fasc_lightning.recovery import FactorRecovery, LoraRecovery, as_recovery, describe_recovery
 from fasc_lightning.recovery_phase import RecoveryCallback
-from fasc_lightning.refit_phase import Refit, refit_figures
-from fasc_lightning.report import CompressionReport, log_report, measure_layers, measure_model
+from fasc_lightning.refit_phase import Refit
+from fasc_lightning.replacement import ReplacementOptions, replace_calibrated
+from fasc_lightning.report import CompressionReport, log_report
 from fasc_lightning.schedule import CalibrationSchedule
 from fasc_lightning.second_fit import SecondFit, recovery_instead
 from fasc_lightning.swap import is_compressed, swap_modules
@@ -314,7 +314,7 @@ class FascCallback(pl.Callback):
             self._second.check(pl_module, self._layers)
             check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout, self.align)
             options = CalibrationOptions(**{f.name: getattr(self, f.name) for f in fields(CalibrationOptions)})
-            self._calibration = Calibration(trainer, pl_module, self._layers, options)
+            self._calibration = Calibration(trainer, pl_module, self._layers, options, self._second.refinement)
             self._keeper.resume(trainer, self._calibration, self._schedule)
 
     @recovery_instead
@@ -404,38 +404,9 @@ class FascCallback(pl.Callback):
             )
         if not calibration.finished:  # the fit had nothing left to run, so that training neither started nor ended
             calibration.finish(trainer)
-        moments_bytes = calibration.moments.nbytes
-        seconds = {"calibrate": calibration.seconds}
-        before = measure_layers(self._layers), measure_model(pl_module)
-        start = time.perf_counter()
-        return_freed_memory()
         # After every `on_train_end`, so that averaging callbacks have put their weights in place.
-        result, reports = calibration.factorize(
-            trainer, pl_module, rank=self.rank, keep=self.keep, layout=self.layout, align=self.align
-        )
-        seconds["factorize"] = time.perf_counter() - start
-        start = time.perf_counter()
-        self._replaced = swap_modules(pl_module, result.replacements)
-        attach_config(pl_module, method=self.method, options=self.options, seed=self.seed)
-        seconds["swap"] = time.perf_counter() - start
-        refitted = None
-        if calibration.refit is not None:
-            start = time.perf_counter()
-            refitted = calibration.run_refit(trainer, pl_module, self._replaced)
-            seconds["refit"] = time.perf_counter() - start
-        after = measure_layers({**self._layers, **result.replacements}), measure_model(pl_module)
-        self.report = CompressionReport(
-            method=self.method,
-            options=self.options,
-            seed=self.seed,
-            targeted={"dense": before[0], "compressed": after[0]},
-            whole={"dense": before[1], "compressed": after[1]},
-            seconds=seconds,
-            moments_bytes=moments_bytes,
-            peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
-            layers=reports,
-            refit=None if refitted is None else refit_figures(refitted),
-        )
+        how = ReplacementOptions(**{f.name: getattr(self, f.name) for f in fields(ReplacementOptions)})
+        self.report = replace_calibrated(trainer, pl_module, calibration, how, self._replaced)
         self._second.keep(self._replaced)
         if self.recovery is None:
             self._quantize(pl_module)

@@ -269,7 +269,8 @@ def _making(made: Mapping[str, Any], calibration: str | Sequence[str] | None) ->
         "method": made.get("method", "not stated"),
         "budget": _budget(options),
         "allocation, layout": ", ".join(str(options[name]) for name in ("allocation", "layout") if name in options),
-        "refit": _refit(made),
+        "refit": _outcome(made, "refit", "layers"),
+        "refinement": _outcome(made, "refine", "blocks"),
         "recovery": _recovery(made),
         "quantised": made["quantization"] or "no",
         "calibration data": _calibration(made, calibration),
@@ -288,12 +289,13 @@ def _budget(options: Mapping[str, Any]) -> str:
     return "not stated"
 
 
-def _refit(made: Mapping[str, Any]) -> str:
-    refit = made.get("refit")
-    if refit is None:
-        return "none" if "layers" in made else f"{made['options'].get('refit', 'not stated')}"
-    before, after = (refit["loss"][when] for when in ("before", "after"))
-    outcome = "put back" if refit["reverted"] else f"{refit['layers']} layers changed"
+def _outcome(made: Mapping[str, Any], phase: str, parts: str) -> str:
+    """Return what a refit or a refinement did; of one that was not asked for "none", or what is known."""
+    figures = made.get(phase)
+    if figures is None:
+        return "none" if "layers" in made else f"{made['options'].get(phase, 'not stated')}"
+    before, after = (figures["loss"][when] for when in ("before", "after"))
+    outcome = "put back" if figures["reverted"] else f"{figures[parts]} {parts} changed"
     return f"{outcome}, loss on held-out batches {before:.4f} before and {after:.4f} after"
 
 

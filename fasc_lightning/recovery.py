@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 from fasc_lightning.distillation import Distillation
+from fasc_lightning.refine import RefineOptions
 
 #: Where the loss comes from: the labels alone, the dense model, or the dense model by given options.
 TeacherOption = Literal["dense"] | Distillation | None
@@ -44,6 +45,9 @@ class LoraRecovery:
             compressed layers, or their factors, as ``targets`` does; without any all of them are taken.
         teacher: None (labels), "dense" (the dense model's predictions, with the defaults of
             :class:`~fasc_lightning.Distillation`), or a ``Distillation``.
+        refine_steps: Each block's factors are first trained for so many steps towards the dense block's output
+            (:mod:`~fasc_lightning.refine`), on the calibration's batches when the layers have been replaced, in
+            ``recover`` on its own; 0 does not.
         learning_rate: Of AdamW in ``compress`` and ``recover``. A Trainer of your own asks the module.
         epochs: Likewise.
         precision: Of the Trainer in these, for example "bf16-mixed"; None for its default.
@@ -62,6 +66,7 @@ class LoraRecovery:
     dropout: float = 0.0
     config: Any = None
     teacher: TeacherOption = None
+    refine_steps: int = 0
     learning_rate: float = 1e-3
     epochs: int = 1
     precision: Precision | None = None
@@ -121,6 +126,7 @@ class FactorRecovery:
     Attributes:
         norms: Whether normalisation layers are trained, too.
         teacher: See :class:`LoraRecovery`.
+        refine_steps: Likewise.
         learning_rate: Likewise.
         epochs: Likewise.
         precision: Likewise.
@@ -134,6 +140,7 @@ class FactorRecovery:
 
     norms: bool = False
     teacher: TeacherOption = None
+    refine_steps: int = 0
     learning_rate: float = 1e-4
     epochs: int = 1
     precision: Precision | None = None
@@ -176,6 +183,13 @@ def as_recovery(option: Literal["lora", "factors"] | Recovery | None) -> Recover
     )
 
 
+def refine_options(recovery: Recovery | None, seed: int) -> RefineOptions | None:
+    """Return how a recovery refines the blocks before it trains the whole; None if it does not."""
+    if recovery is None or recovery.refine_steps == 0:
+        return None
+    return RefineOptions(steps=recovery.refine_steps, seed=seed)
+
+
 def describe_recovery(recovery: Recovery) -> dict[str, Any]:
     """Return the options in plain types, for reports and model cards."""
     options = {name: getattr(recovery, name) for name in recovery.__dataclass_fields__}
@@ -203,9 +217,10 @@ def _check_common(recovery: Recovery) -> None:
     if not recovery.learning_rate > 0:
         raise ValueError(f"Expected `learning_rate` to be positive but got {recovery.learning_rate!r}.")
     if recovery.precision not in (None, *get_args(Precision)):
-        raise ValueError(
-            f"Expected `precision` to be one of {', '.join(get_args(Precision))} or None but got {recovery.precision!r}."
-        )
+        known = ", ".join(get_args(Precision))
+        raise ValueError(f"Expected `precision` to be one of {known} or None but got {recovery.precision!r}.")
+    if type(recovery.refine_steps) is not int or recovery.refine_steps < 0:
+        raise ValueError(f"Expected `refine_steps` to be an int of at least 0 but got {recovery.refine_steps!r}.")
     for name in ("epochs", "validate_every", "patience"):
         value = getattr(recovery, name)
         if value is None and name != "epochs":

@@ -82,12 +82,13 @@ class CompressionReport:
         targeted: Sizes of the targeted layers, "dense" and "compressed"; if they were quantised, too, then also
             "unquantized", just before that.
         whole: Sizes of the whole model, alike.
-        seconds: By phase: calibrate, factorize, swap, and refit and quantize if there were such.
+        seconds: By phase: calibrate, factorize, swap, and refit, refine, recover and quantize if there were such.
         moments_bytes: Memory of the statistics.
         peak_memory_bytes: Largest memory of the process (on CUDA: of the device) so far.
         layers: One row a targeted layer.
         refit: What a refit did: layers changed, loss before and after on held-out batches, how many batches there
             were, whether all was put back; None if there was none.
+        refine: What a refinement of the blocks did, likewise, in blocks.
         recovery: What a recovery did, the figures of :class:`~fasc_lightning.RecoveryCallback`; None if there was none.
         versions: Of the libraries.
     """
@@ -102,6 +103,7 @@ class CompressionReport:
     peak_memory_bytes: int
     layers: list[LayerReport] = field(repr=False)
     refit: dict[str, Any] | None = None
+    refine: dict[str, Any] | None = None
     recovery: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
 
@@ -313,10 +315,12 @@ def summary_table(report: CompressionReport) -> str:
         )
     if "unquantized" in report.targeted:
         lines.append(f"the last of these sizes is with the targeted layers in {report.options['quantize']}")
-    if report.refit is not None:
-        loss = report.refit["loss"]
-        outcome = "put back" if report.refit["reverted"] else f"{report.refit['layers']} layers changed"
-        lines.append(f"refit: {outcome}; held-out loss {loss['before']:.4f} -> {loss['after']:.4f}")
+    for phase, parts in (("refit", "layers"), ("refine", "blocks")):
+        figures = getattr(report, phase)
+        if figures is not None:
+            outcome = "put back" if figures["reverted"] else f"{figures[parts]} {parts} changed"
+            loss = figures["loss"]
+            lines.append(f"{phase}: {outcome}; held-out loss {loss['before']:.4f} -> {loss['after']:.4f}")
     if report.recovery is not None:
         lines.append(recovery_line(report.recovery))
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())

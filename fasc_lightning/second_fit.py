@@ -11,9 +11,10 @@ from torch import nn
 
 from fasc_lightning.batches import LossTerms, TokenMask
 from fasc_lightning.distillation import check_distillable
-from fasc_lightning.recovery import Recovery
+from fasc_lightning.recovery import Recovery, refine_options
 from fasc_lightning.recovery_phase import REMEDY, RecoveryCallback
 from fasc_lightning.recovery_teacher import weights_fingerprint
+from fasc_lightning.refine import RefineOptions
 from fasc_lightning.replay import check_automatic
 from fasc_lightning.swap import is_compressed
 from fasc_lightning.taps import is_plain_linear
@@ -59,6 +60,11 @@ class SecondFit:
         self._dense: dict[str, nn.Module] = {}
         self._teacher: str | None = None
         self._linear: dict[str, nn.Module] = {}
+
+    @property
+    def refinement(self) -> RefineOptions | None:
+        """How the factors are refined before the recovery; None for not at all."""
+        return refine_options(self._recovery, self._seed)
 
     def check(self, pl_module: pl.LightningModule, layers: Mapping[str, nn.Module]) -> None:
         """Refuse a module that could be compressed and not recovered, before it is compressed.

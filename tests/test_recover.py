@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from recovery_cases import FAST, ranks, same, training_loader, values
 from tiny import causal_model
 
 from fasc_lightning import FactorRecovery, LoraRecovery, compress, load_compressed, recover, save_compressed
+from fasc_lightning.held_out import split_loader
+from fasc_lightning.refine import refine
+from fasc_lightning.refit_blocks import RefitError
 from fasc_lightning.swap import is_compressed
 
 pytest.importorskip("peft", reason="peft is not installed")
@@ -83,3 +87,61 @@ def test_what_cannot_be_recovered_is_refused():
         recover(torch.nn.Linear(2, 2), training_loader(), progress=False)
     with pytest.raises(ValueError, match="to say what is trained"):
         recover(causal_model(), training_loader(), None, progress=False)
+
+
+@pytest.mark.parametrize("arm", [LoraRecovery, FactorRecovery])
+def test_blocks_are_refined_before_the_recovery(arm):
+    model, without = causal_model().eval(), causal_model().eval()
+    report = compress(model, training_loader(), recovery=arm(refine_steps=20), **QUICK)
+    plain = compress(without, training_loader(), recovery=arm(), **QUICK)
+    assert plain.refine is None
+    assert report.refine["blocks"] == 2
+    assert report.refine["steps"] == 20
+    assert report.seconds["refine"] == pytest.approx(report.refine["seconds"], rel=0.2, abs=0.5)
+    assert report.refine["loss"]["after"] < report.refine["loss"]["before"]
+    assert report.recovery["held_out_loss"]["before"] < plain.recovery["held_out_loss"]["before"]
+    assert "refine: 2 blocks changed; held-out loss" in str(report)
+    assert type(report).from_dict(report.to_dict()).refine == report.refine
+
+
+def test_a_compressed_model_is_refined_towards_a_dense_one():
+    dense = causal_model().eval()
+    model = copy.deepcopy(dense)
+    compress(model, training_loader(), **QUICK)
+    other = copy.deepcopy(model)
+    figures = recover(model, training_loader(), FactorRecovery(refine_steps=20), dense=dense, progress=False)
+    assert figures["refine"]["blocks"] == 2
+    train, held = split_loader(training_loader())
+    layers = {name: dense.get_submodule(name) for name in ranks(other)}
+    assert refine(other, layers, list(train), steps=20).accepted == 2
+    expected = recover(other, train, FactorRecovery(), held_out=held, progress=False)
+    assert figures["held_out_loss"] == expected["held_out_loss"]
+    assert same(values(model), values(other))
+
+
+def test_a_refined_model_is_what_it_was_if_the_recovery_fails(monkeypatch):
+    dense = causal_model().eval()
+    model = copy.deepcopy(dense)
+    compress(model, training_loader(), **QUICK)
+    before = values(model)
+
+    def broken(*args, **kwargs):
+        assert not same(values(model), before)
+        raise RuntimeError("no disk")
+
+    # The package has the function under the name of its module.
+    monkeypatch.setattr(sys.modules["fasc_lightning.recover"], "run_fit", broken)
+    with pytest.raises(RuntimeError, match="no disk"):
+        recover(model, training_loader(), FactorRecovery(refine_steps=20), dense=dense, progress=False)
+    assert same(values(model), before)
+
+
+def test_a_refinement_needs_the_dense_layers_and_blocks():
+    model = causal_model()
+    before = values(model)
+    with pytest.raises(RefitError, match="refine_steps=0"):
+        compress(model, training_loader(), recovery=LoraRecovery(refine_steps=4), targets=["lm_head"], **QUICK)
+    assert same(values(model), before)
+    compress(model, training_loader(), **QUICK)
+    with pytest.raises(MisconfigurationException, match="Expected the dense layers, towards which"):
+        recover(model, training_loader(), LoraRecovery(refine_steps=4), progress=False)

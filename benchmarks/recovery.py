@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -28,6 +28,7 @@ from fasc_lightning import CausalLMModule, FactorRecovery, LoraRecovery, load_co
 from fasc_lightning.bundled import load_model
 from fasc_lightning.data import calibration_windows, window_loader
 from fasc_lightning.drift import Questions
+from fasc_lightning.recovery import Precision
 from fasc_lightning.report import write_json
 from fasc_lightning.taps import select_layers
 
@@ -57,7 +58,7 @@ def row_name(arm: str, keep: float, tokens: int) -> str:
     return f"{arm.replace(', ', '-').replace(' ', '-')}-keep{keep:g}-{tokens // 1000}k"
 
 
-def run(arm: str, keep: float, tokens: int, data: Path, output: Path, precision: str | None) -> dict[str, Any]:
+def run(arm: str, keep: float, tokens: int, data: Path, output: Path, precision: Precision | None) -> dict[str, Any]:
     """Recover the compressed model of a budget and measure it; returns the row."""
     dense, tokenizer = load_model("smollm2")
     dense.eval()
@@ -153,7 +154,12 @@ def main() -> None:
     parser.add_argument("--table-tokens", type=int, default=60_000, help="of every arm, at the first budget")
     parser.add_argument("--tokens", type=int, default=400_000, help="of the best arm, at all budgets")
     parser.add_argument("--best", choices=list(ARMS), help="arm of the long runs; default: the best of the table")
-    parser.add_argument("--precision", default="bf16-mixed", help="of the training; measuring is in float32")
+    parser.add_argument(
+        "--precision",
+        default="bf16-mixed",
+        choices=get_args(Precision),
+        help="of the training; measuring is in float32",
+    )
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = os.environ.get("FASC_DATA")

@@ -26,7 +26,7 @@ class CausalLMModule(pl.LightningModule):
         model: A causal language model, for example ``AutoModelForCausalLM.from_pretrained(...)``.
         learning_rate: Of AdamW over the parameters that require gradients.
         weight_decay: Of AdamW.
-        schedule: "constant", or "cosine": after a warm-up of 3 % of the steps, down to a tenth along a cosine.
+        schedule: "constant", or "cosine": after a warm-up of a tenth of the steps, down to a tenth along a cosine.
 
     Attributes:
         teacher: While a recovery with a teacher runs, what gives the loss of the training; None at other times.
@@ -111,7 +111,7 @@ class CausalLMModule(pl.LightningModule):
 
 def _cosine(step: int, steps: float) -> float:
     """Return the share of the learning rate at a step of so many."""
-    warm = max(1.0, 0.03 * steps)
+    warm = max(1.0, 0.1 * steps)
     if step < warm:
         return (step + 1) / (warm + 1)
     done = min(1.0, (step - warm) / max(1.0, steps - warm))

@@ -141,7 +141,7 @@ class FactorRecovery:
     norms: bool = False
     teacher: TeacherOption = None
     refine_steps: int = 0
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     epochs: int = 1
     precision: Precision | None = None
     validate_every: int | None = None

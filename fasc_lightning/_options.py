@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fasc_lightning.allocation import ALLOCATIONS
 from fasc_lightning.callback import FascCallback
-from fasc_lightning.data import check_file, named_files
+from fasc_lightning.data import check_file, check_sources, named_files
 from fasc_lightning.saving import check_folder
 from fasc_lightning.solvers import available_methods
 
@@ -111,6 +111,7 @@ def check_run(options: Namespace, at_least_one: Sequence[str] = ()) -> None:
         FileNotFoundError: If a file is missing.
         FileExistsError: If --output holds files, but no saved model.
     """
+    check_sources(options.calibration, "calibration")
     if options.rank is None and options.keep is None:
         options.rank = 0.5
     FascCallback(**compression_options(options))  # refuses wrong values

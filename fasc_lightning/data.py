@@ -283,6 +283,18 @@ def is_file(source: str, use: str = "data") -> bool:
     return path.is_file()
 
 
+def check_sources(sources: Iterable[str], use: str = "data") -> None:
+    """Refuse files that are missing or of an unknown kind, before anything is loaded; ``use`` names them in the error.
+
+    Raises:
+        FileNotFoundError: If a source reads like a file and there is none.
+        ValueError: If a file name has an unknown ending.
+    """
+    for source in sources:
+        if source != SELF and is_file(source, use):
+            text_ending(source)
+
+
 def hub_rows(source: str, streaming: bool = True) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the rows of a data set of the hub or of a local folder, each after what messages call it.
 

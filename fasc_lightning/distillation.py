@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -13,11 +13,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fasc_lightning._memory import available_memory
 from fasc_lightning.divergence import kl_divergence, top_k_divergence
+from fasc_lightning.refine_steps import relative_error
 from fasc_lightning.refit_blocks import RefitError, find_blocks
 from fasc_lightning.teacher_cache import LogitCache
 
@@ -27,8 +29,8 @@ class Distillation:
     """How the dense model teaches the compressed one.
 
     The loss is weight T^2 KL(teacher || student) + (1 - weight) label loss + blocks times the relative squared error of
-    the blocks' outputs, where the distributions are those of logits divided by the temperature T, over the predictions
-    that the labels, or without labels the padding, let count.
+    the blocks' outputs, token by token, where the distributions are those of logits divided by the temperature T. All
+    of it is over the predictions that the labels, or without labels the padding, let count.
 
     Attributes:
         temperature: T.
@@ -38,7 +40,9 @@ class Distillation:
             recovery does not train, and the teacher is the dense layers alone.
         dtype: Of a teacher with weights of its own, a torch dtype or its name; None for the module's.
         cache: Folder for the teacher's ``top_k`` largest logits of each prediction. They are computed once, before
-            the training, and the teacher is then gone. All runs towards the same teacher can share it.
+            the training, and the teacher is then gone; but where the fit does not go through all of a data set of
+            known length, the teacher stays and is asked when a sample is new. All runs towards the same dense layers
+            can share it.
         top_k: How many of them. What is not among them counts as one outcome.
 
     Raises:
@@ -175,23 +179,18 @@ class Teacher:
         modules = dict(module.named_modules(remove_duplicate=False))
         for name, layer in dense.items():
             like = modules[name].weight
-            layer.to(device=like.device, dtype=like.dtype).requires_grad_(False)
-            places = [
-                (parent._modules, child)
-                for parent in modules.values()
-                for child, found in parent._modules.items()
-                if found is modules[name]
-            ]
-            self._slots += [(slots, child, layer) for slots, child in places]
+            # A teacher of its own converts all at once, and straight to where it is to be.
+            frozen = frozen_copy(layer, like.device, like.dtype) if self.shares else layer
+            self._slots += _places((module._modules for module in modules.values()), modules[name], frozen)
         for name, value in originals.items():
-            owner, _, last = name.rpartition(".")
             original = nn.Parameter(value.to(device), requires_grad=False)
-            self._slots.append((modules[owner]._parameters, last, original))
+            self._slots += _places(
+                (module._parameters for module in modules.values()), module.get_parameter(name), original
+            )
         if self.shares:
             return
         with self._in_place():
-            self._copy = copy.deepcopy(module).requires_grad_(False).eval()
-        self._copy.to(device=self.options.device or device, dtype=self.options.torch_dtype())
+            self._copy = frozen_copy(module, self.options.device, self.options.torch_dtype()).eval()
         self._slots = []
 
     @property
@@ -235,7 +234,7 @@ class Teacher:
             assert label_loss is not None
             total = total + (1 - options.weight) * label_loss
         if options.blocks:
-            total = total + options.blocks * relative_error(student, self._blocks.take())
+            total = total + options.blocks * block_error(student, self._blocks.take(), counted)
         return total
 
     def fill(self, batch: Any) -> None:
@@ -281,7 +280,12 @@ class Teacher:
         return logits.flatten(0, -2).to(next(self._module.parameters()).device)
 
     def _moved(self, batch: Any) -> Any:
-        return batch if self._copy is None else move_data_to_device(batch, next(self._copy.parameters()).device)
+        if self._copy is None:
+            return batch
+        batch, dtype = move_data_to_device(batch, next(self._copy.parameters()).device), self.options.torch_dtype()
+        if dtype is None:
+            return batch
+        return apply_to_collection(batch, Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x)
 
     @contextmanager
     def _answering(self) -> Iterator[Any]:
@@ -309,6 +313,37 @@ class Teacher:
         finally:
             for (slots, name, _), value in zip(self._slots, students, strict=True):
                 slots[name] = value
+
+
+def _places(
+    slots: Iterable[dict[str, Any]], student: object, teacher: object
+) -> list[tuple[dict[str, Any], str, object]]:
+    """Return where a module or parameter of the student is, together with the teacher's."""
+    return [(each, name, teacher) for each in slots for name, found in each.items() if found is student]
+
+
+def frozen_copy(module: nn.Module, device: Any = None, dtype: torch.dtype | None = None) -> Any:
+    """Return a copy that needs no gradients, in a type and on a device; the module itself does not change.
+
+    It takes memory for what has to be converted alone, and never more than once: parameters that are as wanted are
+    shared. Buffers that are no part of the weights keep their type: the frequencies of rotary embeddings, times
+    positions, are of no use in half precision.
+
+    Args:
+        module: What to copy.
+        device: None for where each parameter is.
+        dtype: None for the type of each.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        wanted = dtype if parameter.is_floating_point() else None
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to(device=device, dtype=wanted), requires_grad=False)
+    for each in module.modules():
+        for name, buffer in each._buffers.items():
+            if buffer is not None:
+                weights = buffer.is_floating_point() and name not in each._non_persistent_buffers_set
+                memo[id(buffer)] = buffer.detach().to(device=device, dtype=dtype if weights else None, copy=True)
+    return copy.deepcopy(module, memo)
 
 
 def check_memory(
@@ -340,14 +375,16 @@ def teacher_bytes(
         options: Whether they share the rest.
         device: Of the module.
     """
-    layers = [p for layer in dense.values() for p in layer.parameters()]
-    if options.device is None and options.dtype is None:
-        return sum(p.numel() * p.element_size() for p in layers if p.device != device), device
+    target = torch.empty(0, device=options.device or device).device  # with its index
+    shares = options.device is None and options.dtype is None
     replaced = {id(p) for name in dense for p in module.get_submodule(name).parameters()}
-    others = [p for p in module.parameters() if id(p) not in replaced]
-    dtype = options.torch_dtype()
-    size = sum(p.numel() * (p.element_size() if dtype is None else dtype.itemsize) for p in [*layers, *others])
-    return size, torch.device(options.device or device)
+    others = [] if shares else [p for p in module.parameters() if id(p) not in replaced]
+    size = 0
+    for p in [*(p for layer in dense.values() for p in layer.parameters()), *others]:
+        dtype = options.torch_dtype() if p.is_floating_point() else None
+        if p.device != target or dtype not in (None, p.dtype):
+            size += p.numel() * (p.dtype if dtype is None else dtype).itemsize
+    return size, target
 
 
 class _BlockOutputs:
@@ -363,6 +400,8 @@ class _BlockOutputs:
 
     def _keep(self, i: int) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:  # gradient checkpointing, which runs blocks on the way back
+                return
             self._found[i] = output[0] if isinstance(output, tuple) else output
 
         return keep
@@ -380,10 +419,18 @@ class _BlockOutputs:
         self._handles, self._found = [], {}
 
 
-def relative_error(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """Return the mean over blocks of |student - teacher|^2 / |teacher|^2."""
-    errors = [
-        (s.float() - t.to(s.device).float()).square().sum() / t.to(s.device).float().square().sum()
-        for s, t in zip(student, teacher, strict=True)
-    ]
-    return torch.stack(errors).mean()
+def block_error(student: list[Tensor], teacher: list[Tensor], counted: Tensor | None = None) -> Tensor:
+    """Return the mean over blocks, and over tokens that count, of |student - teacher|^2 / |teacher|^2.
+
+    Args:
+        student: Outputs of its blocks, (..., features).
+        teacher: Of its own.
+        counted: True for tokens that count, (...). All count if there is None, or one of another shape: where
+            predictions are not of tokens.
+    """
+    rows = None
+    if counted is not None and counted.shape == student[0].shape[:-1]:
+        rows = counted.flatten()
+        if not rows.any():
+            return student[-1].sum() * 0.0
+    return torch.stack([relative_error(s, t.to(s.device), rows) for s, t in zip(student, teacher, strict=True)]).mean()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: What reports call the part of the data that nothing is trained on.
 HELD_OUT = "held-out"
+#: Name of the built-in text.
+BUILTIN_TEXT = "python-reference"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Questions:
             contents = {name: read_text(path) for name, path in texts.items()}
             asked = load_facts(facts) if facts else []
         else:
-            contents, asked = {"python-reference": builtin_text()}, builtin_facts(seed)
+            contents, asked = {BUILTIN_TEXT: builtin_text()}, builtin_facts(seed)
         return cls({name: text_windows(text, tokenizer, windows, window) for name, text in contents.items()}, asked)
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Measured:

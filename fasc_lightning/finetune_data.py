@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fasc_lightning.bundled import cache_folder
-from fasc_lightning.data import SELF, sample_windows
+from fasc_lightning.data import SELF, check_sources, sample_windows
 from fasc_lightning.finetune_records import Document, Instruction, read_records
 from fasc_lightning.resumable_loader import ResumableLoader
 
@@ -62,6 +62,7 @@ class DataSummary:
     Attributes:
         examples: Examples kept: instructions, and windows of plain text.
         heldout: How many of them are held out.
+        calibrated: How many of those are windows of text that the compression was calibrated on.
         tokens: Their tokens.
         learnt: The tokens that a loss is taken of.
         cut: Examples whose answer's end was cut off at the window.
@@ -72,6 +73,7 @@ class DataSummary:
 
     examples: int = 0
     heldout: int = 0
+    calibrated: int = 0
     tokens: int = 0
     learnt: int = 0
     cut: int = 0
@@ -84,6 +86,8 @@ class DataSummary:
             f"{self.examples:,} examples, {self.heldout:,} of them held out: {self.tokens:,} tokens, {self.learnt:,} "
             f"of them learnt, in {self.windows:,} rows to train on"
         ]
+        if self.calibrated:
+            lines.append(f"{self.calibrated:,} of those held out were calibrated on")
         if self.cut:
             lines.append(f"{self.cut:,} answers were cut at the end of the window")
         if self.skipped:
@@ -124,6 +128,7 @@ def finetune_data(
     seed: int = 0,
     model: PreTrainedModel | None = None,
     cache: bool = True,
+    calibrated: Tensor | None = None,
 ) -> FinetuneData:
     """Read data to fine-tune on and make batches of it.
 
@@ -138,8 +143,9 @@ def finetune_data(
         tokens: Read about so many in all, equally many of each source and from its start; None: everything.
         heldout: Share of the examples that is held out; 0: none.
         batch_size: Rows a batch.
-        pack: Whether several examples share a row, as in pre-training: a token then sees the examples before its own.
-            Otherwise every example is padded on its own.
+        pack: Whether several examples share a row, as in pre-training: a token then sees the examples before its own,
+            which stand at earlier positions; no example's first token is learnt from them. Otherwise every example is
+            padded on its own.
         answers_only: Whether the loss leaves out what is asked; plain texts are learnt as a whole either way.
         overlong: Instructions of more than ``window`` tokens: "cut" the end of the answer (and leave out those whose
             answer does not begin before it), "skip" them, or "error". All are counted in the summary.
@@ -148,14 +154,17 @@ def finetune_data(
         seed: Of what is sampled, of what is held out, and of the order.
         model: To sample from, and to check the window against; ``"self"`` needs it.
         cache: Whether sampled text is kept in (and taken from) the cache folder.
+        calibrated: Windows that the model was or will be compressed by, (windows, window). Examples among them are
+            held out only where there are too few others; how many is in the summary.
 
     Raises:
         FileNotFoundError: If a source reads like a file and there is none.
         ValueError: If an option is out of range, the window is longer than the model's context, a row is of no known
             kind or has an empty answer (naming file and line), or too little is left to train on.
     """
-    _check(sources, tokens, heldout, batch_size, overlong, empty)
+    check_data_options(sources, tokens, heldout, batch_size, overlong, empty)
     check_window(window, tokenizer, model)
+    check_sources(sources)
     share = None if tokens is None else -(-tokens // len(sources))
     summary = DataSummary()
     examples: list[Example] = []
@@ -172,8 +181,11 @@ def finetune_data(
         examples += found
     summary.examples, summary.tokens = len(examples), sum(map(len, examples))
     summary.learnt = sum(example.learnt for example in examples)
-    train, held = split_examples(examples, heldout, seed)
+    seen = () if calibrated is None else list(calibrated.cpu())
+    train, held = split_examples(examples, heldout, seed, seen)
     summary.heldout = len(held)
+    known = {tuple(ids.tolist()) for ids in seen}
+    summary.calibrated = sum(tuple(example.ids.tolist()) in known for example in held)
     if pack:
         train, held = pack_examples(train, window), pack_examples(held, window)
     summary.windows = len(train)
@@ -237,12 +249,21 @@ def encode_instruction(record: Instruction, tokenizer: PreTrainedTokenizerBase, 
 
     The text is tokenised as a whole, as a model meets it, and the answer begins where the tokens of the prompt alone
     part from it: a token that holds the end of the prompt and the beginning of the answer is learnt.
+
+    Raises:
+        ValueError: If the chat template does not put the answer after what was asked, or leaves it out.
     """
     prompt, whole = prompt_texts(record, tokenizer)
     given, ids = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (prompt, whole))
     pairs = zip(given, ids, strict=False)
     shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(given), len(ids)))
-    return _example(ids, shared if answers_only else 0)
+    example = _example(ids, shared if answers_only else 0)
+    if not example.learnt:  # its loss would be a mean over nothing
+        raise ValueError(
+            f"{record.where}: expected a chat template that writes the answer but nothing of it is left. Set "
+            "`tokenizer.chat_template` to another, or to None for plain headings."
+        )
+    return example
 
 
 def _encoded(
@@ -267,9 +288,10 @@ def _encoded(
             joined += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
             if tokens is not None:
                 joined = joined[: tokens - seen]
-            while len(joined) >= window:
-                yield _example(joined[:window])
-                joined, seen = joined[window:], seen + window
+            whole = len(joined) // window * window
+            for start in range(0, whole, window):
+                yield _example(joined[start : start + window])
+            joined, seen = joined[whole:], seen + whole
             continue
         if not record.answer.strip():
             if empty == "error":
@@ -341,37 +363,40 @@ def _sampled(
 # From examples to batches.
 
 
-def split_examples(examples: Sequence[Example], heldout: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split_examples(
+    examples: Sequence[Example], heldout: float, seed: int, seen: Iterable[Tensor] = ()
+) -> tuple[list[Example], list[Example]]:
     """Split examples into those to train on and those that are held out, each in the order given.
 
     What is held out is drawn by the seed; copies of one example are always on one side.
 
     Args:
         examples: All of them.
-        heldout: Share of the distinct examples to hold out; at least one if it is not 0.
+        heldout: Share of the distinct examples to hold out; at least one if it is not 0, and never all.
         seed: Of the choice.
+        seen: Token ids of examples that are held out only where there are too few others.
 
     Raises:
         ValueError: If nothing would be left to train on.
     """
     if heldout == 0:
         return list(examples), []
-    digests = [_digest(example, seed) for example in examples]
-    distinct = sorted(set(digests))
-    count = max(1, round(heldout * len(distinct)))
-    if count >= len(distinct):
+    digests = [_digest(example.ids, seed) for example in examples]
+    last = {_digest(ids, seed) for ids in seen}
+    distinct = sorted(set(digests), key=lambda digest: (digest in last, digest))
+    if len(distinct) < 2:
         raise ValueError(
             f"Expected at least 2 distinct examples, to train on some and hold out others, but got {len(distinct)}. "
             "Give more data, a shorter window, or heldout=0."
         )
-    held = set(distinct[:count])
+    held = set(distinct[: min(max(1, round(heldout * len(distinct))), len(distinct) - 1)])
     train = [example for example, digest in zip(examples, digests, strict=True) if digest not in held]
     return train, [example for example, digest in zip(examples, digests, strict=True) if digest in held]
 
 
-def _digest(example: Example, seed: int) -> bytes:
+def _digest(ids: Tensor, seed: int) -> bytes:
     key = seed.to_bytes(8, "little", signed=True)
-    return hashlib.blake2b(example.ids.numpy().tobytes(), digest_size=16, key=key).digest()
+    return hashlib.blake2b(ids.numpy().tobytes(), digest_size=16, key=key).digest()
 
 
 def pack_examples(examples: Iterable[Example], window: int) -> list[Example]:
@@ -439,9 +464,19 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((token for token in ids if token is not None), 0)
 
 
-def _check(
-    sources: Sequence[str], tokens: int | None, heldout: float, batch_size: int, overlong: str, empty: str
+def check_data_options(
+    sources: Sequence[str],
+    tokens: int | None,
+    heldout: float,
+    batch_size: int = 1,
+    overlong: str = "cut",
+    empty: str = "error",
 ) -> None:
+    """Refuse options of :func:`finetune_data` that are out of range.
+
+    Raises:
+        ValueError: With the option.
+    """
     if not sources or isinstance(sources, str) or len(set(sources)) < len(sources):
         raise ValueError(f"Expected a list of one or more distinct sources but got {sources!r}.")
     if tokens is not None and tokens < 1:

@@ -32,7 +32,7 @@ class Instruction:
     Attributes:
         instruction: What the model is asked.
         input: What the instruction is about; may be empty.
-        answer: What the model is to say; some data sets have rows where it is blank.
+        answer: What the model is to say; some data sets have rows where it is blank, or null, which is "" here.
         where: Names the row in messages.
     """
 
@@ -92,7 +92,7 @@ def parse_row(row: Mapping[str, Any], where: str) -> Record:
             return Instruction(
                 instruction=instruction,
                 input=_text(row, present, where) if present else "",
-                answer=_text(row, next((name for name in answers if name in row), answers[0]), where),
+                answer=_answer(row, next((name for name in answers if name in row), answers[0]), where),
                 where=where,
             )
     if "text" in row:
@@ -101,6 +101,11 @@ def parse_row(row: Mapping[str, Any], where: str) -> Record:
         return Document(row["text"], where)
     kinds = ", ".join("/".join((request, *answers)) for request, _, answers in _INSTRUCTION_FIELDS)
     raise ValueError(f"{where}: expected the fields text, or {kinds}, but got {sorted(row)}.")
+
+
+def _answer(row: Mapping[str, Any], name: str, where: str) -> str:
+    # Data sets write a missing answer as null, too.
+    return "" if name in row and row[name] is None else _text(row, name, where)
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:

@@ -74,7 +74,7 @@ class CausalLMModule(pl.LightningModule):
         if self.schedule == "constant":
             return optimizer
         steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
+        if not 0 <= steps < float("inf"):  # below 0 with a loader of unknown length
             raise ValueError("Expected a fit of known length for schedule='cosine': give the Trainer max_steps.")
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_cosine, steps=float(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -93,17 +93,17 @@ class CausalLMModule(pl.LightningModule):
         return int((_labels(_checked(batch))[:, 1:] != -100).sum())
 
     def predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the logits of all tokens but the last of each sample, and which of their successors are labels.
+        """Return the logits of all tokens, and which tokens have a successor that is a label.
 
         Returns:
-            Shapes (samples, length - 1, vocabulary) and (samples, length - 1).
+            Shapes (samples, length, vocabulary), as the model makes them and not a copy, and (samples, length).
         """
-        return self.model(**_inputs(batch), use_cache=False).logits[:, :-1], _labels(batch)[:, 1:] != -100
+        return self.model(**_inputs(batch), use_cache=False).logits, _counted(_labels(batch))
 
     def _distilled(self, teacher: Teacher, batch: Mapping[str, Tensor]) -> Tensor:
         labels = _labels(_checked(batch))
         output = self.model(**_inputs(batch), labels=labels if teacher.needs_labels else None, use_cache=False)
-        return teacher.loss(batch, output.logits[:, :-1], labels[:, 1:] != -100, output.loss)
+        return teacher.loss(batch, output.logits, _counted(labels), output.loss)
 
     def _loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         return self.model(**_inputs(batch), labels=_labels(batch), use_cache=False).loss
@@ -128,6 +128,11 @@ def _labels(batch: Mapping[str, Tensor]) -> Tensor:
     labels = batch["input_ids"]
     mask = batch.get("attention_mask")
     return labels if mask is None else labels.masked_fill(mask == 0, -100)
+
+
+def _counted(labels: Tensor) -> Tensor:
+    """Return True where the next token is a label; False for the last token, which has none."""
+    return nn.functional.pad(labels[:, 1:] != -100, (0, 1), value=False)
 
 
 def _checked(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -9,14 +9,14 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, Subset
 
 from fasc_lightning._fingerprint import fingerprint
-from fasc_lightning._rng_state import rng_state, set_rng_state
+from fasc_lightning._rng_state import same_rng
 from fasc_lightning.batches import TokenMask, batch_mask
 from fasc_lightning.distillation import Distillation, Teacher
 from fasc_lightning.lowrank import linear_shape, linear_weight
+from fasc_lightning.resumable_loader import ResumableLoader
 from fasc_lightning.swap import compressed_layers
 from fasc_lightning.taps import is_plain_linear
 from fasc_lightning.teacher_cache import LogitCache, teacher_of
@@ -117,10 +117,10 @@ class TeacherPhase:
         return cache or opened()
 
     def fill(self, trainer: pl.Trainer, pl_module: Any, held: Iterable[Any]) -> None:
-        """Ask for the predictions of every batch, where they are cached, and let the teacher go.
+        """Ask for the predictions of every sample, where they are cached, and let the teacher go.
 
-        Where the loader cannot be gone through without disturbing the training, the teacher stays, and is asked when a
-        batch is new.
+        Where the samples are not known, or the fit does not go through all of them, the teacher stays, and is asked
+        when a batch is new.
 
         Args:
             trainer: Of the fit.
@@ -130,21 +130,20 @@ class TeacherPhase:
         teacher: Teacher | None = pl_module.teacher
         if teacher is None or teacher.cache is None or not teacher.present:
             return
-        combined: Any = trainer.fit_loop._combined_loader
-        loaders = combined.flattened
-        random = rng_state()
-        if all(_can_be_gone_through(loader) for loader in loaders):
-            for batches in (*loaders, held):
+        samples = _all_samples(trainer)
+        if samples is None:
+            return
+        with same_rng(), trainer.precision_plugin.forward_context():
+            for batches in (samples, held):
                 for batch in batches:
-                    teacher.fill(trainer.strategy.batch_to_device(batch))
-            teacher.cache.flush()
-            trainer.strategy.barrier()
-            teacher.cache.refresh()
-            teacher.release()
-            self._dense = {}
-            self._given.clear()  # those who gave them hold them no longer either
-            rank_zero_info(f"FascCallback: the teacher's predictions are in {self._options.cache!r}, and it is gone.")
-        set_rng_state(random)
+                    teacher.fill(_as_trained_on(trainer, batch))
+        teacher.cache.flush()
+        trainer.strategy.barrier()
+        teacher.cache.refresh()
+        teacher.release()
+        self._dense = {}
+        self._given.clear()  # those who gave them hold them no longer either
+        rank_zero_info(f"FascCallback: the teacher's predictions are in {self._options.cache!r}, and it is gone.")
 
     def release(self) -> None:
         """Take the teacher from the module; safe at any time."""
@@ -156,10 +155,39 @@ class TeacherPhase:
             self._module.teacher = None
 
 
-def _can_be_gone_through(loader: Any) -> bool:
-    """Tell whether a second iterator of a loader leaves the first one alone."""
-    ordinary = type(loader) is DataLoader and not loader.persistent_workers
-    return ordinary and isinstance(loader.sampler, RandomSampler | SequentialSampler | DistributedSampler)
+def _all_samples(trainer: pl.Trainer) -> DataLoader[Any] | None:
+    """Return a loader of this process's share of all training samples, which leaves the fit's own loader alone.
+
+    Every sample is in one share: what the fit's own loader gives in an epoch, to a process or to all, need not be all
+    that it gives in others (``drop_last``, sampling).
+
+    Returns:
+        None if the samples are not known, or the fit does not go through all of them.
+    """
+    combined: Any = trainer.fit_loop._combined_loader
+    loader = combined.iterables
+    if type(loader) not in (DataLoader, ResumableLoader) or (loader.batch_size is None and loader.batch_sampler):
+        return None
+    dataset = loader.dataset
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        return None
+    if trainer.estimated_stepping_batches * trainer.accumulate_grad_batches < len(loader):
+        return None
+    return DataLoader(
+        Subset(dataset, range(trainer.global_rank, len(dataset), trainer.world_size)),
+        batch_size=loader.batch_size,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
+def _as_trained_on(trainer: pl.Trainer, batch: Any) -> Any:
+    """Return a batch as the training loop gives it to the training step."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch)
 
 
 def weights_fingerprint(dense: Mapping[str, nn.Module]) -> str:

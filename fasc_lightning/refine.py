@@ -137,8 +137,9 @@ def refine(
     what those are in the model's own type. Ranks, layouts, identities and flags of layers and parameters stay, as do
     modes and random generators.
 
-    Memory, beyond the model, the dense layers and the batches: the hidden states of ``tokens`` tokens, three times;
-    of the block at hand a copy (in half precision; else of its factors), gradients and two moments of Adam for its
+    Memory, beyond the model, the dense layers and the batches: the hidden states of ``tokens`` tokens, twice; what
+    blocks are given beside them (masks, position embeddings), once where batches or blocks are given the same; of the
+    block at hand a copy (in half precision; else of its factors), gradients and two moments of Adam for its
     factors; and the activations of one batch in it.
 
     Args:
@@ -209,7 +210,7 @@ class _Refinement:
         self.rows = [real_tokens(batch) for batch in runner.batches]
         # Both streams start from the same embeddings. What the dense blocks give is the one that is aimed at.
         self.exact = list(runner.inputs)
-        self.drifted = list(runner.inputs)
+        self.drifted, runner.inputs = runner.inputs, []  # not held a third time
         self.blocks: list[BlockRefine] = []
 
     def run(self) -> RefineReport:

@@ -11,13 +11,16 @@ With data of your own, instructions or plain text; only the answers of instructi
         --data instructions.jsonl --tokens 400000 --recovery lora --teacher dense --checkpoints checkpoints \
         --eval-text news=news.txt --eval-facts facts.jsonl --output recovered --report report.json
 
-A tenth of the data is held out and never trained on. It, the texts and the facts are asked of the dense, of the
-compressed and of the recovered model: the report's `drift` says what was lost and won back on the data's own domain and
-elsewhere. Every option can also stand in a YAML file given as `--config FILE`; some are in recipes/configs.
+A tenth of the data is held out and never trained on (nor calibrated on, where plain text is long enough). It, the texts
+and the facts are asked of the dense, of the compressed and of the recovered model: the report's `drift` says what was
+lost and won back on the data's own domain and elsewhere. An eighth of the rest chooses the state that is kept. A run
+that was stopped goes on from its --checkpoints when it is started again. Every option can also stand in a YAML file
+given as `--config FILE`; some are in recipes/configs.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 import warnings
@@ -25,13 +28,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
+from torch import Tensor
 
 from fasc_lightning import CausalLMModule, FascCallback
 from fasc_lightning._fit import run_fit
@@ -45,9 +49,10 @@ from fasc_lightning._options import (
 )
 from fasc_lightning._recipe import measurement_lines, perplexity_line, save_model
 from fasc_lightning.bundled import load_model
-from fasc_lightning.data import calibration_windows, window_loader
+from fasc_lightning.data import calibration_windows, check_sources, window_loader
 from fasc_lightning.distillation import Distillation
 from fasc_lightning.drift import (
+    BUILTIN_TEXT,
     HELD_OUT,
     Measured,
     Questions,
@@ -56,11 +61,28 @@ from fasc_lightning.drift import (
     compare_perplexity,
     drift,
 )
-from fasc_lightning.finetune_data import EMPTY, OVERLONG, FinetuneData, finetune_data
-from fasc_lightning.recovery import FactorRecovery, LoraRecovery
+from fasc_lightning.finetune_data import (
+    EMPTY,
+    OVERLONG,
+    FinetuneData,
+    check_data_options,
+    check_window,
+    finetune_data,
+)
+from fasc_lightning.recovery import FactorRecovery, LoraRecovery, Precision
 from fasc_lightning.report import write_json
 
 ARMS = {"lora": LoraRecovery, "factors": FactorRecovery}
+#: Options that mean nothing beside others.
+UNUSED = {
+    ("recovery", "lora"): ("norms",),
+    ("recovery", "factors"): ("r", "alpha"),
+    ("teacher", "none"): ("temperature", "teacher_weight", "teacher_blocks", "teacher_cache"),
+}
+#: What says where things go, and not what is done.
+PLACES = frozenset({"config", "output", "report", "licence", "device", "checkpoints", "checkpoint_every"})
+#: What has no part in what the model becomes.
+MEASURING = frozenset({"eval_text", "eval_facts", "eval_windows", "in_domain"})
 
 
 def build_parser() -> ArgumentParser:
@@ -78,11 +100,12 @@ def build_parser() -> ArgumentParser:
     add("--r", type=int, default=8, help="rank of the adapters")
     add("--alpha", type=float, help="adapters are multiplied by alpha / r; default: 2 r")
     add("--norms", type=bool, default=False, help="whether norms are trained beside the factors")
+    add("--refine-steps", type=int, default=0, help="steps towards each dense block's output before all is trained")
     add("--data", nargs="+", help="what to recover on, named like --calibration; default: what --calibration names")
     add("--tokens", type=int, default=16384, help="tokens of the data to read, those held out included")
     add("--heldout", type=float, default=0.1, help="share of the data that is only measured on")
     add("--answers-only", type=bool, default=True, help="whether instructions themselves are learnt")
-    add("--pack", type=bool, default=True, help="whether examples share a window")
+    add("--pack", type=bool, default=True, help="whether examples share a window, and then see those before them")
     add("--overlong", default="cut", choices=list(OVERLONG), help="what becomes of instructions beyond a window")
     add("--empty", default="error", choices=list(EMPTY), help="what becomes of instructions without an answer")
     add("--streaming", type=bool, default=True, help="whether hub data sets are read row by row")
@@ -91,6 +114,7 @@ def build_parser() -> ArgumentParser:
     add("--accumulate", type=int, default=1, help="batches an optimizer step")
     rates = ", ".join(f"{recovery().learning_rate:g} for {arm}" for arm, recovery in ARMS.items())
     add("--lr", type=float, help=f"learning rate at its highest; default: {rates}")
+    add("--precision", choices=get_args(Precision), help="of the recovery's fit; default: the Trainer's")
     add("--validate-every", type=int, help="optimizer steps from one held-out loss to the next; default: 8 in a fit")
     add("--patience", type=int, help="stop after so many held-out losses that were no better")
     add("--checkpoints", help="folder for the recovery's last checkpoint; one that is there is gone on from")
@@ -103,12 +127,15 @@ def build_parser() -> ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns the report that it writes."""
-    options = build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments))
+    parser = build_parser()
+    options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
+    check_used(options, parser)
     recovery = check(options)
     clock = Clock()
     with clock("load"):
         model, tokenizer = load_model(options.model)
         model.eval().to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        check_window(options.window, tokenizer, model)
         questions = Questions.load(
             options.eval_text,
             options.eval_facts,
@@ -117,7 +144,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             window=options.window,
             seed=options.seed,
         )
-    check_in_domain(options.in_domain, questions)
     with clock("data"):
         calibration = calibration_windows(
             options.calibration,
@@ -127,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             seed=options.seed,
             model=model,
         )
-        data = recovery_data(options, model, tokenizer)
+        data = recovery_data(options, model, tokenizer, calibration)
     print(f"Data: {data.summary}")
     questions = replace(questions, heldout=data.heldout or ())
     states: dict[str, Measured] = {}
@@ -146,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         states["compressed"] = questions.measure(model, tokenizer)
 
     print(f"Recovering on {', '.join(options.data)}")
-    recover(options, module, callback, data)
+    recover(options, recovery, module, callback, data)
 
     with clock("evaluate"):
         print("Evaluating the recovered model")
@@ -178,6 +204,25 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
+def check_used(options: Namespace, parser: ArgumentParser) -> None:
+    """Refuse options that would be ignored.
+
+    Raises:
+        ValueError: If one is not at its default.
+    """
+    for (name, value), unused in UNUSED.items():
+        for other in unused if options[name] == value else ():
+            if options[other] != parser.get_default(other):
+                raise ValueError(
+                    f"Expected no --{_dashed(other)} together with --{name} {value}, which has no use for it, but got "
+                    f"{options[other]}. Leave one of them out."
+                )
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
 def check(options: Namespace) -> LoraRecovery | FactorRecovery:
     """Fill in what depends on other options, and refuse what cannot work before anything is loaded.
 
@@ -191,6 +236,9 @@ def check(options: Namespace) -> LoraRecovery | FactorRecovery:
     """
     options.data = options.data or list(options.calibration)
     check_run(options, ("tokens", "epochs", "steps", "accumulate", "checkpoint_every"))
+    check_data_options(options.data, options.tokens, options.heldout)
+    check_sources(options.data)
+    check_in_domain(options)
     teacher = None
     if options.teacher == "dense":
         teacher = Distillation(
@@ -199,26 +247,71 @@ def check(options: Namespace) -> LoraRecovery | FactorRecovery:
             blocks=options.teacher_blocks,
             cache=options.teacher_cache,
         )
-    common = {"teacher": teacher, "validate_every": options.validate_every, "patience": options.patience}
+    common = {name: options[name] for name in ("refine_steps", "epochs", "precision", "validate_every", "patience")}
+    common["teacher"] = teacher
     if options.lr is not None:
         common["learning_rate"] = options.lr
+    recovery: LoraRecovery | FactorRecovery
     if options.recovery == "lora":
-        return LoraRecovery(r=options.r, alpha=options.alpha, **common)
-    return FactorRecovery(norms=options.norms, **common)
+        recovery = LoraRecovery(r=options.r, alpha=options.alpha, **common)
+    else:
+        recovery = FactorRecovery(norms=options.norms, **common)
+    options.lr = recovery.learning_rate
+    check_checkpoints(options)
+    return recovery
 
 
-def check_in_domain(names: Sequence[str], questions: Questions) -> None:
+def check_in_domain(options: Namespace) -> None:
     """Refuse texts of the data's domain that nothing is measured on.
 
     Raises:
         ValueError: If there are such.
     """
-    if unknown := set(names) - set(questions.texts):
-        raise ValueError(f"Expected --in-domain to name some of {list(questions.texts)} but got {sorted(unknown)}.")
+    builtin = not (options.eval_text or options.eval_facts)
+    names = [BUILTIN_TEXT] if builtin else list(options.eval_text)
+    if unknown := set(options.in_domain) - set(names):
+        raise ValueError(f"Expected --in-domain to name some of {names} but got {sorted(unknown)}.")
 
 
-def recovery_data(options: Namespace, model: Any, tokenizer: Any) -> FinetuneData:
-    """Return what to recover on."""
+def check_checkpoints(options: Namespace) -> None:
+    """Refuse to go on from a checkpoint of a run with other options, whose model would be mixed with this one's.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if not options.checkpoints or not _last(options).is_file():
+        return
+    expected, found = _resumed_options(options), {}
+    if _options_file(options).is_file():
+        found = json.loads(_options_file(options).read_text())
+    if other := [name for name in expected if name not in found or found[name] != expected[name]]:
+        values = (f"--{_dashed(name)} {found.get(name)} and not {expected[name]}" for name in other[:3])
+        raise ValueError(
+            f"Expected --checkpoints to hold a checkpoint of this very run but {_last(options)} is of one with "
+            f"{', '.join(values)}. Give the same options, another folder, or delete that file to begin again."
+        )
+
+
+def _last(options: Namespace) -> Path:
+    return Path(options.checkpoints) / "last.ckpt"
+
+
+def _options_file(options: Namespace) -> Path:
+    return Path(options.checkpoints) / "options.json"
+
+
+def _resumed_options(options: Namespace) -> dict[str, Any]:
+    """Return the options that a checkpoint depends on, as they are in JSON."""
+    return {name: value for name, value in _stated(options).items() if name not in MEASURING}
+
+
+def _stated(options: Namespace) -> dict[str, Any]:
+    """Return the options that say what is done."""
+    return {name: value for name, value in vars(options).items() if name not in PLACES}
+
+
+def recovery_data(options: Namespace, model: Any, tokenizer: Any, calibration: Tensor) -> FinetuneData:
+    """Return what to recover on; what is held out was not calibrated on either, where there is enough text."""
     return finetune_data(
         options.data,
         tokenizer,
@@ -234,17 +327,24 @@ def recovery_data(options: Namespace, model: Any, tokenizer: Any) -> FinetuneDat
         # Text that the model samples is to be another than what it was calibrated on.
         seed=options.seed + 1,
         model=model,
+        calibrated=calibration,
     )
 
 
-def recover(options: Namespace, module: pl.LightningModule, callback: FascCallback, data: FinetuneData) -> None:
+def recover(
+    options: Namespace,
+    recovery: LoraRecovery | FactorRecovery,
+    module: pl.LightningModule,
+    callback: FascCallback,
+    data: FinetuneData,
+) -> None:
     """Fit once more with the callback that compressed the module; it trains what the recovery trains, and merges."""
     device = next(module.parameters()).device
     callbacks: list[pl.Callback] = [callback]
     last = None
     if options.checkpoints:
-        file = Path(options.checkpoints) / "last.ckpt"
-        last = file if file.is_file() else None
+        last = _last(options) if _last(options).is_file() else None
+        write_json(_resumed_options(options), _options_file(options))
         callbacks.append(
             ModelCheckpoint(
                 options.checkpoints,
@@ -259,7 +359,8 @@ def recover(options: Namespace, module: pl.LightningModule, callback: FascCallba
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else device.type,
             devices=[device.index or 0] if device.type == "cuda" else 1,
-            max_epochs=options.epochs,
+            max_epochs=recovery.epochs,
+            precision=recovery.precision,
             max_steps=options.steps or -1,
             accumulate_grad_batches=options.accumulate,
             gradient_clip_val=1.0,
@@ -288,10 +389,8 @@ def full_report(
     content = callback.report.to_dict()
     for layer in content["layers"]:
         layer["name"] = layer["name"].removeprefix("model.")  # of the module around the model
-    recipe = "calibration windows window batch_size eval_text eval_facts eval_windows in_domain data tokens heldout "
-    recipe += "answers_only pack overlong empty streaming epochs steps accumulate recovery teacher"
     content["model"] = options.model
-    content["options"] = {**content["options"], **{name: options[name] for name in recipe.split()}}
+    content["options"] = {**_stated(options), **content["options"], "recovery": options.recovery}
     content["data"] = asdict(data.summary)
     content["perplexity"] = compare_perplexity(states)
     content["facts"] = compare_facts(states)

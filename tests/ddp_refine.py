@@ -23,7 +23,6 @@ def make_trainer(*callbacks, **options) -> pl.Trainer:
         accelerator="cpu",
         devices=2,
         strategy="ddp",
-        max_epochs=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -35,15 +34,19 @@ def make_trainer(*callbacks, **options) -> pl.Trainer:
 
 def main() -> None:
     module = causal_module()
-    loader = token_loader(batch_size=2, samples=16, length=24)
+    module.learning_rate = 1e-2
+    loader = token_loader(batch_size=2, samples=16)  # what is refined on, too
+    # A model that has learned something: what is nearer to the dense model then loses less, as the last check wants.
+    make_trainer(max_epochs=12).fit(module, loader)
     compression = FascCallback(rank=0.4, update_weights=False)
     refining = Refining(compression)
-    make_trainer(compression, refining).fit(module, loader)
+    make_trainer(compression, refining, max_epochs=1).fit(module, loader)
     with torch.no_grad():
         for layer in compressed_layers(module).values():
-            next(layer.parameters()).mul_(1.3)  # so that there is much to gain
+            for parameter in layer.parameters():
+                parameter.mul_(1.3)  # so that there is much to gain
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    trainer = make_trainer(refining, limit_train_batches=0)
+    trainer = make_trainer(refining, max_epochs=1, limit_train_batches=0)
     trainer.fit(module, loader)
     report = None if refining.report is None else refine_figures(refining.report)
     content = {"before": before, "state": module.state_dict(), "report": report}

@@ -8,7 +8,7 @@ from tiny import byte_tokenizer, causal_model
 from torch.nn import functional as F
 
 from fasc_lightning import CausalLMModule
-from fasc_lightning.data import sample_windows, text_windows
+from fasc_lightning.data import calibration_windows, sample_windows, text_windows
 from fasc_lightning.finetune_data import (
     IGNORED,
     Example,
@@ -116,6 +116,76 @@ def test_a_generation_prompt_that_the_answer_does_not_repeat_is_not_learnt(chat)
     assert learnt_text(chat, found) == "3</s>"
 
 
+TURNS = "{% for m in messages %}<{{ m['role'] }}>CONTENT END{% endfor %}{% if add_generation_prompt %}OPEN{% endif %}"
+
+
+def template(content="{{ m['content'] }}", end="</s>\n", opened="<assistant>", before=""):
+    return before + TURNS.replace("CONTENT", content).replace(" END", end).replace("OPEN", opened)
+
+
+@pytest.fixture(scope="module")
+def merging():
+    """A tokenizer that has learned pairs of bytes, so that most tokens are several letters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<user>", "<assistant>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(
+        ["Add one and two. The answer is three, as everyone knows.\n\n### Response:"] * 9, trainer
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("answer", ["three", " three\n", "\nThe answer is three", "Add one and two."])
+@pytest.mark.parametrize(
+    ("chat_template", "end"),
+    [
+        (template(), "</s>\n"),
+        (template(before="<s>System: Be kind.\n"), "</s>\n"),  # a default turn of the system
+        (template(content="{{ m['content'] | trim }}"), "</s>\n"),
+        (template(end=""), ""),  # nothing says that the turn is over
+        (template(end="\n\n"), "\n\n"),
+        (template(opened=""), "</s>\n"),  # generation is not prompted for
+        (None, "</s>"),
+    ],
+    ids=["plain", "system", "strips", "no end", "end of blank lines", "no generation prompt", "no template"],
+)
+def test_learnt_are_the_tokens_that_reach_into_the_answer(merging, chat_template, end, answer):
+    """Against the places of tokens in the text, of which a reader finds the answer's."""
+    merging.chat_template = chat_template
+    found = encode_instruction(Instruction("Add one and two.", "", answer, ""), merging)
+    text = merging.decode(found.ids)
+    mark = "### Response:\n" if chat_template is None else "<assistant>"
+    begin = text.index(mark) + len(mark)
+    if chat_template is not None and "trim" in chat_template:
+        answer = answer.strip()
+    if chat_template is not None and "<assistant>{% endif %}" not in chat_template:
+        begin -= len(mark)  # of which nothing was given
+        answer = mark + answer
+    assert text[begin:] == answer + end
+    offsets = merging(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert len(offsets) == len(found.ids)
+    reached = [stop > begin for _, stop in offsets]
+    assert 0 < sum(reached) < len(reached)
+    expected = [token if inside else IGNORED for token, inside in zip(found.ids.tolist(), reached, strict=True)]
+    assert found.labels.tolist() == expected
+
+
+def test_a_template_that_leaves_the_answer_out_is_refused(chat):
+    chat.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: expected a chat template that writes the answer"):
+        encode_instruction(ADD, chat)
+
+
 def test_a_template_that_rewrites_the_question_is_refused(chat):
     chat.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1: expected a chat template that puts"):
@@ -159,6 +229,24 @@ def test_a_split_of_nothing_and_of_too_little():
         split_examples(examples, 0.1, 0)
 
 
+@pytest.mark.parametrize(("count", "heldout"), [(2, 0.9), (3, 0.99), (2, 0.01)])
+def test_a_split_leaves_something_on_both_sides(count, heldout):
+    train, held = split_examples([example(i, 7) for i in range(count)], heldout, seed=0)
+    assert len(train) >= 1
+    assert len(held) >= 1
+
+
+def test_what_was_seen_is_held_out_last():
+    examples = [example(i, 7) for i in range(20)]
+    seen = [e.ids for e in examples[:15]]
+    train, held = split_examples(examples, 0.25, 0, seen)
+    assert [int(e.ids[0]) for e in held] == [15, 16, 17, 18, 19]
+    assert len(train) == 15
+    held = split_examples(examples, 0.5, 0, seen)[1]
+    assert {int(e.ids[0]) for e in held} > {15, 16, 17, 18, 19}
+    assert len(held) == 10
+
+
 def test_packing_splits_nothing_and_leaves_little_room():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 33, (300,), generator=generator).tolist()
@@ -191,6 +279,12 @@ def test_a_batch_is_padded_to_its_longest():
 
 
 # The whole.
+
+
+def test_all_sources_are_looked_for_before_one_is_read(plain, tmp_path):
+    (tmp_path / "a.jsonl").write_text("{broken")
+    with pytest.raises(FileNotFoundError, match=r"data file at missing\.jsonl"):
+        finetune_data([str(tmp_path / "a.jsonl"), "missing.jsonl"], plain, window=32)
 
 
 def test_the_loss_of_a_batch_is_that_of_the_answers(chat, instructions):
@@ -248,6 +342,21 @@ def test_text_becomes_the_windows_of_calibration(tmp_path, plain):
     batch = next(iter(data.train))
     assert torch.equal(batch["labels"][:, 1:], batch["input_ids"][:, 1:])
     assert data.summary.tokens == 640
+
+
+def test_windows_that_were_calibrated_on_are_held_out_last_and_counted(tmp_path, plain):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"The number {i} is followed by {i + 1}. " for i in range(60)))
+    calibrated = calibration_windows([str(path)], plain, windows=6, window=64, seed=5)
+    known = {tuple(row) for row in calibrated.tolist()}
+    options = {"window": 64, "tokens": 640, "calibrated": calibrated}
+    data = finetune_data([str(path)], plain, heldout=0.4, **options)
+    assert [tuple(row) in known for row in rows_of(data.heldout)] == [False] * 4
+    assert data.summary.calibrated == 0
+    data = finetune_data([str(path)], plain, heldout=0.5, **options)
+    assert sum(tuple(row) in known for row in rows_of(data.heldout)) == 1
+    assert data.summary.calibrated == 1
+    assert str(data.summary).endswith("; 1 of those held out were calibrated on")
 
 
 def test_documents_are_joined_by_blank_lines(tmp_path, plain):
@@ -308,7 +417,7 @@ def test_what_does_not_fit_is_counted_and_said(tmp_path, chat):
         finetune_data([write(tmp_path / "b.jsonl", rows[3:])], chat, **options)
 
 
-@pytest.mark.parametrize("answer", ["", " \n"])
+@pytest.mark.parametrize("answer", ["", " \n", None])
 def test_empty_answers_are_refused_or_left_out_and_counted(tmp_path, chat, answer):
     rows = [{"instruction": f"Say {i}.", "output": answer if i == 1 else "x"} for i in range(4)]
     path = write(tmp_path / "a.jsonl", rows)

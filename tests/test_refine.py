@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import weakref
 
@@ -361,6 +362,65 @@ def test_copies_are_those_of_one_block_at_a_time(monkeypatch):
     monkeypatch.setattr(refine_module, "FactorCopies", Counted)
     refine(*arguments(compressed_case()), **FEW)
     assert most == [1, 1]
+
+
+@pytest.mark.parametrize("target", ["dense", "drifted"])
+def test_hidden_states_are_held_twice_and_no_more(monkeypatch, target):
+    case = compressed_case()
+    rows, runners = sum(batch["input_ids"].numel() for batch in case.batches), []
+    train, runner = refine_module.train_copies, refine_module.BlockRunner
+
+    class Kept(runner):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            runners.append(self)
+
+    held = []
+
+    def count(*arguments):
+        gc.collect()
+        shape = runners[0].run(0, 0, case.model.model.embed_tokens(case.batches[0]["input_ids"])).shape
+        states = {x.data_ptr() for x in gc.get_objects() if type(x) is torch.Tensor and x.shape == shape}
+        held.append(len(states) * shape[:-1].numel())
+        return train(*arguments)
+
+    monkeypatch.setattr(refine_module, "BlockRunner", Kept)
+    monkeypatch.setattr(refine_module, "train_copies", count)
+    refine(*arguments(case), **FEW, target=target)
+    assert runners[0].inputs == []
+    assert max(held) <= 2 * rows + 48  # and the batch at hand
+
+
+class TellsMore(nn.Module):
+    """A block that returns a tuple, and is given something by keyword."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.linear = block.linear
+
+    def forward(self, hidden, *, scale):
+        return hidden + scale * self.linear(hidden), "and more"
+
+
+class Teller(nn.Module):
+    def __init__(self, stack):
+        super().__init__()
+        self.blocks = nn.ModuleList(TellsMore(block) for block in stack.blocks)
+
+    def forward(self, hidden):
+        for block in self.blocks:
+            hidden, _ = block(hidden, scale=torch.ones((), dtype=hidden.dtype))
+        return hidden
+
+
+def test_blocks_that_return_tuples_are_refined_as_those_that_return_tensors():
+    reports = []
+    for wrap in (lambda model: model, Teller):
+        torch.manual_seed(0)
+        model, dense, batches = linear_stack()
+        reports.append(refine(wrap(model), dense, batches, loss=stack_loss, steps=5, holdout=8))
+    assert reports[0].accepted == 2
+    assert reports[0].blocks == reports[1].blocks
 
 
 def test_no_more_batches_are_asked_for_than_the_tokens_allow():

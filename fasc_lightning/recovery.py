@@ -67,7 +67,7 @@ class LoraRecovery:
     config: Any = None
     teacher: TeacherOption = None
     refine_steps: int = 0
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     epochs: int = 1
     precision: Precision | None = None
     validate_every: int | None = None

@@ -45,6 +45,7 @@ ARMS: dict[str, LoraRecovery | FactorRecovery] = {
     "lora, dense teacher": LoraRecovery(teacher="dense"),
     "factors, labels": FactorRecovery(),
     "factors, dense teacher": FactorRecovery(teacher="dense"),
+    "factors, dense teacher, blocks refined first": FactorRecovery(teacher="dense", refine_steps=64),
 }
 #: Nothing was trained.
 NONE = "none"

@@ -23,6 +23,7 @@ from typing_extensions import override
 from fasc_lightning import CausalLMModule, FascCallback, save_compressed
 from fasc_lightning.bundled import load_model
 from fasc_lightning.finetune_data import FinetuneData, finetune_data
+from fasc_lightning.saving import check_folder
 
 
 class NamedModel(CausalLMModule):
@@ -98,10 +99,28 @@ class RecoveryCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--output", type=str | None, default=None, help="folder for the compressed model")
 
+    @override
+    def before_instantiate_classes(self) -> None:
+        if output := self._get(self.config, "output"):
+            check_folder(output)  # before an hour of work
+
+    def before_fit(self) -> None:
+        """Refuse a Trainer that does not compress."""
+        self._callback()
+
+    def _callback(self) -> FascCallback:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        found = [callback for callback in callbacks if isinstance(callback, FascCallback)]
+        if len(found) != 1:
+            raise ValueError(
+                f"Expected one fasc_lightning.FascCallback among trainer.callbacks but got {len(found)}. See "
+                "recipes/configs/lightning_cli.yaml."
+            )
+        return found[0]
+
     def after_fit(self) -> None:
         """Fit a second time where there is a recovery, and save the model."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        callback = next(callback for callback in callbacks if isinstance(callback, FascCallback))
+        callback = self._callback()
         if callback.recovery is not None:
             self.trainer = self.instantiate_trainer()
             self.trainer.fit(self.model, datamodule=self.datamodule)

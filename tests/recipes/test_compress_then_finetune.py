@@ -163,6 +163,42 @@ def test_options_become_a_recovery(recipe):
     assert recovery("--r", "4", "--teacher", "none") == LoraRecovery(r=4)
     expected = FactorRecovery(norms=True, teacher=Distillation(temperature=2.0))
     assert recovery("--recovery", "factors", "--norms", "true", "--temperature", "2") == expected
+    more = recovery("--precision", "bf16-mixed", "--refine-steps", "3", "--epochs", "2", "--patience", "4")
+    assert more == LoraRecovery(teacher=Distillation(), precision="bf16-mixed", refine_steps=3, epochs=2, patience=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--norms", "true"], "no --norms together with --recovery lora"),
+        (["--recovery", "factors", "--r", "4"], "no --r together with --recovery factors"),
+        (["--recovery", "factors", "--alpha", "4"], "no --alpha together"),
+        (["--teacher", "none", "--temperature", "2"], "no --temperature together with --teacher none"),
+        (["--teacher", "none", "--teacher-cache", "a"], "no --teacher-cache together"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(recipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.main(options)
+
+
+def test_precision_and_refinement_reach_the_fit(recipe, folder, trained, monkeypatch):
+    precisions = []
+
+    class Trainer(recipe.pl.Trainer):
+        def __init__(self, **options):
+            super().__init__(**options)
+            precisions.append(self.precision)
+
+    monkeypatch.setattr(recipe.pl, "Trainer", Trainer)
+    options = ["--recovery", "factors", "--lr", "3e-3", "--precision", "bf16-mixed", "--refine-steps", "2"]
+    report = recipe.main(arguments(folder, trained, *options))
+    assert precisions == ["32-true", "bf16-mixed"]
+    assert report["refine"]["steps"] == 2
+    stated = {name: report["options"][name] for name in ("precision", "refine_steps", "lr", "epochs", "r", "norms")}
+    assert stated == {
+        "precision": "bf16-mixed", "refine_steps": 2, "lr": 3e-3, "epochs": 1, "r": 8, "norms": False
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -173,7 +209,11 @@ def test_options_become_a_recovery(recipe):
         (["--steps", "0"], ValueError, "--steps to be at least 1"),
         (["--r", "0"], ValueError, "`r` to be a positive int but got 0"),
         (["--heldout", "1"], ValueError, "a share in"),
-        (["--window", "500"], ValueError, "at most 256 tokens, the model's context"),
+        (["--refine-steps", "-1"], ValueError, "`refine_steps` to be an int of at least 0 but got -1"),
+        (["--calibration", "missing.jsonl"], FileNotFoundError, "calibration file at missing"),
+        (["--data", "rows.csv.xz"], FileNotFoundError, "data file at rows"),
+        (["--data", str(RECIPE)], ValueError, r"ending in \.txt, \.jsonl"),
+        (["--data", "a/b", "a/b"], ValueError, "distinct sources"),
         (["--in-domain", "fox"], ValueError, r"--in-domain to name some of \['foxes', 'families'\] but got \['fox'\]"),
         (["--data", "missing.jsonl"], FileNotFoundError, "data file at missing"),
         (["--eval-text", "foxes"], ValueError, "NAME=FILE but got 'foxes'"),
@@ -181,37 +221,63 @@ def test_options_become_a_recovery(recipe):
         (["--output", str(Path(__file__).parent)], FileExistsError, "holds other files"),
     ],
 )
-def test_bad_input_is_refused_before_the_work(recipe, folder, trained, options, error, message, monkeypatch):
-    def compress(*args, **options):
-        raise AssertionError("compressing has begun")
+def test_bad_input_is_refused_before_the_model_is_loaded(recipe, folder, trained, options, error, message, monkeypatch):
+    def load(name):
+        raise AssertionError("the model is loaded")
 
-    monkeypatch.setattr(recipe, "run_fit", compress)
+    monkeypatch.setattr(recipe, "load_model", load)
     with pytest.raises(error, match=message):
         recipe.main(arguments(folder, trained, *options))
 
 
-def test_a_recovery_that_was_stopped_goes_on(recipe, folder, trained, monkeypatch):
-    """Stopped after some steps and run again: the result of one that was not."""
-    options = arguments(folder, trained, "--lr", "3e-3", "--checkpoint-every", "5")
+def test_a_window_beyond_the_context_is_refused_before_the_work(recipe, folder, trained, monkeypatch):
+    def sample(*args, **options):
+        raise AssertionError("calibration windows are made")
+
+    monkeypatch.setattr(recipe, "calibration_windows", sample)
+    with pytest.raises(ValueError, match="at most 256 tokens, the model's context"):
+        recipe.main(arguments(folder, trained, "--window", "500"))
+
+
+@pytest.mark.parametrize("recovery", ["lora", "factors"])
+def test_a_recovery_that_was_stopped_again_and_again_goes_on(recipe, folder, trained, recovery, monkeypatch):
+    """Stopped before a checkpoint, within the batches of a step, and in the second epoch: the result of one go."""
+    more = ["--recovery", recovery, "--lr", "3e-3", "--batch-size", "2", "--accumulate", "2", "--epochs", "2"]
+    options = arguments(folder, trained, *more, "--checkpoint-every", "2")
     whole = recipe.main(options)
     kept = [*options, "--checkpoints", str(folder / "kept")]
-    steps = []
+    done = []  # batches of each run
 
     class Stopping(recipe.CausalLMModule):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             if self.trainer.gradient_clip_val:  # in the second fit
-                steps.append(batch_idx)
-                if len(steps) == 8:
+                done[-1].append((self.trainer.current_epoch, batch_idx))
+                if len(done[-1]) == (3, 9, 10, None)[len(done) - 1]:
                     raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(recipe, "CausalLMModule", Stopping)
+    monkeypatch.setattr(recipe, "CausalLMModule", Stopping)
+    for saved in (False, True, True):
+        done.append([])
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             recipe.main(kept)
-    assert (folder / "kept" / "last.ckpt").is_file()
+        assert (folder / "kept" / "last.ckpt").is_file() is saved
+    done.append([])
     resumed = recipe.main(kept)
+    assert [run[0] for run in done] == [(0, 0), (0, 0), (0, 8), (1, 2)]
+    assert resumed["recovery"]["history"] == [[step, pytest.approx(x)] for step, x in whole["recovery"]["history"]]
+    assert resumed["recovery"]["tokens"] == whole["recovery"]["tokens"]
     for name, values in whole["perplexity"].items():
-        assert resumed["perplexity"][name]["recovered"] == pytest.approx(values["recovered"], rel=1e-4)
+        assert resumed["perplexity"][name]["recovered"] == pytest.approx(values["recovered"], rel=1e-5)
+
+    # Another run's checkpoint is not gone on from.
+    def load(name):
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(recipe, "load_model", load)
+    with pytest.raises(ValueError, match=r"last\.ckpt is of one with --keep 0\.4 and not 0\.3\. Give the same options"):
+        recipe.main([*kept, "--keep", "0.3"])
+    with pytest.raises(AssertionError, match="is loaded"):
+        recipe.main([*kept, "--eval-windows", "3"])
 
 
 CONFIGS = sorted(path for path in (RECIPES / "configs").rglob("*.yaml") if path.stem != "lightning_cli")
@@ -222,6 +288,27 @@ def test_configs_name_options_that_there_are(recipe, config):
     options = recipe.build_parser().parse_args(["--config", str(config)])
     for name, value in yaml.safe_load(config.read_text()).items():
         assert str(options[name.replace("-", "_")]) == str(value)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[path.stem for path in CONFIGS])
+@pytest.mark.filterwarnings("ignore:FascCallback.*nothing lowered")  # so few steps may bring nothing
+def test_configs_run(recipe, folder, trained, config):
+    data = str(folder / ("rows.jsonl" if config.stem == "instructions" else "text.txt"))
+    places = [
+        "--output",
+        str(folder / "out"),
+        "--report",
+        str(folder / "r.json"),
+        "--checkpoints",
+        str(folder / "kept"),
+    ]
+    recipe.main(["--config", str(config), *arguments(folder, trained, *places), "--data", data])
+    stated = yaml.safe_load(config.read_text())
+    report = json.loads((folder / "r.json").read_text())
+    for name in ("recovery", "teacher", "epochs", "accumulate", "overlong"):
+        assert report["options"][name] == stated.get(name, report["options"][name])
+    assert list(report["perplexity"]["foxes"]) == STATES
+    assert load_compressed(folder / "out").config.quantization_config is not None
 
 
 def test_there_are_configs():

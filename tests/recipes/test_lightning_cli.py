@@ -102,6 +102,20 @@ def test_without_a_recovery_it_only_compresses(recipe, folder):
     assert is_compressed(cli.model)
 
 
+def test_what_cannot_work_is_refused_before_the_work(recipe, folder, monkeypatch):
+    def load(name):
+        raise AssertionError("a model is loaded")
+
+    (folder / "taken").mkdir()
+    (folder / "taken" / "notes.txt").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "load_model", load)
+        with pytest.raises(FileExistsError, match="holds other files"):
+            recipe.main(arguments(folder, "--output", str(folder / "taken")))
+    with pytest.raises(ValueError, match=r"one fasc_lightning\.FascCallback among trainer\.callbacks but got 0"):
+        recipe.main(arguments(folder, "--trainer.callbacks", "null"))
+
+
 def test_as_a_script_on_the_file_alone(folder):
     config = yaml.safe_load(CONFIG.read_text())
     config["model"]["name"] = str(folder / "model")

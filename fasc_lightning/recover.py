@@ -43,16 +43,23 @@ def recover(
         What was done, in plain types: see ``report.recovery``.
 
     Raises:
-        MisconfigurationException: If the model cannot be recovered.
+        MisconfigurationException: If the model cannot be recovered, or ``dense`` is no dense form of it.
+        ValueError: If ``dense`` is given and nobody is taught by it.
         TypeError: If the model is neither a LightningModule nor a causal language model of transformers.
     """
     options = as_recovery(recovery)
     if options is None:
         raise ValueError("Expected `recovery` to say what is trained but got None. HINT: recovery='lora'.")
+    if dense is not None and options.distillation is None:
+        raise ValueError(
+            "Expected `dense` for a recovery with a teacher but there is none. HINT: recovery=LoraRecovery("
+            "teacher='dense'), or leave `dense` out."
+        )
     prefix = as_lightning_prefix(model)
     layers: dict[str, nn.Module] = {}
     if isinstance(dense, nn.Module):
-        layers = {prefix + name: dense.get_submodule(name) for name in compressed_layers(model)}
+        modules = dict(dense.named_modules(remove_duplicate=False))
+        layers = {prefix + name: modules[name] for name in compressed_layers(model) if name in modules}
     elif dense is not None:
         layers = {prefix + name: layer for name, layer in dense.items()}
     callback = RecoveryCallback(options, layers, seed=seed)

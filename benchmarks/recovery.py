@@ -73,7 +73,9 @@ def run(arm: str, keep: float, tokens: int, data: Path, output: Path, precision:
         fine_tune(model, train, replace(YARDSTICK, precision=precision))
     else:
         model = load_compressed(output / f"keep{keep:g}")
-        figures = recover(model, train, replace(ARMS[arm], precision=precision), dense=dense, held_out=held)
+        recovery = replace(ARMS[arm], precision=precision)
+        teacher = dense if recovery.teacher is not None or recovery.refine_steps else None
+        figures = recover(model, train, recovery, dense=teacher, held_out=held)
     seconds = time.perf_counter() - start
     questions = Questions.load(
         {name: str(data / file) for name, file in TEXTS.items()},

@@ -130,6 +130,8 @@ def _quiet_trainer(progress: bool) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PossibleUserWarning)
+            # A recovery looks at their loss all the same.
+            warnings.filterwarnings("ignore", message="You passed in a `val_dataloader` but have no `validation_step`")
             warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec", category=FutureWarning)
             yield
     finally:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -18,31 +21,65 @@ from fasc_lightning.taps import matches
 ADAPTER = "default"
 
 
-def factor_names(model: nn.Module, patterns: str | Iterable[str] | None = None) -> list[str]:
+def factor_names(
+    model: nn.Module, patterns: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
+) -> list[str]:
     """Return the dotted names of the linear layers that compressed layers are made of.
 
     Args:
         model: Any module.
         patterns: Of compressed layers, or of their factors, as in peft; None or "all-linear" takes all.
+        exclude: Of those to leave out, likewise.
 
     Raises:
         ValueError: If none is left.
     """
-    if patterns is not None and not isinstance(patterns, str):
-        patterns = list(patterns)
+    wanted, unwanted = _listed(patterns), _listed(exclude) or []
+
+    def selects(patterns: str | list[str], *names: str) -> bool:
+        return any(matches(name, patterns) for name in names)
+
     names = []
     for name, layer in compressed_layers(model).items():
         for child, factor in layer.named_children():
             whole = f"{name}.{child}"
-            wanted = patterns in (None, "all-linear") or matches(name, patterns) or matches(whole, patterns)
-            if isinstance(factor, nn.Linear) and wanted:
+            taken = wanted is None or wanted == "all-linear" or selects(wanted, name, whole)
+            if isinstance(factor, nn.Linear) and taken and not selects(unwanted, name, whole):
                 names.append(whole)
     if not names:
+        but = f" without {unwanted!r}" if unwanted else ""
         raise ValueError(
-            f"Expected `target_modules` to select compressed layers but {patterns!r} matches none of "
+            f"Expected `target_modules` to select compressed layers but {wanted!r}{but} matches none of "
             f"{', '.join(list(compressed_layers(model))[:3]) or 'those that there are, which is none'}."
         )
     return names
+
+
+def _listed(patterns: str | Iterable[str] | None) -> str | list[str] | None:
+    return patterns if patterns is None or isinstance(patterns, str) else sorted(patterns)
+
+
+def by_factor(patterns: Mapping[str, Any] | None, factors: Iterable[str], option: str) -> dict[str, Any]:
+    """Return the values of ``rank_pattern`` or ``alpha_pattern`` by patterns that each match one factor.
+
+    peft compares them with the names of factors alone, so that one of a layer would be ignored without a word.
+
+    Args:
+        patterns: Values by regular expressions for the end of a layer's or a factor's name; the first that fits counts.
+        factors: Names of the factors that carry adapters.
+        option: Name, for the warning about those that fit none.
+    """
+    found, used = {}, set()
+    for factor in factors:
+        names = (factor.rpartition(".")[0], factor)
+        for pattern, value in (patterns or {}).items():
+            if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                found[f"^{re.escape(factor)}"] = value
+                used.add(pattern)
+                break
+    if unused := [pattern for pattern in patterns or {} if pattern not in used]:
+        rank_zero_warn(f"FascCallback: {unused} of `{option}` name no compressed layer that carries an adapter.")
+    return found
 
 
 class Adapters:
@@ -53,7 +90,7 @@ class Adapters:
 
     Args:
         module: Changed in place by :meth:`put_on`, and again by :meth:`take_off`.
-        config: A peft ``LoraConfig``; its ``target_modules`` select.
+        config: A peft ``LoraConfig``, whose patterns may be of layers or of factors.
         seed: Of the adapters' random start, the same on every process; other random numbers are not drawn.
 
     Attributes:
@@ -62,9 +99,11 @@ class Adapters:
 
     def __init__(self, module: nn.Module, config: Any, seed: int = 0) -> None:
         self.module = module
-        self.factors = factor_names(module, config.target_modules)
+        self.factors = factor_names(module, config.target_modules, config.exclude_modules)
         self._config = copy.deepcopy(config)
-        self._config.target_modules = set(self.factors)
+        self._config.target_modules, self._config.exclude_modules = set(self.factors), None
+        for option in ("rank_pattern", "alpha_pattern"):
+            setattr(self._config, option, by_factor(getattr(config, option), self.factors, option))
         self._seed = seed
         self._hook: RemovableHandle | None = None
 
@@ -86,9 +125,32 @@ class Adapters:
                 inject_adapter_in_model(self._config, self.module, ADAPTER)
             # 16-bit adapters would lose most of their updates to rounding.
             cast_adapter_dtype(self.module, ADAPTER)
+            self.factors = [name for name, _ in adapted_factors(self.module)]  # `layers_to_transform` selects, too
         except BaseException:
             self.take_off(merge=False)
             raise
+
+    @contextmanager
+    def as_kept(self) -> Iterator[None]:
+        """Let the module compute as it will once the adapters are merged.
+
+        That is another function where digits are lost: what was learnt in 32 bits goes into factors of 16.
+        """
+        found = {n: layer for n, layer in adapted_factors(self.module) if layer.get_base_layer().weight.itemsize < 4}
+        places = {name: _places(self.module, layer) for name, layer in found.items()}
+        bases = {name: layer.get_base_layer() for name, layer in found.items()}
+        originals = {name: base.weight.detach().clone() for name, base in bases.items()}
+        try:
+            for name, base in bases.items():
+                base.weight.data.copy_(_merged(found[name]))
+                for parent, child in places[name]:
+                    parent._modules[child] = base
+            yield
+        finally:
+            for name, base in bases.items():
+                base.weight.data.copy_(originals[name])
+                for parent, child in places[name]:
+                    parent._modules[child] = found[name]
 
     def take_off(self, merge: bool) -> None:
         """Take the adapters off; safe at any time.

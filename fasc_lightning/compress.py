@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -75,7 +77,9 @@ def compress(
         raise ValueError("Expected `recovery` together with data for it but got None. HINT: recovery='lora'.")
     if isinstance(batches, Iterator):  # to go through twice
         batches = list(batches)
-    if callback.recovery is not None and recovery_held_out is None:
+    if isinstance(recovery_data, Iterator):
+        recovery_data = list(recovery_data)
+    if callback.recovery is not None and recovery_held_out is None and not _has_validation(model):
         split_loader(as_loader(batches if recovery_data is None else recovery_data))  # refuses before any work is done
     prefix = run_fit(model, batches, callback, progress)
     if callback.recovery is not None:
@@ -90,6 +94,11 @@ def compress(
         )
     assert callback.report is not None
     return _without_prefix(callback.report, prefix)
+
+
+def _has_validation(model: nn.Module) -> bool:
+    """Tell whether a module brings validation batches of its own."""
+    return isinstance(model, pl.LightningModule) and is_overridden("val_dataloader", model)
 
 
 def _without_prefix(report: CompressionReport, prefix: str) -> CompressionReport:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
@@ -56,10 +57,10 @@ def split_loader(loader: Any, every: int = EVERY) -> tuple[DataLoader[Any], Data
     size = _size(loader)
     if size is None:
         raise MisconfigurationException(
-            "Expected held-out batches, whose loss decides what a recovery keeps: a validation loader together with a "
-            "`validation_step`, or one DataLoader over a data set with a length, of which some samples can be held "
-            f"back; but there is no validation, and the training batches come from {_described(loader)}. HINT: "
-            "trainer.fit(module, train_dataloaders, val_dataloaders)."
+            "Expected held-out batches, whose loss decides what a recovery keeps: a validation loader, or one "
+            "DataLoader over a data set with a length, of which some samples can be held back; but there is no "
+            f"validation, and the training batches come from {_described(loader)}. HINT: trainer.fit(module, "
+            "train_dataloaders, val_dataloaders)."
         )
     if size < 2:
         raise MisconfigurationException(
@@ -75,6 +76,8 @@ def split_loader(loader: Any, every: int = EVERY) -> tuple[DataLoader[Any], Data
 def _size(loader: Any) -> int | None:
     """Return the length of a loader's data set, None if it is not known or others choose the samples."""
     if not isinstance(loader, DataLoader) or type(loader.sampler) not in (RandomSampler, SequentialSampler):
+        return None
+    if loader.batch_size is None and loader.batch_sampler is not None:  # which knows the samples by their numbers
         return None
     dataset: Any = loader.dataset
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
@@ -100,13 +103,27 @@ def _over(loader: DataLoader[Any], indices: list[int], shuffled: bool) -> DataLo
     }
     if loader.batch_size is not None:
         options["drop_last"] = loader.drop_last and shuffled
-    return type(loader)(Subset(loader.dataset, indices), **options)
+    try:
+        return type(loader)(Subset(loader.dataset, indices), **options)
+    except TypeError as error:
+        raise MisconfigurationException(
+            f"Expected a loader that can be made anew over some of its samples but {type(loader).__name__} takes other "
+            f"arguments than DataLoader ({error}). HINT: a validation loader, so that none need be held back."
+        ) from error
 
 
 def _described(loader: Any) -> str:
     if isinstance(loader, DataLoader):
-        return f"a {type(loader).__name__} over {type(loader.dataset).__name__} with {type(loader.sampler).__name__}"
+        custom = loader.batch_size is None and loader.batch_sampler is not None
+        sampler = loader.batch_sampler if custom else loader.sampler
+        what = "a batch sampler, " if custom else ""
+        return f"a {type(loader).__name__} over {type(loader.dataset).__name__} with {what}{type(sampler).__name__}"
     return type(loader).__name__
+
+
+def validates(trainer: pl.Trainer) -> bool:
+    """Tell whether a fit has validation batches, be there a ``validation_step`` for them or not."""
+    return bool(trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined() and trainer.limit_val_batches > 0)
 
 
 def held_out_batches(trainer: pl.Trainer, source: HeldBack | None) -> Iterable[Any]:
@@ -117,6 +134,10 @@ def held_out_batches(trainer: pl.Trainer, source: HeldBack | None) -> Iterable[A
         assert source.held is not None
         return islice(source.held, trainer.global_rank, None, trainer.world_size)
     loop: Any = trainer.fit_loop.epoch_loop.val_loop
+    if not trainer.enable_validation:  # without a `validation_step` the Trainer leaves the loaders alone
+        loaders = CombinedLoader(loop._data_source.dataloader(), "sequential").flattened
+        batches = chain.from_iterable(_limited(loader, trainer.limit_val_batches) for loader in loaders)
+        return islice(batches, trainer.global_rank, None, trainer.world_size)
     if loop._combined_loader is None:
         loop.setup_data()
     limits = loop.max_batches
@@ -125,6 +146,13 @@ def held_out_batches(trainer: pl.Trainer, source: HeldBack | None) -> Iterable[A
         for loader, limit in zip(loop._combined_loader.flattened, limits, strict=True)
         for batch in islice(loader, None if limit == float("inf") else int(limit))
     )
+
+
+def _limited(loader: Any, limit: int | float) -> Iterable[Any]:
+    """Return the batches of a loader that ``limit_val_batches`` leaves."""
+    if limit == 1.0 and isinstance(limit, float):
+        return loader
+    return islice(loader, limit if isinstance(limit, int) else int(len(loader) * limit))
 
 
 @torch.no_grad()
@@ -152,7 +180,7 @@ def held_out_loss(
     try:
         with silent(pl_module), trainer.precision_plugin.val_step_context():
             for batch in batches:
-                batch = trainer.strategy.batch_to_device(batch, device)
+                batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), device)
                 weight = terms(batch)
                 if weight > 0:
                     sums += torch.tensor([float(training_loss(pl_module, batch)) * weight, weight], device=device)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fasc_lightning._fit import as_lightning_module, as_lightning_prefix, as_loader, run_fit
+from fasc_lightning.distillation import frozen_copy
 from fasc_lightning.held_out import split_loader
 from fasc_lightning.recovery import Recovery, as_recovery, refine_options
 from fasc_lightning.recovery_checks import check_recoverable
@@ -42,8 +43,7 @@ def recover(
         model: A compressed transformers causal language model, or any LightningModule with compressed layers.
         batches: A DataLoader, or batches, as :func:`~fasc_lightning.compress` takes them.
         recovery: What to train, how long and how fast.
-        dense: For a teacher or ``refine_steps``: the dense model, or its layers by name. They move to the model's
-            device.
+        dense: For a teacher or ``refine_steps``: the dense model, or its layers by name. It stays as it is.
         held_out: What the best state is chosen by; None holds back an eighth of the data.
         seed: Of the order of batches and of the adapters' start.
         progress: Whether to show progress bars.
@@ -52,18 +52,25 @@ def recover(
         What was done, in plain types: see ``report.recovery``; with ``refine_steps`` also "refine".
 
     Raises:
-        MisconfigurationException: If the model cannot be recovered.
+        MisconfigurationException: If the model cannot be recovered, or ``dense`` is no dense form of it.
+        ValueError: If ``dense`` is given and nobody is taught by it.
         TypeError: If the model is neither a LightningModule nor a causal language model of transformers.
     """
     options = as_recovery(recovery)
     if options is None:
         raise ValueError("Expected `recovery` to say what is trained but got None. HINT: recovery='lora'.")
+    if dense is not None and options.distillation is None and not options.refine_steps:
+        raise ValueError(
+            "Expected `dense` for a recovery with a teacher or a refinement but there is none. HINT: "
+            "recovery=LoraRecovery(teacher='dense'), or leave `dense` out."
+        )
     if isinstance(batches, Iterator):  # a refinement goes through them, too
         batches = list(batches)
     prefix = as_lightning_prefix(model)
     layers: dict[str, nn.Module] = {}
     if isinstance(dense, nn.Module):
-        layers = {prefix + name: dense.get_submodule(name) for name in compressed_layers(model)}
+        modules = dict(dense.named_modules(remove_duplicate=False))
+        layers = {prefix + name: modules[name] for name in compressed_layers(model) if name in modules}
     elif dense is not None:
         layers = {prefix + name: layer for name, layer in dense.items()}
     callback = RecoveryCallback(options, layers, seed=seed)
@@ -108,7 +115,7 @@ def _refine_first(
     with silent(module):
         report = refine(
             module,
-            {name: layer.to(device) for name, layer in dense.items()},
+            {name: frozen_copy(layer, device) for name, layer in dense.items()},
             (move_data_to_device(batch, device) for batch in train),
             **vars(options),
             loss=training_loss,

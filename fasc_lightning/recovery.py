@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
+from torch import nn
+
 from fasc_lightning.distillation import Distillation
 from fasc_lightning.refine import RefineOptions
+from fasc_lightning.swap import compressed_layers
 
 #: Where the loss comes from: the labels alone, the dense model, or the dense model by given options.
 TeacherOption = Literal["dense"] | Distillation | None
 
-#: Of a Trainer, in its own words.
-Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"]
+#: Of a Trainer, in its own words; those of them that leave the model's own numbers what they are.
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 #: Initialisations of peft that leave the factors as they are, so that an adapter adds nothing before it is trained.
 _NEUTRAL_INITS = (True, "gaussian", "orthogonal")
 
-#: What a LoraConfig may not ask for, since everything but adapters on factors is frozen and merging keeps the layers.
-_REFUSED = {
-    "bias": ("none",),
-    "lora_bias": (False,),
-    "modules_to_save": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None,),
-    "layer_replication": (None,),
+_ADAPTERS_ONLY = "recovery trains adapters on the factors and nothing else. HINT: FactorRecovery trains the factors."
+_NOT_MERGED = "such adapters are no sum with a factor, and cannot be merged into it."
+
+#: What a LoraConfig may not ask for: the only value allowed, and why.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "bias": ("none", _ADAPTERS_ONLY),
+    "lora_bias": (False, _ADAPTERS_ONLY),
+    "modules_to_save": (None, _ADAPTERS_ONLY),
+    "trainable_token_indices": (None, _ADAPTERS_ONLY),
+    "target_parameters": (None, _ADAPTERS_ONLY),
+    "layer_replication": (None, _ADAPTERS_ONLY),
+    "inference_mode": (False, "that would freeze the adapters, too, and nothing could be trained."),
+    "alora_invocation_tokens": (None, _NOT_MERGED),
+    "arrow_config": (None, _NOT_MERGED),
+    "kasa_config": (None, _NOT_MERGED),
+    "monteclora_config": (None, _NOT_MERGED),
+    "use_bdlora": (None, _NOT_MERGED),
 }
 
 
@@ -38,19 +50,22 @@ class LoraRecovery:
     none.
 
     Attributes:
-        r: Rank of the adapters, at most that of a factor.
+        r: Rank of the adapters. More than the rank of a factor has brings nothing.
         alpha: An adapter's product is multiplied by alpha / r; None for alpha = 2 r.
         dropout: Of what goes into an adapter.
-        config: A peft ``LoraConfig``, or its arguments, in place of the three. Its ``target_modules`` select among the
-            compressed layers, or their factors, as ``targets`` does; without any all of them are taken.
+        config: A peft ``LoraConfig``, or its arguments, in place of the three. Its ``target_modules`` (without any all
+            are taken) and ``exclude_modules`` select among the compressed layers, or their factors, as ``targets``
+            does; ``rank_pattern`` and ``alpha_pattern`` name them likewise.
         teacher: None (labels), "dense" (the dense model's predictions, with the defaults of
             :class:`~fasc_lightning.Distillation`), or a ``Distillation``.
         refine_steps: Each block's factors are first trained for so many steps towards the dense block's output
             (:mod:`~fasc_lightning.refine`), on the calibration's batches when the layers have been replaced, in
             ``recover`` on its own; 0 does not.
-        learning_rate: Of AdamW in ``compress`` and ``recover``. A Trainer of your own asks the module.
-        epochs: Likewise.
-        precision: Of the Trainer in these, for example "bf16-mixed"; None for its default.
+        learning_rate: Of AdamW in ``compress`` and ``recover``, for a transformers model. A LightningModule has its own
+            optimizers, there and in a Trainer of yours.
+        epochs: In ``compress`` and ``recover``.
+        precision: Of the Trainer in these, "bf16-mixed" for example, but none that converts the model; None for its
+            default.
         validate_every: Optimizer steps from one look at the held-out loss to the next; None for eight in a fit, or one
             an epoch where its length is not known.
         patience: Stop after so many of them that brought nothing; None never stops early.
@@ -193,13 +208,37 @@ def refine_options(recovery: Recovery | None, seed: int) -> RefineOptions | None
 def describe_recovery(recovery: Recovery) -> dict[str, Any]:
     """Return the options in plain types, for reports and model cards."""
     options = {name: getattr(recovery, name) for name in recovery.__dataclass_fields__}
-    config = options.pop("config", None)
-    if config is not None:
-        found = config if isinstance(config, Mapping) else config.to_dict()
-        options = {**options, "r": found.get("r", 8), "alpha": found.get("lora_alpha"), "config": str(config)}
+    if options.pop("config", None) is not None:
+        assert isinstance(recovery, LoraRecovery)
+        config = recovery.lora_config()
+        options |= {"r": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+        options["config"] = _differences(config)
     teacher = recovery.distillation
     options["teacher"] = None if teacher is None else {k: _text(v) for k, v in asdict(teacher).items()}
     return {"arm": recovery.arm, **options}
+
+
+def _differences(config: Any) -> dict[str, Any]:
+    """Return what a LoraConfig asks for beside the defaults; sets in an order that is the same in every process."""
+    defaults = type(config)()
+    found = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {
+        name: sorted(value) if isinstance(value, set) else value if isinstance(value, dict | list) else _text(value)
+        for name, value in found.items()
+        if value != getattr(defaults, name)
+    }
+
+
+def trained_factors(model: nn.Module, recovery: FactorRecovery) -> dict[str, nn.Parameter]:
+    """Return the parameters that FactorRecovery trains, by name: of compressed layers and, if asked for, of norms."""
+    layers = {id(p) for layer in compressed_layers(model).values() for p in layer.parameters()}
+    norms = {
+        id(p)
+        for module in model.modules()
+        if recovery.norms and "norm" in type(module).__name__.lower()
+        for p in module.parameters(recurse=False)
+    }
+    return {name: p for name, p in model.named_parameters() if id(p) in layers or id(p) in norms}
 
 
 def _text(value: Any) -> Any:
@@ -217,8 +256,11 @@ def _check_common(recovery: Recovery) -> None:
     if not recovery.learning_rate > 0:
         raise ValueError(f"Expected `learning_rate` to be positive but got {recovery.learning_rate!r}.")
     if recovery.precision not in (None, *get_args(Precision)):
-        known = ", ".join(get_args(Precision))
-        raise ValueError(f"Expected `precision` to be one of {known} or None but got {recovery.precision!r}.")
+        raise ValueError(
+            f"Expected `precision` to be one of {', '.join(get_args(Precision))} or None but got "
+            f"{recovery.precision!r}. (What Lightning calls true precisions would convert the model itself, for good. "
+            "HINT: convert it before, `model.to(torch.bfloat16)`, and give None.)"
+        )
     if type(recovery.refine_steps) is not int or recovery.refine_steps < 0:
         raise ValueError(f"Expected `refine_steps` to be an int of at least 0 but got {recovery.refine_steps!r}.")
     for name in ("epochs", "validate_every", "patience"):
@@ -235,13 +277,10 @@ def _check_config(config: Any) -> None:
 
     if not (is_dataclass(config) and isinstance(config, LoraConfig)):
         raise TypeError(f"Expected `config` to be a peft LoraConfig or its arguments but got {config!r:.100}.")
-    for name, allowed in _REFUSED.items():
-        value = getattr(config, name, allowed[0])
-        if value not in allowed:
-            raise ValueError(
-                f"Expected a LoraConfig with {name}={allowed[0]!r} but got {value!r}: recovery trains adapters on the "
-                "factors and nothing else. HINT: FactorRecovery trains the factors and their biases."
-            )
+    for name, (allowed, reason) in _REFUSED.items():
+        value = getattr(config, name, allowed)
+        if value != allowed:
+            raise ValueError(f"Expected a LoraConfig with {name}={allowed!r} but got {value!r}: {reason}")
     if config.init_lora_weights not in _NEUTRAL_INITS:
         raise ValueError(
             f"Expected `init_lora_weights` to be one of {', '.join(map(repr, _NEUTRAL_INITS))} but got "

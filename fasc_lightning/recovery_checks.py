@@ -42,12 +42,8 @@ def check_recoverable(pl_module: pl.LightningModule, recovery: Recovery) -> None
             "last, as FascCallback(recovery=..., quantize=...) does."
         )
     if isinstance(recovery, LoraRecovery):
-        factor_names(pl_module, recovery.lora_config().target_modules)
-    elif any(p.dtype in (torch.float16, torch.bfloat16) for layer in layers.values() for p in layer.parameters()):
-        rank_zero_warn(
-            "FascCallback: the factors are in 16 bits, in which small steps round to nothing. HINT: LoraRecovery, "
-            "whose adapters are float32, or recover in float32 and convert then."
-        )
+        config = recovery.lora_config()
+        factor_names(pl_module, config.target_modules, config.exclude_modules)
     if recovery.distillation is not None:
         check_distillable(pl_module, recovery.distillation, list(layers))
 
@@ -58,6 +54,12 @@ def check_optimizers(trainer: pl.Trainer, trained: Mapping[str, nn.Parameter]) -
     Raises:
         MisconfigurationException: With the remedy.
     """
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.values()):
+        rank_zero_warn(
+            "FascCallback: what recovery trains is in 16 bits, in which small steps round to nothing. HINT: "
+            "LoraRecovery in a Trainer that does not convert the module (precision='bf16-mixed' does not), whose "
+            "adapters are float32; or recover in float32 and convert then."
+        )
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in trained.items() if id(p) not in held]
     if len(missing) == len(trained):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -19,11 +20,12 @@ from typing_extensions import override
 
 from fasc_lightning import _checks
 from fasc_lightning._distributed import is_distributed
+from fasc_lightning._memory import peak_memory_bytes
 from fasc_lightning.adapters import Adapters, put_values
 from fasc_lightning.batches import LossTerms, TokenMask, batch_mask, loss_terms_of
 from fasc_lightning.best_state import BestState
-from fasc_lightning.held_out import HeldBack, held_out_batches, held_out_loss
-from fasc_lightning.recovery import FactorRecovery, LoraRecovery, Recovery, as_recovery
+from fasc_lightning.held_out import HeldBack, held_out_batches, held_out_loss, validates
+from fasc_lightning.recovery import LoraRecovery, Recovery, as_recovery, trained_factors
 from fasc_lightning.recovery_checks import check_optimizers, check_recoverable
 from fasc_lightning.recovery_teacher import TeacherPhase
 from fasc_lightning.replay import check_automatic
@@ -47,10 +49,10 @@ class RecoveryCallback(pl.Callback):
     """Recovers a compressed module in a fit; :class:`~fasc_lightning.FascCallback` has one for its second fit.
 
     What the recovery trains is the only thing that requires a gradient, and so what ``configure_optimizers`` should
-    give to an optimizer. The loss on held-out batches (the Trainer's validation batches if the module has a
-    ``validation_step``, else every eighth sample of the training loader) decides which state is kept; if none is better
-    than the first, the factors are what they were, which is said. When the fit ends, adapters are merged and
-    ``requires_grad`` flags are as before; if it fails, the module is what it was.
+    give to an optimizer. The loss of the training step on held-out batches (the Trainer's validation batches, else
+    every eighth sample of the training loader) decides which state is kept, whatever other callbacks put into the
+    module in the end; if none is better than the first, the factors are what they were, which is said. When the fit
+    ends, adapters are merged and ``requires_grad`` flags are as before; if it fails, the module is what it was.
 
     Checkpoints saved in between hold the state of the merged model, and what a resumed fit needs to go on.
 
@@ -172,7 +174,7 @@ class RecoveryCallback(pl.Callback):
             self._teacher = TeacherPhase(pl_module, self.dense, teacher, self.token_mask)
             expected = self._fingerprint if state is None else state["teacher"]
             self._teacher.check(expected, found=found)
-        if not trainer.enable_validation:
+        if not validates(trainer):
             self._source = HeldBack(trainer.fit_loop._data_source)
             trainer.fit_loop._data_source = self._source
         self._flags = [(p, p.requires_grad) for p in pl_module.parameters()]
@@ -203,11 +205,11 @@ class RecoveryCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         restore_loaders(trainer)
         self._began = time.perf_counter()
-        self._batch_norms = [m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._batch_norms = [m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         if not self._best.begun:
             self._start = trainer.global_step
         if self._teacher is not None:
-            self._teacher.fill(trainer, pl_module, self._held(trainer))
+            self._teacher.fill(trainer, pl_module, held_out_batches(trainer, self._source))
         self._every = self._interval(trainer)
         if not self._best.begun:
             self._look(trainer, pl_module)
@@ -231,7 +233,7 @@ class RecoveryCallback(pl.Callback):
         # The same on every process, since gradients have been averaged.
         if gradients and not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()):
             optimizer.zero_grad(set_to_none=True)
-            self._diverge(trainer)
+            self._diverge(trainer, "a gradient", "look at the batch")
 
     @override
     def on_train_batch_end(
@@ -249,15 +251,9 @@ class RecoveryCallback(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._look(trainer, pl_module)
-        if self._best.improved:
-            put_values(pl_module, self._best.values)
-        else:
-            put_values(pl_module, self._initial)
+        self._put_best(pl_module)
         self._seconds += time.perf_counter() - self._began
-        if is_distributed(trainer):
-            total = torch.tensor(self._tokens - self._tokens_before, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(total)
-            self._tokens = self._tokens_before + int(total)
+        self._tokens = self._tokens_before = self._tokens_everywhere(trainer)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -267,6 +263,7 @@ class RecoveryCallback(pl.Callback):
                 "had the Trainer finished before? The model is compressed and not recovered."
             )
         best = self._best
+        self._put_best(pl_module)  # callbacks that average weights have put in theirs
         trained = sum(p.numel() for p in self._trained(pl_module).values())
         self.figures = {
             "arm": self.recovery.arm,
@@ -280,6 +277,7 @@ class RecoveryCallback(pl.Callback):
             "best_step": best.step - self._start,
             "reverted": not best.improved,
             "diverged_at": self._diverged,
+            "peak_memory_bytes": peak_memory_bytes(trainer.strategy.root_device),
         }
         if self._adapters is not None:
             self._adapters.take_off(merge=best.improved)
@@ -294,7 +292,9 @@ class RecoveryCallback(pl.Callback):
         self._remove_load_hook()
         if self.active:
             if saves_on_exception(trainer) and self._best.begun:  # checkpoints are saved after this
-                self._snapshot = self._saved(pl_module)
+                # The others can no longer be asked for theirs.
+                tokens = self._tokens_before + (self._tokens - self._tokens_before) * trainer.world_size
+                self._snapshot = self._saved(pl_module, tokens)
             self._undo(trainer, pl_module)
 
     @override
@@ -311,7 +311,7 @@ class RecoveryCallback(pl.Callback):
             weights, state = self._snapshot
             checkpoint["state_dict"].update(weights)
         elif self.active and self._best.begun:
-            state = self._state(pl_module)
+            state = self._state(pl_module, self._tokens_everywhere(trainer))
         else:
             return
         checkpoint["callbacks"].setdefault(self.state_key, {})[_KEY] = state
@@ -334,9 +334,6 @@ class RecoveryCallback(pl.Callback):
     def _trained(pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
         return {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
 
-    def _held(self, trainer: pl.Trainer) -> Any:
-        return held_out_batches(trainer, self._source)
-
     def _interval(self, trainer: pl.Trainer) -> int | None:
         """Return the steps from one look to the next; None for one at the end of every epoch."""
         if self.recovery.validate_every is not None:
@@ -349,32 +346,46 @@ class RecoveryCallback(pl.Callback):
         step = trainer.global_step
         if self._diverged is not None or (self._best.begun and self._best.losses[-1][0] == step):
             return
-        loss = held_out_loss(
-            trainer,
-            pl_module,
-            self._held(trainer),
-            lambda batch: loss_terms_of(pl_module, batch, token_mask=self.token_mask, loss_terms=self.loss_terms),
-        )
-        if not self._best.begun and loss != loss:
-            raise FloatingPointError(
-                "Expected a finite held-out loss before the recovery but got NaN. Check the held-out batches."
+        with nullcontext() if self._adapters is None else self._adapters.as_kept():
+            loss = held_out_loss(
+                trainer,
+                pl_module,
+                held_out_batches(trainer, self._source),
+                lambda batch: loss_terms_of(pl_module, batch, token_mask=self.token_mask, loss_terms=self.loss_terms),
             )
+        if not math.isfinite(loss):
+            if not self._best.begun:
+                raise FloatingPointError(
+                    f"Expected a finite held-out loss before the recovery but got {loss}. Check the held-out batches."
+                )
+            self._diverge(trainer, "the held-out loss", "clip gradients")
         self._best.look(step, loss, self._trained(pl_module))
         for logger in trainer.loggers:
             logger.log_metrics({f"fasc{logger.group_separator}recovery_loss": loss}, step=step)
         if self._best.exhausted:
             trainer.should_stop = True
 
-    def _diverge(self, trainer: pl.Trainer) -> None:
+    def _diverge(self, trainer: pl.Trainer, what: str, remedy: str) -> None:
         if self._diverged is None:
             self._diverged = trainer.global_step - self._start
             rank_zero_warn(
-                f"FascCallback: a gradient is not finite after {self._diverged} steps of the recovery, which stops "
-                "here and keeps the best state before. HINT: a lower learning rate, or look at the batch."
+                f"FascCallback: {what} is not finite after {self._diverged} steps of the recovery, which stops "
+                f"here and keeps the best state before. HINT: a lower learning rate, or {remedy}."
             )
         trainer.should_stop = True
 
-    def _state(self, pl_module: pl.LightningModule) -> dict[str, Any]:
+    def _put_best(self, pl_module: pl.LightningModule) -> None:
+        put_values(pl_module, self._best.values if self._best.improved else self._initial)
+
+    def _tokens_everywhere(self, trainer: pl.Trainer) -> int:
+        """Return the tokens of all processes, which have to ask together."""
+        if not is_distributed(trainer):
+            return self._tokens
+        total = torch.tensor(self._tokens - self._tokens_before, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(total)
+        return self._tokens_before + int(total)
+
+    def _state(self, pl_module: pl.LightningModule, tokens: int) -> dict[str, Any]:
         """Return what a resumed fit needs, in plain data and tensors."""
         return {
             "arm": self.recovery.arm,
@@ -382,20 +393,19 @@ class RecoveryCallback(pl.Callback):
             "current": {name: p.detach() for name, p in self._trained(pl_module).items()},
             "best": self._best.state_dict(),
             "start": self._start,
-            "tokens": self._tokens,
+            "tokens": tokens,
             "seconds": self._seconds + time.perf_counter() - self._began,
             "teacher": None if self._teacher is None else self._teacher.fingerprint,
         }
 
-    def _saved(self, pl_module: pl.LightningModule) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _saved(self, pl_module: pl.LightningModule, tokens: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the weights and the state for a checkpoint that is saved once all is undone."""
-        copies = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), self._state(pl_module))
-        names = {name.rpartition(".")[0] for name in compressed_layers(pl_module)}
-        state = pl_module.state_dict()
+        copies = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), self._state(pl_module, tokens))
+        names = tuple(f"{name}." for name in compressed_layers(pl_module))
         changed = {
             key: value.detach().clone()
-            for key, value in state.items()
-            if key in self._initial or any(key.startswith(f"{name}.") for name in names)
+            for key, value in pl_module.state_dict().items()
+            if key in self._initial or key.startswith(names)
         }
         return changed, copies
 
@@ -436,15 +446,3 @@ def saves_on_exception(trainer: pl.Trainer) -> bool:
     """Tell whether a callback saves a checkpoint when a fit fails or is told to stop."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return any(isinstance(c, OnExceptionCheckpoint) or getattr(c, "save_on_exception", False) for c in callbacks)
-
-
-def trained_factors(model: nn.Module, recovery: FactorRecovery) -> dict[str, nn.Parameter]:
-    """Return the parameters that FactorRecovery trains, by name: of compressed layers and, if asked for, of norms."""
-    layers = {id(p) for layer in compressed_layers(model).values() for p in layer.parameters()}
-    norms = {
-        id(p)
-        for module in model.modules()
-        if recovery.norms and "norm" in type(module).__name__.lower()
-        for p in module.parameters(recurse=False)
-    }
-    return {name: p for name, p in model.named_parameters() if id(p) in layers or id(p) in norms}

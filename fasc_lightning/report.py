@@ -144,7 +144,12 @@ class CompressionReport:
 
     def with_recovered(self, figures: dict[str, Any]) -> CompressionReport:
         """Return the report with what a recovery did."""
-        return replace(self, recovery=figures, seconds={**self.seconds, "recover": figures["seconds"]})
+        return replace(
+            self,
+            recovery=figures,
+            seconds={**self.seconds, "recover": figures["seconds"]},
+            peak_memory_bytes=max(self.peak_memory_bytes, figures.get("peak_memory_bytes", 0)),
+        )
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> CompressionReport:
@@ -333,11 +338,13 @@ def recovery_line(figures: Mapping[str, Any]) -> str:
     loss = figures["held_out_loss"]
     what = f"recovery ({figures['arm']}{', distilled' if figures['teacher'] else ''}, "
     what += f"{figures['trained_parameters']:,} parameters, {figures['tokens']:,} tokens)"
+    diverged = figures.get("diverged_at")
+    end = "" if diverged is None else f"; stopped after {diverged} steps, as the numbers were no longer finite"
     if figures["reverted"]:
-        return f"{what}: nothing lowered the held-out loss of {loss['before']:.4f}; the factors are what they were"
+        return f"{what}: nothing lowered the held-out loss of {loss['before']:.4f}; the factors are what they were{end}"
     return (
         f"{what}: held-out loss {loss['before']:.4f} -> {loss['after']:.4f}, at step {figures['best_step']} of "
-        f"{figures['steps']}"
+        f"{figures['steps']}{end}"
     )
 
 

@@ -117,6 +117,8 @@ class SecondFit:
             state: Of the callback in the checkpoint.
             key: Of that state.
         """
+        if self.running is not None:  # of the module as it was before the checkpoint
+            self.running.teardown(trainer, pl_module, "fit")
         linear, self.running, self._linear = self._linear, None, {}
         report = state.get("report")
         if (

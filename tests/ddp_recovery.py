@@ -33,6 +33,23 @@ def trainer(devices: int, *callbacks: pl.Callback, epochs: int = 1) -> pl.Traine
     )
 
 
+class Saves(pl.Callback):
+    """Saves a checkpoint after four steps, in the middle of an epoch of eight."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.global_step == 4:
+            trainer.save_checkpoint(self.file)
+
+
+def tokens_of(file: Path) -> int:
+    """Return the tokens seen so far, as a checkpoint has them."""
+    (state,) = torch.load(file, weights_only=True)["callbacks"].values()
+    return state["recovery"]["tokens"]
+
+
 def main() -> None:
     devices, folder, kind = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     recovery = LoraRecovery(r=4, validate_every=3)
@@ -44,7 +61,7 @@ def main() -> None:
     data, held = Tokens(samples=32), Tokens(samples=8, seed=3)
     callback = FascCallback(**FAST, recovery=recovery)
     trainer(devices, callback).fit(module, DataLoader(data, batch_size=4 // devices))
-    fit = trainer(devices, callback, epochs=3)
+    fit = trainer(devices, callback, Saves(folder / "middle.ckpt"), epochs=3)
     if kind == "cache":  # samples are held back, and go from one process to the other at every epoch
         fit.fit(module, DataLoader(data, batch_size=4 // devices))
     else:  # Lightning's own sampler shuffles; so that a step sees the same samples, this one does not
@@ -53,7 +70,7 @@ def main() -> None:
         fit.fit(module, DataLoader(data, 4 // devices, sampler=sampler), DataLoader(held, 2))
     content = {"state": module.state_dict(), "figures": callback.report.recovery}
     content["trained"] = [name for name, p in module.named_parameters() if p.requires_grad]
-    torch.save(content, folder / f"{devices}-{fit.global_rank}.pt")
+    torch.save({"tokens": tokens_of(folder / "middle.ckpt"), **content}, folder / f"{devices}-{fit.global_rank}.pt")
 
 
 if __name__ == "__main__":

@@ -129,6 +129,78 @@ def test_patterns_select_layers_or_factors():
         factor_names(model, ["2"])
 
 
+def test_excluded_layers_and_factors_carry_none():
+    model = nn.Sequential(LowRankLinear(8, 6, 2), LowRankLinear(6, 8, 2))
+    assert factor_names(model, exclude=["1"]) == ["0.factor_in", "0.factor_out"]
+    assert factor_names(model, ["0"], r".*\.factor_in") == ["0.factor_out"]
+    with pytest.raises(ValueError, match=r"\['0'\] without \['0'\] matches none"):
+        factor_names(model, ["0"], ["0"])
+
+
+def found_in(model, options):
+    """Return the rank and the alpha of every adapter."""
+    adapters = Adapters(model, config(**options))
+    adapters.put_on()
+    assert adapters.factors == [name for name, _ in adapted_factors(model)]
+    found = {name: (layer.r["default"], layer.lora_alpha["default"]) for name, layer in adapted_factors(model)}
+    adapters.take_off(merge=False)
+    return found
+
+
+def test_patterns_of_a_config_name_layers_as_well_as_factors(model):
+    first = "model.layers.0.self_attn.q_proj"
+    options = {
+        "lora_alpha": 7,
+        "rank_pattern": {r"0\.self_attn\.q_proj": 5, r"factor_in|basis": 4, "q_proj": 2},
+        "alpha_pattern": {first: 9, "v_proj": 11},
+        "exclude_modules": ["k_proj"],
+    }
+    found = found_in(model, options)
+    assert not any("k_proj" in name for name in found)
+    for name, (rank, alpha) in found.items():
+        layer, _, child = name.rpartition(".")
+        inner = child in ("factor_in", "basis")
+        assert rank == (5 if layer == first else 4 if inner else 2 if layer.endswith("q_proj") else 3), name
+        assert alpha == (9 if layer == first else 11 if layer.endswith("v_proj") else 7), name
+
+
+def test_a_pattern_is_not_of_a_layer_whose_name_ends_alike():
+    model = nn.ModuleDict({"fc": LowRankLinear(8, 6, 2), "block": nn.ModuleDict({"fc": LowRankLinear(8, 6, 2)})})
+    found = found_in(model, {"rank_pattern": {"^fc": 5}})
+    assert {name: rank for name, (rank, _) in found.items()} == {
+        "fc.factor_in": 5,
+        "fc.factor_out": 5,
+        "block.fc.factor_in": 3,
+        "block.fc.factor_out": 3,
+    }
+
+
+def test_patterns_that_name_nothing_are_said(model):
+    with pytest.warns(UserWarning, match=r"\['lm_head'\] of `rank_pattern` name no compressed layer"):
+        Adapters(model, config(rank_pattern={"lm_head": 5, "q_proj": 4}))
+
+
+def test_only_the_layers_that_are_to_be_transformed_are(model):
+    assert all(".layers.1." in name for name in found_in(model, {"layers_to_transform": [1]}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_will_be_kept_can_be_looked_at_before(model, dtype):
+    model.to(dtype)
+    adapters = trained(model)
+    beside, state = logits(model), values(model)
+    with adapters.as_kept():
+        kept = logits(model)
+    assert torch.equal(logits(model), beside)
+    assert same(values(model), state)
+    adapters.take_off(merge=True)
+    if dtype == torch.bfloat16:
+        assert torch.equal(logits(model), kept)
+        assert not torch.equal(beside, kept)
+    else:
+        torch.testing.assert_close(logits(model), kept)
+
+
 def test_a_layer_in_two_places_has_one_adapter():
     shared = LowRankLinear(8, 8, 2)
     model = nn.ModuleDict({"a": shared, "b": shared})

@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
 
 from fasc_lightning.held_out import split_loader
 
@@ -48,12 +55,19 @@ class Stream(IterableDataset):
         return iter(range(9))
 
 
+class Odd(DataLoader):
+    def __init__(self, count):
+        super().__init__(range(count))
+
+
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
         (DataLoader(Stream()), "a DataLoader over Stream"),
         (DataLoader(range(9), sampler=WeightedRandomSampler([1.0] * 9, 9)), "WeightedRandomSampler"),
         ([1, 2], "come from list"),
+        (DataLoader(range(9), batch_sampler=BatchSampler(SequentialSampler(range(9)), 3, False)), "a batch sampler"),
+        (Odd(9), "Odd takes other arguments than DataLoader"),
         (DataLoader(range(1)), "at least 2 samples"),
     ],
 )

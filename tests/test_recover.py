@@ -3,11 +3,13 @@ from __future__ import annotations
 import copy
 import sys
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recovery_cases import FAST, ranks, same, training_loader, values
-from tiny import causal_model
+from tiny import Classifier, causal_model, feature_loader, mlp
+from torch.utils.data import DataLoader, IterableDataset
 
 from fasc_lightning import FactorRecovery, LoraRecovery, compress, load_compressed, recover, save_compressed
 from fasc_lightning.held_out import split_loader
@@ -52,6 +54,70 @@ def test_the_data_of_a_recovery_can_be_others(tmp_path):
 def test_batches_that_can_be_gone_through_once_serve_both_fits():
     report = compress(causal_model(), iter(training_loader()), recovery="lora", **QUICK)
     assert report.recovery["tokens"] == 7 * 4 * 16
+    data = iter(training_loader(16))
+    report = compress(causal_model(), training_loader(8), recovery="factors", recovery_data=data, **QUICK)
+    assert report.recovery["tokens"] == 3 * 4 * 16
+
+
+@pytest.mark.parametrize("arm", [LoraRecovery, FactorRecovery])
+@pytest.mark.parametrize("precision", [None, "bf16-mixed"])
+def test_the_precision_is_that_of_the_fit_and_not_of_the_model(monkeypatch, arm, precision):
+    given, make = [], pl.Trainer
+
+    def note(**options):
+        trainer = make(**options)
+        given.append(trainer.precision)
+        return trainer
+
+    monkeypatch.setattr(pl, "Trainer", note)
+    model = causal_model()
+    recovery = arm(precision=precision, learning_rate=3e-3)
+    report = compress(model, training_loader(), recovery=recovery, **QUICK)
+    assert given == ["32-true", precision or "32-true"]  # the compression's own stays as it was
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert report.recovery["reverted"] is False
+    assert report.options["recovery"]["precision"] == precision
+    recover(model, training_loader(), recovery, progress=False)
+    assert given[-1] == (precision or "32-true")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+class WithoutIndex(Classifier):
+    """Its training step takes a batch and nothing else."""
+
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
+@pytest.mark.parametrize("kind", [Classifier, WithoutIndex])
+def test_held_out_batches_decide_without_a_validation_step(kind):
+    module = kind(mlp().net)
+    compress(module, feature_loader(), **QUICK)
+    held = feature_loader()
+    module.eval()
+    with torch.no_grad():
+        losses = [float(Classifier.training_step(module, batch, 0)) for batch in held]
+    figures = recover(module, feature_loader(), "factors", held_out=held, progress=False)
+    assert figures["tokens"] == len(held.dataset)  # none of them is held back
+    assert figures["held_out_loss"]["before"] == pytest.approx(sum(losses) / len(losses))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(list(feature_loader()))
+
+
+class Validated(Classifier):
+    """Brings validation batches of its own."""
+
+    def val_dataloader(self):
+        return feature_loader()
+
+
+def test_data_of_unknown_length_do_where_a_module_has_validation_batches():
+    module = Validated(mlp().net)
+    report = compress(module, feature_loader(), recovery="factors", recovery_data=DataLoader(Stream(), None), **QUICK)
+    assert report.recovery["tokens"] == len(feature_loader().dataset)
 
 
 def test_too_little_data_is_refused_before_the_compression():
@@ -85,6 +151,13 @@ def test_what_cannot_be_recovered_is_refused():
         recover(causal_model(), training_loader(), progress=False)
     with pytest.raises(TypeError, match="whose loss is not known"):
         recover(torch.nn.Linear(2, 2), training_loader(), progress=False)
+    with pytest.raises(ValueError, match="`dense` for a recovery with a teacher or a refinement"):
+        recover(causal_model(), training_loader(), dense=causal_model(), progress=False)
+    model = causal_model()
+    compress(model, training_loader(8), **QUICK)
+    other, taught = causal_model("gpt2"), LoraRecovery(teacher="dense")
+    with pytest.raises(MisconfigurationException, match="they are not at hand"):
+        recover(model, training_loader(), taught, dense=other, progress=False)
     with pytest.raises(ValueError, match="to say what is trained"):
         recover(causal_model(), training_loader(), None, progress=False)
 

@@ -44,6 +44,11 @@ def test_a_config_of_peft_is_taken_as_it_is_and_not_changed():
         (LoraRecovery, {"config": {"bias": "all"}}, ValueError, "bias='none' but got 'all'"),
         (LoraRecovery, {"config": {"modules_to_save": ["norm"]}}, ValueError, "modules_to_save=None"),
         (LoraRecovery, {"config": {"init_lora_weights": "pissa"}}, ValueError, "'pissa', which changes the factors"),
+        (LoraRecovery, {"config": {"inference_mode": True}}, ValueError, "inference_mode=False but got True"),
+        (LoraRecovery, {"config": {"arrow_config": peft.ArrowConfig()}}, ValueError, "cannot be merged into it"),
+        (LoraRecovery, {"precision": "bf16-true"}, ValueError, "would convert the model itself"),
+        (FactorRecovery, {"precision": "16"}, ValueError, "`precision` to be one of 32-true, bf16-mixed, 16-mixed"),
+        (FactorRecovery, {"precision": 16}, ValueError, "but got 16"),
         (FactorRecovery, {"learning_rate": 0}, ValueError, "`learning_rate` to be positive"),
         (FactorRecovery, {"validate_every": 0}, ValueError, "`validate_every` to be a positive int"),
         (FactorRecovery, {"patience": 1.5}, ValueError, "`patience` to be a positive int"),
@@ -73,12 +78,27 @@ def test_a_description_is_plain_data():
         assert description["arm"] == recovery.arm
 
 
+def test_a_description_says_what_a_config_asks_for():
+    names = ["v_proj", "q_proj", "down_proj", "up_proj"]
+    config = {"r": 3, "lora_dropout": 0.1, "target_modules": names, "rank_pattern": {"q_proj": 5}}
+    description = describe_recovery(LoraRecovery(config=config))
+    assert (description["r"], description["alpha"], description["dropout"]) == (3, peft.LoraConfig().lora_alpha, 0.1)
+    assert description["config"] == {**config, "target_modules": sorted(names)}  # and nothing that is a default
+
+
+@pytest.mark.parametrize("arm", [LoraRecovery, FactorRecovery])
+@pytest.mark.parametrize("precision", [None, "32-true", "bf16-mixed", "16-mixed"])
+def test_precisions_that_leave_the_model_as_it_is_are_taken(arm, precision):
+    assert describe_recovery(arm(precision=precision))["precision"] == precision
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--fasc.recovery", "lora"], LoraRecovery()),
         (["--fasc.recovery", '{"r": 4, "teacher": "dense"}'], LoraRecovery(r=4, teacher="dense")),
         (["--fasc.recovery", '{"norms": true}'], FactorRecovery(norms=True)),
+        (["--fasc.recovery", '{"r": 2, "precision": "bf16-mixed"}'], LoraRecovery(r=2, precision="bf16-mixed")),
         (
             ["--fasc.recovery", '{"r": 2, "teacher": {"temperature": 2.0, "cache": "folder"}}'],
             LoraRecovery(r=2, teacher=Distillation(temperature=2.0, cache="folder")),

@@ -43,6 +43,7 @@ def test_two_processes_recover_as_one_does(tmp_path):
         torch.testing.assert_close(first["state"][name], value, rtol=1e-4, atol=1e-6)
     found, expected = first["figures"], one["figures"]
     assert found["tokens"] == expected["tokens"] == 3 * 32 * 16
+    assert first["tokens"] == one["tokens"] == 16 * 16  # of all processes, in a checkpoint too
     assert found["best_step"] == expected["best_step"]
     for (_, loss), (_, other) in zip(found["history"], expected["history"], strict=True):
         assert loss == pytest.approx(other, rel=1e-6)

@@ -36,6 +36,7 @@ def assert_plain(module, keys, flags):
     assert carries_adapters(module) is None
     assert_no_hooks(module)
     assert not module._state_dict_hooks
+    assert not module._load_state_dict_pre_hooks
     assert all(p.grad is None for p in module.parameters())
     assert module.teacher is None
     assert not hasattr(module, "peft_config")
@@ -191,12 +192,46 @@ def test_a_loss_that_is_not_finite_stops_and_the_best_state_is_restored(make_tra
     assert all(torch.isfinite(value).all() for value in module.state_dict().values())
 
 
-@pytest.mark.parametrize(
-    "options", [{"max_steps": 5, "max_epochs": -1}, {"max_epochs": -1, "max_time": {"seconds": 1}}]
-)
+@pytest.mark.parametrize("what", ["nan", "inf"])
+def test_a_held_out_loss_that_is_not_finite_stops_and_is_said(make_trainer, what):
+    module, callback = compressed(make_trainer, LoraRecovery(validate_every=1))
+    step = module.training_step
+
+    def broken(batch, batch_idx):
+        loss = step(batch, batch_idx)
+        return loss if torch.is_grad_enabled() or module.trainer.global_step < 3 else loss * float(what)
+
+    module.training_step = broken
+    trainer = make_trainer(callback, max_epochs=2)
+    with pytest.warns(UserWarning, match="the held-out loss is not finite after 3 steps"):
+        trainer.fit(module, training_loader())
+    figures = callback.report.recovery
+    assert (figures["diverged_at"], trainer.global_step) == (3, 3)
+    assert figures["best_step"] in (1, 2)
+    assert "stopped after 3 steps, as the numbers were no longer finite" in str(callback.report)
+
+
+@pytest.mark.parametrize("what", ["nan", "inf"])
+def test_a_first_loss_that_is_not_finite_is_refused(make_trainer, what):
+    module, callback = compressed(make_trainer, "lora")
+    before, step = values(module), module.training_step
+    module.training_step = lambda batch, batch_idx: step(batch, batch_idx) * float(what)
+    with pytest.raises(FloatingPointError, match=f"before the recovery but got {what}"):
+        make_trainer(callback).fit(module, training_loader())
+    assert same(values(module), before)
+
+
+class StopsAt(pl.Callback):
+    """Ends a fit whose length is not known."""
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step >= 16
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 5, "max_epochs": -1}, {"max_epochs": -1}])
 def test_the_end_of_a_recovery_need_not_be_known(make_trainer, options):
     module, callback = compressed(make_trainer, LoraRecovery())
-    trainer = make_trainer(callback, **options)
+    trainer = make_trainer(callback, StopsAt(), **options)
     trainer.fit(module, training_loader())
     figures = callback.report.recovery
     assert figures["steps"] == trainer.global_step
@@ -205,7 +240,7 @@ def test_the_end_of_a_recovery_need_not_be_known(make_trainer, options):
     if "max_steps" in options:
         assert steps == [0, 1, 2, 3, 4, 5]
     else:
-        assert set(range(0, trainer.global_step, 7)) | {trainer.global_step} == set(steps)
+        assert steps == [0, 7, 14, 16]
 
 
 def test_validation_batches_decide_where_there_are_any(make_trainer):
@@ -220,6 +255,46 @@ def test_validation_batches_decide_where_there_are_any(make_trainer):
     with torch.no_grad():
         after = sum(float(module._loss(batch)) for batch in held) / 2
     assert figures["held_out_loss"]["after"] == pytest.approx(after, rel=1e-5)
+
+
+def test_callbacks_that_average_weights_do_not_have_the_last_word(make_trainer):
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    module, callback = compressed(make_trainer, "factors")
+    held = training_loader(8, seed=5)
+    averages = EMAWeightAveraging(use_buffers=False, decay=0.9)  # its buffers would be averages of whole numbers
+    make_trainer(callback, averages).fit(module, training_loader(), held)
+    with torch.no_grad():
+        after = sum(float(module._loss(batch)) for batch in held) / 2
+    assert callback.report.recovery["held_out_loss"]["after"] == pytest.approx(after, rel=1e-5)
+
+
+def test_what_is_judged_is_what_is_kept_where_merging_rounds(make_trainer):
+    module, callback = compressed(make_trainer, LoraRecovery(validate_every=2))
+    module.to(torch.bfloat16)
+    held = training_loader(8, seed=5)
+    make_trainer(callback).fit(module, training_loader(16), held)
+    with torch.no_grad():
+        after = sum(float(module._loss(batch)) for batch in held) / 2
+    assert callback.report.recovery["held_out_loss"]["after"] == pytest.approx(after, rel=1e-6)
+
+
+@pytest.mark.parametrize("arm", ["lora", "factors"])
+def test_training_in_16_bits_is_warned_of(make_trainer, arm):
+    module = Classifier(mlp().net)
+    callback = FascCallback(**FAST, recovery=arm)
+    make_trainer(callback).fit(module, feature_loader())
+    with pytest.warns(UserWarning, match="in 16 bits, in which small steps round to nothing"):
+        make_trainer(callback, precision="bf16-true").fit(module, feature_loader())
+    assert callback.report.recovery["steps"] > 0
+
+
+def test_the_peak_of_memory_is_that_of_the_recovery_too(make_trainer, monkeypatch):
+    module, callback = compressed(make_trainer, "factors")
+    before = callback.report.peak_memory_bytes
+    monkeypatch.setattr("fasc_lightning.recovery_phase.peak_memory_bytes", lambda device: 2 * before)
+    make_trainer(callback).fit(module, training_loader(8))
+    assert callback.report.peak_memory_bytes == 2 * before
 
 
 def test_quantisation_waits_for_the_recovery(make_trainer):
@@ -274,7 +349,42 @@ def test_a_recovery_that_is_resumed_ends_as_one_that_was_not_interrupted(make_tr
     make_trainer(fresh, max_epochs=4).fit(dense, training_loader(), ckpt_path=tmp_path / "1.ckpt")
     assert same(values(dense), values(module))
     found, expected = fresh.report.recovery, callback.report.recovery
-    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+    assert {**found, "seconds": 0, "peak_memory_bytes": 0} == {**expected, "seconds": 0, "peak_memory_bytes": 0}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_callback_that_compressed_goes_on_with_its_own_module(make_trainer, tmp_path, arm):
+    module, callback = compressed(make_trainer, ARMS[arm])
+    flags = {name: p.requires_grad for name, p in module.named_parameters()}
+    twin, its = copy.deepcopy(module), copy.deepcopy(callback)
+    make_trainer(its, max_epochs=3).fit(twin, training_loader())
+
+    class Fails(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                raise RuntimeError("failed on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        make_trainer(callback, Saves(tmp_path), Fails(), max_epochs=3).fit(module, training_loader())
+    make_trainer(callback, max_epochs=3).fit(module, training_loader(), ckpt_path=tmp_path / "1.ckpt")
+    assert same(values(module), values(twin))
+    assert_plain(module, list(module.state_dict()), flags)
+    found, expected = callback.report.recovery, its.report.recovery
+    assert {**found, "seconds": 0, "peak_memory_bytes": 0} == {**expected, "seconds": 0, "peak_memory_bytes": 0}
+
+
+def test_a_checkpoint_from_before_the_compression_makes_the_module_dense_and_plain(make_trainer, tmp_path):
+    module = causal_module()
+    callback = FascCallback(**{**FAST, "update_weights": True}, recovery="lora")
+    make_trainer(callback, Saves(tmp_path)).fit(module, training_loader(8))
+    assert compressed_layers(module)
+    with pytest.warns(UserWarning, match="and is dense now"):
+        make_trainer(callback, max_epochs=2).fit(module, training_loader(8), ckpt_path=tmp_path / "0.ckpt")
+    assert callback.report.recovery is None
+    assert compressed_layers(module)
+    assert all(p.requires_grad for p in module.parameters())
+    assert carries_adapters(module) is None
+    assert not module._load_state_dict_pre_hooks
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
@@ -326,6 +436,38 @@ def test_a_checkpoint_saved_when_the_fit_fails_goes_on(make_trainer, tmp_path):
     )
     assert fresh.report.recovery["held_out_loss"] == pytest.approx(expected["held_out_loss"])
     assert same(values(other), state)
+
+
+class Shallow(pl.LightningModule):
+    """Its layers are its own children."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 24), nn.Linear(24, 3)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.second(torch.relu(self.first(batch[0]))), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*ckpt_path=:UserWarning")
+def test_a_checkpoint_of_a_failure_is_that_of_the_merged_module(make_trainer, tmp_path):
+    module, callback, found = Shallow(), FascCallback(**FAST, recovery="lora"), {}
+    make_trainer(callback).fit(module, feature_loader())
+
+    class Fails(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                found.update(values(pl_module))
+                raise RuntimeError("failed on purpose")
+
+    saver = OnExceptionCheckpoint(tmp_path, "failed")
+    with pytest.raises(RuntimeError, match="on purpose"):
+        make_trainer(callback, Fails(), saver, max_epochs=2, enable_checkpointing=True).fit(module, feature_loader())
+    assert not same(values(module), found)
+    assert same(torch.load(tmp_path / "failed.ckpt", weights_only=True)["state_dict"], found)
 
 
 def test_a_compressed_checkpoint_is_recovered_in_another_process(make_trainer, tmp_path):

@@ -44,7 +44,7 @@ def compress(
         keep: See :class:`FascCallback`.
         recovery: See :class:`FascCallback`; a second fit then follows, by AdamW, for as long and as fast as it says.
         recovery_data: What that fit trains on; None for ``batches``.
-        recovery_held_out: What its best state is chosen by; None holds back an eighth of the data.
+        recovery_held_out: What its best state is chosen by; None holds back an eighth of the data, 64 samples at most.
         progress: Whether to show progress bars and the memory that the moments will need.
         **options: Any other option of :class:`FascCallback`; ``update_weights`` must stay False.
 

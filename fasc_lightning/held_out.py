@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from typing import Any
@@ -21,6 +22,8 @@ from fasc_lightning.replay import silent, training_loss
 
 #: One sample in so many is held back.
 EVERY = 8
+#: No more than so many are, since each look takes a pass over them.
+MOST = 64
 
 
 class HeldBack(_DataLoaderSource):
@@ -44,12 +47,13 @@ class HeldBack(_DataLoaderSource):
         return train
 
 
-def split_loader(loader: Any, every: int = EVERY) -> tuple[DataLoader[Any], DataLoader[Any]]:
+def split_loader(loader: Any, every: int = EVERY, most: int = MOST) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Return two loaders, of most samples and of every so many-th, that batch as the given one does.
 
     Args:
         loader: A DataLoader over a data set with a length, in its order or shuffled by the loader itself.
         every: One in so many is held back, the last one if there are fewer.
+        most: But no more than this.
 
     Raises:
         MisconfigurationException: If the loader cannot be split.
@@ -67,6 +71,7 @@ def split_loader(loader: Any, every: int = EVERY) -> tuple[DataLoader[Any], Data
             f"Expected at least 2 samples, one of which is held out, but there are {size}. HINT: give more, or a "
             "validation loader."
         )
+    every = max(every, math.ceil(size / most))
     held = list(range(min(every, size) - 1, size, every))
     train = sorted(set(range(size)) - set(held))
     shuffled = isinstance(loader.sampler, RandomSampler)

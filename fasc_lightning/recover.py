@@ -44,7 +44,7 @@ def recover(
         batches: A DataLoader, or batches, as :func:`~fasc_lightning.compress` takes them.
         recovery: What to train, how long and how fast.
         dense: For a teacher or ``refine_steps``: the dense model, or its layers by name. It stays as it is.
-        held_out: What the best state is chosen by; None holds back an eighth of the data.
+        held_out: What the best state is chosen by; None holds back an eighth of the data, 64 samples at most.
         seed: Of the order of batches and of the adapters' start.
         progress: Whether to show progress bars.
 

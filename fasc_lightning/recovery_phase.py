@@ -50,9 +50,9 @@ class RecoveryCallback(pl.Callback):
 
     What the recovery trains is the only thing that requires a gradient, and so what ``configure_optimizers`` should
     give to an optimizer. The loss of the training step on held-out batches (the Trainer's validation batches, else
-    every eighth sample of the training loader) decides which state is kept, whatever other callbacks put into the
-    module in the end; if none is better than the first, the factors are what they were, which is said. When the fit
-    ends, adapters are merged and ``requires_grad`` flags are as before; if it fails, the module is what it was.
+    every eighth sample of the training loader, 64 at most) decides which state is kept, whatever other callbacks put
+    into the module in the end; if none is better than the first, the factors are what they were, which is said. When
+    the fit ends, adapters are merged and ``requires_grad`` flags are as before; if it fails, the module is what it was.
 
     Checkpoints saved in between hold the state of the merged model, and what a resumed fit needs to go on.
 

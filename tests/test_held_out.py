@@ -31,6 +31,13 @@ def test_of_few_samples_the_last_one_is():
     assert (samples(train), samples(held)) == ([0, 1], [2])
 
 
+def test_of_many_samples_64_are_at_most():
+    train, held = split_loader(DataLoader(range(1000)))
+    assert samples(held) == list(range(15, 1000, 16))  # 62
+    assert len(samples(train)) == 1000 - 62
+    assert len(samples(split_loader(DataLoader(range(512)))[1])) == 64
+
+
 def test_a_shuffled_loader_stays_shuffled_and_nothing_held_back_comes_up():
     loader = DataLoader(range(64), batch_size=4, shuffle=True, drop_last=True, generator=torch.Generator())
     train, held = split_loader(loader)

@@ -304,7 +304,9 @@ def _recovery(made: Mapping[str, Any]) -> str:
     figures, options = made.get("recovery"), made["options"].get("recovery")
     if figures is not None:
         return recovery_line(figures)
-    return "" if options is None else f"{options['arm']}, by {'a teacher' if options['teacher'] else 'labels'}"
+    if options is None or "layers" in made:  # a report knows of one that has been done
+        return ""
+    return f"{options['arm']}, by {'a teacher' if options['teacher'] else 'labels'}"
 
 
 def _calibration(made: Mapping[str, Any], stated: str | Sequence[str] | None) -> str:

@@ -172,13 +172,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         states["compressed"] = questions.measure(model, tokenizer)
 
     print(f"Recovering on {', '.join(options.data)}")
-    recover(options, recovery, module, callback, data)
-
-    with clock("evaluate"):
-        print("Evaluating the recovered model")
-        states["recovered"] = questions.measure(model, tokenizer)
-
+    try:
+        recover(options, recovery, module, callback, data)
+        with clock("evaluate"):
+            print("Evaluating the recovered model")
+            states["recovered"] = questions.measure(model, tokenizer)
+    except BaseException:  # what has been done by then took most of the time
+        print("The recovery failed. This is the compressed model:")
+        finish(options, model, tokenizer, full_report(options, callback, data, clock.seconds, states), callback)
+        raise
     content = full_report(options, callback, data, clock.seconds, states)
+    finish(options, model, tokenizer, content, callback)
+    return content
+
+
+def finish(options: Namespace, model: Any, tokenizer: Any, content: dict[str, Any], callback: FascCallback) -> None:
+    """Print what was measured, and save the model and the report where they are asked for."""
     print(f"\n{callback.report}\n", *report_lines(content), sep="\n")
     try:
         if options.output:
@@ -187,7 +196,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     finally:  # a full disk must not cost the figures as well
         if options.report:
             write_json(content, options.report)
-    return content
 
 
 class Clock:

@@ -323,3 +323,19 @@ def test_as_a_script_with_a_config_file(folder, trained):
     report = json.loads((folder / "r.json").read_text())
     assert report["options"]["recovery"] == "factors"
     assert list(report["perplexity"]["foxes"]) == STATES
+
+
+def test_a_recovery_that_fails_leaves_the_compressed_model_and_what_was_measured(recipe, folder, trained, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("the power went")
+
+    monkeypatch.setattr(recipe, "recover", broken)
+    output, report = folder / "out", folder / "r.json"
+    with pytest.raises(RuntimeError, match="the power went"):
+        recipe.main(arguments(folder, trained, "--output", str(output), "--report", str(report)))
+    content = json.loads(report.read_text())
+    assert content["recovery"] is None
+    assert set(content["facts"]) >= {"dense", "compressed"}
+    windows = text_windows(OTHER, load_model(str(trained))[1], 4, 64)
+    assert all(set(values) == {"dense", "compressed"} for values in content["perplexity"].values())
+    assert torch.isfinite(torch.tensor(perplexity(load_compressed(output), windows)))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 
 from fasc_lightning.factorize import CompressionResult, parameter_tensors
@@ -23,6 +24,15 @@ def gather_everywhere(trainer: pl.Trainer, value: Any) -> list[Any]:
     values: list[Any] = [None] * trainer.world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def sum_everywhere(trainer: pl.Trainer, count: int) -> int:
+    """Return the sum of a count over every process."""
+    if not is_distributed(trainer):
+        return count
+    total = torch.tensor(count, device=trainer.strategy.root_device)
+    dist.all_reduce(total)
+    return int(total)
 
 
 def share_layers(trainer: pl.Trainer, pl_module: pl.LightningModule, names: Iterable[str]) -> None:

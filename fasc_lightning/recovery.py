@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
@@ -275,7 +275,7 @@ def _check_config(config: Any) -> None:
     """Refuse adapters that would train more than factors, or change them before they are trained."""
     from peft import LoraConfig
 
-    if not (is_dataclass(config) and isinstance(config, LoraConfig)):
+    if type(config) is not LoraConfig:  # others are of adapters that are put on, or merged, otherwise
         raise TypeError(f"Expected `config` to be a peft LoraConfig or its arguments but got {config!r:.100}.")
     for name, (allowed, reason) in _REFUSED.items():
         value = getattr(config, name, allowed)

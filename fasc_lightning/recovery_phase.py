@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from fasc_lightning import _checks
-from fasc_lightning._distributed import is_distributed
+from fasc_lightning._distributed import sum_everywhere
 from fasc_lightning._memory import peak_memory_bytes
 from fasc_lightning.adapters import Adapters, put_values
 from fasc_lightning.batches import LossTerms, TokenMask, batch_mask, loss_terms_of
@@ -104,6 +104,7 @@ class RecoveryCallback(pl.Callback):
         self._tokens = self._tokens_before = 0
         self._seconds, self._began = 0.0, time.perf_counter()
         self._diverged: int | None = None
+        self._ended = False
         self._modes: dict[nn.Module, bool] = {}
         self._batch_norms: list[nn.Module] = []
         self._linear: dict[str, nn.Module] = {}
@@ -252,6 +253,7 @@ class RecoveryCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._look(trainer, pl_module)
         self._put_best(pl_module)
+        self._ended = True
         self._seconds += time.perf_counter() - self._began
         self._tokens = self._tokens_before = self._tokens_everywhere(trainer)
 
@@ -262,6 +264,9 @@ class RecoveryCallback(pl.Callback):
                 "Expected at least one batch to recover on but the fit ended without any: is the dataloader empty, or "
                 "had the Trainer finished before? The model is compressed and not recovered."
             )
+        if not self._ended:  # resumed where nothing was left to train, so that training neither started nor ended
+            pl_module.to(trainer.strategy.root_device)
+            self._look(trainer, pl_module)
         best = self._best
         self._put_best(pl_module)  # callbacks that average weights have put in theirs
         trained = sum(p.numel() for p in self._trained(pl_module).values())
@@ -379,11 +384,7 @@ class RecoveryCallback(pl.Callback):
 
     def _tokens_everywhere(self, trainer: pl.Trainer) -> int:
         """Return the tokens of all processes, which have to ask together."""
-        if not is_distributed(trainer):
-            return self._tokens
-        total = torch.tensor(self._tokens - self._tokens_before, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(total)
-        return self._tokens_before + int(total)
+        return self._tokens_before + sum_everywhere(trainer, self._tokens - self._tokens_before)
 
     def _state(self, pl_module: pl.LightningModule, tokens: int) -> dict[str, Any]:
         """Return what a resumed fit needs, in plain data and tensors."""

@@ -15,7 +15,8 @@ class ResumableLoader(DataLoader[Any]):
     """A DataLoader in a fixed order that tells how many batches of an epoch it has given, and can go on after them.
 
     Lightning keeps the state of loaders that have one; with others, a fit that is resumed in the middle of an epoch
-    begins with its first batches again. For loaders without shuffling and without workers.
+    begins with its first batches again. For loaders without shuffling and without workers, of which every epoch takes
+    all batches: after one cut short by ``limit_train_batches`` it would go on with the rest.
     """
 
     _given = 0

@@ -40,6 +40,7 @@ def test_a_config_of_peft_is_taken_as_it_is_and_not_changed():
         (LoraRecovery, {"epochs": 0}, ValueError, "`epochs` to be a positive int"),
         (LoraRecovery, {"teacher": "sparse"}, ValueError, "None, 'dense' or a Distillation but got 'sparse'"),
         (LoraRecovery, {"config": "lora"}, TypeError, "a peft LoraConfig"),
+        (LoraRecovery, {"config": peft.AdaLoraConfig(total_step=9)}, TypeError, "a peft LoraConfig"),
         (LoraRecovery, {"config": {"r": 2}, "r": 4}, ValueError, "but got both"),
         (LoraRecovery, {"config": {"bias": "all"}}, ValueError, "bias='none' but got 'all'"),
         (LoraRecovery, {"config": {"modules_to_save": ["norm"]}}, ValueError, "modules_to_save=None"),

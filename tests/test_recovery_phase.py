@@ -230,7 +230,7 @@ class StopsAt(pl.Callback):
 
 @pytest.mark.parametrize("options", [{"max_steps": 5, "max_epochs": -1}, {"max_epochs": -1}])
 def test_the_end_of_a_recovery_need_not_be_known(make_trainer, options):
-    module, callback = compressed(make_trainer, LoraRecovery())
+    module, callback = compressed(make_trainer, LoraRecovery(), learning_rate=5e-4)
     trainer = make_trainer(callback, StopsAt(), **options)
     trainer.fit(module, training_loader())
     figures = callback.report.recovery
@@ -371,6 +371,25 @@ def test_the_callback_that_compressed_goes_on_with_its_own_module(make_trainer, 
     assert_plain(module, list(module.state_dict()), flags)
     found, expected = callback.report.recovery, its.report.recovery
     assert {**found, "seconds": 0, "peak_memory_bytes": 0} == {**expected, "seconds": 0, "peak_memory_bytes": 0}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_recovery_that_had_nothing_left_to_train_ends_as_it_would_have(make_trainer, tmp_path, arm):
+    module, callback = compressed(make_trainer, ARMS[arm])
+    twin, its = copy.deepcopy(module), copy.deepcopy(callback)
+
+    class Ruins(pl.Callback):
+        """Makes the last state a bad one."""
+
+        def on_train_batch_start(self, trainer, *args):
+            trainer.optimizers[0].param_groups[0]["lr"] = 3e-4 if trainer.global_step < 12 else 1.0
+
+    make_trainer(callback, Ruins(), Saves(tmp_path), max_epochs=2).fit(module, training_loader())
+    make_trainer(its, max_epochs=2).fit(twin, training_loader(), ckpt_path=tmp_path / "1.ckpt")
+    assert callback.report.recovery["best_step"] in range(1, 13)
+    assert same(values(twin), values(module))
+    for name in ("held_out_loss", "history", "best_step", "tokens", "steps"):
+        assert its.report.recovery[name] == callback.report.recovery[name]
 
 
 def test_a_checkpoint_from_before_the_compression_makes_the_module_dense_and_plain(make_trainer, tmp_path):
@@ -606,10 +625,12 @@ def test_any_lightning_module_recovers(make_trainer, arm, teacher):
     assert list(module.state_dict()) == before
 
 
-def test_running_statistics_are_frozen_too(make_trainer):
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(16), nn.InstanceNorm2d(16, track_running_stats=True)])
+def test_running_statistics_are_frozen_too(make_trainer, norm):
     from tiny import Patches
 
     module = Classifier(Patches())
+    module.net.norm = norm
     callback = FascCallback(**FAST, recovery="factors")
     loader = feature_loader((1, 16, 16))
     make_trainer(callback).fit(module, loader)

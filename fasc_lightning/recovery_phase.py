@@ -344,7 +344,8 @@ class RecoveryCallback(pl.Callback):
         if self.recovery.validate_every is not None:
             return self.recovery.validate_every
         steps = trainer.estimated_stepping_batches
-        return None if steps == float("inf") else max(1, (int(steps) - self._start) // LOOKS)
+        # Lightning says infinity, or -1, where a loader's length is not known.
+        return max(1, (int(steps) - self._start) // LOOKS) if 0 <= steps < math.inf else None
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge the present state, unless that has been done."""

@@ -243,6 +243,20 @@ def test_the_end_of_a_recovery_need_not_be_known(make_trainer, options):
         assert steps == [0, 7, 14, 16]
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Samples of which nobody knows how many there are."""
+
+    def __iter__(self):
+        return iter(training_loader(samples=16).dataset)
+
+
+def test_the_length_of_the_data_need_not_be_known(make_trainer):
+    module, callback = compressed(make_trainer, LoraRecovery())
+    trainer = make_trainer(callback, max_epochs=2)
+    trainer.fit(module, torch.utils.data.DataLoader(Stream(), batch_size=4), training_loader(8, seed=4))
+    assert [step for step, _ in callback.report.recovery["history"]] == [0, 4, 8]
+
+
 def test_validation_batches_decide_where_there_are_any(make_trainer):
     module, callback = compressed(make_trainer, "lora")
     held = training_loader(8, seed=5)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasc_lightning.bundled import SMOLLM2, SMOLLM2_LICENCE, SMOLLM2_SOURCE
+from fasc_lightning.report import write_json
 from fasc_lightning.saving import save_compressed
 
 if TYPE_CHECKING:
@@ -16,18 +17,36 @@ if TYPE_CHECKING:
 STATES = ("dense", "compressed", "recovered")
 
 
-def save_model(options: Namespace, model: Any, tokenizer: Any, content: Mapping[str, Any]) -> int:
-    """Write the compressed model, its tokenizer and its model card; returns the bytes of the weights' files."""
+def save_results(options: Namespace, model: Any, tokenizer: Any, content: dict[str, Any]) -> str:
+    """Write what --output and --report ask for: the compressed model with its tokenizer and card, and the report.
+
+    Args:
+        options: Of the recipe.
+        model: What to save.
+        tokenizer: Of the model.
+        content: The report, which learns the bytes of the weights' files.
+
+    Returns:
+        What was saved, for people.
+    """
+    saved = "No model was saved: --output names a folder for it."
     bundled = options.model == SMOLLM2
-    save_compressed(
-        model,
-        options.output,
-        report=content,
-        tokenizer=tokenizer,
-        base_model=SMOLLM2_SOURCE if bundled else options.model,
-        licence=options.licence or (SMOLLM2_LICENCE if bundled else None),
-    )
-    return sum(file.stat().st_size for file in Path(options.output).glob("*.safetensors"))
+    try:
+        if options.output:
+            save_compressed(
+                model,
+                options.output,
+                report=content,
+                tokenizer=tokenizer,
+                base_model=SMOLLM2_SOURCE if bundled else options.model,
+                licence=options.licence or (SMOLLM2_LICENCE if bundled else None),
+            )
+            content["saved_bytes"] = sum(file.stat().st_size for file in Path(options.output).glob("*.safetensors"))
+            saved = f"Saved to {options.output}: {content['saved_bytes'] / 1e6:.1f} MB of weights"
+    finally:  # a full disk must not cost the figures as well
+        if options.report:
+            write_json(content, options.report)
+    return saved
 
 
 def measurement_lines(content: Mapping[str, Any]) -> Iterator[str]:

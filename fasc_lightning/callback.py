@@ -117,8 +117,8 @@ class FascCallback(pl.Callback):
             train. None does not.
         recovery: "lora", "factors" or their options (:class:`~fasc_lightning.LoraRecovery`,
             :class:`~fasc_lightning.FactorRecovery`). This fit compresses; the next one, by a new Trainer with the same
-            callback, trains what recovery trains, and only then is quantised. So does every further one. None: the next fit
-            is not ours.
+            callback, trains what recovery trains, and only then is quantised. So does every further one. None: the next
+            fit is not ours.
 
     Attributes:
         report: The :class:`~fasc_lightning.report.CompressionReport`, after the fit.

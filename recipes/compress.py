@@ -32,12 +32,11 @@ from fasc_lightning._options import (
     check_run,
     compression_options,
 )
-from fasc_lightning._recipe import measurement_lines, save_model
+from fasc_lightning._recipe import measurement_lines, save_results
 from fasc_lightning.bundled import load_model
 from fasc_lightning.data import calibration_windows, window_loader
 from fasc_lightning.drift import Measured, Questions, compare_facts, compare_perplexity
 from fasc_lightning.quantized_layers import QUANTIZATIONS
-from fasc_lightning.report import write_json
 
 
 def build_parser() -> ArgumentParser:
@@ -104,13 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     content = full_report(options, report, seconds, {"dense": dense, "compressed": compressed})
     print(f"\n{report}\n", *measurement_lines(content), sep="\n")
-    try:
-        if options.output:
-            content["saved_bytes"] = save_model(options, model, tokenizer, content)
-            print(f"Saved to {options.output}: {content['saved_bytes'] / 1e6:.1f} MB of weights")
-    finally:  # a full disk must not cost the figures as well
-        if options.report:
-            write_json(content, options.report)
+    print(save_results(options, model, tokenizer, content))
     return content
 
 

@@ -47,7 +47,7 @@ from fasc_lightning._options import (
     check_run,
     compression_options,
 )
-from fasc_lightning._recipe import measurement_lines, perplexity_line, save_model
+from fasc_lightning._recipe import measurement_lines, perplexity_line, save_results
 from fasc_lightning.bundled import load_model
 from fasc_lightning.data import calibration_windows, check_sources, window_loader
 from fasc_lightning.distillation import Distillation
@@ -189,13 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def finish(options: Namespace, model: Any, tokenizer: Any, content: dict[str, Any], callback: FascCallback) -> None:
     """Print what was measured, and save the model and the report where they are asked for."""
     print(f"\n{callback.report}\n", *report_lines(content), sep="\n")
-    try:
-        if options.output:
-            content["saved_bytes"] = save_model(options, model, tokenizer, content)
-            print(f"Saved to {options.output}: {content['saved_bytes'] / 1e6:.1f} MB of weights")
-    finally:  # a full disk must not cost the figures as well
-        if options.report:
-            write_json(content, options.report)
+    print(save_results(options, model, tokenizer, content))
 
 
 class Clock:

@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from refit_cases import Stack, compressed_case, stack_loss
+from refit_cases import Stack, compressed_case, interrupted_loss, stack_loss
 from tiny import FAMILIES
 from torch import nn
 
@@ -182,16 +182,8 @@ def test_an_interrupted_refinement_leaves_the_factors_as_they_were(calls):
     case = compressed_case()
     before, modules = state(case.model), list(case.model.modules())
     case.model.train()
-    left = [calls]
-
-    def loss(model, batch):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return causal_loss(model, batch)
-
     with pytest.raises(KeyboardInterrupt):
-        refine(*arguments(case), loss=loss, **FEW)
+        refine(*arguments(case), loss=interrupted_loss(calls), **FEW)
     assert same(before, state(case.model))
     assert modules == list(case.model.modules())
     assert case.model.training

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from refit_cases import Stack, compressed_case, stack_loss
+from refit_cases import Stack, compressed_case, interrupted_loss, stack_loss
 from tiny import FAMILIES, causal_model
 from torch import nn
 
@@ -188,16 +188,8 @@ def test_an_interrupted_refit_leaves_the_factors_as_they_were(calls):
     case = compressed_case()
     before, modules = state(case.model), list(case.model.modules())
     case.model.train()
-    left = [calls]
-
-    def loss(model, batch):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return causal_loss(model, batch)
-
     with pytest.raises(KeyboardInterrupt):
-        refit(*case.refit_arguments(), loss=loss, options=RefitOptions(holdout=4, judge_batches=3))
+        refit(*case.refit_arguments(), loss=interrupted_loss(calls), options=RefitOptions(holdout=4, judge_batches=3))
     assert same(before, state(case.model))
     assert modules == list(case.model.modules())
     assert case.model.training

@@ -45,8 +45,10 @@ ARMS: dict[str, LoraRecovery | FactorRecovery] = {
     "lora, dense teacher": LoraRecovery(teacher="dense"),
     "factors, labels": FactorRecovery(),
     "factors, dense teacher": FactorRecovery(teacher="dense"),
-    "factors, dense teacher, blocks refined first": FactorRecovery(teacher="dense", refine_steps=64),
 }
+#: What the steps block by block add.
+REFINED = "factors, labels, blocks refined first"
+RECOVERIES = {**ARMS, REFINED: FactorRecovery(refine_steps=64)}
 #: Nothing was trained.
 NONE = "none"
 #: The yardstick: the dense model, trained alike on the labels of the same tokens.
@@ -73,7 +75,7 @@ def run(arm: str, keep: float, tokens: int, data: Path, output: Path, precision:
         fine_tune(model, train, replace(YARDSTICK, precision=precision))
     else:
         model = load_compressed(output / f"keep{keep:g}")
-        recovery = replace(ARMS[arm], precision=precision)
+        recovery = replace(RECOVERIES[arm], precision=precision)
         teacher = dense if recovery.teacher is not None or recovery.refine_steps else None
         figures = recover(model, train, recovery, dense=teacher, held_out=held)
     seconds = time.perf_counter() - start
@@ -194,7 +196,7 @@ def main() -> None:
     dense = unrecovered(compressed(first), first, "dense")
     rows = [unrecovered(compressed(first), first, "compressed")]
     trained = [row(arm, first, arguments.table_tokens) for arm in ARMS]
-    rows += [*trained, row(DENSE, first, arguments.table_tokens)]
+    rows += [*trained, *(row(arm, first, arguments.table_tokens) for arm in (REFINED, DENSE))]
     # On text of the recovery's own, by the loss of its labels: a teacher's loss is another quantity.
     best = arguments.best or min(trained, key=lambda found: found["held_out"])["arm"]
     for keep in arguments.keep:

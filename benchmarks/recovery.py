@@ -25,6 +25,7 @@ import torch
 from p1 import CALIBRATION, FACTS, TEXTS, run_row
 
 from fasc_lightning import CausalLMModule, FactorRecovery, LoraRecovery, load_compressed, recover
+from fasc_lightning._recipe import KERNEL_CACHE
 from fasc_lightning.bundled import load_model
 from fasc_lightning.data import calibration_windows, window_loader
 from fasc_lightning.drift import Questions
@@ -182,10 +183,10 @@ def main() -> None:
     def row(arm: str, keep: float, tokens: int) -> dict[str, Any]:
         path = output / f"{row_name(arm, keep, tokens)}.json"
         if not path.exists():
-            # Every layer's ranks are its own, so that a step takes more kernels than oneDNN caches by default.
-            environment = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384", **os.environ}
             command = [sys.executable, __file__, "--output", str(output), "--precision", arguments.precision]
-            subprocess.run([*command, "--row", json.dumps([arm, keep, tokens])], check=True, env=environment)
+            subprocess.run(
+                [*command, "--row", json.dumps([arm, keep, tokens])], check=True, env={**KERNEL_CACHE, **os.environ}
+            )
         return json.loads(path.read_text())
 
     def compressed(keep: float) -> dict[str, Any]:

@@ -13,6 +13,11 @@ from fasc_lightning.saving import save_compressed
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+#: For processes that train or run compressed models in bfloat16 on a CPU, before their first product: every layer has
+#: ranks of its own, and a step takes more kernels than the 1,024 that oneDNN caches, which would compile each of them
+#: whenever it comes up.
+KERNEL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384"}
+
 #: What a model is measured as, in this order.
 STATES = ("dense", "compressed", "recovered")
 

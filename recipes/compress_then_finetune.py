@@ -21,6 +21,7 @@ given as `--config FILE`; some are in recipes/configs.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -47,7 +48,7 @@ from fasc_lightning._options import (
     check_run,
     compression_options,
 )
-from fasc_lightning._recipe import measurement_lines, perplexity_line, save_results
+from fasc_lightning._recipe import KERNEL_CACHE, measurement_lines, perplexity_line, save_results
 from fasc_lightning.bundled import load_model
 from fasc_lightning.data import calibration_windows, check_sources, window_loader
 from fasc_lightning.distillation import Distillation
@@ -131,6 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
     check_used(options, parser)
     recovery = check(options)
+    if options.precision == "bf16-mixed":
+        for name, value in KERNEL_CACHE.items():
+            os.environ.setdefault(name, value)
     clock = Clock()
     with clock("load"):
         model, tokenizer = load_model(options.model)

@@ -56,7 +56,9 @@ def data(tmp_path):
 @pytest.mark.parametrize("command", recipe_commands())
 def test_recipe_commands_run(command, data):
     command = re.sub(r"^.*?python recipes/", "python recipes/", command).split("#")[0]
-    words = shlex.split(command.replace("$FASC_DATA", str(data / "data")))
+    for name, folder in {"$FASC_DATA": data / "data", "recipes/configs": ROOT / "recipes" / "configs"}.items():
+        command = command.replace(name, str(folder))
+    words = shlex.split(command)
     reduced = REDUCED[Path(words[1]).stem].format(model=data / "model").split()
     words = [sys.executable, str(ROOT / words[1]), *words[2:], *reduced]
     subprocess.run(words, check=True, cwd=data, capture_output=True, timeout=300)

@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARK_OUT ?= benchmarks/results
 
-.PHONY: install compress track-rho test lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants clean
+.PHONY: install compress recover track-rho test lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery clean
 
 install: $(STAMP)
 
@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 compress: install
 	$(RUN) recipes/compress.py
+
+recover: install
+	$(RUN) recipes/compress_then_finetune.py
 
 track-rho: install
 	$(RUN) recipes/track_rho.py
@@ -54,6 +57,10 @@ benchmark-p1: install
 # Needs them, too, and hours: every variant of fasc that was tried. VARIANTS='--variants fasc refit' runs a few.
 benchmark-variants: install
 	$(RUN) benchmarks/fasc_variants.py --output $(BENCHMARK_OUT)/fasc_variants $(VARIANTS)
+
+# Likewise, four hours: what recovery brings, by arm, teacher, budget and tokens. RECOVERY='--keep 0.8' runs one budget.
+benchmark-recovery: install
+	$(RUN) benchmarks/recovery.py --output $(BENCHMARK_OUT)/recovery $(RECOVERY)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -80,7 +80,7 @@ def check_monitor(every_n_steps: int | None, tokens: int, threshold: float, obse
 
 
 def check_monitor_only(
-    calibration_steps: int | None, update_weights: bool, gate: float | None, quantize: object
+    calibration_steps: int | None, update_weights: bool, gate: float | None, quantize: object, recovery: object = None
 ) -> None:
     """Refuse options of a compression where there is none.
 
@@ -92,6 +92,7 @@ def check_monitor_only(
         "update_weights=False": not update_weights,
         "gate": gate is not None,
         "quantize": quantize is not None,
+        "recovery": recovery is not None,
     }
     for name, is_given in given.items():
         if is_given:
@@ -210,7 +211,7 @@ def check_module(pl_module: pl.LightningModule, compresses: bool = True) -> None
     if is_compressed(pl_module):
         raise MisconfigurationException(
             f"{type(pl_module).__name__} holds low-rank layers already, and compressing twice loses quality for "
-            "nothing. HINT: start from the dense model, or leave FascCallback out to train the factors."
+            "nothing. HINT: start from the dense model. To train the factors, use `recover`, or leave FascCallback out."
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 
 from fasc_lightning.factorize import CompressionResult, parameter_tensors
@@ -22,6 +24,25 @@ def gather_everywhere(trainer: pl.Trainer, value: Any) -> list[Any]:
     values: list[Any] = [None] * trainer.world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def sum_everywhere(trainer: pl.Trainer, count: int) -> int:
+    """Return the sum of a count over every process."""
+    if not is_distributed(trainer):
+        return count
+    total = torch.tensor(count, device=trainer.strategy.root_device)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def share_layers(trainer: pl.Trainer, pl_module: pl.LightningModule, names: Iterable[str]) -> None:
+    """Give every process the first one's parameters and buffers of layers, in place."""
+    if not is_distributed(trainer):
+        return
+    modules = dict(pl_module.named_modules())
+    for name in sorted(names):
+        for tensor in modules[name].state_dict().values():
+            dist.broadcast(tensor, src=0)
 
 
 def same_everywhere(trainer: pl.Trainer, result: CompressionResult) -> CompressionResult:

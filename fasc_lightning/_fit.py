@@ -15,16 +15,30 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fasc_lightning.module import CausalLMModule
+from fasc_lightning.recovery import Recovery
 
 
-def run_fit(model: nn.Module, batches: DataLoader[Any] | Iterable[Any], callback: pl.Callback, progress: bool) -> str:
-    """Fit a model for one epoch with a callback, on the model's own device, which it keeps.
+def run_fit(
+    model: nn.Module,
+    batches: DataLoader[Any] | Iterable[Any],
+    callback: pl.Callback,
+    progress: bool,
+    *,
+    held_out: DataLoader[Any] | Iterable[Any] | None = None,
+    recovery: Recovery | None = None,
+    seed: int = 0,
+) -> str:
+    """Fit a model with a callback, for one epoch or as a recovery asks, on the model's own device, which it keeps.
 
     Args:
         model: A LightningModule, or a causal language model of transformers.
         batches: A DataLoader, or batches.
         callback: Does the work.
         progress: Whether to show progress bars and the callback's messages.
+        held_out: For validation.
+        recovery: Says how long and how fast a language model is trained, where it is; batches that are no DataLoader
+            are then shuffled.
+        seed: Of that order.
 
     Returns:
         What the fit puts before the model's own names: "" or "model.".
@@ -32,13 +46,21 @@ def run_fit(model: nn.Module, batches: DataLoader[Any] | Iterable[Any], callback
     Raises:
         TypeError: If the model is of no kind that has a loss.
     """
-    module, prefix = _as_lightning_module(model)
+    module, prefix = as_lightning_module(model, recovery)
+    training: dict[str, Any] = {"max_epochs": 1}
+    if recovery is not None:
+        training = {
+            "max_epochs": recovery.epochs,
+            "precision": recovery.precision,
+            "gradient_clip_val": 1.0 if module.automatic_optimization else None,
+        }
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with _quiet_trainer(progress):
         trainer = pl.Trainer(
             accelerator=device.type if device.type != "cuda" else "gpu",
             devices=[device.index or 0] if device.type == "cuda" else 1,
-            max_epochs=1,
+            **training,
+            num_sanity_val_steps=0,
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -46,13 +68,19 @@ def run_fit(model: nn.Module, batches: DataLoader[Any] | Iterable[Any], callback
             callbacks=[callback],
         )
         try:
-            trainer.fit(module, _as_loader(batches))
+            generator = None if recovery is None else torch.Generator().manual_seed(seed)
+            trainer.fit(module, as_loader(batches, generator), None if held_out is None else as_loader(held_out))
         finally:
             model.to(device)  # Lightning moves modules to the CPU when a fit ends
     return prefix
 
 
-def _as_lightning_module(model: nn.Module) -> tuple[pl.LightningModule, str]:
+def as_lightning_prefix(model: nn.Module) -> str:
+    """Return what a fit puts before the model's own names."""
+    return "" if isinstance(model, pl.LightningModule) else "model."
+
+
+def as_lightning_module(model: nn.Module, recovery: Recovery | None) -> tuple[pl.LightningModule, str]:
     """Return a module to fit, and the prefix that it puts before the model's own names.
 
     Raises:
@@ -63,6 +91,8 @@ def _as_lightning_module(model: nn.Module) -> tuple[pl.LightningModule, str]:
     from transformers import PreTrainedModel
 
     causal = isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
+    if causal and recovery is not None:
+        return CausalLMModule(model, recovery.learning_rate, schedule="cosine"), "model."
     if causal:
         return CausalLMModule(model), "model."
     raise TypeError(
@@ -71,15 +101,21 @@ def _as_lightning_module(model: nn.Module) -> tuple[pl.LightningModule, str]:
     )
 
 
-def _as_loader(batches: DataLoader[Any] | Iterable[Any]) -> DataLoader[Any]:
-    """Return a loader that passes batches on as they are; Trainer takes a plain list for several loaders."""
+def as_loader(batches: DataLoader[Any] | Iterable[Any], generator: torch.Generator | None = None) -> DataLoader[Any]:
+    """Return a loader that passes batches on as they are; Trainer takes a plain list for several loaders.
+
+    Args:
+        batches: A loader, or batches.
+        generator: To shuffle batches with; None leaves them in order.
+    """
     if isinstance(batches, DataLoader):
         return batches
     if isinstance(batches, Mapping | torch.Tensor):
         raise TypeError(
             f"Expected a DataLoader or a list of batches but got one {type(batches).__name__}: write [batch]."
         )
-    return DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
+    shuffled: Any = {} if generator is None else {"shuffle": True, "generator": generator}
+    return DataLoader(list(batches), batch_size=None, **shuffled)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -94,6 +130,8 @@ def _quiet_trainer(progress: bool) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PossibleUserWarning)
+            # A recovery looks at their loss all the same.
+            warnings.filterwarnings("ignore", message="You passed in a `val_dataloader` but have no `validation_step`")
             warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec", category=FutureWarning)
             yield
     finally:

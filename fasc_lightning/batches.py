@@ -117,6 +117,13 @@ def calibration_rows(
     return TokenRows(batch_label(trainer), mask, scale, fraction, seeds, may_overflow, scored=scored)
 
 
+def loss_terms_of(
+    pl_module: pl.LightningModule, batch: Any, *, token_mask: TokenMask | None, loss_terms: LossTerms | None
+) -> float:
+    """Return over how many terms a batch's loss is a mean; 1 for a sum."""
+    return _scale(pl_module, batch, batch_mask(pl_module, batch, token_mask), loss_terms)
+
+
 def _scale(pl_module: pl.LightningModule, batch: Any, mask: Tensor | None, loss_terms: LossTerms | None) -> float:
     return _terms(loss_terms or getattr(pl_module, "loss_terms", "mean"), batch, mask)
 

@@ -25,6 +25,9 @@ from fasc_lightning.measure_phase import MeasurePhase
 from fasc_lightning.moments import CalibrationMoments, moment_dtype, moments_bytes
 from fasc_lightning.monitor import LayerScores
 from fasc_lightning.pooled import Gradient
+from fasc_lightning.refine import RefineOptions
+from fasc_lightning.refine_phase import RefinePhase
+from fasc_lightning.refine_report import RefineReport
 from fasc_lightning.refit import RefitReport
 from fasc_lightning.refit_phase import Refit, RefitPhase
 from fasc_lightning.replay import Replay
@@ -36,7 +39,7 @@ from fasc_lightning.taps import Taps, layer_shapes
 SCORE_EVERY, SCORE_TOKENS = 8, 64
 
 #: Entry of :meth:`Calibration.setting`.
-REPLAYED = "replay of batches (refit, measured allocation)"
+REPLAYED = "replay of batches (refit, refinement, measured allocation)"
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,14 @@ class Calibration:
         pl_module: The module of the fit.
         layers: The targeted layers in it, by name.
         options: What to gather.
+        refine: How factors are refined in the end; None for not at all.
 
     Attributes:
         layers: The targeted layers.
         moments: Second moments of their inputs and gradients.
         scores: Their dependence scores.
         refit: The refit that is to follow; None where there shall be none.
+        refine: The refinement after it, likewise.
         replay: The batches of the first process, where what follows runs them once more; empty on the others.
         batches: How many batches were counted, on this process.
         finished: Whether the statistics are those of all processes.
@@ -83,7 +88,8 @@ class Calibration:
     Raises:
         MemoryError: If the moments do not fit.
         ValueError: If a pattern of ``gate_exclude`` matches nothing.
-        RefitError: If a refit is insisted on and the module does not allow one.
+        RefitError: If a refit is insisted on, or a refinement asked for, and the module does not allow one.
+        NoLossError: Likewise, if the module optimises by hand.
     """
 
     def __init__(
@@ -92,6 +98,7 @@ class Calibration:
         pl_module: pl.LightningModule,
         layers: dict[str, nn.Module],
         options: CalibrationOptions,
+        refine: RefineOptions | None = None,
     ) -> None:
         self.layers = layers
         self.options = options
@@ -114,6 +121,9 @@ class Calibration:
         tokens = SCORE_TOKENS if options.gate is None else options.monitor_tokens
         self.scores = LayerScores(layers, tokens, options.rho_gradient, options.seed, device)
         self.refit = RefitPhase.of(options.refit, pl_module, layers)
+        self.refine = None if refine is None else RefinePhase(refine)
+        if refine is not None:
+            RefinePhase.check(pl_module, layers)
         self.replay = Replay()
         self._taps = Taps(layers, self.moments, self.scores)
         self._frozen = None if options.update_weights else FrozenFit(trainer, pl_module)
@@ -127,8 +137,8 @@ class Calibration:
 
     @property
     def replays(self) -> bool:
-        """Whether batches are kept: a refit and the measuring of losses run them once more."""
-        return self.refit is not None or self.options.allocation == "measured"
+        """Whether batches are kept: refit, refinement and the measuring of losses run them once more."""
+        return self.refit is not None or self.refine is not None or self.options.allocation == "measured"
 
     @property
     def begun(self) -> bool:
@@ -303,6 +313,13 @@ class Calibration:
         """Refit the compressed module; see :meth:`~fasc_lightning.refit_phase.RefitPhase.run`."""
         assert self.refit is not None
         return self.refit.run(trainer, pl_module, dense, self.moments, self.replay)
+
+    def run_refine(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, dense: dict[str, nn.Module]
+    ) -> RefineReport | None:
+        """Refine the compressed module; see :meth:`~fasc_lightning.refine_phase.RefinePhase.run`."""
+        assert self.refine is not None
+        return self.refine.run(trainer, pl_module, dense, self.replay)
 
 
 def _named(option: Any) -> str | None:

@@ -16,7 +16,6 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from fasc_lightning import _checks
-from fasc_lightning._memory import peak_memory_bytes, return_freed_memory
 from fasc_lightning.batches import LossTerms, TokenMask, batch_label, observed_rows
 from fasc_lightning.calibration import Calibration, CalibrationOptions
 from fasc_lightning.checkpoints import match_on_load
@@ -30,9 +29,13 @@ from fasc_lightning.pooled import Gradient
 from fasc_lightning.preemption import CalibrationKeeper
 from fasc_lightning.quantize import quantize_layers
 from fasc_lightning.quantized_layers import Quantization
-from fasc_lightning.refit_phase import Refit, refit_figures
-from fasc_lightning.report import CompressionReport, log_report, measure_layers, measure_model
+from fasc_lightning.recovery import FactorRecovery, LoraRecovery, as_recovery, describe_recovery
+from fasc_lightning.recovery_phase import RecoveryCallback
+from fasc_lightning.refit_phase import Refit
+from fasc_lightning.replacement import ReplacementOptions, replace_calibrated
+from fasc_lightning.report import CompressionReport, log_report
 from fasc_lightning.schedule import CalibrationSchedule
+from fasc_lightning.second_fit import SecondFit, recovery_instead
 from fasc_lightning.swap import is_compressed, swap_modules
 from fasc_lightning.taps import layer_shapes, select_layers
 
@@ -112,6 +115,10 @@ class FascCallback(pl.Callback):
         quantize: "int8" holds the targeted layers in int8 when all else is done, those that stay dense included;
             "int8-dynamic" rounds what goes into them, too (:func:`~fasc_lightning.quantize`). What is int8 does not
             train. None does not.
+        recovery: "lora", "factors" or their options (:class:`~fasc_lightning.LoraRecovery`,
+            :class:`~fasc_lightning.FactorRecovery`). This fit compresses; the next one, by a new Trainer with the same
+            callback, trains what recovery trains, and only then is quantised. So does every further one. None: the next
+            fit is not ours.
 
     Attributes:
         report: The :class:`~fasc_lightning.report.CompressionReport`, after the fit.
@@ -152,12 +159,13 @@ class FascCallback(pl.Callback):
         gate_by: Literal["debiased", "pooled", "rho"] = "debiased",
         gate_exclude: str | list[str] | None = None,
         quantize: Quantization | None = None,
+        recovery: Literal["lora", "factors"] | LoraRecovery | FactorRecovery | None = None,
     ) -> None:
         _checks.check_monitor(
             monitor_every_n_steps, monitor_tokens, rho_threshold, emergence_observations, rho_gradient
         )
         if rank is None and keep is None and monitor_every_n_steps is not None:
-            _checks.check_monitor_only(calibration_steps, update_weights, gate, quantize)
+            _checks.check_monitor_only(calibration_steps, update_weights, gate, quantize, recovery)
         else:
             _checks.check_budget(rank, keep)
         check_gate(gate, gate_by, gate_exclude, method)
@@ -198,6 +206,7 @@ class FascCallback(pl.Callback):
         self.gate_by = gate_by
         self.gate_exclude = gate_exclude
         self.quantize: Quantization | None = quantize
+        self.recovery = as_recovery(recovery)
         self.report: CompressionReport | None = None
         self._schedule = CalibrationSchedule(calibration_steps)
         self._keeper = CalibrationKeeper(self.state_key)
@@ -207,13 +216,17 @@ class FascCallback(pl.Callback):
         self._monitor = RhoMonitor(monitor_every_n_steps or 1, monitor_tokens, rho_threshold, rho_gradient, seed)
         self._replaced: dict[str, nn.Module] = {}
         self._set_aside: tuple[list[Any], list[Any]] = [], []
+        self._second = SecondFit(self.recovery, seed, token_mask, loss_terms)
 
     @property
     def options(self) -> dict[str, Any]:
         """The options that decide the result, for reports."""
         names = "rank keep method allocation layout align refit targets exclude calibration_steps update_weights "
         names += "token_fraction rho_gradient gate gate_by gate_exclude quantize"
-        return {name: getattr(self, name) for name in names.split()}
+        options = {name: getattr(self, name) for name in names.split()}
+        if self.recovery is not None:  # what is not done yet is said once it is
+            options |= {"recovery": describe_recovery(self.recovery), "quantize": None}
+        return options
 
     @property
     def rho_history(self) -> RhoHistory:
@@ -229,7 +242,7 @@ class FascCallback(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"rho_history": self.rho_history.state_dict()}
+        state: dict[str, Any] = {"rho_history": self.rho_history.state_dict(), **self._second.state_dict()}
         return state if self.report is None else {**state, "report": self.report.to_dict()}
 
     @override
@@ -238,6 +251,7 @@ class FascCallback(pl.Callback):
         if "report" in state_dict:
             self.report = CompressionReport.from_dict(state_dict["report"])
 
+    @recovery_instead
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -250,30 +264,37 @@ class FascCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._keeper.load(checkpoint)
-        report = checkpoint["callbacks"].get(self.state_key, {}).get("report")
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        report = state.get("report")
         if report is not None and is_compressed(pl_module):
             attach_config(pl_module, method=report["method"], options=report["options"], seed=report["seed"])
+        if trainer.state.fn == "fit":
+            self._second.load(trainer, pl_module, state, self.state_key)
+            self.report = self.report if self._recovering is not None else None
 
     # Phases, in the order of a fit.
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._second.set_up(trainer, pl_module, self.report, self.state_key)
         # Weights of every kind load, whatever form the layers have; in modules of others nothing else can see to it.
         self._load_hook = pl_module.register_load_state_dict_pre_hook(match_on_load)
         if stage != "fit":
             return
         self._forget()  # what a fit that failed may have left
-        self.report = None
+        if self._recovering is None:
+            self.report = None
         _checks.check_strategy(trainer)
         _checks.check_module(pl_module, compresses=False)  # a checkpoint may make a compressed module dense
         if self._compresses:
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             _checks.check_single([c for c in callbacks if isinstance(c, FascCallback) and c._compresses])
-            self._schedule.check(trainer)
             self._keeper.install(trainer)
         if trainer.global_step == 0:  # a checkpoint brings its own history, after this
             self._monitor.history = RhoHistory()
 
+    @recovery_instead
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.report is not None and is_compressed(pl_module):  # as a checkpoint has brought both
@@ -289,18 +310,22 @@ class FascCallback(pl.Callback):
         if self._monitors:
             self._monitor.start(trainer, self._layers)
         if self._compresses:
+            self._schedule.check(trainer)  # only here is it known that the fit is no recovery
             _checks.check_rank_fits(layer_shapes(self._layers), self.rank)
+            self._second.check(pl_module, self._layers)
             check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout, self.align)
             options = CalibrationOptions(**{f.name: getattr(self, f.name) for f in fields(CalibrationOptions)})
-            self._calibration = Calibration(trainer, pl_module, self._layers, options)
+            self._calibration = Calibration(trainer, pl_module, self._layers, options, self._second.refinement)
             self._keeper.resume(trainer, self._calibration, self._schedule)
 
+    @recovery_instead
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._calibration is not None:
             self._schedule.start(trainer)
             self._keeper.start(trainer, self._schedule)
 
+    @recovery_instead
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -325,6 +350,12 @@ class FascCallback(pl.Callback):
         if self._calibrating:
             _checks.check_loss(loss, len(self._layers), batch_label(trainer))
 
+    @recovery_instead
+    @override
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        pass
+
+    @recovery_instead
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -333,14 +364,17 @@ class FascCallback(pl.Callback):
             self._calibration.end_batch()
         self._monitor.end_batch(trainer)
 
+    @recovery_instead
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._monitor.publish(trainer)
 
+    @recovery_instead
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._monitor.publish(trainer)
 
+    @recovery_instead
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._monitor.close(trainer)
@@ -354,6 +388,9 @@ class FascCallback(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._recovering is not None:
+            self._end_recovery(trainer, pl_module, self._recovering)
+            return
         if self._monitors:
             summary = describe(self.rho_history, self.rho_threshold, self.emergence_observations)
             rank_zero_info(f"FascCallback: {summary}")
@@ -368,50 +405,29 @@ class FascCallback(pl.Callback):
             )
         if not calibration.finished:  # the fit had nothing left to run, so that training neither started nor ended
             calibration.finish(trainer)
-        moments_bytes = calibration.moments.nbytes
-        seconds = {"calibrate": calibration.seconds}
-        before = measure_layers(self._layers), measure_model(pl_module)
-        start = time.perf_counter()
-        return_freed_memory()
         # After every `on_train_end`, so that averaging callbacks have put their weights in place.
-        result, reports = calibration.factorize(
-            trainer, pl_module, rank=self.rank, keep=self.keep, layout=self.layout, align=self.align
-        )
-        seconds["factorize"] = time.perf_counter() - start
-        start = time.perf_counter()
-        self._replaced = swap_modules(pl_module, result.replacements)
-        attach_config(pl_module, method=self.method, options=self.options, seed=self.seed)
-        seconds["swap"] = time.perf_counter() - start
-        refitted = None
-        if calibration.refit is not None:
-            start = time.perf_counter()
-            refitted = calibration.run_refit(trainer, pl_module, self._replaced)
-            seconds["refit"] = time.perf_counter() - start
-        after = measure_layers({**self._layers, **result.replacements}), measure_model(pl_module)
-        self.report = CompressionReport(
-            method=self.method,
-            options=self.options,
-            seed=self.seed,
-            targeted={"dense": before[0], "compressed": after[0]},
-            whole={"dense": before[1], "compressed": after[1]},
-            seconds=seconds,
-            moments_bytes=moments_bytes,
-            peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
-            layers=reports,
-            refit=None if refitted is None else refit_figures(refitted),
-        )
-        self._quantize(pl_module)
+        how = ReplacementOptions(**{f.name: getattr(self, f.name) for f in fields(ReplacementOptions)})
+        self.report = replace_calibrated(trainer, pl_module, calibration, how, self._replaced)
+        self._second.keep(self._replaced)
+        if self.recovery is None:
+            self._quantize(pl_module)
         log_report(trainer.loggers, self.report, trainer.global_step)
         rank_zero_info(f"\n{self.report}")
         # They hold the dense parameters, which a checkpoint would otherwise store beside the factors.
         self._set_aside = trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs
         trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
+        if self.recovery is not None:
+            rank_zero_info("FascCallback: the next fit, by a new Trainer with this callback, recovers.")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._calibration is not None:
             self._calibration.settle(trainer)
         self._release()
+        if self._recovering is not None:
+            self._recovering.on_exception(trainer, pl_module, exception)
+            self._keeper.after_exception(trainer, exception, partial(self._end, trainer))
+            return
         if self._monitors:
             with suppress(OSError):  # what went wrong first is what is to be seen
                 write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations, figures=False)
@@ -426,6 +442,9 @@ class FascCallback(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._release()
+        if self._recovering is not None:
+            self._recovering.teardown(trainer, pl_module, stage)
+        self._second.forget()
         if self._calibration is not None and self.report is not None:
             self._keeper.clean(trainer)
         self._end(trainer)
@@ -441,6 +460,10 @@ class FascCallback(pl.Callback):
         return self.monitor_every_n_steps is not None
 
     @property
+    def _recovering(self) -> RecoveryCallback | None:
+        return self._second.running
+
+    @property
     def _calibrating(self) -> bool:
         return self._calibration is not None and self._calibration.running
 
@@ -448,10 +471,22 @@ class FascCallback(pl.Callback):
         if self.quantize is None:
             return
         assert self.report is not None
-        start = time.perf_counter()
-        replaced = quantize_layers(pl_module, self._layers, self.quantize)
+        start, layers = time.perf_counter(), [layer.name for layer in self.report.layers]
+        replaced = quantize_layers(pl_module, layers, self.quantize)
         self._replaced = {**replaced, **self._replaced}  # of layers compressed before, what they were at first
-        self.report = self.report.with_quantized(pl_module, self.quantize, self._layers, time.perf_counter() - start)
+        self.report = self.report.with_quantized(pl_module, self.quantize, layers, time.perf_counter() - start)
+
+    def _end_recovery(self, trainer: pl.Trainer, pl_module: pl.LightningModule, done: RecoveryCallback) -> None:
+        """End a recovery, and quantise what is to be quantised last."""
+        done.on_fit_end(trainer, pl_module)
+        assert self.report is not None
+        assert done.figures is not None
+        self.report = self.report.with_recovered(done.figures)
+        self._quantize(pl_module)
+        report = self.report
+        attach_config(pl_module, method=report.method, options=report.options, seed=report.seed)
+        log_report(trainer.loggers, report, trainer.global_step)
+        rank_zero_info(f"\n{report}")
 
     def _release(self) -> None:
         """Take hooks off and put back what was frozen; safe at any time."""

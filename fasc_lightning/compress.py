@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fasc_lightning._fit import run_fit
+from fasc_lightning._fit import as_loader, run_fit
 from fasc_lightning.callback import FascCallback
+from fasc_lightning.held_out import split_loader
+from fasc_lightning.recovery import Recovery
 from fasc_lightning.report import CompressionReport
 
 
@@ -20,13 +24,17 @@ def compress(
     *,
     rank: int | float | None = None,
     keep: float | None = None,
+    recovery: Literal["lora", "factors"] | Recovery | None = None,
+    recovery_data: DataLoader[Any] | Iterable[Any] | None = None,
+    recovery_held_out: DataLoader[Any] | Iterable[Any] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> CompressionReport:
     """Compress a model in place, as it is: calibrate frozen on the batches, factorise, swap.
 
     Runs a one-epoch Trainer fit with a :class:`FascCallback` on the model's device. The model keeps its device, its
-    training mode and its ``requires_grad`` flags; if anything fails, it is what it was.
+    training mode and its ``requires_grad`` flags; if anything fails, it is what it was. (If a recovery fails, it is
+    compressed and not recovered.)
 
     Args:
         model: A transformers causal language model, or any LightningModule with a ``training_step``.
@@ -34,6 +42,9 @@ def compress(
             "attention_mask" and "labels".
         rank: See :class:`FascCallback`.
         keep: See :class:`FascCallback`.
+        recovery: See :class:`FascCallback`; a second fit then follows, by AdamW, for as long and as fast as it says.
+        recovery_data: What that fit trains on; None for ``batches``.
+        recovery_held_out: What its best state is chosen by; None holds back an eighth of the data, 64 samples at most.
         progress: Whether to show progress bars and the memory that the moments will need.
         **options: Any other option of :class:`FascCallback`; ``update_weights`` must stay False.
 
@@ -61,10 +72,33 @@ def compress(
             "Expected update_weights=False: compress() calibrates a model as it is. To train while calibrating, use "
             "Trainer(callbacks=[FascCallback(...)])."
         )
-    callback = FascCallback(rank=rank, keep=keep, **options)
+    callback = FascCallback(rank=rank, keep=keep, recovery=recovery, **options)
+    if callback.recovery is None and not (recovery_data is None and recovery_held_out is None):
+        raise ValueError("Expected `recovery` together with data for it but got None. HINT: recovery='lora'.")
+    if isinstance(batches, Iterator):  # to go through twice
+        batches = list(batches)
+    if isinstance(recovery_data, Iterator):
+        recovery_data = list(recovery_data)
+    if callback.recovery is not None and recovery_held_out is None and not _has_validation(model):
+        split_loader(as_loader(batches if recovery_data is None else recovery_data))  # refuses before any work is done
     prefix = run_fit(model, batches, callback, progress)
+    if callback.recovery is not None:
+        run_fit(
+            model,
+            batches if recovery_data is None else recovery_data,
+            callback,
+            progress,
+            held_out=recovery_held_out,
+            recovery=callback.recovery,
+            seed=callback.seed,
+        )
     assert callback.report is not None
     return _without_prefix(callback.report, prefix)
+
+
+def _has_validation(model: nn.Module) -> bool:
+    """Tell whether a module brings validation batches of its own."""
+    return isinstance(model, pl.LightningModule) and is_overridden("val_dataloader", model)
 
 
 def _without_prefix(report: CompressionReport, prefix: str) -> CompressionReport:

@@ -8,7 +8,7 @@ import json
 import lzma
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,17 +60,35 @@ def read_text(path: str | Path) -> str:
         ValueError: If the file name has another ending, or a row is no JSON object with a known text field.
     """
     path = Path(path)
+    if text_ending(path) == ".txt":
+        return "".join(open_text(path))
+    return "\n\n".join(_row_text(row, where) for where, row in json_rows(path))
+
+
+def text_ending(path: str | Path) -> str:
+    """Return ``".txt"`` or ``".jsonl"``, whichever a file is when decompressed.
+
+    Raises:
+        ValueError: If the file name has another ending.
+    """
+    path = Path(path)
     ending = Path(path.stem).suffix if path.suffix == ".xz" else path.suffix
     if ending not in (".txt", ".jsonl"):
         raise ValueError(f"Expected a file name ending in .txt, .jsonl, .txt.xz or .jsonl.xz, but got {path.name!r}.")
-    lines = open_text(path)
-    if ending == ".txt":
-        return "".join(lines)
-    return "\n\n".join(
-        _row_text(json_row(line, f"{path.name}, line {number}"), f"{path.name}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    )
+    return ending
+
+
+def json_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a jsonl file (also ``.xz``), each after its file and line for messages; skips blank lines.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line is no JSON object.
+    """
+    for number, line in enumerate(open_text(path), start=1):
+        if line.strip():
+            where = f"{Path(path).name}, line {number}"
+            yield where, json_row(line, where)
 
 
 def named_files(arguments: Iterable[str], option: str = "--eval-text") -> dict[str, str]:
@@ -240,11 +258,54 @@ def calibration_windows(
 
 def _source_text(source: str, tokens: int) -> str:
     """Text of a file, or at least ``tokens`` tokens' worth from the start of a hub data set."""
+    if is_file(source, "calibration"):
+        return read_text(source)
+    documents: list[str] = []
+    length = 0
+    for where, row in hub_rows(source):
+        documents.append(_row_text(row, where))
+        length += len(documents[-1])
+        # No tokenizer in use spends more than a dozen characters on a token over a whole text.
+        if length > 12 * tokens + 1000:
+            break
+    return "\n\n".join(documents)
+
+
+def is_file(source: str, use: str = "data") -> bool:
+    """Return whether a source is a file, and not a hub data set; ``use`` names it in the error.
+
+    Raises:
+        FileNotFoundError: If it reads like a file and there is none.
+    """
     path = Path(source)
-    if path.is_file():
-        return read_text(path)
-    if path.suffix in (".txt", ".jsonl", ".xz"):
-        raise FileNotFoundError(f"Expected a calibration file at {source}, but there is none.")
+    if not path.is_file() and path.suffix in (".txt", ".jsonl", ".xz"):
+        raise FileNotFoundError(f"Expected a {use} file at {source}, but there is none.")
+    return path.is_file()
+
+
+def check_sources(sources: Iterable[str], use: str = "data") -> None:
+    """Refuse files that are missing or of an unknown kind, before anything is loaded; ``use`` names them in the error.
+
+    Raises:
+        FileNotFoundError: If a source reads like a file and there is none.
+        ValueError: If a file name has an unknown ending.
+    """
+    for source in sources:
+        if source != SELF and is_file(source, use):
+            text_ending(source)
+
+
+def hub_rows(source: str, streaming: bool = True) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of a data set of the hub or of a local folder, each after what messages call it.
+
+    Args:
+        source: ``ID``, ``ID:CONFIG`` or ``ID:CONFIG:SPLIT``; the split is ``train`` if not named.
+        streaming: Whether rows come as they are read; else the whole data set is fetched first, and kept in the
+            cache of ``datasets``.
+
+    Raises:
+        ModuleNotFoundError: If ``datasets`` is not installed.
+    """
     name, config, split = [*source.split(":"), None, None][:3]
     try:
         from datasets import load_dataset
@@ -253,15 +314,9 @@ def _source_text(source: str, tokens: int) -> str:
             f"{source!r} is no file, and reading a hub data set needs the extra `eval`. "
             "Run `pip install 'fasc-lightning[eval]'`."
         ) from None
-    documents: list[str] = []
-    length = 0
-    for row in load_dataset(name, config, split=split or "train", streaming=True):
-        documents.append(_row_text(row, f"row {len(documents)}"))
-        length += len(documents[-1])
-        # No tokenizer in use spends more than a dozen characters on a token over a whole text.
-        if length > 12 * tokens + 1000:
-            break
-    return "\n\n".join(documents)
+    rows = load_dataset(name, config or None, split=split or "train", streaming=streaming)
+    for number, row in enumerate(rows):
+        yield f"{source}, row {number}", row
 
 
 def sample_windows(

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from fasc_lightning._tables import Row, markdown_table
 from fasc_lightning.hub import provenance_of
 from fasc_lightning.quantized_layers import quantization_of
-from fasc_lightning.report import CompressionReport, Size, library_versions, measure_layers, measure_model
+from fasc_lightning.report import (
+    CompressionReport,
+    Size,
+    library_versions,
+    measure_layers,
+    measure_model,
+    recovery_line,
+)
 from fasc_lightning.swap import compressed_layers
 
 if TYPE_CHECKING:
@@ -262,7 +269,9 @@ def _making(made: Mapping[str, Any], calibration: str | Sequence[str] | None) ->
         "method": made.get("method", "not stated"),
         "budget": _budget(options),
         "allocation, layout": ", ".join(str(options[name]) for name in ("allocation", "layout") if name in options),
-        "refit": _refit(made),
+        "refit": _outcome(made, "refit", "layers"),
+        "refinement": _outcome(made, "refine", "blocks"),
+        "recovery": _recovery(made),
         "quantised": made["quantization"] or "no",
         "calibration data": _calibration(made, calibration),
         "seed": made.get("seed", "not stated"),
@@ -280,13 +289,24 @@ def _budget(options: Mapping[str, Any]) -> str:
     return "not stated"
 
 
-def _refit(made: Mapping[str, Any]) -> str:
-    refit = made.get("refit")
-    if refit is None:
-        return "none" if "layers" in made else f"{made['options'].get('refit', 'not stated')}"
-    before, after = (refit["loss"][when] for when in ("before", "after"))
-    outcome = "put back" if refit["reverted"] else f"{refit['layers']} layers changed"
+def _outcome(made: Mapping[str, Any], phase: str, parts: str) -> str:
+    """Return what a refit or a refinement did; of one that was not asked for "none", or what is known."""
+    figures = made.get(phase)
+    if figures is None:
+        return "none" if "layers" in made else f"{made['options'].get(phase, 'not stated')}"
+    before, after = (figures["loss"][when] for when in ("before", "after"))
+    outcome = "put back" if figures["reverted"] else f"{figures[parts]} {parts} changed"
     return f"{outcome}, loss on held-out batches {before:.4f} before and {after:.4f} after"
+
+
+def _recovery(made: Mapping[str, Any]) -> str:
+    """Return what a recovery did; nothing if there was none."""
+    figures, options = made.get("recovery"), made["options"].get("recovery")
+    if figures is not None:
+        return recovery_line(figures)
+    if options is None or "layers" in made:  # a report knows of one that has been done
+        return ""
+    return f"{options['arm']}, by {'a teacher' if options['teacher'] else 'labels'}"
 
 
 def _calibration(made: Mapping[str, Any], stated: str | Sequence[str] | None) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fasc_lightning.checkpoints import match_checkpoint
+from fasc_lightning.distillation import Teacher
 
 
 class CausalLMModule(pl.LightningModule):
@@ -23,10 +26,26 @@ class CausalLMModule(pl.LightningModule):
         model: A causal language model, for example ``AutoModelForCausalLM.from_pretrained(...)``.
         learning_rate: Of AdamW over the parameters that require gradients.
         weight_decay: Of AdamW.
+        schedule: "constant", or "cosine": after a warm-up of a tenth of the steps, down to a tenth along a cosine.
+
+    Attributes:
+        teacher: While a recovery with a teacher runs, what gives the loss of the training; None at other times.
     """
 
-    def __init__(self, model: nn.Module, learning_rate: float = 2e-5, weight_decay: float = 0.0) -> None:
+    teacher: Teacher | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        learning_rate: float = 2e-5,
+        weight_decay: float = 0.0,
+        schedule: Literal["constant", "cosine"] = "constant",
+    ) -> None:
         super().__init__()
+        if schedule not in ("constant", "cosine"):
+            raise ValueError(f"Expected `schedule` to be 'constant' or 'cosine' but got {schedule!r}.")
+        self.teacher = None
+        self.schedule = schedule
         self.model = model
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -37,7 +56,7 @@ class CausalLMModule(pl.LightningModule):
 
     @override
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self._loss(batch)
+        loss = self._loss(batch) if self.teacher is None else self._distilled(self.teacher, batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
@@ -48,10 +67,17 @@ class CausalLMModule(pl.LightningModule):
         return loss
 
     @override
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
         # A model whose parameters are all frozen, as for inference, can still be calibrated.
         parameters = [p for p in self.parameters() if p.requires_grad] or list(self.parameters())
-        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        if self.schedule == "constant":
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 <= steps < float("inf"):  # below 0 with a loader of unknown length
+            raise ValueError("Expected a fit of known length for schedule='cosine': give the Trainer max_steps.")
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_cosine, steps=float(steps)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -66,9 +92,34 @@ class CausalLMModule(pl.LightningModule):
         """Return over how many token losses the model's loss is a mean: the predicted, unignored labels."""
         return int((_labels(_checked(batch))[:, 1:] != -100).sum())
 
+    def predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the logits of all tokens, and which tokens have a successor that is a label.
+
+        Returns:
+            Shapes (samples, length, vocabulary), as the model makes them and not a copy, and (samples, length).
+        """
+        return self.model(**_inputs(batch), use_cache=False).logits, _counted(_labels(batch))
+
+    def _distilled(self, teacher: Teacher, batch: Mapping[str, Tensor]) -> Tensor:
+        labels = _labels(_checked(batch))
+        output = self.model(**_inputs(batch), labels=labels if teacher.needs_labels else None, use_cache=False)
+        return teacher.loss(batch, output.logits, _counted(labels), output.loss)
+
     def _loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        inputs = {key: value for key, value in _checked(batch).items() if key != "labels"}
-        return self.model(**inputs, labels=_labels(batch), use_cache=False).loss
+        return self.model(**_inputs(batch), labels=_labels(batch), use_cache=False).loss
+
+
+def _cosine(step: int, steps: float) -> float:
+    """Return the share of the learning rate at a step of so many."""
+    warm = max(1.0, 0.1 * steps)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    done = min(1.0, (step - warm) / max(1.0, steps - warm))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in _checked(batch).items() if key != "labels"}
 
 
 def _labels(batch: Mapping[str, Tensor]) -> Tensor:
@@ -77,6 +128,11 @@ def _labels(batch: Mapping[str, Tensor]) -> Tensor:
     labels = batch["input_ids"]
     mask = batch.get("attention_mask")
     return labels if mask is None else labels.masked_fill(mask == 0, -100)
+
+
+def _counted(labels: Tensor) -> Tensor:
+    """Return True where the next token is a label; False for the last token, which has none."""
+    return nn.functional.pad(labels[:, 1:] != -100, (0, 1), value=False)
 
 
 def _checked(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -15,7 +15,16 @@ from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.factorize import Progress
 from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
 from fasc_lightning.moments import moment_dtype
-from fasc_lightning.refit_blocks import BatchLoss, BlockRunner, Joins, RefitError, find_blocks, joins_stream
+from fasc_lightning.refit_blocks import (
+    WITHOUT_REFIT,
+    BatchLoss,
+    BlockRunner,
+    Joins,
+    RefitError,
+    find_blocks,
+    joins_stream,
+    real_tokens,
+)
 from fasc_lightning.refit_report import BlockRefit, LayerRefit, RefitReport
 from fasc_lightning.refit_solve import (
     DriftMoments,
@@ -81,26 +90,27 @@ class RefitOptions:
             )
 
 
-def check_refit(model: nn.Module, layers: Iterable[str]) -> None:
+def check_refit(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_REFIT) -> None:
     """Refuse models whose layers cannot be refitted block by block; changes nothing and computes nothing.
 
     Args:
         model: The model, dense or compressed.
         layers: Names of the layers that are or will be compressed.
+        remedy: What to do then; ends the error.
 
     Raises:
         RefitError: Saying why.
     """
     layers = list(layers)
-    find_blocks(model, layers)
+    find_blocks(model, layers, remedy)
     modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[int, str] = {}
     wanted = {id(modules[name]): name for name in layers}
     for name, module in modules.items():
         if id(module) in wanted and places.setdefault(id(module), name) != name:
             raise RefitError(
-                f"Expected layers of their own but {name!r} and {places[id(module)]!r} are one: a refit for one place "
-                "would change the other. Exclude it, or compress without refit."
+                f"Expected layers of their own but {name!r} and {places[id(module)]!r} are one: new factors for "
+                f"one place would change the other. {remedy} Or exclude it."
             )
 
 
@@ -163,14 +173,14 @@ def refit(
     start = time.perf_counter()
     options = options or RefitOptions()
     batches = list(batches)
-    layers = _checked_layers(model, dense, gradients)
+    layers = checked_layers(model, dense, gradients, "refit")
     if len(batches) < MIN_BATCHES:
         raise ValueError(
             f"Expected at least {MIN_BATCHES} batches, some of which are held out, but got {len(batches)}. Use smaller "
             "batches."
         )
     check_refit(model, dense)
-    saved = {name: _state(layer) for name, layer in layers.items()}
+    saved = {name: layer_state(layer) for name, layer in layers.items()}
     try:
         with evaluating(model):
             runner = BlockRunner(model, dense, batches, loss)
@@ -213,7 +223,7 @@ class _Refit:
         # Spread over all held-out batches, which may come from several sources in turn.
         count = min(options.judge_batches, len(self.held))
         self.judged = [self.held[i * len(self.held) // count] for i in range(count)]
-        self.rows = [_real_tokens(batch) for batch in runner.batches]
+        self.rows = [real_tokens(batch) for batch in runner.batches]
         # Both streams start from the same embeddings.
         self.exact = list(runner.inputs)
         self.drifted = list(runner.inputs)
@@ -247,14 +257,15 @@ class _Refit:
 
     def _block(self, block: int, current: float) -> float:
         """Refit one block and push both streams past it; returns the judged loss."""
-        inside = {name: layer for name, layer in self.layers.items() if self._holds(block, name)}
+        prefix = self.runner.prefix(block)
+        inside = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
         groups = self.runner.groups(block, self.drifted[0], inside) if inside else []
         first = [self.dense[group[0]] for group in groups]
         with self.runner.dense():
             seen = [self.runner.run_and_see(block, i, hidden, first) for i, hidden in enumerate(self.exact)]
         exact, inputs = [output for _, output in seen], [inputs for inputs, _ in seen]
         del seen
-        saved = {name: _state(inside[name]) for group in groups for name in group}
+        saved = {name: layer_state(inside[name]) for group in groups for name in group}
         reports = []
         for group in groups:  # the inputs of a group are let go with it
             reports += self._group(block, group, exact, [batch.pop(0) for batch in inputs])
@@ -359,10 +370,6 @@ class _Refit:
     def _push(self, block: int, stream: Sequence[Tensor]) -> list[Tensor]:
         return [self.runner.run(block, i, hidden) for i, hidden in enumerate(stream)]
 
-    def _holds(self, block: int, name: str) -> bool:
-        prefix = f"{self.runner.name}." if self.runner.name else ""
-        return name.startswith(f"{prefix}{block}.")
-
     def _judge(self, block: int, hidden: Sequence[Tensor] | None = None) -> float:
         """Return the mean loss of the judged batches from a block's input on; a NaN counts as the worst."""
         if not self.judged:
@@ -376,10 +383,14 @@ class _Refit:
         return sum(self.runner.loss(i) for i in self.held) / len(self.held)
 
 
-def _checked_layers(
-    model: nn.Module, dense: Mapping[str, nn.Module], gradients: Mapping[str, Tensor]
+def checked_layers(
+    model: nn.Module, dense: Mapping[str, nn.Module], gradients: Mapping[str, Tensor] | None, caller: str
 ) -> dict[str, CompressedLinear]:
-    """Return the compressed layers by name, once each has a dense layer and a G of its shape."""
+    """Return the compressed layers by name, once each has a dense layer and, if they are needed, a G of its shape.
+
+    Raises:
+        ValueError: If one does not, or there are none.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     layers: dict[str, CompressedLinear] = {}
     for name, original in dense.items():
@@ -387,22 +398,25 @@ def _checked_layers(
         if not isinstance(layer, CompressedLinear):
             raise ValueError(
                 f"Expected {name!r} to be a compressed layer of the model but it is "
-                f"{'missing' if layer is None else type(layer).__name__}: call refit after the swap."
+                f"{'missing' if layer is None else type(layer).__name__}: call {caller} after the swap."
             )
         m, n = linear_shape(layer)
-        got = tuple(gradients[name].shape) if name in gradients else None
-        if linear_shape(original) != (m, n) or got != (m, m):
+        if linear_shape(original) != (m, n):
             raise ValueError(
-                f"Expected a dense layer of shape ({m}, {n}) and G of shape ({m}, {m}) for {name!r} but got "
-                f"{linear_shape(original)} and {got}."
+                f"Expected a dense layer of shape ({m}, {n}) for {name!r} but got {linear_shape(original)}."
             )
+        if gradients is not None:
+            got = tuple(gradients[name].shape) if name in gradients else None
+            if got != (m, m):
+                raise ValueError(f"Expected G of shape ({m}, {m}) for {name!r} but got {got}.")
         layers[name] = layer
     if not layers:
-        raise ValueError("Expected compressed layers to refit but `dense` is empty.")
+        raise ValueError("Expected compressed layers but `dense` is empty.")
     return layers
 
 
-def _state(layer: CompressedLinear) -> dict[str, Tensor]:
+def layer_state(layer: CompressedLinear) -> dict[str, Tensor]:
+    """Return a copy of a layer's state dict, to put it back with."""
     return {key: value.detach().clone() for key, value in layer.state_dict().items()}
 
 
@@ -422,9 +436,3 @@ def _store(layer: CompressedLinear, factors: Factors) -> None:
         device=parameter.device,
     )
     layer.load_state_dict(built.state_dict())
-
-
-def _real_tokens(batch: Any) -> Tensor | None:
-    """Return which of a batch's flattened tokens are no padding; None if all are."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return None if mask is None or bool(mask.all()) else mask.bool().flatten()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,17 +24,21 @@ Joins = Literal["start", "end"] | None
 #: Largest relative difference between a model's own forward and its blocks called one after the other.
 REPLAY_TOLERANCE = 1e-2
 
+#: Ends the errors of models whose blocks cannot be run one by one.
+WITHOUT_REFIT = "Compress it without refit."
+
 
 class RefitError(ValueError):
     """A model whose blocks cannot be run one by one; nothing of it was changed."""
 
 
-def find_blocks(model: nn.Module, layers: Iterable[str]) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_REFIT) -> tuple[str, nn.ModuleList]:
     """Return the outermost ModuleList whose items hold all of the layers, and its name.
 
     Args:
         model: Any module.
         layers: Dotted names.
+        remedy: What to do where there is none; ends the error.
 
     Raises:
         RefitError: If there is none, or one of its items is registered twice.
@@ -40,8 +46,8 @@ def find_blocks(model: nn.Module, layers: Iterable[str]) -> tuple[str, nn.Module
     layers = list(layers)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise RefitError(
-            f"Expected one stack of blocks to refit but {type(model).__name__} is an encoder-decoder, whose decoder "
-            "reads the encoder as well. Compress it without refit."
+            f"Expected one stack of blocks but {type(model).__name__} is an encoder-decoder, whose decoder "
+            f"reads the encoder as well. {remedy}"
         )
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     for name, blocks in lists.items():  # parents come before children
@@ -49,20 +55,20 @@ def find_blocks(model: nn.Module, layers: Iterable[str]) -> tuple[str, nn.Module
         if all(inside.match(layer) for layer in layers):
             if len({id(block) for block in blocks}) < len(blocks):
                 raise RefitError(
-                    f"Expected blocks of their own in {name!r} but some are one module, registered several times: a "
-                    "refit for one place would change the others. Compress the model without refit."
+                    f"Expected blocks of their own in {name!r} but some are one module, registered several times: "
+                    f"new factors for one place would change the others. {remedy}"
                 )
             return name, blocks
     best = max(lists, key=lambda name: sum(layer.startswith(f"{name}.") for layer in layers), default=None)
     if best is None:
         raise RefitError(
-            f"Expected a model whose blocks form a ModuleList, to refit them one after the other, but "
-            f"{type(model).__name__} has none. Compress it without refit."
+            f"Expected a model whose blocks form a ModuleList, to be run one after the other, but "
+            f"{type(model).__name__} has none. {remedy}"
         )
     outside = [layer for layer in layers if not layer.startswith(f"{best}.")]
     raise RefitError(
         f"Expected all {len(layers)} layers inside one ModuleList of blocks but {len(outside)} are outside of {best!r} "
-        f"(for example {outside[0]!r}). Exclude them, or compress without refit."
+        f"(for example {outside[0]!r}). {remedy} Or exclude them."
     )
 
 
@@ -111,9 +117,12 @@ class BlockRunner:
         dense: The dense layer of each replaced one by name.
         batches: What the model is run on.
         loss: Sends a batch through the model.
+        tokens: At most so many tokens are held, and the first batches that have no more are taken; None: all are.
+        remedy: Ends the errors.
 
     Attributes:
         blocks: The ModuleList.
+        batches: The batches taken.
         inputs: The hidden states that the first block is given, one tensor a batch.
 
     Raises:
@@ -121,18 +130,29 @@ class BlockRunner:
     """
 
     def __init__(
-        self, model: nn.Module, dense: Mapping[str, nn.Module], batches: Sequence[Any], loss: BatchLoss
+        self,
+        model: nn.Module,
+        dense: Mapping[str, nn.Module],
+        batches: Iterable[Any],
+        loss: BatchLoss,
+        tokens: int | None = None,
+        remedy: str = WITHOUT_REFIT,
     ) -> None:
         self.model = model
-        self.name, self.blocks = find_blocks(model, dense)
-        self.batches = batches
+        self.name, self.blocks = find_blocks(model, dense, remedy)
+        self.batches: list[Any] = []
         self._loss = loss
+        self._remedy = remedy
         self._calls: list[list[_BlockCall]] = []
         self._tuples: list[bool] = [False] * len(self.blocks)
         self.inputs: list[Tensor] = []
         modules = dict(model.named_modules(remove_duplicate=False))
         self._slots = [_slot(modules, name, layer) for name, layer in dense.items()]
-        self._capture()
+        self._capture(batches, math.inf if tokens is None else tokens)
+
+    def prefix(self, block: int) -> str:
+        """Return what the names of all that is inside a block start with."""
+        return f"{self.name}.{block}." if self.name else f"{block}."
 
     @torch.no_grad()
     def loss(self, batch: int) -> float:
@@ -150,6 +170,19 @@ class BlockRunner:
         """Return the hidden states that a block makes of others, of a batch."""
         call = self._calls[batch][block]
         return _hidden(self.blocks[block](hidden, *call.args, **call.kwargs))
+
+    def run_with(self, block: int, batch: int, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return what :meth:`run` does, differentiable, with other parameters and buffers in place of the block's.
+
+        Args:
+            block: Which block.
+            batch: Which batch.
+            hidden: Input of the block, in the type of the parameters, to which further arguments are brought.
+            tensors: Parameters and buffers by their name inside the block.
+        """
+        call = self._calls[batch][block]
+        args, kwargs = _in_type((call.args, call.kwargs), hidden.dtype)
+        return _hidden(torch.func.functional_call(self.blocks[block], dict(tensors), (hidden, *args), kwargs))
 
     def run_and_see(
         self, block: int, batch: int, hidden: Tensor, layers: Sequence[nn.Module]
@@ -242,10 +275,16 @@ class BlockRunner:
         return groups
 
     @torch.no_grad()
-    def _capture(self) -> None:
-        """Run the model on every batch and keep what its blocks are given; then check that replaying them agrees."""
+    def _capture(self, batches: Iterable[Any], most: float) -> None:
+        """Run the model on every batch and keep what its blocks are given; then check that replaying them agrees.
+
+        Args:
+            batches: No more of them are asked for than are taken, and one.
+            most: How many tokens to hold.
+        """
         intern = _Interned()
-        for number in range(len(self.batches)):
+        held = 0
+        for number, batch in enumerate(batches):
             calls: list[_BlockCall] = []
             ends: list[Tensor] = []
             handles = []
@@ -253,16 +292,23 @@ class BlockRunner:
                 handles.append(block.register_forward_pre_hook(self._note_call(i, calls, intern), with_kwargs=True))
                 handles.append(block.register_forward_hook(self._note_output(i, ends)))
             try:
-                self.loss(number)
+                self._loss(self.model, batch)
             finally:
                 for handle in handles:
                     handle.remove()
             if len(calls) != len(self.blocks) or len(self.inputs) != number + 1:
                 raise RefitError(
                     f"Expected the model to run the {len(self.blocks)} blocks of {self.name!r} once each but it ran "
-                    f"{len(calls)}. Compress it without refit."
+                    f"{len(calls)}. {self._remedy}"
                 )
+            held += self.inputs[-1].shape[:-1].numel()
+            if held > most:
+                del self.inputs[-1]
+                break
+            self.batches.append(batch)
             self._calls.append(calls)
+        if not self.batches:
+            return
         with self.dense():
             self._check_replay()
 
@@ -271,12 +317,12 @@ class BlockRunner:
             if not args or not isinstance(args[0], Tensor):
                 raise RefitError(
                     f"Expected blocks whose first argument is the hidden states but {type(module).__name__} is called "
-                    "otherwise. Compress the model without refit."
+                    f"otherwise. {self._remedy}"
                 )
             if i == 0:
                 self.inputs.append(args[0].detach())
             if i == len(calls):  # in order and once; else the count tells
-                calls.append(_BlockCall(intern(args[1:]), intern(kwargs)))
+                calls.append(_BlockCall(intern(_without_cache(args[1:])), intern(_without_cache(kwargs))))
 
         return note
 
@@ -307,7 +353,7 @@ class BlockRunner:
             raise RefitError(
                 f"Expected the blocks of {self.name!r}, called one after the other, to do what the model does, but "
                 f"their output differs by {difference:.2g} of its norm: the model does something between them, or "
-                "passes on more than hidden states. Compress it without refit."
+                f"passes on more than hidden states. {self._remedy}"
             )
 
     @contextmanager
@@ -321,6 +367,12 @@ class BlockRunner:
         finally:
             for i, original in enumerate(skipped):
                 self.blocks._modules[str(i)] = original
+
+
+def real_tokens(batch: Any) -> Tensor | None:
+    """Return which of a batch's flattened tokens are no padding, by its "attention_mask"; None if all are."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return None if mask is None or bool(mask.all()) else mask.bool().flatten()
 
 
 @torch.no_grad()
@@ -409,6 +461,29 @@ def _slot(modules: Mapping[str, nn.Module], name: str, dense: nn.Module) -> _Slo
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return a layer's input."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def _without_cache(value: Any) -> Any:
+    """Return arguments without the keys and values of earlier tokens, which every run would add to."""
+    cache = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
+    if cache is not None and isinstance(value, cache):
+        return None
+    if type(value) is dict:
+        return {key: False if key == "use_cache" else _without_cache(item) for key, item in value.items()}
+    if type(value) is tuple:
+        return tuple(_without_cache(item) for item in value)
+    return value
+
+
+def _in_type(value: Any, dtype: torch.dtype) -> Any:
+    """Return arguments with their floating-point tensors in a type."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) is dict:
+        return {key: _in_type(item, dtype) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_in_type(item, dtype) for item in value)
+    return value
 
 
 def _hidden(output: Any) -> Tensor:

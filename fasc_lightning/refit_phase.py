@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from fasc_lightning._distributed import is_distributed
+from fasc_lightning._distributed import share_layers
 from fasc_lightning._progress import layer_progress
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.refit import MIN_BATCHES, RefitOptions, RefitReport, check_refit, refit
@@ -86,12 +85,7 @@ class RefitPhase:
             RuntimeError: On every process but the first, if the first one failed.
         """
         report = on_first_process(trainer, lambda: self._run(trainer, pl_module, dense, moments, replay), "The refit")
-        if not is_distributed(trainer):
-            return report
-        modules = dict(pl_module.named_modules())
-        for name in sorted(dense):
-            for tensor in modules[name].state_dict().values():
-                dist.broadcast(tensor, src=0)
+        share_layers(trainer, pl_module, dense)
         return report
 
     def _run(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
 from fasc_lightning._distributed import is_distributed
@@ -52,7 +53,8 @@ def training_loss(module: nn.Module, batch: Any) -> Tensor:
         NoLossError: If the training step skips it.
     """
     assert isinstance(module, pl.LightningModule)
-    outputs: Any = module.training_step(batch, 0)
+    indexed = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)  # as the Trainer asks
+    outputs: Any = module.training_step(batch, 0) if indexed else module.training_step(batch)
     loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
     if not isinstance(loss, Tensor):
         raise NoLossError(

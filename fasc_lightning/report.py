@@ -82,12 +82,14 @@ class CompressionReport:
         targeted: Sizes of the targeted layers, "dense" and "compressed"; if they were quantised, too, then also
             "unquantized", just before that.
         whole: Sizes of the whole model, alike.
-        seconds: By phase: calibrate, factorize, swap, and refit and quantize if there were such.
+        seconds: By phase: calibrate, factorize, swap, and refit, refine, recover and quantize if there were such.
         moments_bytes: Memory of the statistics.
         peak_memory_bytes: Largest memory of the process (on CUDA: of the device) so far.
         layers: One row a targeted layer.
         refit: What a refit did: layers changed, loss before and after on held-out batches, how many batches there
             were, whether all was put back; None if there was none.
+        refine: What a refinement of the blocks did, likewise, in blocks.
+        recovery: What a recovery did, the figures of :class:`~fasc_lightning.RecoveryCallback`; None if there was none.
         versions: Of the libraries.
     """
 
@@ -101,6 +103,8 @@ class CompressionReport:
     peak_memory_bytes: int
     layers: list[LayerReport] = field(repr=False)
     refit: dict[str, Any] | None = None
+    refine: dict[str, Any] | None = None
+    recovery: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,6 +140,15 @@ class CompressionReport:
             targeted={**self.targeted, "unquantized": self.targeted["compressed"], "compressed": targeted},
             whole={**self.whole, "unquantized": self.whole["compressed"], "compressed": measure_model(model)},
             seconds={**self.seconds, "quantize": seconds},
+        )
+
+    def with_recovered(self, figures: dict[str, Any]) -> CompressionReport:
+        """Return the report with what a recovery did."""
+        return replace(
+            self,
+            recovery=figures,
+            seconds={**self.seconds, "recover": figures["seconds"]},
+            peak_memory_bytes=max(self.peak_memory_bytes, figures.get("peak_memory_bytes", 0)),
         )
 
     @classmethod
@@ -307,13 +320,32 @@ def summary_table(report: CompressionReport) -> str:
         )
     if "unquantized" in report.targeted:
         lines.append(f"the last of these sizes is with the targeted layers in {report.options['quantize']}")
-    if report.refit is not None:
-        loss = report.refit["loss"]
-        outcome = "put back" if report.refit["reverted"] else f"{report.refit['layers']} layers changed"
-        lines.append(f"refit: {outcome}; held-out loss {loss['before']:.4f} -> {loss['after']:.4f}")
+    for phase, parts in (("refit", "layers"), ("refine", "blocks")):
+        figures = getattr(report, phase)
+        if figures is not None:
+            outcome = "put back" if figures["reverted"] else f"{figures[parts]} {parts} changed"
+            loss = figures["loss"]
+            lines.append(f"{phase}: {outcome}; held-out loss {loss['before']:.4f} -> {loss['after']:.4f}")
+    if report.recovery is not None:
+        lines.append(recovery_line(report.recovery))
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())
     lines.append(f"{seconds}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
     return "\n".join(lines)
+
+
+def recovery_line(figures: Mapping[str, Any]) -> str:
+    """Return what a recovery did, in a line."""
+    loss = figures["held_out_loss"]
+    what = f"recovery ({figures['arm']}{', distilled' if figures['teacher'] else ''}, "
+    what += f"{figures['trained_parameters']:,} parameters, {figures['tokens']:,} tokens)"
+    diverged = figures.get("diverged_at")
+    end = "" if diverged is None else f"; stopped after {diverged} steps, as the numbers were no longer finite"
+    if figures["reverted"]:
+        return f"{what}: nothing lowered the held-out loss of {loss['before']:.4f}; the factors are what they were{end}"
+    return (
+        f"{what}: held-out loss {loss['before']:.4f} -> {loss['after']:.4f}, at step {figures['best_step']} of "
+        f"{figures['steps']}{end}"
+    )
 
 
 def _weights(layer: LayerReport) -> int:

@@ -199,3 +199,18 @@ def batch_size(batch: Any) -> int:
             "that returns the number of terms the loss is averaged over."
         )
     return content.shape[0]
+
+
+def count_tokens(batch: Any, mask: Tensor | None = None) -> int:
+    """Return the number of tokens of a batch: real ones where a mask tells, else those of its integers, else samples.
+
+    Args:
+        batch: Any batch.
+        mask: True for real tokens, or None.
+    """
+    if mask is not None:
+        return int(mask.sum())
+    content = identifying_tensor(batch)
+    if content is None:
+        return 0
+    return content.numel() if content.ndim == 2 and not content.is_floating_point() else content.shape[0]

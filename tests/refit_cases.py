@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fasc_lightning.factorize import compress_layers
 from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.refit import causal_loss
 from fasc_lightning.solvers import solver_needs
 from fasc_lightning.study import backward_windows
 from fasc_lightning.swap import swap_modules
@@ -47,6 +48,19 @@ def compressed_case(family: str = "llama", rank: float = 0.4, layout: str = "aut
     result = compress_layers(layers, moments, rank=rank, layout=layout)
     dense = swap_modules(model, result.replacements)
     return Case(model, dense, {name: gradients[name] for name in dense}, batches)
+
+
+def interrupted_loss(calls: int):
+    """The loss of a causal model, interrupted when it is asked for after so many calls."""
+    left = [calls]
+
+    def loss(model, batch):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return causal_loss(model, batch)
+
+    return loss
 
 
 class Block(nn.Module):

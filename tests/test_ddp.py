@@ -67,6 +67,17 @@ def test_two_processes_end_with_the_refit_of_the_first(tmp_path):
     assert changed is (not first["refit"]["reverted"])
 
 
+def test_two_processes_end_with_the_refinement_of_the_first(tmp_path):
+    run_script("ddp_refine.py", tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    report = first["report"]
+    assert report["blocks"] == 2
+    assert report["loss"]["after"] < report["loss"]["before"] - 0.05  # no close call
+    assert second["report"] is None
+    assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
+    assert any(not torch.equal(value, first["before"][name]) for name, value in first["state"].items())
+
+
 def test_two_processes_observe_what_one_does(tmp_path):
     run_script("ddp_monitor.py", 1, "one", tmp_path)
     run_script("ddp_monitor.py", 2, "two", tmp_path)

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import math
+
+import lightning.pytorch as pl
+import pytest
 import torch
-from tiny import Tokens, causal_model
+from tiny import Tokens, causal_model, causal_module, token_loader
 
 from fasc_lightning import CausalLMModule
 
@@ -44,3 +48,45 @@ def test_only_trainable_parameters_are_optimised():
     assert group["lr"] == 0.5
     assert all(p.requires_grad for p in group["params"])
     assert len(group["params"]) == sum(p.requires_grad for p in model.parameters())
+
+
+class Rates(pl.Callback):
+    """The learning rate of each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def test_a_cosine_warms_up_and_falls_to_a_tenth(make_trainer):
+    module, rates = causal_module(), Rates()
+    module.schedule = "cosine"
+    # 100 batches in two epochs, two a step.
+    make_trainer(rates, max_epochs=2, accumulate_grad_batches=2).fit(module, token_loader(batch_size=1, samples=100))
+    shares = [rate / module.learning_rate for rate in rates.seen]
+    assert len(shares) == 100
+    assert shares[:10] == pytest.approx([i / 11 for i in range(1, 11)])
+    after = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 90)) / 2 for i in range(90)]
+    assert shares[10:] == pytest.approx(after)
+    assert 0.1 < shares[-1] < 0.101
+
+
+def test_a_cosine_needs_a_fit_of_known_length(make_trainer):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(token_loader().dataset)
+
+    module = causal_module()
+    module.schedule = "cosine"
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=2)
+    for length in ({"max_epochs": 1}, {"max_epochs": -1}):
+        with pytest.raises(ValueError, match=r"known length.* max_steps"):
+            make_trainer(**length).fit(module, loader)
+    make_trainer(max_epochs=-1, max_steps=2).fit(module, loader)
+
+
+def test_schedules_there_are_not_are_refused():
+    with pytest.raises(ValueError, match="'constant' or 'cosine' but got 'linear'"):
+        CausalLMModule(causal_module().model, schedule="linear")

@@ -273,7 +273,7 @@ def test_a_checkpoint_of_a_fit_that_failed_while_it_compressed_starts_the_calibr
         return module, callback
 
     if fails == "in the middle":
-        monkeypatch.setattr("fasc_lightning.callback.measure_model", fail_after(1))
+        monkeypatch.setattr("fasc_lightning.replacement.measure_model", fail_after(1))
     with pytest.raises(InterruptedError):
         fit(*([Fail()] if fails == "afterwards" else []))
     monkeypatch.undo()

@@ -210,3 +210,51 @@ def test_where_layers_join_the_stream_is_found_by_trying(family, expected):
         if name.startswith(f"{runner.name}.1."):
             joins = next((where for end, where in expected.items() if name.endswith(f".{end}")), None)
             assert joins_stream(runner, 1, hidden, case.model.get_submodule(name)) == joins, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_of_keys_and_values_is_not_added_to(family):
+    """A training step of others does not tell the model to do without one."""
+    case = compressed_case(family, steps=3, rank=0.2)
+
+    def loss(model, batch):
+        return model(**batch).loss
+
+    case.model.eval()
+    runner = BlockRunner(case.model, case.dense, case.batches[:1], loss)
+    plain = BlockRunner(case.model, case.dense, case.batches[:1], causal_loss)
+    hidden = runner.inputs[0]
+    for block in range(len(runner.blocks)):
+        expected = plain.run(block, 0, hidden)
+        for _ in range(2):
+            torch.testing.assert_close(runner.run(block, 0, hidden), expected)
+        hidden = expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_runs_differentiably_with_other_parameters_and_is_itself_again(family):
+    case = compressed_case(family, steps=3)
+    runner = BlockRunner(case.model, case.dense, case.batches[:1], causal_loss)
+    hidden, block = runner.inputs[0], runner.blocks[0]
+    own = dict(block.named_parameters())
+    others = {name: (p.detach() * 1.5).double().requires_grad_() for name, p in own.items()}
+    output = runner.run_with(0, 0, hidden.double(), others)
+    output.sum().backward()
+    assert output.dtype == torch.float64
+    assert all(p.grad is not None for p in others.values())
+    assert all(p is own[name] for name, p in block.named_parameters())
+    usual = runner.run(0, 0, hidden)
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(others[name])
+    assert not torch.allclose(runner.run(0, 0, hidden), usual)
+    torch.testing.assert_close(runner.run(0, 0, hidden), output.detach().float(), rtol=1e-3, atol=1e-4)
+
+
+def test_no_more_tokens_are_held_than_wanted():
+    case = compressed_case(steps=3)  # batches of 48 tokens
+    left = iter(case.batches)
+    runner = BlockRunner(case.model, case.dense, left, causal_loss, tokens=100)
+    assert len(runner.batches) == len(runner.inputs) == len(runner._calls) == 2
+    assert next(left) is case.batches[3]
+    assert BlockRunner(case.model, case.dense, case.batches, causal_loss, tokens=40).batches == []

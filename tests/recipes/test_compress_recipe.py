@@ -187,7 +187,7 @@ def test_a_save_that_fails_does_not_cost_the_report(recipe, folder, monkeypatch)
     def fail(*args, **options):
         raise OSError("no space left")
 
-    monkeypatch.setattr(recipe, "save_compressed", fail)
+    monkeypatch.setattr("fasc_lightning._recipe.save_compressed", fail)
     with pytest.raises(OSError, match="no space left"):
         recipe.main(arguments(folder, "--output", str(folder / "out"), "--report", str(folder / "r.json")))
     assert json.loads((folder / "r.json").read_text())["perplexity"]

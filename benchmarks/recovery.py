@@ -1,0 +1,213 @@
+"""What recovery brings: SmolLM2-135M-Instruct on P1's texts and facts, by arm, teacher, budget and tokens.
+
+    FASC_DATA=<folder with the texts> python benchmarks/recovery.py --output benchmarks/results/recovery
+
+Each budget is compressed once, by recipes/compress.py on its defaults; every arm recovers that model in a process of
+its own. Reports are saved as they end, and rows that are already there are not run again (delete their files after a
+change of the code). None of the evaluation texts is trained on. Prints the tables as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import lightning.pytorch as pl
+import torch
+from p1 import CALIBRATION, FACTS, TEXTS, run_row
+
+from fasc_lightning import CausalLMModule, FactorRecovery, LoraRecovery, load_compressed, recover
+from fasc_lightning._recipe import KERNEL_CACHE
+from fasc_lightning.bundled import load_model
+from fasc_lightning.data import calibration_windows, window_loader
+from fasc_lightning.drift import Questions
+from fasc_lightning.recovery import Precision
+from fasc_lightning.report import write_json
+from fasc_lightning.taps import select_layers
+
+WINDOW = 512
+BATCH = 1
+#: Windows of the recovery's texts by which the best state is chosen; they count as tokens of the recovery.
+HELD = 16
+#: Of the order of the texts' windows; another than the calibration's.
+SEED = 1
+EVAL_WINDOWS = 32
+
+ARMS: dict[str, LoraRecovery | FactorRecovery] = {
+    "lora, labels": LoraRecovery(),
+    "lora, dense teacher": LoraRecovery(teacher="dense"),
+    "factors, labels": FactorRecovery(),
+    "factors, dense teacher": FactorRecovery(teacher="dense"),
+}
+#: What the steps block by block add.
+REFINED = "factors, labels, blocks refined first"
+RECOVERIES = {**ARMS, REFINED: FactorRecovery(refine_steps=64)}
+#: Nothing was trained.
+NONE = "none"
+#: The yardstick: the dense model, trained alike on the labels of the same tokens.
+DENSE = "dense, fine-tuned by lora"
+YARDSTICK = LoraRecovery()
+
+
+def row_name(arm: str, keep: float, tokens: int) -> str:
+    """Return the stem of a row's report."""
+    return f"{arm.replace(', ', '-').replace(' ', '-')}-keep{keep:g}-{tokens // 1000}k"
+
+
+def run(arm: str, keep: float, tokens: int, data: Path, output: Path, precision: Precision | None) -> dict[str, Any]:
+    """Recover the compressed model of a budget and measure it; returns the row."""
+    dense, tokenizer = load_model("smollm2")
+    dense.eval()
+    windows = calibration_windows(
+        [str(data / file) for file in CALIBRATION], tokenizer, windows=tokens // WINDOW, window=WINDOW, seed=SEED
+    )
+    train, held = window_loader(windows[HELD:], BATCH), window_loader(windows[:HELD], BATCH)
+    start, figures = time.perf_counter(), None
+    if arm == DENSE:
+        model = dense
+        fine_tune(model, train, replace(YARDSTICK, precision=precision))
+    else:
+        model = load_compressed(output / f"keep{keep:g}")
+        recovery = replace(RECOVERIES[arm], precision=precision)
+        teacher = dense if recovery.teacher is not None or recovery.refine_steps else None
+        figures = recover(model, train, recovery, dense=teacher, held_out=held)
+    seconds = time.perf_counter() - start
+    questions = Questions.load(
+        {name: str(data / file) for name, file in TEXTS.items()},
+        str(data / FACTS),
+        tokenizer,
+        windows=EVAL_WINDOWS,
+        window=WINDOW,
+    )
+    questions = replace(questions, heldout=held)
+    found = questions.measure(model, tokenizer)
+    assert found.facts is not None
+    return {
+        "arm": arm,
+        "keep": keep,
+        "tokens": tokens,
+        "batch": BATCH * WINDOW,
+        "precision": precision,
+        "perplexity": found.perplexity,
+        "facts": found.facts.percent,
+        "held_out": found.heldout,
+        "seconds": seconds,
+        "recovery": figures,
+    }
+
+
+def fine_tune(model: Any, train: Any, recovery: LoraRecovery) -> None:
+    """Train adapters on the layers that are compressed elsewhere and merge them, as long and as fast as a recovery."""
+    from peft import get_peft_model
+
+    config = recovery.lora_config()
+    config.target_modules = list(select_layers(model))
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, config)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=recovery.epochs,
+        precision=recovery.precision,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(CausalLMModule(adapted, recovery.learning_rate, schedule="cosine"), train)
+    adapted.merge_and_unload()
+
+
+def unrecovered(report: dict[str, Any], keep: float, state: str) -> dict[str, Any]:
+    """Return the row of a model that nothing was trained on, from the report of its compression."""
+    perplexity = {name: report["perplexity"][name][state] for name in TEXTS}
+    return {"arm": NONE, "keep": keep, "perplexity": perplexity, "facts": report["facts"][state]}
+
+
+def table(rows: Sequence[dict[str, Any]], dense: dict[str, Any]) -> str:
+    """Return rows as a Markdown table, each measure beside how many times, or what share, it is of the dense one."""
+    first = " | ".join(f"{dense['perplexity'][name]:.2f}" for name in TEXTS)
+    lines = [
+        "| keep | recovery | tokens | WikiText-2 | C4, other domain | facts | minutes |",
+        "|---|---|---|---|---|---|---|",
+        f"| | dense | | {first} | {dense['facts']:.1f} % | |",
+    ]
+    for row in rows:
+        keep = "" if row["arm"] == DENSE else f"{row['keep']:g}"
+        tokens, minutes = (f"{row['tokens'] // 1000}k", f"{row['seconds'] / 60:.0f}") if "tokens" in row else ("", "")
+        texts = (f"{row['perplexity'][name]:.2f} ({_times(row, dense, name)}x)" for name in TEXTS)
+        facts = f"{row['facts']:.1f} % ({100 * row['facts'] / dense['facts']:.1f} % of dense)"
+        lines.append("| " + " | ".join([keep, row["arm"], tokens, *texts, facts, minutes]) + " |")
+    return "\n".join(lines)
+
+
+def _times(row: dict[str, Any], dense: dict[str, Any], text: str) -> str:
+    return f"{row['perplexity'][text] / dense['perplexity'][text]:.3f}"
+
+
+def main() -> None:
+    """Run all rows that are missing, or one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/recovery"))
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.4], help="budgets of the best arm")
+    parser.add_argument("--table-tokens", type=int, default=60_000, help="of every arm, at the first budget")
+    parser.add_argument("--tokens", type=int, default=400_000, help="of the best arm, at all budgets")
+    parser.add_argument("--best", choices=list(ARMS), help="arm of the long runs; default: the best of the table")
+    parser.add_argument(
+        "--precision",
+        default="bf16-mixed",
+        choices=get_args(Precision),
+        help="of the training; measuring is in float32",
+    )
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    folder = os.environ.get("FASC_DATA")
+    if folder is None or not (Path(folder) / FACTS).exists():
+        sys.exit(f"Expected FASC_DATA to name the folder that holds {FACTS} and the texts, but it is {folder!r}.")
+    data, output = Path(folder), arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    if arguments.row is not None:
+        arm, keep, tokens = json.loads(arguments.row)
+        write_json(
+            run(arm, keep, tokens, data, output, arguments.precision), output / f"{row_name(arm, keep, tokens)}.json"
+        )
+        return
+
+    def row(arm: str, keep: float, tokens: int) -> dict[str, Any]:
+        path = output / f"{row_name(arm, keep, tokens)}.json"
+        if not path.exists():
+            command = [sys.executable, __file__, "--output", str(output), "--precision", arguments.precision]
+            subprocess.run(
+                [*command, "--row", json.dumps([arm, keep, tokens])], check=True, env={**KERNEL_CACHE, **os.environ}
+            )
+        return json.loads(path.read_text())
+
+    def compressed(keep: float) -> dict[str, Any]:
+        name = f"keep{keep:g}"
+        return run_row(name, ["--keep", str(keep), "--output", str(output / name)], data, output)
+
+    first = arguments.keep[0]
+    dense = unrecovered(compressed(first), first, "dense")
+    rows = [unrecovered(compressed(first), first, "compressed")]
+    trained = [row(arm, first, arguments.table_tokens) for arm in ARMS]
+    rows += [*trained, *(row(arm, first, arguments.table_tokens) for arm in (REFINED, DENSE))]
+    # On text of the recovery's own, by the loss of its labels: a teacher's loss is another quantity.
+    best = arguments.best or min(trained, key=lambda found: found["held_out"])["arm"]
+    for keep in arguments.keep:
+        if keep != first:
+            rows.append(unrecovered(compressed(keep), keep, "compressed"))
+        rows.append(row(best, keep, arguments.tokens))
+    text = table(rows, dense)
+    (output / "recovery.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

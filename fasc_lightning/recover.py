@@ -1,0 +1,123 @@
+"""recover(): the fit after a compression, in one call, of a model that is compressed already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.data import DataLoader
+
+from fasc_lightning._fit import as_lightning_module, as_lightning_prefix, as_loader, run_fit
+from fasc_lightning.distillation import frozen_copy
+from fasc_lightning.held_out import split_loader
+from fasc_lightning.recovery import Recovery, as_recovery, refine_options
+from fasc_lightning.recovery_checks import check_recoverable
+from fasc_lightning.recovery_phase import RecoveryCallback
+from fasc_lightning.refine import refine
+from fasc_lightning.refine_phase import refine_figures
+from fasc_lightning.refit import layer_state
+from fasc_lightning.replay import silent, training_loss
+from fasc_lightning.swap import compressed_layers
+
+
+def recover(
+    model: nn.Module,
+    batches: DataLoader[Any] | Iterable[Any],
+    recovery: Literal["lora", "factors"] | Recovery = "lora",
+    *,
+    dense: nn.Module | Mapping[str, nn.Module] | None = None,
+    held_out: DataLoader[Any] | Iterable[Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train the factors of a compressed model, or adapters on them, in place, and keep what helps.
+
+    For a model that was saved and loaded since, or to compare recoveries of one compression;
+    :func:`~fasc_lightning.compress` does both. The model keeps its device, its training mode and its ``requires_grad``
+    flags; if anything fails, it is what it was.
+
+    Args:
+        model: A compressed transformers causal language model, or any LightningModule with compressed layers.
+        batches: A DataLoader, or batches, as :func:`~fasc_lightning.compress` takes them.
+        recovery: What to train, how long and how fast.
+        dense: For a teacher or ``refine_steps``: the dense model, or its layers by name. It stays as it is.
+        held_out: What the best state is chosen by; None holds back an eighth of the data, 64 samples at most.
+        seed: Of the order of batches and of the adapters' start.
+        progress: Whether to show progress bars.
+
+    Returns:
+        What was done, in plain types: see ``report.recovery``; with ``refine_steps`` also "refine".
+
+    Raises:
+        MisconfigurationException: If the model cannot be recovered, or ``dense`` is no dense form of it.
+        ValueError: If ``dense`` is given and nobody is taught by it.
+        TypeError: If the model is neither a LightningModule nor a causal language model of transformers.
+    """
+    options = as_recovery(recovery)
+    if options is None:
+        raise ValueError("Expected `recovery` to say what is trained but got None. HINT: recovery='lora'.")
+    if dense is not None and options.distillation is None and not options.refine_steps:
+        raise ValueError(
+            "Expected `dense` for a recovery with a teacher or a refinement but there is none. HINT: "
+            "recovery=LoraRecovery(teacher='dense'), or leave `dense` out."
+        )
+    if isinstance(batches, Iterator):  # a refinement goes through them, too
+        batches = list(batches)
+    prefix = as_lightning_prefix(model)
+    layers: dict[str, nn.Module] = {}
+    if isinstance(dense, nn.Module):
+        modules = dict(dense.named_modules(remove_duplicate=False))
+        layers = {prefix + name: modules[name] for name in compressed_layers(model) if name in modules}
+    elif dense is not None:
+        layers = {prefix + name: layer for name, layer in dense.items()}
+    callback = RecoveryCallback(options, layers, seed=seed)
+    before = {name: layer_state(layer) for name, layer in compressed_layers(model).items()}
+    try:
+        refined = _refine_first(model, layers, batches, held_out is None, options, seed)
+        run_fit(model, batches, callback, progress, held_out=held_out, recovery=options, seed=seed)
+    except BaseException:  # the fit has undone its own part
+        for name, layer in compressed_layers(model).items():
+            layer.load_state_dict(before[name])
+        raise
+    assert callback.figures is not None
+    return {**callback.figures, **refined}
+
+
+def _refine_first(
+    model: nn.Module,
+    dense: Mapping[str, nn.Module],
+    batches: DataLoader[Any] | Iterable[Any],
+    split: bool,
+    recovery: Recovery,
+    seed: int,
+) -> dict[str, Any]:
+    """Refine the blocks, if that is asked for, on batches that the recovery does not hold back.
+
+    Raises:
+        MisconfigurationException: If the dense layers are not all at hand.
+    """
+    options = refine_options(recovery, seed)
+    if options is None:
+        return {}
+    module, _ = as_lightning_module(model, recovery)
+    check_recoverable(module, recovery)
+    if missing := sorted(set(compressed_layers(module)) - set(dense)):
+        raise MisconfigurationException(
+            f"Expected the dense layers, towards which a refinement goes, but {missing[0]!r} and {len(missing) - 1} "
+            "others are not at hand. HINT: recover(..., dense=...), or refine_steps=0."
+        )
+    device = next(module.parameters()).device
+    loader = as_loader(batches)
+    train = split_loader(loader)[0] if split else loader
+    with silent(module):
+        report = refine(
+            module,
+            {name: frozen_copy(layer, device) for name, layer in dense.items()},
+            (move_data_to_device(batch, device) for batch in train),
+            **vars(options),
+            loss=training_loss,
+        )
+    return {"refine": refine_figures(report)}

@@ -1,0 +1,105 @@
+"""From a calibration to a compressed module: factorise, swap, refit, refine, and say what was done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+
+from fasc_lightning._memory import peak_memory_bytes, return_freed_memory
+from fasc_lightning.calibration import Calibration
+from fasc_lightning.hub import attach_config
+from fasc_lightning.layouts import Layout
+from fasc_lightning.refine_phase import refine_figures
+from fasc_lightning.refit_phase import refit_figures
+from fasc_lightning.report import CompressionReport, measure_layers, measure_model
+from fasc_lightning.swap import swap_modules
+
+
+@dataclass(frozen=True)
+class ReplacementOptions:
+    """What a :class:`~fasc_lightning.FascCallback` makes of a calibration, its options under the same names.
+
+    Attributes:
+        rank: See there.
+        keep: Likewise.
+        layout: Likewise.
+        align: Likewise.
+        method: Likewise.
+        seed: Likewise.
+        options: All that decide the result, for reports.
+    """
+
+    rank: int | float | None
+    keep: float | None
+    layout: Layout
+    align: int
+    method: str
+    seed: int
+    options: dict[str, Any]
+
+
+def replace_calibrated(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    calibration: Calibration,
+    how: ReplacementOptions,
+    replaced: dict[str, nn.Module],
+) -> CompressionReport:
+    """Swap a calibrated module's layers for low-rank ones, in place.
+
+    Args:
+        trainer: Of the fit.
+        pl_module: The module, dense.
+        calibration: Of all processes, finished.
+        how: What to make of it.
+        replaced: Is given the dense layers by name as soon as they are out of the module: if anything fails after
+            that, the caller can put them back.
+
+    Returns:
+        What was done.
+    """
+    seconds = {"calibrate": calibration.seconds}
+
+    @contextmanager
+    def timed(phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[phase] = time.perf_counter() - start
+
+    moments_bytes = calibration.moments.nbytes
+    before = measure_layers(calibration.layers), measure_model(pl_module)
+    return_freed_memory()
+    with timed("factorize"):
+        result, layers = calibration.factorize(
+            trainer, pl_module, rank=how.rank, keep=how.keep, layout=how.layout, align=how.align
+        )
+    with timed("swap"):
+        replaced.update(swap_modules(pl_module, result.replacements))
+        attach_config(pl_module, method=how.method, options=how.options, seed=how.seed)
+    refitted = refined = None
+    if calibration.refit is not None:
+        with timed("refit"):
+            refitted = calibration.run_refit(trainer, pl_module, replaced)
+    if calibration.refine is not None:
+        with timed("refine"):
+            refined = calibration.run_refine(trainer, pl_module, replaced)
+    after = measure_layers({**calibration.layers, **result.replacements}), measure_model(pl_module)
+    return CompressionReport(
+        method=how.method,
+        options=how.options,
+        seed=how.seed,
+        targeted={"dense": before[0], "compressed": after[0]},
+        whole={"dense": before[1], "compressed": after[1]},
+        seconds=seconds,
+        moments_bytes=moments_bytes,
+        peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
+        layers=layers,
+        refit=None if refitted is None else refit_figures(refitted),
+        refine=None if refined is None else refine_figures(refined),
+    )

@@ -1,0 +1,417 @@
+"""Compress a language model, then train back what it lost: one small, merged, better model, measured at each stage.
+
+On its defaults it needs no data and no network: SmolLM2-135M-Instruct from an installed wheel is compressed on text
+that it samples itself, and then learns from its dense self on more of such text:
+
+    python recipes/compress_then_finetune.py
+
+With data of your own, instructions or plain text; only the answers of instructions are learnt:
+
+    python recipes/compress_then_finetune.py --model FOLDER_OR_HUB_ID --keep 0.8 --calibration a.txt b.txt \
+        --data instructions.jsonl --tokens 400000 --recovery lora --teacher dense --checkpoints checkpoints \
+        --eval-text news=news.txt --eval-facts facts.jsonl --output recovered --report report.json
+
+A tenth of the data is held out and never trained on (nor calibrated on, where plain text is long enough). It, the texts
+and the facts are asked of the dense, of the compressed and of the recovered model: the report's `drift` says what was
+lost and won back on the data's own domain and elsewhere. An eighth of the rest chooses the state that is kept. A run
+that was stopped goes on from its --checkpoints when it is started again. Every option can also stand in a YAML file
+given as `--config FILE`; some are in recipes/configs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
+from torch import Tensor
+
+from fasc_lightning import CausalLMModule, FascCallback
+from fasc_lightning._fit import run_fit
+from fasc_lightning._options import (
+    add_compression_options,
+    add_evaluation_options,
+    add_output_options,
+    add_source_options,
+    check_run,
+    compression_options,
+)
+from fasc_lightning._recipe import KERNEL_CACHE, measurement_lines, perplexity_line, save_results
+from fasc_lightning.bundled import load_model
+from fasc_lightning.data import calibration_windows, check_sources, window_loader
+from fasc_lightning.distillation import Distillation
+from fasc_lightning.drift import (
+    BUILTIN_TEXT,
+    HELD_OUT,
+    Measured,
+    Questions,
+    compare_facts,
+    compare_heldout,
+    compare_perplexity,
+    drift,
+)
+from fasc_lightning.finetune_data import (
+    EMPTY,
+    OVERLONG,
+    FinetuneData,
+    check_data_options,
+    check_window,
+    finetune_data,
+)
+from fasc_lightning.recovery import FactorRecovery, LoraRecovery, Precision
+from fasc_lightning.report import write_json
+
+ARMS = {"lora": LoraRecovery, "factors": FactorRecovery}
+#: Options that mean nothing beside others.
+UNUSED = {
+    ("recovery", "lora"): ("norms",),
+    ("recovery", "factors"): ("r", "alpha"),
+    ("teacher", "none"): ("temperature", "teacher_weight", "teacher_blocks", "teacher_cache"),
+}
+#: What says where things go, and not what is done.
+PLACES = frozenset({"config", "output", "report", "licence", "device", "checkpoints", "checkpoint_every"})
+#: What has no part in what the model becomes.
+MEASURING = frozenset({"eval_text", "eval_facts", "eval_windows", "in_domain"})
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of this recipe's options."""
+    parser = ArgumentParser(prog="compress_then_finetune.py", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add_source_options(parser, windows=32)
+    add_compression_options(parser)
+    add("--recovery", default="lora", choices=list(ARMS), help="what is trained: adapters, or the factors")
+    add("--teacher", default="dense", choices=["dense", "none"], help="whose outputs are the target; none: the labels'")
+    add("--temperature", type=float, default=1.0, help="of the teacher's and the student's distributions")
+    add("--teacher-weight", type=float, default=1.0, help="of the teacher's predictions against the labels'")
+    add("--teacher-blocks", type=float, default=0.0, help="weight of the outputs of the teacher's blocks")
+    add("--teacher-cache", help="folder for the teacher's largest logits, instead of asking it again at each step")
+    add("--r", type=int, default=8, help="rank of the adapters")
+    add("--alpha", type=float, help="adapters are multiplied by alpha / r; default: 2 r")
+    add("--norms", type=bool, default=False, help="whether norms are trained beside the factors")
+    add("--refine-steps", type=int, default=0, help="steps towards each dense block's output before all is trained")
+    add("--data", nargs="+", help="what to recover on, named like --calibration; default: what --calibration names")
+    add("--tokens", type=int, default=16384, help="tokens of the data to read, those held out included")
+    add("--heldout", type=float, default=0.1, help="share of the data that is only measured on")
+    add("--answers-only", type=bool, default=True, help="whether instructions themselves are learnt")
+    add("--pack", type=bool, default=True, help="whether examples share a window, and then see those before them")
+    add("--overlong", default="cut", choices=list(OVERLONG), help="what becomes of instructions beyond a window")
+    add("--empty", default="error", choices=list(EMPTY), help="what becomes of instructions without an answer")
+    add("--streaming", type=bool, default=True, help="whether hub data sets are read row by row")
+    add("--epochs", type=int, default=1, help="passes over the data")
+    add("--steps", type=int, help="most optimizer steps of the recovery")
+    add("--accumulate", type=int, default=1, help="batches an optimizer step")
+    rates = ", ".join(f"{recovery().learning_rate:g} for {arm}" for arm, recovery in ARMS.items())
+    add("--lr", type=float, help=f"learning rate at its highest; default: {rates}")
+    add("--precision", choices=get_args(Precision), help="of the recovery's fit; default: the Trainer's")
+    add("--validate-every", type=int, help="optimizer steps from one held-out loss to the next; default: 8 in a fit")
+    add("--patience", type=int, help="stop after so many held-out losses that were no better")
+    add("--checkpoints", help="folder for the recovery's last checkpoint; one that is there is gone on from")
+    add("--checkpoint-every", type=int, default=50, help="optimizer steps from one checkpoint to the next")
+    add_evaluation_options(parser, windows=16)
+    add("--in-domain", nargs="+", default=[], help="names of those texts that are of the data's domain")
+    add_output_options(parser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe; returns the report that it writes."""
+    parser = build_parser()
+    options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
+    check_used(options, parser)
+    recovery = check(options)
+    if options.precision == "bf16-mixed":
+        for name, value in KERNEL_CACHE.items():
+            os.environ.setdefault(name, value)
+    clock = Clock()
+    with clock("load"):
+        model, tokenizer = load_model(options.model)
+        model.eval().to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        check_window(options.window, tokenizer, model)
+        questions = Questions.load(
+            options.eval_text,
+            options.eval_facts,
+            tokenizer,
+            windows=options.eval_windows,
+            window=options.window,
+            seed=options.seed,
+        )
+    with clock("data"):
+        calibration = calibration_windows(
+            options.calibration,
+            tokenizer,
+            windows=options.windows,
+            window=options.window,
+            seed=options.seed,
+            model=model,
+        )
+        data = recovery_data(options, model, tokenizer, calibration)
+    print(f"Data: {data.summary}")
+    questions = replace(questions, heldout=data.heldout or ())
+    states: dict[str, Measured] = {}
+
+    with clock("evaluate"):
+        print("Evaluating the dense model")
+        states["dense"] = questions.measure(model, tokenizer)
+
+    callback = FascCallback(**compression_options(options), update_weights=False, recovery=recovery)
+    module = CausalLMModule(model, recovery.learning_rate, schedule="cosine")
+    print(f"Compressing on {options.windows} windows of {options.window} tokens from {', '.join(options.calibration)}")
+    run_fit(module, window_loader(calibration, options.batch_size), callback, progress=True)
+
+    with clock("evaluate"):
+        print("Evaluating the compressed model")
+        states["compressed"] = questions.measure(model, tokenizer)
+
+    print(f"Recovering on {', '.join(options.data)}")
+    try:
+        recover(options, recovery, module, callback, data)
+        with clock("evaluate"):
+            print("Evaluating the recovered model")
+            states["recovered"] = questions.measure(model, tokenizer)
+    except BaseException:  # what has been done by then took most of the time
+        print("The recovery failed. This is the compressed model:")
+        finish(options, model, tokenizer, full_report(options, callback, data, clock.seconds, states), callback)
+        raise
+    content = full_report(options, callback, data, clock.seconds, states)
+    finish(options, model, tokenizer, content, callback)
+    return content
+
+
+def finish(options: Namespace, model: Any, tokenizer: Any, content: dict[str, Any], callback: FascCallback) -> None:
+    """Print what was measured, and save the model and the report where they are asked for."""
+    print(f"\n{callback.report}\n", *report_lines(content), sep="\n")
+    print(save_results(options, model, tokenizer, content))
+
+
+class Clock:
+    """Seconds of each phase; a phase that comes again is added to."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time a phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def check_used(options: Namespace, parser: ArgumentParser) -> None:
+    """Refuse options that would be ignored.
+
+    Raises:
+        ValueError: If one is not at its default.
+    """
+    for (name, value), unused in UNUSED.items():
+        for other in unused if options[name] == value else ():
+            if options[other] != parser.get_default(other):
+                raise ValueError(
+                    f"Expected no --{_dashed(other)} together with --{name} {value}, which has no use for it, but got "
+                    f"{options[other]}. Leave one of them out."
+                )
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def check(options: Namespace) -> LoraRecovery | FactorRecovery:
+    """Fill in what depends on other options, and refuse what cannot work before anything is loaded.
+
+    Returns:
+        The recovery that is asked for.
+
+    Raises:
+        ValueError: If an option is out of range.
+        FileNotFoundError: If a file is missing.
+        FileExistsError: If --output holds files, but no saved model.
+    """
+    options.data = options.data or list(options.calibration)
+    check_run(options, ("tokens", "epochs", "steps", "accumulate", "checkpoint_every"))
+    check_data_options(options.data, options.tokens, options.heldout)
+    check_sources(options.data)
+    check_in_domain(options)
+    teacher = None
+    if options.teacher == "dense":
+        teacher = Distillation(
+            temperature=options.temperature,
+            weight=options.teacher_weight,
+            blocks=options.teacher_blocks,
+            cache=options.teacher_cache,
+        )
+    common = {name: options[name] for name in ("refine_steps", "epochs", "precision", "validate_every", "patience")}
+    common["teacher"] = teacher
+    if options.lr is not None:
+        common["learning_rate"] = options.lr
+    recovery: LoraRecovery | FactorRecovery
+    if options.recovery == "lora":
+        recovery = LoraRecovery(r=options.r, alpha=options.alpha, **common)
+    else:
+        recovery = FactorRecovery(norms=options.norms, **common)
+    options.lr = recovery.learning_rate
+    check_checkpoints(options)
+    return recovery
+
+
+def check_in_domain(options: Namespace) -> None:
+    """Refuse texts of the data's domain that nothing is measured on.
+
+    Raises:
+        ValueError: If there are such.
+    """
+    builtin = not (options.eval_text or options.eval_facts)
+    names = [BUILTIN_TEXT] if builtin else list(options.eval_text)
+    if unknown := set(options.in_domain) - set(names):
+        raise ValueError(f"Expected --in-domain to name some of {names} but got {sorted(unknown)}.")
+
+
+def check_checkpoints(options: Namespace) -> None:
+    """Refuse to go on from a checkpoint of a run with other options, whose model would be mixed with this one's.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if not options.checkpoints or not _last(options).is_file():
+        return
+    expected, found = _resumed_options(options), {}
+    if _options_file(options).is_file():
+        found = json.loads(_options_file(options).read_text())
+    if other := [name for name in expected if name not in found or found[name] != expected[name]]:
+        values = (f"--{_dashed(name)} {found.get(name)} and not {expected[name]}" for name in other[:3])
+        raise ValueError(
+            f"Expected --checkpoints to hold a checkpoint of this very run but {_last(options)} is of one with "
+            f"{', '.join(values)}. Give the same options, another folder, or delete that file to begin again."
+        )
+
+
+def _last(options: Namespace) -> Path:
+    return Path(options.checkpoints) / "last.ckpt"
+
+
+def _options_file(options: Namespace) -> Path:
+    return Path(options.checkpoints) / "options.json"
+
+
+def _resumed_options(options: Namespace) -> dict[str, Any]:
+    """Return the options that a checkpoint depends on, as they are in JSON."""
+    return {name: value for name, value in _stated(options).items() if name not in MEASURING}
+
+
+def _stated(options: Namespace) -> dict[str, Any]:
+    """Return the options that say what is done."""
+    return {name: value for name, value in vars(options).items() if name not in PLACES}
+
+
+def recovery_data(options: Namespace, model: Any, tokenizer: Any, calibration: Tensor) -> FinetuneData:
+    """Return what to recover on; what is held out was not calibrated on either, where there is enough text."""
+    return finetune_data(
+        options.data,
+        tokenizer,
+        window=options.window,
+        tokens=options.tokens,
+        heldout=options.heldout,
+        batch_size=options.batch_size,
+        pack=options.pack,
+        answers_only=options.answers_only,
+        overlong=options.overlong,
+        empty=options.empty,
+        streaming=options.streaming,
+        # Text that the model samples is to be another than what it was calibrated on.
+        seed=options.seed + 1,
+        model=model,
+        calibrated=calibration,
+    )
+
+
+def recover(
+    options: Namespace,
+    recovery: LoraRecovery | FactorRecovery,
+    module: pl.LightningModule,
+    callback: FascCallback,
+    data: FinetuneData,
+) -> None:
+    """Fit once more with the callback that compressed the module; it trains what the recovery trains, and merges."""
+    device = next(module.parameters()).device
+    callbacks: list[pl.Callback] = [callback]
+    last = None
+    if options.checkpoints:
+        last = _last(options) if _last(options).is_file() else None
+        write_json(_resumed_options(options), _options_file(options))
+        callbacks.append(
+            ModelCheckpoint(
+                options.checkpoints,
+                filename="last",
+                every_n_train_steps=options.checkpoint_every,
+                enable_version_counter=False,
+            )
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PossibleUserWarning)  # advice on loader workers and loggers
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        trainer = pl.Trainer(
+            accelerator="gpu" if device.type == "cuda" else device.type,
+            devices=[device.index or 0] if device.type == "cuda" else 1,
+            max_epochs=recovery.epochs,
+            precision=recovery.precision,
+            max_steps=options.steps or -1,
+            accumulate_grad_batches=options.accumulate,
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=bool(options.checkpoints),
+            enable_model_summary=False,
+            callbacks=callbacks,
+        )
+        if last is not None:  # not as an argument of `fit`, which callbacks see too late
+            trainer.ckpt_path = last
+        try:
+            trainer.fit(module, data.train)
+        finally:
+            module.to(device)  # Lightning moves modules to the CPU when a fit ends
+
+
+def full_report(
+    options: Namespace,
+    callback: FascCallback,
+    data: FinetuneData,
+    seconds: dict[str, float],
+    states: dict[str, Measured],
+) -> dict[str, Any]:
+    """Return the compression's report with the model, the recipe's options, the data and the evaluation."""
+    assert callback.report is not None
+    content = callback.report.to_dict()
+    for layer in content["layers"]:
+        layer["name"] = layer["name"].removeprefix("model.")  # of the module around the model
+    content["model"] = options.model
+    content["options"] = {**_stated(options), **content["options"], "recovery": options.recovery}
+    content["data"] = asdict(data.summary)
+    content["perplexity"] = compare_perplexity(states)
+    content["facts"] = compare_facts(states)
+    content["held_out"] = compare_heldout(states)
+    content["drift"] = drift(states, options.in_domain)
+    content["seconds"] = {**seconds, **content["seconds"]}
+    return content
+
+
+def report_lines(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what was lost and won back, a line a measurement."""
+    if content["held_out"]:
+        yield perplexity_line(f"{HELD_OUT} data", content["held_out"])
+    yield from measurement_lines(content)
+
+
+if __name__ == "__main__":
+    main()

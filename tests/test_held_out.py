@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
+
+from fasc_lightning.held_out import split_loader
+
+
+def samples(loader) -> list[int]:
+    return [int(x) for batch in loader for x in torch.as_tensor(batch).flatten()]
+
+
+def test_every_eighth_sample_is_held_back():
+    train, held = split_loader(DataLoader(range(20), batch_size=3))
+    assert samples(held) == [7, 15]
+    assert samples(train) == [i for i in range(20) if i not in (7, 15)]
+    assert [len(batch) for batch in train] == [3] * 6
+
+
+def test_of_few_samples_the_last_one_is():
+    train, held = split_loader(DataLoader(range(3)))
+    assert (samples(train), samples(held)) == ([0, 1], [2])
+
+
+def test_of_many_samples_64_are_at_most():
+    train, held = split_loader(DataLoader(range(1000)))
+    assert samples(held) == list(range(15, 1000, 16))  # 62
+    assert len(samples(train)) == 1000 - 62
+    assert len(samples(split_loader(DataLoader(range(512)))[1])) == 64
+
+
+def test_a_shuffled_loader_stays_shuffled_and_nothing_held_back_comes_up():
+    loader = DataLoader(range(64), batch_size=4, shuffle=True, drop_last=True, generator=torch.Generator())
+    train, held = split_loader(loader)
+    assert isinstance(train.sampler, RandomSampler)
+    assert train.generator is loader.generator
+    assert train.drop_last
+    epochs = [samples(train) for _ in range(2)]
+    assert epochs[0] != epochs[1]
+    assert set(epochs[0]) == set(epochs[1]) == set(range(64)) - set(samples(held))
+    assert samples(held) == samples(held) == list(range(7, 64, 8))
+
+
+def test_batches_that_are_made_already_are_split_as_such():
+    batches = [{"x": torch.tensor([i, i])} for i in range(8)]
+    train, held = split_loader(DataLoader(batches, batch_size=None))
+    assert [int(batch["x"][0]) for batch in held] == [7]
+    assert len(list(train)) == 7
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(9))
+
+
+class Odd(DataLoader):
+    def __init__(self, count):
+        super().__init__(range(count))
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (DataLoader(Stream()), "a DataLoader over Stream"),
+        (DataLoader(range(9), sampler=WeightedRandomSampler([1.0] * 9, 9)), "WeightedRandomSampler"),
+        ([1, 2], "come from list"),
+        (DataLoader(range(9), batch_sampler=BatchSampler(SequentialSampler(range(9)), 3, False)), "a batch sampler"),
+        (Odd(9), "Odd takes other arguments than DataLoader"),
+        (DataLoader(range(1)), "at least 2 samples"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(loader, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        split_loader(loader)

@@ -121,7 +121,7 @@ def fine_tune(model: Any, train: Any, recovery: LoraRecovery) -> None:
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    trainer.fit(CausalLMModule(adapted, recovery.learning_rate, schedule="cosine"), train)
+    trainer.fit(CausalLMModule(adapted, recovery.rate, schedule="cosine"), train)
     adapted.merge_and_unload()
 
 

@@ -92,7 +92,7 @@ def as_lightning_module(model: nn.Module, recovery: Recovery | None) -> tuple[pl
 
     causal = isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
     if causal and recovery is not None:
-        return CausalLMModule(model, recovery.learning_rate, schedule="cosine"), "model."
+        return CausalLMModule(model, recovery.rate, schedule="cosine"), "model."
     if causal:
         return CausalLMModule(model), "model."
     raise TypeError(

@@ -19,6 +19,10 @@ TeacherOption = Literal["dense"] | Distillation | None
 #: Of a Trainer, in its own words; those of them that leave the model's own numbers what they are.
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
+#: Learning rates by arm and by whether there is a teacher. What is compressed little predicts nearly what its teacher
+#: does: steps that labels of new text are worth taking at first lead away from there.
+RATES = {("lora", False): 5e-4, ("lora", True): 2e-4, ("factors", False): 5e-5, ("factors", True): 2e-5}
+
 #: Initialisations of peft that leave the factors as they are, so that an adapter adds nothing before it is trained.
 _NEUTRAL_INITS = (True, "gaussian", "orthogonal")
 
@@ -61,8 +65,8 @@ class LoraRecovery:
         refine_steps: Each block's factors are first trained for so many steps towards the dense block's output
             (:mod:`~fasc_lightning.refine`), on the calibration's batches when the layers have been replaced, in
             ``recover`` on its own; 0 does not.
-        learning_rate: Of AdamW in ``compress`` and ``recover``, for a transformers model. A LightningModule has its own
-            optimizers, there and in a Trainer of yours.
+        learning_rate: Of AdamW in ``compress`` and ``recover``, for a transformers model; None for that of
+            :data:`RATES`. A LightningModule has its own optimizers, there and in a Trainer of yours.
         epochs: In ``compress`` and ``recover``.
         precision: Of the Trainer in these, "bf16-mixed" for example, but none that converts the model; None for its
             default.
@@ -82,7 +86,7 @@ class LoraRecovery:
     config: Any = None
     teacher: TeacherOption = None
     refine_steps: int = 0
-    learning_rate: float = 5e-4
+    learning_rate: float | None = None
     epochs: int = 1
     precision: Precision | None = None
     validate_every: int | None = None
@@ -110,6 +114,11 @@ class LoraRecovery:
     def arm(self) -> str:
         """Name in reports."""
         return "lora"
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return _rate(self)
 
     @property
     def distillation(self) -> Distillation | None:
@@ -156,7 +165,7 @@ class FactorRecovery:
     norms: bool = False
     teacher: TeacherOption = None
     refine_steps: int = 0
-    learning_rate: float = 5e-5
+    learning_rate: float | None = None
     epochs: int = 1
     precision: Precision | None = None
     validate_every: int | None = None
@@ -171,6 +180,11 @@ class FactorRecovery:
     def arm(self) -> str:
         """Name in reports."""
         return "factors"
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return _rate(self)
 
     @property
     def distillation(self) -> Distillation | None:
@@ -213,6 +227,7 @@ def describe_recovery(recovery: Recovery) -> dict[str, Any]:
         config = recovery.lora_config()
         options |= {"r": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
         options["config"] = _differences(config)
+    options["learning_rate"] = recovery.rate
     teacher = recovery.distillation
     options["teacher"] = None if teacher is None else {k: _text(v) for k, v in asdict(teacher).items()}
     return {"arm": recovery.arm, **options}
@@ -245,6 +260,12 @@ def _text(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
+def _rate(recovery: Recovery) -> float:
+    if recovery.learning_rate is not None:
+        return recovery.learning_rate
+    return RATES[recovery.arm, recovery.teacher is not None]
+
+
 def _distillation(teacher: TeacherOption) -> Distillation | None:
     return Distillation() if teacher == "dense" else teacher
 
@@ -253,7 +274,7 @@ def _check_common(recovery: Recovery) -> None:
     teacher = recovery.teacher
     if not (teacher is None or teacher == "dense" or isinstance(teacher, Distillation)):
         raise ValueError(f"Expected `teacher` to be None, 'dense' or a Distillation but got {teacher!r}.")
-    if not recovery.learning_rate > 0:
+    if recovery.learning_rate is not None and not recovery.learning_rate > 0:
         raise ValueError(f"Expected `learning_rate` to be positive but got {recovery.learning_rate!r}.")
     if recovery.precision not in (None, *get_args(Precision)):
         raise ValueError(

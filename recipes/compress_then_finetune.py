@@ -70,7 +70,7 @@ from fasc_lightning.finetune_data import (
     check_window,
     finetune_data,
 )
-from fasc_lightning.recovery import FactorRecovery, LoraRecovery, Precision
+from fasc_lightning.recovery import RATES, FactorRecovery, LoraRecovery, Precision
 from fasc_lightning.report import write_json
 
 ARMS = {"lora": LoraRecovery, "factors": FactorRecovery}
@@ -113,7 +113,7 @@ def build_parser() -> ArgumentParser:
     add("--epochs", type=int, default=1, help="passes over the data")
     add("--steps", type=int, help="most optimizer steps of the recovery")
     add("--accumulate", type=int, default=1, help="batches an optimizer step")
-    rates = ", ".join(f"{recovery().learning_rate:g} for {arm}" for arm, recovery in ARMS.items())
+    rates = ", ".join(f"{rate:g} for {arm} {('by labels', 'by a teacher')[by]}" for (arm, by), rate in RATES.items())
     add("--lr", type=float, help=f"learning rate at its highest; default: {rates}")
     add("--precision", choices=get_args(Precision), help="of the recovery's fit; default: the Trainer's")
     add("--validate-every", type=int, help="optimizer steps from one held-out loss to the next; default: 8 in a fit")
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         states["dense"] = questions.measure(model, tokenizer)
 
     callback = FascCallback(**compression_options(options), update_weights=False, recovery=recovery)
-    module = CausalLMModule(model, recovery.learning_rate, schedule="cosine")
+    module = CausalLMModule(model, recovery.rate, schedule="cosine")
     print(f"Compressing on {options.windows} windows of {options.window} tokens from {', '.join(options.calibration)}")
     run_fit(module, window_loader(calibration, options.batch_size), callback, progress=True)
 
@@ -262,7 +262,7 @@ def check(options: Namespace) -> LoraRecovery | FactorRecovery:
         recovery = LoraRecovery(r=options.r, alpha=options.alpha, **common)
     else:
         recovery = FactorRecovery(norms=options.norms, **common)
-    options.lr = recovery.learning_rate
+    options.lr = recovery.rate
     check_checkpoints(options)
     return recovery
 

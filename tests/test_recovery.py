@@ -31,6 +31,14 @@ def test_a_config_of_peft_is_taken_as_it_is_and_not_changed():
     assert LoraRecovery(config={"r": 5}).lora_config().r == 5
 
 
+@pytest.mark.parametrize("arm", [LoraRecovery, FactorRecovery])
+def test_the_rate_is_lower_towards_a_teacher_unless_it_is_given(arm):
+    assert 0 < arm(teacher="dense").rate < arm().rate
+    assert arm(teacher=Distillation(weight=0.5)).rate == arm(teacher="dense").rate
+    assert arm(teacher="dense", learning_rate=0.5).rate == arm(learning_rate=0.5).rate == 0.5
+    assert describe_recovery(arm())["learning_rate"] == arm().rate
+
+
 @pytest.mark.parametrize(
     ("arm", "options", "error", "message"),
     [

@@ -57,8 +57,7 @@ def run_fit(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with _quiet_trainer(progress):
         trainer = pl.Trainer(
-            accelerator=device.type if device.type != "cuda" else "gpu",
-            devices=[device.index or 0] if device.type == "cuda" else 1,
+            **on_device(device),
             **training,
             num_sanity_val_steps=0,
             logger=False,
@@ -73,6 +72,12 @@ def run_fit(
         finally:
             model.to(device)  # Lightning moves modules to the CPU when a fit ends
     return prefix
+
+
+def on_device(device: torch.device) -> dict[str, Any]:
+    """Return the options of a Trainer on one device."""
+    cuda = device.type == "cuda"
+    return {"accelerator": "gpu" if cuda else device.type, "devices": [device.index or 0] if cuda else 1}
 
 
 def as_lightning_prefix(model: nn.Module) -> str:

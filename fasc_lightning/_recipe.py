@@ -1,4 +1,4 @@
-"""What the recipes do alike at their end: save the model, say what was measured."""
+"""What the recipes do alike: read what their options name, save the model, say what was measured."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasc_lightning.bundled import SMOLLM2, SMOLLM2_LICENCE, SMOLLM2_SOURCE
+from fasc_lightning.data import calibration_windows
+from fasc_lightning.drift import Questions
 from fasc_lightning.report import write_json
 from fasc_lightning.saving import save_compressed
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: For processes that train or run compressed models in bfloat16 on a CPU, before their first product: every layer has
 #: ranks of its own, and a step takes more kernels than the 1,024 that oneDNN caches, which would compile each of them
@@ -20,6 +24,30 @@ KERNEL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384"}
 
 #: What a model is measured as, in this order.
 STATES = ("dense", "compressed", "recovered")
+
+
+def questions_of(options: Namespace, tokenizer: PreTrainedTokenizerBase) -> Questions:
+    """Return what the options of a recipe ask a model."""
+    return Questions.load(
+        options.eval_text,
+        options.eval_facts,
+        tokenizer,
+        windows=options.eval_windows,
+        window=options.window,
+        seed=options.seed,
+    )
+
+
+def calibration_of(options: Namespace, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tensor:
+    """Return the calibration windows of a recipe's options, (windows, window)."""
+    return calibration_windows(
+        options.calibration,
+        tokenizer,
+        windows=options.windows,
+        window=options.window,
+        seed=options.seed,
+        model=model,
+    )
 
 
 def save_results(options: Namespace, model: Any, tokenizer: Any, content: dict[str, Any]) -> str:

@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 from typing_extensions import override
 
 from fasc_lightning._distributed import is_distributed
-from fasc_lightning._rng_state import rng_state, set_rng_state
+from fasc_lightning._rng_state import same_rng
+from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.replay import silent, training_loss
 
 #: One sample in so many is held back.
@@ -179,19 +179,12 @@ def held_out_loss(
     """
     device = trainer.strategy.root_device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    random = rng_state()
-    modes = {module: module.training for module in pl_module.modules()}
-    pl_module.eval()
-    try:
-        with silent(pl_module), trainer.precision_plugin.val_step_context():
-            for batch in batches:
-                batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), device)
-                weight = terms(batch)
-                if weight > 0:
-                    sums += torch.tensor([float(training_loss(pl_module, batch)) * weight, weight], device=device)
-    finally:
-        _restore(modes)
-        set_rng_state(random)
+    with same_rng(), evaluating(pl_module), silent(pl_module), trainer.precision_plugin.val_step_context():
+        for batch in batches:
+            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), device)
+            weight = terms(batch)
+            if weight > 0:
+                sums += torch.tensor([float(training_loss(pl_module, batch)) * weight, weight], device=device)
     if is_distributed(trainer):
         torch.distributed.all_reduce(sums)
     if not float(sums[1]):
@@ -200,8 +193,3 @@ def held_out_loss(
             "the validation loader."
         )
     return float(sums[0] / sums[1])
-
-
-def _restore(modes: dict[nn.Module, bool]) -> None:
-    for module, training in modes.items():
-        module.training = training

@@ -16,6 +16,7 @@ from fasc_lightning.report import (
     library_versions,
     measure_layers,
     measure_model,
+    outcome,
     recovery_line,
 )
 from fasc_lightning.swap import compressed_layers
@@ -295,8 +296,7 @@ def _outcome(made: Mapping[str, Any], phase: str, parts: str) -> str:
     if figures is None:
         return "none" if "layers" in made else f"{made['options'].get(phase, 'not stated')}"
     before, after = (figures["loss"][when] for when in ("before", "after"))
-    outcome = "put back" if figures["reverted"] else f"{figures[parts]} {parts} changed"
-    return f"{outcome}, loss on held-out batches {before:.4f} before and {after:.4f} after"
+    return f"{outcome(figures, parts)}, loss on held-out batches {before:.4f} before and {after:.4f} after"
 
 
 def _recovery(made: Mapping[str, Any]) -> str:

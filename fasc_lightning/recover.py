@@ -16,10 +16,8 @@ from fasc_lightning.held_out import split_loader
 from fasc_lightning.recovery import Recovery, as_recovery, refine_options
 from fasc_lightning.recovery_checks import check_recoverable
 from fasc_lightning.recovery_phase import RecoveryCallback
-from fasc_lightning.refine import refine
-from fasc_lightning.refine_phase import refine_figures
+from fasc_lightning.refine_phase import refine_figures, refine_module
 from fasc_lightning.refit import layer_state
-from fasc_lightning.replay import silent, training_loss
 from fasc_lightning.swap import compressed_layers
 
 
@@ -74,13 +72,14 @@ def recover(
     elif dense is not None:
         layers = {prefix + name: layer for name, layer in dense.items()}
     callback = RecoveryCallback(options, layers, seed=seed)
-    before = {name: layer_state(layer) for name, layer in compressed_layers(model).items()}
+    # A fit that fails undoes its own part, and only its own.
+    before = [(layer, layer_state(layer)) for layer in compressed_layers(model).values() if options.refine_steps]
     try:
         refined = _refine_first(model, layers, batches, held_out is None, options, seed)
         run_fit(model, batches, callback, progress, held_out=held_out, recovery=options, seed=seed)
-    except BaseException:  # the fit has undone its own part
-        for name, layer in compressed_layers(model).items():
-            layer.load_state_dict(before[name])
+    except BaseException:
+        for layer, state in before:
+            layer.load_state_dict(state)
         raise
     assert callback.figures is not None
     return {**callback.figures, **refined}
@@ -112,12 +111,10 @@ def _refine_first(
     device = next(module.parameters()).device
     loader = as_loader(batches)
     train = split_loader(loader)[0] if split else loader
-    with silent(module):
-        report = refine(
-            module,
-            {name: frozen_copy(layer, device) for name, layer in dense.items()},
-            (move_data_to_device(batch, device) for batch in train),
-            **vars(options),
-            loss=training_loss,
-        )
+    report = refine_module(
+        module,
+        {name: frozen_copy(layer, device) for name, layer in dense.items()},
+        (move_data_to_device(batch, device) for batch in train),
+        options,
+    )
     return {"refine": refine_figures(report)}

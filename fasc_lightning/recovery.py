@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
@@ -46,8 +46,29 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+class _Taught:
+    """What follows from the options that every recovery has."""
+
+    #: Name in reports.
+    arm: ClassVar[str]
+    teacher: TeacherOption
+    learning_rate: float | None
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return RATES[self.arm, self.teacher is not None]
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """The options of the teacher, if there is one."""
+        return Distillation() if self.teacher == "dense" else self.teacher
+
+
 @dataclass(frozen=True)
-class LoraRecovery:
+class LoraRecovery(_Taught):
     """Adapters on the factors are trained and then merged into them; all else is frozen.
 
     An adapter on a factor is merged into that factor, so that ranks stay what they are. Layers that stayed dense get
@@ -80,6 +101,8 @@ class LoraRecovery:
         ModuleNotFoundError: If peft is not installed.
     """
 
+    arm: ClassVar[str] = "lora"
+
     r: int = 8
     alpha: float | None = None
     dropout: float = 0.0
@@ -110,21 +133,6 @@ class LoraRecovery:
                 raise ValueError("Expected `config` or (`r`, `alpha`, `dropout`) but got both. Give one.")
             _check_config(self.lora_config())
 
-    @property
-    def arm(self) -> str:
-        """Name in reports."""
-        return "lora"
-
-    @property
-    def rate(self) -> float:
-        """The learning rate."""
-        return _rate(self)
-
-    @property
-    def distillation(self) -> Distillation | None:
-        """The options of the teacher, if there is one."""
-        return _distillation(self.teacher)
-
     def lora_config(self) -> Any:
         """Return the peft ``LoraConfig``, a copy that may be changed."""
         from copy import deepcopy
@@ -144,7 +152,7 @@ class LoraRecovery:
 
 
 @dataclass(frozen=True)
-class FactorRecovery:
+class FactorRecovery(_Taught):
     """The factors themselves, with their biases, are trained; all else is frozen.
 
     Attributes:
@@ -162,6 +170,8 @@ class FactorRecovery:
         TypeError: If one is of a wrong type.
     """
 
+    arm: ClassVar[str] = "factors"
+
     norms: bool = False
     teacher: TeacherOption = None
     refine_steps: int = 0
@@ -175,21 +185,6 @@ class FactorRecovery:
         _check_common(self)
         if not isinstance(self.norms, bool):
             raise TypeError(f"Expected `norms` to be True or False but got {self.norms!r}.")
-
-    @property
-    def arm(self) -> str:
-        """Name in reports."""
-        return "factors"
-
-    @property
-    def rate(self) -> float:
-        """The learning rate."""
-        return _rate(self)
-
-    @property
-    def distillation(self) -> Distillation | None:
-        """The options of the teacher, if there is one."""
-        return _distillation(self.teacher)
 
 
 Recovery = LoraRecovery | FactorRecovery
@@ -258,16 +253,6 @@ def trained_factors(model: nn.Module, recovery: FactorRecovery) -> dict[str, nn.
 
 def _text(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)
-
-
-def _rate(recovery: Recovery) -> float:
-    if recovery.learning_rate is not None:
-        return recovery.learning_rate
-    return RATES[recovery.arm, recovery.teacher is not None]
-
-
-def _distillation(teacher: TeacherOption) -> Distillation | None:
-    return Distillation() if teacher == "dense" else teacher
 
 
 def _check_common(recovery: Recovery) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fasc_lightning._distributed import share_layers
 from fasc_lightning._progress import layer_progress
+from fasc_lightning.factorize import Progress
 from fasc_lightning.refine import RefineOptions, check_refine, refine
 from fasc_lightning.refine_report import RefineReport
 from fasc_lightning.replay import Replay, check_automatic, on_first_process, silent, training_loss
@@ -73,16 +74,28 @@ class RefinePhase:
     def _run(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, dense: Mapping[str, nn.Module], replay: Replay
     ) -> RefineReport:
-        device = trainer.strategy.root_device
-        with silent(pl_module):
-            return refine(
-                pl_module,
-                dense,
-                replay.on(device),
-                **vars(self.options),
-                loss=training_loss,
-                progress=layer_progress(trainer),
-            )
+        batches = replay.on(trainer.strategy.root_device)
+        return refine_module(pl_module, dense, batches, self.options, layer_progress(trainer))
+
+
+def refine_module(
+    pl_module: pl.LightningModule,
+    dense: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    options: RefineOptions,
+    progress: Progress | None = None,
+) -> RefineReport:
+    """Refine a module in place, judged by its own loss; see :func:`~fasc_lightning.refine.refine`.
+
+    Args:
+        pl_module: The module, compressed.
+        dense: The layers that were replaced, by name, on its device.
+        batches: On its device.
+        options: How.
+        progress: Wraps the loop over blocks.
+    """
+    with silent(pl_module):
+        return refine(pl_module, dense, batches, **vars(options), loss=training_loss, progress=progress)
 
 
 def refine_figures(report: RefineReport) -> dict[str, Any]:

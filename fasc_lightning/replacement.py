@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import nn
 
+from fasc_lightning._clock import Clock
 from fasc_lightning._memory import peak_memory_bytes, return_freed_memory
 from fasc_lightning.calibration import Calibration
 from fasc_lightning.hub import attach_config
@@ -64,14 +62,7 @@ def replace_calibrated(
     Returns:
         What was done.
     """
-    seconds = {"calibrate": calibration.seconds}
-
-    @contextmanager
-    def timed(phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        seconds[phase] = time.perf_counter() - start
-
+    timed = Clock()
     moments_bytes = calibration.moments.nbytes
     before = measure_layers(calibration.layers), measure_model(pl_module)
     return_freed_memory()
@@ -96,7 +87,7 @@ def replace_calibrated(
         seed=how.seed,
         targeted={"dense": before[0], "compressed": after[0]},
         whole={"dense": before[1], "compressed": after[1]},
-        seconds=seconds,
+        seconds={"calibrate": calibration.seconds, **timed.seconds},
         moments_bytes=moments_bytes,
         peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
         layers=layers,

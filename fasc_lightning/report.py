@@ -323,14 +323,20 @@ def summary_table(report: CompressionReport) -> str:
     for phase, parts in (("refit", "layers"), ("refine", "blocks")):
         figures = getattr(report, phase)
         if figures is not None:
-            outcome = "put back" if figures["reverted"] else f"{figures[parts]} {parts} changed"
             loss = figures["loss"]
-            lines.append(f"{phase}: {outcome}; held-out loss {loss['before']:.4f} -> {loss['after']:.4f}")
+            lines.append(
+                f"{phase}: {outcome(figures, parts)}; held-out loss {loss['before']:.4f} -> {loss['after']:.4f}"
+            )
     if report.recovery is not None:
         lines.append(recovery_line(report.recovery))
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())
     lines.append(f"{seconds}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
     return "\n".join(lines)
+
+
+def outcome(figures: Mapping[str, Any], parts: str) -> str:
+    """Return what a refit or a refinement did to layers or blocks, in a few words."""
+    return "put back" if figures["reverted"] else f"{figures[parts]} {parts} changed"
 
 
 def recovery_line(figures: Mapping[str, Any]) -> str:

@@ -44,6 +44,7 @@ from fasc_lightning._fingerprint import fingerprint
 from fasc_lightning._memory import peak_memory_bytes
 from fasc_lightning._options import add_source_options, add_text_options
 from fasc_lightning._progress import terminal_progress
+from fasc_lightning._recipe import calibration_of
 from fasc_lightning.bundled import load_model
 from fasc_lightning.comparison import DENSE, PRUNERS, Budget, Cell, CellStore, Comparison, Outcome, Setting
 from fasc_lightning.comparison_evaluation import Evaluation, Precision, some_facts
@@ -51,7 +52,7 @@ from fasc_lightning.comparison_layers import gate_cells, group_cells, sensitivit
 from fasc_lightning.comparison_report import Report
 from fasc_lightning.comparison_statistics import Calibration
 from fasc_lightning.comparison_tables import metrics_of
-from fasc_lightning.data import calibration_windows, check_file, named_files, read_text, text_windows
+from fasc_lightning.data import check_file, named_files, read_text, text_windows
 from fasc_lightning.evaluation import builtin_facts, builtin_text, load_facts, load_minimal_pairs
 from fasc_lightning.gate import CHEAP_METHOD, check_gate
 from fasc_lightning.report import library_versions
@@ -231,14 +232,7 @@ class Run:
         model, tokenizer = load_model(options.model)
         model.eval().requires_grad_(False).to(device)
         self.evaluation = evaluation_of(options, tokenizer)
-        windows = calibration_windows(
-            options.calibration,
-            tokenizer,
-            windows=options.windows,
-            window=options.window,
-            seed=options.seed,
-            model=model,
-        )
+        windows = calibration_of(options, tokenizer, model)
         self.calibration = Calibration(
             model,
             tokenizer,

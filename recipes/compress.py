@@ -16,7 +16,6 @@ Every option can also stand in a YAML file given as `--config FILE`.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from fasc_lightning import CompressionReport, compress
+from fasc_lightning._clock import Clock
 from fasc_lightning._options import (
     add_compression_options,
     add_evaluation_options,
@@ -32,10 +32,10 @@ from fasc_lightning._options import (
     check_run,
     compression_options,
 )
-from fasc_lightning._recipe import measurement_lines, save_results
+from fasc_lightning._recipe import calibration_of, measurement_lines, questions_of, save_results
 from fasc_lightning.bundled import load_model
-from fasc_lightning.data import calibration_windows, window_loader
-from fasc_lightning.drift import Measured, Questions, compare_facts, compare_perplexity
+from fasc_lightning.data import window_loader
+from fasc_lightning.drift import Measured, compare_facts, compare_perplexity
 from fasc_lightning.quantized_layers import QUANTIZATIONS
 
 
@@ -57,37 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments))
     check_run(options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    seconds: dict[str, float] = {}
-
-    start = time.perf_counter()
-    model, tokenizer = load_model(options.model)
-    model.eval().to(device)
-    questions = Questions.load(
-        options.eval_text,
-        options.eval_facts,
-        tokenizer,
-        windows=options.eval_windows,
-        window=options.window,
-        seed=options.seed,
-    )
-    seconds["load"] = time.perf_counter() - start
-
-    start = time.perf_counter()
-    print(f"Calibrating on {options.windows} windows of {options.window} tokens from {', '.join(options.calibration)}")
-    calibration = calibration_windows(
-        options.calibration,
-        tokenizer,
-        windows=options.windows,
-        window=options.window,
-        seed=options.seed,
-        model=model,
-    )
-    seconds["data"] = time.perf_counter() - start
-
-    start = time.perf_counter()
-    print("Evaluating the dense model")
-    dense = questions.measure(model, tokenizer)
-    seconds["evaluate"] = time.perf_counter() - start
+    clock = Clock()
+    with clock("load"):
+        model, tokenizer = load_model(options.model)
+        model.eval().to(device)
+        questions = questions_of(options, tokenizer)
+    with clock("data"):
+        print(
+            f"Calibrating on {options.windows} windows of {options.window} tokens from {', '.join(options.calibration)}"
+        )
+        calibration = calibration_of(options, tokenizer, model)
+    with clock("evaluate"):
+        print("Evaluating the dense model")
+        dense = questions.measure(model, tokenizer)
 
     report = compress(
         model,
@@ -96,12 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         **compression_options(options),
     )
 
-    start = time.perf_counter()
-    print("Evaluating the compressed model")
-    compressed = questions.measure(model, tokenizer)
-    seconds["evaluate"] += time.perf_counter() - start
+    with clock("evaluate"):
+        print("Evaluating the compressed model")
+        compressed = questions.measure(model, tokenizer)
 
-    content = full_report(options, report, seconds, {"dense": dense, "compressed": compressed})
+    content = full_report(options, report, clock.seconds, {"dense": dense, "compressed": compressed})
     print(f"\n{report}\n", *measurement_lines(content), sep="\n")
     print(save_results(options, model, tokenizer, content))
     return content

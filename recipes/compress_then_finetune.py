@@ -23,10 +23,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -39,7 +37,8 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import Tensor
 
 from fasc_lightning import CausalLMModule, FascCallback
-from fasc_lightning._fit import run_fit
+from fasc_lightning._clock import Clock
+from fasc_lightning._fit import on_device, run_fit
 from fasc_lightning._options import (
     add_compression_options,
     add_evaluation_options,
@@ -48,15 +47,21 @@ from fasc_lightning._options import (
     check_run,
     compression_options,
 )
-from fasc_lightning._recipe import KERNEL_CACHE, measurement_lines, perplexity_line, save_results
+from fasc_lightning._recipe import (
+    KERNEL_CACHE,
+    calibration_of,
+    measurement_lines,
+    perplexity_line,
+    questions_of,
+    save_results,
+)
 from fasc_lightning.bundled import load_model
-from fasc_lightning.data import calibration_windows, check_sources, window_loader
+from fasc_lightning.data import check_sources, window_loader
 from fasc_lightning.distillation import Distillation
 from fasc_lightning.drift import (
     BUILTIN_TEXT,
     HELD_OUT,
     Measured,
-    Questions,
     compare_facts,
     compare_heldout,
     compare_perplexity,
@@ -140,23 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         model, tokenizer = load_model(options.model)
         model.eval().to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_window(options.window, tokenizer, model)
-        questions = Questions.load(
-            options.eval_text,
-            options.eval_facts,
-            tokenizer,
-            windows=options.eval_windows,
-            window=options.window,
-            seed=options.seed,
-        )
+        questions = questions_of(options, tokenizer)
     with clock("data"):
-        calibration = calibration_windows(
-            options.calibration,
-            tokenizer,
-            windows=options.windows,
-            window=options.window,
-            seed=options.seed,
-            model=model,
-        )
+        calibration = calibration_of(options, tokenizer, model)
         data = recovery_data(options, model, tokenizer, calibration)
     print(f"Data: {data.summary}")
     questions = replace(questions, heldout=data.heldout or ())
@@ -194,20 +185,6 @@ def finish(options: Namespace, model: Any, tokenizer: Any, content: dict[str, An
     """Print what was measured, and save the model and the report where they are asked for."""
     print(f"\n{callback.report}\n", *report_lines(content), sep="\n")
     print(save_results(options, model, tokenizer, content))
-
-
-class Clock:
-    """Seconds of each phase; a phase that comes again is added to."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Time a phase."""
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def check_used(options: Namespace, parser: ArgumentParser) -> None:
@@ -363,8 +340,7 @@ def recover(
         warnings.simplefilter("ignore", PossibleUserWarning)  # advice on loader workers and loggers
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         trainer = pl.Trainer(
-            accelerator="gpu" if device.type == "cuda" else device.type,
-            devices=[device.index or 0] if device.type == "cuda" else 1,
+            **on_device(device),
             max_epochs=recovery.epochs,
             precision=recovery.precision,
             max_steps=options.steps or -1,

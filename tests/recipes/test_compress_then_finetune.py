@@ -234,7 +234,7 @@ def test_a_window_beyond_the_context_is_refused_before_the_work(recipe, folder, 
     def sample(*args, **options):
         raise AssertionError("calibration windows are made")
 
-    monkeypatch.setattr(recipe, "calibration_windows", sample)
+    monkeypatch.setattr(recipe, "calibration_of", sample)
     with pytest.raises(ValueError, match="at most 256 tokens, the model's context"):
         recipe.main(arguments(folder, trained, "--window", "500"))
 

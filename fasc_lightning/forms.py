@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 
@@ -72,8 +71,3 @@ def congruence(W: Tensor, S: Form) -> Tensor:
         S: Shape (d, d).
     """
     return W @ S @ W.T if isinstance(S, Tensor) else S.congruence(W)
-
-
-def diagonal_matrix(values: Tensor) -> LowRankPlusDiagonal:
-    """Return diag(values) without a (d, d) matrix; values at least zero, shape (d,)."""
-    return LowRankPlusDiagonal(torch.zeros(len(values), 0, dtype=values.dtype, device=values.device), values)

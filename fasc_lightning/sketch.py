@@ -1,6 +1,6 @@
-r"""Sketches of a second moment too wide to hold: one pass, sums that merge by adding, rebuilt as low rank plus diagonal.
+r"""Sketches of a second moment too wide to hold: one pass, sums that merge, rebuilt as low rank plus diagonal.
 
-The range finder holds Y = A Omega with a random Omega (d, s), as the running sum of X^T (X Omega): s d numbers, not d^2.
+The range finder holds Y = A Omega with a random Omega (d, s), the running sum of X^T (X Omega): s d numbers, not d^2.
 Omega has eight signs a row (sparse sign matrices: Tropp, Yurtsever, Udell and Cevher 2019, "Streaming low-rank matrix
 approximation", section 3), which makes X Omega nearly free, and comes from a seed whenever it is needed; it is never
 held. Beside Y are the exact diagonal of A, and A Psi for a few held-out signs Psi, which tell how far off the rebuilt
@@ -61,10 +61,9 @@ def probe_signs(d: int, seed: int) -> Tensor:
 def apply_transposed(Z: Tensor, s: int, seed: int) -> Tensor:
     """Return Omega^T Z, shape (s, c), for Z of shape (d, c); without a dense Omega."""
     columns, values = (part.to(Z.device) for part in sparse_signs(len(Z), s, seed))
-    out = Z.new_zeros(s, Z.shape[1])
-    for places, signs in zip(columns, values.to(Z.dtype), strict=True):
-        out.index_add_(0, places, Z * signs[:, None])
-    return out
+    features = torch.arange(len(Z), device=Z.device).expand_as(columns)
+    where = torch.stack([columns.flatten(), features.flatten()])
+    return torch.sparse_coo_tensor(where, values.to(Z.dtype).flatten(), (s, len(Z))) @ Z
 
 
 def add_range_(Y: Tensor, X: Tensor, s: int, seed: int, weight: float = 1.0, other: Tensor | None = None) -> Tensor:
@@ -201,7 +200,9 @@ class Sketch:
                 f"{self.size}. Take the exact moment instead."
             )
         if self.kind not in SKETCH_KINDS:
-            raise ValueError(f"Expected the kind of sketch to be one of {', '.join(SKETCH_KINDS)} but got {self.kind!r}.")
+            raise ValueError(
+                f"Expected the kind of sketch to be one of {', '.join(SKETCH_KINDS)} but got {self.kind!r}."
+            )
 
     @property
     def _shape(self) -> tuple[int, int]:

@@ -207,7 +207,7 @@ class CalibrationMoments:
         self.device = torch.device(device)
         self.needs = check_needs(needs)
         self.sketches = dict(sketches or {})
-        _check_sketches(self.shapes, self.sketches)
+        _check_sketches(self.shapes, self.sketches, shared="plain" in self.needs)
         self.inputs: dict[tuple[str, ...], Moments] = {}
         self.gradients = {name: self._new_gradients(name, m) for name, (m, _) in shapes.items()}
         self.couplings: dict[str, CoupledMoments] = {}
@@ -413,8 +413,8 @@ def _layer_moments(plain: tuple[Form, Form], coupled: tuple[Form, Form] | None, 
     return LayerMoments(exact[0], exact[1], coupled=None if coupled is None else (exact[2], exact[3]), **fields)
 
 
-def _check_sketches(shapes: Mapping[str, tuple[int, int]], sketches: Mapping[str, LayerSketches]) -> None:
-    """Refuse sketches of other layers or widths, and inputs of one width that could not be one shared moment."""
+def _check_sketches(shapes: Mapping[str, tuple[int, int]], sketches: Mapping[str, LayerSketches], shared: bool) -> None:
+    """Refuse sketches of other layers or widths, and of inputs of one width that could not share one moment."""
     widths: dict[int, tuple[str, Sketch | None]] = {}
     for name in sketches:
         if name not in shapes:
@@ -427,7 +427,7 @@ def _check_sketches(shapes: Mapping[str, tuple[int, int]], sketches: Mapping[str
                     f"Expected a sketch of width {width} for layer {name!r} of shape {(m, n)} but got {side.features}."
                 )
         other, first = widths.setdefault(n, (name, sketch.inputs))
-        if first != sketch.inputs:
+        if shared and first != sketch.inputs:
             raise ValueError(
                 f"Expected one sketch for all inputs of width {n}, since layers may share an input tensor; but "
                 f"{other!r} has {first} and {name!r} {sketch.inputs}. Give both the larger one."

@@ -53,7 +53,7 @@ def test_a_sketch_no_smaller_than_the_exact_moment_is_not_made():
 
 
 def test_a_size_that_is_too_large_for_every_side_is_refused():
-    with pytest.raises(ValueError, match="saves memory for some side wider than 100 .*800.* but got 5000"):
+    with pytest.raises(ValueError, match=r"saves memory for some side wider than 100 .*800.* but got 5000"):
         choose_sketches({"a": (400, 800)}, {"a": 5}, SketchOptions(size=5000, above=100))
 
 

@@ -47,6 +47,11 @@ class LowRankPlusDiagonal:
         """Return S X, shape (d, c), for X of shape (d, c)."""
         return self.factor @ (self.factor.T @ X) + self.residual[:, None] * X
 
+    def norm(self) -> Tensor:
+        """Return the Frobenius norm of S, a scalar."""
+        crossed = (2 * self.factor.square().sum(1) + self.residual) * self.residual
+        return ((self.factor.T @ self.factor).square().sum() + crossed.sum()).sqrt()
+
     def dense(self) -> Tensor:
         """Return S, shape (d, d)."""
         full = self.factor @ self.factor.T

@@ -255,16 +255,18 @@ class Sketch:
     def error(self, sums: Tensor) -> float:
         r"""Return an estimate of |A - S|_F / |A|_F with S the rebuilt moment, from the held-out probes.
 
-        For random signs psi, E|M psi|^2 = |M|_F^2; with eight of them the estimate is good to about a third. Zero if
-        the moment is.
+        For random signs psi, E|M psi|^2 = |M|_F^2; with eight of them the estimate is good to about a third. The norm of
+        S stands for that of A, which probes would tell less well. Zero if the moment is.
 
         Raises:
             ValueError: If the kind is "gaussian", which holds none.
         """
         if self.kind != "range":
             raise ValueError('Expected a sketch of kind "range" for an error estimate but got "gaussian".')
-        seen = self._views(sums)[0][:, self.size :].double()
-        if not seen.any():
+        form = self.form(sums)
+        norm = form.norm()
+        if not norm > 0:
             return 0.0
+        seen = self._views(sums)[0][:, self.size :].double()
         probes = probe_signs(self.features, self.seed).to(seen)
-        return float((seen - self.form(sums).apply(probes)).norm() / seen.norm())
+        return float((seen - form.apply(probes)).norm() / PROBES**0.5 / norm)

@@ -217,3 +217,4 @@ def test_a_congruence_needs_no_square():
     shrunk = 0.9 * form.dense() + 0.1 * form.dense().diagonal().mean() * torch.eye(30)
     torch.testing.assert_close(form.shrunk(0.1).dense(), shrunk)
     torch.testing.assert_close(form.apply(W.T), form.dense() @ W.T)
+    torch.testing.assert_close(form.norm(), form.dense().norm())

@@ -78,7 +78,7 @@ def test_what_is_read_as_a_matrix_is_the_form_made_dense(data):
 
 def test_coupled_forms_of_moments_that_did_not_gather_them_are_refused(data):
     x, h, W = data
-    with pytest.raises(ValueError, match="`coupled`.*it was not gathered"):
+    with pytest.raises(ValueError, match=r"`coupled`.*it was not gathered"):
         gathered(x, h, W, {"plain"}, {"a": BOTH}).layer("a").coupled_forms()
 
 

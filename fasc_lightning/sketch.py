@@ -63,7 +63,9 @@ def apply_transposed(Z: Tensor, s: int, seed: int) -> Tensor:
     columns, values = (part.to(Z.device) for part in sparse_signs(len(Z), s, seed))
     features = torch.arange(len(Z), device=Z.device).expand_as(columns)
     where = torch.stack([columns.flatten(), features.flatten()])
-    return torch.sparse_coo_tensor(where, values.to(Z.dtype).flatten(), (s, len(Z))) @ Z
+    # The indices are in range by construction; unsaid, torch warns that it does not check.
+    omega = torch.sparse_coo_tensor(where, values.to(Z.dtype).flatten(), (s, len(Z)), check_invariants=False)
+    return omega @ Z
 
 
 def add_range_(Y: Tensor, X: Tensor, s: int, seed: int, weight: float = 1.0, other: Tensor | None = None) -> Tensor:
@@ -255,8 +257,8 @@ class Sketch:
     def error(self, sums: Tensor) -> float:
         r"""Return an estimate of |A - S|_F / |A|_F with S the rebuilt moment, from the held-out probes.
 
-        For random signs psi, E|M psi|^2 = |M|_F^2; with eight of them the estimate is good to about a third. The norm of
-        S stands for that of A, which probes would tell less well. Zero if the moment is.
+        For random signs psi, E|M psi|^2 = |M|_F^2; with eight of them the estimate is good to about a third. The norm
+        of S stands for that of A, which probes would tell less well. Zero if the moment is.
 
         Raises:
             ValueError: If the kind is "gaussian", which holds none.

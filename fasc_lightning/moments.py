@@ -132,17 +132,17 @@ class SketchedLayerMoments(LayerMoments):
             object.__setattr__(self, name, value)
 
     @property
-    def A(self) -> Tensor:  # type: ignore[override]  # noqa: N802
+    def A(self) -> Tensor:  # noqa: N802
         """See :class:`LayerMoments`."""
         return dense(self.plain_forms()[0])
 
     @property
-    def G(self) -> Tensor:  # type: ignore[override]  # noqa: N802
+    def G(self) -> Tensor:  # noqa: N802
         """See :class:`LayerMoments`."""
         return dense(self.plain_forms()[1])
 
     @property
-    def coupled(self) -> tuple[Tensor, Tensor] | None:  # type: ignore[override]
+    def coupled(self) -> tuple[Tensor, Tensor] | None:
         """See :class:`LayerMoments`."""
         forms: tuple[Form, Form] | None = self.__dict__["_coupled"]
         return None if forms is None else (dense(forms[0]), dense(forms[1]))

@@ -143,8 +143,7 @@ def moments_needs(path: str | Path) -> frozenset[str]:
 
 
 def _sketches(sides: Mapping[str, Mapping[str, Any] | None]) -> LayerSketches:
-    inputs, outputs = (None if sides[side] is None else Sketch(**sides[side]) for side in ("inputs", "outputs"))
-    return LayerSketches(inputs, outputs)
+    return LayerSketches(**{side: None if options is None else Sketch(**options) for side, options in sides.items()})
 
 
 def _groups(moments: CalibrationMoments) -> dict[str, dict[Any, StreamedSums]]:

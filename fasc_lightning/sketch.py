@@ -82,11 +82,9 @@ def add_range_(Y: Tensor, X: Tensor, s: int, seed: int, weight: float = 1.0, oth
     Returns:
         ``Y``.
     """
-    other = X if other is None else other
-    projected = torch.empty(len(X), s + PROBES, dtype=X.dtype, device=X.device)
-    projected[:, :s] = apply_transposed(other.T.contiguous(), s, seed).T
-    projected[:, s:] = other @ probe_signs(X.shape[1], seed).to(X)
-    return Y.addmm_(X.T, projected, alpha=weight)
+    columns = (X if other is None else other).T.contiguous()
+    projected = torch.cat([apply_transposed(columns, s, seed), probe_signs(len(columns), seed).to(X).T @ columns])
+    return Y.addmm_(X.T, projected.T, alpha=weight)
 
 
 def nystrom(Y: Tensor, seed: int, rank: int | None = None) -> Tensor:
@@ -231,7 +229,7 @@ class Sketch:
             ``sums``.
         """
         state, diagonal = self._views(sums)
-        diagonal.add_((X * (X if other is None else other)).sum(0), alpha=weight)
+        diagonal.add_(torch.linalg.vecdot(X, X if other is None else other, dim=0), alpha=weight)
         if self.kind == "range":
             add_range_(state, X, self.size, self.seed, weight, other)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from fasc_lightning.gate import choose_methods, excluded_layers, failure_flags, 
 from fasc_lightning.layouts import Layout
 from fasc_lightning.loader_position import loops_before
 from fasc_lightning.measure_phase import MeasurePhase
-from fasc_lightning.moments import CalibrationMoments, moment_dtype, moments_bytes
+from fasc_lightning.moments import CalibrationMoments, LayerSketches, moment_dtype, moments_bytes
 from fasc_lightning.monitor import LayerScores
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.refine import RefineOptions
@@ -32,6 +33,8 @@ from fasc_lightning.refit import RefitReport
 from fasc_lightning.refit_phase import Refit, RefitPhase
 from fasc_lightning.replay import Replay
 from fasc_lightning.report import LayerReport
+from fasc_lightning.sketch import SketchKind
+from fasc_lightning.sketch_sizes import SketchOptions, SketchSize, choose_sketches, expected_rank
 from fasc_lightning.taps import Taps, layer_shapes
 
 #: Where rho decides nothing, a calibration scores every so many batches, on so many tokens: it is a diagnostic then,
@@ -59,6 +62,20 @@ class CalibrationOptions:
     gate: float | None
     gate_by: str
     gate_exclude: str | list[str] | None
+    rank: int | float | None
+    keep: float | None
+    rho_threshold: float
+    sketch: SketchKind | None
+    sketch_size: SketchSize
+    sketch_above: int
+
+    def sketches(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, LayerSketches]:
+        """Return how the moments of layers of these shapes (m, n) are sketched; nothing where they are all exact."""
+        if self.sketch is None:
+            return {}
+        options = SketchOptions(self.sketch, self.sketch_size, self.sketch_above, self.seed, self.rho_threshold)
+        ranks = {name: expected_rank(m, n, self.rank, self.keep) for name, (m, n) in shapes.items()}
+        return choose_sketches(shapes, ranks, options)
 
 
 class Calibration:
@@ -108,7 +125,9 @@ class Calibration:
         self.origin: dict[str, Any] = {}
         device, dtype = trainer.strategy.root_device, moment_dtype(layers.values())
         shapes, needs = layer_shapes(layers), statistics_needed(options.method, options.gate, options.gate_by)
-        needed = moments_bytes(shapes.values(), dtype, needs)
+        sketches = options.sketches(shapes)
+        sides = [sketches.get(name, LayerSketches()) for name in shapes]
+        needed = moments_bytes(shapes.values(), dtype, needs, sides)
         _checks.check_memory(needed, device)
         rank_zero_info(
             f"FascCallback: {len(shapes)} layers with {sum(m * n for m, n in shapes.values()):,} weights; their "
@@ -117,7 +136,7 @@ class Calibration:
         )
         return_freed_memory()
         excluded_layers(layers, options.gate_exclude)  # refuses patterns that match nothing
-        self.moments = CalibrationMoments(shapes, dtype, device, needs)
+        self.moments = CalibrationMoments(shapes, dtype, device, needs, sketches)
         tokens = SCORE_TOKENS if options.gate is None else options.monitor_tokens
         self.scores = LayerScores(layers, tokens, options.rho_gradient, options.seed, device)
         self.refit = RefitPhase.of(options.refit, pl_module, layers)
@@ -199,7 +218,8 @@ class Calibration:
         options = self.options
         return {
             "layers": {name: list(shape) for name, shape in self.moments.shapes.items()},
-            "statistics": sorted(self.moments.needs),
+            # Sketches are said among these, and not on their own: checkpoints of exact moments know no such entry.
+            "statistics": sorted(self.moments.needs) + [f"{k}: {v}" for k, v in sorted(self.moments.sketches.items())],
             "dtype": str(self.moments.dtype),
             "scored tokens": self.scores.tokens,
             "gate on every batch": options.gate is not None,

@@ -36,6 +36,8 @@ from fasc_lightning.replacement import ReplacementOptions, replace_calibrated
 from fasc_lightning.report import CompressionReport, log_report
 from fasc_lightning.schedule import CalibrationSchedule
 from fasc_lightning.second_fit import SecondFit, recovery_instead
+from fasc_lightning.sketch import SketchKind
+from fasc_lightning.sketch_sizes import SKETCH_ABOVE, SketchOptions
 from fasc_lightning.swap import is_compressed, swap_modules
 from fasc_lightning.taps import layer_shapes, select_layers
 
@@ -119,6 +121,12 @@ class FascCallback(pl.Callback):
             :class:`~fasc_lightning.FactorRecovery`). This fit compresses; the next one, by a new Trainer with the same
             callback, trains what recovery trains, and only then is quantised. So does every further one. None: the next
             fit is not ours.
+        sketch: "range" holds a sketch of second moments that are too wide (:mod:`~fasc_lightning.sketch`) in place of
+            them; "gaussian", for comparison only, the paper's projection with lifting, whose span is random. None: all
+            are exact.
+        sketch_size: Columns of a sketch, or "auto": four times the rank that the budget means for a layer, at most
+            half the width.
+        sketch_above: Sides of layers no wider than this stay exact.
 
     Attributes:
         report: The :class:`~fasc_lightning.report.CompressionReport`, after the fit.
@@ -160,6 +168,9 @@ class FascCallback(pl.Callback):
         gate_exclude: str | list[str] | None = None,
         quantize: Quantization | None = None,
         recovery: Literal["lora", "factors"] | LoraRecovery | FactorRecovery | None = None,
+        sketch: SketchKind | None = None,
+        sketch_size: int | Literal["auto"] = "auto",
+        sketch_above: int = SKETCH_ABOVE,
     ) -> None:
         _checks.check_monitor(
             monitor_every_n_steps, monitor_tokens, rho_threshold, emergence_observations, rho_gradient
@@ -182,6 +193,7 @@ class FascCallback(pl.Callback):
             token_mask,
             quantize,
         )
+        SketchOptions(sketch or "range", sketch_size, sketch_above)  # refuses what is out of range
         self.rank = rank
         self.keep = keep
         self.method = method
@@ -207,6 +219,9 @@ class FascCallback(pl.Callback):
         self.gate_exclude = gate_exclude
         self.quantize: Quantization | None = quantize
         self.recovery = as_recovery(recovery)
+        self.sketch: SketchKind | None = sketch
+        self.sketch_size: int | Literal["auto"] = sketch_size
+        self.sketch_above = sketch_above
         self.report: CompressionReport | None = None
         self._schedule = CalibrationSchedule(calibration_steps)
         self._keeper = CalibrationKeeper(self.state_key)
@@ -224,6 +239,8 @@ class FascCallback(pl.Callback):
         names = "rank keep method allocation layout align refit targets exclude calibration_steps update_weights "
         names += "token_fraction rho_gradient gate gate_by gate_exclude quantize"
         options = {name: getattr(self, name) for name in names.split()}
+        if self.sketch is not None:
+            options |= {name: getattr(self, name) for name in ("sketch", "sketch_size", "sketch_above")}
         if self.recovery is not None:  # what is not done yet is said once it is
             options |= {"recovery": describe_recovery(self.recovery), "quantize": None}
         return options

@@ -280,7 +280,7 @@ def _factorize(
 ) -> Factorization | None:
     """Run the solver; None where every gradient was zero, so that the loss says nothing about the layer."""
     statistics = moments.layer(name)
-    if not bool(statistics.G.diagonal().any()):
+    if not bool(statistics.plain_forms()[1].diagonal().any()):
         return None
     W = linear_weight(module).detach().to(device)
     found = get_solver(method)(W, statistics)

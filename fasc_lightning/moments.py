@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fasc_lightning.packed import packed_size
-from fasc_lightning.streams import CoupledMoments, CrossMoments, Moments, SequenceFisher, StreamedSums
+from fasc_lightning.forms import Form, dense
+from fasc_lightning.sketch import Sketch
+from fasc_lightning.streams import (
+    CoupledMoments,
+    CrossMoments,
+    Moments,
+    SequenceFisher,
+    StreamedSums,
+    second_size,
+)
 
 #: What may be gathered besides the means: "plain", and the names of optional fields of :class:`LayerMoments`.
 NEEDS = {
@@ -92,6 +101,77 @@ class LayerMoments:
             raise not_gathered(need)
         return value
 
+    def plain_forms(self) -> tuple[Form, Form]:
+        """Return A and G in the forms that they have: a sketch is not made a matrix, as it is by reading ``A``."""
+        return self.A, self.G
+
+    def coupled_forms(self) -> tuple[Form, Form]:
+        """Return ``coupled`` in the forms that it has.
+
+        Raises:
+            ValueError: If it was not gathered.
+        """
+        right, left = self.require("coupled")
+        return right, left
+
+
+class SketchedLayerMoments(LayerMoments):
+    """The same of a layer some of whose second moments were sketched.
+
+    ``A``, ``G`` and ``coupled`` are made matrices when they are read, each time anew, so that any solver can be given
+    these; one that takes forms (:mod:`~fasc_lightning.forms`) makes no matrix that it does not need.
+
+    Args:
+        plain: A and G.
+        coupled: As of :class:`LayerMoments`, or None.
+        fields: The other fields by name.
+    """
+
+    def __init__(self, plain: tuple[Form, Form], coupled: tuple[Form, Form] | None, **fields: Any) -> None:
+        for name, value in {"_plain": plain, "_coupled": coupled, **fields}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def A(self) -> Tensor:  # noqa: N802
+        """See :class:`LayerMoments`."""
+        return dense(self.plain_forms()[0])
+
+    @property
+    def G(self) -> Tensor:  # noqa: N802
+        """See :class:`LayerMoments`."""
+        return dense(self.plain_forms()[1])
+
+    @property
+    def coupled(self) -> tuple[Tensor, Tensor] | None:
+        """See :class:`LayerMoments`."""
+        forms: tuple[Form, Form] | None = self.__dict__["_coupled"]
+        return None if forms is None else (dense(forms[0]), dense(forms[1]))
+
+    def plain_forms(self) -> tuple[Form, Form]:
+        """See :class:`LayerMoments`."""
+        forms: tuple[Form, Form] = self.__dict__["_plain"]
+        return forms
+
+    def coupled_forms(self) -> tuple[Form, Form]:
+        """See :class:`LayerMoments`."""
+        forms: tuple[Form, Form] | None = self.__dict__["_coupled"]
+        if forms is None:
+            raise not_gathered("coupled")
+        return forms
+
+
+@dataclass(frozen=True)
+class LayerSketches:
+    """How the second moments of one layer are sketched; None for an exact one.
+
+    Attributes:
+        inputs: Of width n. Layers that may share an input tensor need the same one here.
+        outputs: Of width m.
+    """
+
+    inputs: Sketch | None = None
+    outputs: Sketch | None = None
+
 
 class CalibrationMoments:
     """The moments of all tapped layers; layers that share an input tensor share its A.
@@ -107,9 +187,11 @@ class CalibrationMoments:
             computed. "coupled" costs about as much as "plain", and does not share A between layers. "C" costs m n
             numbers a layer and about a third more work, "saliency" and "kronecker" as much as A and G do and more work
             than they.
+        sketches: Of single layers by name, in place of exact second moments (plain and coupled; what else is needed
+            is exact). All processes must have the same.
 
     Raises:
-        ValueError: If a need is unknown.
+        ValueError: If a need is unknown, or sketches do not fit their layers.
     """
 
     def __init__(
@@ -118,21 +200,25 @@ class CalibrationMoments:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         needs: Iterable[str] = frozenset(),
+        sketches: Mapping[str, LayerSketches] | None = None,
     ) -> None:
         self.shapes = dict(shapes)
         self.dtype = dtype
         self.device = torch.device(device)
         self.needs = check_needs(needs)
+        self.sketches = dict(sketches or {})
+        _check_sketches(self.shapes, self.sketches, shared="plain" in self.needs)
         self.inputs: dict[tuple[str, ...], Moments] = {}
-        plain = "plain" in self.needs
-        self.gradients = {name: Moments(m, dtype, second=plain).to(self.device) for name, (m, _) in shapes.items()}
+        self.gradients = {name: self._new_gradients(name, m) for name, (m, _) in shapes.items()}
         self.couplings: dict[str, CoupledMoments] = {}
         self.crosses: dict[str, CrossMoments] = {}
         self.saliencies: dict[str, Moments] = {}
         self.sequences: dict[str, SequenceFisher] = {}
         for name, (m, n) in shapes.items():
             if "coupled" in self.needs:
-                self.couplings[name] = CoupledMoments(m, n, dtype).to(self.device)
+                self.couplings[name] = CoupledMoments(
+                    m, n, dtype, (self._sketch(name).inputs, self._sketch(name).outputs)
+                ).to(self.device)
             if "C" in self.needs:
                 self.crosses[name] = CrossMoments(n, m, dtype).to(self.device)
             if "saliency" in self.needs:
@@ -140,14 +226,20 @@ class CalibrationMoments:
             if self.needs & {"fisher_rows", "kronecker"}:
                 self.sequences[name] = SequenceFisher(m, n, dtype, "kronecker" in self.needs).to(self.device)
 
-    def _new_input(self, n: int) -> Moments:
+    def _sketch(self, name: str) -> LayerSketches:
+        return self.sketches.get(name, LayerSketches())
+
+    def _new_gradients(self, name: str, m: int) -> Moments:
+        return Moments(m, self.dtype, second="plain" in self.needs, sketch=self._sketch(name).outputs).to(self.device)
+
+    def _new_input(self, name: str, n: int) -> Moments:
         absolute, plain = "abs_x" in self.needs, "plain" in self.needs
-        return Moments(n, self.dtype, absolute, second=plain).to(self.device)
+        return Moments(n, self.dtype, absolute, second=plain, sketch=self._sketch(name).inputs).to(self.device)
 
     def _input(self, members: Iterable[str]) -> Moments:
         key = tuple(sorted(members))
         if key not in self.inputs:
-            self.inputs[key] = self._new_input(self.shapes[key[0]][1])
+            self.inputs[key] = self._new_input(key[0], self.shapes[key[0]][1])
         return self.inputs[key]
 
     def add_inputs(self, members: Iterable[str], x: Tensor) -> None:
@@ -156,7 +248,8 @@ class CalibrationMoments:
 
     def move_inputs(self, members: Iterable[str], reached: Iterable[str], x: Tensor) -> None:
         """Move rows that were counted for ``members`` to the subset that a gradient did reach."""
-        correction = self._new_input(x.shape[1])
+        members = tuple(members)
+        correction = self._new_input(members[0], x.shape[1])
         correction.update(x)
         self._input(members).subtract_(correction)
         if reached := tuple(reached):
@@ -227,21 +320,20 @@ class CalibrationMoments:
         parts = [moments for key, moments in self.inputs.items() if name in key]
         pooled = parts[0]
         if len(parts) > 1:
-            pooled = self._new_input(self.shapes[name][1])
+            pooled = self._new_input(name, self.shapes[name][1])
             for part in parts:
                 pooled.add_(part)
         G = self.gradients[name]
         sequences = self.sequences.get(name)
-        coupled = self.couplings[name].compute() if name in self.couplings else None
-        plain = (pooled.compute(), G.compute()) if "plain" in self.needs else coupled
+        coupled = self.couplings[name].forms() if name in self.couplings else None
+        plain = (pooled.form(), G.form()) if "plain" in self.needs else coupled
         assert plain is not None  # one of the two is always gathered
-        return LayerMoments(
-            A=plain[0],
-            G=plain[1],
+        return _layer_moments(
+            plain,
+            coupled,
             mean_x=pooled.mean(),
             mean_h=G.mean(),
             tokens=self.tokens(name),
-            coupled=coupled,
             C=self.crosses[name].compute() if name in self.crosses else None,
             abs_x=pooled.mean_magnitude() if "abs_x" in self.needs else None,
             saliency=self.saliencies[name].compute() if name in self.saliencies else None,
@@ -271,12 +363,9 @@ class CalibrationMoments:
         m, n = self.shapes.pop(name)
         for group in self._own():
             group.pop(name, None)
-        plain = "plain" in self.needs
-        self.gradients[name] = Moments(m, self.dtype, second=plain).to(
-            self.device
-        )  # its count says that nothing is left
+        self.gradients[name] = self._new_gradients(name, m)  # its count says that nothing is left
         for key in [key for key in self.inputs if not any(member in self.shapes for member in key)]:
-            self.inputs[key] = self._new_input(n)
+            self.inputs[key] = self._new_input(key[0], n)
 
     def add_(self, other: CalibrationMoments) -> CalibrationMoments:
         """Merge another run's moments of the same layers into these, in place.
@@ -287,6 +376,11 @@ class CalibrationMoments:
         if other.needs != self.needs:
             raise ValueError(
                 f"Expected moments with the same statistics, {sorted(self.needs)}, but got {sorted(other.needs)}."
+            )
+        if other.sketches != self.sketches:
+            raise ValueError(
+                "Expected moments with the same sketches (sizes, kinds, seeds) of the same layers but they differ: "
+                "sums of different random matrices do not add up. Gather both with the same `sketches`."
             )
         for key, moments in other.inputs.items():
             self._input(key).add_(moments)
@@ -312,6 +406,34 @@ class CalibrationMoments:
         return sum(stream.nbytes for stream in self._streams())
 
 
+def _layer_moments(plain: tuple[Form, Form], coupled: tuple[Form, Form] | None, **fields: Any) -> LayerMoments:
+    exact = [S for S in (*plain, *(coupled or ())) if isinstance(S, Tensor)]
+    if len(exact) < 2 + 2 * (coupled is not None):
+        return SketchedLayerMoments(plain, coupled, **fields)
+    return LayerMoments(exact[0], exact[1], coupled=None if coupled is None else (exact[2], exact[3]), **fields)
+
+
+def _check_sketches(shapes: Mapping[str, tuple[int, int]], sketches: Mapping[str, LayerSketches], shared: bool) -> None:
+    """Refuse sketches of other layers or widths, and of inputs of one width that could not share one moment."""
+    widths: dict[int, tuple[str, Sketch | None]] = {}
+    for name in sketches:
+        if name not in shapes:
+            raise ValueError(f"Expected sketches of tapped layers but {name!r} is none of the {len(shapes)}.")
+    for name, (m, n) in shapes.items():
+        sketch = sketches.get(name, LayerSketches())
+        for side, width in ((sketch.inputs, n), (sketch.outputs, m)):
+            if side is not None and side.features != width:
+                raise ValueError(
+                    f"Expected a sketch of width {width} for layer {name!r} of shape {(m, n)} but got {side.features}."
+                )
+        other, first = widths.setdefault(n, (name, sketch.inputs))
+        if shared and first != sketch.inputs:
+            raise ValueError(
+                f"Expected one sketch for all inputs of width {n}, since layers may share an input tensor; but "
+                f"{other!r} has {first} and {name!r} {sketch.inputs}. Give both the larger one."
+            )
+
+
 def moment_dtype(layers: Iterable[nn.Module]) -> torch.dtype:
     """Return float64 if a layer computes in it, else float32."""
     double = any(p.dtype == torch.float64 for module in layers for p in module.parameters())
@@ -319,9 +441,12 @@ def moment_dtype(layers: Iterable[nn.Module]) -> torch.dtype:
 
 
 def moments_bytes(
-    shapes: Iterable[tuple[int, int]], dtype: torch.dtype = torch.float32, needs: Iterable[str] = frozenset()
+    shapes: Iterable[tuple[int, int]],
+    dtype: torch.dtype = torch.float32,
+    needs: Iterable[str] = frozenset(),
+    sketches: Iterable[LayerSketches] | None = None,
 ) -> int:
-    """Upper bound of the memory that exact moments need, in bytes.
+    """Upper bound of the memory that moments need, in bytes.
 
     Which layers share an input is only known once a batch has run, so each layer's A is counted on its own.
 
@@ -329,17 +454,20 @@ def moments_bytes(
         shapes: (m, n) of each tapped layer.
         dtype: Type of the accumulators.
         needs: What is gathered besides the means.
+        sketches: Of each layer in turn; all moments are exact by default.
     """
     needs = check_needs(needs)
     numbers = 0
-    for m, n in shapes:
-        second = packed_size(m) + packed_size(n)
-        numbers += second * len(needs & {"plain", "coupled"}) + m + n
+    for (m, n), sketch in zip(shapes, repeat(LayerSketches()) if sketches is None else sketches, strict=False):
+        second = second_size(m, None) + second_size(n, None)
+        numbers += (
+            (second_size(m, sketch.outputs) + second_size(n, sketch.inputs)) * len(needs & {"plain", "coupled"}) + m + n
+        )
         numbers += 2 if "coupled" in needs else 0
         numbers += 2 if "plain" not in needs else 0
         numbers += m * n if "C" in needs else 0
         numbers += n if "abs_x" in needs else 0
-        numbers += packed_size(n) + n if "saliency" in needs else 0
+        numbers += second_size(n, None) + n if "saliency" in needs else 0
         numbers += m if needs & {"fisher_rows", "kronecker"} else 0
         numbers += second if "kronecker" in needs else 0
     return numbers * dtype.itemsize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fasc_lightning._files import whole_file
-from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.moments import CalibrationMoments, LayerSketches
+from fasc_lightning.sketch import Sketch
 from fasc_lightning.streams import StreamedSums
 
 _FORMAT = 1
@@ -50,7 +52,7 @@ def pack_moments(moments: CalibrationMoments, distributed: bool = False) -> tupl
         groups[group] = keys
         for i, key in enumerate(keys):
             # A set of layers that share an input may have come up on other processes only.
-            stream = streams[key] if key in streams else moments._new_input(moments.shapes[key[0]][1])
+            stream = streams[key] if key in streams else moments._new_input(key[0], moments.shapes[key[0]][1])
             sums = stream.reduced() if distributed else stream.sums
             tensors.update({f"{group}.{i}.{state}": value.contiguous() for state, value in sums.items()})
     header = {
@@ -59,6 +61,8 @@ def pack_moments(moments: CalibrationMoments, distributed: bool = False) -> tupl
         "needs": sorted(moments.needs),
         "groups": groups,
     }
+    if moments.sketches:
+        header["sketches"] = {name: asdict(sketch) for name, sketch in moments.sketches.items()}
     return tensors, header
 
 
@@ -77,6 +81,7 @@ def unpack_moments(
         getattr(torch, header["dtype"]),
         device,
         header["needs"],
+        {name: _sketches(sides) for name, sides in header.get("sketches", {}).items()},
     )
     for group, streams in _groups(moments).items():
         for i, key in enumerate(header["groups"][group]):
@@ -135,6 +140,10 @@ def moments_needs(path: str | Path) -> frozenset[str]:
             return frozenset(_header(file.metadata(), Path(path))["needs"])
     except SafetensorError as error:
         raise ValueError(f"Expected a whole safetensors file of moments but {path} is damaged ({error}).") from error
+
+
+def _sketches(sides: Mapping[str, Mapping[str, Any] | None]) -> LayerSketches:
+    return LayerSketches(**{side: None if options is None else Sketch(**options) for side, options in sides.items()})
 
 
 def _groups(moments: CalibrationMoments) -> dict[str, dict[Any, StreamedSums]]:

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
+from fasc_lightning.forms import Form, dense
 from fasc_lightning.packed import add_gram_, packed_diagonal, packed_size, unpack
+from fasc_lightning.sketch import Sketch
 
 #: Options of torchmetrics: processes are summed by our own `all_reduce_`, since its synchronisation gathers every
 #: process's matrices; and a cached result would be a second matrix, and wrong once states are merged.
@@ -125,6 +127,7 @@ class Moments(StreamedSums):
         dtype: Type of the accumulators.
         absolute: Whether to sum the absolute values as well.
         second: Whether to sum the outer products, nearly all of the work and of the memory; else only their trace.
+        sketch: Of the outer products in place of all of them.
     """
 
     outer: Tensor
@@ -133,11 +136,16 @@ class Moments(StreamedSums):
     magnitude: Tensor
 
     def __init__(
-        self, features: int, dtype: torch.dtype = torch.float32, absolute: bool = False, second: bool = True
+        self,
+        features: int,
+        dtype: torch.dtype = torch.float32,
+        absolute: bool = False,
+        second: bool = True,
+        sketch: Sketch | None = None,
     ) -> None:
         shapes: dict[str, tuple[int, ...]] = {"total": (features,)}
         if second:
-            shapes["outer"] = (packed_size(features),)
+            shapes["outer"] = (second_size(features, sketch),)
         else:
             shapes["energy"] = (1,)
         if absolute:
@@ -146,6 +154,7 @@ class Moments(StreamedSums):
         self.features = features
         self.absolute = absolute
         self.second = second
+        self.sketch = sketch
 
     def update(self, x: Tensor, scale: float = 1.0) -> None:
         """Add the rows of ``scale * x``.
@@ -169,7 +178,7 @@ class Moments(StreamedSums):
             if not torch.isfinite(total.sum()):
                 raise FloatingPointError("Expected finite vectors but some hold NaN or Inf.")
             if self.second:
-                add_gram_(self.outer, X, scale**2)
+                add_second_(self.outer, self.sketch, X, scale**2)
             else:
                 self.energy.add_(X.square().sum(), alpha=scale**2)
             self.total.add_(total, alpha=scale)
@@ -179,8 +188,12 @@ class Moments(StreamedSums):
 
     def compute(self) -> Tensor:
         """Return the uncentred second moment E[x x^T], shape (d, d)."""
+        return dense(self.form())
+
+    def form(self) -> Form:
+        """Return the same in the form that it has: a sketch is not made a matrix."""
         self.allocate()
-        return unpack(self.outer, self.features) / self.count.clamp(min=1).to(self.accumulator_dtype)
+        return second_form(self.outer, self.features, self.sketch, self.count.clamp(min=1))
 
     def mean(self) -> Tensor:
         """Return the mean vector, shape (d,)."""
@@ -189,7 +202,7 @@ class Moments(StreamedSums):
     def mean_square(self) -> Tensor:
         """Return E|x|^2, the trace of the second moment, a float64 scalar."""
         self.allocate()
-        total = packed_diagonal(self.outer, self.features) if self.second else self.energy
+        total = second_diagonal(self.outer, self.features, self.sketch) if self.second else self.energy
         return total.double().sum() / self.count.clamp(min=1)
 
     def mean_magnitude(self) -> Tensor:
@@ -256,15 +269,24 @@ class CoupledMoments(StreamedSums):
         m: Length of h.
         n: Length of x.
         dtype: Type of the accumulators.
+        sketches: Of the second moments of x and of h, in place of them.
     """
 
     right: Tensor
     left: Tensor
     weights: Tensor
 
-    def __init__(self, m: int, n: int, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(dtype, {"right": (packed_size(n),), "left": (packed_size(m),), "weights": (2,)})
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        dtype: torch.dtype = torch.float32,
+        sketches: tuple[Sketch | None, Sketch | None] = (None, None),
+    ) -> None:
+        right, left = (second_size(d, sketch) for d, sketch in zip((n, m), sketches, strict=True))
+        super().__init__(dtype, {"right": (right,), "left": (left,), "weights": (2,)})
         self.shape = (m, n)
+        self.sketches = sketches
 
     def update(self, x: Tensor, h: Tensor, scale: float = 1.0) -> None:
         """Add the pairs (x, scale * h).
@@ -283,17 +305,23 @@ class CoupledMoments(StreamedSums):
         with torch.autocast(x.device.type, enabled=False):
             X, H = x.detach().to(self.accumulator_dtype), h.detach().to(self.accumulator_dtype)
             p, q = H.norm(dim=1), X.norm(dim=1)
-            add_gram_(self.right, X * p.sqrt()[:, None], abs(scale))
-            add_gram_(self.left, H * q.sqrt()[:, None], scale**2)
+            right, left = self.sketches
+            add_second_(self.right, right, X * p.sqrt()[:, None], abs(scale))
+            add_second_(self.left, left, H * q.sqrt()[:, None], scale**2)
             self.weights += torch.stack([p.sum() * abs(scale), q.sum()])
             self.count += len(x)
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Return (A_h (n, n), G_x (m, m)); zeros where all weights are."""
+        right, left = self.forms()
+        return dense(right), dense(left)
+
+    def forms(self) -> tuple[Form, Form]:
+        """Return the same in the forms that they have: a sketch is not made a matrix."""
         self.allocate()
-        m, n = self.shape
+        (m, n), (right, left) = self.shape, self.sketches
         p, q = self.weights.clamp(min=torch.finfo(self.accumulator_dtype).tiny)
-        return unpack(self.right, n) / p, unpack(self.left, m) / q
+        return second_form(self.right, n, right, p), second_form(self.left, m, left, q)
 
 
 class SequenceFisher(StreamedSums):
@@ -409,3 +437,27 @@ def _unit(packed: Tensor, d: int) -> Tensor:
 def _check_pairs(x: Tensor, h: Tensor, shape: tuple[int, int]) -> None:
     if (x.shape[1:], h.shape[1:]) != ((shape[0],), (shape[1],)) or len(x) != len(h):
         raise ValueError(f"Expected as many x and h of lengths {shape} but got {x.shape=} and {h.shape=}.")
+
+
+def second_size(d: int, sketch: Sketch | None) -> int:
+    """Return how many numbers a second moment of width d holds, packed or sketched."""
+    return packed_size(d) if sketch is None else sketch.numbers
+
+
+def add_second_(sums: Tensor, sketch: Sketch | None, X: Tensor, weight: float) -> None:
+    """Add ``weight X^T X`` to the sums of a second moment, packed or sketched, in place; X (tokens, d)."""
+    if sketch is None:
+        add_gram_(sums, X, weight)
+    else:
+        sketch.add_(sums, X, weight)
+
+
+def second_form(sums: Tensor, d: int, sketch: Sketch | None, divisor: Tensor) -> Form:
+    """Return the sums of a second moment, packed or sketched, over a divisor: a matrix (d, d), or what is rebuilt."""
+    divisor = divisor.to(sums.dtype)
+    return unpack(sums, d) / divisor if sketch is None else sketch.form(sums / divisor)
+
+
+def second_diagonal(sums: Tensor, d: int, sketch: Sketch | None) -> Tensor:
+    """Return the diagonal of what was summed, exact for either kind, shape (d,)."""
+    return packed_diagonal(sums, d) if sketch is None else sketch.diagonal(sums)

@@ -8,14 +8,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fasc_lightning.moments import NEEDS, CalibrationMoments
+from fasc_lightning.moments import NEEDS, CalibrationMoments, LayerSketches
+from fasc_lightning.sketch import Sketch
+from fasc_lightning.streams import StreamedSums
 
 SHAPES = {"q": (3, 4), "k": (2, 4)}
+SKETCHES = {"q": LayerSketches(Sketch(4, 2), Sketch(3, 1)), "k": LayerSketches(Sketch(4, 2))}
 
 
-def gather(parts: range) -> CalibrationMoments:
+def gather(parts: range, sketched: bool = False) -> CalibrationMoments:
     """Moments of some of four sequences of unequal lengths; only the last one meets k without q."""
-    moments = CalibrationMoments(SHAPES, torch.float64, needs=NEEDS)
+    moments = CalibrationMoments(SHAPES, torch.float64, needs=NEEDS, sketches=SKETCHES if sketched else None)
     for part in parts:
         generator = torch.Generator().manual_seed(part)
         tokens = 3 + part
@@ -29,12 +32,20 @@ def gather(parts: range) -> CalibrationMoments:
     return moments
 
 
+def streams(moments: CalibrationMoments) -> list[StreamedSums]:
+    """All streams in an order that does not depend on which layers a process met first."""
+    held = (moments.inputs, moments.gradients, moments.couplings)
+    return [group[key] for group in held for key in sorted(group)]
+
+
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     dist.init_process_group("gloo", init_method=(folder / "store").as_uri(), rank=rank, world_size=2)
-    moments = gather(range(2) if rank == 0 else range(2, 4))
-    moments.all_reduce_()
-    torch.save({name: vars(moments.layer(name)) for name in SHAPES}, folder / f"{rank}.pt")
+    exact, sketched = (gather(range(2) if rank == 0 else range(2, 4), sketched) for sketched in (False, True))
+    exact.all_reduce_()
+    sketched.all_reduce_()
+    torch.save({name: vars(exact.layer(name)) for name in SHAPES}, folder / f"{rank}.pt")
+    torch.save([stream.sums for stream in streams(sketched)], folder / f"{rank}.sketched.pt")
     dist.destroy_process_group()
 
 

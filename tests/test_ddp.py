@@ -113,7 +113,7 @@ def dense_weights(state: dict) -> dict[str, torch.Tensor]:
 def test_two_processes_reduce_every_statistic_to_what_one_gathers(tmp_path):
     import ddp_moments
 
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{FOLDER}{os.pathsep}{FOLDER.parent}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(FOLDER / "ddp_moments.py"), str(tmp_path)]
     processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
@@ -122,3 +122,6 @@ def test_two_processes_reduce_every_statistic_to_what_one_gathers(tmp_path):
         for name in ddp_moments.SHAPES:
             for field, expected in vars(one.layer(name)).items():
                 torch.testing.assert_close(found[name][field], expected)
+    sketched = [stream.sums for stream in ddp_moments.streams(ddp_moments.gather(range(4), sketched=True))]
+    for found in (torch.load(tmp_path / f"{rank}.sketched.pt", weights_only=True) for rank in range(2)):
+        torch.testing.assert_close(found, sketched)

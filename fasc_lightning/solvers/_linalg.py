@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
+
+from fasc_lightning.forms import Form, LowRankPlusDiagonal
 
 #: Smallest eigenvalue that the rank-revealing fallback lets stand, relative to the largest. A direction that the
 #: calibration tokens do not show is then cheap to lose, not free, and no inverse blows up.
 EIGENVALUE_FLOOR = 1e-10
 
 
-def shrink(S: Tensor, amount: float) -> Tensor:
+@overload
+def shrink(S: Tensor, amount: float) -> Tensor: ...
+@overload
+def shrink(S: Form, amount: float) -> Form: ...
+def shrink(S: Form, amount: float) -> Form:
     """Return (1 - amount) S + amount * mean(diag S) * I: relative, so the scale of the data does not matter.
 
     Args:
         S: Symmetric positive semidefinite, shape (d, d).
         amount: In [0, 1).
     """
+    if isinstance(S, LowRankPlusDiagonal):
+        return S.shrunk(amount)
     shrunk = (1 - amount) * S
     shrunk.diagonal().add_(amount * S.diagonal().mean())
     return shrunk

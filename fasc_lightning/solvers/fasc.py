@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 from torch import Tensor
 
+from fasc_lightning.forms import Form, congruence, dense
 from fasc_lightning.moments import LayerMoments
 from fasc_lightning.solvers._linalg import descending_eigh, shrink, square_root, tail_sums
 from fasc_lightning.solvers._registry import register_solver
@@ -17,13 +20,14 @@ SHRINK_G = 0.1
 SHRINK_COUPLED_G = 0.05
 
 
-def two_sided(W: Tensor, A: Tensor, G: Tensor) -> Factorization:
+def two_sided(W: Tensor, A: Form, G: Form) -> Factorization:
     r"""Minimise tr(G D A D^T), D = W - W', over all W' of each rank.
 
     With any R_A R_A^T = A and R_G^T R_G = G, let M = R_G W R_A = U S V^T; the optimum is
     W'_k = R_G^-1 U_k S_k V_k^T R_A^-1 and the loss left is the sum of s_i^2 beyond k (Eckart and Young 1936 in the
     metric of the two factors). As U_k S_k V_k^T = U_k U_k^T M, one root cancels, W'_k = R_G^-1 U_k U_k^T R_G W, and U
-    are the eigenvectors of M M^T = R_G (W A W^T) R_G^T: only the smaller side needs a root and an eigh.
+    are the eigenvectors of M M^T = R_G (W A W^T) R_G^T: only the smaller side needs a root and an eigh. A low-rank form
+    on the larger side therefore stays one; on the smaller side it becomes a matrix, which is no larger than W.
 
     Note the orientation: with Cholesky's G = L L^T it is R_G = L^T, not L.
 
@@ -39,18 +43,26 @@ def two_sided(W: Tensor, A: Tensor, G: Tensor) -> Factorization:
     if m > n:  # the same problem for W^T, whose smaller side is its outputs
         transposed = two_sided(W.T, G, A)
         return Factorization(transposed.right.T, transposed.left.T, transposed.losses)
-    W, A, G = W.double(), A.double(), G.double()
+    W, A, G = W.double(), A.double(), dense(G.double())
     root = square_root(G)  # L with G = L L^T
-    spectrum, U = descending_eigh(root.L.T @ (W @ A @ W.T) @ root.L)
+    spectrum, U = descending_eigh(root.L.T @ congruence(W, A) @ root.L)
     return Factorization(root.solve_transposed(U), (root.L @ U).T @ W, tail_sums(spectrum))
 
 
-def coupled_metric(A_h: Tensor, G_x: Tensor) -> tuple[Tensor, Tensor]:
+@overload
+def coupled_metric(A_h: Tensor, G_x: Tensor) -> tuple[Tensor, Tensor]: ...
+@overload
+def coupled_metric(A_h: Form, G_x: Form) -> tuple[Form, Form]: ...
+def coupled_metric(A_h: Form, G_x: Form) -> tuple[Form, Form]:
     """Return A (n, n) and G (m, m) in float64, shrunk: the metric in which ``fasc`` measures a loss."""
     return shrink(A_h.double(), SHRINK_A), shrink(G_x.double(), SHRINK_COUPLED_G)
 
 
-def plain_metric(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+@overload
+def plain_metric(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]: ...
+@overload
+def plain_metric(A: Form, G: Form) -> tuple[Form, Form]: ...
+def plain_metric(A: Form, G: Form) -> tuple[Form, Form]:
     """Return A (n, n) and G (m, m) in float64, shrunk: the metric in which ``fasc-plain`` measures a loss."""
     return shrink(A.double(), SHRINK_A), shrink(G.double(), SHRINK_G)
 
@@ -69,7 +81,7 @@ def fasc(W: Tensor, moments: LayerMoments) -> Factorization:
         W: Weight, shape (m, n).
         moments: Moments of the layer; only ``coupled`` is used. Singular ones are fine.
     """
-    return two_sided(W, *coupled_metric(*moments.require("coupled")))
+    return two_sided(W, *coupled_metric(*moments.coupled_forms()))
 
 
 @register_solver("fasc-plain")
@@ -83,4 +95,4 @@ def fasc_plain(W: Tensor, moments: LayerMoments) -> Factorization:
         W: Weight, shape (m, n).
         moments: Moments of the layer; only A and G are used. Singular ones are fine.
     """
-    return two_sided(W, *plain_metric(moments.A, moments.G))
+    return two_sided(W, *plain_metric(*moments.plain_forms()))

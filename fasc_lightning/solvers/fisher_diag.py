@@ -26,5 +26,5 @@ def fisher_diag(W: Tensor, moments: LayerMoments) -> Factorization:
         W: Weight, shape (m, n).
         moments: Moments of the layer; only the diagonals of A and G are used.
     """
-    A, G = (torch.diag(S.double().diagonal().clamp(min=0)) for S in (moments.A, moments.G))
+    A, G = (torch.diag(S.double().diagonal().clamp(min=0)) for S in moments.plain_forms())
     return two_sided(W, A, G)

@@ -25,4 +25,4 @@ def svd_llm(W: Tensor, moments: LayerMoments, shrink_A: float = SHRINK_A) -> Fac
         shrink_A: Relative shrinkage of A.
     """
     identity = torch.eye(W.shape[0], dtype=torch.float64, device=W.device)
-    return two_sided(W, shrink(moments.A.double(), shrink_A), identity)
+    return two_sided(W, shrink(moments.plain_forms()[0].double(), shrink_A), identity)

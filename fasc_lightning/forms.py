@@ -1,0 +1,78 @@
+"""The two shapes in which a second moment comes: a matrix, or low rank plus a diagonal, which is never a square."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRankPlusDiagonal:
+    """The symmetric positive semidefinite matrix S = F F^T + diag(D).
+
+    Attributes:
+        factor: F, shape (d, r).
+        residual: D, what F F^T leaves of the diagonal, at least zero, shape (d,).
+    """
+
+    factor: Tensor
+    residual: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d, d)."""
+        return len(self.residual), len(self.residual)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of S, shape (d,)."""
+        return self.factor.square().sum(1) + self.residual
+
+    def double(self) -> LowRankPlusDiagonal:
+        """Return the same in float64."""
+        return LowRankPlusDiagonal(self.factor.double(), self.residual.double())
+
+    def shrunk(self, amount: float) -> LowRankPlusDiagonal:
+        """Return (1 - amount) S + amount * mean(diag S) * I, which has the same form."""
+        level = amount * self.diagonal().mean()
+        return LowRankPlusDiagonal(self.factor * (1 - amount) ** 0.5, (1 - amount) * self.residual + level)
+
+    def congruence(self, W: Tensor) -> Tensor:
+        """Return W S W^T, shape (m, m), for W of shape (m, d)."""
+        lifted = W @ self.factor
+        return lifted @ lifted.T + (W * self.residual) @ W.T
+
+    def apply(self, X: Tensor) -> Tensor:
+        """Return S X, shape (d, c), for X of shape (d, c)."""
+        return self.factor @ (self.factor.T @ X) + self.residual[:, None] * X
+
+    def norm(self) -> Tensor:
+        """Return the Frobenius norm of S, a scalar."""
+        crossed = (2 * self.factor.square().sum(1) + self.residual) * self.residual
+        return ((self.factor.T @ self.factor).square().sum() + crossed.sum()).sqrt()
+
+    def dense(self) -> Tensor:
+        """Return S, shape (d, d)."""
+        full = self.factor @ self.factor.T
+        full.diagonal().add_(self.residual)
+        return full
+
+
+#: A second moment of shape (d, d).
+Form: TypeAlias = Tensor | LowRankPlusDiagonal
+
+
+def dense(S: Form) -> Tensor:
+    """Return a second moment as a matrix, shape (d, d)."""
+    return S if isinstance(S, Tensor) else S.dense()
+
+
+def congruence(W: Tensor, S: Form) -> Tensor:
+    """Return W S W^T, shape (m, m): from a low-rank form without a (d, d) matrix.
+
+    Args:
+        W: Shape (m, d).
+        S: Shape (d, d).
+    """
+    return W @ S @ W.T if isinstance(S, Tensor) else S.congruence(W)

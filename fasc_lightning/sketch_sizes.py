@@ -1,0 +1,131 @@
+"""Which second moments of a model are sketched, and how large the sketches are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from fasc_lightning.allocation import resolve_rank
+from fasc_lightning.moments import LayerSketches
+from fasc_lightning.packed import packed_size
+from fasc_lightning.sketch import SKETCH_KINDS, Sketch, SketchKind
+
+#: Width above which the paper sketches (Shihab et al., section 2.3).
+SKETCH_ABOVE = 4096
+
+#: An absolute size, or "auto" (:func:`auto_size`).
+SketchSize = int | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class SketchOptions:
+    """What is to be sketched, and how.
+
+    Attributes:
+        kind: "range", or for comparison "gaussian" (:mod:`~fasc_lightning.sketch`).
+        size: Columns of the sketch, or "auto".
+        above: Sides of layers no wider than this stay exact.
+        seed: Of the random matrices.
+        threshold: rho up to which "auto" takes the smaller size.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+
+    kind: SketchKind = "range"
+    size: SketchSize = "auto"
+    above: int = SKETCH_ABOVE
+    seed: int = 0
+    threshold: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.kind not in SKETCH_KINDS:
+            raise ValueError(
+                f"Expected `sketch` to be one of {', '.join(SKETCH_KINDS)}, or None, but got {self.kind!r}."
+            )
+        if self.size != "auto" and (not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1):
+            raise ValueError(f'Expected `sketch_size` to be "auto" or an int of at least 1 but got {self.size!r}.')
+        if self.above < 0:
+            raise ValueError(f"Expected `sketch_above` to be a width of at least 0 but got {self.above}.")
+
+
+def expected_rank(m: int, n: int, rank: float | None, keep: float | None) -> int:
+    """Return the rank that a layer gets under a uniform treatment, before any allocation.
+
+    Args:
+        m: Outputs.
+        n: Inputs.
+        rank: Fraction of full rank (float) or absolute rank (int), or None.
+        keep: Fraction of parameters, k (m + n - k) <= keep m n, where there is no rank.
+    """
+    if keep is None:
+        assert rank is not None
+        return min(resolve_rank(m, n, rank), m, n)
+    total = m + n
+    return max(1, math.floor((total - math.sqrt(total**2 - 4 * keep * m * n)) / 2))
+
+
+def auto_size(d: int, k: int, rho: float | None = None, threshold: float = 0.3) -> int:
+    """Return the paper's size of a sketch: 2k up to the threshold of rho, 4k above, at most d / 2 (Appendix C).
+
+    A layer whose rho is not known yet counts as above. The paper caps 4k only; 2k is capped here as well, since an
+    exact moment is hardly larger than a sketch of half its width.
+
+    Args:
+        d: Width of the moment.
+        k: Rank that the layer is to have.
+        rho: Dependence score of the layer, in [0, 1].
+        threshold: Where the size doubles.
+    """
+    low = rho is not None and rho <= threshold
+    return min((2 if low else 4) * k, d // 2)
+
+
+def choose_sketches(
+    shapes: Mapping[str, tuple[int, int]],
+    ranks: Mapping[str, int],
+    options: SketchOptions,
+    rho: Mapping[str, float] | None = None,
+) -> dict[str, LayerSketches]:
+    """Return how each layer's second moments are sketched, side by side; layers that stay exact are left out.
+
+    A side is sketched if it is wider than ``options.above`` and the sketch is smaller than the exact moment. Inputs of
+    one width get one size, the largest that a layer asks for: layers that share an input share its moment, and which
+    do is known only once a batch has run.
+
+    Args:
+        shapes: (m, n) of each layer by name.
+        ranks: Rank that each is to have (:func:`expected_rank`).
+        options: What is to be sketched, and how.
+        rho: Of the layers where it is known.
+
+    Raises:
+        ValueError: If an absolute size is too large for every side that it was meant for.
+    """
+    rho = rho or {}
+
+    def size(name: str, d: int) -> int:
+        if options.size == "auto":
+            return auto_size(d, ranks[name], rho.get(name), options.threshold)
+        return options.size
+
+    def sketch(d: int, s: int) -> Sketch | None:
+        if d <= options.above or not 1 <= s < d:
+            return None
+        made = Sketch(d, s, options.seed, options.kind)
+        return made if made.numbers < packed_size(d) else None
+
+    inputs: dict[int, int] = {}
+    for name, (_, n) in shapes.items():
+        inputs[n] = max(inputs.get(n, 0), size(name, n))
+    chosen = {name: LayerSketches(sketch(n, inputs[n]), sketch(m, size(name, m))) for name, (m, n) in shapes.items()}
+    chosen = {name: sides for name, sides in chosen.items() if sides != LayerSketches()}
+    widest = max(max(shape) for shape in shapes.values())
+    if options.size != "auto" and widest > options.above and not chosen:
+        raise ValueError(
+            f"Expected a `sketch_size` that saves memory for some side wider than {options.above} (the widest is "
+            f'{widest}) but got {options.size}. Take less than half the width, "auto", or leave the moments exact.'
+        )
+    return chosen

@@ -19,6 +19,7 @@ from fasc_lightning import _checks
 from fasc_lightning.batches import LossTerms, TokenMask, batch_label, observed_rows
 from fasc_lightning.calibration import Calibration, CalibrationOptions
 from fasc_lightning.checkpoints import match_on_load
+from fasc_lightning.expert_views import warn_unknown_experts
 from fasc_lightning.factorize import check_budget_fits
 from fasc_lightning.gate import check_gate
 from fasc_lightning.history import RhoHistory, describe
@@ -307,6 +308,7 @@ class FascCallback(pl.Callback):
         # Only here do modules made in `configure_model` exist.
         _checks.check_module(pl_module, compresses=self._compresses)
         self._layers = select_layers(pl_module, self.targets, self.exclude)
+        warn_unknown_experts(pl_module)
         if self._monitors:
             self._monitor.start(trainer, self._layers)
         if self._compresses:

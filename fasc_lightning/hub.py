@@ -25,6 +25,7 @@ from typing_extensions import override
 from fasc_lightning._files import check_json_files
 from fasc_lightning._guards import expect_guards, guards
 from fasc_lightning._names import some_names
+from fasc_lightning.expert_modules import unfuse
 from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape
 from fasc_lightning.quantized_layers import QUANTIZATIONS, DenseLinear, make_room_for_int8, quantization_of
 from fasc_lightning.swap import compressed_layers, swap_modules, to_dense
@@ -83,7 +84,10 @@ class FascQuantizer(HfQuantizer):
     @override
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         expect_guards(model, kwargs.get("checkpoint_files") or (), self.quantization_config.layers)
-        layers = _resolve_names(model, self.quantization_config.layers)
+        prefix = f"{model.base_model_prefix}."
+        names = self.quantization_config.layers
+        unfuse(model, {form for name in names for form in (name, name.removeprefix(prefix), prefix + name)})
+        layers = _resolve_names(model, names)
         empty: dict[str, nn.Module] = {
             name: empty_layer(name, model.get_submodule(name), spec) for name, spec in layers.items()
         }

@@ -40,6 +40,8 @@ class UnfusedExperts(nn.Module):
         for expert in range(self.num_experts):
             parts = {p: layers.get((expert, p)) or _dense(fused, expert, p) for p in PROJECTIONS}
             self.add_module(str(expert), nn.ModuleDict(parts))
+        for part in (self.layer(e, p) for e in range(self.num_experts) for p in PROJECTIONS):
+            vars(part)["expert_share"] = active_share(fused)  # for counts of FLOPs; swaps hand it on
         self.train(fused.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -57,11 +59,6 @@ class UnfusedExperts(nn.Module):
             y = parts["w_down"](self.act_fn(parts["w_gate"](x)) * parts["w_up"](x))
             result.index_add_(0, tokens, (y * top_k_weights[tokens, places, None]).to(result.dtype))
         return result
-
-    @property
-    def share(self) -> float:
-        """Share of the experts that works on a token."""
-        return active_share(self)
 
     def layer(self, expert: int, projection: str) -> nn.Module:
         """Return one projection of one expert."""

@@ -66,7 +66,7 @@ class ExpertLinear(nn.Linear):
         return expert_weight(self.__dict__["experts"], self.expert, self.projection)
 
     @property
-    def share(self) -> float:
+    def expert_share(self) -> float:
         """Share of the tokens that an expert sees if all see as many: experts of a token over experts."""
         return active_share(self.__dict__["experts"])
 

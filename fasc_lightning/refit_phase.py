@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from fasc_lightning.expert_views import expert_groups
 from fasc_lightning._distributed import share_layers
 from fasc_lightning._progress import layer_progress
 from fasc_lightning.moments import CalibrationMoments
@@ -51,7 +50,6 @@ class RefitPhase:
         if wanted is False:
             return None
         try:
-            _check_experts(layers)
             check_automatic(pl_module, "Compress with refit=False.")
             check_refit(pl_module, layers)
         except (RefitError, NoLossError) as error:
@@ -127,19 +125,6 @@ class RefitPhase:
                 raise
             rank_zero_info(_NOT_REFITTED.format(error))
             return None
-
-
-def _check_experts(layers: Iterable[str]) -> None:
-    """Refuse virtual layers: blocks that run one by one do not show what goes into each expert.
-
-    Raises:
-        RefitError: If there is one.
-    """
-    if groups := expert_groups(layers):
-        raise RefitError(
-            f"The experts of {len({experts for experts, _ in groups})} modules are compressed, and a refit does not "
-            "know which tokens each expert sees. Compress with refit=False, or exclude the experts."
-        )
 
 
 def refit_figures(report: RefitReport) -> dict[str, Any]:

@@ -145,6 +145,8 @@ def _check_replacements(modules: dict[str, nn.Module], replacements: dict[str, n
 def _match(new: nn.Module, old: nn.Module) -> None:
     """Gives new the training mode of old, and its device and floating dtype where it has just one."""
     new.train(old.training)
+    if "expert_share" in vars(old):
+        vars(new)["expert_share"] = vars(old)["expert_share"]
     if isinstance(new, CompressedLinear) and is_conv1d(old):
         new.from_conv1d = True
     kinds = {(p.device, p.dtype) for p in old.parameters() if p.is_floating_point()}

@@ -162,7 +162,9 @@ def fuse_dense(model: nn.Module) -> None:
     """Fuse those experts of a model again that are dense throughout, in place."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, UnfusedExperts) and all(type(child.get_submodule(p)) is nn.Linear for p in _paths(child)):
+            if isinstance(child, UnfusedExperts) and all(
+                type(child.get_submodule(p)) is nn.Linear for p in _paths(child)
+            ):
                 setattr(parent, name, child.fuse())
 
 

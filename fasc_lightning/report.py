@@ -27,7 +27,7 @@ class Size:
     Attributes:
         parameters: Numbers that are trained; the index of a pivoted layer is not one of them.
         bytes: Memory of parameters and buffers, indices included.
-        flops_per_token: Two for each multiply-add of a linear layer, of experts the share of them that works on a token;
+        flops_per_token: Two for each multiply-add of a linear layer, of experts the share that works on a token;
             attention and element-wise work are not counted.
     """
 

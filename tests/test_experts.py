@@ -290,7 +290,12 @@ def test_expert_table_lists_experts_by_debiased_rho():
         name = f"m.experts.{expert}.{projection}"
         return LayerReport(name, (8, 4), 2, "pivot", tokens, 0.5, 0.1, debiased, 0.0, "fasc")
 
-    layers = [layer(0, "w_up", 30, 0.1), layer(0, "w_down", 30, 0.3), layer(1, "w_up", 10, 0.6), layer(2, "w_up", 0, math.nan)]
+    layers = [
+        layer(0, "w_up", 30, 0.1),
+        layer(0, "w_down", 30, 0.3),
+        layer(1, "w_up", 10, 0.6),
+        layer(2, "w_up", 0, math.nan),
+    ]
     rows = expert_rows(layers)
     assert [row.expert for row in rows] == [1, 0, 2]
     assert rows[1].rho_debiased == pytest.approx(0.2)

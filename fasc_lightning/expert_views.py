@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -212,6 +212,8 @@ class ExpertTaps:
     def install(self) -> None:
         """Send forwards through the virtual layers."""
         for experts, views in self._views.values():
+            if "_fasc_before" not in vars(experts):  # a forward of its own, as accelerate gives modules
+                vars(experts)["_fasc_before"] = vars(experts).get("forward")
             vars(experts)["_fasc_views"] = views
             # Bound, so that a copy of the module gets a forward of its own.
             vars(experts)["forward"] = MethodType(_observed_forward, experts)
@@ -219,15 +221,19 @@ class ExpertTaps:
     def remove(self) -> None:
         """Undo :meth:`install`; safe at any time."""
         for experts, _ in self._views.values():
-            for name in ("forward", "_fasc_views"):
-                with suppress(KeyError):
-                    del vars(experts)[name]
+            own = vars(experts)
+            if own.pop("_fasc_views", None) is None:
+                continue
+            del own["forward"]
+            if (before := own.pop("_fasc_before")) is not None:
+                own["forward"] = before
 
 
 def _observed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """As the fused module's own loop over experts, operation by operation, with a place for hooks at each product."""
     if not torch.is_grad_enabled():
-        return type(self).forward(self, hidden_states, top_k_index, top_k_weights)
+        before = vars(self)["_fasc_before"] or partial(type(self).forward, self)
+        return before(hidden_states, top_k_index, top_k_weights)
     views = vars(self)["_fasc_views"]
 
     def observe(projection: str, x: Tensor, y: Tensor) -> Tensor:

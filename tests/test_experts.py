@@ -25,6 +25,7 @@ from fasc_lightning.expert_report import expert_rows, expert_table
 from fasc_lightning.expert_views import is_fused_experts, named_layers, split_name, unknown_experts
 from fasc_lightning.lowrank import LowRankLinear, linear_shape
 from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.refit_blocks import RefitError
 from fasc_lightning.report import LayerReport, measure_model
 from fasc_lightning.swap import swap_modules, to_dense
 from fasc_lightning.taps import Taps, layer_shapes, select_layers
@@ -307,3 +308,39 @@ def test_expert_table_lists_experts_by_debiased_rho():
     assert rows[0].rank == 0.5
     assert expert_table(layers).splitlines()[1].startswith("m.experts.1 ")
     assert expert_table([]) == ""
+
+
+@pytest.mark.filterwarnings("ignore:.*layers saw fewer tokens")
+def test_experts_are_held_in_int8_those_that_stay_dense_included(tmp_path):
+    model = make("qwen3")
+    report = compress(model, batches(2), rank=1.0, refit=False, allocation="fisher", quantize="int8", progress=False)
+    assert len([name for name in report.plan if split_name(name)]) == 3 * E
+    assert report.targeted["compressed"].bytes < 0.5 * report.targeted["dense"].bytes
+    model.save_pretrained(tmp_path)
+    ids = batches(1)[0]["input_ids"]
+    assert torch.equal(load_compressed(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_a_forward_that_the_module_already_had_is_put_back(model, batch):
+    experts, calls = fused(model), []
+    own = experts.forward
+
+    def forward(*args):
+        calls.append(len(args))
+        return own(*args)
+
+    experts.forward = forward
+    layers = select_layers(model)
+    taps = Taps(layers, CalibrationMoments(layer_shapes(layers)))
+    taps.install()
+    with torch.no_grad():
+        model(**batch)
+    assert calls == [3]
+    taps.remove()
+    taps.remove()
+    assert vars(experts)["forward"] is forward
+
+
+def test_a_refit_of_experts_is_refused_before_any_work_is_done():
+    with pytest.raises(RefitError, match="do not show what goes into each expert"):
+        compress(make("qwen3"), batches(2), keep=0.8, refit=True, progress=False)

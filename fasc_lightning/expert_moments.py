@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ def blend(own: LayerMoments, pool: LayerMoments, weight: float) -> LayerMoments:
     def mixed(a: Tensor, b: Tensor) -> Tensor:
         return b.lerp(a, weight)
 
-    changes = {}
+    changes: dict[str, Any] = {}
     for field in _FIELDS:
         a, b = getattr(own, field), getattr(pool, field)
         if isinstance(a, tuple):

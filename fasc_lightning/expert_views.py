@@ -90,13 +90,13 @@ def expert_weight(experts: Any, expert: int, projection: str) -> Tensor:
         return experts.gate_up_proj[expert, start : start + width]
 
 
-def active_share(experts: nn.Module) -> float:
+def active_share(experts: Any) -> float:
     """Return which share of a block's experts works on a token; 1 where the configuration does not say."""
     active = getattr(getattr(experts, "config", None), "num_experts_per_tok", None)
-    return active / experts.num_experts if isinstance(active, int) else 1.0  # type: ignore[operator]
+    return active / experts.num_experts if isinstance(active, int) else 1.0
 
 
-def is_fused_experts(module: nn.Module) -> bool:
+def is_fused_experts(module: Any) -> bool:
     """Tell whether a module holds gated experts of a kind that is understood, as Mixtral's and Qwen's.
 
     transformers' decorator of experts modules states what they compute; whatever deviates (transposed, interleaved or
@@ -118,12 +118,13 @@ def is_fused_experts(module: nn.Module) -> bool:
 
     if getattr(type(module), "_apply_gate", None) is not moe._default_apply_gate:
         return False
-    own = dict(module.named_parameters())
+    own: dict[str, nn.Parameter] = dict(module.named_parameters())
     if set(own) != {"gate_up_proj", "down_proj"} or any(p.ndim != 3 for p in own.values()):
         return False
     (E, twice, H), down = own["gate_up_proj"].shape, own["down_proj"].shape
     floating = all(p.is_floating_point() for p in own.values())
-    return floating and twice % 2 == 0 and tuple(down) == (E, H, twice // 2) and module.num_experts == E
+    shaped = twice % 2 == 0 and tuple(down) == (E, H, twice // 2)
+    return bool(floating and shaped and module.num_experts == E)
 
 
 def expert_views(name: str, experts: nn.Module) -> dict[str, ExpertLinear]:

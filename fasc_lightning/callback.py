@@ -19,6 +19,8 @@ from fasc_lightning import _checks
 from fasc_lightning.batches import LossTerms, TokenMask, batch_label, observed_rows
 from fasc_lightning.calibration import Calibration, CalibrationOptions
 from fasc_lightning.checkpoints import match_on_load
+from fasc_lightning.expert_modules import unfuse
+from fasc_lightning.expert_views import split_name, warn_unknown_experts
 from fasc_lightning.factorize import check_budget_fits
 from fasc_lightning.gate import check_gate
 from fasc_lightning.history import RhoHistory, describe
@@ -324,6 +326,8 @@ class FascCallback(pl.Callback):
         # Only here do modules made in `configure_model` exist.
         _checks.check_module(pl_module, compresses=self._compresses)
         self._layers = select_layers(pl_module, self.targets, self.exclude)
+        if self.targets in (None, "all-linear"):
+            warn_unknown_experts(pl_module)
         if self._monitors:
             self._monitor.start(trainer, self._layers)
         if self._compresses:
@@ -489,8 +493,12 @@ class FascCallback(pl.Callback):
             return
         assert self.report is not None
         start, layers = time.perf_counter(), [layer.name for layer in self.report.layers]
+        fused = unfuse(pl_module, layers)  # experts that all stayed dense
         replaced = quantize_layers(pl_module, layers, self.quantize)
-        self._replaced = {**replaced, **self._replaced}  # of layers compressed before, what they were at first
+        # Of layers compressed before, what they were at first; of experts, the module that held them all.
+        before = {**fused, **self._replaced}
+        inside = {name for name in replaced if (parts := split_name(name)) is not None and parts[0] in before}
+        self._replaced = {**{name: layer for name, layer in replaced.items() if name not in inside}, **before}
         self.report = self.report.with_quantized(pl_module, self.quantize, layers, time.perf_counter() - start)
 
     def _end_recovery(self, trainer: pl.Trainer, pl_module: pl.LightningModule, done: RecoveryCallback) -> None:

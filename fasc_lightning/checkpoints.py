@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fasc_lightning._guards import is_guard
 from fasc_lightning._names import some_names
+from fasc_lightning.expert_modules import UnfusedExperts
+from fasc_lightning.expert_views import named_layers
 from fasc_lightning.hub import describe_layer, empty_layer
 from fasc_lightning.lowrank import CompressedLinear, is_conv1d, linear_shape
 from fasc_lightning.plan import REMEMBERED, check_fit, compression_plan, place, set_trainable, swap_layers
@@ -59,20 +61,26 @@ def match_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], prefix
             which is what it was. (A module with ``strict_loading = False`` may lack weights.)
     """
     compressed = _compressed_names(state_dict, prefix)
-    every = {name for name, _ in module.named_modules(remove_duplicate=False)}
-    if missing := compressed - every:
+    every = named_layers(module)
+    if missing := compressed - every.keys():
         raise ValueError(
             f"Expected a checkpoint of {type(module).__name__} but it holds compressed layers that are not there: "
             f"{some_names(missing)}. Is it another model's? The module is what it was."
         )
     before = compression_plan(module)
     new: dict[str, nn.Module] = {}
-    for name, layer in module.named_modules():
-        replacement = None
+    once = {id(layer): name for name, layer in reversed(every.items())}
+    for name, layer in every.items():
+        if once[id(layer)] != name:
+            continue
+        replacement: nn.Module | None = None
         if name in compressed and (isinstance(layer, CompressedLinear | nn.Linear) or is_conv1d(layer)):
             replacement = _compressed_layer(name, layer, _part(state_dict, f"{prefix}{name}."))
         elif isinstance(layer, CompressedLinear) and f"{prefix}{name}.weight" in state_dict:
             replacement = _dense_layer(name, layer, _part(state_dict, f"{prefix}{name}."))
+        elif isinstance(layer, UnfusedExperts) and f"{prefix}{name}.gate_up_proj" in state_dict:
+            parameter = next(p for p in layer.parameters() if p.is_floating_point())
+            replacement = set_trainable(place(layer.empty(), parameter.device), parameter.requires_grad)
         if replacement is not None:
             new[name] = replacement
     if not new:

@@ -21,10 +21,11 @@ from fasc_lightning.allocation import (
     rank_budget,
     resolve_rank,
 )
+from fasc_lightning.expert_moments import BorrowedMoments
 from fasc_lightning.layouts import Layout, auto_cost, auto_layout, factors_cost, pivot_cost
 from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
 from fasc_lightning.measured import Measure, correction
-from fasc_lightning.moments import CalibrationMoments, not_gathered
+from fasc_lightning.moments import CalibrationMoments, LayerMoments, not_gathered
 from fasc_lightning.objective import fisher_losses, fisher_metric
 from fasc_lightning.solvers import Factorization, get_solver, solver_needs
 
@@ -153,7 +154,7 @@ def compress_layers(
     """Factorise the layers and build their replacements; the layers themselves are only read.
 
     Layers that no gradient reached, or whose gradients were all zero, stay dense: nothing is known of what they may
-    lose.
+    lose. Experts with few tokens borrow from those of their block (:mod:`~fasc_lightning.expert_moments`).
 
     Each solver states its losses in a unit of its own (squared loss, output or input), and one budget cannot be spent
     over several units. So as soon as a layer is on another solver than ``method``, all losses are J of the Fisher
@@ -206,11 +207,13 @@ def compress_layers(
             f"No gradient reached any of the {len(layers)} tapped layers in calibration. Is the loss detached, the "
             "forward run under no_grad or inference mode, or was `manual_backward` never called?"
         )
+    borrowed = BorrowedMoments(moments, layers)
+    borrowed.say()
     factorizations: dict[str, Factorization] = {}
     for name in progress(reached, "Factorising"):
         factorization = None if known is None else known.get(name)
         if factorization is None:
-            factorization = _factorize(layers[name], moments, name, solvers[name], fisher, device)
+            factorization = _factorize(layers[name], borrowed.layer(name), solvers[name], fisher, device)
         if factorization is not None:
             factorizations[name] = factorization
             if known is not None:
@@ -272,14 +275,12 @@ def _check_gathered(solvers: Iterable[str], moments: CalibrationMoments) -> None
 
 def _factorize(
     module: nn.Module,
-    moments: CalibrationMoments,
-    name: str,
+    statistics: LayerMoments,
     method: str,
     fisher: bool,
     device: torch.device | str,
 ) -> Factorization | None:
     """Run the solver; None where every gradient was zero, so that the loss says nothing about the layer."""
-    statistics = moments.layer(name)
     if not bool(statistics.plain_forms()[1].diagonal().any()):
         return None
     W = linear_weight(module).detach().to(device)

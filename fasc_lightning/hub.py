@@ -25,6 +25,8 @@ from typing_extensions import override
 from fasc_lightning._files import check_json_files
 from fasc_lightning._guards import expect_guards, guards
 from fasc_lightning._names import some_names
+from fasc_lightning.expert_modules import unfuse
+from fasc_lightning.expert_views import split_name
 from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape
 from fasc_lightning.quantized_layers import QUANTIZATIONS, DenseLinear, make_room_for_int8, quantization_of
 from fasc_lightning.swap import compressed_layers, swap_modules, to_dense
@@ -83,7 +85,10 @@ class FascQuantizer(HfQuantizer):
     @override
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         expect_guards(model, kwargs.get("checkpoint_files") or (), self.quantization_config.layers)
-        layers = _resolve_names(model, self.quantization_config.layers)
+        prefix = f"{model.base_model_prefix}."
+        names = self.quantization_config.layers
+        unfuse(model, {form for name in names for form in (name, name.removeprefix(prefix), prefix + name)})
+        layers = _resolve_names(model, names)
         empty: dict[str, nn.Module] = {
             name: empty_layer(name, model.get_submodule(name), spec) for name, spec in layers.items()
         }
@@ -100,7 +105,9 @@ class FascQuantizer(HfQuantizer):
 
     @override
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        return {**model.state_dict(), **guards(compressed_layers(model))}, {}
+        # transformers renames and splits what lies under `experts.` as it saves, so that guards there guard nothing.
+        guarded = [name for name in compressed_layers(model) if split_name(name) is None]
+        return {**model.state_dict(), **guards(guarded)}, {}
 
     @override
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fasc_lightning._guards import is_guard
 from fasc_lightning._names import some_names
+from fasc_lightning.expert_views import named_layers
 from fasc_lightning.hub import attach_config, checked_layers, describe_layer, empty_layer
 from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank, smaller_side
 from fasc_lightning.quantized_layers import quantized_layer
@@ -72,7 +73,7 @@ def apply_plan(model: nn.Module, plan: Plan, state_dict: Mapping[str, Tensor] | 
         2
     """
     specs = _fitting(model, plan)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = named_layers(model)
     new: dict[str, nn.Module] = {}
     for name, spec in specs.items():
         layer = empty_layer(name, modules[name], spec)  # refuses what does not fit
@@ -174,7 +175,7 @@ def _fitting(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
             f'Expected a plan as {{"name of layer": {{"rank": 8, "layout": "pivot"}}}} but got {plan!r:.200}. '
             "compression_plan(model) and report.plan make one."
         )
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = named_layers(model)
     if missing := [name for name in plan if name not in modules]:
         raise ValueError(
             f"Expected a plan of the layers of {type(model).__name__} but it names some that are not there: "

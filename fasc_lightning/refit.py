@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fasc_lightning.evaluation.perplexity import evaluating
+from fasc_lightning.expert_views import expert_groups
 from fasc_lightning.factorize import Progress
 from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
 from fasc_lightning.moments import moment_dtype
@@ -102,6 +103,11 @@ def check_refit(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_R
         RefitError: Saying why.
     """
     layers = list(layers)
+    if groups := expert_groups(layers):
+        raise RefitError(
+            f"The experts of {len({experts for experts, _ in groups})} modules are compressed, and blocks that run one "
+            f"by one do not show what goes into each expert. {remedy} Or exclude the experts."
+        )
     find_blocks(model, layers, remedy)
     modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[int, str] = {}

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from fasc_lightning._files import whole_file
+from fasc_lightning.expert_views import expert_views, is_fused_experts
 from fasc_lightning.factorize import LayerPlan
 from fasc_lightning.history import RhoRow
 from fasc_lightning.lowrank import flops_per_token
@@ -26,7 +27,8 @@ class Size:
     Attributes:
         parameters: Numbers that are trained; the index of a pivoted layer is not one of them.
         bytes: Memory of parameters and buffers, indices included.
-        flops_per_token: Two for each multiply-add of a linear layer; attention and element-wise work are not counted.
+        flops_per_token: Two for each multiply-add of a linear layer, of experts the share that works on a token;
+            attention and element-wise work are not counted.
     """
 
     parameters: int
@@ -233,7 +235,7 @@ def measure_layers(layers: Mapping[str, nn.Module]) -> Size:
     return Size(
         parameters=sum(p.numel() for m in modules for p in m.parameters()),
         bytes=sum(_bytes(m) for m in modules),
-        flops_per_token=sum(flops_per_token(m) for m in modules),
+        flops_per_token=_flops(modules),
     )
 
 
@@ -242,7 +244,7 @@ def measure_model(model: nn.Module) -> Size:
     return Size(
         parameters=sum(p.numel() for p in model.parameters()),
         bytes=_bytes(model),
-        flops_per_token=sum(flops_per_token(m) for m in _outermost_linear(model)),
+        flops_per_token=_flops(_outermost_linear(model)),
     )
 
 
@@ -250,7 +252,13 @@ def _outermost_linear(model: nn.Module) -> list[nn.Module]:
     """Return linear and low-rank layers, not looking inside the latter."""
     if flops_per_token(model) > 0:
         return [model]
+    if is_fused_experts(model):
+        return list(expert_views("", model).values())
     return [layer for child in model.children() for layer in _outermost_linear(child)]
+
+
+def _flops(layers: Iterable[nn.Module]) -> int:
+    return round(sum(flops_per_token(layer) * getattr(layer, "expert_share", 1.0) for layer in layers))
 
 
 def _bytes(module: nn.Module) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fasc_lightning.expert_modules import fuse_dense, with_experts
 from fasc_lightning.lowrank import CompressedLinear, flops_per_token, is_conv1d, linear_shape
 
 
@@ -21,16 +22,17 @@ def swap_modules(model: nn.Module, replacements: dict[str, nn.Module]) -> dict[s
 
     Args:
         model: The model, changed in place.
-        replacements: New module by dotted name.
+        replacements: New module by dotted name; for projections of fused experts by the names of their virtual layers.
 
     Returns:
-        The replaced modules by the same names: passing them back undoes the swap.
+        The replaced modules by the same names, fused experts as a whole by theirs: passing them back undoes the swap.
 
     Raises:
         KeyError: If the model has no module of a name.
         ValueError: If a name is the model itself, lies inside another replaced module, or names one module
             with two different replacements; or if a linear layer would change its shape.
     """
+    replacements = with_experts(model, replacements)
     modules = dict(model.named_modules(remove_duplicate=False))
     new_of = _check_replacements(modules, replacements)
     old_of = {name: modules[name] for name in replacements}
@@ -66,7 +68,7 @@ def to_dense(model: nn.Module) -> dict[str, nn.Module]:
     """Replaces every compressed layer by a dense one of the same function, in place.
 
     The dense layers are of the kind that was compressed: ``nn.Linear``, or GPT-2's ``Conv1D``, whose weights a
-    reload of the saved model would otherwise read transposed.
+    reload of the saved model would otherwise read transposed. Experts are fused again.
 
     Args:
         model: The model, changed in place. A lone compressed layer has :meth:`CompressedLinear.to_linear`.
@@ -80,7 +82,9 @@ def to_dense(model: nn.Module) -> dict[str, nn.Module]:
     """
     layers = compressed_layers(model)
     check_in_memory(layers)
-    return swap_modules(model, {name: _dense(layer) for name, layer in layers.items()})
+    replaced = swap_modules(model, {name: _dense(layer) for name, layer in layers.items()})
+    fuse_dense(model)
+    return replaced
 
 
 def check_in_memory(layers: Mapping[str, nn.Module]) -> None:
@@ -141,6 +145,8 @@ def _check_replacements(modules: dict[str, nn.Module], replacements: dict[str, n
 def _match(new: nn.Module, old: nn.Module) -> None:
     """Gives new the training mode of old, and its device and floating dtype where it has just one."""
     new.train(old.training)
+    if "expert_share" in vars(old):
+        vars(new)["expert_share"] = vars(old)["expert_share"]
     if isinstance(new, CompressedLinear) and is_conv1d(old):
         new.from_conv1d = True
     kinds = {(p.device, p.dtype) for p in old.parameters() if p.is_floating_point()}

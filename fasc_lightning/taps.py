@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from fasc_lightning.expert_views import ExpertLinear, ExpertTaps, Routing, expert_views, is_fused_experts, routers
 from fasc_lightning.lowrank import linear_shape, linear_weight
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.pooled import input_gradient
@@ -55,19 +56,26 @@ def select_layers(
     Args:
         model: Any module.
         targets: Patterns as in peft (see :func:`matches`). None or "all-linear" takes every ``nn.Linear`` and
-            transformers ``Conv1D`` except output embeddings and layers whose weight is tied to another module's;
-            those are only taken when a pattern names them.
+            transformers ``Conv1D`` and every projection of fused experts (:mod:`~fasc_lightning.expert_views`) except
+            output embeddings, routers and layers whose weight is tied to another module's; those are only taken when
+            a pattern names them.
         exclude: Patterns of layers to leave alone.
         eligible: What is a layer to select from; by default :func:`is_plain_linear`.
 
     Raises:
         ValueError: If nothing is selected.
     """
+    views = eligible is None
     eligible = eligible or is_plain_linear
     everything = targets is None or targets == "all-linear"
     protected = _protected(model) if everything else set()
     layers: dict[str, nn.Module] = {}
-    linear = {name: module for name, module in model.named_modules() if eligible(module)}
+    linear: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if eligible(module):
+            linear[name] = module
+        elif views and is_fused_experts(module):
+            linear |= expert_views(name, module)
     for name, module in linear.items():
         if everything:
             selected = id(module) not in protected
@@ -105,8 +113,8 @@ def _weight_shapes(module: nn.Linear | Conv1D) -> set[tuple[int, int]]:
 
 
 def _protected(model: nn.Module) -> set[int]:
-    """Ids of the layers that "all linear" does not mean: output embeddings and tied weights."""
-    protected: set[int] = set()
+    """Ids of the layers that "all linear" does not mean: output embeddings, routers and tied weights."""
+    protected = routers(model)
     owners: Counter[int] = Counter()
     for module in model.modules():
         get_output = getattr(module, "get_output_embeddings", None)
@@ -132,6 +140,7 @@ class _Call:
         members: The layers that were given it.
         pending: Those of them whose gradient has not arrived.
         counted: Whether a gradient has arrived, and the rows are in the moments.
+        routed: Of an expert's input: its rows that count, and how many of each sequence.
     """
 
     source: weakref.ref[Tensor]
@@ -142,6 +151,17 @@ class _Call:
     members: list[str] = field(default_factory=list)
     pending: set[str] = field(default_factory=set)
     counted: bool = False
+    routed: tuple[Tensor, list[int]] | None = None
+
+    def select(self, values: Tensor) -> Tensor:
+        """Return the counted rows of a tensor of the input's tokens."""
+        if self.routed is None:
+            return _rows(values, self.batch)
+        return values.detach().index_select(0, self.routed[0])
+
+    def lengths(self) -> list[int]:
+        """Return how many counted tokens each sequence has."""
+        return self.batch.lengths(self.leading) if self.routed is None else self.routed[1]
 
 
 class Taps:
@@ -169,6 +189,7 @@ class Taps:
         self.moments = moments
         self.pairs = pairs
         self.anchor = anchor
+        self._experts = ExpertTaps(layers)
         self._handles: list[RemovableHandle] = []
         self._batch: TokenRows | None = None
         self._calls: list[_Call] = []
@@ -188,6 +209,7 @@ class Taps:
         """Put the hooks on."""
         if self.installed:
             return
+        self._experts.install()
         for name, module in self.layers.items():
             hook: Callable[..., Any] = partial(self._on_forward, name)
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -197,6 +219,7 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._experts.remove()
         self._batch = None
         self._calls.clear()
         self._by_input.clear()
@@ -219,7 +242,6 @@ class Taps:
     def _on_forward(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        del module
         if self._batch is None or not torch.is_grad_enabled():
             return None
         anchored = None
@@ -227,19 +249,23 @@ class Taps:
             if not self.anchor:
                 return None
             output = anchored = output + self._anchor.to(output)
-        call = self._call(name, args[0] if args else next(iter(kwargs.values())))
+        routing = args[2] if isinstance(module, ExpertLinear) else None
+        call = self._call(name, args[0] if args else next(iter(kwargs.values())), routing)
         output.register_hook(partial(self._on_gradient, name, call))
         return anchored
 
-    def _call(self, name: str, x: Tensor) -> _Call:
+    def _call(self, name: str, x: Tensor, routing: Routing | None = None) -> _Call:
         """Return the call that ``x`` belongs to: the same tensor object is the same input."""
         assert self._batch is not None
         call = self._by_input.get(id(x))
         # An id may be used again once its tensor is gone; and a layer that is given the same tensor twice sees its
         # tokens twice.
         if call is None or call.source() is not x or name in call.members or call.counted:
-            rows = _rows(x, self._batch)
-            call = _Call(weakref.ref(x), tuple(x.shape[:-1]), rows, _version(rows), self._batch)
+            call = _Call(weakref.ref(x), tuple(x.shape[:-1]), None, 0, self._batch)
+            if routing is not None:
+                call.routed = self._batch.routed(routing.tokens, routing.total)
+            call.rows = rows = call.select(x)
+            call.version = _version(rows)
             self._by_input[id(x)] = call
         call.members.append(name)
         call.pending.add(name)
@@ -258,7 +284,7 @@ class Taps:
                 f"The input of layer {name!r} was modified in place after the layer read it, so its statistics "
                 "would be wrong. Make the modification out of place, or add the layer to `exclude`."
             )
-        h = _rows(gradient, call.batch)
+        h = call.select(gradient)
         if call.batch.may_overflow and not torch.isfinite(h).all():
             call.batch.overflowed = True
         if call.batch.overflowed:
@@ -266,8 +292,8 @@ class Taps:
         if self.moments is not None:
             self._add_moments(self.moments, name, call, x, h)
         call.counted = True
-        if self.pairs is not None:
-            self.pairs(name, x, h, call.batch, call.batch.lengths(call.leading))
+        if self.pairs is not None and len(x):  # an expert may be given nothing but padding
+            self.pairs(name, x, h, call.batch, call.lengths())
         call.pending.discard(name)
         if not call.pending:
             call.rows = None
@@ -280,7 +306,7 @@ class Taps:
         with _named(f"a gradient of layer {name!r}", call.batch):
             moments.add_gradients(name, h, call.batch.scale)
             if moments.takes_pairs:
-                lengths = call.batch.lengths(call.leading)
+                lengths = call.lengths()
                 g = input_gradient(h, linear_weight(self.layers[name])) if "saliency" in moments.needs else None
                 moments.add_pairs(name, x, h, lengths, call.batch.scale, g)
 

@@ -68,6 +68,24 @@ class TokenRows:
             self._cache[key] = None if index is None else index.to(device)
         return self._cache[key]
 
+    def routed(self, tokens: Tensor, total: int) -> tuple[Tensor, list[int]]:
+        """Return which rows of an expert's activations count, in the order of their tokens, and how many a sequence.
+
+        Args:
+            tokens: The token of each row, shape (rows,), each at most once.
+            total: Number of all tokens, of which sequences are made; their activation is (total, features).
+        """
+        counted = self.index((total,), tokens.device)
+        lengths = self.lengths((total,))
+        sequence = torch.full((total,), -1, device=tokens.device)
+        of_counted = torch.arange(len(lengths), device=tokens.device).repeat_interleave(
+            torch.tensor(lengths, device=tokens.device)
+        )
+        sequence[slice(None) if counted is None else counted] = of_counted
+        order = tokens.argsort()
+        order = order[sequence[tokens[order]] >= 0]
+        return order, sequence[tokens[order]].bincount(minlength=len(lengths)).tolist()
+
     def lengths(self, leading: tuple[int, ...]) -> list[int]:
         """Return how many counted tokens each sequence of an activation has, after :meth:`index` of its shape."""
         return self._lengths[leading]

@@ -1,0 +1,277 @@
+"""Fused experts seen as linear layers: one virtual layer a projection of an expert, for hooks, shapes and weights.
+
+Current transformers hold the experts of a block in two tensors, ``gate_up_proj`` (E, 2 I, H) and ``down_proj``
+(E, H, I), and run them by grouped products in which there is nothing to hook. Here each projection of each expert has a
+name, ``...experts.3.w_gate``, and a module that stands for it: a slice of the tensor as its weight, no parameters of
+its own. So whatever works on named linear layers works on experts. The names differ from those of checkpoints
+(``experts.3.gate_proj``), which transformers would fuse when it reads them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+#: The projections of an expert, in the order of its work.
+PROJECTIONS = ("w_gate", "w_up", "w_down")
+
+_NAME = re.compile(rf"(?P<experts>.+)\.(?P<expert>\d+)\.(?P<projection>{'|'.join(PROJECTIONS)})")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which tokens the rows of an expert's activations are.
+
+    Attributes:
+        tokens: Position of each row's token among all tokens of the block, shape (rows,), each at most once.
+        total: Number of all tokens of the block.
+    """
+
+    tokens: Tensor
+    total: int
+
+
+class ExpertLinear(nn.Linear):
+    """One projection of one of the experts that a fused module holds, as a linear layer without parameters of its own.
+
+    It is no child of any module. Its forward is a place for hooks: it passes on what the fused module computed, so
+    that the numbers are the fused module's to the last bit.
+
+    Args:
+        experts: The fused module.
+        expert: Number of the expert.
+        projection: One of :data:`PROJECTIONS`.
+    """
+
+    def __init__(self, experts: nn.Module, expert: int, projection: str) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would make a weight
+        object.__setattr__(self, "experts", experts)  # not a child: its parameters are the model's
+        self.expert = expert
+        self.projection = projection
+        self.register_parameter("bias", None)
+        self.out_features, self.in_features = self.weight.shape
+        self.train(experts.training)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The slice of the fused tensor, a view, shape (m, n)."""
+        return expert_weight(self.__dict__["experts"], self.expert, self.projection)
+
+    @property
+    def expert_share(self) -> float:
+        """Share of the tokens that an expert sees if all see as many: experts of a token over experts."""
+        return active_share(self.__dict__["experts"])
+
+    def named_parameters(self, prefix: str = "", *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the slice, so that sizes, types and devices are counted and found as those of any layer."""
+        weight: Any = self.weight
+        yield f"{prefix}{'.' if prefix else ''}weight", weight
+
+    def forward(self, x: Tensor, y: Tensor, routing: Routing) -> Tensor:  # type: ignore[override]
+        """Return ``y``, which the fused module computed from the rows ``x``."""
+        return y
+
+
+def expert_weight(experts: Any, expert: int, projection: str) -> Tensor:
+    """Return the weight of one projection of one expert, a view of the fused tensor, shape (m, n)."""
+    with torch.enable_grad():  # a view made without gradients would say that it needs none
+        if projection == "w_down":
+            return experts.down_proj[expert]
+        width = experts.gate_up_proj.shape[1] // 2
+        start = 0 if projection == "w_gate" else width
+        return experts.gate_up_proj[expert, start : start + width]
+
+
+def active_share(experts: Any) -> float:
+    """Return which share of a block's experts works on a token; 1 where the configuration does not say."""
+    active = getattr(getattr(experts, "config", None), "num_experts_per_tok", None)
+    return active / experts.num_experts if isinstance(active, int) else 1.0
+
+
+def is_fused_experts(module: Any) -> bool:
+    """Tell whether a module holds gated experts of a kind that is understood, as Mixtral's and Qwen's.
+
+    transformers' decorator of experts modules states what they compute; whatever deviates (transposed, interleaved or
+    biased weights, another gate, a norm, experts spread over devices) is not.
+    """
+    stated = {
+        "has_gate": True,
+        "has_bias": False,
+        "has_post_expert_norm": False,
+        "is_transposed": False,
+        "is_concatenated": True,
+        "_is_expert_parallel": False,
+    }
+    if not hasattr(type(module).forward, "__wrapped__") or not callable(getattr(module, "act_fn", None)):
+        return False
+    if any(getattr(module, name, None) is not value for name, value in stated.items()):
+        return False
+    from transformers.integrations import moe  # here, what is not transformers' own is out of question
+
+    if getattr(type(module), "_apply_gate", None) is not moe._default_apply_gate:
+        return False
+    own: dict[str, nn.Parameter] = dict(module.named_parameters())
+    if set(own) != {"gate_up_proj", "down_proj"} or any(p.ndim != 3 for p in own.values()):
+        return False
+    (E, twice, H), down = own["gate_up_proj"].shape, own["down_proj"].shape
+    floating = all(p.is_floating_point() for p in own.values())
+    shaped = twice % 2 == 0 and tuple(down) == (E, H, twice // 2)
+    return bool(floating and shaped and module.num_experts == E)
+
+
+def expert_views(name: str, experts: nn.Module) -> dict[str, ExpertLinear]:
+    """Return the virtual layers of a fused module.
+
+    Args:
+        name: Dotted name of the module.
+        experts: The module (:func:`is_fused_experts`).
+    """
+    count: Any = experts.num_experts
+    return {
+        f"{name}.{expert}.{projection}": ExpertLinear(experts, expert, projection)
+        for expert in range(count)
+        for projection in PROJECTIONS
+    }
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a model by all their names, and the virtual layers of fused experts by theirs."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in list(modules.items()):
+        if is_fused_experts(module):
+            modules |= expert_views(name, module)
+    return modules
+
+
+def split_name(name: str) -> tuple[str, int, str] | None:
+    """Return (name of the experts module, expert, projection) of a virtual layer's name; None of any other."""
+    found = _NAME.fullmatch(name)
+    return None if found is None else (found["experts"], int(found["expert"]), found["projection"])
+
+
+def routers(model: nn.Module) -> set[int]:
+    """Return ids of the linear layers that route: beside an experts module, with one output an expert, or one in all.
+
+    The one output is the gate of an expert that all tokens share.
+    """
+    found: set[int] = set()
+    for parent in model.modules():
+        for experts in [child for child in parent.children() if is_fused_experts(child)]:
+            found |= {
+                id(module)
+                for module in parent.modules()
+                if isinstance(module, nn.Linear) and module.out_features in (1, experts.num_experts)
+            }
+    return found
+
+
+def unknown_experts(model: nn.Module) -> list[str]:
+    """Return the names of modules that hold experts in three-dimensional weights, of a kind not understood."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "expert" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+        and any(p.ndim == 3 for p in module.parameters(recurse=False))
+        and not is_fused_experts(module)
+    ]
+
+
+def warn_unknown_experts(model: nn.Module) -> None:
+    """Say which experts stay dense because nothing here understands them."""
+    if names := unknown_experts(model):
+        kind = type(model.get_submodule(names[0])).__name__
+        rank_zero_warn(
+            f"{len(names)} modules hold experts of a kind that is not known here ({kind}, for example {names[0]!r}) "
+            "and stay dense: known are gated experts without biases whose weights are (experts, outputs, inputs), as "
+            "in Mixtral and Qwen. Budget and ranks are those of the other layers."
+        )
+
+
+class ExpertTaps:
+    """Runs fused modules expert by expert while hooks are on their virtual layers; else they run as they did.
+
+    Args:
+        layers: Layers by name, of any kinds.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._views: dict[int, tuple[Any, dict[tuple[int, str], ExpertLinear]]] = {}
+        for layer in layers.values():
+            if isinstance(layer, ExpertLinear):
+                experts = layer.__dict__["experts"]
+                _, views = self._views.setdefault(id(experts), (experts, {}))
+                views[layer.expert, layer.projection] = layer
+
+    def install(self) -> None:
+        """Send forwards through the virtual layers."""
+        for experts, views in self._views.values():
+            if "_fasc_before" not in vars(experts):  # a forward of its own, as accelerate gives modules
+                vars(experts)["_fasc_before"] = vars(experts).get("forward")
+            vars(experts)["_fasc_views"] = views
+            # Bound, so that a copy of the module gets a forward of its own.
+            vars(experts)["forward"] = MethodType(_observed_forward, experts)
+
+    def remove(self) -> None:
+        """Undo :meth:`install`; safe at any time."""
+        for experts, _ in self._views.values():
+            own = vars(experts)
+            if own.pop("_fasc_views", None) is None:
+                continue
+            del own["forward"]
+            if (before := own.pop("_fasc_before")) is not None:
+                own["forward"] = before
+
+
+def _observed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """As the fused module's own loop over experts, operation by operation, with a place for hooks at each product."""
+    if not torch.is_grad_enabled():
+        before = vars(self)["_fasc_before"] or partial(type(self).forward, self)
+        return before(hidden_states, top_k_index, top_k_weights)
+    views = vars(self)["_fasc_views"]
+
+    def observe(projection: str, x: Tensor, y: Tensor) -> Tensor:
+        view = views.get((expert, projection))
+        return y if view is None else view(x, y, routing)
+
+    result = torch.zeros_like(hidden_states)
+    for expert, places, tokens in routed(top_k_index, self.num_experts):
+        routing = Routing(tokens, len(hidden_states))
+        x = hidden_states[tokens]
+        gate, up = nn.functional.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        inner = self.act_fn(observe("w_gate", x, gate)) * observe("w_up", x, up)
+        y = observe("w_down", inner, nn.functional.linear(inner, self.down_proj[expert]))
+        result.index_add_(0, tokens, (y * top_k_weights[tokens, places, None]).to(result.dtype))
+    return result
+
+
+def routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (expert, places among the k, tokens) of each expert that has tokens, as transformers' own loop orders them.
+
+    Args:
+        top_k_index: Experts of each token, shape (tokens, k); the number of experts itself stands for none.
+        experts: Their number.
+    """
+    with torch.no_grad():
+        mask = nn.functional.one_hot(top_k_index, num_classes=experts + 1).permute(2, 1, 0)
+        hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero().flatten().tolist()
+    for expert in hit:
+        if expert != experts:
+            places, tokens = torch.where(mask[expert])
+            yield expert, places, tokens
+
+
+def expert_groups(layers: Mapping[str, nn.Module] | Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    """Return the virtual layers by (experts module, projection), the same projection of all its experts."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in layers:
+        if (parts := split_name(name)) is not None:
+            groups.setdefault((parts[0], parts[2]), []).append(name)
+    return groups

@@ -100,7 +100,7 @@ def layer_memory(
                 widths[width] = sketch_size
     r = min(m, n)
     sides = m * widths[m] + n * widths[n]
-    factors = r * (m + n) * torch.float32.itemsize
+    factors = r * (m + n) * moments_dtype.itemsize
     workspace = sides * (moments_dtype.itemsize + 8) + (2 * m * n + 8 * r * r) * 8
     return LayerMemory(exact, sketched, factors, workspace)
 
@@ -152,7 +152,7 @@ def peak_memory(
             factors += layers[i].factors
             beside = factors if storage.factors_offloaded else 0
             # The factors that are being made are on the device in any case.
-            made = factors - beside if beside == 0 else layers[i].factors
+            made = layers[i].factors if storage.factors_offloaded else factors
             device = max(device, held + made + layers[i].workspace)
             host = max(host, aside + beside)
             if consume and on_host[i]:
@@ -164,10 +164,10 @@ def peak_memory(
 
 def choose_storage(
     layers: Sequence[LayerMemory],
-    fits: Callable[[Storage], bool],
+    peak: Callable[[Storage], Peak],
+    memory: Peak,
     *,
     sketches: bool,
-    host: bool,
     passes: int | None,
 ) -> Storage | None:
     """Return the first storage that fits, the most faithful and then the fastest first; None if none does.
@@ -177,38 +177,45 @@ def choose_storage(
 
     Args:
         layers: What each takes.
-        fits: Tells whether a storage does.
+        peak: Largest memory of a storage.
+        memory: What there is, on the device and beside it; none beside it keeps everything on the device.
         sketches: Whether sketches may stand in.
-        host: Whether moments and factors may be beside the device.
         passes: How many passes; None for as few as fit.
     """
     by_saving = sorted(range(len(layers)), key=lambda i: layers[i].sketched - layers[i].exact)
-    by_saving = [i for i in by_saving if layers[i].sketched < layers[i].exact]
+    by_saving = [i for i in by_saving if sketches and layers[i].sketched < layers[i].exact]
     by_size = sorted(range(len(layers)), key=lambda i: -layers[i].exact)
-    first = passes or 1
+    everything = frozenset(by_saving)
 
-    def exact(moved: int, count: int = first) -> Storage:
-        return Storage(offloaded=frozenset(by_size[:moved]), factors_offloaded=moved > 0, passes=count)
+    def on_device(storage: Storage) -> bool:
+        return peak(storage).device <= memory.device
 
-    def sketched(some: int, moved: int = 0, count: int = first) -> Storage:
-        chosen = frozenset(by_saving[:some])
-        return Storage(chosen, frozenset(by_size[:moved]), moved > 0, count)
+    def placed(sketched: frozenset[int], count: int) -> Storage | None:
+        """Find places for moments of given kinds in a given number of passes."""
+        storage = Storage(sketched, passes=count)
+        if on_device(storage):
+            return storage
+        if memory.host == 0:
+            return None
 
-    everything = len(by_size) if host else 0
-    stages: list[tuple[int, Callable[[int], Storage]]] = [(0, exact)]
-    if host:
-        stages += [(0, lambda _: Storage(factors_offloaded=True, passes=first)), (len(by_size), exact)]
-    if sketches and by_saving:
-        stages.append((len(by_saving), sketched))
-        if host:
-            stages.append((len(by_size), lambda moved: sketched(len(by_saving), moved)))
-    if passes is None:
-        stages.append((len(layers), lambda count: exact(everything, max(count, 1))))
-        if sketches and by_saving:
-            stages.append((len(layers), lambda count: sketched(len(by_saving), everything, max(count, 1))))
-    for most, storage in stages:
-        if fits(storage(most)):
-            return storage(_fewest(most, lambda count, storage=storage: fits(storage(count))))  # type: ignore[misc]
+        def moved(some: int) -> Storage:
+            return Storage(sketched, frozenset(by_size[:some]), factors_offloaded=True, passes=count)
+
+        if not on_device(moved(len(by_size))):
+            return None
+        storage = moved(_fewest(len(by_size), lambda some: on_device(moved(some))))
+        return storage if peak(storage).host <= memory.host else None
+
+    found = placed(frozenset(), passes or 1)
+    if found is None and by_saving and placed(everything, passes or 1) is not None:
+        some = _fewest(len(by_saving), lambda some: placed(frozenset(by_saving[:some]), passes or 1) is not None)
+        found = placed(frozenset(by_saving[:some]), passes or 1)
+    if found is not None or passes is not None:
+        return found
+    for sketched in dict.fromkeys((frozenset[int](), everything)):
+        if placed(sketched, len(layers)) is not None:
+            count = _fewest(len(layers), lambda count: placed(sketched, max(count, 1)) is not None)  # noqa: B023
+            return placed(sketched, max(count, 1))
     return None
 
 

@@ -97,7 +97,7 @@ def compress(
     if isinstance(batches, Iterator):  # to go through twice
         batches = list(batches)
     if dry_run:
-        forecast = fit_forecast(model, callback, *batch_tokens(batches))
+        forecast = fit_forecast(model, callback, *batch_tokens(as_loader(batches)))
         if progress:
             rank_zero_info(f"FascCallback: {forecast}")
         return forecast

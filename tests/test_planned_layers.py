@@ -75,5 +75,5 @@ def test_what_has_no_shapes_is_refused():
         model_on_meta("llama")
     config = LlamaConfig()
     object.__setattr__(config, "hidden_size", None)  # as a config.json without it may come to hold
-    with pytest.raises(ValueError, match="LlamaConfig with the shapes of a model .* HINT: check hidden_size"):
+    with pytest.raises(ValueError, match=r"LlamaConfig with the shapes of a model .* HINT: check hidden_size"):
         model_on_meta(config)

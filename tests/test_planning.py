@@ -30,7 +30,7 @@ def test_sizes_are_those_of_a_uniform_compression(budget):
     assert found.targeted == report.targeted
     assert found.whole == report.whole
     assert [(layer.name, layer.rank) for layer in found.layers] == [(x.name, x.rank) for x in report.layers]
-    assert found.moments_bytes >= report.moments_bytes > 0.9 * found.moments_bytes
+    assert found.moments_bytes == pytest.approx(report.moments_bytes, rel=0.05)
 
 
 def test_a_config_a_meta_model_and_a_model_have_one_plan():
@@ -75,7 +75,7 @@ def test_the_refusal_names_what_would_do_and_that_does():
         planned(memory=int(0.9 * easy.peak.device), passes=1, sketch_size=None)
     count = int(str(e.value).split(" passes over")[0].split()[-1])
     assert planned(memory=int(0.9 * easy.peak.device), passes=count, sketch_size=None).passes == count
-    with pytest.raises(MemoryError, match=r"Not even one layer fits: the weights take .* \(256, 1024\)"):
+    with pytest.raises(MemoryError, match=r"Not even one layer fits: the weights take .* \(1024, 256\)"):
         planned(memory="3MB")
     with pytest.raises(MemoryError, match="host_memory='1GB'"):
         planned(device="cuda", memory=int(0.7 * easy.peak.device), passes=1, sketch_size=None)
@@ -92,6 +92,7 @@ def test_training_activations_and_kept_moments_add_to_the_peak():
 
 def test_experts_take_their_share_of_the_time_and_all_of_the_memory():
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape["num_key_value_heads"] = 2
     few, many = (
         planned(MixtralConfig(vocab_size=64, num_local_experts=e, num_experts_per_tok=2, **shape), probed=RATES)
         for e in (4, 8)

@@ -64,9 +64,9 @@ def refusal(
     every = frozenset(range(len(taken)))
     first = passes or 1
     asked = peak(Storage(passes=first)).device
-    remedies = [f"{asked / 1e9:.2f} GB on {device} hold exact moments"]
+    remedies = [f"{asked / 1e9:.3g} GB on {device} hold exact moments"]
     if sketchable and (least := peak(Storage(every, passes=first)).device) < asked:
-        remedies.append(f"{least / 1e9:.2f} GB hold sketched ones")
+        remedies.append(f"{least / 1e9:.3g} GB hold sketched ones")
     if passes is not None:
         for storage in (Storage(), Storage(every)) if sketchable else (Storage(),):
             fewer = choose_storage(taken, peak, have, sketches=bool(storage.sketched), passes=None)
@@ -75,22 +75,23 @@ def refusal(
                 break
     else:
         least = peak(Storage(every if sketchable else frozenset(), passes=len(taken))).device
-        remedies.append(f"a pass for every layer takes {least / 1e9:.2f} GB")
+        remedies.append(f"a pass for every layer takes {least / 1e9:.3g} GB")
     if device.type != "cpu":
         aside = peak(Storage(frozenset(), every, factors_offloaded=True, passes=first))
         if aside.device <= have.device:
             remedies.append(f"host_memory='{math.ceil(aside.host / 1e9)}GB' holds what does not fit on {device}")
     largest = max(range(len(taken)), key=lambda i: taken[i].workspace)
     name = list(shapes)[largest]
-    alone = weights + min(taken[largest].exact, taken[largest].sketched) + taken[largest].workspace
+    wide = taken[largest]
+    alone = weights + min(wide.exact + wide.workspace, wide.sketched + wide.sketched_workspace)
     one = (
-        f" Not even one layer fits: the weights take {weights / 1e9:.2f} GB, and {name!r} {shapes[name]} "
-        f"{(alone - weights) / 1e9:.2f} GB to gather and factorise."
-        if alone + taken[largest].factors > have.device
+        f" Not even one layer fits: the weights take {weights / 1e9:.3g} GB, and {name!r} {shapes[name]} "
+        f"{(alone - weights) / 1e9:.3g} GB to gather and factorise."
+        if alone + wide.factors > have.device
         else ""
     )
     return (
-        f"Expected a compression of {len(taken)} layers to fit into {have.device / 1e9:.2f} GB on {device} but it "
-        f"needs {asked / 1e9:.2f} GB.{one} What would do: {'; '.join(remedies)}; or target fewer layers (`targets`, "
+        f"Expected a compression of {len(taken)} layers to fit into {have.device / 1e9:.3g} GB on {device} but it "
+        f"needs {asked / 1e9:.3g} GB.{one} What would do: {'; '.join(remedies)}; or target fewer layers (`targets`, "
         "`exclude`) in several runs."
     )

@@ -34,13 +34,15 @@ class LayerMemory:
         exact: Its moments, exact.
         sketched: Its moments with the sides sketched for which that is smaller; ``exact`` where it is for neither.
         factors: Its factors of every rank, from when they are made until the layers are built.
-        workspace: The room in which they are made.
+        workspace: The room in which they are made of exact moments.
+        sketched_workspace: The room in which they are made of sketched ones.
     """
 
     exact: int
     sketched: int
     factors: int
     workspace: int
+    sketched_workspace: int
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,17 @@ def layer_memory(
                 sketched -= saved * copies * moments_dtype.itemsize
                 widths[width] = sketch_size
     r = min(m, n)
-    sides = m * widths[m] + n * widths[n]
-    factors = r * (m + n) * moments_dtype.itemsize
-    workspace = sides * (moments_dtype.itemsize + 8) + (2 * m * n + 8 * r * r) * 8
-    return LayerMemory(exact, sketched, factors, workspace)
+
+    def workspace(sides: int) -> int:
+        return sides * (moments_dtype.itemsize + 8) + (2 * m * n + 8 * r * r) * 8
+
+    return LayerMemory(
+        exact=exact,
+        sketched=sketched,
+        factors=r * (m + n) * moments_dtype.itemsize,
+        workspace=workspace(m * m + n * n),
+        sketched_workspace=workspace(m * widths[m] + n * widths[n]),
+    )
 
 
 def shares(sizes: Sequence[int], passes: int) -> list[list[int]]:
@@ -153,7 +162,8 @@ def peak_memory(
             beside = factors if storage.factors_offloaded else 0
             # The factors that are being made are on the device in any case.
             made = layers[i].factors if storage.factors_offloaded else factors
-            device = max(device, held + made + layers[i].workspace)
+            room = layers[i].sketched_workspace if i in storage.sketched else layers[i].workspace
+            device = max(device, held + made + room)
             host = max(host, aside + beside)
             if consume and on_host[i]:
                 aside -= moments[i]

@@ -220,7 +220,9 @@ def forecast(
             "activations": activations,
             "moments": sum(layer.bytes for layer in layers),
             "factors": sum(layer.factors for layer in taken),
-            "workspace": max(layer.workspace for layer in taken),
+            "workspace": max(
+                layer.sketched_workspace if i in storage.sketched else layer.workspace for i, layer in enumerate(taken)
+            ),
         },
         factors_place="cpu" if storage.factors_offloaded or device.type == "cpu" else "device",
         passes=storage.passes,

@@ -18,8 +18,8 @@ from fasc_lightning.planned_storage import (
     sketch_numbers,
 )
 
-LAYERS = [LayerMemory(exact=100, sketched=40, factors=30, workspace=50), LayerMemory(60, 60, 20, 25)]
-LAYERS += [LayerMemory(80, 30, 10, 40), LayerMemory(20, 10, 10, 5)]
+LAYERS = [LayerMemory(100, 40, factors=30, workspace=50, sketched_workspace=45), LayerMemory(60, 60, 20, 25, 25)]
+LAYERS += [LayerMemory(80, 30, 10, 40, 35), LayerMemory(20, 10, 10, 5, 5)]
 
 
 def chosen(memory, host=0, sketches=True, passes=None, resident=7, activations=11):

@@ -48,6 +48,7 @@ def refusal(
     weights: int,
     sketchable: bool,
     passes: int | None,
+    tiers: bool,
 ) -> str:
     """Return the message that nothing fits: what is short, and what would do.
 
@@ -60,6 +61,7 @@ def refusal(
         weights: Bytes of the whole model.
         sketchable: Whether sketches may stand in.
         passes: The option.
+        tiers: Whether the caller can choose passes and memory beside the device.
     """
     every = frozenset(range(len(taken)))
     first = passes or 1
@@ -68,15 +70,13 @@ def refusal(
     if sketchable and (least := peak(Storage(every, passes=first)).device) < asked:
         remedies.append(f"{least / 1e9:.3g} GB hold sketched ones")
     if passes is not None:
-        for storage in (Storage(), Storage(every)) if sketchable else (Storage(),):
-            fewer = choose_storage(taken, peak, have, sketches=bool(storage.sketched), passes=None)
-            if fewer is not None:
-                remedies.append(f"{fewer.passes} passes over the data fit (`passes`)")
-                break
+        fewer = choose_storage(taken, peak, have, sketches=sketchable, passes=None) if tiers else None
+        if fewer is not None:
+            remedies.append(f"{fewer.passes} passes over the data fit (`passes`)")
     else:
         least = peak(Storage(every if sketchable else frozenset(), passes=len(taken))).device
         remedies.append(f"a pass for every layer takes {least / 1e9:.3g} GB")
-    if device.type != "cpu":
+    if tiers and device.type != "cpu":
         aside = peak(Storage(frozenset(), every, factors_offloaded=True, passes=first))
         if aside.device <= have.device:
             remedies.append(f"host_memory='{math.ceil(aside.host / 1e9)}GB' holds what does not fit on {device}")

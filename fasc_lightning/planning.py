@@ -128,6 +128,7 @@ def plan(
         batch_tokens=batch_tokens,
         tokens=tokens,
         probed=probed,
+        tiers=True,
     )
 
 
@@ -147,6 +148,7 @@ def forecast(
     batch_tokens: int = 0,
     tokens: int = 0,
     probed: bool | Rates = True,
+    tiers: bool = False,
 ) -> CompressionForecast:
     """Plan for given layers; :func:`plan` finds them, and says what the options mean.
 
@@ -167,6 +169,7 @@ def forecast(
         batch_tokens: Likewise.
         tokens: Likewise.
         probed: Likewise.
+        tiers: Whether a refusal may advise passes and memory beside the device.
 
     Raises:
         MemoryError: If nothing that is allowed fits.
@@ -192,7 +195,7 @@ def forecast(
     have = Peak(memory, 0 if device.type == "cpu" else host_memory)
     storage = choose_storage(taken, peak, have, sketches=sketchable, passes=passes)
     if storage is None:
-        raise MemoryError(refusal(taken, shapes, peak, have, device, whole.bytes, sketchable, passes))
+        raise MemoryError(refusal(taken, shapes, peak, have, device, whole.bytes, sketchable, passes, tiers))
     layers = [
         PlannedLayer(
             name,

@@ -57,6 +57,7 @@ def test_a_fit_that_does_not_fit_is_refused_before_the_first_batch(make_trainer,
     monkeypatch.setattr("fasc_lightning._checks.available_memory", lambda device: 10**9)
     monkeypatch.setattr("fasc_lightning.planning.available_memory", lambda device: weights // 10)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    with pytest.raises(MemoryError, match="14 layers to fit into"):
+    with pytest.raises(MemoryError, match="14 layers to fit into") as refused:
         make_trainer(FascCallback(rank=0.5)).fit(module, token_loader())
+    assert "passes" not in str(refused.value)  # which a fit does not offer
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())

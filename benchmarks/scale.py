@@ -24,7 +24,7 @@ from fasc_lightning.planned_storage import layer_memory
 from fasc_lightning.planning import plan
 
 #: Budgets, as options of :func:`~fasc_lightning.planning.plan`.
-BUDGETS: list[dict[str, float]] = [{"rank": 0.5}, {"keep": 0.8}, {"keep": 0.6}]
+BUDGETS: list[dict[str, Any]] = [{"rank": 0.5}, {"keep": 0.8}, {"keep": 0.6}]
 
 #: The paper's Table 5, Mistral-7B at half rank on an A100: GB of the original and of both compressed models.
 TABLE_5 = {"original": 14.2, "compressed": 8.1}

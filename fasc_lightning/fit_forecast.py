@@ -33,7 +33,10 @@ class FitOptions(Protocol):
     targets: str | list[str] | None
     exclude: str | list[str] | None
     gate: float | None
-    gate_by: str
+
+    @property
+    def gate_by(self) -> str:
+        """What is compared with the gate; read only, as callers know it more narrowly."""
 
 
 def layers_forecast(

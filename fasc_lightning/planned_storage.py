@@ -124,7 +124,8 @@ def shares(sizes: Sequence[int], passes: int) -> list[list[int]]:
     Returns:
         The indices of each share, none of them empty.
     """
-    total, found, before = sum(sizes), [], 0
+    total, before = sum(sizes), 0
+    found: list[list[int]] = []
     current: list[int] = []
     for i, size in enumerate(sizes):
         # A layer belongs to the share in which its middle lies.

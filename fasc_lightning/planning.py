@@ -182,7 +182,7 @@ def forecast(
     sums, sketchable = moment_dtype(chosen.layers.values()), sketch_size is not None and needs <= SKETCHED_NEEDS
     sizes: dict[str, int | None] = dict.fromkeys(shapes)
     if sketchable:
-        sizes = {name: 2 * stored[name].rank if sketch_size == "auto" else sketch_size for name in shapes}  # type: ignore[misc]
+        sizes = {name: 2 * stored[name].rank if sketch_size == "auto" else sketch_size for name in shapes}
     taken = [
         layer_memory(m, n, sketch_size=sizes[name], needs=needs, moments_dtype=sums) for name, (m, n) in shapes.items()
     ]
@@ -304,8 +304,8 @@ def _stored(
 def activation_bytes(model: nn.Module, chosen: PlannedLayers) -> int:
     """Return roughly what one token's activations take between the forward and the backward pass, in bytes.
 
-    The inputs and the outputs of the layers and a quarter more, for what norms, attention and the activation function of
-    an MLP keep beyond the inputs that layers share: 10 h + 4 i + 2 kv numbers a block of Llama's, where layers have
+    The inputs and the outputs of the layers and a quarter more, for what norms, attention and the activation function
+    of an MLP keep beyond the inputs that layers share: 10 h + 4 i + 2 kv numbers a block of Llama's, where layers have
     9 h + 3 i + 2 kv. And four times the logits in float32: themselves, their log-softmax and the gradients of both.
 
     Args:

@@ -6,11 +6,13 @@ from fasc_lightning.compress import compress
 from fasc_lightning.dense import to_dense
 from fasc_lightning.dependence import DependenceScore
 from fasc_lightning.distillation import Distillation
+from fasc_lightning.forecast import CompressionForecast
 from fasc_lightning.history import RhoHistory, emergence
 from fasc_lightning.hub import load_compressed
 from fasc_lightning.model_card import model_card
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.plan import apply_plan, compression_plan
+from fasc_lightning.planning import plan
 from fasc_lightning.pooled import PooledDependenceScore, debiased_rho, iid_floor, rho
 from fasc_lightning.quantize import quantize
 from fasc_lightning.recover import recover
@@ -24,6 +26,8 @@ __all__ = [
     # compression
     "FascCallback",
     "compress",
+    "plan",
+    "CompressionForecast",
     "quantize",
     "CausalLMModule",
     "CompressionReport",

@@ -22,6 +22,7 @@ from fasc_lightning.checkpoints import match_on_load
 from fasc_lightning.expert_modules import unfuse
 from fasc_lightning.expert_views import split_name, warn_unknown_experts
 from fasc_lightning.factorize import check_budget_fits
+from fasc_lightning.fit_forecast import layers_forecast
 from fasc_lightning.gate import check_gate
 from fasc_lightning.history import RhoHistory, describe
 from fasc_lightning.hub import attach_config
@@ -337,6 +338,8 @@ class FascCallback(pl.Callback):
             check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout, self.align)
             options = CalibrationOptions(**{f.name: getattr(self, f.name) for f in fields(CalibrationOptions)})
             self._calibration = Calibration(trainer, pl_module, self._layers, options, self._second.refinement)
+            device, keeps = trainer.strategy.root_device, self._calibration.refit is not None
+            rank_zero_info(f"FascCallback: {layers_forecast(pl_module, self._layers, self, device, keeps)}")
             self._keeper.resume(trainer, self._calibration, self._schedule)
 
     @recovery_instead

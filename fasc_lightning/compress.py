@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader
 
 from fasc_lightning._fit import as_loader, run_fit
 from fasc_lightning.callback import FascCallback
+from fasc_lightning.fit_forecast import batch_tokens, fit_forecast
+from fasc_lightning.forecast import CompressionForecast
 from fasc_lightning.held_out import split_loader
 from fasc_lightning.recovery import Recovery
 from fasc_lightning.report import CompressionReport
+
+
+@overload
+def compress(
+    model: nn.Module, batches: DataLoader[Any] | Iterable[Any], *, dry_run: Literal[True], **options: Any
+) -> CompressionForecast: ...
+
+
+@overload
+def compress(
+    model: nn.Module, batches: DataLoader[Any] | Iterable[Any], *, dry_run: Literal[False] = False, **options: Any
+) -> CompressionReport: ...
 
 
 def compress(
@@ -28,8 +43,9 @@ def compress(
     recovery_data: DataLoader[Any] | Iterable[Any] | None = None,
     recovery_held_out: DataLoader[Any] | Iterable[Any] | None = None,
     progress: bool = True,
+    dry_run: bool = False,
     **options: Any,
-) -> CompressionReport:
+) -> CompressionReport | CompressionForecast:
     """Compress a model in place, as it is: calibrate frozen on the batches, factorise, swap.
 
     Runs a one-epoch Trainer fit with a :class:`FascCallback` on the model's device. The model keeps its device, its
@@ -46,12 +62,15 @@ def compress(
         recovery_data: What that fit trains on; None for ``batches``.
         recovery_held_out: What its best state is chosen by; None holds back an eighth of the data, 64 samples at most.
         progress: Whether to show progress bars and the memory that the moments will need.
+        dry_run: Whether to only plan: memory, time and size, after a look at the first batch. The model is not run,
+            may be on the meta device, and stays as it is; a generator of batches is used up.
         **options: Any other option of :class:`FascCallback`; ``update_weights`` must stay False.
 
     Returns:
-        What was done.
+        What was done; of a dry run, what would be.
 
     Raises:
+        MemoryError: If the moments or the factors do not fit; before the first batch.
         ValueError: If an option is out of range, or ``update_weights`` is asked for.
         TypeError: If the model is neither a LightningModule nor a causal language model of transformers.
 
@@ -77,6 +96,11 @@ def compress(
         raise ValueError("Expected `recovery` together with data for it but got None. HINT: recovery='lora'.")
     if isinstance(batches, Iterator):  # to go through twice
         batches = list(batches)
+    if dry_run:
+        forecast = fit_forecast(model, callback, *batch_tokens(as_loader(batches)))
+        if progress:
+            rank_zero_info(f"FascCallback: {forecast}")
+        return forecast
     if isinstance(recovery_data, Iterator):
         recovery_data = list(recovery_data)
     if callback.recovery is not None and recovery_held_out is None and not _has_validation(model):

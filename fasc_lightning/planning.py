@@ -1,0 +1,367 @@
+"""plan(): memory, time and size of a compression, before the first batch and without a weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fasc_lightning import _checks
+from fasc_lightning._memory import available_memory
+from fasc_lightning.allocation import Candidate, allocate_uniform, least_cost
+from fasc_lightning.factorize import check_budget_fits, layer_budgets, layers_dtype, layout_cost
+from fasc_lightning.forecast import CompressionForecast, PlannedLayer
+from fasc_lightning.gate import check_gate, statistics_needed
+from fasc_lightning.hub import empty_layer
+from fasc_lightning.layouts import Layout, auto_layout
+from fasc_lightning.lowrank import smaller_side
+from fasc_lightning.moments import moment_dtype
+from fasc_lightning.planned_layers import PlannedLayers, model_on_meta, planned_layers
+from fasc_lightning.planned_refusal import bytes_of, refusal
+from fasc_lightning.planned_storage import (
+    SKETCHED_NEEDS,
+    Peak,
+    Storage,
+    choose_storage,
+    layer_memory,
+    peak_memory,
+)
+from fasc_lightning.planned_time import Rates, Seconds, estimate, model_work, moments_work, probe, solver_work
+from fasc_lightning.report import Size, measure_layers, measure_model
+from fasc_lightning.taps import layer_shapes
+
+
+def plan(
+    model_or_config: Any,
+    *,
+    rank: int | float | None = None,
+    keep: float | None = None,
+    memory: int | float | str | None = None,
+    device: torch.device | str | None = None,
+    host_memory: int | float | str | None = None,
+    dtype: torch.dtype | None = None,
+    method: str = "fasc",
+    allocation: str = "measured",
+    layout: Layout = "auto",
+    align: int = 1,
+    targets: str | list[str] | None = None,
+    exclude: str | list[str] | None = None,
+    gate: float | None = None,
+    gate_by: str = "debiased",
+    update_weights: bool = False,
+    keeps_moments: bool = False,
+    sketch_size: int | Literal["auto"] | None = "auto",
+    passes: int | None = None,
+    batch_tokens: int = 0,
+    tokens: int = 0,
+    probed: bool | Rates = True,
+) -> CompressionForecast:
+    """Say what a compression will take and leave, from shapes alone: nothing is computed, and no weight is read.
+
+    Memory is counted as the code uses it: moments while batches run; then one layer after the other is factorised in
+    float64, its moments freed, its factors of every rank kept until one budget has been spent over all of them. What a
+    refit or a recovery takes after that is not counted.
+
+    Args:
+        model_or_config: A module on any device, the meta device included; or a transformers config.
+        rank: See :class:`~fasc_lightning.FascCallback`.
+        keep: Likewise.
+        memory: Of the device, with what the weights take: bytes, or "80GB", "24GiB". None for what is there.
+        device: What it is planned for; by default the module's, and the CPU for what has no weights. One that is not
+            there needs ``memory``.
+        host_memory: What moments and factors may take on the CPU beside another device; None for none.
+        dtype: Of the weights that a config's model would have; None for the config's.
+        method: See :class:`~fasc_lightning.FascCallback`.
+        allocation: Likewise; ranks are given for the uniform one, and the budget is that of any.
+        layout: Likewise.
+        align: Likewise.
+        targets: Likewise.
+        exclude: Likewise.
+        gate: Likewise.
+        gate_by: Likewise.
+        update_weights: Likewise; gradients and two states of an optimizer are counted for it, each as large as the
+            weights.
+        keeps_moments: Whether moments stay until the end, as a refit needs them to.
+        sketch_size: Columns of a sketch; "auto" twice the layer's rank, the rule where rho is low; None for exact
+            moments everywhere. Only what does not fit exactly is sketched.
+        passes: How often the data are gone through, with a share of the layers each; None for as few as fit.
+        batch_tokens: Tokens of one batch, for its activations; 0 counts none.
+        tokens: Tokens of the calibration, for its seconds.
+        probed: Whether to measure the device for a moment; or the rates to count with.
+
+    Raises:
+        MemoryError: If nothing that is allowed fits; it says what would.
+        TypeError: If it is neither a module nor a config, or an option is of a wrong type.
+        ValueError: If a config lacks shapes, or an option is out of range.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
+        >>> plan(config, keep=0.8, memory="1GB", probed=False).passes
+        1
+    """
+    _checks.check_budget(rank, keep)
+    _checks.check_options(method, allocation, layout, align, "auto", 1.0, None, 0, None, None, None)
+    check_gate(gate, gate_by, None, method)
+    _check_counts(sketch_size, passes, batch_tokens, tokens)
+    room, beside = bytes_of(memory, "memory"), bytes_of(host_memory, "host_memory")
+    model = model_on_meta(model_or_config, dtype)
+    chosen = planned_layers(model, targets, exclude)
+    _checks.check_rank_fits(layer_shapes(chosen.layers), rank)
+    check_budget_fits(chosen.layers, rank, keep, allocation, layout, align)
+    return forecast(
+        model,
+        chosen,
+        stored_layers(chosen.layers, rank, keep, layout, align),
+        needs=statistics_needed(method, gate, gate_by),
+        device=torch.device(device) if device is not None else _device(model),
+        memory=room,
+        host_memory=beside or 0,
+        update_weights=update_weights,
+        keeps_moments=keeps_moments,
+        sketch_size=sketch_size,
+        passes=passes,
+        batch_tokens=batch_tokens,
+        tokens=tokens,
+        probed=probed,
+        tiers=True,
+    )
+
+
+def forecast(
+    model: nn.Module,
+    chosen: PlannedLayers,
+    stored: Mapping[str, StoredLayer],
+    *,
+    needs: frozenset[str],
+    device: torch.device,
+    memory: int | None = None,
+    host_memory: int = 0,
+    update_weights: bool = False,
+    keeps_moments: bool = False,
+    sketch_size: int | Literal["auto"] | None = None,
+    passes: int | None = 1,
+    batch_tokens: int = 0,
+    tokens: int = 0,
+    probed: bool | Rates = True,
+    tiers: bool = False,
+) -> CompressionForecast:
+    """Plan for given layers; :func:`plan` finds them, and says what the options mean.
+
+    Without options it is for what :class:`~fasc_lightning.FascCallback` does: exact moments, in one pass.
+
+    Args:
+        model: The model.
+        chosen: Its layers.
+        stored: What they become.
+        needs: What is gathered.
+        device: What it is planned for.
+        memory: Bytes of it, with what the weights take; None for what is there.
+        host_memory: Bytes on the CPU beside it.
+        update_weights: See :func:`plan`.
+        keeps_moments: Likewise.
+        sketch_size: Likewise.
+        passes: Likewise.
+        batch_tokens: Likewise.
+        tokens: Likewise.
+        probed: Likewise.
+        tiers: Whether a refusal may advise passes and memory beside the device.
+
+    Raises:
+        MemoryError: If nothing that is allowed fits.
+        ValueError: If the device is not there to say how much memory it has.
+    """
+    shapes, whole = layer_shapes(chosen.layers), measure_model(model)
+    if memory is None:
+        resident = (p.numel() * p.element_size() for p in model.parameters() if p.device.type == device.type)
+        memory = _free(device) + sum(resident)
+    sums, sketchable = moment_dtype(chosen.layers.values()), sketch_size is not None and needs <= SKETCHED_NEEDS
+    sizes: dict[str, int | None] = dict.fromkeys(shapes)
+    if sketchable:
+        sizes = {name: 2 * stored[name].rank if sketch_size == "auto" else sketch_size for name in shapes}
+    taken = [
+        layer_memory(m, n, sketch_size=sizes[name], needs=needs, moments_dtype=sums) for name, (m, n) in shapes.items()
+    ]
+    training = 3 * whole.bytes if update_weights else 0
+    activations = batch_tokens * activation_bytes(model, chosen)
+
+    def peak(storage: Storage) -> Peak:
+        return peak_memory(taken, storage, whole.bytes + training, activations, consume=not keeps_moments)
+
+    have = Peak(memory, 0 if device.type == "cpu" else host_memory)
+    storage = choose_storage(taken, peak, have, sketches=sketchable, passes=passes)
+    if storage is None:
+        raise MemoryError(refusal(taken, shapes, peak, have, device, whole.bytes, sketchable, passes, tiers))
+    layers = [
+        PlannedLayer(
+            name,
+            shape,
+            "sketched" if i in storage.sketched else "exact",
+            "cpu" if i in storage.offloaded or device.type == "cpu" else "device",
+            taken[i].sketched if i in storage.sketched else taken[i].exact,
+            stored[name].rank,
+            stored[name].layout,
+        )
+        for i, (name, shape) in enumerate(shapes.items())
+    ]
+    targeted = {"dense": measure_layers(chosen.layers), "compressed": _total([s.size for s in stored.values()])}
+    rates = probed if isinstance(probed, Rates) else _rates(device, layers_dtype(chosen.layers)) if probed else None
+    used = {layer.name: sizes[layer.name] if layer.moments == "sketched" else None for layer in layers}
+    return CompressionForecast(
+        layers=layers,
+        device=str(device),
+        memory=memory,
+        host_memory=have.host,
+        peak=peak(storage),
+        parts={
+            "weights": whole.bytes,
+            "training": training,
+            "activations": activations,
+            "moments": sum(layer.bytes for layer in layers),
+            "factors": sum(layer.factors for layer in taken),
+            "workspace": max(
+                layer.sketched_workspace if i in storage.sketched else layer.workspace for i, layer in enumerate(taken)
+            ),
+        },
+        factors_place="cpu" if storage.factors_offloaded or device.type == "cpu" else "device",
+        passes=storage.passes,
+        targeted=targeted,
+        whole={"dense": whole, "compressed": _replaced(whole, targeted)},
+        seconds=None if rates is None else _seconds(chosen, used, needs, rates, storage.passes, tokens),
+    )
+
+
+def _seconds(
+    chosen: PlannedLayers,
+    sketches: Mapping[str, int | None],
+    needs: frozenset[str],
+    rates: Rates,
+    passes: int,
+    tokens: int,
+) -> Seconds:
+    """Return what the operations of all layers take; an expert sees its share of the tokens."""
+    shapes, copies = layer_shapes(chosen.layers), len(needs & {"plain", "coupled"})
+    model = sum(chosen.shares[name] * model_work(m, n) for name, (m, n) in shapes.items())
+    moments = sum(chosen.shares[name] * moments_work(m, n, copies, sketches[name]) for name, (m, n) in shapes.items())
+    return estimate(model, moments, sum(solver_work(m, n) for m, n in shapes.values()), rates, passes, tokens)
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """How a layer is stored after a compression: rank, layout and size."""
+
+    rank: int
+    layout: str
+    size: Size
+
+
+def stored_layers(
+    layers: Mapping[str, nn.Module], rank: float | None, keep: float | None, layout: Layout, align: int = 1
+) -> dict[str, StoredLayer]:
+    """Return what each layer becomes if every one of them spends its own share of the budget.
+
+    An allocation that spends it over all layers chooses other ranks, within the same budget. A layer whose share does
+    not hold its lowest rank has that one.
+
+    Args:
+        layers: Linear layers by name; no weight is read.
+        rank: See :func:`~fasc_lightning.factorize.layer_budgets`.
+        keep: Likewise.
+        layout: See :class:`~fasc_lightning.FascCallback`.
+        align: Likewise.
+    """
+    dtype = layers_dtype(layers)
+    cost, budgets = layout_cost(layout, dtype), layer_budgets(dict(layers), rank, keep)
+    known: dict[tuple[Any, ...], StoredLayer] = {}
+    stored = {}
+    for name, layer in layers.items():
+        m, n = layer_shapes({name: layer})[name]
+        bias = getattr(layer, "bias", None) is not None
+        key = m, n, bias, budgets[name], type(layer)
+        if key not in known:
+            candidate = Candidate(name, m, n, torch.zeros(min(m, n) + 1).double().numpy())
+            budget = max(budgets[name], least_cost(m, n, cost, align))
+            (k,) = allocate_uniform([candidate], [budget], cost, align)
+            known[key] = _stored(layer, m, n, k, bias, layout, dtype)
+        stored[name] = known[key]
+    return stored
+
+
+def _stored(
+    layer: nn.Module, m: int, n: int, k: int | None, bias: bool, layout: Layout, dtype: torch.dtype
+) -> StoredLayer:
+    held = "dense" if k is None else auto_layout(m, n, k, dtype) if layout == "auto" else layout
+    if k is None or held == "dense":
+        return StoredLayer(min(m, n), "dense", measure_layers({"": layer}))
+    spec = {"rank": k, "layout": held, "bias": bias, "side": smaller_side(m, n)}
+    return StoredLayer(k, held, measure_layers({"": empty_layer("", layer, spec)}))
+
+
+def activation_bytes(model: nn.Module, chosen: PlannedLayers) -> int:
+    """Return roughly what one token's activations take between the forward and the backward pass, in bytes.
+
+    The inputs and the outputs of the layers and a quarter more, for what norms, attention and the activation function
+    of an MLP keep beyond the inputs that layers share: 10 h + 4 i + 2 kv numbers a block of Llama's, where layers have
+    9 h + 3 i + 2 kv. And four times the logits in float32: themselves, their log-softmax and the gradients of both.
+
+    Args:
+        model: Says how many logits there are, by its output embeddings.
+        chosen: The layers.
+    """
+    itemsize = layers_dtype(chosen.layers).itemsize
+    held = sum(chosen.shares[name] * (m + n) for name, (m, n) in layer_shapes(chosen.layers).items())
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
+    logits = 0 if output is None else len(output.weight)
+    return math.ceil(1.25 * held * itemsize + 4 * logits * torch.float32.itemsize)
+
+
+def _check_counts(sketch_size: object, passes: object, batch_tokens: object, tokens: object) -> None:
+    least = {"sketch_size": (sketch_size, 1), "passes": (passes, 1), "batch_tokens": (batch_tokens, 0)}
+    for name, (value, minimum) in {**least, "tokens": (tokens, 0)}.items():
+        if (value is None and minimum == 1) or (name == "sketch_size" and value == "auto"):
+            continue
+        if type(value) is not int or value < minimum:
+            raise ValueError(f"Expected `{name}` to be an int of at least {minimum} but got {value!r}.")
+
+
+def _device(model: nn.Module) -> torch.device:
+    found = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if found.type == "meta" else found
+
+
+def _present(device: torch.device) -> bool:
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+
+
+def _free(device: torch.device) -> int:
+    if not _present(device):
+        raise ValueError(f"Expected `memory` together with device {device}, which is not there to ask, but got None.")
+    return available_memory(device)
+
+
+def _rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
+    """Return the rates of a device; None of one that is not there."""
+    return probe(device, dtype) if _present(device) else None
+
+
+def _total(sizes: list[Size]) -> Size:
+    return Size(
+        sum(size.parameters for size in sizes),
+        sum(size.bytes for size in sizes),
+        sum(size.flops_per_token for size in sizes),
+    )
+
+
+def _replaced(whole: Size, targeted: Mapping[str, Size]) -> Size:
+    """Return the size of a model whose targeted layers are replaced."""
+    before, after = targeted["dense"], targeted["compressed"]
+    return Size(
+        whole.parameters - before.parameters + after.parameters,
+        whole.bytes - before.bytes + after.bytes,
+        whole.flops_per_token - before.flops_per_token + after.flops_per_token,
+    )

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import causal_model, causal_module, token_loader
+
+from fasc_lightning import CompressionForecast, FascCallback, compress
+from fasc_lightning.fit_forecast import batch_tokens
+from fasc_lightning.swap import is_compressed
+
+
+def test_a_dry_run_plans_and_leaves_the_model_and_the_generator_alone():
+    model, state = causal_model(), torch.get_rng_state()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = compress(model, token_loader(), keep=0.8, progress=False, dry_run=True)
+    assert isinstance(found, CompressionForecast)
+    assert len(found.layers) == 14
+    assert found.parts["activations"] > 0
+    assert found.seconds.calibrate > 0
+    assert not is_compressed(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_dry_run_needs_no_weights():
+    with torch.device("meta"):
+        model = causal_model()
+    found = compress(model, list(token_loader()), rank=0.5, progress=False, dry_run=True)
+    assert found.whole["compressed"].parameters < found.whole["dense"].parameters
+
+
+def test_a_dry_run_refuses_what_a_run_refuses():
+    with pytest.raises(TypeError, match=r"write \[batch\]"):
+        compress(causal_model(), {"input_ids": torch.zeros(2, 8)}, keep=0.8, dry_run=True)
+    with pytest.raises(ValueError, match="Expected a budget of at least"):
+        compress(causal_model(), token_loader(), keep=0.01, dry_run=True)
+
+
+def test_tokens_are_those_of_the_first_batch_times_the_batches():
+    assert batch_tokens(token_loader(batch_size=2)) == (32, 128)
+    assert batch_tokens([(torch.zeros(3, 4), torch.zeros(3))]) == (0, 0)
+    assert batch_tokens([]) == (0, 0)
+    assert batch_tokens(iter([{"input_ids": torch.zeros(2, 5)}])) == (10, 0)
+
+
+def test_the_callback_prints_its_plan_before_the_first_batch(make_trainer, monkeypatch):
+    said = []
+    monkeypatch.setattr("fasc_lightning.callback.rank_zero_info", said.append)
+    make_trainer(FascCallback(rank=0.5)).fit(causal_module(), token_loader())
+    assert "Plan of a compression" in said[0]
+    assert "down_proj" in said[0]
+
+
+def test_a_fit_that_does_not_fit_is_refused_before_the_first_batch(make_trainer, monkeypatch):
+    module = causal_module()
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    monkeypatch.setattr("fasc_lightning._checks.available_memory", lambda device: 10**9)
+    monkeypatch.setattr("fasc_lightning.planning.available_memory", lambda device: weights // 10)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(MemoryError, match="14 layers to fit into") as refused:
+        make_trainer(FascCallback(rank=0.5)).fit(module, token_loader())
+    assert "passes" not in str(refused.value)  # which a fit does not offer
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())

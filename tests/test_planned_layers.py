@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import FAMILIES, causal_model, mlp
+from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, T5Config
+
+from fasc_lightning.planned_layers import experts_share, is_fused_experts, model_on_meta, planned_layers
+from fasc_lightning.taps import layer_shapes, select_layers
+
+MIXTRAL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_has_the_layers_of_its_model(family):
+    model = causal_model(family)
+    planned = planned_layers(model_on_meta(model.config))
+    assert layer_shapes(planned.layers) == layer_shapes(select_layers(model))
+    assert set(planned.shares.values()) == {1.0}
+    assert all(layer.weight.is_meta for layer in planned.layers.values())
+
+
+def test_a_module_is_taken_as_it_is():
+    module = mlp()
+    assert model_on_meta(module) is module
+
+
+def test_the_dtype_of_a_config_can_be_chosen():
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    assert {p.dtype for p in model_on_meta(config, torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_each_expert_has_its_matrices_and_the_router_is_left_alone():
+    model = model_on_meta(MixtralConfig(**MIXTRAL))
+    planned = planned_layers(model)
+    experts = {name: shape for name, shape in layer_shapes(planned.layers).items() if ".experts." in name}
+    assert len(experts) == 2 * 4 * 3
+    assert {shape for name, shape in experts.items() if name.endswith("down_proj")} == {(32, 48)}
+    assert {shape for name, shape in experts.items() if not name.endswith("down_proj")} == {(48, 32)}
+    fused = [p for name, p in model.named_parameters() if ".experts." in name]
+    assert sum(m * n for m, n in experts.values()) == sum(p.numel() for p in fused)
+    assert {planned.shares[name] for name in experts} == {0.5}
+    assert not any(m == 4 for m, _ in layer_shapes(planned.layers).values())
+    only = planned_layers(model, targets=["down_proj"])
+    assert len(only.layers) == 8
+    assert not any("experts" in name for name in planned_layers(model, exclude=r".*experts.*").layers)
+
+
+def test_experts_of_another_kind_are_not_taken_for_these():
+    module = torch.nn.Module()
+    module.gate_up_proj = torch.nn.Parameter(torch.empty(4, 32, 96))  # transposed
+    module.down_proj = torch.nn.Parameter(torch.empty(4, 48, 32))
+    assert not is_fused_experts(module)
+    module.gate_up_proj = torch.nn.Parameter(torch.empty(4, 96, 32))
+    module.down_proj = torch.nn.Parameter(torch.empty(4, 32, 48))
+    assert is_fused_experts(module)
+    assert experts_share(torch.nn.Module(), module) == 0.25
+
+
+def test_what_has_no_shapes_is_refused():
+    with pytest.raises(ValueError, match="config of a causal language model but got PreTrainedConfig"):
+        model_on_meta(PreTrainedConfig())
+    with pytest.raises(ValueError, match="config of a causal language model but got T5Config"):
+        model_on_meta(T5Config())
+    with pytest.raises(TypeError, match="a module or a transformers config but got str"):
+        model_on_meta("llama")
+    config = LlamaConfig()
+    object.__setattr__(config, "hidden_size", None)  # as a config.json without it may come to hold
+    with pytest.raises(ValueError, match=r"LlamaConfig with the shapes of a model .* HINT: check hidden_size"):
+        model_on_meta(config)

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import causal_model
+from transformers import LlamaConfig, MixtralConfig
+
+from fasc_lightning import compress, plan
+from fasc_lightning.planned_time import Rates
+from fasc_lightning.planning import stored_layers
+from fasc_lightning.report import measure_model
+from fasc_lightning.taps import select_layers
+
+WIDE = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4)
+RATES = Rates(1e9, 1e9, 1e9)
+
+
+def planned(model=WIDE, **options):
+    return plan(model, **{"keep": 0.6, "memory": "10GB", "probed": False, **options})
+
+
+@pytest.mark.parametrize("budget", [{"keep": 0.8}, {"rank": 0.5}, {"rank": 8}])
+def test_sizes_are_those_of_a_uniform_compression(budget):
+    model = causal_model()
+    found = planned(model, **{"keep": None, **budget}, allocation="uniform")
+    batches = [{"input_ids": torch.randint(64, (4, 32))}]
+    report = compress(model, batches, **budget, allocation="uniform", refit=False, progress=False)
+    assert found.targeted == report.targeted
+    assert found.whole == report.whole
+    assert [(layer.name, layer.rank) for layer in found.layers] == [(x.name, x.rank) for x in report.layers]
+    assert found.moments_bytes == pytest.approx(report.moments_bytes, rel=0.05)
+
+
+def test_a_config_a_meta_model_and_a_model_have_one_plan():
+    model = causal_model()
+    with torch.device("meta"):
+        meta = type(model)(model.config)
+    first, *others = (planned(m).to_dict() for m in (model, meta, model.config))
+    assert others == [first, first]
+    assert first["parts"]["weights"] == measure_model(model).bytes
+    json.dumps(first)
+
+
+def test_exact_moments_serve_where_they_fit_and_sketches_where_not():
+    easy = planned()
+    assert {(layer.moments, layer.place) for layer in easy.layers} == {("exact", "cpu")}
+    tight = planned(memory=easy.peak.device - 1, sketch_size=32, passes=1)
+    assert {layer.moments for layer in tight.layers} == {"exact", "sketched"}
+    assert tight.peak.device < easy.peak.device
+    assert sum(layer.moments == "sketched" for layer in tight.layers) < len(tight.layers)
+
+
+def test_another_device_may_leave_moments_on_the_cpu():
+    easy = planned(device="cuda")
+    assert easy.layers[0].place == "device"
+    beside = planned(device="cuda", memory=int(0.7 * easy.peak.device), host_memory="1GB")
+    assert 0 < beside.peak.host <= 1e9
+    assert beside.factors_place == "cpu"
+    assert {layer.moments for layer in beside.layers} == {"exact"}
+
+
+def test_passes_are_as_few_as_fit():
+    easy = planned(sketch_size=None)
+    tight = planned(memory=int(0.9 * easy.peak.device), sketch_size=None)
+    assert tight.passes > 1
+    with pytest.raises(MemoryError):
+        planned(memory=int(0.9 * easy.peak.device), sketch_size=None, passes=tight.passes - 1)
+
+
+def test_the_refusal_names_what_would_do_and_that_does():
+    easy = planned()
+    with pytest.raises(MemoryError, match=r"14 layers to fit into .* What would do: .* passes over the data fit") as e:
+        planned(memory=int(0.9 * easy.peak.device), passes=1, sketch_size=None)
+    count = int(str(e.value).split(" passes over")[0].split()[-1])
+    assert planned(memory=int(0.9 * easy.peak.device), passes=count, sketch_size=None).passes == count
+    with pytest.raises(MemoryError, match=r"Not even one layer fits: the weights take .* \(1024, 256\)"):
+        planned(memory="3MB")
+    with pytest.raises(MemoryError, match="host_memory='1GB'"):
+        planned(device="cuda", memory=int(0.7 * easy.peak.device), passes=1, sketch_size=None)
+
+
+def test_training_activations_and_kept_moments_add_to_the_peak():
+    easy = planned()
+    weights = easy.parts["weights"]
+    assert planned(update_weights=True).peak.device == easy.peak.device + 3 * weights
+    assert planned(keeps_moments=True).peak.device > easy.peak.device
+    busy = planned(batch_tokens=100_000)
+    assert busy.peak.device > busy.parts["activations"] + easy.parts["moments"] + weights - 1
+
+
+def test_experts_take_their_share_of_the_time_and_all_of_the_memory():
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape["num_key_value_heads"] = 2
+    few, many = (
+        planned(MixtralConfig(vocab_size=64, num_local_experts=e, num_experts_per_tok=2, **shape), probed=RATES)
+        for e in (4, 8)
+    )
+    assert len(many.layers) - len(few.layers) == 3 * 4
+    assert many.moments_bytes > 1.5 * few.moments_bytes
+    assert many.seconds.per_1000_tokens == pytest.approx(few.seconds.per_1000_tokens)
+    assert many.seconds.factorize > few.seconds.factorize
+
+
+def test_it_prints_layers_memory_sizes_and_seconds():
+    text = str(planned(probed=RATES, tokens=5000))
+    for words in ("down_proj", "exact", "peak memory: ", "1 pass", "targeted layers: ", "to calibrate", "to factorise"):
+        assert words in text
+    assert "calibrate" not in str(planned())
+
+
+def test_a_budget_below_the_lowest_ranks_is_refused_and_one_below_a_share_is_not():
+    layers = select_layers(causal_model())
+    with pytest.raises(ValueError, match="Expected a budget of at least"):
+        planned(causal_model(), keep=0.01)
+    assert min(layer.rank for layer in stored_layers(layers, None, 0.01, "auto").values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": None}, "neither `rank` nor `keep`"),
+        ({"memory": "much"}, "Expected `memory`"),
+        ({"host_memory": -1}, "Expected `host_memory`"),
+        ({"passes": 0}, "Expected `passes` to be an int of at least 1"),
+        ({"sketch_size": "big"}, "Expected `sketch_size`"),
+        ({"batch_tokens": -1}, "Expected `batch_tokens`"),
+        ({"tokens": None}, "Expected `tokens`"),
+        ({"layout": "round"}, "Expected `layout`"),
+        ({"targets": ["nothing"]}, "Expected `targets` to select linear layers"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        planned(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there_needs_an_amount_of_memory():
+    with pytest.raises(ValueError, match="Expected `memory` together with device cuda"):
+        planned(device="cuda", memory=None)

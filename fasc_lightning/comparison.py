@@ -22,7 +22,8 @@ from fasc_lightning._memory import return_freed_memory
 from fasc_lightning.allocation import ALLOCATIONS
 from fasc_lightning.comparison_evaluation import Evaluation, Measured
 from fasc_lightning.comparison_statistics import Calibration
-from fasc_lightning.factorize import Progress, Unit, compress_layers, layer_budgets
+from fasc_lightning.factorize import compress_layers, layer_budgets
+from fasc_lightning.factorized import Progress, Unit
 from fasc_lightning.layouts import Layout
 from fasc_lightning.measured import measure_losses, spread
 from fasc_lightning.moments import CalibrationMoments

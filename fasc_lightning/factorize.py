@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -21,23 +21,12 @@ from fasc_lightning.allocation import (
     rank_budget,
     resolve_rank,
 )
-from fasc_lightning.expert_moments import BorrowedMoments
+from fasc_lightning.factorized import FactorizedLayers, Progress, Unit, factorize_layers
 from fasc_lightning.layouts import Layout, auto_cost, auto_layout, factors_cost, pivot_cost
 from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
 from fasc_lightning.measured import Measure, correction
-from fasc_lightning.moments import CalibrationMoments, LayerMoments, not_gathered
-from fasc_lightning.objective import fisher_losses, fisher_metric
-from fasc_lightning.solvers import Factorization, get_solver, solver_needs
-
-#: Solvers whose own losses are J in the metric of :func:`~fasc_lightning.objective.fisher_metric`.
-FISHER_METHODS = frozenset({"fasc"})
-
-#: What losses are stated and allocated in: each solver's own unit, or J of the Fisher metric for all of them.
-Unit = Literal["own", "fisher"]
-UNITS: tuple[Unit, ...] = ("own", "fisher")
-
-#: Wraps the loop over layers, for a progress bar: ``progress(names, description)``.
-Progress = Callable[[Sequence[str], str], Iterable[str]]
+from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.solvers import Factorization
 
 
 @dataclass(frozen=True)
@@ -153,19 +142,7 @@ def compress_layers(
 ) -> CompressionResult:
     """Factorise the layers and build their replacements; the layers themselves are only read.
 
-    Layers that no gradient reached, or whose gradients were all zero, stay dense: nothing is known of what they may
-    lose. Experts with few tokens borrow from those of their block (:mod:`~fasc_lightning.expert_moments`).
-
-    Each solver states its losses in a unit of its own (squared loss, output or input), and one budget cannot be spent
-    over several units. So as soon as a layer is on another solver than ``method``, all losses are J of the Fisher
-    metric: the unit of "fasc", whose losses stay as they are, and the only one of these in which layers compare.
-    With ``method="svd-llm"`` a single layer on "svd" therefore moves every layer's losses to that unit. ``unit`` asks
-    for it where one solver serves all: the ranks that J would give it, instead of those of its own objective. J of a
-    solver that does not minimise it may rise with the rank; the allocation takes the best of all ranks anyway.
-
-    With "measured" the ranks that "fisher" gives are measured on tokens, each layer's losses are corrected by what
-    comes out (:func:`~fasc_lightning.measured.correction`), and the budget is spent anew. Only J can be measured:
-    losses in other units are spent as "fisher" does.
+    :func:`factorize_layers` and :func:`build_layers`, one after the other: see there.
 
     Args:
         layers: The targeted layers by name.
@@ -173,58 +150,90 @@ def compress_layers(
         rank: See :func:`layer_budgets`.
         keep: See :func:`layer_budgets`.
         method: Solver.
-        allocation: "measured" or "fisher" (one budget, spent where it matters most), or "uniform".
-        layout: "auto" (:func:`~fasc_lightning.layouts.auto_layout` for each layer), "pivot" or "factors".
-        align: What ranks are multiples of; layers that stay dense have full rank.
+        allocation: See :func:`build_layers`.
+        layout: Likewise.
+        align: Likewise.
         device: Where to factorise.
-        progress: Wraps the loop over layers.
-        methods: Solver of single layers by name, in place of ``method``.
-        consume: Whether to free each layer's moments once they are used, so that memory does not grow. Moments that
-            are kept can serve another run.
-        unit: "own": losses as each solver states them; "fisher": J of the Fisher metric, in which layers compare.
-        measure: Measures J of low-rank layers on tokens; needed for "measured".
-        known: Factorisations by layer from an earlier call with the same layers, moments, solvers and unit, which are
-            not made again; those that are made are put in. For other budgets, allocations and layouts.
+        progress: Wraps the loops over layers.
+        methods: See :func:`factorize_layers`.
+        consume: Likewise.
+        unit: Likewise.
+        measure: See :func:`build_layers`.
+        known: See :func:`factorize_layers`.
 
     Raises:
         RuntimeError: If no gradient reached any layer.
         ValueError: If the budget cannot be met, the unit is unknown, ``methods`` names a layer or a solver that there
             is not, or a solver needs statistics that were not gathered.
     """
-    if unit not in UNITS:
-        raise ValueError(f"Expected `unit` to be one of {', '.join(UNITS)} but got {unit!r}.")
-    if allocation == "measured" and measure is None:
-        raise ValueError('Expected `measure` for allocation="measured" but got None. Or allocate by "fisher".')
+    _check_measure(allocation, measure)
+    factorized = factorize_layers(
+        layers,
+        moments,
+        method=method,
+        device=device,
+        progress=progress,
+        methods=methods,
+        consume=consume,
+        unit=unit,
+        known=known,
+    )
+    return build_layers(
+        layers,
+        factorized,
+        rank=rank,
+        keep=keep,
+        allocation=allocation,
+        layout=layout,
+        align=align,
+        device=device,
+        progress=progress,
+        measure=measure,
+    )
+
+
+def build_layers(
+    layers: dict[str, nn.Module],
+    factorized: FactorizedLayers,
+    *,
+    rank: float | None = None,
+    keep: float | None = None,
+    allocation: str = "fisher",
+    layout: Layout = "auto",
+    align: int = 1,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    measure: Measure | None = None,
+) -> CompressionResult:
+    """Spend one budget over factorised layers and build what replaces them; the layers themselves are only read.
+
+    Layers that were not factorised stay dense: nothing is known of what they may lose.
+
+    With "measured" the ranks that "fisher" gives are measured on tokens, each layer's losses are corrected by what
+    comes out (:func:`~fasc_lightning.measured.correction`), and the budget is spent anew. Only J can be measured:
+    losses in other units are spent as "fisher" does.
+
+    Args:
+        layers: The targeted layers by name.
+        factorized: The same, factorised; the factorisations are used up.
+        rank: See :func:`layer_budgets`.
+        keep: See :func:`layer_budgets`.
+        allocation: "measured" or "fisher" (one budget, spent where it matters most), or "uniform".
+        layout: "auto" (:func:`~fasc_lightning.layouts.auto_layout` for each layer), "pivot" or "factors".
+        align: What ranks are multiples of; layers that stay dense have full rank.
+        device: Of the compression.
+        progress: Wraps the loop over layers.
+        measure: Measures J of low-rank layers on tokens; needed for "measured".
+
+    Raises:
+        RuntimeError: If no gradient reached any layer.
+        ValueError: If the budget cannot be met.
+    """
+    _check_measure(allocation, measure)
     progress = progress or (lambda names, description: names)
-    solvers = _solvers(layers, method, methods or {})
-    _check_gathered(solvers.values(), moments)
-    fisher = unit == "fisher" or any(solver != method for solver in solvers.values())
     budgets = layer_budgets(layers, rank, keep)
-    tokens = {name: moments.tokens(name) for name in layers}
-    reached = [name for name in layers if tokens[name] > 0]
-    if not reached:
-        raise RuntimeError(
-            f"No gradient reached any of the {len(layers)} tapped layers in calibration. Is the loss detached, the "
-            "forward run under no_grad or inference mode, or was `manual_backward` never called?"
-        )
-    borrowed = BorrowedMoments(moments, layers)
-    borrowed.say()
-    factorizations: dict[str, Factorization] = {}
-    for name in progress(reached, "Factorising"):
-        factorization = None if known is None else known.get(name)
-        if factorization is None:
-            factorization = _factorize(layers[name], borrowed.layer(name), solvers[name], fisher, device)
-        if factorization is not None:
-            factorizations[name] = factorization
-            if known is not None:
-                known[name] = factorization
-        if consume:
-            moments.release(name)
-    if not factorizations:
-        raise RuntimeError(
-            f"Every gradient that reached the {len(reached)} tapped layers was zero, so nothing tells what they may "
-            "lose. Is the loss a constant?"
-        )
+    factorizations, tokens = factorized.factorizations, factorized.tokens
+    _check_reached(factorized)
     _warn_unreached([name for name in layers if name not in factorizations], len(layers))
 
     dtype = layers_dtype(layers)
@@ -232,65 +241,45 @@ def compress_layers(
         rank_zero_info(f"FascCallback: layout='auto' chooses layouts by times measured on a CPU, not on {device}.")
     cost = layout_cost(layout, dtype)
     ranks = _allocate(layers, factorizations, tokens, budgets, allocation, cost, align)
-    if allocation == "measured" and measure is not None and (fisher or method in FISHER_METHODS):
+    if allocation == "measured" and measure is not None and factorized.compare:
         factorizations = _corrected(factorizations, ranks, measure)
         ranks = _allocate(layers, factorizations, tokens, budgets, allocation, cost, align)
     replacements: dict[str, nn.Module] = {}
     plans = []
     for name in progress(list(layers), "Building"):
-        module = layers[name]
+        module, solver = layers[name], factorized.solvers[name]
         shape = linear_shape(module)
         k = ranks.get(name)
         if k is None:
-            plans.append(LayerPlan(name, shape, min(shape), "dense", tokens[name], 0.0, solvers[name]))
+            plans.append(LayerPlan(name, shape, min(shape), "dense", tokens[name], 0.0, solver))
             continue
         factorization = factorizations.pop(name)
         # As the budget was told: a layer of another dtype than the rest may not choose for itself.
         stored: Any = auto_layout(*shape, k, dtype) if layout == "auto" else layout
         replacements[name] = built = _build(module, factorization, k, stored)
         loss = float(factorization.losses[k])
-        plans.append(LayerPlan(name, shape, k, built.layout, tokens[name], loss, solvers[name]))
+        plans.append(LayerPlan(name, shape, k, built.layout, tokens[name], loss, solver))
     return CompressionResult(replacements, plans)
 
 
-def _solvers(layers: Mapping[str, nn.Module], method: str, methods: Mapping[str, str]) -> dict[str, str]:
-    """Return the solver of every layer, checked before any work is done."""
-    unknown = [name for name in methods if name not in layers]
-    if unknown:
-        raise ValueError(
-            f"Expected `methods` to name targeted layers but {unknown[0]!r} is none of the {len(layers)} (for example "
-            f"{', '.join(list(layers)[:3])})."
+def _check_measure(allocation: str, measure: Measure | None) -> None:
+    if allocation == "measured" and measure is None:
+        raise ValueError('Expected `measure` for allocation="measured" but got None. Or allocate by "fisher".')
+
+
+def _check_reached(factorized: FactorizedLayers) -> None:
+    """Refuse to compress what no gradient tells anything of."""
+    reached = sum(count > 0 for count in factorized.tokens.values())
+    if not reached:
+        raise RuntimeError(
+            f"No gradient reached any of the {len(factorized.tokens)} tapped layers in calibration. Is the loss "
+            "detached, the forward run under no_grad or inference mode, or was `manual_backward` never called?"
         )
-    for solver in {method, *methods.values()}:
-        get_solver(solver)
-    return {name: methods.get(name, method) for name in layers}
-
-
-def _check_gathered(solvers: Iterable[str], moments: CalibrationMoments) -> None:
-    """Refuse solvers whose statistics are not there, before any work is done."""
-    for solver in set(solvers):
-        if missing := sorted(solver_needs(solver) - moments.needs):
-            raise not_gathered(missing[0], f"the solver {solver!r}")
-
-
-def _factorize(
-    module: nn.Module,
-    statistics: LayerMoments,
-    method: str,
-    fisher: bool,
-    device: torch.device | str,
-) -> Factorization | None:
-    """Run the solver; None where every gradient was zero, so that the loss says nothing about the layer."""
-    if not bool(statistics.plain_forms()[1].diagonal().any()):
-        return None
-    W = linear_weight(module).detach().to(device)
-    found = get_solver(method)(W, statistics)
-    losses = found.losses
-    if fisher and method not in FISHER_METHODS:
-        losses = fisher_losses(W, *fisher_metric(statistics), found)
-    storage = torch.promote_types(W.dtype, torch.float32)
-    # float32 halves the memory of holding every layer's factors until ranks are known.
-    return Factorization(found.left.to(storage), found.right.to(storage), losses.cpu())
+    if not factorized.factorizations:
+        raise RuntimeError(
+            f"Every gradient that reached the {reached} tapped layers was zero, so nothing tells what they may lose. "
+            "Is the loss a constant?"
+        )
 
 
 def _allocate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 
@@ -32,6 +33,10 @@ class LowRankPlusDiagonal:
     def double(self) -> LowRankPlusDiagonal:
         """Return the same in float64."""
         return LowRankPlusDiagonal(self.factor.double(), self.residual.double())
+
+    def to(self, device: torch.device | str) -> LowRankPlusDiagonal:
+        """Return the same on a device."""
+        return LowRankPlusDiagonal(self.factor.to(device), self.residual.to(device))
 
     def shrunk(self, amount: float) -> LowRankPlusDiagonal:
         """Return (1 - amount) S + amount * mean(diag S) * I, which has the same form."""

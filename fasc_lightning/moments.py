@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import repeat
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fasc_lightning.forms import Form, dense
+from fasc_lightning.forms import Form, LowRankPlusDiagonal, dense
 from fasc_lightning.sketch import Sketch
 from fasc_lightning.streams import (
     CoupledMoments,
@@ -101,6 +101,10 @@ class LayerMoments:
             raise not_gathered(need)
         return value
 
+    def to(self, device: torch.device | str) -> LayerMoments:
+        """Return the same on a device."""
+        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+
     def plain_forms(self) -> tuple[Form, Form]:
         """Return A and G in the forms that they have: a sketch is not made a matrix, as it is by reading ``A``."""
         return self.A, self.G
@@ -147,6 +151,11 @@ class SketchedLayerMoments(LayerMoments):
         forms: tuple[Form, Form] | None = self.__dict__["_coupled"]
         return None if forms is None else (dense(forms[0]), dense(forms[1]))
 
+    def to(self, device: torch.device | str) -> SketchedLayerMoments:
+        """See :class:`LayerMoments`."""
+        held = {name: _moved(value, device) for name, value in vars(self).items()}
+        return SketchedLayerMoments(held.pop("_plain"), held.pop("_coupled"), **held)
+
     def plain_forms(self) -> tuple[Form, Form]:
         """See :class:`LayerMoments`."""
         forms: tuple[Form, Form] = self.__dict__["_plain"]
@@ -158,6 +167,13 @@ class SketchedLayerMoments(LayerMoments):
         if forms is None:
             raise not_gathered("coupled")
         return forms
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """Return a field of moments on a device: tensors, forms, pairs of them, or what has no device."""
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device) for part in value)
+    return value.to(device) if isinstance(value, Tensor | LowRankPlusDiagonal) else value
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from fasc_lightning._rng_state import same_rng
 from fasc_lightning.evaluation.perplexity import evaluating
-from fasc_lightning.factorize import Progress
+from fasc_lightning.factorized import Progress
 from fasc_lightning.lowrank import CompressedLinear
 from fasc_lightning.refine_report import BlockRefine, RefineReport
 from fasc_lightning.refine_steps import FactorCopies, relative_error, train_copies

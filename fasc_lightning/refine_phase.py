@@ -10,7 +10,7 @@ from torch import nn
 
 from fasc_lightning._distributed import share_layers
 from fasc_lightning._progress import layer_progress
-from fasc_lightning.factorize import Progress
+from fasc_lightning.factorized import Progress
 from fasc_lightning.refine import RefineOptions, check_refine, refine
 from fasc_lightning.refine_report import RefineReport
 from fasc_lightning.replay import Replay, check_automatic, on_first_process, silent, training_loss

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.expert_views import expert_groups
-from fasc_lightning.factorize import Progress
+from fasc_lightning.factorized import Progress
 from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
 from fasc_lightning.moments import moment_dtype
 from fasc_lightning.refit_blocks import (

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from fasc_lightning import factorize, layouts
-from fasc_lightning.factorize import UNITS, compress_layers
+from fasc_lightning.factorize import compress_layers
+from fasc_lightning.factorized import UNITS
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.objective import fisher_losses, fisher_metric
 from fasc_lightning.solvers import get_solver

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from fasc_lightning.moments import LayerMoments
@@ -31,6 +32,10 @@ class Factorization:
     def truncate(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return factors (m, rank) and (rank, n) of the best approximation of that rank."""
         return self.left[:, :rank], self.right[:rank]
+
+    def to(self, device: torch.device | str) -> Factorization:
+        """Return the same with factors on a device; losses stay where they are."""
+        return Factorization(self.left.to(device), self.right.to(device), self.losses)
 
 
 Solver: TypeAlias = Callable[[Tensor, LayerMoments], Factorization]

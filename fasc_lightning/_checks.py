@@ -143,6 +143,19 @@ def check_options(
         raise TypeError(f"Expected `token_mask` to be a callable on the batch but got {token_mask!r}.")
 
 
+def check_moments_device(device: object) -> None:
+    """Refuse places where moments cannot be held.
+
+    Raises:
+        ValueError: If it is neither None nor "cpu".
+    """
+    if device not in (None, "cpu"):
+        raise ValueError(
+            f"Expected `moments_device` to be None (the device of the fit) or 'cpu' but got {device!r}. HINT: which "
+            "device a fit is on is the Trainer's to say (accelerator=, devices=)."
+        )
+
+
 def check_strategy(trainer: pl.Trainer) -> None:
     """Refuse strategies under which layers cannot be read or replaced.
 

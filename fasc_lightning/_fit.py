@@ -27,8 +27,9 @@ def run_fit(
     held_out: DataLoader[Any] | Iterable[Any] | None = None,
     recovery: Recovery | None = None,
     seed: int = 0,
+    epochs: int = 1,
 ) -> str:
-    """Fit a model with a callback, for one epoch or as a recovery asks, on the model's own device, which it keeps.
+    """Fit a model with a callback, for some epochs or as a recovery asks, on the model's own device, which it keeps.
 
     Args:
         model: A LightningModule, or a causal language model of transformers.
@@ -39,6 +40,7 @@ def run_fit(
         recovery: Says how long and how fast a language model is trained, where it is; batches that are no DataLoader
             are then shuffled.
         seed: Of that order.
+        epochs: Of a fit that is no recovery.
 
     Returns:
         What the fit puts before the model's own names: "" or "model.".
@@ -47,7 +49,7 @@ def run_fit(
         TypeError: If the model is of no kind that has a loss.
     """
     module, prefix = as_lightning_module(model, recovery)
-    training: dict[str, Any] = {"max_epochs": 1}
+    training: dict[str, Any] = {"max_epochs": epochs}
     if recovery is not None:
         training = {
             "max_epochs": recovery.epochs,

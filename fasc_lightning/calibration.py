@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from fasc_lightning import _checks
@@ -17,14 +21,18 @@ from fasc_lightning._memory import available_memory, return_freed_memory
 from fasc_lightning._progress import layer_progress
 from fasc_lightning.batches import LossTerms, TokenMask, calibration_rows
 from fasc_lightning.dependence import DependenceScore
-from fasc_lightning.factorize import CompressionResult, compress_layers
+from fasc_lightning.factorize import CompressionResult, build_layers
+from fasc_lightning.factorized import FactorizedLayers, Progress, factorize_layers
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.gate import choose_methods, excluded_layers, failure_flags, gate_scores, statistics_needed
+from fasc_lightning.history import RhoRow
 from fasc_lightning.layouts import Layout
 from fasc_lightning.loader_position import loops_before
 from fasc_lightning.measure_phase import MeasurePhase
 from fasc_lightning.moments import CalibrationMoments, LayerSketches, moment_dtype, moments_bytes
 from fasc_lightning.monitor import LayerScores
+from fasc_lightning.offload import MomentsDevice, offloaded
+from fasc_lightning.passes import passes_of, share_units, shares
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.refine import RefineOptions
 from fasc_lightning.refine_phase import RefinePhase
@@ -68,6 +76,8 @@ class CalibrationOptions:
     sketch: SketchKind | None
     sketch_size: SketchSize
     sketch_above: int
+    moments_device: MomentsDevice | None
+    passes: int
 
     def sketches(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, LayerSketches]:
         """Return how the moments of layers of these shapes (m, n) are sketched; nothing where they are all exact."""
@@ -76,6 +86,10 @@ class CalibrationOptions:
         options = SketchOptions(self.sketch, self.sketch_size, self.sketch_above, self.seed, self.rho_threshold)
         ranks = {name: expected_rank(m, n, self.rank, self.keep) for name, (m, n) in shapes.items()}
         return choose_sketches(shapes, ranks, options)
+
+    def place(self, device: torch.device) -> torch.device:
+        """Return where moments and factors are held in a fit on a device."""
+        return device if self.moments_device is None else torch.device(self.moments_device)
 
 
 class Calibration:
@@ -92,18 +106,20 @@ class Calibration:
 
     Attributes:
         layers: The targeted layers.
-        moments: Second moments of their inputs and gradients.
+        passes: How often the data are gone through, each time for a share of the layers.
+        moments: Second moments of the inputs and gradients of this pass's layers.
         scores: Their dependence scores.
         refit: The refit that is to follow; None where there shall be none.
         refine: The refinement after it, likewise.
         replay: The batches of the first process, where what follows runs them once more; empty on the others.
-        batches: How many batches were counted, on this process.
+        batches: How many batches were counted in this pass, on this process.
         finished: Whether the statistics are those of all processes.
         spent: Whether factors are being made of them, which uses them up.
         origin: Lightning's loops and schedulers before the first batch, from which the calibration can start again.
 
     Raises:
         MemoryError: If the moments do not fit.
+        MisconfigurationException: If the fit has fewer epochs than passes, or averages weights.
         ValueError: If a pattern of ``gate_exclude`` matches nothing.
         RefitError: If a refit is insisted on, or a refinement asked for, and the module does not allow one.
         NoLossError: Likewise, if the module optimises by hand.
@@ -123,31 +139,52 @@ class Calibration:
         self.finished = False
         self.spent = False
         self.origin: dict[str, Any] = {}
-        device, dtype = trainer.strategy.root_device, moment_dtype(layers.values())
+        self.passes = passes_of(trainer, options.passes)
+        self._device = trainer.strategy.root_device
         shapes, needs = layer_shapes(layers), statistics_needed(options.method, options.gate, options.gate_by)
-        sketches = options.sketches(shapes)
-        sides = [sketches.get(name, LayerSketches()) for name in shapes]
-        needed = moments_bytes(shapes.values(), dtype, needs, sides)
-        _checks.check_memory(needed, device)
+        sketches, dtype = options.sketches(shapes), moment_dtype(layers.values())
+        self._empty = partial(CalibrationMoments, dtype=dtype, device=options.place(self._device), needs=needs)
+        self._sketches = sketches
+        exact = LayerSketches()
+        sizes = [moments_bytes([shape], dtype, needs, [sketches.get(n, exact)]) for n, shape in shapes.items()]
+        names = list(shapes)
+        parts = shares(sizes, self.passes, share_units(names))
+        self.passes = len(parts)
+        self._shares = [{names[i]: layers[names[i]] for i in part} for part in parts]
+        needed, place = max(sum(sizes[i] for i in part) for part in parts), options.place(self._device)
+        _checks.check_memory(needed, place)
         rank_zero_info(
             f"FascCallback: {len(shapes)} layers with {sum(m * n for m, n in shapes.values()):,} weights; their "
-            f"moments need at most {needed / 1e9:.2f} GB ({dtype}) of the "
-            f"{available_memory(device) / 1e9:.2f} GB free on {device}."
+            f"moments need at most {needed / 1e9:.2f} GB ({dtype}) of the {available_memory(place) / 1e9:.2f} GB free "
+            f"on {place}{'' if self.passes == 1 else f', in each of {self.passes} passes'}."
         )
         return_freed_memory()
         excluded_layers(layers, options.gate_exclude)  # refuses patterns that match nothing
-        self.moments = CalibrationMoments(shapes, dtype, device, needs, sketches)
-        tokens = SCORE_TOKENS if options.gate is None else options.monitor_tokens
-        self.scores = LayerScores(layers, tokens, options.rho_gradient, options.seed, device)
-        self.refit = RefitPhase.of(options.refit, pl_module, layers)
+        self._factorized: FactorizedLayers | None = None
+        self._rows: dict[str, tuple[RhoRow, tuple[str, ...]]] = {}
+        self.moments_bytes = 0
+        self._begin_share()
+        # In several passes the moments of all layers are never there together, and "auto" does without.
+        self.refit = RefitPhase.of(options.refit if self.passes == 1 else False, pl_module, layers)
         self.refine = None if refine is None else RefinePhase(refine)
         if refine is not None:
             RefinePhase.check(pl_module, layers)
         self.replay = Replay()
-        self._taps = Taps(layers, self.moments, self.scores)
         self._frozen = None if options.update_weights else FrozenFit(trainer, pl_module)
         self._seconds = 0.0
         self._began: float | None = None
+        self.factorizing = 0.0
+
+    def _begin_share(self) -> None:
+        """Start to gather for the next share of the layers."""
+        options = self.options
+        share = self._shares[0]
+        sketches = {name: sides for name, sides in self._sketches.items() if name in share}
+        self.moments = self._empty(layer_shapes(share), sketches=sketches)
+        tokens = SCORE_TOKENS if options.gate is None else options.monitor_tokens
+        self.scores = LayerScores(share, tokens, options.rho_gradient, options.seed, self._device)
+        self._taps = Taps(share, offloaded(self.moments, self._device), self.scores)
+        self.batches = 0
 
     @property
     def seconds(self) -> float:
@@ -162,7 +199,7 @@ class Calibration:
     @property
     def begun(self) -> bool:
         """Whether there was a batch."""
-        return self.batches > 0
+        return self.batches > 0 or self._factorized is not None
 
     @property
     def running(self) -> bool:
@@ -199,7 +236,8 @@ class Calibration:
             self.origin = loops_before(trainer)
         self._taps.begin_batch(rows)
         self.batches += 1
-        if self.replays and trainer.is_global_zero:  # which runs its own alone
+        # The first process runs its own alone; a further pass has the same ones.
+        if self.replays and trainer.is_global_zero and self._factorized is None:
             self.replay.keep(batch)
 
     def end_batch(self) -> None:
@@ -251,7 +289,8 @@ class Calibration:
             seconds: What they took.
         """
         if moments is not None:
-            self.moments = self._taps.moments = moments
+            self.moments = moments
+            self._taps.moments = offloaded(moments, self._device)
         if scores is not None:
             self.scores.scores = scores
         self.replay.batches = kept if self.replays else []
@@ -261,12 +300,33 @@ class Calibration:
         """Undo a :meth:`restore` that other processes could not follow: nothing has been counted."""
         self.restore(None, None, [], 0, 0.0)
 
+    def end_epoch(self, trainer: pl.Trainer) -> None:
+        """End a pass that others follow: its layers are factorised, and their moments let go of."""
+        if not (self.batches and len(self._shares) > 1):
+            return
+        self._taps.remove()
+        self._sum(trainer)
+        rank_zero_info(
+            f"FascCallback: pass {self.passes - len(self._shares) + 1} of {self.passes} is over; its "
+            f"{len(self._shares[0])} layers are factorised."
+        )
+        start = time.perf_counter()
+        self._factorize_share(trainer, None)
+        self.factorizing += time.perf_counter() - start
+        self._shares.pop(0)
+        self._begin_share()
+
     def finish(self, trainer: pl.Trainer) -> None:
         """Sum the statistics over all processes, once the last batch has run."""
-        self._seconds, self._began, self.finished = self.seconds, None, True
+        self.finished = True
+        self._sum(trainer)
+
+    def _sum(self, trainer: pl.Trainer) -> None:
+        self._seconds, self._began = self.seconds, None
         if is_distributed(trainer):
-            self.moments.all_reduce_()
+            self.moments.all_reduce_(device=self._device)
             self.scores.all_reduce_()
+        self.moments_bytes = max(self.moments_bytes, self.moments.nbytes)
 
     def release(self) -> None:
         """Take the hooks off and thaw the module; safe at any time."""
@@ -297,35 +357,62 @@ class Calibration:
             align: Likewise.
 
         Raises:
+            MisconfigurationException: If the fit was stopped before the last pass.
             RuntimeError: If no gradient reached any layer, or processes chose different ranks.
             ValueError: If the budget cannot be met.
         """
+        if len(self._shares) > 1:
+            raise MisconfigurationException(
+                f"Expected {self.passes} passes over the data, one an epoch, but the fit was stopped in pass "
+                f"{self.passes - len(self._shares) + 1}. The model is not compressed."
+            )
         self.spent = True
-        options, moments = self.options, self.moments
-        _checks.warn_few_tokens({name: moments.tokens(name) for name in self.layers}, layer_shapes(self.layers))
-        rows = {row["layer"]: row for row in self.scores.rows(trainer.global_step)}
-        scores = gate_scores(options.gate_by, rows, self.layers, moments)
-        methods = choose_methods(scores, options.gate, options.method, options.gate_exclude)
-        flags = failure_flags(self.layers, moments)
-        result = compress_layers(
+        options = self.options
+        progress = layer_progress(trainer)
+        self._factorize_share(trainer, progress)
+        factorized = self._factorized
+        assert factorized is not None
+        _checks.warn_few_tokens(factorized.tokens, layer_shapes(self.layers))
+        result = build_layers(
             self.layers,
-            moments,
+            factorized,
             rank=rank,
             keep=keep,
-            method=options.method,
             allocation=options.allocation,
             layout=layout,
             align=align,
-            device=trainer.strategy.root_device,
-            progress=layer_progress(trainer),
-            methods=methods,
-            consume=self.refit is None,
+            device=self._device,
+            progress=progress,
             measure=MeasurePhase(
                 trainer, pl_module, self.layers, self.replay, options.token_mask, options.loss_terms
             ).measure,
         )
-        reports = [LayerReport.of(plan, rows[plan.name], flags[plan.name]) for plan in result.layers]
+        reports = [LayerReport.of(plan, *self._rows[plan.name]) for plan in result.layers]
         return same_everywhere(trainer, result), reports
+
+    def _factorize_share(self, trainer: pl.Trainer, progress: Progress | None) -> None:
+        """Factorise the layers of this pass, and keep what reports say of their statistics."""
+        options, moments, share = self.options, self.moments, self._shares[0]
+        rows = {row["layer"]: row for row in self.scores.rows(trainer.global_step)}
+        scores = gate_scores(options.gate_by, rows, share, moments)
+        # Of all layers, since the last block and what an exclusion matches may be in another pass.
+        flags = failure_flags(self.layers, moments)
+        methods = choose_methods(
+            {**dict.fromkeys(self.layers, math.nan), **scores}, options.gate, options.method, options.gate_exclude
+        )
+        self._rows |= {name: (rows[name], flags[name]) for name in share}
+        found = factorize_layers(
+            share,
+            moments,
+            method=options.method,
+            device=self._device,
+            progress=progress,
+            methods={name: methods[name] for name in share},
+            consume=self.refit is None,
+            # One pass cannot know whether the gate will mix solvers in another.
+            unit="fisher" if self.passes > 1 and options.gate is not None else "own",
+        )
+        self._factorized = found if self._factorized is None else self._factorized.join(found)
 
     def run_refit(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, dense: dict[str, nn.Module]

@@ -28,6 +28,8 @@ from fasc_lightning.history import RhoHistory, describe
 from fasc_lightning.hub import attach_config
 from fasc_lightning.layouts import Layout
 from fasc_lightning.monitor import RhoMonitor, write_history
+from fasc_lightning.offload import MomentsDevice
+from fasc_lightning.passes import check_passes
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.preemption import CalibrationKeeper
 from fasc_lightning.quantize import quantize_layers
@@ -130,6 +132,11 @@ class FascCallback(pl.Callback):
         sketch_size: Columns of a sketch, or "auto": four times the rank that the budget means for a layer, at most
             half the width.
         sketch_above: Sides of layers no wider than this stay exact.
+        moments_device: "cpu" holds moments and factors there, beside the device of the fit: rows are copied while the
+            backward pass goes on (:mod:`~fasc_lightning.offload`). None: on the device.
+        passes: How many of the last epochs calibrate, each for a share of the layers, so that so much less memory is
+            needed; with update_weights=False. Factors are the same; a refit, which needs all moments together, is not
+            done.
 
     Attributes:
         report: The :class:`~fasc_lightning.report.CompressionReport`, after the fit.
@@ -174,6 +181,8 @@ class FascCallback(pl.Callback):
         sketch: SketchKind | None = None,
         sketch_size: int | Literal["auto"] = "auto",
         sketch_above: int = SKETCH_ABOVE,
+        moments_device: MomentsDevice | None = None,
+        passes: int = 1,
     ) -> None:
         _checks.check_monitor(
             monitor_every_n_steps, monitor_tokens, rho_threshold, emergence_observations, rho_gradient
@@ -197,6 +206,8 @@ class FascCallback(pl.Callback):
             quantize,
         )
         SketchOptions(sketch or "range", sketch_size, sketch_above)  # refuses what is out of range
+        _checks.check_moments_device(moments_device)
+        check_passes(passes, update_weights, refit, calibration_steps)
         self.rank = rank
         self.keep = keep
         self.method = method
@@ -225,8 +236,10 @@ class FascCallback(pl.Callback):
         self.sketch: SketchKind | None = sketch
         self.sketch_size: int | Literal["auto"] = sketch_size
         self.sketch_above = sketch_above
+        self.moments_device: MomentsDevice | None = moments_device
+        self.passes = passes
         self.report: CompressionReport | None = None
-        self._schedule = CalibrationSchedule(calibration_steps)
+        self._schedule = CalibrationSchedule(calibration_steps, passes)
         self._keeper = CalibrationKeeper(self.state_key)
         self._load_hook: RemovableHandle | None = None
         self._layers: dict[str, nn.Module] = {}
@@ -244,6 +257,8 @@ class FascCallback(pl.Callback):
         options = {name: getattr(self, name) for name in names.split()}
         if self.sketch is not None:
             options |= {name: getattr(self, name) for name in ("sketch", "sketch_size", "sketch_above")}
+        if self.passes > 1:
+            options["passes"] = self.passes
         if self.recovery is not None:  # what is not done yet is said once it is
             options |= {"recovery": describe_recovery(self.recovery), "quantize": None}
         return options
@@ -392,6 +407,8 @@ class FascCallback(pl.Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._monitor.publish(trainer)
+        if self._calibration is not None:
+            self._calibration.end_epoch(trainer)
 
     @recovery_instead
     @override

@@ -48,9 +48,9 @@ def compress(
 ) -> CompressionReport | CompressionForecast:
     """Compress a model in place, as it is: calibrate frozen on the batches, factorise, swap.
 
-    Runs a one-epoch Trainer fit with a :class:`FascCallback` on the model's device. The model keeps its device, its
-    training mode and its ``requires_grad`` flags; if anything fails, it is what it was. (If a recovery fails, it is
-    compressed and not recovered.)
+    Runs a Trainer fit of one epoch, or one a pass, with a :class:`FascCallback` on the model's device. The model keeps
+    its device, its training mode and its ``requires_grad`` flags; if anything fails, it is what it was. (If a recovery
+    fails, it is compressed and not recovered.)
 
     Args:
         model: A transformers causal language model, or any LightningModule with a ``training_step``.
@@ -105,7 +105,7 @@ def compress(
         recovery_data = list(recovery_data)
     if callback.recovery is not None and recovery_held_out is None and not _has_validation(model):
         split_loader(as_loader(batches if recovery_data is None else recovery_data))  # refuses before any work is done
-    prefix = run_fit(model, batches, callback, progress)
+    prefix = run_fit(model, batches, callback, progress, epochs=callback.passes)
     if callback.recovery is not None:
         run_fit(
             model,

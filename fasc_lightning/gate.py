@@ -197,10 +197,11 @@ def failure_flags(names: Iterable[str], moments: CalibrationMoments) -> dict[str
 
     Args:
         names: All targeted layers.
-        moments: Theirs, not yet released.
+        moments: Theirs, not yet released; of those whose moments are not there only the names are judged.
     """
     names = list(names)
-    constant = {name for name in names if moments.tokens(name) and variation(moments.gradients[name]) <= NEAR_CONSTANT}
+    seen = [name for name in names if name in moments.shapes and moments.tokens(name)]
+    constant = {name for name in seen if variation(moments.gradients[name]) <= NEAR_CONSTANT}
     kinds = {
         "near-constant gradients": constant,
         "early attention": early_attention(names),

@@ -275,6 +275,9 @@ class CalibrationMoments:
         """Add gradient rows ``scale * h`` (tokens, m) of one layer."""
         self.gradients[name].update(h, scale)
 
+    def settle(self) -> None:
+        """Nothing waits: what stands in for these where they are not on the batches' device has to."""
+
     @property
     def takes_pairs(self) -> bool:
         """Whether something is gathered that needs x and h of a token together."""
@@ -405,16 +408,21 @@ class CalibrationMoments:
                 mine[name].add_(stream)
         return self
 
-    def all_reduce_(self, group: Any | None = None) -> None:
-        """Sum over all processes, in place: every process ends with the moments of all batches."""
+    def all_reduce_(self, group: Any | None = None, device: torch.device | None = None) -> None:
+        """Sum over all processes, in place: every process ends with the moments of all batches.
+
+        Args:
+            group: Of the processes; all by default.
+            device: Where the processes can reduce, one state at a time; by default where the moments are.
+        """
         # A process may have met other sets of layers than its peers (a branch that only some batches take).
         keys: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(keys, sorted(self.inputs), group=group)
         for key in sorted(set().union(*keys)):
-            self._input(key).all_reduce_(group)
+            self._input(key).all_reduce_(group, device)
         for own in self._own():
             for name in sorted(own):
-                own[name].all_reduce_(group)
+                own[name].all_reduce_(group, device)
 
     @property
     def nbytes(self) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from fasc_lightning.moments import check_needs, moments_bytes
 from fasc_lightning.packed import packed_size
+from fasc_lightning.passes import shares
 
 #: What a sketch can stand in for; statistics of other kinds are exact or not at all.
 SKETCHED_NEEDS = frozenset({"plain", "coupled", "abs_x"})
@@ -112,29 +113,6 @@ def layer_memory(
         workspace=workspace(m * m + n * n),
         sketched_workspace=workspace(m * widths[m] + n * widths[n]),
     )
-
-
-def shares(sizes: Sequence[int], passes: int) -> list[list[int]]:
-    """Split layers into consecutive shares of about equal size, so that those with one input stay together.
-
-    Args:
-        sizes: Of the layers, in order.
-        passes: How many shares; more than there are layers give one a layer.
-
-    Returns:
-        The indices of each share, none of them empty.
-    """
-    total, before = sum(sizes), 0
-    found: list[list[int]] = []
-    current: list[int] = []
-    for i, size in enumerate(sizes):
-        # A layer belongs to the share in which its middle lies.
-        if current and (before + size / 2) * passes >= total * (len(found) + 1):
-            found.append(current)
-            current = []
-        current.append(i)
-        before += size
-    return [*found, current] if current else found
 
 
 def peak_memory(

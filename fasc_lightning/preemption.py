@@ -93,7 +93,9 @@ class CalibrationKeeper:
         """Put a calibration that has begun into a checkpoint; on all processes together unless one of them failed."""
         calibration.settle(trainer)
         left = _batches_are_left(trainer)
-        if calibration.spent:
+        if calibration.passes > 1:
+            hindered = "a calibration of several passes is not kept, and starts again from the first"
+        elif calibration.spent:
             hindered = "the fit failed while it compressed the model"
         elif self._alone:
             hindered = "it was saved when a process of several failed"

@@ -63,7 +63,6 @@ def replace_calibrated(
         What was done.
     """
     timed = Clock()
-    moments_bytes = calibration.moments.nbytes
     before = measure_layers(calibration.layers), measure_model(pl_module)
     return_freed_memory()
     with timed("factorize"):
@@ -87,8 +86,12 @@ def replace_calibrated(
         seed=how.seed,
         targeted={"dense": before[0], "compressed": after[0]},
         whole={"dense": before[1], "compressed": after[1]},
-        seconds={"calibrate": calibration.seconds, **timed.seconds},
-        moments_bytes=moments_bytes,
+        seconds={
+            "calibrate": calibration.seconds,
+            **timed.seconds,
+            "factorize": timed.seconds["factorize"] + calibration.factorizing,
+        },
+        moments_bytes=calibration.moments_bytes,
         peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
         layers=layers,
         refit=None if refitted is None else refit_figures(refitted),

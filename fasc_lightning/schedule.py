@@ -21,10 +21,12 @@ class CalibrationSchedule:
 
     Args:
         calibration_steps: Optimizer steps to calibrate on (batches, with manual optimisation), or None.
+        passes: How many of the last epochs serve, where no steps are given.
     """
 
-    def __init__(self, calibration_steps: int | None = None) -> None:
+    def __init__(self, calibration_steps: int | None = None, passes: int = 1) -> None:
         self.calibration_steps = calibration_steps
+        self.passes = passes
         self.begun = False
         self._last_step: float = math.inf
         self._holding = False
@@ -122,8 +124,7 @@ class CalibrationSchedule:
         epochs_met = trainer.current_epoch >= (trainer.min_epochs or 0)
         return epochs_met and trainer.global_step >= (self._user_min_steps or 0)
 
-    @staticmethod
-    def _in_last_epoch(trainer: pl.Trainer) -> bool:
+    def _in_last_epoch(self, trainer: pl.Trainer) -> bool:
         if trainer.max_epochs is None or trainer.max_epochs < 0:
             return False
-        return trainer.current_epoch >= trainer.max_epochs - 1
+        return trainer.current_epoch >= trainer.max_epochs - self.passes

@@ -80,7 +80,7 @@ class StreamedSums(Metric):
             mine -= theirs[name]
         return self
 
-    def all_reduce_(self, group: Any | None = None) -> None:
+    def all_reduce_(self, group: Any | None = None, device: torch.device | None = None) -> None:
         """Sum the states over all processes, in place.
 
         torchmetrics' own synchronisation gathers every process's matrices before adding them; with d^2 numbers a
@@ -88,7 +88,9 @@ class StreamedSums(Metric):
         """
         self.allocate()
         for state in self.sums.values():
-            dist.all_reduce(state, group=group)
+            moved = state if device is None else state.to(device)
+            dist.all_reduce(moved, group=group)
+            state.copy_(moved)
         self._update_count = max(self._update_count, int(self.count > 0))
 
     def reduced(self, group: Any | None = None) -> dict[str, Tensor]:

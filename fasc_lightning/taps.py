@@ -11,7 +11,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fasc_lightning.expert_views import ExpertLinear, ExpertTaps, Routing, expert_views, is_fused_experts, routers
 from fasc_lightning.lowrank import linear_shape, linear_weight
-from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.offload import MomentSums, RowsRefusedError
 from fasc_lightning.pooled import input_gradient
 from fasc_lightning.tokens import TokenRows
 
@@ -181,7 +181,7 @@ class Taps:
     def __init__(
         self,
         layers: dict[str, nn.Module],
-        moments: CalibrationMoments | None = None,
+        moments: MomentSums | None = None,
         pairs: Pairs | None = None,
         anchor: bool = True,
     ) -> None:
@@ -220,6 +220,9 @@ class Taps:
             handle.remove()
         self._handles.clear()
         self._experts.remove()
+        if self.moments is not None:
+            with suppress(FloatingPointError):  # of a batch that was refused, which has been said
+                self.moments.settle()
         self._batch = None
         self._calls.clear()
         self._by_input.clear()
@@ -235,6 +238,9 @@ class Taps:
             if call.pending and call.rows is not None and self.moments is not None:
                 reached = [name for name in call.members if name not in call.pending]
                 self.moments.move_inputs(call.members, reached, call.rows)
+        if self.moments is not None and self._batch is not None:
+            with _named("a number", self._batch):
+                self.moments.settle()
         self._batch = None
         self._calls.clear()
         self._by_input.clear()
@@ -298,7 +304,7 @@ class Taps:
         if not call.pending:
             call.rows = None
 
-    def _add_moments(self, moments: CalibrationMoments, name: str, call: _Call, x: Tensor, h: Tensor) -> None:
+    def _add_moments(self, moments: MomentSums, name: str, call: _Call, x: Tensor, h: Tensor) -> None:
         if not call.counted:
             with _named(f"an activation of layer {name!r}", call.batch):
                 moments.add_inputs(call.members, x)
@@ -317,6 +323,7 @@ def _named(what: str, rows: TokenRows) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
+        what = error.what if isinstance(error, RowsRefusedError) else what
         raise FloatingPointError(
             f"Expected finite numbers but {what} is NaN or Inf in {rows.label}. The batch was refused. Check the data "
             "and the learning rate; under float16 use bf16, or a GradScaler with a smaller `init_scale`."

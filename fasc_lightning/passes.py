@@ -1,0 +1,101 @@
+"""A calibration in several passes over the data, each with a share of the layers, for moments that do not fit at once.
+
+The model does not change meanwhile, so that every pass sees the same activations and gradients, and the factors are
+those of one pass but for the order of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from fasc_lightning.expert_views import split_name
+
+
+def check_passes(passes: int, update_weights: bool, refit: object, calibration_steps: int | None) -> None:
+    """Check the number of passes against the options that it rules out.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    if type(passes) is not int or passes < 1:
+        raise ValueError(f"Expected `passes` to be a positive int but got {passes!r}.")
+    if passes == 1:
+        return
+    if update_weights:
+        raise ValueError(
+            f"Expected update_weights=False with {passes=}: every pass has to see the same weights. HINT: "
+            "FascCallback(..., update_weights=False) freezes them, as compress() does."
+        )
+    if refit is True:
+        raise ValueError(
+            f"Expected refit=False or 'auto' with {passes=} but got True: a refit reads the moments of all layers in "
+            "the end, and several passes are for moments that are not there together."
+        )
+    if calibration_steps is not None:
+        raise ValueError(
+            f"Expected either `passes` or `calibration_steps` but got {passes=} and {calibration_steps=}: a pass is "
+            "an epoch."
+        )
+
+
+def passes_of(trainer: pl.Trainer, passes: int) -> int:
+    """Return how many passes a fit makes: those asked for, but no more than a fast development run has epochs.
+
+    Raises:
+        MisconfigurationException: If the fit has fewer epochs, or averages weights.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return min(passes, trainer.max_epochs or 1)
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs < passes:
+        raise MisconfigurationException(
+            f"Expected at least {passes} epochs, one for each of `passes`, but got max_epochs={trainer.max_epochs}."
+        )
+    if passes > 1 and any(isinstance(c, WeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise MisconfigurationException(
+            f"Expected no averaging of weights in a calibration of {passes} passes: layers of the first ones would be "
+            "factorised before the average is in place. HINT: compress() the averaged model."
+        )
+    return passes
+
+
+def share_units(names: Iterable[str]) -> list[list[int]]:
+    """Return the indices of layers that one pass has to gather together, in order: experts of one module.
+
+    Experts that saw few tokens borrow from the others (:mod:`~fasc_lightning.expert_moments`).
+    """
+
+    def unit(entry: tuple[int, str]) -> tuple[str, bool]:
+        parts = split_name(entry[1])
+        return (entry[1], False) if parts is None else (parts[0], True)
+
+    return [[i for i, _ in entries] for _, entries in groupby(enumerate(names), unit)]
+
+
+def shares(sizes: Sequence[int], passes: int, units: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
+    """Split layers into consecutive shares of about equal size, so that those with one input stay together.
+
+    Args:
+        sizes: Of the layers' moments, in order.
+        passes: How many shares; more than there are units give one a unit.
+        units: Indices of layers that are not to be parted (:func:`share_units`); each on its own by default.
+
+    Returns:
+        The indices of each share, none of them empty.
+    """
+    total, before = sum(sizes), 0
+    found: list[list[int]] = []
+    current: list[int] = []
+    for unit in [[i] for i in range(len(sizes))] if units is None else units:
+        size = sum(sizes[i] for i in unit)
+        # A unit belongs to the share in which its middle lies.
+        if current and (before + size / 2) * passes >= total * (len(found) + 1):
+            found.append(current)
+            current = []
+        current.extend(unit)
+        before += size
+    return [*found, current] if current else found

@@ -18,9 +18,7 @@ from transformers import Gemma2Config, LlamaConfig, MistralConfig, MixtralConfig
 
 from fasc_lightning._tables import markdown_table
 from fasc_lightning.forecast import CompressionForecast
-from fasc_lightning.gate import statistics_needed
 from fasc_lightning.planned_layers import model_on_meta
-from fasc_lightning.planned_storage import layer_memory
 from fasc_lightning.planning import plan
 
 #: Budgets, as options of :func:`~fasc_lightning.planning.plan`.
@@ -64,25 +62,14 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f}"
 
 
-def sketched_bytes(found: CompressionForecast) -> int:
-    """Return what the moments take with every layer sketched for which that is smaller, in twice its rank."""
-    return sum(
-        layer_memory(*layer.shape, sketch_size=2 * layer.rank, needs=statistics_needed("fasc")).sketched
-        for layer in found.layers
-    )
-
-
 #: Enough memory for any plan, of a device that need not be there.
 ENDLESS: dict[str, Any] = {"device": "cuda", "memory": "10000TB", "probed": False}
 
 
 def storage(found: CompressionForecast) -> str:
     """Return in words how moments are held."""
-    sketched = sum(layer.moments == "sketched" for layer in found.layers)
-    beside = sum(layer.place == "cpu" for layer in found.layers)
-    words = [f"{sketched} of {len(found.layers)} layers sketched" if sketched else "exact"]
-    words += [f"{beside} layers' moments on the CPU"] if beside else []
-    words += ["factors on the CPU"] if found.factors_place == "cpu" else []
+    words = ["sketched" if "sketch" in found.options else "exact"]
+    words += ["moments and factors on the CPU"] if "moments_device" in found.options else []
     words += [f"{found.passes} passes"] if found.passes > 1 else []
     return ", ".join(words)
 
@@ -95,6 +82,7 @@ def rows(memory: str, host_memory: str) -> tuple[list[dict[str, object]], list[d
         for budget in BUDGETS:
             ((option, value),) = budget.items()
             easy = plan(model, **budget, **ENDLESS, passes=1)
+            sketched = plan(model, **budget, **ENDLESS, passes=1, sketch="range")
             before, after = easy.whole["dense"], easy.whole["compressed"]
             row: dict[str, object] = {"model": name, "budget": f"{option} {value:g}"}
             sizes.append(
@@ -124,7 +112,7 @@ def rows(memory: str, host_memory: str) -> tuple[list[dict[str, object]], list[d
                 {
                     **row,
                     "moments exact": gigabytes(easy.moments_bytes),
-                    "moments sketched": gigabytes(sketched_bytes(easy)),
+                    "moments sketched": gigabytes(sketched.moments_bytes),
                     "all factors": gigabytes(easy.parts["factors"]),
                     "peak, all on one device": gigabytes(easy.peak.device),
                     f"plan for {memory}": how,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,7 @@ from fasc_lightning.replay import Replay
 from fasc_lightning.report import LayerReport
 from fasc_lightning.sketch import SketchKind
 from fasc_lightning.sketch_sizes import SketchOptions, SketchSize, choose_sketches, expected_rank
+from fasc_lightning.spill import spilled
 from fasc_lightning.taps import Taps, layer_shapes
 
 #: Where rho decides nothing, a calibration scores every so many batches, on so many tokens: it is a diagnostic then,
@@ -79,6 +80,11 @@ class CalibrationOptions:
     moments_device: MomentsDevice | None
     passes: int
 
+    @classmethod
+    def of(cls, options: Any) -> CalibrationOptions:
+        """Return them out of an object that has them and others, as a callback does."""
+        return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
+
     def sketches(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, LayerSketches]:
         """Return how the moments of layers of these shapes (m, n) are sketched; nothing where they are all exact."""
         if self.sketch is None:
@@ -112,6 +118,7 @@ class Calibration:
         refit: The refit that is to follow; None where there shall be none.
         refine: The refinement after it, likewise.
         replay: The batches of the first process, where what follows runs them once more; empty on the others.
+        sketches: Of the layers some of whose moments are sketched.
         batches: How many batches were counted in this pass, on this process.
         finished: Whether the statistics are those of all processes.
         spent: Whether factors are being made of them, which uses them up.
@@ -144,7 +151,7 @@ class Calibration:
         shapes, needs = layer_shapes(layers), statistics_needed(options.method, options.gate, options.gate_by)
         sketches, dtype = options.sketches(shapes), moment_dtype(layers.values())
         self._empty = partial(CalibrationMoments, dtype=dtype, device=options.place(self._device), needs=needs)
-        self._sketches = sketches
+        self.sketches = sketches
         exact = LayerSketches()
         sizes = [moments_bytes([shape], dtype, needs, [sketches.get(n, exact)]) for n, shape in shapes.items()]
         names = list(shapes)
@@ -179,7 +186,7 @@ class Calibration:
         """Start to gather for the next share of the layers."""
         options = self.options
         share = self._shares[0]
-        sketches = {name: sides for name, sides in self._sketches.items() if name in share}
+        sketches = {name: sides for name, sides in self.sketches.items() if name in share}
         self.moments = self._empty(layer_shapes(share), sketches=sketches)
         tokens = SCORE_TOKENS if options.gate is None else options.monitor_tokens
         self.scores = LayerScores(share, tokens, options.rho_gradient, options.seed, self._device)
@@ -411,6 +418,7 @@ class Calibration:
             consume=self.refit is None,
             # One pass cannot know whether the gate will mix solvers in another.
             unit="fisher" if self.passes > 1 and options.gate is not None else "own",
+            hold=spilled if self.passes > 1 else None,
         )
         self._factorized = found if self._factorized is None else self._factorized.join(found)
 

@@ -351,10 +351,11 @@ class FascCallback(pl.Callback):
             _checks.check_rank_fits(layer_shapes(self._layers), self.rank)
             self._second.check(pl_module, self._layers)
             check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout, self.align)
-            options = CalibrationOptions(**{f.name: getattr(self, f.name) for f in fields(CalibrationOptions)})
-            self._calibration = Calibration(trainer, pl_module, self._layers, options, self._second.refinement)
-            device, keeps = trainer.strategy.root_device, self._calibration.refit is not None
-            rank_zero_info(f"FascCallback: {layers_forecast(pl_module, self._layers, self, device, keeps)}")
+            options, refinement = CalibrationOptions.of(self), self._second.refinement
+            self._calibration = found = Calibration(trainer, pl_module, self._layers, options, refinement)
+            device, keeps = trainer.strategy.root_device, found.refit is not None
+            planned = layers_forecast(pl_module, self._layers, self, device, keeps, found.sketches, found.passes)
+            rank_zero_info(f"FascCallback: {planned}")
             self._keeper.resume(trainer, self._calibration, self._schedule)
 
     @recovery_instead

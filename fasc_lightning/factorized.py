@@ -69,6 +69,7 @@ def factorize_layers(
     consume: bool = True,
     unit: Unit = "own",
     known: MutableMapping[str, Factorization] | None = None,
+    hold: Callable[[Factorization], Factorization] | None = None,
 ) -> FactorizedLayers:
     """Factorise layers one after the other, to every rank; the layers themselves are only read.
 
@@ -84,7 +85,7 @@ def factorize_layers(
 
     Args:
         layers: The targeted layers by name.
-        moments: Their moments. Factors are kept where these are.
+        moments: Their moments.
         method: Solver.
         device: Where to factorise.
         progress: Wraps the loop over layers.
@@ -94,6 +95,7 @@ def factorize_layers(
         unit: "own": losses as each solver states them; "fisher": J of the Fisher metric, in which layers compare.
         known: Factorisations by layer from an earlier call with the same layers, moments, solvers and unit, which are
             not made again; those that are made are put in. For other budgets, allocations and layouts.
+        hold: Puts finished factors where they wait for the others; by default that is where the moments are.
 
     Raises:
         ValueError: If the unit is unknown, ``methods`` names a layer or a solver that there is not, or a solver needs
@@ -114,7 +116,7 @@ def factorize_layers(
         if factorization is None:
             factorization = _factorize(layers[name], borrowed.layer(name), solvers[name], fisher, device)
         if factorization is not None:
-            factorizations[name] = factorization.to(moments.device)
+            factorizations[name] = factorization.to(moments.device) if hold is None else hold(factorization)
             if known is not None:
                 known[name] = factorizations[name]
         if consume:

@@ -1,4 +1,4 @@
-"""The plan of a fit, as FascCallback and compress() carry it out: exact moments, on one device, in one pass."""
+"""The plan of a fit, as FascCallback and compress() carry it out with their options."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fasc_lightning import _checks
+from fasc_lightning.calibration import CalibrationOptions
 from fasc_lightning.factorize import check_budget_fits
 from fasc_lightning.forecast import CompressionForecast
 from fasc_lightning.gate import statistics_needed
 from fasc_lightning.layouts import Layout
+from fasc_lightning.moments import LayerSketches
+from fasc_lightning.offload import MomentsDevice
 from fasc_lightning.planned_layers import PlannedLayers
-from fasc_lightning.planning import forecast, stored_layers
+from fasc_lightning.planning import Tiers, forecast, stored_layers
 from fasc_lightning.refit_phase import Refit
+from fasc_lightning.sketch import SketchKind
 from fasc_lightning.taps import layer_shapes, select_layers
 
 
@@ -33,6 +37,9 @@ class FitOptions(Protocol):
     targets: str | list[str] | None
     exclude: str | list[str] | None
     gate: float | None
+    sketch: SketchKind | None
+    moments_device: MomentsDevice | None
+    passes: int
 
     @property
     def gate_by(self) -> str:
@@ -45,6 +52,8 @@ def layers_forecast(
     options: FitOptions,
     device: torch.device,
     keeps_moments: bool,
+    sketches: Mapping[str, LayerSketches],
+    passes: int = 1,
     batch_tokens: int = 0,
     tokens: int = 0,
 ) -> CompressionForecast:
@@ -59,6 +68,8 @@ def layers_forecast(
         options: Of the compression.
         device: Of the fit.
         keeps_moments: Whether moments stay until the end, for a refit.
+        sketches: Of the layers' moments.
+        passes: How often the data are gone through.
         batch_tokens: Tokens of one batch; 0 if they are not known.
         tokens: Of all batches; likewise.
 
@@ -72,6 +83,8 @@ def layers_forecast(
         needs=statistics_needed(options.method, options.gate, options.gate_by),
         device=device,
         keeps_moments=keeps_moments,
+        sketches=sketches,
+        tiers=Tiers((options.sketch is not None,), (options.moments_device not in (None, device.type),), passes),
         batch_tokens=batch_tokens,
         tokens=tokens,
     )
@@ -95,7 +108,9 @@ def fit_forecast(model: nn.Module, options: FitOptions, batch_tokens: int = 0, t
     check_budget_fits(layers, options.rank, options.keep, options.allocation, options.layout, options.align)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     # "auto" refits where the model allows it, which only a fit finds out.
-    return layers_forecast(model, layers, options, device, bool(options.refit), batch_tokens, tokens)
+    refits = bool(options.refit) and options.passes == 1
+    sketches = CalibrationOptions.of(options).sketches(layer_shapes(layers))
+    return layers_forecast(model, layers, options, device, refits, sketches, options.passes, batch_tokens, tokens)
 
 
 def batch_tokens(batches: DataLoader[Any] | Iterable[Any]) -> tuple[int, int]:

@@ -46,8 +46,9 @@ class CompressionForecast:
         peak: Bytes that the compression takes of both, at most.
         parts: Bytes of what makes up the peak: "weights", "training", "activations", "moments", "factors" and
             "workspace". They are not all there at one time, so the peak is less than their sum.
-        factors_place: Where finished factors wait for the rest, "device" or "cpu".
+        factors_place: Where finished factors wait for the rest, "device", "cpu" or, in several passes, "disk".
         passes: How often the data are gone through.
+        options: Those of :class:`~fasc_lightning.FascCallback` that hold moments as planned.
         targeted: Sizes of the targeted layers, "dense" and "compressed".
         whole: Sizes of the whole model, alike.
         seconds: Estimated; None without a probe.
@@ -59,8 +60,9 @@ class CompressionForecast:
     host_memory: int
     peak: Peak
     parts: dict[str, int]
-    factors_place: Literal["device", "cpu"]
+    factors_place: Literal["device", "cpu", "disk"]
     passes: int
+    options: dict[str, Any]
     targeted: dict[str, Size]
     whole: dict[str, Size]
     seconds: Seconds | None = None
@@ -100,6 +102,8 @@ class CompressionForecast:
             f"peak memory: {self.peak.device / 1e9:.2f} of {self.memory / 1e9:.2f} GB on {self.device}{beside} "
             f"({parts}; factors on the {self.factors_place}), {self.passes} pass{'' if self.passes == 1 else 'es'}",
         ]
+        if self.options:
+            lines.append(f"options: {', '.join(f'{name}={value!r}' for name, value in self.options.items())}")
         for title, sizes in (("targeted layers", self.targeted), ("whole model", self.whole)):
             before, after = sizes["dense"], sizes["compressed"]
             lines.append(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fasc_lightning.planned_storage import LayerMemory, Peak, Storage, choose_storage
+from fasc_lightning.planned_storage import LayerMemory, Peak, Storage, choose_storage, gigabytes
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -46,9 +46,8 @@ def refusal(
     have: Peak,
     device: torch.device,
     weights: int,
-    sketchable: bool,
-    passes: int | None,
-    tiers: bool,
+    passes: int,
+    most: int,
 ) -> str:
     """Return the message that nothing fits: what is short, and what would do.
 
@@ -59,35 +58,28 @@ def refusal(
         have: Memory that there is.
         device: What it is planned for.
         weights: Bytes of the whole model.
-        sketchable: Whether sketches may stand in.
-        passes: The option.
-        tiers: Whether the caller can choose passes and memory beside the device.
+        passes: How many were asked for, or the first that were tried.
+        most: How many there can be.
     """
-    every = frozenset(range(len(taken)))
-    first = passes or 1
-    asked = peak(Storage(passes=first)).device
+    asked = peak(Storage(passes=passes)).device
     remedies = [f"{asked / 1e9:.3g} GB on {device} hold exact moments"]
-    if sketchable and (least := peak(Storage(every, passes=first)).device) < asked:
-        remedies.append(f"{least / 1e9:.3g} GB hold sketched ones")
-    if passes is not None:
-        fewer = choose_storage(taken, peak, have, sketches=sketchable, passes=None) if tiers else None
-        if fewer is not None:
-            remedies.append(f"{fewer.passes} passes over the data fit (`passes`)")
-    else:
-        least = peak(Storage(every if sketchable else frozenset(), passes=len(taken))).device
-        remedies.append(f"a pass for every layer takes {least / 1e9:.3g} GB")
-    if tiers and device.type != "cpu":
-        aside = peak(Storage(frozenset(), every, factors_offloaded=True, passes=first))
-        if aside.device <= have.device:
-            remedies.append(f"host_memory='{math.ceil(aside.host / 1e9)}GB' holds what does not fit on {device}")
-    largest = max(range(len(taken)), key=lambda i: taken[i].workspace)
-    name = list(shapes)[largest]
-    wide = taken[largest]
-    alone = weights + min(wide.exact + wide.workspace, wide.sketched + wide.sketched_workspace)
+    if (least := peak(Storage(sketched=True, passes=passes)).device) < asked:
+        remedies.append(f"{least / 1e9:.3g} GB hold sketched ones (`sketch`)")
+    if device.type != "cpu" and (aside := peak(Storage(offloaded=True, passes=passes))).device <= have.device:
+        remedies.append(f"moments_device='cpu' with {gigabytes(aside.host)} there (`host_memory` of a plan)")
+    fewer = choose_storage(peak, have, sketched=(False, True), offloaded=(False,), passes=None, most=most)
+    if fewer is None:
+        remedies.append(f"a pass for every layer takes {peak(Storage(passes=most)).device / 1e9:.3g} GB")
+    elif fewer.passes > 1:
+        remedies.append(
+            f"{fewer.passes} passes over the data fit (passes={fewer.passes}{', sketched' if fewer.sketched else ''})"
+        )
+    name, wide = max(zip(shapes, taken, strict=True), key=lambda entry: entry[1].workspace)
+    alone = min(wide.exact + wide.workspace, wide.sketched + wide.sketched_workspace)
     one = (
         f" Not even one layer fits: the weights take {weights / 1e9:.3g} GB, and {name!r} {shapes[name]} "
-        f"{(alone - weights) / 1e9:.3g} GB to gather and factorise."
-        if alone + wide.factors > have.device
+        f"{alone / 1e9:.3g} GB to gather and factorise."
+        if weights + alone + wide.factors > have.device
         else ""
     )
     return (

@@ -6,25 +6,18 @@ when they are made until ranks are known; and the room that making them takes, o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import torch
 
-from fasc_lightning.moments import check_needs, moments_bytes
-from fasc_lightning.packed import packed_size
+from fasc_lightning.moments import LayerSketches, moments_bytes
 from fasc_lightning.passes import shares
 
-#: What a sketch can stand in for; statistics of other kinds are exact or not at all.
-SKETCHED_NEEDS = frozenset({"plain", "coupled", "abs_x"})
-
 Kind = Literal["exact", "sketched"]
-
-
-def sketch_numbers(width: int, size: int) -> int:
-    """Return how many numbers a sketch of a (width, width) matrix holds: Y = A Omega, and the exact diagonal."""
-    return width * size + width
 
 
 @dataclass(frozen=True)
@@ -33,7 +26,7 @@ class LayerMemory:
 
     Attributes:
         exact: Its moments, exact.
-        sketched: Its moments with the sides sketched for which that is smaller; ``exact`` where it is for neither.
+        sketched: Its moments with those sides sketched that are to be; ``exact`` where there are none.
         factors: Its factors of every rank, from when they are made until the layers are built.
         workspace: The room in which they are made of exact moments.
         sketched_workspace: The room in which they are made of sketched ones.
@@ -48,18 +41,18 @@ class LayerMemory:
 
 @dataclass(frozen=True)
 class Storage:
-    """How the moments of all layers are held.
+    """How the moments of all layers are held: options of :class:`~fasc_lightning.FascCallback`.
+
+    In several passes finished factors wait on the disk (:mod:`~fasc_lightning.spill`).
 
     Attributes:
-        sketched: Indices of the layers whose moments are sketched.
-        offloaded: Indices of those whose moments are beside the device, on the CPU.
-        factors_offloaded: Whether finished factors wait there, too.
+        sketched: Whether the sides that may be are sketched.
+        offloaded: Whether moments and finished factors are beside the device, on the CPU.
         passes: How often the data are gone through, each time for a share of the layers.
     """
 
-    sketched: frozenset[int] = frozenset()
-    offloaded: frozenset[int] = frozenset()
-    factors_offloaded: bool = False
+    sketched: bool = False
+    offloaded: bool = False
     passes: int = 1
 
 
@@ -75,7 +68,7 @@ def layer_memory(
     m: int,
     n: int,
     *,
-    sketch_size: int | None = None,
+    sketches: LayerSketches | None = None,
     needs: Iterable[str] = frozenset(),
     moments_dtype: torch.dtype = torch.float32,
 ) -> LayerMemory:
@@ -87,36 +80,34 @@ def layer_memory(
     Args:
         m: Outputs.
         n: Inputs.
-        sketch_size: Columns of a sketch; None for no sketch.
+        sketches: Of its sides, where they may be sketched.
         needs: What is gathered besides the means.
         moments_dtype: Of the accumulators.
     """
-    needs = check_needs(needs)
-    exact = moments_bytes([(m, n)], moments_dtype, needs)
-    sketched, widths = exact, {m: m, n: n}
-    if sketch_size is not None and needs <= SKETCHED_NEEDS:
-        copies = len(needs & {"plain", "coupled"})
-        for width in (m, n):
-            saved = packed_size(width) - sketch_numbers(width, min(sketch_size, width))
-            if saved > 0:
-                sketched -= saved * copies * moments_dtype.itemsize
-                widths[width] = sketch_size
+    sketches, needs = sketches or LayerSketches(), frozenset(needs)
     r = min(m, n)
 
-    def workspace(sides: int) -> int:
-        return sides * (moments_dtype.itemsize + 8) + (2 * m * n + 8 * r * r) * 8
+    def workspace(sides: LayerSketches) -> int:
+        held = sum(d * (d if s is None else s.size) for d, s in ((m, sides.outputs), (n, sides.inputs)))
+        return held * (moments_dtype.itemsize + 8) + (2 * m * n + 8 * r * r) * 8
 
     return LayerMemory(
-        exact=exact,
-        sketched=sketched,
+        exact=moments_bytes([(m, n)], moments_dtype, needs),
+        sketched=moments_bytes([(m, n)], moments_dtype, needs, [sketches]),
         factors=r * (m + n) * moments_dtype.itemsize,
-        workspace=workspace(m * m + n * n),
-        sketched_workspace=workspace(m * widths[m] + n * widths[n]),
+        workspace=workspace(LayerSketches()),
+        sketched_workspace=workspace(sketches),
     )
 
 
 def peak_memory(
-    layers: Sequence[LayerMemory], storage: Storage, resident: int, activations: int, consume: bool = True
+    layers: Sequence[LayerMemory],
+    storage: Storage,
+    resident: int,
+    activations: int,
+    consume: bool = True,
+    units: Sequence[Sequence[int]] | None = None,
+    built: int = 0,
 ) -> Peak:
     """Return the largest memory of a compression, going through it layer by layer.
 
@@ -126,95 +117,65 @@ def peak_memory(
         resident: Bytes on the device all the time: weights, and what training them needs.
         activations: Bytes that a batch takes on top while it runs.
         consume: Whether moments are freed as factors are made of them; a refit needs them to the end.
+        units: Layers that one pass gathers together (:func:`~fasc_lightning.passes.share_units`).
+        built: Bytes of what replaces the layers, on the device beside them until the swap.
     """
-    moments = [layer.sketched if i in storage.sketched else layer.exact for i, layer in enumerate(layers)]
-    on_host = [i in storage.offloaded for i in range(len(layers))]
-    device = host = factors = 0
-    for share in shares(moments, storage.passes):
-        held = sum(moments[i] for i in share if not on_host[i])
-        aside = sum(moments[i] for i in share if on_host[i])
-        beside = factors if storage.factors_offloaded else 0
-        device = max(device, held + factors - beside + activations)
-        host = max(host, aside + beside)
+    moments = [layer.sketched if storage.sketched else layer.exact for layer in layers]
+    held = factors = busiest = most = 0
+    for share in shares([layer.exact for layer in layers], storage.passes, units):
+        held += sum(moments[i] for i in share)
+        most = max(most, held + factors)
+        busiest = max(busiest, activations + (0 if storage.offloaded else held + factors))
         for i in share:
-            factors += layers[i].factors
-            beside = factors if storage.factors_offloaded else 0
+            room = layers[i].sketched_workspace if storage.sketched else layers[i].workspace
+            made = layers[i].factors
+            factors += made if storage.passes == 1 else 0
             # The factors that are being made are on the device in any case.
-            made = layers[i].factors if storage.factors_offloaded else factors
-            room = layers[i].sketched_workspace if i in storage.sketched else layers[i].workspace
-            device = max(device, held + made + room)
-            host = max(host, aside + beside)
-            if consume and on_host[i]:
-                aside -= moments[i]
-            elif consume:
+            there = 0 if storage.offloaded else held + factors
+            busiest = max(busiest, (there if storage.passes == 1 and not storage.offloaded else there + made) + room)
+            most = max(most, held + factors)
+            if consume:
                 held -= moments[i]
-    return Peak(device + resident, host)
+    busiest = max(busiest, built + (0 if storage.offloaded else held + factors))
+    return Peak(busiest + resident, most if storage.offloaded else 0)
 
 
 def choose_storage(
-    layers: Sequence[LayerMemory],
     peak: Callable[[Storage], Peak],
     memory: Peak,
     *,
-    sketches: bool,
+    sketched: Sequence[bool],
+    offloaded: Sequence[bool],
     passes: int | None,
+    most: int,
 ) -> Storage | None:
     """Return the first storage that fits, the most faithful and then the fastest first; None if none does.
 
-    Exact moments come before sketched ones, those on the device before those beside it, and one pass before several;
-    of the layers no more are sketched than need be, those first where it saves most, and likewise moved.
-
     Args:
-        layers: What each takes.
         peak: Largest memory of a storage.
-        memory: What there is, on the device and beside it; none beside it keeps everything on the device.
-        sketches: Whether sketches may stand in.
-        passes: How many passes; None for as few as fit.
+        memory: What there is, on the device and beside it.
+        sketched: Whether sketches may or must stand in, in the order of preference.
+        offloaded: Likewise, whether moments are beside the device.
+        passes: How many passes; None for one, else as few as fit.
+        most: How many passes at most.
     """
-    by_saving = sorted(range(len(layers)), key=lambda i: layers[i].sketched - layers[i].exact)
-    by_saving = [i for i in by_saving if sketches and layers[i].sketched < layers[i].exact]
-    by_size = sorted(range(len(layers)), key=lambda i: -layers[i].exact)
-    everything = frozenset(by_saving)
 
-    def on_device(storage: Storage) -> bool:
-        return peak(storage).device <= memory.device
+    def fits(storage: Storage) -> bool:
+        found = peak(storage)
+        return found.device <= memory.device and found.host <= memory.host
 
-    def placed(sketched: frozenset[int], count: int) -> Storage | None:
-        """Find places for moments of given kinds in a given number of passes."""
-        storage = Storage(sketched, passes=count)
-        if on_device(storage):
-            return storage
-        if memory.host == 0:
-            return None
-
-        def moved(some: int) -> Storage:
-            return Storage(sketched, frozenset(by_size[:some]), factors_offloaded=True, passes=count)
-
-        if not on_device(moved(len(by_size))):
-            return None
-        storage = moved(_fewest(len(by_size), lambda some: on_device(moved(some))))
-        return storage if peak(storage).host <= memory.host else None
-
-    found = placed(frozenset(), passes or 1)
-    if found is None and by_saving and placed(everything, passes or 1) is not None:
-        some = _fewest(len(by_saving), lambda some: placed(frozenset(by_saving[:some]), passes or 1) is not None)
-        found = placed(frozenset(by_saving[:some]), passes or 1)
-    if found is not None or passes is not None:
-        return found
-    for sketched in dict.fromkeys((frozenset[int](), everything)):
-        if placed(sketched, len(layers)) is not None:
-            count = _fewest(len(layers), lambda count: placed(sketched, max(count, 1)) is not None)  # noqa: B023
-            return placed(sketched, max(count, 1))
+    kinds = list(product(sketched, offloaded))
+    for kind in kinds:
+        if fits(found := Storage(*kind, passes=passes or 1)):
+            return found
+    if passes is not None:
+        return None
+    for kind in kinds:
+        if fits(Storage(*kind, passes=most)):
+            return next(s for count in range(2, most + 1) if fits(s := Storage(*kind, passes=count)))
     return None
 
 
-def _fewest(most: int, enough: Callable[[int], bool]) -> int:
-    """Return the least number that is enough, where ``most`` is and more never hurts."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high) // 2
-        if enough(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return high
+def gigabytes(size: float) -> str:
+    """Return bytes as a text that :func:`~fasc_lightning.planned_refusal.bytes_of` reads, rounded up."""
+    return f"{math.ceil(size / 1e9)}GB"

@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+from fasc_lightning.moments import LayerSketches
 from fasc_lightning.packed import add_gram_, packed_size
 from fasc_lightning.solvers.fasc import two_sided
 
@@ -51,22 +52,19 @@ def model_work(m: int, n: int) -> int:
     return 4 * m * n
 
 
-def moments_work(m: int, n: int, copies: int = 1, sketch_size: int | None = None) -> int:
+def moments_work(m: int, n: int, copies: int = 1, sketches: LayerSketches | None = None) -> int:
     """Operations of a token in a layer's moments.
 
     Args:
         m: Outputs.
         n: Inputs.
         copies: How many kinds of second moments there are, "plain" and "coupled".
-        sketch_size: Columns s of a sketch, X Omega and X^T (X Omega): 4 d s; None for exact moments, twice what a
-            packed matrix holds.
+        sketches: Of s columns: X^T (X Omega) is 2 d s operations, X Omega next to nothing, since Omega is sparse. An
+            exact side takes twice what a packed matrix holds.
     """
-
-    def side(d: int) -> int:
-        exact = 2 * packed_size(d)
-        return exact if sketch_size is None else min(exact, 4 * d * sketch_size)
-
-    return copies * (side(m) + side(n))
+    sides = sketches or LayerSketches()
+    pairs = ((m, sides.outputs), (n, sides.inputs))
+    return copies * sum(2 * packed_size(d) if sketch is None else 2 * d * sketch.size for d, sketch in pairs)
 
 
 def solver_work(m: int, n: int) -> int:

@@ -19,19 +19,15 @@ from fasc_lightning.gate import check_gate, statistics_needed
 from fasc_lightning.hub import empty_layer
 from fasc_lightning.layouts import Layout, auto_layout
 from fasc_lightning.lowrank import smaller_side
-from fasc_lightning.moments import moment_dtype
+from fasc_lightning.moments import LayerSketches, moment_dtype
+from fasc_lightning.passes import share_units, shares
 from fasc_lightning.planned_layers import PlannedLayers, model_on_meta, planned_layers
 from fasc_lightning.planned_refusal import bytes_of, refusal
-from fasc_lightning.planned_storage import (
-    SKETCHED_NEEDS,
-    Peak,
-    Storage,
-    choose_storage,
-    layer_memory,
-    peak_memory,
-)
+from fasc_lightning.planned_storage import Peak, Storage, choose_storage, layer_memory, peak_memory
 from fasc_lightning.planned_time import Rates, Seconds, estimate, model_work, moments_work, probe, solver_work
 from fasc_lightning.report import Size, measure_layers, measure_model
+from fasc_lightning.sketch import SketchKind
+from fasc_lightning.sketch_sizes import SKETCH_ABOVE, SketchOptions, SketchSize, choose_sketches, expected_rank
 from fasc_lightning.taps import layer_shapes
 
 
@@ -54,7 +50,9 @@ def plan(
     gate_by: str = "debiased",
     update_weights: bool = False,
     keeps_moments: bool = False,
-    sketch_size: int | Literal["auto"] | None = "auto",
+    sketch: SketchKind | Literal["auto"] | None = "auto",
+    sketch_size: SketchSize = "auto",
+    sketch_above: int = SKETCH_ABOVE,
     passes: int | None = None,
     batch_tokens: int = 0,
     tokens: int = 0,
@@ -64,7 +62,8 @@ def plan(
 
     Memory is counted as the code uses it: moments while batches run; then one layer after the other is factorised in
     float64, its moments freed, its factors of every rank kept until one budget has been spent over all of them. What a
-    refit or a recovery takes after that is not counted.
+    refit or a recovery takes after that is not counted. ``forecast.options`` are those of
+    :class:`~fasc_lightning.FascCallback` that carry the plan out.
 
     Args:
         model_or_config: A module on any device, the meta device included; or a transformers config.
@@ -73,7 +72,7 @@ def plan(
         memory: Of the device, with what the weights take: bytes, or "80GB", "24GiB". None for what is there.
         device: What it is planned for; by default the module's, and the CPU for what has no weights. One that is not
             there needs ``memory``.
-        host_memory: What moments and factors may take on the CPU beside another device; None for none.
+        host_memory: What moments and factors may take on the CPU beside another device; None keeps them off it.
         dtype: Of the weights that a config's model would have; None for the config's.
         method: See :class:`~fasc_lightning.FascCallback`.
         allocation: Likewise; ranks are given for the uniform one, and the budget is that of any.
@@ -86,8 +85,10 @@ def plan(
         update_weights: Likewise; gradients and two states of an optimizer are counted for it, each as large as the
             weights.
         keeps_moments: Whether moments stay until the end, as a refit needs them to.
-        sketch_size: Columns of a sketch; "auto" twice the layer's rank, the rule where rho is low; None for exact
-            moments everywhere. Only what does not fit exactly is sketched.
+        sketch: "range" or "gaussian" sketches, None does not; "auto" takes range sketches where exact moments do not
+            fit.
+        sketch_size: See :class:`~fasc_lightning.FascCallback`.
+        sketch_above: Likewise.
         passes: How often the data are gone through, with a share of the layers each; None for as few as fit.
         batch_tokens: Tokens of one batch, for its activations; 0 counts none.
         tokens: Tokens of the calibration, for its seconds.
@@ -107,29 +108,51 @@ def plan(
     _checks.check_budget(rank, keep)
     _checks.check_options(method, allocation, layout, align, "auto", 1.0, None, 0, None, None, None)
     check_gate(gate, gate_by, None, method)
-    _check_counts(sketch_size, passes, batch_tokens, tokens)
+    _check_counts(passes, batch_tokens, tokens)
+    sketches = SketchOptions("range" if sketch is None or sketch == "auto" else sketch, sketch_size, sketch_above)
     room, beside = bytes_of(memory, "memory"), bytes_of(host_memory, "host_memory")
     model = model_on_meta(model_or_config, dtype)
     chosen = planned_layers(model, targets, exclude)
     _checks.check_rank_fits(layer_shapes(chosen.layers), rank)
     check_budget_fits(chosen.layers, rank, keep, allocation, layout, align)
+    shapes = layer_shapes(chosen.layers)
+    ranks = {name: expected_rank(m, n, rank, keep) for name, (m, n) in shapes.items()}
+    where = torch.device(device) if device is not None else _device(model)
     return forecast(
         model,
         chosen,
         stored_layers(chosen.layers, rank, keep, layout, align),
         needs=statistics_needed(method, gate, gate_by),
-        device=torch.device(device) if device is not None else _device(model),
+        device=where,
         memory=room,
         host_memory=beside or 0,
         update_weights=update_weights,
         keeps_moments=keeps_moments,
-        sketch_size=sketch_size,
-        passes=passes,
+        sketches={} if sketch is None else choose_sketches(shapes, ranks, sketches),
+        tiers=Tiers(
+            sketched=(False, True) if sketch == "auto" else (sketch is not None,),
+            offloaded=(False,) if beside is None or where.type == "cpu" else (False, True),
+            passes=passes,
+        ),
         batch_tokens=batch_tokens,
         tokens=tokens,
         probed=probed,
-        tiers=True,
     )
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """How moments may be held, each in the order of preference.
+
+    Attributes:
+        sketched: Whether sketches may or must stand in.
+        offloaded: Whether moments and factors may or must be on the CPU beside the device.
+        passes: How many passes; None for as few as fit.
+    """
+
+    sketched: tuple[bool, ...] = (False,)
+    offloaded: tuple[bool, ...] = (False,)
+    passes: int | None = 1
 
 
 def forecast(
@@ -143,16 +166,13 @@ def forecast(
     host_memory: int = 0,
     update_weights: bool = False,
     keeps_moments: bool = False,
-    sketch_size: int | Literal["auto"] | None = None,
-    passes: int | None = 1,
+    sketches: Mapping[str, LayerSketches] | None = None,
+    tiers: Tiers | None = None,
     batch_tokens: int = 0,
     tokens: int = 0,
     probed: bool | Rates = True,
-    tiers: bool = False,
 ) -> CompressionForecast:
     """Plan for given layers; :func:`plan` finds them, and says what the options mean.
-
-    Without options it is for what :class:`~fasc_lightning.FascCallback` does: exact moments, in one pass.
 
     Args:
         model: The model.
@@ -164,53 +184,58 @@ def forecast(
         host_memory: Bytes on the CPU beside it.
         update_weights: See :func:`plan`.
         keeps_moments: Likewise.
-        sketch_size: Likewise.
-        passes: Likewise.
-        batch_tokens: Likewise.
+        sketches: Of single layers by name, where moments are sketched.
+        tiers: How moments may be held; exact, on the device and in one pass by default.
+        batch_tokens: See :func:`plan`.
         tokens: Likewise.
         probed: Likewise.
-        tiers: Whether a refusal may advise passes and memory beside the device.
 
     Raises:
         MemoryError: If nothing that is allowed fits.
         ValueError: If the device is not there to say how much memory it has.
     """
     shapes, whole = layer_shapes(chosen.layers), measure_model(model)
+    sketches, tiers = sketches or {}, tiers or Tiers()
     if memory is None:
         resident = (p.numel() * p.element_size() for p in model.parameters() if p.device.type == device.type)
         memory = _free(device) + sum(resident)
-    sums, sketchable = moment_dtype(chosen.layers.values()), sketch_size is not None and needs <= SKETCHED_NEEDS
-    sizes: dict[str, int | None] = dict.fromkeys(shapes)
-    if sketchable:
-        sizes = {name: 2 * stored[name].rank if sketch_size == "auto" else sketch_size for name in shapes}
+    if True in tiers.offloaded and host_memory == 0 and device.type != "cpu":
+        host_memory = available_memory(torch.device("cpu"))
+    sums, names = moment_dtype(chosen.layers.values()), list(shapes)
     taken = [
-        layer_memory(m, n, sketch_size=sizes[name], needs=needs, moments_dtype=sums) for name, (m, n) in shapes.items()
+        layer_memory(m, n, sketches=sketches.get(name), needs=needs, moments_dtype=sums)
+        for name, (m, n) in shapes.items()
     ]
     training = 3 * whole.bytes if update_weights else 0
-    activations = batch_tokens * activation_bytes(model, chosen)
+    targeted = {"dense": measure_layers(chosen.layers), "compressed": _total([s.size for s in stored.values()])}
+    built = targeted["compressed"].bytes
+    activations, units = batch_tokens * activation_bytes(model, chosen), share_units(names)
 
     def peak(storage: Storage) -> Peak:
-        return peak_memory(taken, storage, whole.bytes + training, activations, consume=not keeps_moments)
+        return peak_memory(taken, storage, whole.bytes + training, activations, not keeps_moments, units, built)
 
-    have = Peak(memory, 0 if device.type == "cpu" else host_memory)
-    storage = choose_storage(taken, peak, have, sketches=sketchable, passes=passes)
+    have = Peak(memory, host_memory)
+    storage = choose_storage(
+        peak, have, sketched=tiers.sketched, offloaded=tiers.offloaded, passes=tiers.passes, most=len(units)
+    )
     if storage is None:
-        raise MemoryError(refusal(taken, shapes, peak, have, device, whole.bytes, sketchable, passes, tiers))
+        raise MemoryError(refusal(taken, shapes, peak, have, device, whole.bytes, tiers.passes or 1, len(units)))
+    moments = [layer.sketched if storage.sketched else layer.exact for layer in taken]
+    aside = storage.offloaded or device.type == "cpu"
     layers = [
         PlannedLayer(
             name,
             shape,
-            "sketched" if i in storage.sketched else "exact",
-            "cpu" if i in storage.offloaded or device.type == "cpu" else "device",
-            taken[i].sketched if i in storage.sketched else taken[i].exact,
+            "sketched" if storage.sketched and name in sketches else "exact",
+            "cpu" if aside else "device",
+            moments[i],
             stored[name].rank,
             stored[name].layout,
         )
         for i, (name, shape) in enumerate(shapes.items())
     ]
-    targeted = {"dense": measure_layers(chosen.layers), "compressed": _total([s.size for s in stored.values()])}
     rates = probed if isinstance(probed, Rates) else _rates(device, layers_dtype(chosen.layers)) if probed else None
-    used = {layer.name: sizes[layer.name] if layer.moments == "sketched" else None for layer in layers}
+    parts = shares([layer.exact for layer in taken], storage.passes, units)
     return CompressionForecast(
         layers=layers,
         device=str(device),
@@ -221,23 +246,37 @@ def forecast(
             "weights": whole.bytes,
             "training": training,
             "activations": activations,
-            "moments": sum(layer.bytes for layer in layers),
+            "moments": max(sum(moments[i] for i in part) for part in parts),
             "factors": sum(layer.factors for layer in taken),
-            "workspace": max(
-                layer.sketched_workspace if i in storage.sketched else layer.workspace for i, layer in enumerate(taken)
-            ),
+            "workspace": max(layer.sketched_workspace if storage.sketched else layer.workspace for layer in taken),
         },
-        factors_place="cpu" if storage.factors_offloaded or device.type == "cpu" else "device",
+        factors_place="disk" if storage.passes > 1 else "cpu" if aside else "device",
         passes=storage.passes,
+        options=_options(storage, sketches),
         targeted=targeted,
         whole={"dense": whole, "compressed": _replaced(whole, targeted)},
-        seconds=None if rates is None else _seconds(chosen, used, needs, rates, storage.passes, tokens),
+        seconds=None
+        if rates is None
+        else _seconds(chosen, sketches if storage.sketched else {}, needs, rates, storage.passes, tokens),
     )
+
+
+def _options(storage: Storage, sketches: Mapping[str, LayerSketches]) -> dict[str, Any]:
+    """Return the options of FascCallback that hold moments in a certain way, those at their defaults left out."""
+    kinds = [s.kind for sides in sketches.values() for s in (sides.inputs, sides.outputs) if s is not None]
+    options: dict[str, Any] = {}
+    if storage.sketched and kinds:
+        options["sketch"] = kinds[0]
+    if storage.offloaded:
+        options["moments_device"] = "cpu"
+    if storage.passes > 1:
+        options["passes"] = storage.passes
+    return options
 
 
 def _seconds(
     chosen: PlannedLayers,
-    sketches: Mapping[str, int | None],
+    sketches: Mapping[str, LayerSketches],
     needs: frozenset[str],
     rates: Rates,
     passes: int,
@@ -246,7 +285,9 @@ def _seconds(
     """Return what the operations of all layers take; an expert sees its share of the tokens."""
     shapes, copies = layer_shapes(chosen.layers), len(needs & {"plain", "coupled"})
     model = sum(chosen.shares[name] * model_work(m, n) for name, (m, n) in shapes.items())
-    moments = sum(chosen.shares[name] * moments_work(m, n, copies, sketches[name]) for name, (m, n) in shapes.items())
+    moments = sum(
+        chosen.shares[name] * moments_work(m, n, copies, sketches.get(name)) for name, (m, n) in shapes.items()
+    )
     return estimate(model, moments, sum(solver_work(m, n) for m, n in shapes.values()), rates, passes, tokens)
 
 
@@ -320,10 +361,10 @@ def activation_bytes(model: nn.Module, chosen: PlannedLayers) -> int:
     return math.ceil(1.25 * held * itemsize + 4 * logits * torch.float32.itemsize)
 
 
-def _check_counts(sketch_size: object, passes: object, batch_tokens: object, tokens: object) -> None:
-    least = {"sketch_size": (sketch_size, 1), "passes": (passes, 1), "batch_tokens": (batch_tokens, 0)}
-    for name, (value, minimum) in {**least, "tokens": (tokens, 0)}.items():
-        if (value is None and minimum == 1) or (name == "sketch_size" and value == "auto"):
+def _check_counts(passes: object, batch_tokens: object, tokens: object) -> None:
+    least = {"passes": (passes, 1), "batch_tokens": (batch_tokens, 0), "tokens": (tokens, 0)}
+    for name, (value, minimum) in least.items():
+        if name == "passes" and value is None:
             continue
         if type(value) is not int or value < minimum:
             raise ValueError(f"Expected `{name}` to be an int of at least {minimum} but got {value!r}.")

@@ -36,6 +36,20 @@ def test_a_dry_run_refuses_what_a_run_refuses():
         compress(causal_model(), token_loader(), keep=0.01, dry_run=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"passes": 3}, {"passes": 3}),
+        ({"sketch": "range", "sketch_size": 4, "sketch_above": 40}, {"sketch": "range"}),
+        ({"refit": False}, {}),
+    ],
+)
+def test_a_dry_run_plans_for_the_options_of_the_run(options, expected):
+    found = compress(causal_model(), token_loader(), keep=0.5, progress=False, dry_run=True, **options)
+    assert found.options == expected
+    assert found.passes == expected.get("passes", 1)
+
+
 def test_tokens_are_those_of_the_first_batch_times_the_batches():
     assert batch_tokens(token_loader(batch_size=2)) == (32, 128)
     assert batch_tokens([(torch.zeros(3, 4), torch.zeros(3))]) == (0, 0)
@@ -55,9 +69,9 @@ def test_a_fit_that_does_not_fit_is_refused_before_the_first_batch(make_trainer,
     module = causal_module()
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     monkeypatch.setattr("fasc_lightning._checks.available_memory", lambda device: 10**9)
-    monkeypatch.setattr("fasc_lightning.planning.available_memory", lambda device: weights // 10)
+    monkeypatch.setattr("fasc_lightning.planning.available_memory", lambda device: int(3.7 * weights))
     before = {name: value.clone() for name, value in module.state_dict().items()}
     with pytest.raises(MemoryError, match="14 layers to fit into") as refused:
         make_trainer(FascCallback(rank=0.5)).fit(module, token_loader())
-    assert "passes" not in str(refused.value)  # which a fit does not offer
+    assert "passes over the data" in str(refused.value)
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())

@@ -46,39 +46,47 @@ def test_a_config_a_meta_model_and_a_model_have_one_plan():
 def test_exact_moments_serve_where_they_fit_and_sketches_where_not():
     easy = planned()
     assert {(layer.moments, layer.place) for layer in easy.layers} == {("exact", "cpu")}
-    tight = planned(memory=easy.peak.device - 1, sketch_size=32, passes=1)
+    assert easy.options == {}
+    tight = planned(memory=easy.peak.device - 1, sketch_size=32, sketch_above=512, passes=1)
     assert {layer.moments for layer in tight.layers} == {"exact", "sketched"}
+    assert {layer.name.rpartition(".")[2] for layer in tight.layers if layer.moments == "sketched"} == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
     assert tight.peak.device < easy.peak.device
-    assert sum(layer.moments == "sketched" for layer in tight.layers) < len(tight.layers)
+    assert tight.options == {"sketch": "range"}
+    assert "options: sketch='range'" in str(tight)
 
 
 def test_another_device_may_leave_moments_on_the_cpu():
     easy = planned(device="cuda")
     assert easy.layers[0].place == "device"
     beside = planned(device="cuda", memory=int(0.7 * easy.peak.device), host_memory="1GB")
+    assert beside.options == {"moments_device": "cpu"}
     assert 0 < beside.peak.host <= 1e9
     assert beside.factors_place == "cpu"
     assert {layer.moments for layer in beside.layers} == {"exact"}
 
 
 def test_passes_are_as_few_as_fit():
-    easy = planned(sketch_size=None)
-    tight = planned(memory=int(0.9 * easy.peak.device), sketch_size=None)
+    easy = planned(sketch=None)
+    tight = planned(memory=int(0.9 * easy.peak.device), sketch=None)
     assert tight.passes > 1
     with pytest.raises(MemoryError):
-        planned(memory=int(0.9 * easy.peak.device), sketch_size=None, passes=tight.passes - 1)
+        planned(memory=int(0.9 * easy.peak.device), sketch=None, passes=tight.passes - 1)
 
 
 def test_the_refusal_names_what_would_do_and_that_does():
     easy = planned()
     with pytest.raises(MemoryError, match=r"14 layers to fit into .* What would do: .* passes over the data fit") as e:
-        planned(memory=int(0.9 * easy.peak.device), passes=1, sketch_size=None)
+        planned(memory=int(0.9 * easy.peak.device), passes=1, sketch=None)
     count = int(str(e.value).split(" passes over")[0].split()[-1])
-    assert planned(memory=int(0.9 * easy.peak.device), passes=count, sketch_size=None).passes == count
+    assert planned(memory=int(0.9 * easy.peak.device), passes=count, sketch=None).passes == count
     with pytest.raises(MemoryError, match=r"Not even one layer fits: the weights take .* \(1024, 256\)"):
         planned(memory="3MB")
-    with pytest.raises(MemoryError, match="host_memory='1GB'"):
-        planned(device="cuda", memory=int(0.7 * easy.peak.device), passes=1, sketch_size=None)
+    with pytest.raises(MemoryError, match="moments_device='cpu' with 1GB"):
+        planned(device="cuda", memory=int(0.7 * easy.peak.device), passes=1, sketch=None)
 
 
 def test_training_activations_and_kept_moments_add_to_the_peak():
@@ -125,6 +133,7 @@ def test_a_budget_below_the_lowest_ranks_is_refused_and_one_below_a_share_is_not
         ({"host_memory": -1}, "Expected `host_memory`"),
         ({"passes": 0}, "Expected `passes` to be an int of at least 1"),
         ({"sketch_size": "big"}, "Expected `sketch_size`"),
+        ({"sketch": "srht"}, "Expected `sketch`"),
         ({"batch_tokens": -1}, "Expected `batch_tokens`"),
         ({"tokens": None}, "Expected `tokens`"),
         ({"layout": "round"}, "Expected `layout`"),

@@ -298,7 +298,8 @@ class Taps:
         if self.moments is not None:
             self._add_moments(self.moments, name, call, x, h)
         call.counted = True
-        if self.pairs is not None and len(x):  # an expert may be given nothing but padding
+        # An expert that is given nothing but padding was not seen; a batch of padding was, and is said to be empty.
+        if self.pairs is not None and (len(x) or call.routed is None):
             self.pairs(name, x, h, call.batch, call.lengths())
         call.pending.discard(name)
         if not call.pending:

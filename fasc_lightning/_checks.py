@@ -16,6 +16,7 @@ from torch import Tensor
 from fasc_lightning._memory import available_memory
 from fasc_lightning.allocation import ALLOCATIONS
 from fasc_lightning.hsic import MIN_TOKENS
+from fasc_lightning.placement import PlacedStrategy
 from fasc_lightning.quantize import check_quantization
 from fasc_lightning.solvers import get_solver
 from fasc_lightning.swap import is_compressed
@@ -171,7 +172,7 @@ def check_strategy(trainer: pl.Trainer) -> None:
             "workers and lost with them. HINT: use strategy='ddp' from a script (not a notebook), or one device."
         )
     # By exact type: DeepSpeedStrategy is a DDPStrategy.
-    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
+    if type(strategy) not in (SingleDeviceStrategy, PlacedStrategy, DDPStrategy):
         raise MisconfigurationException(
             f"Expected a single device or strategy='ddp' but got {name}, which shards or wraps the layers. HINT: "
             "compress on one device or under 'ddp' (a calibration epoch needs no optimizer state with "

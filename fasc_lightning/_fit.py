@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fasc_lightning.module import CausalLMModule
+from fasc_lightning.placement import PlacedStrategy, check_weights, is_split
 from fasc_lightning.recovery import Recovery
 
 
@@ -47,6 +48,7 @@ def run_fit(
 
     Raises:
         TypeError: If the model is of no kind that has a loss.
+        ValueError: If its parameters are on several devices without a ``device_map``, or nowhere.
     """
     module, prefix = as_lightning_module(model, recovery)
     training: dict[str, Any] = {"max_epochs": epochs}
@@ -57,9 +59,13 @@ def run_fit(
             "gradient_clip_val": 1.0 if module.automatic_optimization else None,
         }
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    split = is_split(model)
+    check_weights(model.named_parameters())
+    where: dict[str, Any] = {"strategy": PlacedStrategy(device)} if split else {}
     with _quiet_trainer(progress):
         trainer = pl.Trainer(
             **on_device(device),
+            **where,
             **training,
             num_sanity_val_steps=0,
             logger=False,
@@ -72,7 +78,8 @@ def run_fit(
             generator = None if recovery is None else torch.Generator().manual_seed(seed)
             trainer.fit(module, as_loader(batches, generator), None if held_out is None else as_loader(held_out))
         finally:
-            model.to(device)  # Lightning moves modules to the CPU when a fit ends
+            if not split:
+                model.to(device)  # Lightning moves modules to the CPU when a fit ends
     return prefix
 
 

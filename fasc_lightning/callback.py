@@ -27,9 +27,11 @@ from fasc_lightning.gate import check_gate
 from fasc_lightning.history import RhoHistory, describe
 from fasc_lightning.hub import attach_config
 from fasc_lightning.layouts import Layout
+from fasc_lightning.lowrank import linear_weight
 from fasc_lightning.monitor import RhoMonitor, write_history
 from fasc_lightning.offload import MomentsDevice
 from fasc_lightning.passes import check_passes
+from fasc_lightning.placement import check_weights
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.preemption import CalibrationKeeper
 from fasc_lightning.quantize import quantize_layers
@@ -348,6 +350,7 @@ class FascCallback(pl.Callback):
             self._monitor.start(trainer, self._layers)
         if self._compresses:
             self._schedule.check(trainer)  # only here is it known that the fit is no recovery
+            check_weights((name, linear_weight(layer)) for name, layer in self._layers.items())
             _checks.check_rank_fits(layer_shapes(self._layers), self.rank)
             self._second.check(pl_module, self._layers)
             check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout, self.align)

@@ -260,11 +260,11 @@ class CalibrationMoments:
 
     def add_inputs(self, members: Iterable[str], x: Tensor) -> None:
         """Add input rows x (tokens, n) that all of ``members`` were given."""
-        self._input(members).update(x)
+        self._input(members).update(x.to(self.device))
 
     def move_inputs(self, members: Iterable[str], reached: Iterable[str], x: Tensor) -> None:
         """Move rows that were counted for ``members`` to the subset that a gradient did reach."""
-        members = tuple(members)
+        members, x = tuple(members), x.to(self.device)
         correction = self._new_input(members[0], x.shape[1])
         correction.update(x)
         self._input(members).subtract_(correction)
@@ -273,7 +273,7 @@ class CalibrationMoments:
 
     def add_gradients(self, name: str, h: Tensor, scale: float = 1.0) -> None:
         """Add gradient rows ``scale * h`` (tokens, m) of one layer."""
-        self.gradients[name].update(h, scale)
+        self.gradients[name].update(h.to(self.device), scale)
 
     def settle(self) -> None:
         """Nothing waits: what stands in for these where they are not on the batches' device has to."""
@@ -305,6 +305,7 @@ class CalibrationMoments:
         Raises:
             ValueError: If a saliency is gathered and there is no g.
         """
+        x, h = x.to(self.device), h.to(self.device)
         if name in self.couplings:
             self.couplings[name].update(x, h, scale)
         if name in self.crosses:
@@ -314,7 +315,7 @@ class CalibrationMoments:
                 raise ValueError(
                     f"Expected the input gradients g = W^T h of layer {name!r} for its saliency; got None."
                 )
-            self.saliencies[name].update(x.detach() * g.detach(), scale)
+            self.saliencies[name].update(x.detach() * g.detach().to(self.device), scale)
         if name in self.sequences:
             self.sequences[name].update(x, h, [len(x)] if lengths is None else lengths, scale)
 

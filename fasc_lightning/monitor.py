@@ -44,6 +44,7 @@ class LayerScores:
         self.tokens = tokens
         self.gradient = gradient
         # Reduced here, all in two messages, and not by torchmetrics.
+        self.device = torch.device(device)
         self.scores = {name: DependenceScore(seed, sync_on_compute=False).to(device) for name in layers}
         # The last input and its Gram matrices: layers that share one get their gradients one after the other.
         self._shared: tuple[Tensor, Grams] | None = None
@@ -63,12 +64,12 @@ class LayerScores:
         chosen = sample_sequences(lengths, self.tokens)  # (sequences, tokens of each)
         index = chosen.flatten().to(x.device) if chosen.numel() < len(x) else None
         if self._shared is None or self._shared[0] is not x:
-            sample = x if index is None else x[index]
+            sample = (x if index is None else x[index]).to(self.device)
             self._shared = x, Grams.of(sample.view(*chosen.shape, x.shape[1]))
         if index is not None:
             h = h[index]
         g = input_gradient(h, linear_weight(self.layers[name]).detach()) if self.gradient == "input" else h
-        g = g.to(torch.promote_types(g.dtype, torch.float32)) * batch.scale
+        g = g.to(self.device, torch.promote_types(g.dtype, torch.float32)) * batch.scale
         self.scores[name].add(self._shared[1], Grams.of(g.view(*chosen.shape, g.shape[1])))
 
     def reset(self) -> None:

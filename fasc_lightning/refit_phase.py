@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fasc_lightning._distributed import share_layers
 from fasc_lightning._progress import layer_progress
 from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.placement import is_split
 from fasc_lightning.refit import MIN_BATCHES, RefitOptions, RefitReport, check_refit, refit
 from fasc_lightning.refit_blocks import RefitError
 from fasc_lightning.replay import NoLossError, Replay, check_automatic, on_first_process, silent, training_loss
@@ -51,6 +52,8 @@ class RefitPhase:
             return None
         try:
             check_automatic(pl_module, "Compress with refit=False.")
+            if is_split(pl_module):
+                raise RefitError("Expected a model on one device, whose blocks can be run alone, but it is split.")
             check_refit(pl_module, layers)
         except (RefitError, NoLossError) as error:
             if wanted is True:

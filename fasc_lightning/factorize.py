@@ -22,10 +22,11 @@ from fasc_lightning.allocation import (
     resolve_rank,
 )
 from fasc_lightning.expert_moments import BorrowedMoments
+from fasc_lightning.layer_moments import LayerMoments, not_gathered
 from fasc_lightning.layouts import Layout, auto_cost, auto_layout, factors_cost, pivot_cost
 from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
 from fasc_lightning.measured import Measure, correction
-from fasc_lightning.moments import CalibrationMoments, LayerMoments, not_gathered
+from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.objective import fisher_losses, fisher_metric
 from fasc_lightning.solvers import Factorization, get_solver, solver_needs
 

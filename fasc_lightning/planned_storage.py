@@ -12,7 +12,8 @@ from typing import Literal
 
 import torch
 
-from fasc_lightning.moments import check_needs, moments_bytes
+from fasc_lightning.layer_moments import check_needs
+from fasc_lightning.moments import moments_bytes
 from fasc_lightning.packed import packed_size
 
 #: What a sketch can stand in for; statistics of other kinds are exact or not at all.

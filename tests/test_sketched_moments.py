@@ -7,7 +7,8 @@ from layer_moments import full_moments
 from fasc_lightning.factorize import compress_layers
 from fasc_lightning.forms import LowRankPlusDiagonal
 from fasc_lightning.gate import variation
-from fasc_lightning.moments import CalibrationMoments, LayerSketches, SketchedLayerMoments, moments_bytes
+from fasc_lightning.layer_moments import SketchedLayerMoments
+from fasc_lightning.moments import CalibrationMoments, LayerSketches, moments_bytes
 from fasc_lightning.moments_file import load_moments, save_moments
 from fasc_lightning.sketch import Sketch
 from fasc_lightning.solvers import available_methods, get_solver, solver_needs

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.layer_moments import LayerMoments
 
 
 @dataclass(frozen=True)

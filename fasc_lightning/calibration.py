@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from fasc_lightning import _checks
@@ -20,6 +21,7 @@ from fasc_lightning.dependence import DependenceScore
 from fasc_lightning.factorize import CompressionResult, compress_layers
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.gate import choose_methods, excluded_layers, failure_flags, gate_scores, statistics_needed
+from fasc_lightning.history import RhoHistory
 from fasc_lightning.layouts import Layout
 from fasc_lightning.loader_position import loops_before
 from fasc_lightning.measure_phase import MeasurePhase
@@ -34,7 +36,12 @@ from fasc_lightning.refit_phase import Refit, RefitPhase
 from fasc_lightning.replay import Replay
 from fasc_lightning.report import LayerReport
 from fasc_lightning.sketch import SketchKind
-from fasc_lightning.sketch_sizes import SketchOptions, SketchSize, choose_sketches, expected_rank
+from fasc_lightning.sketch_sizes import (
+    SketchOptions,
+    SketchSize,
+    describe_sketches,
+    sketches_for_budget,
+)
 from fasc_lightning.taps import Taps, layer_shapes
 
 #: Where rho decides nothing, a calibration scores every so many batches, on so many tokens: it is a diagnostic then,
@@ -69,13 +76,23 @@ class CalibrationOptions:
     sketch_size: SketchSize
     sketch_above: int
 
-    def sketches(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, LayerSketches]:
-        """Return how the moments of layers of these shapes (m, n) are sketched; nothing where they are all exact."""
+    @property
+    def sketching(self) -> SketchOptions | None:
+        """What is to be sketched; None for exact moments."""
         if self.sketch is None:
-            return {}
-        options = SketchOptions(self.sketch, self.sketch_size, self.sketch_above, self.seed, self.rho_threshold)
-        ranks = {name: expected_rank(m, n, self.rank, self.keep) for name, (m, n) in shapes.items()}
-        return choose_sketches(shapes, ranks, options)
+            return None
+        return SketchOptions(self.sketch, self.sketch_size, self.sketch_above, self.seed, self.rho_threshold)
+
+    def sketches(
+        self, shapes: Mapping[str, tuple[int, int]], rho: Mapping[str, float] | None = None
+    ) -> dict[str, LayerSketches]:
+        """Return how the moments of layers of these shapes (m, n) are sketched; nothing where they are all exact.
+
+        Args:
+            shapes: By layer.
+            rho: Of the layers where it is known, which makes "auto" sizes smaller where it is low.
+        """
+        return sketches_for_budget(shapes, self.sketching, self.rank, self.keep, rho)
 
 
 class Calibration:
@@ -89,6 +106,8 @@ class Calibration:
         layers: The targeted layers in it, by name.
         options: What to gather.
         refine: How factors are refined in the end; None for not at all.
+        history: What the fit observes of rho. By its last observation of before the first batch "auto" sizes of
+            sketches are chosen; where there is none, as if rho were high.
 
     Attributes:
         layers: The targeted layers.
@@ -116,6 +135,7 @@ class Calibration:
         layers: dict[str, nn.Module],
         options: CalibrationOptions,
         refine: RefineOptions | None = None,
+        history: RhoHistory | None = None,
     ) -> None:
         self.layers = layers
         self.options = options
@@ -125,7 +145,8 @@ class Calibration:
         self.origin: dict[str, Any] = {}
         device, dtype = trainer.strategy.root_device, moment_dtype(layers.values())
         shapes, needs = layer_shapes(layers), statistics_needed(options.method, options.gate, options.gate_by)
-        sketches = options.sketches(shapes)
+        self._history = RhoHistory() if history is None else history
+        self._sketches = sketches = options.sketches(shapes)
         sides = [sketches.get(name, LayerSketches()) for name in shapes]
         needed = moments_bytes(shapes.values(), dtype, needs, sides)
         _checks.check_memory(needed, device)
@@ -134,6 +155,7 @@ class Calibration:
             f"moments need at most {needed / 1e9:.2f} GB ({dtype}) of the "
             f"{available_memory(device) / 1e9:.2f} GB free on {device}."
         )
+        self._say_sketches(shapes, sketches)
         return_freed_memory()
         excluded_layers(layers, options.gate_exclude)  # refuses patterns that match nothing
         self.moments = CalibrationMoments(shapes, dtype, device, needs, sketches)
@@ -197,10 +219,35 @@ class Calibration:
         )
         if not self.begun:
             self.origin = loops_before(trainer)
+            self._size_sketches()
         self._taps.begin_batch(rows)
         self.batches += 1
         if self.replays and trainer.is_global_zero:  # which runs its own alone
             self.replay.keep(batch)
+
+    def _size_sketches(self) -> None:
+        """Choose sizes anew by what monitoring knows of rho by now, before anything is summed: never larger ones.
+
+        Every process has the same history, so that all choose alike.
+        """
+        known = {name: row["rho"] for name, row in self._history.at().items() if not math.isnan(row["rho"])}
+        sketches = self.options.sketches(self.moments.shapes, known)
+        if sketches != self.moments.sketches:
+            old = self.moments
+            self.moments = CalibrationMoments(old.shapes, old.dtype, old.device, old.needs, sketches)
+            self._taps.moments = self.moments
+            rank_zero_info(f"FascCallback: rho is known of {len(known)} layers, by which sketches are sized.")
+            self._say_sketches(old.shapes, sketches)
+
+    def _say_sketches(self, shapes: Mapping[str, tuple[int, int]], sketches: Mapping[str, LayerSketches]) -> None:
+        options = self.options.sketching
+        if options is None:
+            return
+        sketched, exact = describe_sketches(shapes, sketches, options)
+        if sketched:
+            rank_zero_info(f"FascCallback: {sketched}.")
+        if exact:  # an absolute size was meant for all of them
+            (rank_zero_info if options.size == "auto" else rank_zero_warn)(f"FascCallback: {exact}.")
 
     def end_batch(self) -> None:
         """End a batch, if there is one."""
@@ -218,8 +265,9 @@ class Calibration:
         options = self.options
         return {
             "layers": {name: list(shape) for name, shape in self.moments.shapes.items()},
-            # Sketches are said among these, and not on their own: checkpoints of exact moments know no such entry.
-            "statistics": sorted(self.moments.needs) + [f"{k}: {v}" for k, v in sorted(self.moments.sketches.items())],
+            # Sketches are said among these, and not on their own: checkpoints of exact moments know no such entry. As
+            # the options alone ask for them: those of a checkpoint, sized by what rho was then, come with its sums.
+            "statistics": sorted(self.moments.needs) + [f"{k}: {v}" for k, v in sorted(self._sketches.items())],
             "dtype": str(self.moments.dtype),
             "scored tokens": self.scores.tokens,
             "gate on every batch": options.gate is not None,
@@ -244,7 +292,8 @@ class Calibration:
         """Go on from the statistics of a calibration that was interrupted.
 
         Args:
-            moments: Of all processes, on the first of them; None on the others.
+            moments: Of all processes, on the first of them; of the same sketches and empty on the others. None keeps
+                what there is.
             scores: Likewise.
             kept: Batches to replay.
             batches: How many were counted.

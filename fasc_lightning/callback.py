@@ -127,9 +127,11 @@ class FascCallback(pl.Callback):
         sketch: "range" holds a sketch of second moments that are too wide (:mod:`~fasc_lightning.sketch`) in place of
             them; "gaussian", for comparison only, the paper's projection with lifting, whose span is random. None: all
             are exact.
-        sketch_size: Columns of a sketch, or "auto": four times the rank that the budget means for a layer, at most
-            half the width.
-        sketch_above: Sides of layers no wider than this stay exact.
+        sketch_size: Columns of a sketch, or "auto": four times the rank that the budget means for a layer; twice where
+            this fit, with ``monitor_every_n_steps``, has observed a rho of at most ``rho_threshold`` by the time the
+            calibration begins; at most half the width.
+        sketch_above: Sides of layers no wider than this stay exact, and so do those of which a sketch would not be
+            clearly smaller.
 
     Attributes:
         report: The :class:`~fasc_lightning.report.CompressionReport`, after the fit.
@@ -337,7 +339,9 @@ class FascCallback(pl.Callback):
             self._second.check(pl_module, self._layers)
             check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout, self.align)
             options = CalibrationOptions(**{f.name: getattr(self, f.name) for f in fields(CalibrationOptions)})
-            self._calibration = Calibration(trainer, pl_module, self._layers, options, self._second.refinement)
+            self._calibration = Calibration(
+                trainer, pl_module, self._layers, options, self._second.refinement, self.rho_history
+            )
             device, keeps = trainer.strategy.root_device, self._calibration.refit is not None
             rank_zero_info(f"FascCallback: {layers_forecast(pl_module, self._layers, self, device, keeps)}")
             self._keeper.resume(trainer, self._calibration, self._schedule)

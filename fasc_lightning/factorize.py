@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -26,8 +26,9 @@ from fasc_lightning.layer_moments import LayerMoments, not_gathered
 from fasc_lightning.layouts import Layout, auto_cost, auto_layout, factors_cost, pivot_cost
 from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
 from fasc_lightning.measured import Measure, correction
-from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.moments import CalibrationMoments, LayerSketches
 from fasc_lightning.objective import fisher_losses, fisher_metric
+from fasc_lightning.sketch_sizes import SketchFigures, sketch_figures
 from fasc_lightning.solvers import Factorization, get_solver, solver_needs
 
 #: Solvers whose own losses are J in the metric of :func:`~fasc_lightning.objective.fisher_metric`.
@@ -54,6 +55,7 @@ class LayerPlan:
         loss: What the solver's objective says is lost; 0 for a dense layer. Where solvers are mixed, or the unit is
             "fisher", J of the Fisher metric whatever the solver.
         method: The solver that served it, or would have if it stays dense.
+        sketches: Of its sketched sides (:func:`~fasc_lightning.sketch_sizes.sketch_figures`); empty for exact moments.
     """
 
     name: str
@@ -63,6 +65,7 @@ class LayerPlan:
     tokens: int
     loss: float
     method: str
+    sketches: dict[str, SketchFigures] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -211,10 +214,14 @@ def compress_layers(
     borrowed = BorrowedMoments(moments, layers)
     borrowed.say()
     factorizations: dict[str, Factorization] = {}
+    sketches: dict[str, dict[str, SketchFigures]] = {}
     for name in progress(reached, "Factorising"):
         factorization = None if known is None else known.get(name)
         if factorization is None:
-            factorization = _factorize(layers[name], borrowed.layer(name), solvers[name], fisher, device)
+            statistics = borrowed.layer(name)
+            sketches[name] = sketch_figures(moments.sketches.get(name, LayerSketches()), statistics)
+            factorization = _factorize(layers[name], statistics, solvers[name], fisher, device)
+            del statistics  # as large as the moments themselves
         if factorization is not None:
             factorizations[name] = factorization
             if known is not None:
@@ -243,14 +250,16 @@ def compress_layers(
         shape = linear_shape(module)
         k = ranks.get(name)
         if k is None:
-            plans.append(LayerPlan(name, shape, min(shape), "dense", tokens[name], 0.0, solvers[name]))
+            plan = LayerPlan(name, shape, min(shape), "dense", tokens[name], 0.0, solvers[name], sketches.get(name, {}))
+            plans.append(plan)
             continue
         factorization = factorizations.pop(name)
         # As the budget was told: a layer of another dtype than the rest may not choose for itself.
         stored: Any = auto_layout(*shape, k, dtype) if layout == "auto" else layout
         replacements[name] = built = _build(module, factorization, k, stored)
         loss = float(factorization.losses[k])
-        plans.append(LayerPlan(name, shape, k, built.layout, tokens[name], loss, solvers[name]))
+        plan = LayerPlan(name, shape, k, built.layout, tokens[name], loss, solvers[name], sketches.get(name, {}))
+        plans.append(plan)
     return CompressionResult(replacements, plans)
 
 

@@ -1,4 +1,4 @@
-"""The plan of a fit, as FascCallback and compress() carry it out: exact moments, on one device, in one pass."""
+"""The plan of a fit, as FascCallback and compress() carry it out: on one device, in one pass, exact or sketched."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from fasc_lightning.layouts import Layout
 from fasc_lightning.planned_layers import PlannedLayers
 from fasc_lightning.planning import forecast, stored_layers
 from fasc_lightning.refit_phase import Refit
+from fasc_lightning.sketch import SketchKind
+from fasc_lightning.sketch_sizes import SketchOptions, SketchSize, sketches_for_budget
 from fasc_lightning.taps import layer_shapes, select_layers
 
 
@@ -33,6 +35,11 @@ class FitOptions(Protocol):
     targets: str | list[str] | None
     exclude: str | list[str] | None
     gate: float | None
+    sketch: SketchKind | None
+    sketch_size: SketchSize
+    sketch_above: int
+    seed: int
+    rho_threshold: float
 
     @property
     def gate_by(self) -> str:
@@ -65,6 +72,11 @@ def layers_forecast(
     Raises:
         MemoryError: If it does not fit.
     """
+    shapes, sketching = layer_shapes(layers), None
+    if options.sketch is not None:
+        sketching = SketchOptions(
+            options.sketch, options.sketch_size, options.sketch_above, options.seed, options.rho_threshold
+        )
     return forecast(
         model,
         PlannedLayers(layers, dict.fromkeys(layers, 1.0)),
@@ -74,6 +86,7 @@ def layers_forecast(
         keeps_moments=keeps_moments,
         batch_tokens=batch_tokens,
         tokens=tokens,
+        sketches=sketches_for_budget(shapes, sketching, options.rank, options.keep),
     )
 
 

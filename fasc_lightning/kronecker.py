@@ -1,7 +1,8 @@
 """Nearest Kronecker factors of a layer's Fisher by more passes over the data, without storing any gradient.
 
-One calibration takes the first step of the power iteration (:class:`~fasc_lightning.sequence_fisher.SequenceFisher`); every
-further one needs all gradients G_i again, so it is another pass: forward, backward, and the two products a sequence.
+One calibration takes the first step of the power iteration
+(:class:`~fasc_lightning.sequence_fisher.SequenceFisher`); every further one needs all gradients G_i again, so it is
+another pass: forward, backward, and the two products a sequence.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 
 from fasc_lightning.layer_moments import check_needs
-from fasc_lightning.moments import moments_bytes
+from fasc_lightning.moments import LayerSketches, moments_bytes
 from fasc_lightning.packed import packed_size
+from fasc_lightning.sketch import Sketch
 
 #: What a sketch can stand in for; statistics of other kinds are exact or not at all.
 SKETCHED_NEEDS = frozenset({"plain", "coupled", "abs_x"})
@@ -22,9 +23,9 @@ SKETCHED_NEEDS = frozenset({"plain", "coupled", "abs_x"})
 Kind = Literal["exact", "sketched"]
 
 
-def sketch_numbers(width: int, size: int) -> int:
-    """Return how many numbers a sketch of a (width, width) matrix holds: Y = A Omega, and the exact diagonal."""
-    return width * size + width
+def rebuilding_bytes(width: int, size: int, itemsize: int) -> int:
+    """Return the room in which a sketch becomes a factor: a copy of it, three of these in float64, five cores."""
+    return width * size * (itemsize + 24) + 40 * size * size
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def layer_memory(
     sketch_size: int | None = None,
     needs: Iterable[str] = frozenset(),
     moments_dtype: torch.dtype = torch.float32,
+    sketches: LayerSketches | None = None,
 ) -> LayerMemory:
     """Return what an (m, n) layer takes.
 
@@ -90,6 +92,7 @@ def layer_memory(
         sketch_size: Columns of a sketch; None for no sketch.
         needs: What is gathered besides the means.
         moments_dtype: Of the accumulators.
+        sketches: Of the layer, where it is settled which sides are sketched: ``exact`` is then what that takes, too.
     """
     needs = check_needs(needs)
     exact = moments_bytes([(m, n)], moments_dtype, needs)
@@ -97,21 +100,28 @@ def layer_memory(
     if sketch_size is not None and needs <= SKETCHED_NEEDS:
         copies = len(needs & {"plain", "coupled"})
         for width in (m, n):
-            saved = packed_size(width) - sketch_numbers(width, min(sketch_size, width))
-            if saved > 0:
-                sketched -= saved * copies * moments_dtype.itemsize
+            if sketch_size < width and (made := Sketch(width, sketch_size)).is_worthwhile:
+                sketched -= (packed_size(width) - made.numbers) * copies * moments_dtype.itemsize
                 widths[width] = sketch_size
+    if sketches is not None:  # what there shall be, and nothing else
+        exact = sketched = moments_bytes([(m, n)], moments_dtype, needs, [sketches])
+        for width, made_of in ((n, sketches.inputs), (m, sketches.outputs)):
+            if made_of is not None:
+                widths[width] = made_of.size
     r = min(m, n)
 
     def workspace(sides: int) -> int:
         return sides * (moments_dtype.itemsize + 8) + (2 * m * n + 8 * r * r) * 8
 
+    rebuilt = [rebuilding_bytes(d, s, moments_dtype.itemsize) for d, s in widths.items() if s < d]
+    sketched_workspace = max([workspace(m * widths[m] + n * widths[n]), *rebuilt])
+
     return LayerMemory(
         exact=exact,
         sketched=sketched,
         factors=r * (m + n) * moments_dtype.itemsize,
-        workspace=workspace(m * m + n * n),
-        sketched_workspace=workspace(m * widths[m] + n * widths[n]),
+        workspace=workspace(m * m + n * n) if sketches is None else sketched_workspace,
+        sketched_workspace=sketched_workspace,
     )
 
 

@@ -19,7 +19,7 @@ from fasc_lightning.gate import check_gate, statistics_needed
 from fasc_lightning.hub import empty_layer
 from fasc_lightning.layouts import Layout, auto_layout
 from fasc_lightning.lowrank import smaller_side
-from fasc_lightning.moments import moment_dtype
+from fasc_lightning.moments import LayerSketches, moment_dtype
 from fasc_lightning.planned_layers import PlannedLayers, model_on_meta, planned_layers
 from fasc_lightning.planned_refusal import bytes_of, refusal
 from fasc_lightning.planned_storage import (
@@ -149,10 +149,12 @@ def forecast(
     tokens: int = 0,
     probed: bool | Rates = True,
     tiers: bool = False,
+    sketches: Mapping[str, LayerSketches] | None = None,
 ) -> CompressionForecast:
     """Plan for given layers; :func:`plan` finds them, and says what the options mean.
 
-    Without options it is for what :class:`~fasc_lightning.FascCallback` does: exact moments, in one pass.
+    Without options it is for what :class:`~fasc_lightning.FascCallback` does: moments that are exact but for the
+    ``sketches`` that it was told to make, in one pass.
 
     Args:
         model: The model.
@@ -170,6 +172,7 @@ def forecast(
         tokens: Likewise.
         probed: Likewise.
         tiers: Whether a refusal may advise passes and memory beside the device.
+        sketches: Of single layers, where it is settled what is sketched.
 
     Raises:
         MemoryError: If nothing that is allowed fits.
@@ -183,8 +186,10 @@ def forecast(
     sizes: dict[str, int | None] = dict.fromkeys(shapes)
     if sketchable:
         sizes = {name: 2 * stored[name].rank if sketch_size == "auto" else sketch_size for name in shapes}
+    settled = sketches or {}
     taken = [
-        layer_memory(m, n, sketch_size=sizes[name], needs=needs, moments_dtype=sums) for name, (m, n) in shapes.items()
+        layer_memory(m, n, sketch_size=sizes[name], needs=needs, moments_dtype=sums, sketches=settled.get(name))
+        for name, (m, n) in shapes.items()
     ]
     training = 3 * whole.bytes if update_weights else 0
     activations = batch_tokens * activation_bytes(model, chosen)
@@ -200,7 +205,7 @@ def forecast(
         PlannedLayer(
             name,
             shape,
-            "sketched" if i in storage.sketched else "exact",
+            "sketched" if i in storage.sketched or name in settled else "exact",
             "cpu" if i in storage.offloaded or device.type == "cpu" else "device",
             taken[i].sketched if i in storage.sketched else taken[i].exact,
             stored[name].rank,
@@ -211,6 +216,8 @@ def forecast(
     targeted = {"dense": measure_layers(chosen.layers), "compressed": _total([s.size for s in stored.values()])}
     rates = probed if isinstance(probed, Rates) else _rates(device, layers_dtype(chosen.layers)) if probed else None
     used = {layer.name: sizes[layer.name] if layer.moments == "sketched" else None for layer in layers}
+    for name, sides in settled.items():  # one size a layer is near enough for seconds
+        used[name] = min(sketch.size for sketch in (sides.inputs, sides.outputs) if sketch is not None)
     return CompressionForecast(
         layers=layers,
         device=str(device),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fasc_lightning.forms import LowRankPlusDiagonal
+from fasc_lightning.packed import packed_size
 
 #: Signs in a row of Omega (as recommended by Tropp et al. 2019), where there are as many columns.
 NONZEROS = 8
@@ -25,6 +26,9 @@ NONZEROS = 8
 PROBES = 8
 #: Features for which the dense random matrix of the Gaussian sketch is made at a time.
 BLOCK = 1024
+
+#: Share of an exact moment's numbers up to which a sketch is worth its error.
+WORTHWHILE = 0.9
 
 #: "range": the range finder of this module; "gaussian": the paper's projection with lifting, for comparison.
 SketchKind = Literal["range", "gaussian"]
@@ -62,7 +66,7 @@ def probe_signs(d: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _omega_transposed(d: int, s: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return Omega^T (s, d), sparse; kept for the last few widths, as layers of one width share it batch after batch."""
+    """Return Omega^T (s, d), sparse; kept for the last few widths: layers of one width share it, batch after batch."""
     columns, values = (part.to(device) for part in sparse_signs(d, s, seed))
     features = torch.arange(d, device=device).expand_as(columns)
     where = torch.stack([columns.flatten(), features.flatten()])
@@ -230,6 +234,11 @@ class Sketch:
     def numbers(self) -> int:
         """How many numbers the sums are."""
         return self._shape[0] * self._shape[1] + self.features
+
+    @property
+    def is_worthwhile(self) -> bool:
+        """Whether it holds clearly less than the exact moment; one of half the width does not, and is no faster."""
+        return self.numbers <= WORTHWHILE * packed_size(self.features)
 
     def _views(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         return sums[: -self.features].view(self._shape), sums[-self.features :]

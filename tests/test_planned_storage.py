@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from fasc_lightning.moments import moments_bytes
+from fasc_lightning.moments import LayerSketches, moments_bytes
 from fasc_lightning.packed import packed_size
 from fasc_lightning.planned_storage import (
     LayerMemory,
@@ -15,8 +15,8 @@ from fasc_lightning.planned_storage import (
     layer_memory,
     peak_memory,
     shares,
-    sketch_numbers,
 )
+from fasc_lightning.sketch import Sketch
 
 LAYERS = [LayerMemory(100, 40, factors=30, workspace=50, sketched_workspace=45), LayerMemory(60, 60, 20, 25, 25)]
 LAYERS += [LayerMemory(80, 30, 10, 40, 35), LayerMemory(20, 10, 10, 5, 5)]
@@ -36,9 +36,16 @@ def test_exact_moments_are_those_that_calibration_counts():
 
 def test_a_sketch_stands_in_for_the_sides_for_which_it_is_smaller():
     wide = layer_memory(64, 4096, sketch_size=128, needs={"coupled"})
-    assert sketch_numbers(4096, 128) == 4096 * 129
-    assert wide.exact - wide.sketched == 4 * (packed_size(4096) - 4096 * 129)
+    assert wide.exact - wide.sketched == 4 * (packed_size(4096) - Sketch(4096, 128).numbers)
     assert layer_memory(64, 64, sketch_size=128).sketched == layer_memory(64, 64).exact
+
+
+@pytest.mark.parametrize("needs", [{"plain"}, {"coupled"}, {"plain", "coupled"}])
+def test_settled_sketches_are_counted_to_the_byte(needs):
+    sides = LayerSketches(Sketch(4096, 128), None)
+    found = layer_memory(512, 4096, needs=needs, sketches=sides)
+    assert found.exact == found.sketched == moments_bytes([(512, 4096)], needs=needs, sketches=[sides])
+    assert found.workspace == found.sketched_workspace < layer_memory(512, 4096, needs=needs).workspace
 
 
 def test_two_kinds_of_second_moments_take_two_sketches():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRankPlusDiagonal:
     """The symmetric positive semidefinite matrix S = F F^T + diag(D).
 

@@ -178,10 +178,10 @@ def describe_sketches(
                 exact[width] = count + 1, first
     parts = ", ".join(f"{count} of width {d} in {s} columns" for (d, s), count in sorted(sketched.items()))
     stay = ", ".join(f"{count} of width {d} ({first}{' ...' * (count > 1)})" for d, (count, first) in exact.items())
-    size = "what their ranks ask for" if options.size == "auto" else f"sketch_size={options.size}"
+    size = "of the sizes that ranks ask for" if options.size == "auto" else f"sketch_size={options.size}"
     return (
         f"sketched sides: {parts}" if parts else "",
-        f"moments that stay exact, as a sketch in {size} is not clearly smaller: sides {stay}" if stay else "",
+        f"moments that stay exact, since sketches ({size}) would not be clearly smaller: {stay}" if stay else "",
     )
 
 

@@ -91,7 +91,7 @@ def test_what_is_sketched_and_what_stays_exact_for_want_of_room_is_said(kind):
         assert not exact
         return
     assert sketched == "sketched sides: " + ", ".join(parts)
-    assert "sketch_size=300 is not clearly smaller" in exact
+    assert "sketches (sketch_size=300) would not be clearly smaller" in exact
     assert "3 of width 400 (the outputs of 'a' ...)" in exact
     assert describe_sketches(shapes, {}, SketchOptions(kind, above=1000)) == ("", "")
 

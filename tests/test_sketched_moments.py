@@ -13,7 +13,7 @@ from fasc_lightning.forms import LowRankPlusDiagonal, dense
 from fasc_lightning.gate import variation
 from fasc_lightning.layer_moments import SketchedLayerMoments
 from fasc_lightning.moments import CalibrationMoments, LayerSketches, moments_bytes
-from fasc_lightning.moments_file import load_moments, save_moments
+from fasc_lightning.moments_file import empty_moments, load_moments, pack_moments, save_moments, unpack_moments
 from fasc_lightning.objective import fisher_losses, fisher_metric
 from fasc_lightning.sketch import Sketch
 from fasc_lightning.sketch_sizes import sketch_figures
@@ -119,6 +119,15 @@ def test_a_file_brings_sketches_back(data, tmp_path):
     assert loaded.sketches == {"a": BOTH}
     assert torch.equal(loaded.layer("a").A, moments.layer("a").A)
     assert torch.equal(loaded.gradient_metric("a"), moments.gradient_metric("a"))
+
+
+def test_moments_of_nothing_add_up_with_those_of_a_file(data):
+    x, h, W = data
+    moments = gathered(x, h, W, {"coupled"}, {"a": BOTH})
+    tensors, header = pack_moments(moments)
+    empty = empty_moments(header)
+    assert empty.nbytes < 100
+    assert torch.equal(empty.add_(moments).layer("a").A, unpack_moments(header, tensors.__getitem__).layer("a").A)
 
 
 def test_variation_and_mean_square_need_the_exact_diagonal_alone(data):

@@ -24,8 +24,9 @@ from fasc_lightning._files import whole_file
 from fasc_lightning.lowrank import linear_shape
 from fasc_lightning.moments import moment_dtype
 from fasc_lightning.packed import add_gram_
+from fasc_lightning.sequence_fisher import SequenceFisher
 from fasc_lightning.solvers._linalg import shrink, square_root
-from fasc_lightning.streams import CoupledMoments, SequenceFisher
+from fasc_lightning.streams import CoupledMoments
 from fasc_lightning.study import backward_windows
 from fasc_lightning.taps import Taps
 from fasc_lightning.tokens import TokenRows

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -25,7 +25,7 @@ from fasc_lightning.factorize import CompressionResult, build_layers
 from fasc_lightning.factorized import FactorizedLayers, Progress, factorize_layers
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.gate import choose_methods, excluded_layers, failure_flags, gate_scores, statistics_needed
-from fasc_lightning.history import RhoRow
+from fasc_lightning.history import RhoHistory, RhoRow
 from fasc_lightning.layouts import Layout
 from fasc_lightning.loader_position import loops_before
 from fasc_lightning.measure_phase import MeasurePhase
@@ -42,7 +42,7 @@ from fasc_lightning.refit_phase import Refit, RefitPhase
 from fasc_lightning.replay import Replay
 from fasc_lightning.report import LayerReport
 from fasc_lightning.sketch import SketchKind
-from fasc_lightning.sketch_sizes import SketchOptions, SketchSize, choose_sketches, expected_rank
+from fasc_lightning.sketch_sizes import SketchOptions, SketchSize, describe_sketches, sketches_for_budget
 from fasc_lightning.spill import spilled
 from fasc_lightning.taps import Taps, layer_shapes
 
@@ -85,13 +85,23 @@ class CalibrationOptions:
         """Return them out of an object that has them and others, as a callback does."""
         return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
 
-    def sketches(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, LayerSketches]:
-        """Return how the moments of layers of these shapes (m, n) are sketched; nothing where they are all exact."""
+    @property
+    def sketching(self) -> SketchOptions | None:
+        """What is to be sketched; None for exact moments."""
         if self.sketch is None:
-            return {}
-        options = SketchOptions(self.sketch, self.sketch_size, self.sketch_above, self.seed, self.rho_threshold)
-        ranks = {name: expected_rank(m, n, self.rank, self.keep) for name, (m, n) in shapes.items()}
-        return choose_sketches(shapes, ranks, options)
+            return None
+        return SketchOptions(self.sketch, self.sketch_size, self.sketch_above, self.seed, self.rho_threshold)
+
+    def sketches(
+        self, shapes: Mapping[str, tuple[int, int]], rho: Mapping[str, float] | None = None
+    ) -> dict[str, LayerSketches]:
+        """Return how the moments of layers of these shapes (m, n) are sketched; nothing where they are all exact.
+
+        Args:
+            shapes: By layer.
+            rho: Of the layers where it is known, which makes "auto" sizes smaller where it is low.
+        """
+        return sketches_for_budget(shapes, self.sketching, self.rank, self.keep, rho)
 
     def place(self, device: torch.device) -> torch.device:
         """Return where moments and factors are held in a fit on a device."""
@@ -109,6 +119,8 @@ class Calibration:
         layers: The targeted layers in it, by name.
         options: What to gather.
         refine: How factors are refined in the end; None for not at all.
+        history: What the fit observes of rho. By its last observation of before the first batch "auto" sizes of
+            sketches are chosen; where there is none, as if rho were high.
 
     Attributes:
         layers: The targeted layers.
@@ -118,7 +130,7 @@ class Calibration:
         refit: The refit that is to follow; None where there shall be none.
         refine: The refinement after it, likewise.
         replay: The batches of the first process, where what follows runs them once more; empty on the others.
-        sketches: Of the layers some of whose moments are sketched.
+        sketches: Of the layers some of whose moments are sketched, as the options alone ask for them.
         batches: How many batches were counted in this pass, on this process.
         finished: Whether the statistics are those of all processes.
         spent: Whether factors are being made of them, which uses them up.
@@ -139,6 +151,7 @@ class Calibration:
         layers: dict[str, nn.Module],
         options: CalibrationOptions,
         refine: RefineOptions | None = None,
+        history: RhoHistory | None = None,
     ) -> None:
         self.layers = layers
         self.options = options
@@ -165,6 +178,9 @@ class Calibration:
             f"moments need at most {needed / 1e9:.2f} GB ({dtype}) of the {available_memory(place) / 1e9:.2f} GB free "
             f"on {place}{'' if self.passes == 1 else f', in each of {self.passes} passes'}."
         )
+        self._history = RhoHistory() if history is None else history
+        self._sized = sketches
+        self._say_sketches(shapes, sketches)
         return_freed_memory()
         excluded_layers(layers, options.gate_exclude)  # refuses patterns that match nothing
         self._factorized: FactorizedLayers | None = None
@@ -186,7 +202,7 @@ class Calibration:
         """Start to gather for the next share of the layers."""
         options = self.options
         share = self._shares[0]
-        sketches = {name: sides for name, sides in self.sketches.items() if name in share}
+        sketches = {name: sides for name, sides in self._sized.items() if name in share}
         self.moments = self._empty(layer_shapes(share), sketches=sketches)
         tokens = SCORE_TOKENS if options.gate is None else options.monitor_tokens
         self.scores = LayerScores(share, tokens, options.rho_gradient, options.seed, self._device)
@@ -241,11 +257,39 @@ class Calibration:
         )
         if not self.begun:
             self.origin = loops_before(trainer)
+            self._size_sketches()
         self._taps.begin_batch(rows)
         self.batches += 1
         # The first process runs its own alone; a further pass has the same ones.
         if self.replays and trainer.is_global_zero and self._factorized is None:
             self.replay.keep(batch)
+
+    def _size_sketches(self) -> None:
+        """Choose sizes anew by what monitoring knows of rho by now, before anything is summed: never larger ones.
+
+        Every process has the same history, so that all choose alike.
+        """
+        known = {name: row["rho"] for name, row in self._history.at().items() if not math.isnan(row["rho"])}
+        sized = self.options.sketches(layer_shapes(self.layers), known)
+        if sized != self._sized:
+            self._sized = sized
+            installed = self._taps.installed
+            self._taps.remove()
+            self._begin_share()
+            if installed:
+                self._taps.install()
+            rank_zero_info(f"FascCallback: rho is known of {len(known)} layers, by which sketches are sized.")
+            self._say_sketches(layer_shapes(self.layers), sized)
+
+    def _say_sketches(self, shapes: Mapping[str, tuple[int, int]], sketches: Mapping[str, LayerSketches]) -> None:
+        options = self.options.sketching
+        if options is None:
+            return
+        sketched, exact = describe_sketches(shapes, sketches, options)
+        if sketched:
+            rank_zero_info(f"FascCallback: {sketched}.")
+        if exact:  # an absolute size was meant for all of them
+            (rank_zero_info if options.size == "auto" else rank_zero_warn)(f"FascCallback: {exact}.")
 
     def end_batch(self) -> None:
         """End a batch, if there is one."""
@@ -263,8 +307,9 @@ class Calibration:
         options = self.options
         return {
             "layers": {name: list(shape) for name, shape in self.moments.shapes.items()},
-            # Sketches are said among these, and not on their own: checkpoints of exact moments know no such entry.
-            "statistics": sorted(self.moments.needs) + [f"{k}: {v}" for k, v in sorted(self.moments.sketches.items())],
+            # Sketches are said among these, and not on their own: checkpoints of exact moments know no such entry. As
+            # the options alone ask for them: those of a checkpoint, sized by what rho was then, come with its sums.
+            "statistics": sorted(self.moments.needs) + [f"{k}: {v}" for k, v in sorted(self.sketches.items())],
             "dtype": str(self.moments.dtype),
             "scored tokens": self.scores.tokens,
             "gate on every batch": options.gate is not None,
@@ -289,7 +334,8 @@ class Calibration:
         """Go on from the statistics of a calibration that was interrupted.
 
         Args:
-            moments: Of all processes, on the first of them; None on the others.
+            moments: Of all processes, on the first of them; of the same sketches and empty on the others. None keeps
+                what there is.
             scores: Likewise.
             kept: Batches to replay.
             batches: How many were counted.

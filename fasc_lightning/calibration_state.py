@@ -14,7 +14,7 @@ from fasc_lightning._batch_state import pack_batch, unpack_batch
 from fasc_lightning._distributed import is_distributed
 from fasc_lightning.calibration import Calibration
 from fasc_lightning.dependence import SUMS, DependenceScore, all_reduce_scores_
-from fasc_lightning.moments_file import pack_moments, unpack_moments
+from fasc_lightning.moments_file import empty_moments, pack_moments, unpack_moments
 
 
 def pack_calibration(trainer: pl.Trainer, calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -59,10 +59,11 @@ def unpack_calibration(
         header: In plain data.
         tensor: Returns a tensor by its name.
     """
-    if not trainer.is_global_zero:
-        calibration.restore(None, None, [], header["batches"], header["seconds"])
-        return
     device = calibration.moments.device
+    if not trainer.is_global_zero:
+        moments = empty_moments(header["moments"], device)
+        calibration.restore(moments, None, [], header["batches"], header["seconds"])
+        return
     moments = unpack_moments(header["moments"], lambda name: tensor(name).to(device), device)
     scores = {name: deepcopy(score) for name, score in calibration.scores.scores.items()}
     _unpack_scores(scores, header["rows"], tensor)

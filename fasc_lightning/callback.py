@@ -131,9 +131,11 @@ class FascCallback(pl.Callback):
         sketch: "range" holds a sketch of second moments that are too wide (:mod:`~fasc_lightning.sketch`) in place of
             them; "gaussian", for comparison only, the paper's projection with lifting, whose span is random. None: all
             are exact.
-        sketch_size: Columns of a sketch, or "auto": four times the rank that the budget means for a layer, at most
-            half the width.
-        sketch_above: Sides of layers no wider than this stay exact.
+        sketch_size: Columns of a sketch, or "auto": four times the rank that the budget means for a layer; twice where
+            this fit, with ``monitor_every_n_steps``, has observed a rho of at most ``rho_threshold`` by the time the
+            calibration begins; at most half the width.
+        sketch_above: Sides of layers no wider than this stay exact, and so do those of which a sketch would not be
+            clearly smaller.
         moments_device: "cpu" holds moments and factors there, beside the device of the fit: rows are copied while the
             backward pass goes on (:mod:`~fasc_lightning.offload`). None: on the device.
         passes: How many of the last epochs calibrate, each for a share of the layers, so that so much less memory is
@@ -355,7 +357,9 @@ class FascCallback(pl.Callback):
             self._second.check(pl_module, self._layers)
             check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout, self.align)
             options, refinement = CalibrationOptions.of(self), self._second.refinement
-            self._calibration = found = Calibration(trainer, pl_module, self._layers, options, refinement)
+            self._calibration = found = Calibration(
+                trainer, pl_module, self._layers, options, refinement, self.rho_history
+            )
             device, keeps = trainer.strategy.root_device, found.refit is not None
             planned = layers_forecast(pl_module, self._layers, self, device, keeps, found.sketches, found.passes)
             rank_zero_info(f"FascCallback: {planned}")

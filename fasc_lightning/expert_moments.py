@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
 from fasc_lightning.expert_views import expert_groups
-from fasc_lightning.moments import CalibrationMoments, LayerMoments
+from fasc_lightning.forms import Form, mixed
+from fasc_lightning.layer_moments import LayerMoments, layer_moments
+from fasc_lightning.moments import CalibrationMoments
 
 #: An expert needs so many tokens for each feature of its layer to stand on its own moments.
 TOKENS_PER_FEATURE = 2
 
 #: Fields that are expectations over tokens. Those over sequences (``fisher_rows``, ``kronecker``) grow with the tokens
 #: that an expert sees of a sequence, so that experts' do not pool.
-_FIELDS = ("A", "G", "mean_x", "mean_h", "C", "abs_x", "saliency", "coupled")
+_FIELDS = ("mean_x", "mean_h", "C", "abs_x", "saliency")
+#: Those that stay what they are.
+_OWN = ("fisher_rows", "kronecker")
 
 
 class BorrowedMoments:
@@ -78,7 +81,7 @@ class BorrowedMoments:
                 pool = own
                 continue
             tokens = pool.tokens + own.tokens
-            pool = replace(blend(pool, own, pool.tokens / tokens), tokens=tokens)
+            pool = blend(pool, own, pool.tokens / tokens, tokens)
         assert pool is not None  # one of them is short, and has tokens
         return pool
 
@@ -104,23 +107,28 @@ def tokens_needed(shape: tuple[int, int]) -> int:
     return TOKENS_PER_FEATURE * max(shape)
 
 
-def blend(own: LayerMoments, pool: LayerMoments, weight: float) -> LayerMoments:
-    """Return ``weight`` of one layer's moments and the rest of another's; tokens and sums of sequences of the first.
+def blend(own: LayerMoments, pool: LayerMoments, weight: float, tokens: int | None = None) -> LayerMoments:
+    """Return ``weight`` of one layer's moments and the rest of another's; sums of sequences are those of the first.
+
+    Sketched moments stay low rank plus diagonal as long as that is smaller (:func:`~fasc_lightning.forms.mixed`).
 
     Args:
         own: The first.
         pool: The second, with the same fields.
         weight: In [0, 1].
+        tokens: Behind the expectations; those of the first by default.
     """
 
-    def mixed(a: Tensor, b: Tensor) -> Tensor:
-        return b.lerp(a, weight)
+    def both(a: tuple[Form, Form], b: tuple[Form, Form]) -> tuple[Form, Form]:
+        return mixed(a[0], b[0], weight), mixed(a[1], b[1], weight)
 
-    changes: dict[str, Any] = {}
-    for field in _FIELDS:
-        a, b = getattr(own, field), getattr(pool, field)
-        if isinstance(a, tuple):
-            changes[field] = tuple(mixed(x, y) for x, y in zip(a, b, strict=True))
-        elif a is not None:
-            changes[field] = mixed(a, b)
-    return replace(own, **changes)
+    fields: dict[str, Any] = {name: getattr(own, name) for name in _OWN}
+    for name in _FIELDS:
+        a, b = getattr(own, name), getattr(pool, name)
+        fields[name] = None if a is None else b.lerp(a, weight)
+    return layer_moments(
+        both(own.plain_forms(), pool.plain_forms()),
+        both(own.coupled_forms(), pool.coupled_forms()) if own.is_coupled else None,
+        tokens=own.tokens if tokens is None else tokens,
+        **fields,
+    )

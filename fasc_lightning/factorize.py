@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from fasc_lightning.layouts import Layout, auto_cost, auto_layout, factors_cost,
 from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
 from fasc_lightning.measured import Measure, correction
 from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.sketch_sizes import SketchFigures
 from fasc_lightning.solvers import Factorization
 
 
@@ -42,6 +43,7 @@ class LayerPlan:
         loss: What the solver's objective says is lost; 0 for a dense layer. Where solvers are mixed, or the unit is
             "fisher", J of the Fisher metric whatever the solver.
         method: The solver that served it, or would have if it stays dense.
+        sketches: Of its sketched sides (:func:`~fasc_lightning.sketch_sizes.sketch_figures`); empty for exact moments.
     """
 
     name: str
@@ -51,6 +53,7 @@ class LayerPlan:
     tokens: int
     loss: float
     method: str
+    sketches: dict[str, SketchFigures] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -247,18 +250,18 @@ def build_layers(
     replacements: dict[str, nn.Module] = {}
     plans = []
     for name in progress(list(layers), "Building"):
-        module, solver = layers[name], factorized.solvers[name]
+        module, solver, sketches = layers[name], factorized.solvers[name], factorized.sketches.get(name, {})
         shape = linear_shape(module)
         k = ranks.get(name)
         if k is None:
-            plans.append(LayerPlan(name, shape, min(shape), "dense", tokens[name], 0.0, solver))
+            plans.append(LayerPlan(name, shape, min(shape), "dense", tokens[name], 0.0, solver, sketches))
             continue
         factorization = factorizations.pop(name)
         # As the budget was told: a layer of another dtype than the rest may not choose for itself.
         stored: Any = auto_layout(*shape, k, dtype) if layout == "auto" else layout
         replacements[name] = built = _build(module, factorization, k, stored)
         loss = float(factorization.losses[k])
-        plans.append(LayerPlan(name, shape, k, built.layout, tokens[name], loss, solver))
+        plans.append(LayerPlan(name, shape, k, built.layout, tokens[name], loss, solver, sketches))
     return CompressionResult(replacements, plans)
 
 

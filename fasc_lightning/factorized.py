@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from fasc_lightning.expert_moments import BorrowedMoments
+from fasc_lightning.layer_moments import LayerMoments, not_gathered
 from fasc_lightning.lowrank import linear_weight
-from fasc_lightning.moments import CalibrationMoments, LayerMoments, not_gathered
+from fasc_lightning.moments import CalibrationMoments, LayerSketches
 from fasc_lightning.objective import fisher_losses, fisher_metric
+from fasc_lightning.sketch_sizes import SketchFigures, sketch_figures
 from fasc_lightning.solvers import Factorization, get_solver, solver_needs
 
 #: Solvers whose own losses are J in the metric of :func:`~fasc_lightning.objective.fisher_metric`.
@@ -34,12 +36,15 @@ class FactorizedLayers:
         factorizations: By layer; not of those whose gradients never came or were all zero.
         tokens: Behind each layer's statistics; 0 where no gradient came.
         solvers: What served each layer, or would have.
+        sketches: Figures of the sketched sides of each layer that was factorised
+            (:func:`~fasc_lightning.sketch_sizes.sketch_figures`).
         compare: Whether losses are J of the Fisher metric, in which layers compare whatever their solver.
     """
 
     factorizations: dict[str, Factorization]
     tokens: dict[str, int]
     solvers: dict[str, str]
+    sketches: dict[str, dict[str, SketchFigures]]
     compare: bool
 
     def join(self, other: FactorizedLayers) -> FactorizedLayers:
@@ -54,6 +59,7 @@ class FactorizedLayers:
             {**self.factorizations, **other.factorizations},
             {**self.tokens, **other.tokens},
             {**self.solvers, **other.solvers},
+            {**self.sketches, **other.sketches},
             self.compare,
         )
 
@@ -111,17 +117,21 @@ def factorize_layers(
     borrowed = BorrowedMoments(moments, layers)
     borrowed.say()
     factorizations: dict[str, Factorization] = {}
+    sketches: dict[str, dict[str, SketchFigures]] = {}
     for name in progress([name for name in layers if tokens[name] > 0], "Factorising"):
         factorization = None if known is None else known.get(name)
         if factorization is None:
-            factorization = _factorize(layers[name], borrowed.layer(name), solvers[name], fisher, device)
+            statistics = borrowed.layer(name)
+            sketches[name] = sketch_figures(moments.sketches.get(name, LayerSketches()), statistics)
+            factorization = _factorize(layers[name], statistics, solvers[name], fisher, device)
+            del statistics  # as large as the moments themselves
         if factorization is not None:
             factorizations[name] = factorization.to(moments.device) if hold is None else hold(factorization)
             if known is not None:
                 known[name] = factorizations[name]
         if consume:
             moments.release(name)
-    return FactorizedLayers(factorizations, tokens, solvers, fisher or method in FISHER_METHODS)
+    return FactorizedLayers(factorizations, tokens, solvers, sketches, fisher or method in FISHER_METHODS)
 
 
 def _solvers(layers: Mapping[str, nn.Module], method: str, methods: Mapping[str, str]) -> dict[str, str]:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRankPlusDiagonal:
     """The symmetric positive semidefinite matrix S = F F^T + diag(D).
 
     Attributes:
         factor: F, shape (d, r).
         residual: D, what F F^T leaves of the diagonal, at least zero, shape (d,).
+        error: How far it is thought to be from the matrix that it stands for, relative to that and in the Frobenius
+            norm; NaN where that is not known.
     """
 
     factor: Tensor
     residual: Tensor
+    error: float = math.nan
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -32,11 +36,11 @@ class LowRankPlusDiagonal:
 
     def double(self) -> LowRankPlusDiagonal:
         """Return the same in float64."""
-        return LowRankPlusDiagonal(self.factor.double(), self.residual.double())
+        return LowRankPlusDiagonal(self.factor.double(), self.residual.double(), self.error)
 
     def to(self, device: torch.device | str) -> LowRankPlusDiagonal:
         """Return the same on a device."""
-        return LowRankPlusDiagonal(self.factor.to(device), self.residual.to(device))
+        return LowRankPlusDiagonal(self.factor.to(device), self.residual.to(device), self.error)
 
     def shrunk(self, amount: float) -> LowRankPlusDiagonal:
         """Return (1 - amount) S + amount * mean(diag S) * I, which has the same form."""
@@ -71,6 +75,40 @@ Form: TypeAlias = Tensor | LowRankPlusDiagonal
 def dense(S: Form) -> Tensor:
     """Return a second moment as a matrix, shape (d, d)."""
     return S if isinstance(S, Tensor) else S.dense()
+
+
+def diagonal_form(values: Tensor) -> LowRankPlusDiagonal:
+    """Return the diagonal matrix of these values, shape (d,), of which nothing else is held."""
+    return LowRankPlusDiagonal(values.new_zeros(len(values), 0), values, 0.0)
+
+
+def apply(S: Form, X: Tensor) -> Tensor:
+    """Return S X, shape (d, c): from a low-rank form without a (d, d) matrix.
+
+    Args:
+        S: Shape (d, d).
+        X: Shape (d, c).
+    """
+    return S @ X if isinstance(S, Tensor) else S.apply(X)
+
+
+def mixed(a: Form, b: Form, weight: float) -> Form:
+    """Return ``weight`` of one second moment and the rest of another.
+
+    Of two low-rank forms it is one whose factor has the columns of both, and a matrix as soon as that is no smaller.
+
+    Args:
+        a: Shape (d, d).
+        b: Shape (d, d).
+        weight: In [0, 1].
+    """
+    if isinstance(a, LowRankPlusDiagonal) and isinstance(b, LowRankPlusDiagonal):
+        columns = torch.cat([a.factor * weight**0.5, b.factor * (1 - weight) ** 0.5], 1)
+        if columns.shape[1] < len(columns):
+            both = LowRankPlusDiagonal(columns, b.residual.lerp(a.residual, weight))
+            off = weight * a.error * a.norm() + (1 - weight) * b.error * b.norm()
+            return replace(both, error=float(off / both.norm()))
+    return dense(b).lerp(dense(a), weight)
 
 
 def congruence(W: Tensor, S: Form) -> Tensor:

@@ -1,7 +1,8 @@
 """Nearest Kronecker factors of a layer's Fisher by more passes over the data, without storing any gradient.
 
-One calibration takes the first step of the power iteration (:class:`~fasc_lightning.streams.SequenceFisher`); every
-further one needs all gradients G_i again, so it is another pass: forward, backward, and the two products a sequence.
+One calibration takes the first step of the power iteration
+(:class:`~fasc_lightning.sequence_fisher.SequenceFisher`); every further one needs all gradients G_i again, so it is
+another pass: forward, backward, and the two products a sequence.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fasc_lightning.moments import CalibrationMoments, not_gathered
-from fasc_lightning.streams import SequenceFisher
+from fasc_lightning.layer_moments import not_gathered
+from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.sequence_fisher import SequenceFisher
 from fasc_lightning.study import backward_windows
 from fasc_lightning.taps import Taps
 from fasc_lightning.tokens import TokenRows

@@ -76,13 +76,7 @@ def unpack_moments(
         tensor: Returns a tensor by its name, on the device.
         device: Where the moments shall live.
     """
-    moments = CalibrationMoments(
-        {name: (m, n) for name, (m, n) in header["shapes"].items()},
-        getattr(torch, header["dtype"]),
-        device,
-        header["needs"],
-        {name: _sketches(sides) for name, sides in header.get("sketches", {}).items()},
-    )
+    moments = empty_moments(header, device)
     for group, streams in _groups(moments).items():
         for i, key in enumerate(header["groups"][group]):
             stream = _stream(moments, streams, key)
@@ -90,6 +84,22 @@ def unpack_moments(
                 setattr(stream, state, tensor(f"{group}.{i}.{state}"))
             stream._update_count = int(stream.count > 0)
     return moments
+
+
+def empty_moments(header: Mapping[str, Any], device: torch.device | str = "cpu") -> CalibrationMoments:
+    """Return moments of nothing that add up with those of a header of :func:`pack_moments`.
+
+    Args:
+        header: In plain data.
+        device: Where they shall live.
+    """
+    return CalibrationMoments(
+        {name: (m, n) for name, (m, n) in header["shapes"].items()},
+        getattr(torch, header["dtype"]),
+        device,
+        header["needs"],
+        {name: _sketches(sides) for name, sides in header.get("sketches", {}).items()},
+    )
 
 
 def load_moments(

@@ -16,23 +16,26 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.forms import Form, apply
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.solvers import Factorization
 from fasc_lightning.solvers.fasc import coupled_metric, plain_metric
 from fasc_lightning.tokens import TokenRows
 
 
-def fisher_metric(moments: LayerMoments) -> tuple[Tensor, Tensor]:
+def fisher_metric(moments: LayerMoments) -> tuple[Form, Form]:
     """Return A (n, n) and G (m, m) in float64 as the solver "fasc" takes them, "fasc-plain" if nothing is coupled.
+
+    Sketched ones stay low rank plus diagonal.
 
     Losses in this metric compare between layers, whichever solver made the approximation.
     """
-    if moments.coupled is not None:
-        return coupled_metric(*moments.coupled)
-    return plain_metric(moments.A, moments.G)
+    if moments.is_coupled:
+        return coupled_metric(*moments.coupled_forms())
+    return plain_metric(*moments.plain_forms())
 
 
-def fisher_losses(W: Tensor, A: Tensor, G: Tensor, factorization: Factorization) -> Tensor:
+def fisher_losses(W: Tensor, A: Form, G: Form, factorization: Factorization) -> Tensor:
     r"""Return J_k = tr(G D_k A D_k^T), D_k = W - L_k R_k, for every rank k of any solver's factors L (m, r), R (r, n).
 
     With D_k = D_r + \sum_{i > k} l_i r_i^T, the loss is a quadratic form in which one more rank is one row and one
@@ -55,8 +58,8 @@ def fisher_losses(W: Tensor, A: Tensor, G: Tensor, factorization: Factorization)
     W, A, G = W.double(), A.double(), G.double()
     L, R = factorization.left.double(), factorization.right.double()
     D = W - L @ R
-    GL, AR = G @ L, A @ R.T  # (m, r), (n, r)
-    rest = ((G @ D) * (D @ A)).sum()
+    GL, AR = apply(G, L), apply(A, R.T)  # (m, r), (n, r)
+    rest = (apply(G, D) * apply(A, D.T).T).sum()
     cross = ((D @ AR) * GL).sum(0)  # (r,)
     gram = (L.T @ GL) * (R @ AR)  # (r, r)
     tails = 2 * cross.flip(0).cumsum(0) + gram.flip(0, 1).cumsum(0).cumsum(1).diagonal()

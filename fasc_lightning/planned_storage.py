@@ -64,6 +64,11 @@ class Peak:
     host: int
 
 
+def rebuilding_bytes(width: int, size: int, itemsize: int) -> int:
+    """Return the room in which a sketch becomes a factor: a copy of it, three of these in float64, five cores."""
+    return width * size * (itemsize + 24) + 40 * size * size
+
+
 def layer_memory(
     m: int,
     n: int,
@@ -91,12 +96,14 @@ def layer_memory(
         held = sum(d * (d if s is None else s.size) for d, s in ((m, sides.outputs), (n, sides.inputs)))
         return held * (moments_dtype.itemsize + 8) + (2 * m * n + 8 * r * r) * 8
 
+    widths = ((m, sketches.outputs), (n, sketches.inputs))
+    rebuilt = [rebuilding_bytes(d, s.size, moments_dtype.itemsize) for d, s in widths if s is not None]
     return LayerMemory(
         exact=moments_bytes([(m, n)], moments_dtype, needs),
         sketched=moments_bytes([(m, n)], moments_dtype, needs, [sketches]),
         factors=r * (m + n) * moments_dtype.itemsize,
         workspace=workspace(LayerSketches()),
-        sketched_workspace=workspace(sketches),
+        sketched_workspace=max(workspace(sketches), *rebuilt, 0),
     )
 
 

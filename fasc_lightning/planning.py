@@ -27,7 +27,7 @@ from fasc_lightning.planned_storage import Peak, Storage, choose_storage, layer_
 from fasc_lightning.planned_time import Rates, Seconds, estimate, model_work, moments_work, probe, solver_work
 from fasc_lightning.report import Size, measure_layers, measure_model
 from fasc_lightning.sketch import SketchKind
-from fasc_lightning.sketch_sizes import SKETCH_ABOVE, SketchOptions, SketchSize, choose_sketches, expected_rank
+from fasc_lightning.sketch_sizes import SKETCH_ABOVE, SketchOptions, SketchSize, sketches_for_budget
 from fasc_lightning.taps import layer_shapes
 
 
@@ -116,7 +116,6 @@ def plan(
     _checks.check_rank_fits(layer_shapes(chosen.layers), rank)
     check_budget_fits(chosen.layers, rank, keep, allocation, layout, align)
     shapes = layer_shapes(chosen.layers)
-    ranks = {name: expected_rank(m, n, rank, keep) for name, (m, n) in shapes.items()}
     where = torch.device(device) if device is not None else _device(model)
     return forecast(
         model,
@@ -128,7 +127,7 @@ def plan(
         host_memory=beside or 0,
         update_weights=update_weights,
         keeps_moments=keeps_moments,
-        sketches={} if sketch is None else choose_sketches(shapes, ranks, sketches),
+        sketches={} if sketch is None else sketches_for_budget(shapes, sketches, rank, keep),
         tiers=Tiers(
             sketched=(False, True) if sketch == "auto" else (sketch is not None,),
             offloaded=(False,) if beside is None or where.type == "cpu" else (False, True),

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from fasc_lightning.hsic import MIN_TOKENS, normalized, signed_root
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.packed import PANEL
 
 #: Which gradient rho couples with x: g = W^T h as in the paper, or h itself.
@@ -97,7 +97,7 @@ def pooled_rho(moments: LayerMoments, W: Tensor) -> Tensor:
     """Return rho of a layer from its moments over all tokens: the paper's Eq. 2 as it stands, with g = W^T h.
 
     Args:
-        moments: With the cross moment C; centred here with the means.
+        moments: With the cross moment C; centred here with the means. Sketched ones become matrices.
         W: The layer's weight, shape (m, n).
 
     Returns:

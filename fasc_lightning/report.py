@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +18,7 @@ from fasc_lightning.expert_views import expert_views, is_fused_experts
 from fasc_lightning.factorize import LayerPlan
 from fasc_lightning.history import RhoRow
 from fasc_lightning.lowrank import flops_per_token
+from fasc_lightning.sketch_sizes import SketchFigures
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Size:
 class LayerReport:
     """One targeted layer; ``rho`` and its companions are NaN where they were not measured.
 
-    ``method`` is the solver that served it, and ``flags`` say why its rho may mislead.
+    ``method`` is the solver that served it, and ``flags`` say why its rho may mislead. ``sketches`` has the size and
+    the estimated error of the sides whose moments were sketched, "inputs" and "outputs"; it is empty for exact ones.
     """
 
     name: str
@@ -54,6 +56,7 @@ class LayerReport:
     loss: float
     method: str
     flags: tuple[str, ...] = ()
+    sketches: dict[str, SketchFigures] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: LayerPlan, rho: RhoRow, flags: tuple[str, ...]) -> LayerReport:
@@ -70,6 +73,7 @@ class LayerReport:
             loss=plan.loss,
             method=plan.method,
             flags=flags,
+            sketches=plan.sketches,
         )
 
 
@@ -112,6 +116,9 @@ class CompressionReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain types only; sizes are grouped by figure, NaN becomes None."""
         result = asdict(self)
+        for row in result["layers"]:
+            if not row["sketches"]:  # the rows of exact moments are as they were before there were sketches
+                del row["sketches"]
         for name in ("targeted", "whole"):
             sizes: Mapping[str, Size] = getattr(self, name)
             result[name] = {
@@ -187,7 +194,11 @@ class CompressionReport:
 def _layer_report(row: Mapping[str, Any]) -> LayerReport:
     """Return a row as it was before JSON: tuples are no lists, and NaN is not None."""
     figures: dict[str, Any] = {name: float("nan") if value is None else value for name, value in row.items()}
-    return LayerReport(**{**figures, "shape": tuple(row["shape"]), "flags": tuple(row["flags"])})
+    sketches = {
+        side: SketchFigures(size=of["size"], error=float("nan") if of["error"] is None else of["error"])
+        for side, of in row.get("sketches", {}).items()
+    }
+    return LayerReport(**{**figures, "shape": tuple(row["shape"]), "flags": tuple(row["flags"]), "sketches": sketches})
 
 
 def write_json(content: Any, path: str | Path) -> None:
@@ -317,6 +328,8 @@ def summary_table(report: CompressionReport) -> str:
     flags = Counter(flag for layer in report.layers for flag in layer.flags)
     if flags and gate is not None:
         lines.append("rho may mislead: " + ", ".join(f"{flag} ({count} layers)" for flag, count in flags.items()))
+    if sketched := sketch_line(report.layers):
+        lines.append(sketched)
     for title, sizes in (("targeted layers", report.targeted), ("whole model", report.whole)):
         before_size, after_size = sizes["dense"], sizes["compressed"]
         stages = [sizes[state] for state in ("dense", "unquantized", "compressed") if state in sizes]
@@ -340,6 +353,21 @@ def summary_table(report: CompressionReport) -> str:
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())
     lines.append(f"{seconds}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
     return "\n".join(lines)
+
+
+def sketch_line(layers: Sequence[LayerReport]) -> str:
+    """Return what was sketched and how far off it is thought to be, in a line; "" if nothing was."""
+    sides = [side for layer in layers for side in layer.sketches.values()]
+    if not sides:
+        return ""
+    sizes = sorted({side["size"] for side in sides})
+    errors = sorted(side["error"] for side in sides if side["error"] == side["error"])
+    columns = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    off = f"{errors[len(errors) // 2]:.2%} in the middle, {errors[-1]:.2%} at most" if errors else "not known"
+    return (
+        f"sketched moments: {len(sides)} sides of {sum(bool(layer.sketches) for layer in layers)} layers in {columns} "
+        f"columns; estimated error {off}"
+    )
 
 
 def outcome(figures: Mapping[str, Any], parts: str) -> str:

@@ -2,20 +2,23 @@ r"""Sketches of a second moment too wide to hold: one pass, sums that merge, reb
 
 The range finder holds Y = A Omega with a random Omega (d, s), the running sum of X^T (X Omega): s d numbers, not d^2.
 Omega has eight signs a row (sparse sign matrices: Tropp, Yurtsever, Udell and Cevher 2019, "Streaming low-rank matrix
-approximation", section 3), which makes X Omega nearly free, and comes from a seed whenever it is needed; it is never
-held. Beside Y are the exact diagonal of A, and A Psi for a few held-out signs Psi, which tell how far off the rebuilt
-matrix is. All are sums over tokens: streams and processes merge exactly, provided that they share the seed.
+approximation", section 3), which makes X Omega nearly free, and comes from a seed; of the matrix nothing is held but,
+for the widths in use, where the signs are. Beside Y are the exact diagonal of A, and A Psi for a few held-out signs
+Psi, which tell how far off the rebuilt matrix is. All are sums over tokens: streams and processes merge exactly,
+provided that they share the seed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fasc_lightning.forms import LowRankPlusDiagonal
+from fasc_lightning.packed import packed_size
 
 #: Signs in a row of Omega (as recommended by Tropp et al. 2019), where there are as many columns.
 NONZEROS = 8
@@ -23,6 +26,9 @@ NONZEROS = 8
 PROBES = 8
 #: Features for which the dense random matrix of the Gaussian sketch is made at a time.
 BLOCK = 1024
+
+#: Share of an exact moment's numbers up to which a sketch is worth its error.
+WORTHWHILE = 0.9
 
 #: "range": the range finder of this module; "gaussian": the paper's projection with lifting, for comparison.
 SketchKind = Literal["range", "gaussian"]
@@ -58,18 +64,23 @@ def probe_signs(d: int, seed: int) -> Tensor:
     return torch.randint(0, 2, (d, PROBES), generator=_generator(seed, 1)).mul_(2).sub_(1).float()
 
 
-def apply_transposed(Z: Tensor, s: int, seed: int) -> Tensor:
-    """Return Omega^T Z, shape (s, c), for Z of shape (d, c); without a dense Omega."""
-    columns, values = (part.to(Z.device) for part in sparse_signs(len(Z), s, seed))
-    features = torch.arange(len(Z), device=Z.device).expand_as(columns)
+@lru_cache(maxsize=16)
+def _omega_transposed(d: int, s: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return Omega^T (s, d), sparse; kept for the last few widths: layers of one width share it, batch after batch."""
+    columns, values = (part.to(device) for part in sparse_signs(d, s, seed))
+    features = torch.arange(d, device=device).expand_as(columns)
     where = torch.stack([columns.flatten(), features.flatten()])
     # The indices are in range by construction; unsaid, torch warns that it does not check.
-    omega = torch.sparse_coo_tensor(where, values.to(Z.dtype).flatten(), (s, len(Z)), check_invariants=False)
-    return omega @ Z
+    return torch.sparse_coo_tensor(where, values.to(dtype).flatten(), (s, d), check_invariants=False).coalesce()
 
 
-def add_range_(Y: Tensor, X: Tensor, s: int, seed: int, weight: float = 1.0, other: Tensor | None = None) -> Tensor:
-    """Add ``weight X^T (other [Omega, Psi])`` to a range sketch, in place.
+def apply_transposed(Z: Tensor, s: int, seed: int) -> Tensor:
+    """Return Omega^T Z, shape (s, c), for Z of shape (d, c); without a dense Omega."""
+    return _omega_transposed(len(Z), s, seed, Z.dtype, Z.device) @ Z
+
+
+def add_range_(Y: Tensor, X: Tensor, s: int, seed: int, weight: float = 1.0) -> Tensor:
+    """Add ``weight X^T (X [Omega, Psi])`` to a range sketch, in place.
 
     Args:
         Y: Shape (d, s + PROBES).
@@ -77,82 +88,93 @@ def add_range_(Y: Tensor, X: Tensor, s: int, seed: int, weight: float = 1.0, oth
         s: Columns of Omega.
         seed: Of Omega and Psi.
         weight: Factor of the whole product.
-        other: Shape (tokens, d), such that X^T other is symmetric positive semidefinite; X by default.
 
     Returns:
         ``Y``.
     """
-    columns = (X if other is None else other).T.contiguous()
+    columns = X.T.contiguous()
     projected = torch.cat([apply_transposed(columns, s, seed), probe_signs(len(columns), seed).to(X).T @ columns])
-    return Y.addmm_(X.T, projected.T, alpha=weight)
+    return Y.addmm_(columns, projected.T, alpha=weight)
 
 
-def nystrom(Y: Tensor, seed: int, rank: int | None = None) -> Tensor:
-    r"""Return F (d, r) with F F^T the rank-r Nystrom approximation of A, from Y = A Omega alone.
+def nystrom(Y: Tensor, diagonal: Tensor, seed: int, rank: int | None = None) -> Tensor:
+    r"""Return F (d, r) with F F^T the rank-r Nystrom approximation of A, from Y = A Omega and the diagonal of A.
 
     A Omega (Omega^T A Omega)^+ (A Omega)^T lies below A (Tropp, Yurtsever, Udell and Cevher 2017, "Fixed-rank
-    approximation of a positive-semidefinite matrix from streaming data", Algorithm 3): A is shifted by a little nu I,
-    so that Cholesky's factor of the core exists, and the shift is taken off the eigenvalues at the end, at zero where
+    approximation of a positive-semidefinite matrix from streaming data", Algorithm 3): A is shifted by a little, so
+    that Cholesky's factor of the core exists, and the shift is taken off the eigenvalues at the end, at zero where
     they are lost in it. Truncating after that, and not the core before, is what makes the error near the optimum.
 
-    Two departures. nu is relative to the rounding of Y as it was summed, float32 as a rule, which is what makes the
-    core indefinite. And the eigenvalues are those of E^T E, not the singular values of E: in float64 that costs
-    accuracy far below nu, and is several times faster where d is much larger than s.
+    Three departures. Theirs shifts by nu I, with nu relative to the norm of Y: next to one feature ten thousand times
+    as large as the others, as language models have them, that is more than all the others together. Here every feature
+    is shifted by nu times its own second moment: the algorithm runs on D^-1/2 A D^-1/2 with D the diagonal, whose
+    approximation is D^-1/2 times that of A times D^-1/2, since Omega takes the scales up. So it does the scales of the
+    columns of Y, all at one norm before Cholesky. nu is relative to the rounding of Y as it was summed, float32 as a
+    rule, of which an (s, s) core has about sqrt(s) times that of a number. And the eigenvalues are those of E^T E, not
+    the singular values of E: in float64 that costs accuracy far below nu, and is several times faster where d is much
+    larger than s.
 
     Args:
         Y: Shape (d, s), float32 or float64.
+        diagonal: Shape (d,).
         seed: Of Omega.
-        rank: At most s, which is the default.
+        rank: At most s; by default all that A shows.
 
     Returns:
-        F in float64, its columns orthogonal and ordered by length; fewer than ``rank`` where A has no more to show.
+        F in float64. With a rank, the best approximation of that rank of what there would be without: its columns are
+        orthogonal and ordered by length.
     """
     d, s = Y.shape
-    rounding = torch.finfo(Y.dtype).eps
-    Y = Y.double()
-    norm = torch.linalg.matrix_norm(Y)
-    if not norm > 0:
-        return Y.new_zeros(d, 0)
+    nu = torch.finfo(Y.dtype).eps * s**0.5
+    scale = diagonal.double().clamp(min=0).sqrt()
+    scaled = Y.double() * _reciprocal(scale)[:, None]
     columns, values = (part.to(Y.device) for part in sparse_signs(d, s, seed))
-    shift = rounding * norm / len(columns) ** 0.5  # |Omega e_i| for every unit vector e_i is the root
-    shifted = Y.scatter_add(1, columns.T, shift * values.T.double())
-    core = apply_transposed(shifted, s, seed)
+    scaled.scatter_add_(1, columns.T, nu * scale[:, None] * values.T.double())
+    core = apply_transposed(scaled * scale[:, None], s, seed)
     core = (core + core.T) / 2
+    level = _reciprocal(core.diagonal().clamp(min=0).sqrt())
+    core.mul_(level).mul_(level[:, None])
+    scaled.mul_(level)
     L, info = torch.linalg.cholesky_ex(core)
     if info == 0:
-        E = torch.linalg.solve_triangular(L.T, shifted, upper=True, left=False)
+        E = torch.linalg.solve_triangular(L.T, scaled, upper=True, left=False)
     else:  # rounding outweighs the shift, or Omega has not full rank: what the core does not show is left out
         spectrum, Q = torch.linalg.eigh(core)
-        shown = spectrum > max(rounding, s * torch.finfo(core.dtype).eps) * spectrum[-1]
-        E = shifted @ (Q[:, shown] / spectrum[shown].sqrt())
+        shown = spectrum > nu
+        E = scaled @ (Q[:, shown] / spectrum[shown].sqrt())
+    del scaled, core
     squares, V = torch.linalg.eigh(E.T @ E)
-    kept = (squares > shift).nonzero().flatten().flip(0)[:rank]
-    return (E @ V[:, kept]) * (1 - shift / squares[kept]).sqrt()
+    kept = squares > nu
+    F = E @ (V[:, kept] * (1 - nu / squares[kept]).sqrt())
+    F.mul_(scale[:, None])
+    if rank is None:
+        return F
+    return F @ torch.linalg.eigh(F.T @ F)[1].flip(1)[:, :rank]
 
 
-def add_gaussian_(core: Tensor, X: Tensor, seed: int, weight: float = 1.0, other: Tensor | None = None) -> Tensor:
-    """Add ``weight (X R)^T (other R)`` to the paper's projected moment, in place, with R of N(0, 1/s) entries.
+def _reciprocal(values: Tensor) -> Tensor:
+    """Return 1 / values, and zero where a value is."""
+    return torch.where(values > 0, 1 / values, 0)
+
+
+def add_gaussian_(core: Tensor, X: Tensor, seed: int, weight: float = 1.0) -> Tensor:
+    """Add ``weight (X R)^T (X R)`` to the paper's projected moment, in place, with R of N(0, 1/s) entries.
 
     Args:
         core: Shape (s, s).
         X: Rows, shape (tokens, d), of the dtype of ``core``.
         seed: Of R.
         weight: Factor of the whole product.
-        other: As for :func:`add_range_`.
 
     Returns:
         ``core``.
     """
     s = len(core)
-    left = torch.zeros(len(X), s, dtype=X.dtype, device=X.device)
-    right = left if other is None else torch.zeros_like(left)
+    projected = torch.zeros(len(X), s, dtype=X.dtype, device=X.device)
     for start in range(0, X.shape[1], BLOCK):
-        part = slice(start, start + BLOCK)
         R = gaussian_rows(start, min(BLOCK, X.shape[1] - start), s, seed).to(X)
-        left.addmm_(X[:, part], R)
-        if other is not None:
-            right.addmm_(other[:, part], R)
-    return core.addmm_(left.T, right, alpha=weight)
+        projected.addmm_(X[:, start : start + BLOCK], R)
+    return core.addmm_(projected.T, projected, alpha=weight)
 
 
 def gaussian_rows(start: int, rows: int, s: int, seed: int) -> Tensor:
@@ -213,27 +235,31 @@ class Sketch:
         """How many numbers the sums are."""
         return self._shape[0] * self._shape[1] + self.features
 
+    @property
+    def is_worthwhile(self) -> bool:
+        """Whether it holds clearly less than the exact moment; one of half the width does not, and is no faster."""
+        return self.numbers <= WORTHWHILE * packed_size(self.features)
+
     def _views(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         return sums[: -self.features].view(self._shape), sums[-self.features :]
 
-    def add_(self, sums: Tensor, X: Tensor, weight: float = 1.0, other: Tensor | None = None) -> Tensor:
-        """Add ``weight X^T other`` to the sums, in place.
+    def add_(self, sums: Tensor, X: Tensor, weight: float = 1.0) -> Tensor:
+        """Add ``weight X^T X`` to the sums, in place.
 
         Args:
             sums: Shape (numbers,).
             X: Rows, shape (tokens, d), same dtype and device.
             weight: Factor of the whole product.
-            other: As for :func:`add_range_`; X by default.
 
         Returns:
             ``sums``.
         """
         state, diagonal = self._views(sums)
-        diagonal.add_(torch.linalg.vecdot(X, X if other is None else other, dim=0), alpha=weight)
+        diagonal.add_(torch.linalg.vecdot(X, X, dim=0), alpha=weight)
         if self.kind == "range":
-            add_range_(state, X, self.size, self.seed, weight, other)
+            add_range_(state, X, self.size, self.seed, weight)
         else:
-            add_gaussian_(state, X, self.seed, weight, other)
+            add_gaussian_(state, X, self.seed, weight)
         return sums
 
     def diagonal(self, sums: Tensor) -> Tensor:
@@ -241,29 +267,33 @@ class Sketch:
         return self._views(sums)[1]
 
     def form(self, sums: Tensor) -> LowRankPlusDiagonal:
-        """Return the moment that was summed, rebuilt in float64.
+        """Return the moment that was summed, rebuilt in float64, with an estimate of its error.
 
-        With the range finder its diagonal is exact, and what the low rank leaves of it is spread over the features as
-        it should be. The lifted one has no part outside its span, as in the paper.
+        With the range finder its diagonal is the exact one, since what the low rank leaves of it is held beside it.
+        The lifted one has no part outside its span, as in the paper, and holds no probes that could tell its error.
         """
         state, diagonal = self._views(sums)
         if self.kind == "gaussian":
             return LowRankPlusDiagonal(lift(state, self.features, self.seed), torch.zeros_like(diagonal).double())
-        factor = nystrom(state[:, : self.size], self.seed)
-        return LowRankPlusDiagonal(factor, (diagonal.double() - factor.square().sum(1)).clamp(min=0))
+        factor = nystrom(state[:, : self.size], diagonal, self.seed)
+        exact, found = diagonal.double().clamp(min=0), factor.square().sum(1)
+        # Below A but for rounding, which can lift a feature that is large or all but constant above its second moment.
+        factor.mul_((exact * _reciprocal(found)).clamp(max=1).sqrt()[:, None])
+        rebuilt = LowRankPlusDiagonal(factor, (exact - found).clamp(min=0))
+        return replace(rebuilt, error=self._error(sums, rebuilt))
 
     def error(self, sums: Tensor) -> float:
+        """Return how far off the rebuilt moment is thought to be (:meth:`form`); NaN for kind "gaussian"."""
+        return self.form(sums).error
+
+    def _error(self, sums: Tensor, form: LowRankPlusDiagonal) -> float:
         r"""Return an estimate of |A - S|_F / |A|_F with S the rebuilt moment, from the held-out probes.
 
-        For random signs psi, E|M psi|^2 = |M|_F^2; with eight of them the estimate is good to about a third. The norm
-        of S stands for that of A, which probes would tell less well. Zero if the moment is.
-
-        Raises:
-            ValueError: If the kind is "gaussian", which holds none.
+        For random signs psi, E|M psi|^2 = |M|_F^2; with eight of them the estimate is good to about a third. A - S has
+        no diagonal, which a sign would see whole, and the norm of S stands for that of A, which probes would tell less
+        well. Neither S nor the probes know of each other, so that the square of the estimate has no bias but for the
+        rounding of the sums. Zero if the moment is.
         """
-        if self.kind != "range":
-            raise ValueError('Expected a sketch of kind "range" for an error estimate but got "gaussian".')
-        form = self.form(sums)
         norm = form.norm()
         if not norm > 0:
             return 0.0

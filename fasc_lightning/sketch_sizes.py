@@ -1,15 +1,18 @@
-"""Which second moments of a model are sketched, and how large the sketches are."""
+"""Which second moments of a model are sketched, how large the sketches are, and what is said of them."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
+
+from torch import Tensor
 
 from fasc_lightning.allocation import resolve_rank
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.moments import LayerSketches
-from fasc_lightning.packed import packed_size
 from fasc_lightning.sketch import SKETCH_KINDS, Sketch, SketchKind
 
 #: Width above which the paper sketches (Shihab et al., section 2.3).
@@ -91,9 +94,9 @@ def choose_sketches(
 ) -> dict[str, LayerSketches]:
     """Return how each layer's second moments are sketched, side by side; layers that stay exact are left out.
 
-    A side is sketched if it is wider than ``options.above`` and the sketch is smaller than the exact moment. Inputs of
-    one width get one size, the largest that a layer asks for: layers that share an input share its moment, and which
-    do is known only once a batch has run.
+    A side is sketched if it is wider than ``options.above`` and the sketch is clearly smaller than the exact moment
+    (:attr:`~fasc_lightning.sketch.Sketch.is_worthwhile`). Inputs of one width get one size, the largest that a layer
+    asks for: layers that share an input share its moment, and which do is known only once a batch has run.
 
     Args:
         shapes: (m, n) of each layer by name.
@@ -115,7 +118,7 @@ def choose_sketches(
         if d <= options.above or not 1 <= s < d:
             return None
         made = Sketch(d, s, options.seed, options.kind)
-        return made if made.numbers < packed_size(d) else None
+        return made if made.is_worthwhile else None
 
     inputs: dict[int, int] = {}
     for name, (_, n) in shapes.items():
@@ -129,3 +132,87 @@ def choose_sketches(
             f'{widest}) but got {options.size}. Take less than half the width, "auto", or leave the moments exact.'
         )
     return chosen
+
+
+def sketches_for_budget(
+    shapes: Mapping[str, tuple[int, int]],
+    options: SketchOptions | None,
+    rank: float | None,
+    keep: float | None,
+    rho: Mapping[str, float] | None = None,
+) -> dict[str, LayerSketches]:
+    """Return what :func:`choose_sketches` does with the ranks that a budget means; nothing without options.
+
+    Args:
+        shapes: (m, n) of each layer by name.
+        options: What is to be sketched; None for exact moments.
+        rank: See :func:`expected_rank`.
+        keep: Likewise.
+        rho: Of the layers where it is known.
+    """
+    if options is None:
+        return {}
+    ranks = {name: expected_rank(m, n, rank, keep) for name, (m, n) in shapes.items()}
+    return choose_sketches(shapes, ranks, options, rho)
+
+
+def describe_sketches(
+    shapes: Mapping[str, tuple[int, int]], chosen: Mapping[str, LayerSketches], options: SketchOptions
+) -> tuple[str, str]:
+    """Return in words what is sketched, and which sides stay exact though they are wide enough; each "" if none.
+
+    Args:
+        shapes: As for :func:`choose_sketches`.
+        chosen: What it returned.
+        options: Likewise.
+    """
+    sketched: Counter[tuple[int, int]] = Counter()
+    exact: dict[int, tuple[int, str]] = {}
+    for name, (m, n) in shapes.items():
+        sides = chosen.get(name, LayerSketches())
+        for which, width, sketch in (("inputs", n, sides.inputs), ("outputs", m, sides.outputs)):
+            if sketch is not None:
+                sketched[width, sketch.size] += 1
+            elif width > options.above:
+                count, first = exact.get(width, (0, f"the {which} of {name!r}"))
+                exact[width] = count + 1, first
+    parts = ", ".join(f"{count} of width {d} in {s} columns" for (d, s), count in sorted(sketched.items()))
+    stay = ", ".join(f"{count} of width {d} ({first}{' ...' * (count > 1)})" for d, (count, first) in exact.items())
+    size = "of the sizes that ranks ask for" if options.size == "auto" else f"sketch_size={options.size}"
+    return (
+        f"sketched sides: {parts}" if parts else "",
+        f"moments that stay exact, since sketches ({size}) would not be clearly smaller: {stay}" if stay else "",
+    )
+
+
+class SketchFigures(TypedDict):
+    """What a report says of one sketched side.
+
+    Attributes:
+        size: Columns.
+        error: Estimated |A - S|_F / |A|_F of the rebuilt moment S, the largest where there are a plain and a coupled
+            one; NaN where it cannot be told.
+    """
+
+    size: int
+    error: float
+
+
+def sketch_figures(sketches: LayerSketches, moments: LayerMoments) -> dict[str, SketchFigures]:
+    """Return the figures of a layer's sketched sides, "inputs" and "outputs".
+
+    Args:
+        sketches: Of the layer.
+        moments: Its moments, as the solver was given them.
+    """
+    forms = [moments.plain_forms(), *([moments.coupled_forms()] if moments.is_coupled else [])]
+    figures: dict[str, SketchFigures] = {}
+    for side, sketch, found in zip(
+        ("inputs", "outputs"), (sketches.inputs, sketches.outputs), zip(*forms, strict=True), strict=True
+    ):
+        if sketch is not None:
+            errors = [math.nan if isinstance(form, Tensor) else form.error for form in found]
+            figures[side] = SketchFigures(
+                size=sketch.size, error=math.nan if any(map(math.isnan, errors)) else max(errors)
+            )
+    return figures

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.objective import fisher_losses, fisher_metric
 from fasc_lightning.solvers import Factorization, get_solver
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fasc_lightning.moments import NEEDS, CalibrationMoments, LayerSketches
+from fasc_lightning.layer_moments import NEEDS
+from fasc_lightning.moments import CalibrationMoments, LayerSketches
 from fasc_lightning.sketch import Sketch
 from fasc_lightning.streams import StreamedSums
 

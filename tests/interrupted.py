@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from watching import RecordingCallback
 
+from fasc_lightning.forms import LowRankPlusDiagonal
 from fasc_lightning.sidecar import SUFFIX
 
 #: Batches of two in the training data.
@@ -129,6 +130,8 @@ def assert_same(found, expected):
 def equal(a, b):
     if isinstance(a, tuple):
         return all(equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, LowRankPlusDiagonal):
+        return equal(tuple(vars(a).values()), tuple(vars(b).values()))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 

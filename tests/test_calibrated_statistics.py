@@ -10,7 +10,7 @@ from watching import RecordingCallback
 
 from fasc_lightning import FascCallback, compress
 from fasc_lightning.gate import statistics_needed
-from fasc_lightning.moments import NEEDS
+from fasc_lightning.layer_moments import NEEDS
 from fasc_lightning.solvers import available_methods, solver_needs
 from fasc_lightning.taps import select_layers
 

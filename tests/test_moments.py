@@ -6,7 +6,8 @@ import pytest
 import torch
 from layer_moments import full_moments
 
-from fasc_lightning.moments import NEEDS, CalibrationMoments, moments_bytes
+from fasc_lightning.layer_moments import NEEDS
+from fasc_lightning.moments import CalibrationMoments, moments_bytes
 from fasc_lightning.streams import CoupledMoments
 
 

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import causal_model
 
-from fasc_lightning.moments import NEEDS, CalibrationMoments
+from fasc_lightning.layer_moments import NEEDS
+from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.moments_file import load_moments, moments_needs, save_moments
 from fasc_lightning.study import backward_windows
 from fasc_lightning.taps import Taps, layer_shapes, select_layers

@@ -48,6 +48,15 @@ CASES = {
     "several batches a step": {"trainer": {"accumulate_grad_batches": 2}, "update_weights": True, "batch": 4},
     "validations in between": {"trainer": {"val_check_interval": 2}, "validation": True, "update_weights": True},
     "worker processes": {"loader": lambda: stateful_loader(num_workers=2), "update_weights": True},
+    "sketches sized by rho": {
+        "sketch": "range",
+        "sketch_above": 0,
+        "rho_threshold": 0.35,
+        "monitor_every_n_steps": 1,
+        "keep": 0.2,
+        "epoch": 1,
+        "update_weights": True,
+    },
     "the last steps": {"trainer": {"max_steps": 6, "max_epochs": -1}, "calibration_steps": 4, "update_weights": True},
 }
 

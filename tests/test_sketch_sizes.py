@@ -3,8 +3,15 @@ from __future__ import annotations
 import pytest
 
 from fasc_lightning.moments import CalibrationMoments, LayerSketches
-from fasc_lightning.sketch import Sketch
-from fasc_lightning.sketch_sizes import SketchOptions, auto_size, choose_sketches, expected_rank
+from fasc_lightning.sketch import SKETCH_KINDS, Sketch
+from fasc_lightning.sketch_sizes import (
+    SketchOptions,
+    auto_size,
+    choose_sketches,
+    describe_sketches,
+    expected_rank,
+    sketches_for_budget,
+)
 
 
 def test_the_automatic_size_is_the_papers_rule():
@@ -40,6 +47,13 @@ def test_inputs_of_one_width_get_the_largest_size_that_a_layer_asks_for():
     CalibrationMoments(shapes, sketches=chosen)  # which would refuse unequal ones
 
 
+def test_a_budget_gives_the_ranks_and_no_options_no_sketches():
+    shapes = {"a": (400, 300)}
+    assert sketches_for_budget(shapes, None, 0.1, None) == {}
+    found = sketches_for_budget(shapes, SketchOptions(above=350), 0.1, None, {"a": 0.1})
+    assert found == {"a": LayerSketches(None, Sketch(400, 60))}
+
+
 def test_rho_decides_the_size_of_a_layer():
     shapes = {"a": (400, 10), "b": (400, 10)}
     chosen = choose_sketches(shapes, {"a": 5, "b": 5}, SketchOptions(above=200), {"a": 0.1, "b": 0.9})
@@ -55,6 +69,31 @@ def test_a_sketch_no_smaller_than_the_exact_moment_is_not_made():
 def test_a_size_that_is_too_large_for_every_side_is_refused():
     with pytest.raises(ValueError, match=r"saves memory for some side wider than 100 .*800.* but got 5000"):
         choose_sketches({"a": (400, 800)}, {"a": 5}, SketchOptions(size=5000, above=100))
+
+
+def test_a_sketch_of_half_the_width_is_not_worth_its_error():
+    assert not Sketch(14336, 7168).is_worthwhile
+    assert Sketch(14336, 4330).is_worthwhile
+    shapes, ranks = {"gate": (14336, 4096)}, {"gate": 2165}
+    assert choose_sketches(shapes, ranks, SketchOptions()) == {}
+    low = choose_sketches(shapes, ranks, SketchOptions(), {"gate": 0.1})
+    assert low == {"gate": LayerSketches(None, Sketch(14336, 4330))}
+
+
+@pytest.mark.parametrize("kind", SKETCH_KINDS)
+def test_what_is_sketched_and_what_stays_exact_for_want_of_room_is_said(kind):
+    shapes = {"a": (400, 800), "b": (100, 400), "c": (900, 400)}
+    options = SketchOptions(kind, 300, 100)
+    sketched, exact = describe_sketches(shapes, choose_sketches(shapes, dict.fromkeys(shapes, 5), options), options)
+    parts = ["1 of width 800 in 300 columns", "1 of width 900 in 300 columns"]
+    if kind == "gaussian":  # which holds s^2 numbers, whatever the width
+        assert sketched == "sketched sides: 3 of width 400 in 300 columns, " + ", ".join(parts)
+        assert not exact
+        return
+    assert sketched == "sketched sides: " + ", ".join(parts)
+    assert "sketches (sketch_size=300) would not be clearly smaller" in exact
+    assert "3 of width 400 (the outputs of 'a' ...)" in exact
+    assert describe_sketches(shapes, {}, SketchOptions(kind, above=1000)) == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from layer_moments import full_moments
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fasc_lightning.expert_moments import blend
 from fasc_lightning.factorize import compress_layers
-from fasc_lightning.forms import LowRankPlusDiagonal
+from fasc_lightning.forms import LowRankPlusDiagonal, dense
 from fasc_lightning.gate import variation
-from fasc_lightning.moments import CalibrationMoments, LayerSketches, SketchedLayerMoments, moments_bytes
-from fasc_lightning.moments_file import load_moments, save_moments
+from fasc_lightning.layer_moments import SketchedLayerMoments
+from fasc_lightning.moments import CalibrationMoments, LayerSketches, moments_bytes
+from fasc_lightning.moments_file import empty_moments, load_moments, pack_moments, save_moments, unpack_moments
+from fasc_lightning.objective import fisher_losses, fisher_metric
 from fasc_lightning.sketch import Sketch
+from fasc_lightning.sketch_sizes import sketch_figures
 from fasc_lightning.solvers import available_methods, get_solver, solver_needs
 
 M, N = 24, 40
@@ -114,6 +121,15 @@ def test_a_file_brings_sketches_back(data, tmp_path):
     assert torch.equal(loaded.gradient_metric("a"), moments.gradient_metric("a"))
 
 
+def test_moments_of_nothing_add_up_with_those_of_a_file(data):
+    x, h, W = data
+    moments = gathered(x, h, W, {"coupled"}, {"a": BOTH})
+    tensors, header = pack_moments(moments)
+    empty = empty_moments(header)
+    assert empty.nbytes < 100
+    assert torch.equal(empty.add_(moments).layer("a").A, unpack_moments(header, tensors.__getitem__).layer("a").A)
+
+
 def test_variation_and_mean_square_need_the_exact_diagonal_alone(data):
     x, h, W = data
     exact, sketched = (gathered(x, h, W, {"plain"}, sketches) for sketches in (None, {"a": BOTH}))
@@ -156,3 +172,107 @@ def test_sketches_that_do_not_fit_the_layers_are_refused(sketches, message):
 
 def test_inputs_that_are_never_shared_may_differ():
     CalibrationMoments({"a": (M, N), "b": (M, N)}, needs={"coupled"}, sketches={"a": BOTH})
+
+
+def test_moments_of_experts_are_blended_from_sketches(data):
+    x, h, W = data
+    needs = {"plain", "coupled", "abs_x"}
+    halves = [slice(0, 30), slice(30, 90)]
+    blends = []
+    for sketches in (None, {"a": BOTH}):
+        own, pool = (gathered(x[part], h[part], W, needs, sketches).layer("a") for part in halves)
+        blends.append(blend(own, pool, 0.3, tokens=7))
+    exact, sketched = blends
+    assert sketched.tokens == 7
+    for one, other in zip(
+        exact.plain_forms() + exact.coupled_forms(), sketched.plain_forms() + sketched.coupled_forms(), strict=True
+    ):
+        torch.testing.assert_close(dense(other), dense(one), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(sketched.mean_x, exact.mean_x)
+
+
+def test_a_report_has_the_size_and_the_error_of_each_sketched_side(data):
+    x, h, W = data
+    moments = gathered(x, h, W, {"plain", "coupled"}, {"a": BOTH})
+    found = sketch_figures(BOTH, moments.layer("a"))
+    assert {side: figures["size"] for side, figures in found.items()} == {"inputs": 20, "outputs": 12}
+    assert all(0 <= figures["error"] < 1e-6 for figures in found.values())
+    assert sketch_figures(LayerSketches(), moments.layer("a")) == {}
+    gaussian = LayerSketches(Sketch(N, 20, kind="gaussian"))
+    found = sketch_figures(gaussian, gathered(x, h, W, {"plain"}, {"a": gaussian}).layer("a"))
+    assert set(found) == {"inputs"}
+    assert math.isnan(found["inputs"]["error"])
+
+
+@pytest.fixture
+def wide():
+    """A layer with far more inputs than outputs: tokens of low rank and noise."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(300, 6, generator=generator) @ torch.randn(6, 200, generator=generator)
+    x = x + 0.1 * torch.randn(300, 200, generator=generator)
+    h = torch.randn(300, 10, generator=generator)
+    W = torch.randn(10, 200, generator=generator, dtype=torch.float64)
+    return x, h, W
+
+
+class NoSquares(TorchDispatchMode):
+    """Refuses to make tensors as large as a square of a width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        assert not (isinstance(result, torch.Tensor) and result.numel() >= self.width**2), func
+        return result
+
+
+#: Those that need eigenvectors of the wider side's own moment, or a square of it by what they are.
+SQUARE = {"svd", "grad-svd", "fasc-eq6", "fasc-eq6-literal", "gfwsvd"}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("method", sorted(set(available_methods()) - SQUARE))
+def test_no_square_of_the_wide_side_is_ever_made(wide, method, transposed):
+    x, h, W = wide
+    sides = LayerSketches(Sketch(200, 40, 1), None)
+    if transposed:
+        x, h, W, sides = h, x, W.T.contiguous(), LayerSketches(None, sides.inputs)
+    m, n = W.shape
+    needs = solver_needs(method)
+    with NoSquares(200):
+        moments = CalibrationMoments({"a": (m, n)}, needs=needs, sketches={"a": sides})
+        for part in range(0, 300, 50):
+            rows = slice(part, part + 50)
+            moments.add_inputs(["a"], x[rows])
+            moments.add_gradients("a", h[rows])
+            if moments.takes_pairs:
+                moments.add_pairs("a", x[rows], h[rows])
+        layer = moments.layer("a")
+        found = get_solver(method)(W, layer)
+        losses = fisher_losses(W, *fisher_metric(layer), found)
+    A, G = (dense(S) for S in fisher_metric(layer))
+    B, C = found.truncate(4)
+    D = W - B.double() @ C.double()
+    torch.testing.assert_close(losses[4], torch.trace(G @ D @ A @ D.T), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["fasc", "fasc-plain", "svd-llm", "svd", "fisher-diag", "weight-svd"])
+def test_low_rank_and_noise_cost_a_solver_next_to_nothing(wide, method):
+    x, h, W = wide
+    sides = LayerSketches(Sketch(200, 40, 1), None)
+    needs = solver_needs(method)
+    layers = []
+    for sketches in (None, {"a": sides}):
+        moments = CalibrationMoments({"a": (10, 200)}, needs=needs, sketches=sketches)
+        moments.add_inputs(["a"], x)
+        moments.add_gradients("a", h)
+        if moments.takes_pairs:
+            moments.add_pairs("a", x, h)
+        layers.append(moments.layer("a"))
+    # Judged by the exact moments: what the factors lose, not what a solver says of them.
+    metric = fisher_metric(layers[0])
+    exact, sketched = (fisher_losses(W, *metric, get_solver(method)(W, layer)) for layer in layers)
+    k = 5
+    assert sketched[k] <= 1.02 * exact[k]

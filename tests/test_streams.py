@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_moments import gradients_of_sequences
 
-from fasc_lightning.streams import CrossMoments, Moments, SequenceFisher
+from fasc_lightning.sequence_fisher import SequenceFisher
+from fasc_lightning.streams import CrossMoments, Moments
 
 
 @settings(deadline=None, max_examples=25)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.objective import fisher_losses, fisher_metric
 from fasc_lightning.solvers import fasc, svd
 from fasc_lightning.subspaces import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from fasc_lightning.moments import check_needs
+from fasc_lightning.layer_moments import check_needs
 from fasc_lightning.solvers._types import Solver
 
 _SOLVERS: dict[str, Solver] = {}
@@ -16,8 +16,8 @@ def register_solver(name: str, needs: Iterable[str] = ()) -> Callable[[Solver], 
 
     Args:
         name: The method.
-        needs: Statistics that it reads besides the means (:data:`~fasc_lightning.moments.NEEDS`); plain A and G are
-            among them unless "coupled" is.
+        needs: Statistics that it reads besides the means (:data:`~fasc_lightning.layer_moments.NEEDS`); plain A and G
+            are among them unless "coupled" is.
 
     Raises:
         ValueError: If the name is taken, or a need unknown.

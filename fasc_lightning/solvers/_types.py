@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.layer_moments import LayerMoments
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.forms import diagonal_form
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.solvers._registry import register_solver
 from fasc_lightning.solvers._types import Factorization
 from fasc_lightning.solvers.fasc import two_sided
@@ -29,4 +30,4 @@ def asvd(W: Tensor, moments: LayerMoments, alpha: float = ALPHA) -> Factorizatio
         alpha: Exponent.
     """
     scales = moments.require("abs_x").double().pow(2 * alpha)
-    return two_sided(W, torch.diag(scales), torch.eye(W.shape[0], dtype=torch.float64, device=W.device))
+    return two_sided(W, diagonal_form(scales), diagonal_form(torch.ones_like(W[:, 0], dtype=torch.float64)))

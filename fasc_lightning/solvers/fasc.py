@@ -7,7 +7,7 @@ from typing import overload
 from torch import Tensor
 
 from fasc_lightning.forms import Form, congruence, dense
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.solvers._linalg import descending_eigh, shrink, square_root, tail_sums
 from fasc_lightning.solvers._registry import register_solver
 from fasc_lightning.solvers._types import Factorization

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.solvers._linalg import descending_eigh, shrink, square_root, tail_sums
 from fasc_lightning.solvers._registry import register_solver
 from fasc_lightning.solvers._types import Factorization
@@ -17,7 +17,7 @@ def eq6_eigenvectors(W: Tensor, moments: LayerMoments, shrink_A: float = SHRINK_
 
     With g = W^T h: Sigma_xg = C W, Sigma_gg = W^T G W, Sigma_xx = A, uncentred as their estimates are printed; A is
     shrunk ("full-rank or regularized"). With A = L L^T, v = L^-T u and u the eigenvectors of F F^T, F = L^-1 Sigma_xg
-    W^T R with R R^T = G.
+    W^T R with R R^T = G. Sketched moments become matrices.
 
     Args:
         W: Weight, shape (m, n).

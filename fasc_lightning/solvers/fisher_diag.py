@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.forms import diagonal_form
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.solvers._registry import register_solver
 from fasc_lightning.solvers._types import Factorization
 from fasc_lightning.solvers.fasc import two_sided
@@ -26,5 +26,5 @@ def fisher_diag(W: Tensor, moments: LayerMoments) -> Factorization:
         W: Weight, shape (m, n).
         moments: Moments of the layer; only the diagonals of A and G are used.
     """
-    A, G = (torch.diag(S.double().diagonal().clamp(min=0)) for S in moments.plain_forms())
+    A, G = (diagonal_form(S.double().diagonal().clamp(min=0)) for S in moments.plain_forms())
     return two_sided(W, A, G)

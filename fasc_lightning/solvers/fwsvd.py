@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.forms import diagonal_form
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.solvers._registry import register_solver
 from fasc_lightning.solvers._types import Factorization
 from fasc_lightning.solvers.fasc import two_sided
@@ -29,4 +30,4 @@ def fwsvd(W: Tensor, moments: LayerMoments) -> Factorization:
     """
     n = W.shape[1]
     rows = moments.require("fisher_rows").double() / n
-    return two_sided(W, torch.eye(n, dtype=torch.float64, device=W.device), torch.diag(rows))
+    return two_sided(W, diagonal_form(torch.ones_like(W[0], dtype=torch.float64)), diagonal_form(rows))

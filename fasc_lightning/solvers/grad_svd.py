@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.solvers._linalg import descending_eigh, tail_sums
 from fasc_lightning.solvers._registry import register_solver
 from fasc_lightning.solvers._types import Factorization

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.solvers._linalg import descending_eigh, tail_sums
 from fasc_lightning.solvers._registry import register_solver
 from fasc_lightning.solvers._types import Factorization
@@ -16,7 +16,8 @@ def svd(W: Tensor, moments: LayerMoments) -> Factorization:
 
     Minimises E|x - P x|^2 over projections of rank k (Shihab et al., section 2.1); the loss left is the sum of the
     eigenvalues of A beyond k. The paper centres x, which a layer without a bias cannot undo, so A is uncentred here.
-    Where n > m, ranks above m are not offered: W itself has no more.
+    Where n > m, ranks above m are not offered: W itself has no more. A sketched A becomes a matrix (n, n), since low
+    rank plus diagonal has no shorter way to its eigenvectors.
 
     Args:
         W: Weight, shape (m, n).

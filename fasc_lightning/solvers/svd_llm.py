@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.forms import diagonal_form
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.solvers._linalg import shrink
 from fasc_lightning.solvers._registry import register_solver
 from fasc_lightning.solvers._types import Factorization
@@ -24,5 +25,5 @@ def svd_llm(W: Tensor, moments: LayerMoments, shrink_A: float = SHRINK_A) -> Fac
         moments: Moments of the layer; only A is used.
         shrink_A: Relative shrinkage of A.
     """
-    identity = torch.eye(W.shape[0], dtype=torch.float64, device=W.device)
+    identity = diagonal_form(torch.ones_like(W[:, 0], dtype=torch.float64))
     return two_sided(W, shrink(moments.plain_forms()[0].double(), shrink_A), identity)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.forms import diagonal_form
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.solvers._registry import register_solver
 from fasc_lightning.solvers._types import Factorization
 from fasc_lightning.solvers.fasc import two_sided
@@ -22,6 +23,5 @@ def weight_svd(W: Tensor, moments: LayerMoments) -> Factorization:
         moments: Not looked at.
     """
     del moments
-    m, n = W.shape
-    eye = {d: torch.eye(d, dtype=torch.float64, device=W.device) for d in (m, n)}
-    return two_sided(W, eye[n], eye[m])
+    A, G = (diagonal_form(torch.ones_like(side, dtype=torch.float64)) for side in (W[0], W[:, 0]))
+    return two_sided(W, A, G)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_moments import full_moments, random_moments
 
-from fasc_lightning.moments import LayerMoments
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.solvers import available_methods, fasc, fasc_plain, get_solver, register_solver, solver_needs
 from fasc_lightning.solvers._linalg import shrink, square_root, tail_sums
 

@@ -158,19 +158,26 @@ def split_name(name: str) -> tuple[str, int, str] | None:
 
 
 def routers(model: nn.Module) -> set[int]:
-    """Return ids of the linear layers that route: beside an experts module, with one output an expert, or one in all.
+    """Return ids of the linear layers that route tokens to experts, or weigh an expert that all tokens share.
 
-    The one output is the gate of an expert that all tokens share.
+    Those are, among the neighbours of an experts module: all linear layers of a router, which its name or its class
+    tells ("...router", "gate", "...Gating"); where there is no such module, a linear layer with one output an expert;
+    and one with a single output. Projections of a shared expert are none of these, however wide they are.
     """
     found: set[int] = set()
     for parent in model.modules():
-        for experts in [child for child in parent.children() if is_fused_experts(child)]:
-            found |= {
-                id(module)
-                for module in parent.modules()
-                if isinstance(module, nn.Linear) and module.out_features in (1, experts.num_experts)
-            }
+        children = list(parent.named_children())
+        for experts in [child for _, child in children if is_fused_experts(child)]:
+            own = [child for name, child in children if child is not experts and _is_router(name, child)]
+            found |= {id(part) for router in own for part in router.modules() if isinstance(part, nn.Linear)}
+            widths = {1} if own else {1, experts.num_experts}
+            found |= {id(c) for _, c in children if isinstance(c, nn.Linear) and c.out_features in widths}
     return found
+
+
+def _is_router(name: str, module: nn.Module) -> bool:
+    kind = type(module).__name__.lower()
+    return not isinstance(module, nn.Linear) and ("router" in f"{name} {kind}" or name == "gate" or "gating" in kind)
 
 
 def unknown_experts(model: nn.Module) -> list[str]:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
+from fasc_lightning._guards import is_guard
 from fasc_lightning.expert_views import (
     PROJECTIONS,
     active_share,
@@ -59,6 +61,13 @@ class UnfusedExperts(nn.Module):
             y = parts["w_down"](self.act_fn(parts["w_gate"](x)) * parts["w_up"](x))
             result.index_add_(0, tokens, (y * top_k_weights[tokens, places, None]).to(result.dtype))
         return result
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A saved file, read as a state dict, has one more entry than the module.
+        for key in [key for key, value in state_dict.items() if key.startswith(prefix) and is_guard(value)]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def layer(self, expert: int, projection: str) -> nn.Module:
         """Return one projection of one expert."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from fasc_lightning.expert_views import expert_groups, split_name
+from fasc_lightning.expert_views import ExpertLinear, expert_groups, split_name
 from fasc_lightning.moments import CalibrationMoments, LayerMoments
 
 #: An expert needs so many tokens for each feature of its layer to stand on its own moments.
@@ -48,7 +48,9 @@ class BorrowedMoments:
 
     def __init__(self, moments: CalibrationMoments, layers: Mapping[str, nn.Module]) -> None:
         self._moments = moments
-        self._groups = {name: (key, names) for key, names in expert_groups(layers).items() for name in names}
+        # By what they are: others may have names like those of experts.
+        experts = [name for name, layer in layers.items() if isinstance(layer, ExpertLinear)]
+        self._groups = {name: (key, names) for key, names in expert_groups(experts).items() for name in names}
         self._pools: dict[tuple[str, str], _Pool | None] = {}
         shapes = moments.shapes
         self.short = {

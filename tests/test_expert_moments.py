@@ -7,10 +7,12 @@ import warnings
 import pytest
 import torch
 from layer_moments import full_moments
-from torch import nn
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from fasc_lightning._checks import warn_few_tokens
 from fasc_lightning.expert_moments import BorrowedMoments, borrows, tokens_behind, tokens_needed
+from fasc_lightning.expert_views import expert_views
 from fasc_lightning.factorize import compress_layers
 from fasc_lightning.forms import LowRankPlusDiagonal
 from fasc_lightning.moments import NEEDS, CalibrationMoments, LayerSketches
@@ -20,6 +22,8 @@ M, N = 6, 10
 NEED = tokens_needed((M, N))
 COUNTS = {0: NEED + 5, 1: 5, 2: 0, 3: 10}
 NAMES = [f"m.experts.{e}.w_down" for e in COUNTS]
+EXPERTS = MixtralExperts(MixtralConfig(hidden_size=M, intermediate_size=N, num_local_experts=len(COUNTS))).double()
+LAYERS = {name: view for name, view in expert_views("m.experts", EXPERTS).items() if name in NAMES}
 W = torch.ones(M, N, dtype=torch.float64)
 FIELDS = ("A", "G", "mean_x", "mean_h", "C", "abs_x", "saliency")
 SIDES = LayerSketches(Sketch(N, 7, 1), Sketch(M, 4, 1))
@@ -47,7 +51,7 @@ def gathered(needs, sketches=None, rank=None) -> CalibrationMoments:
 
 
 def borrowing(moments: CalibrationMoments) -> BorrowedMoments:
-    return BorrowedMoments(moments, dict.fromkeys(NAMES, nn.Identity()))
+    return BorrowedMoments(moments, LAYERS)
 
 
 def filled_up(expert: int, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +142,8 @@ def test_a_pool_without_released_experts_is_refused():
 
 
 def test_pools_are_made_before_a_compression_releases_what_they_hold():
-    layers = {name: nn.Linear(N, M, bias=False, dtype=torch.float64) for name in NAMES if name != NAMES[2]}
+    torch.nn.init.normal_(EXPERTS.down_proj, generator=torch.Generator().manual_seed(0))
+    layers = {name: layer for name, layer in LAYERS.items() if name != NAMES[2]}
     kept, used = (
         compress_layers(layers, gathered({"coupled"}), rank=0.5, allocation="fisher", consume=consume)
         for consume in (False, True)
@@ -167,3 +172,30 @@ def test_a_warning_of_few_tokens_counts_those_that_an_expert_borrows():
         warn_few_tokens({**counts, NAMES[0]: 0, NAMES[3]: 4}, shapes)
     with pytest.warns(UserWarning, match=r"1 of 5 layers .* 'q' \(6, 10\) saw 5, which"):
         warn_few_tokens({**counts, "q": 5}, shapes)
+
+
+def test_layers_that_are_only_named_like_experts_do_not_borrow():
+    layers = {name: torch.nn.Linear(N, M) for name in NAMES}
+    assert BorrowedMoments(gathered({"plain"}), layers).describe() is None
+
+
+@pytest.mark.parametrize(("tokens", "spreads"), [((200, 200), "evenly"), ((200, 20), "to the busier")])
+def test_the_loss_of_an_expert_weighs_by_its_share_of_the_tokens(tokens, spreads):
+    generator = torch.Generator().manual_seed(0)
+    x, h = (torch.randn(20, d, dtype=torch.float64, generator=generator) for d in (N, M))
+    weight = torch.randn(M, N, dtype=torch.float64, generator=generator)
+    names, ranks = NAMES[:2], []
+    moments = CalibrationMoments(dict.fromkeys(names, (M, N)), torch.float64, needs={"coupled"})
+    for name, count in zip(names, tokens, strict=True):
+        for _ in range(count // len(x)):  # the same moments, whatever the number of tokens
+            moments.add_inputs([name], x)
+            moments.add_gradients(name, h)
+            moments.add_pairs(name, x, h)
+    EXPERTS.down_proj.data[:2] = weight
+    layers = {name: LAYERS[name] for name in names}
+    result = compress_layers(layers, moments, rank=0.5, allocation="fisher", layout="pivot")
+    ranks = [plan.rank for plan in result.layers]
+    if spreads == "evenly":
+        assert abs(ranks[0] - ranks[1]) <= 1
+    else:
+        assert ranks[0] > ranks[1] + 1

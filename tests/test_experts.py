@@ -5,17 +5,9 @@ import math
 
 import pytest
 import torch
+from expert_cases import COMMON, MIXTURES, PLACE, E, H, K, batches, fused, make
 from torch import nn
-from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from fasc_lightning import apply_plan, compress, compression_plan, load_compressed
 from fasc_lightning.checkpoints import match_state_dict
@@ -30,38 +22,8 @@ from fasc_lightning.swap import swap_modules, to_dense
 from fasc_lightning.taps import Taps, layer_shapes, select_layers
 from fasc_lightning.tokens import TokenRows
 
-E, K, H = 4, 2, 16
-COMMON = {
-    "vocab_size": 32,
-    "hidden_size": H,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "num_experts_per_tok": K,
-    "pad_token_id": 0,
-}
 
-
-def make(family):
-    torch.manual_seed(0)
-    if family == "mixtral":
-        model = MixtralForCausalLM(MixtralConfig(**COMMON, num_local_experts=E))
-    elif family == "qwen2":
-        sizes = {"num_experts": E, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
-        model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**COMMON, **sizes))
-    else:
-        sizes = {"num_experts": E, "moe_intermediate_size": 12, "head_dim": 8}
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON, **sizes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # Qwen's routers begin as zeros
-    model.set_experts_implementation("eager")
-    return model.eval()
-
-
-@pytest.fixture(params=["mixtral", "qwen2", "qwen3"])
+@pytest.fixture(params=MIXTURES)
 def model(request):
     return make(request.param)
 
@@ -69,16 +31,9 @@ def model(request):
 @pytest.fixture
 def batch():
     torch.manual_seed(1)
-    ids, mask = torch.randint(1, 32, (3, 10)), torch.ones(3, 10, dtype=torch.long)
+    ids, mask = torch.randint(1, 64, (3, 10)), torch.ones(3, 10, dtype=torch.long)
     mask[1, 7:] = 0
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
-def fused(model):
-    return model.model.layers[0].mlp.experts
-
-
-PLACE = "model.layers.0.mlp.experts"
 
 
 def test_experts_have_names_and_routers_are_left_alone(model):
@@ -176,12 +131,7 @@ def test_swap_of_experts_is_undone_by_what_it_returns(model, batch):
         swap_modules(model, {f"{PLACE}.1.w_up": LowRankLinear(n + 1, m, 2, bias=False)})
 
 
-def batches(count=4):
-    torch.manual_seed(2)
-    return [{"input_ids": torch.randint(1, 32, (4, 24))} for _ in range(count)]
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", MIXTURES)
 def test_compressed_experts_save_reload_and_generate(family, tmp_path):
     model = make(family)
     router = copy.deepcopy(model.model.layers[0].mlp.gate.state_dict())

@@ -6,6 +6,7 @@ from fasc_lightning.compress import compress
 from fasc_lightning.dense import to_dense
 from fasc_lightning.dependence import DependenceScore
 from fasc_lightning.distillation import Distillation
+from fasc_lightning.expert_report import expert_table
 from fasc_lightning.forecast import CompressionForecast
 from fasc_lightning.history import RhoHistory, emergence
 from fasc_lightning.hub import load_compressed
@@ -54,4 +55,5 @@ __all__ = [
     "PooledDependenceScore",
     "RhoHistory",
     "emergence",
+    "expert_table",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fasc_lightning._memory import available_memory
 from fasc_lightning.allocation import ALLOCATIONS
+from fasc_lightning.expert_moments import tokens_behind
 from fasc_lightning.hsic import MIN_TOKENS
 from fasc_lightning.placement import PlacedStrategy
 from fasc_lightning.quantize import check_quantization
@@ -284,12 +285,13 @@ def check_memory(needed: int, device: torch.device) -> None:
 
 
 def warn_few_tokens(tokens: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Warn when layers saw fewer tokens than they have features."""
-    short = {name: t for name, t in tokens.items() if 0 < t < max(shapes[name])}
+    """Warn when layers saw fewer tokens than they have features; experts, with those that they borrow."""
+    short = {name: t for name, t in tokens_behind(tokens, shapes).items() if 0 < t < max(shapes[name])}
     if short:
         name, t = min(short.items(), key=lambda item: item[1] / max(shapes[item[0]]))
+        together = " together with all experts of its block" if t != tokens[name] else ""
         rank_zero_warn(
             f"{len(short)} of {len(shapes)} layers saw fewer tokens than they have features: {name!r} "
-            f"{shapes[name]} saw {t}, which supports ranks up to {min(t, *shapes[name])}. Directions that were not "
-            "seen are judged by the shrinkage alone; calibrate on more tokens."
+            f"{shapes[name]} saw {t}{together}, which supports ranks up to {min(t, *shapes[name])}. Directions that "
+            "were not seen are judged by the shrinkage alone; calibrate on more tokens."
         )

@@ -2,7 +2,8 @@
 
 transformers fills layers whose weights a folder lacks with random numbers, and only warns. But it fails where a weight
 has another shape than its layer. So each compressed layer is saved with one more entry: under the name of the dense
-weight that it replaced, of a shape that no linear layer has.
+weight that it replaced, of a shape that no linear layer has. Of experts it is one entry a module, for the weight that
+held them all; transformers gives it the name that checkpoints have, as it does with such weights.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasc_lightning.expert_views import split_name
+
 #: One byte. Not none: transformers takes empty tensors, which all lie at address 0, for one that is shared.
 GUARD_SHAPE, GUARD_DTYPE = (1,), torch.uint8
 
 
 def guard_key(layer: str) -> str:
-    """Return the key of a compressed layer's guard."""
-    return f"{layer}.weight"
+    """Return the key of a compressed layer's guard; that of an expert is its module's."""
+    expert = split_name(layer)
+    return f"{layer}.weight" if expert is None else f"{expert[0]}.down_proj"
 
 
 def guards(layers: Iterable[str]) -> dict[str, Tensor]:
@@ -30,8 +34,8 @@ def guards(layers: Iterable[str]) -> dict[str, Tensor]:
 
 
 def is_guard(value: Any) -> bool:
-    """Whether an entry of a state dict is a guard."""
-    return isinstance(value, Tensor) and value.shape == GUARD_SHAPE and value.dtype == GUARD_DTYPE
+    """Whether an entry of a state dict is a guard; those of experts lose their dimension as they are saved."""
+    return isinstance(value, Tensor) and value.shape in (GUARD_SHAPE, ()) and value.dtype == GUARD_DTYPE
 
 
 def expect_guards(model: Any, files: Iterable[str | PathLike[str]], layers: Iterable[str]) -> None:
@@ -42,7 +46,10 @@ def expect_guards(model: Any, files: Iterable[str | PathLike[str]], layers: Iter
         files: To read them from; only the headers are read here, and files other than safetensors hold no guards.
         layers: The compressed layers, by the names that they were saved with.
     """
-    keys = _found(files, {guard_key(layer) for layer in layers})
+    layers = list(layers)
+    keys = _found(files, {guard_key(layer) for layer in layers if split_name(layer) is None})
+    # In files these have other names; whoever reads them knows them by the one of the module.
+    keys |= {guard_key(layer) for layer in layers if split_name(layer) is not None}
     if not keys:
         return
     # Of a whole model's folder, a base model reads keys without the prefix.

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fasc_lightning._memory import available_memory
 from fasc_lightning.divergence import kl_divergence, top_k_divergence
+from fasc_lightning.expert_modules import expert_layers
 from fasc_lightning.refine_steps import relative_error
 from fasc_lightning.refit_blocks import RefitError, find_blocks
 from fasc_lightning.teacher_cache import LogitCache
@@ -122,6 +123,12 @@ def check_distillable(module: nn.Module, distillation: Distillation, layers: lis
             f"Expected a module that can learn from a teacher but {type(module).__name__} has no `predictions(batch)` "
             "(logits and which of them count) or no attribute `teacher`, which its `training_step` asks for the loss. "
             "HINT: see fasc_lightning.distillation.Distillable; CausalLMModule has both. Or recover with teacher=None."
+        )
+    if experts := expert_layers(module, layers):
+        raise MisconfigurationException(
+            "Expected layers other than experts' for a teacher, whose dense layers take the places of the compressed "
+            f"ones, while dense experts are one module; but {experts[0]!r} and {len(experts) - 1} others are. Recover "
+            "with teacher=None, or exclude the experts."
         )
     if distillation.blocks:
         try:

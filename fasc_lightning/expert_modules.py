@@ -7,15 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
+from fasc_lightning._guards import is_guard
 from fasc_lightning.expert_views import (
     PROJECTIONS,
     active_share,
     expert_weight,
+    holds_experts,
     is_fused_experts,
     routed,
     split_name,
 )
+from fasc_lightning.lowrank import linear_shape
 
 
 class UnfusedExperts(nn.Module):
@@ -53,12 +57,32 @@ class UnfusedExperts(nn.Module):
             top_k_weights: Their weights, shape (tokens, k).
         """
         result = torch.zeros_like(hidden_states)
+        idle = set(range(self.num_experts)) if torch.is_grad_enabled() else set()
         for expert, places, tokens in routed(top_k_index, self.num_experts):
-            parts: Any = self._modules[str(expert)]
-            x = hidden_states[tokens]
-            y = parts["w_down"](self.act_fn(parts["w_gate"](x)) * parts["w_up"](x))
-            result.index_add_(0, tokens, (y * top_k_weights[tokens, places, None]).to(result.dtype))
+            self._add(result, expert, hidden_states, places, tokens, top_k_weights)
+            idle.discard(expert)
+        # Trained experts without tokens are given none, so that their gradients are zeros, as those of fused ones are.
+        # Without any, processes of DDP would wait for them for ever.
+        none = top_k_index.new_empty(0)
+        for expert in idle:
+            if any(p.requires_grad for p in self.get_submodule(str(expert)).parameters()):
+                self._add(result, expert, hidden_states, none, none, top_k_weights)
         return result
+
+    def _add(
+        self, result: Tensor, expert: int, inputs: Tensor, places: Tensor, tokens: Tensor, top_k_weights: Tensor
+    ) -> None:
+        parts: Any = self._modules[str(expert)]
+        x = inputs[tokens]
+        y = parts["w_down"](self.act_fn(parts["w_gate"](x)) * parts["w_up"](x))
+        result.index_add_(0, tokens, (y * top_k_weights[tokens, places, None]).to(result.dtype))
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A saved file, read as a state dict, has one more entry than the module.
+        for key in [key for key, value in state_dict.items() if key.startswith(prefix) and is_guard(value)]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def layer(self, expert: int, projection: str) -> nn.Module:
         """Return one projection of one expert."""
@@ -93,6 +117,13 @@ class UnfusedExperts(nn.Module):
         with torch.device("meta"):
             fused: Any = self.fused_class(self.config)
         fused.act_fn = self.act_fn
+        gate, down = self.layer(0, "w_gate"), self.layer(0, "w_down")
+        kind: Any = down.weight
+        for name, (m, n) in (("gate_up_proj", linear_shape(gate)), ("down_proj", linear_shape(down))):
+            # Of these sizes, where the class was made with others than the configuration's.
+            rows = 2 * m if name == "gate_up_proj" else m
+            weight = torch.empty(self.num_experts, rows, n, device="meta", dtype=kind.dtype)
+            setattr(fused, name, nn.Parameter(weight))
         return fused.train(self.training)
 
 
@@ -158,6 +189,16 @@ def unfuse(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     return old
 
 
+def expert_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return those of some layers' names that are of experts of a model, fused or with modules of their own."""
+    places = {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, UnfusedExperts) or holds_experts(name, module)
+    }
+    return [name for name in names if (parts := split_name(name)) is not None and parts[0] in places]
+
+
 def fuse_dense(model: nn.Module) -> None:
     """Fuse those experts of a model again that are dense throughout, in place."""
     for parent in list(model.modules()):
@@ -187,8 +228,6 @@ def _fused_at(model: nn.Module, name: str) -> tuple[Any, int, str] | None:
 
 
 def _check_part(name: str, new: nn.Module, fused: nn.Module, expert: int, projection: str) -> None:
-    from fasc_lightning.lowrank import linear_shape
-
     m, n = expert_weight(fused, expert, projection).shape
     if linear_shape(new) != (m, n):
         raise ValueError(f"Expected a replacement of shape ({m}, {n}) for {name!r}, got {linear_shape(new)}.")

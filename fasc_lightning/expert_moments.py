@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from fasc_lightning.expert_views import expert_groups
-from fasc_lightning.forms import Form, mixed
-from fasc_lightning.layer_moments import LayerMoments, layer_moments
+from fasc_lightning.expert_views import ExpertLinear, expert_groups, split_name
+from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.moments import CalibrationMoments
 
 #: An expert needs so many tokens for each feature of its layer to stand on its own moments.
 TOKENS_PER_FEATURE = 2
 
-#: Fields that are expectations over tokens. Those over sequences (``fisher_rows``, ``kronecker``) grow with the tokens
-#: that an expert sees of a sequence, so that experts' do not pool.
-_FIELDS = ("mean_x", "mean_h", "C", "abs_x", "saliency")
-#: Those that stay what they are.
-_OWN = ("fisher_rows", "kronecker")
+#: Statistics that are sums over sequences. They grow with the tokens that an expert sees of a sequence, so that
+#: experts' do not pool.
+_OF_SEQUENCES = frozenset({"fisher_rows", "kronecker"})
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """The sums of the same projection of all experts of a block, as those of one layer."""
+
+    moments: CalibrationMoments
+    name: str
 
 
 class BorrowedMoments:
     """The moments of layers, in which experts with few tokens are filled up with those of all experts of their block.
 
-    With N tokens of its own where it needs N_0 (:func:`tokens_needed`), a layer's moment S becomes
+    With N tokens of its own where it needs N_0 (:func:`tokens_needed`), an expert is given N_0 - N more, spread evenly
+    over all the tokens that the same projection of all experts of its block saw, itself included: sums s over tokens
+    become s_e + (N_0 - N) / M sum_e s_e, with M the number of those tokens. From N_0 on it stands on its own. An expert
+    without tokens is not lent any: nothing is known of what the router would send it, and it stays dense.
 
-        (N S + (N_0 - N) S_pool) / N_0,    S_pool = sum_e N_e S_e / sum_e N_e,
-
-    as if N_0 - N more tokens had come from the pool; from N_0 on it is its own. The pool is that of the same
-    projection of all experts of the block, and includes the expert. An expert without tokens is not lent any: nothing
-    is known of what the router would send it, and it stays dense.
+    Sketches are sums as well, and experts' have one seed: nothing is made dense for this. Statistics of sequences
+    (``fisher_rows``, ``kronecker``) stay the expert's own.
 
     A block's pool is made when the first of its experts is asked for, so ask before any of them is released, and
     module by module: pools of one experts module are held at a time.
@@ -44,21 +49,24 @@ class BorrowedMoments:
 
     def __init__(self, moments: CalibrationMoments, layers: Mapping[str, nn.Module]) -> None:
         self._moments = moments
-        self._groups = {name: (key, names) for key, names in expert_groups(layers).items() for name in names}
-        self._pools: dict[tuple[str, str], LayerMoments | None] = {}
+        # By what they are: others may have names like those of experts.
+        experts = [name for name, layer in layers.items() if isinstance(layer, ExpertLinear)]
+        self._groups = {name: (key, names) for key, names in expert_groups(experts).items() for name in names}
+        self._pools: dict[tuple[str, str], _Pool | None] = {}
         shapes = moments.shapes
         self.short = {
             name: moments.tokens(name)
             for name in self._groups
-            if name in shapes and 0 < moments.tokens(name) < tokens_needed(shapes[name])
+            if name in shapes and borrows(name, moments.tokens(name), shapes[name])
         }
 
     def layer(self, name: str) -> LayerMoments:
-        """Return a layer's moments, its own or filled up; ``tokens`` stays the number of its own.
+        """Return a layer's moments, its own or filled up; then ``tokens`` is the number that it was filled up to.
 
         Raises:
             KeyError: If the layer is not tapped.
-            ValueError: If no token reached it.
+            ValueError: If no token reached it; or if it is the first of its block to be asked for, and moments of
+                others have been released, or are sketched in another way.
         """
         if name not in self._groups:
             return self._moments.layer(name)
@@ -66,24 +74,29 @@ class BorrowedMoments:
         if key not in self._pools:
             self._pools = {other: pool for other, pool in self._pools.items() if other[0] == key[0]}
             self._pools[key] = self._pool(names) if any(other in self.short for other in names) else None
-        own, pool = self._moments.layer(name), self._pools[key]
+        pool = self._pools[key]
         if pool is None or name not in self.short:
-            return own
-        return blend(own, pool, own.tokens / tokens_needed(self._moments.shapes[name]))
+            return self._moments.layer(name)
+        filled = self._empty(name, self._moments.needs).add_layer_(name, self._moments, name)
+        missing = tokens_needed(self._moments.shapes[name]) - self.short[name]
+        filled.add_layer_(name, pool.moments, pool.name, missing / pool.moments.tokens(pool.name))
+        return filled.layer(name)
 
-    def _pool(self, names: list[str]) -> LayerMoments:
-        pool: LayerMoments | None = None
+    def _pool(self, names: list[str]) -> _Pool:
+        if released := [name for name in names if name not in self._moments.shapes]:
+            raise ValueError(
+                f"Expected the moments of all experts of a block but those of {released[0]!r} are released."
+            )
+        pool = self._empty(names[0], self._moments.needs - _OF_SEQUENCES)
         for name in names:
-            if self._moments.tokens(name) == 0:
-                continue
-            own = self._moments.layer(name)
-            if pool is None:
-                pool = own
-                continue
-            tokens = pool.tokens + own.tokens
-            pool = blend(pool, own, pool.tokens / tokens, tokens)
-        assert pool is not None  # one of them is short, and has tokens
-        return pool
+            pool.add_layer_(names[0], self._moments, name)
+        return _Pool(pool, names[0])
+
+    def _empty(self, name: str, needs: frozenset[str]) -> CalibrationMoments:
+        """Return moments of one layer that hold nothing yet, of the kind that it has."""
+        like = self._moments
+        sketches = {name: like.sketches[name]} if name in like.sketches else None
+        return CalibrationMoments({name: like.shapes[name]}, like.dtype, like.device, needs, sketches)
 
     def describe(self) -> str | None:
         """Return what is borrowed, in a sentence; None if nothing is."""
@@ -107,28 +120,20 @@ def tokens_needed(shape: tuple[int, int]) -> int:
     return TOKENS_PER_FEATURE * max(shape)
 
 
-def blend(own: LayerMoments, pool: LayerMoments, weight: float, tokens: int | None = None) -> LayerMoments:
-    """Return ``weight`` of one layer's moments and the rest of another's; sums of sequences are those of the first.
+def borrows(name: str, tokens: int, shape: tuple[int, int]) -> bool:
+    """Tell whether a layer of shape (m, n) that saw so many tokens is an expert's that is filled up."""
+    return split_name(name) is not None and 0 < tokens < tokens_needed(shape)
 
-    Sketched moments stay low rank plus diagonal as long as that is smaller (:func:`~fasc_lightning.forms.mixed`).
+
+def tokens_behind(tokens: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Return how many tokens the moments of each layer come from: of an expert that borrows, those of all experts.
 
     Args:
-        own: The first.
-        pool: The second, with the same fields.
-        weight: In [0, 1].
-        tokens: Behind the expectations; those of the first by default.
+        tokens: That each layer saw.
+        shapes: (m, n) of each.
     """
-
-    def both(a: tuple[Form, Form], b: tuple[Form, Form]) -> tuple[Form, Form]:
-        return mixed(a[0], b[0], weight), mixed(a[1], b[1], weight)
-
-    fields: dict[str, Any] = {name: getattr(own, name) for name in _OWN}
-    for name in _FIELDS:
-        a, b = getattr(own, name), getattr(pool, name)
-        fields[name] = None if a is None else b.lerp(a, weight)
-    return layer_moments(
-        both(own.plain_forms(), pool.plain_forms()),
-        both(own.coupled_forms(), pool.coupled_forms()) if own.is_coupled else None,
-        tokens=own.tokens if tokens is None else tokens,
-        **fields,
-    )
+    pools = {name: names for names in expert_groups(tokens).values() for name in names}
+    return {
+        name: sum(tokens[other] for other in pools[name]) if borrows(name, seen, shapes[name]) else seen
+        for name, seen in tokens.items()
+    }

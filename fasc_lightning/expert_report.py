@@ -7,9 +7,17 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TYPE_CHECKING
 
+from fasc_lightning._tables import table_text
+from fasc_lightning.expert_moments import borrows
 from fasc_lightning.expert_views import split_name
-from fasc_lightning.report import LayerReport
+
+if TYPE_CHECKING:
+    from fasc_lightning.report import LayerReport
+
+#: Experts that a report's summary shows.
+SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -63,17 +71,46 @@ def expert_rows(layers: Iterable[LayerReport]) -> list[ExpertRow]:
 
 
 def expert_table(layers: Iterable[LayerReport], most: int = 20) -> str:
-    """Return the first experts of :func:`expert_rows` as text; empty if there are none."""
+    """Return the experts of a report as a table, those that hold most knowledge by rho first; empty without experts.
+
+    Args:
+        layers: ``report.layers``.
+        most: Rows.
+    """
     rows = expert_rows(layers)
     if not rows:
         return ""
-    lines = [f"{'expert':<44}{'tokens':>9}{'share':>8}{'rho':>8}{'debiased':>10}{'rank':>7}"]
-    lines += [
-        f"{f'{row.experts}.{row.expert}'[-43:]:<44}{row.tokens:>9,}{row.share:>8.1%}{row.rho:>8.3f}"
-        f"{row.rho_debiased:>10.3f}{row.rank:>7.2f}"
+    shown = [
+        {
+            "expert": f"{row.experts}.{row.expert}",
+            "tokens": row.tokens,
+            "share": row.share,
+            "rho": row.rho,
+            "rho debiased": row.rho_debiased,
+            "rank / full": row.rank,
+        }
         for row in rows[:most]
     ]
-    return "\n".join(lines)
+    return table_text(f"knowledge-heavy experts by debiased rho, {len(shown)} of {len(rows)}", shown, width=110)
+
+
+def expert_summary(layers: Iterable[LayerReport]) -> list[str]:
+    """Return the lines that a report's summary has for experts: how many tokens they saw, and the first by rho."""
+    layers = list(layers)
+    rows = expert_rows(layers)
+    if not rows:
+        return []
+    counts = [row.tokens for row in rows]
+    line = (
+        f"{len(rows)} experts in {len({row.experts for row in rows})} modules: {min(counts):,} to {max(counts):,} "
+        f"tokens an expert, {fmean(counts):,.0f} on average"
+    )
+    borrowed = [layer.name for layer in layers if borrows(layer.name, layer.tokens, layer.shape)]
+    if borrowed:
+        line += f"; {len({name.rpartition('.')[0] for name in borrowed})} saw few and borrow from their block's"
+    if unseen := counts.count(0):
+        line += f"; {unseen} saw none and stay dense"
+    return [line, expert_table(layers, SHOWN)]
 
 
 def _tokens(projections: Iterable[LayerReport]) -> int:

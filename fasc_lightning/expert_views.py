@@ -23,7 +23,8 @@ from torch import Tensor, nn
 #: The projections of an expert, in the order of its work.
 PROJECTIONS = ("w_gate", "w_up", "w_down")
 
-_NAME = re.compile(rf"(?P<experts>.+)\.(?P<expert>\d+)\.(?P<projection>{'|'.join(PROJECTIONS)})")
+# "expert" is asked for, so that the blocks of a model, layers.3.w_up, are not taken for experts.
+_NAME = re.compile(rf"(?P<experts>(?:.+\.)?[^.]*expert[^.]*)\.(?P<expert>\d+)\.(?P<projection>{'|'.join(PROJECTIONS)})")
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,14 @@ def is_fused_experts(module: Any) -> bool:
     return bool(floating and shaped and module.num_experts == E)
 
 
+def holds_experts(name: str, module: nn.Module) -> bool:
+    """Tell whether a module by this name holds experts that are seen as layers: fused ones, under a name that says so.
+
+    So all of transformers' are named. Under another name, the layers' names could not be told from others'.
+    """
+    return split_name(f"{name}.0.{PROJECTIONS[0]}") is not None and is_fused_experts(module)
+
+
 def expert_views(name: str, experts: nn.Module) -> dict[str, ExpertLinear]:
     """Return the virtual layers of a fused module.
 
@@ -146,7 +155,7 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a model by all their names, and the virtual layers of fused experts by theirs."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in list(modules.items()):
-        if is_fused_experts(module):
+        if holds_experts(name, module):
             modules |= expert_views(name, module)
     return modules
 
@@ -158,19 +167,26 @@ def split_name(name: str) -> tuple[str, int, str] | None:
 
 
 def routers(model: nn.Module) -> set[int]:
-    """Return ids of the linear layers that route: beside an experts module, with one output an expert, or one in all.
+    """Return ids of the linear layers that route tokens to experts, or weigh an expert that all tokens share.
 
-    The one output is the gate of an expert that all tokens share.
+    Those are, among the neighbours of an experts module, fused or taken apart: all linear layers of a router, which its
+    name or its class tells ("...router", "gate", "...Gating"); where there is no such module, a linear layer with one
+    output an expert; and one with a single output. Projections of a shared expert are none of these, however wide.
     """
     found: set[int] = set()
     for parent in model.modules():
-        for experts in [child for child in parent.children() if is_fused_experts(child)]:
-            found |= {
-                id(module)
-                for module in parent.modules()
-                if isinstance(module, nn.Linear) and module.out_features in (1, experts.num_experts)
-            }
+        children = list(parent.named_children())
+        for experts in [child for _, child in children if is_fused_experts(child) or hasattr(child, "fused_class")]:
+            own = [child for name, child in children if child is not experts and _is_router(name, child)]
+            found |= {id(part) for router in own for part in router.modules() if isinstance(part, nn.Linear)}
+            widths: set[Any] = {1} if own else {1, experts.num_experts}
+            found |= {id(c) for _, c in children if isinstance(c, nn.Linear) and c.out_features in widths}
     return found
+
+
+def _is_router(name: str, module: nn.Module) -> bool:
+    kind = type(module).__name__.lower()
+    return not isinstance(module, nn.Linear) and ("router" in f"{name} {kind}" or name == "gate" or "gating" in kind)
 
 
 def unknown_experts(model: nn.Module) -> list[str]:
@@ -180,7 +196,7 @@ def unknown_experts(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if "expert" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
         and any(p.ndim == 3 for p in module.parameters(recurse=False))
-        and not is_fused_experts(module)
+        and not holds_experts(name, module)
     ]
 
 

@@ -78,7 +78,7 @@ def layers_forecast(
     """
     return forecast(
         model,
-        PlannedLayers(layers, dict.fromkeys(layers, 1.0)),
+        PlannedLayers(layers),
         stored_layers(layers, options.rank, options.keep, options.layout, options.align),
         needs=statistics_needed(options.method, options.gate, options.gate_by),
         device=device,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -90,25 +90,6 @@ def apply(S: Form, X: Tensor) -> Tensor:
         X: Shape (d, c).
     """
     return S @ X if isinstance(S, Tensor) else S.apply(X)
-
-
-def mixed(a: Form, b: Form, weight: float) -> Form:
-    """Return ``weight`` of one second moment and the rest of another.
-
-    Of two low-rank forms it is one whose factor has the columns of both, and a matrix as soon as that is no smaller.
-
-    Args:
-        a: Shape (d, d).
-        b: Shape (d, d).
-        weight: In [0, 1].
-    """
-    if isinstance(a, LowRankPlusDiagonal) and isinstance(b, LowRankPlusDiagonal):
-        columns = torch.cat([a.factor * weight**0.5, b.factor * (1 - weight) ** 0.5], 1)
-        if columns.shape[1] < len(columns):
-            both = LowRankPlusDiagonal(columns, b.residual.lerp(a.residual, weight))
-            off = weight * a.error * a.norm() + (1 - weight) * b.error * b.norm()
-            return replace(both, error=float(off / both.norm()))
-    return dense(b).lerp(dense(a), weight)
 
 
 def congruence(W: Tensor, S: Form) -> Tensor:

@@ -33,7 +33,7 @@ PAPER = "paper"
 EARLY_BLOCKS = 3
 #: Names of layers that write a block's output back: of attention and MLP, across model families.
 OUTPUT_PROJECTIONS = frozenset(
-    {"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "dense_4h_to_h", "wo", "w2", "fc_out"}
+    {"o_proj", "out_proj", "c_proj", "dense", "down_proj", "w_down", "fc2", "dense_4h_to_h", "wo", "w2", "fc_out"}
 )
 #: Share of the gradients' second moment that is variation, under which they count as near-constant. The paper asks
 #: for |Sigma_gg|_F < 1e-4, but gradients have no scale of their own: another loss unit, another answer. At 1 % their

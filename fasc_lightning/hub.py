@@ -26,7 +26,6 @@ from fasc_lightning._files import check_json_files
 from fasc_lightning._guards import expect_guards, guards
 from fasc_lightning._names import some_names
 from fasc_lightning.expert_modules import unfuse
-from fasc_lightning.expert_views import split_name
 from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape
 from fasc_lightning.quantized_layers import QUANTIZATIONS, DenseLinear, make_room_for_int8, quantization_of
 from fasc_lightning.swap import compressed_layers, swap_modules, to_dense
@@ -105,9 +104,7 @@ class FascQuantizer(HfQuantizer):
 
     @override
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        # transformers renames and splits what lies under `experts.` as it saves, so that guards there guard nothing.
-        guarded = [name for name in compressed_layers(model) if split_name(name) is None]
-        return {**model.state_dict(), **guards(guarded)}, {}
+        return {**model.state_dict(), **guards(compressed_layers(model))}, {}
 
     @override
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -167,7 +167,7 @@ class CalibrationMoments:
 
     def tokens(self, name: str) -> int:
         """Number of (x, h) pairs seen by a layer."""
-        return int(self.gradients[name].count.item())
+        return round(self.gradients[name].count.item())
 
     def layer(self, name: str) -> LayerMoments:
         """Return one layer's moments, normalised; sketched ones are rebuilt, each time anew.
@@ -252,6 +252,34 @@ class CalibrationMoments:
         for mine, theirs in zip(self._own(), other._own(), strict=True):
             for name, stream in theirs.items():
                 mine[name].add_(stream)
+        return self
+
+    def add_layer_(self, name: str, other: CalibrationMoments, theirs: str, weight: float = 1.0) -> CalibrationMoments:
+        """Merge the sums of one layer of another run into those of a layer of these, in place.
+
+        What only one of the two gathers is left alone.
+
+        Args:
+            name: Layer here. Its inputs are counted as its own, not as shared ones.
+            other: Another run; or this one, for another layer.
+            theirs: Layer there.
+            weight: As if each of its tokens had been seen so many times.
+
+        Raises:
+            ValueError: If the layers differ in shape or in their sketches.
+        """
+        here, there = self.shapes[name], other.shapes[theirs]
+        if (here, self._sketch(name)) != (there, other._sketch(theirs)):
+            raise ValueError(
+                f"Expected layers of one shape and with the same sketches but {name!r} has {here}, "
+                f"{self._sketch(name)} and {theirs!r} {there}, {other._sketch(theirs)}."
+            )
+        for key, stream in other.inputs.items():
+            if theirs in key:
+                self._input([name]).add_(stream, weight)
+        for mine, group in zip(self._own(), other._own(), strict=True):
+            if name in mine and theirs in group:
+                mine[name].add_(group[theirs], weight)
         return self
 
     def all_reduce_(self, group: Any | None = None, device: torch.device | None = None) -> None:

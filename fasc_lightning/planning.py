@@ -321,7 +321,7 @@ def stored_layers(
     for name, layer in layers.items():
         m, n = layer_shapes({name: layer})[name]
         bias = getattr(layer, "bias", None) is not None
-        key = m, n, bias, budgets[name], type(layer)
+        key = m, n, bias, budgets[name], type(layer), getattr(layer, "expert_share", None)
         if key not in known:
             candidate = Candidate(name, m, n, torch.zeros(min(m, n) + 1).double().numpy())
             budget = max(budgets[name], least_cost(m, n, cost, align))
@@ -338,7 +338,10 @@ def _stored(
     if k is None or held == "dense":
         return StoredLayer(min(m, n), "dense", measure_layers({"": layer}))
     spec = {"rank": k, "layout": held, "bias": bias, "side": smaller_side(m, n)}
-    return StoredLayer(k, held, measure_layers({"": empty_layer("", layer, spec)}))
+    empty = empty_layer("", layer, spec)
+    if (share := getattr(layer, "expert_share", None)) is not None:
+        vars(empty)["expert_share"] = share  # for the count of FLOPs
+    return StoredLayer(k, held, measure_layers({"": empty}))
 
 
 def activation_bytes(model: nn.Module, chosen: PlannedLayers) -> int:

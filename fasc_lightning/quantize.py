@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from fasc_lightning.expert_modules import unfuse
+from fasc_lightning.expert_views import ExpertLinear
 from fasc_lightning.lowrank import CompressedLinear
 from fasc_lightning.plan import swap_layers
 from fasc_lightning.quantized_layers import QUANTIZATIONS, Quantization, quantized_layer
-from fasc_lightning.swap import check_in_memory, compressed_layers
+from fasc_lightning.swap import check_in_memory, compressed_layers, swap_modules
 from fasc_lightning.taps import is_plain_linear, select_layers
 
 
@@ -24,8 +26,9 @@ def quantize(
     """Round the weights of a model's linear layers to int8, in place: all of them or, if anything fails, none.
 
     One byte a weight and one float a row. It needs no data. Factors and pivoted layers keep their form and their rank;
-    dense layers that are targeted become int8, too, since bytes are what is saved here. Output embeddings, tied
-    weights, embeddings and norms stay as they are: they are small, shared, or what logits depend on most.
+    dense layers that are targeted become int8, too, since bytes are what is saved here, and so do the projections of
+    experts, each of which is given layers of its own. Output embeddings, tied weights, embeddings, routers and norms
+    stay as they are: they are small, shared, or what logits depend on most.
 
     What is int8 does not train. So quantise last: after recovery, and after adapters are merged. As with other int8
     layers, ``model.requires_grad_(True)`` is an error of torch afterwards.
@@ -58,10 +61,17 @@ def quantize(
     inside = {id(child) for layer in compressed_layers(model).values() for child in layer.modules() if child != layer}
 
     def eligible(module: nn.Module) -> bool:
-        return isinstance(module, CompressedLinear) or (is_plain_linear(module) and id(module) not in inside)
+        if isinstance(module, CompressedLinear | ExpertLinear):
+            return True
+        return is_plain_linear(module) and id(module) not in inside
 
     layers = select_layers(model, targets, exclude, eligible)
-    quantize_layers(model, layers, quantization)
+    fused = unfuse(model, layers)
+    try:
+        quantize_layers(model, layers, quantization)
+    except BaseException:
+        swap_modules(model, fused)
+        raise
     return list(layers)
 
 

@@ -16,7 +16,7 @@ from fasc_lightning.held_out import split_loader
 from fasc_lightning.recovery import Recovery, as_recovery, refine_options
 from fasc_lightning.recovery_checks import check_recoverable
 from fasc_lightning.recovery_phase import RecoveryCallback
-from fasc_lightning.refine_phase import refine_figures, refine_module
+from fasc_lightning.refine_phase import RefinePhase, refine_figures, refine_module
 from fasc_lightning.refit import layer_state
 from fasc_lightning.swap import compressed_layers
 
@@ -103,6 +103,7 @@ def _refine_first(
         return {}
     module, _ = as_lightning_module(model, recovery)
     check_recoverable(module, recovery)
+    RefinePhase.check(module, compressed_layers(module))
     if missing := sorted(set(compressed_layers(module)) - set(dense)):
         raise MisconfigurationException(
             f"Expected the dense layers, towards which a refinement goes, but {missing[0]!r} and {len(missing) - 1} "

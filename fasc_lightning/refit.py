@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fasc_lightning.evaluation.perplexity import evaluating
+from fasc_lightning.expert_modules import expert_layers
 from fasc_lightning.expert_views import expert_groups
 from fasc_lightning.factorized import Progress
 from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
@@ -103,7 +104,7 @@ def check_refit(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_R
         RefitError: Saying why.
     """
     layers = list(layers)
-    if groups := expert_groups(layers):
+    if groups := expert_groups(expert_layers(model, layers)):
         raise RefitError(
             f"The experts of {len({experts for experts, _ in groups})} modules are compressed, and blocks that run one "
             f"by one do not show what goes into each expert. {remedy} Or exclude the experts."

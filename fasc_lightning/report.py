@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from fasc_lightning._files import whole_file
+from fasc_lightning.expert_report import expert_summary
 from fasc_lightning.expert_views import expert_views, is_fused_experts
 from fasc_lightning.factorize import LayerPlan
 from fasc_lightning.history import RhoRow
@@ -339,6 +340,7 @@ def summary_table(report: CompressionReport) -> str:
             f"({after_size.parameters / before_size.parameters:.1%}), {megabytes} MB, "
             f"{before_size.flops_per_token / 1e6:.1f} -> {after_size.flops_per_token / 1e6:.1f} MFLOPs a token"
         )
+    lines += expert_summary(report.layers)
     if "unquantized" in report.targeted:
         lines.append(f"the last of these sizes is with the targeted layers in {report.options['quantize']}")
     for phase, parts in (("refit", "layers"), ("refine", "blocks")):

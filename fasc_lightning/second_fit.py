@@ -7,12 +7,10 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from fasc_lightning.batches import LossTerms, TokenMask
 from fasc_lightning.distillation import check_distillable
-from fasc_lightning.expert_views import expert_groups
 from fasc_lightning.recovery import Recovery, refine_options
 from fasc_lightning.recovery_phase import REMEDY, RecoveryCallback
 from fasc_lightning.recovery_teacher import weights_fingerprint
@@ -82,11 +80,6 @@ class SecondFit:
         if self._recovery is None:
             return
         check_automatic(pl_module, REMEDY)
-        if self._recovery.distillation is not None and expert_groups(layers):
-            raise MisconfigurationException(
-                "Expected layers other than fused experts for a teacher, whose dense layers take the places of the "
-                "compressed ones. Recover with distillation=None, or exclude the experts."
-            )
         if self._recovery.distillation is not None:
             check_distillable(pl_module, self._recovery.distillation, list(layers))
 

@@ -62,13 +62,13 @@ class StreamedSums(Metric):
         """The states by name, the count among them."""
         return {name: getattr(self, name) for name in (*self.state_shapes, "count")}
 
-    def add_(self, other: Self) -> Self:
-        """Merge another stream's sums into these, in place."""
+    def add_(self, other: Self, weight: float = 1.0) -> Self:
+        """Merge another stream's sums into these, in place; with a weight as if it had been seen so many times."""
         if other.count > 0:
             self.allocate()
             theirs = other.sums
             for name, mine in self.sums.items():
-                mine += theirs[name].to(mine.device)
+                mine.add_(theirs[name].to(mine.device), alpha=weight)
             self._update_count += other._update_count
         return self
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from fasc_lightning.expert_views import ExpertLinear, ExpertTaps, Routing, expert_views, is_fused_experts, routers
+from fasc_lightning.expert_views import ExpertLinear, ExpertTaps, Routing, expert_views, holds_experts, routers
 from fasc_lightning.lowrank import linear_shape, linear_weight
 from fasc_lightning.offload import MomentSums, RowsRefusedError
 from fasc_lightning.pooled import input_gradient
@@ -60,13 +60,12 @@ def select_layers(
             output embeddings, routers and layers whose weight is tied to another module's; those are only taken when
             a pattern names them.
         exclude: Patterns of layers to leave alone.
-        eligible: What is a layer to select from; by default :func:`is_plain_linear`.
+        eligible: What is a layer to select from; by default :func:`is_plain_linear`, and experts.
 
     Raises:
         ValueError: If nothing is selected.
     """
-    views = eligible is None
-    eligible = eligible or is_plain_linear
+    eligible = eligible or (lambda module: isinstance(module, ExpertLinear) or is_plain_linear(module))
     everything = targets is None or targets == "all-linear"
     protected = _protected(model) if everything else set()
     layers: dict[str, nn.Module] = {}
@@ -74,8 +73,8 @@ def select_layers(
     for name, module in model.named_modules():
         if eligible(module):
             linear[name] = module
-        elif views and is_fused_experts(module):
-            linear |= expert_views(name, module)
+        elif holds_experts(name, module):
+            linear |= {place: view for place, view in expert_views(name, module).items() if eligible(view)}
     for name, module in linear.items():
         if everything:
             selected = id(module) not in protected

@@ -5,7 +5,7 @@ import torch
 from tiny import FAMILIES, causal_model, mlp
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, T5Config
 
-from fasc_lightning.planned_layers import experts_share, is_fused_experts, model_on_meta, planned_layers
+from fasc_lightning.planned_layers import model_on_meta, planned_layers
 from fasc_lightning.taps import layer_shapes, select_layers
 
 MIXTRAL = {
@@ -44,26 +44,15 @@ def test_each_expert_has_its_matrices_and_the_router_is_left_alone():
     planned = planned_layers(model)
     experts = {name: shape for name, shape in layer_shapes(planned.layers).items() if ".experts." in name}
     assert len(experts) == 2 * 4 * 3
-    assert {shape for name, shape in experts.items() if name.endswith("down_proj")} == {(32, 48)}
-    assert {shape for name, shape in experts.items() if not name.endswith("down_proj")} == {(48, 32)}
+    assert {shape for name, shape in experts.items() if name.endswith("w_down")} == {(32, 48)}
+    assert {shape for name, shape in experts.items() if not name.endswith("w_down")} == {(48, 32)}
     fused = [p for name, p in model.named_parameters() if ".experts." in name]
     assert sum(m * n for m, n in experts.values()) == sum(p.numel() for p in fused)
     assert {planned.shares[name] for name in experts} == {0.5}
     assert not any(m == 4 for m, _ in layer_shapes(planned.layers).values())
-    only = planned_layers(model, targets=["down_proj"])
+    only = planned_layers(model, targets=["w_down"])
     assert len(only.layers) == 8
     assert not any("experts" in name for name in planned_layers(model, exclude=r".*experts.*").layers)
-
-
-def test_experts_of_another_kind_are_not_taken_for_these():
-    module = torch.nn.Module()
-    module.gate_up_proj = torch.nn.Parameter(torch.empty(4, 32, 96))  # transposed
-    module.down_proj = torch.nn.Parameter(torch.empty(4, 48, 32))
-    assert not is_fused_experts(module)
-    module.gate_up_proj = torch.nn.Parameter(torch.empty(4, 96, 32))
-    module.down_proj = torch.nn.Parameter(torch.empty(4, 32, 48))
-    assert is_fused_experts(module)
-    assert experts_share(torch.nn.Module(), module) == 0.25
 
 
 def test_what_has_no_shapes_is_refused():

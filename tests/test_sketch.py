@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fasc_lightning.forms import LowRankPlusDiagonal, apply, congruence, diagonal_form, mixed
+from fasc_lightning.forms import LowRankPlusDiagonal, apply, congruence, diagonal_form
 from fasc_lightning.packed import packed_size
 from fasc_lightning.sketch import (
     BLOCK,
@@ -301,16 +301,3 @@ def test_a_diagonal_form_is_the_matrix_with_that_diagonal():
     torch.testing.assert_close(form.dense(), values.diag())
     torch.testing.assert_close(congruence(W, form), W @ values.diag() @ W.T)
     torch.testing.assert_close(apply(form, W.T), values.diag() @ W.T)
-
-
-@pytest.mark.parametrize("size", [4, 12])
-def test_a_mixture_of_forms_is_that_of_their_matrices(size):
-    sketch = Sketch(20, size, 1)
-    a, b = (sketch.form(sums_of(sketch, decaying(20, 60, seed))) for seed in (1, 2))
-    found = mixed(a, b, 0.3)
-    assert isinstance(found, LowRankPlusDiagonal) == (size == 4)  # whose columns together are fewer than the features
-    torch.testing.assert_close(apply(found, torch.eye(20, dtype=torch.float64)), 0.3 * a.dense() + 0.7 * b.dense())
-    if isinstance(found, LowRankPlusDiagonal):
-        assert min(a.error, b.error) / 2 < found.error <= max(a.error, b.error) * 2
-    exact = mixed(a.dense(), b, 0.3)
-    torch.testing.assert_close(exact, 0.3 * a.dense() + 0.7 * b.dense())

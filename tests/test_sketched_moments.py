@@ -7,7 +7,6 @@ import torch
 from layer_moments import full_moments
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasc_lightning.expert_moments import blend
 from fasc_lightning.factorize import compress_layers
 from fasc_lightning.forms import LowRankPlusDiagonal, dense
 from fasc_lightning.gate import variation
@@ -172,23 +171,6 @@ def test_sketches_that_do_not_fit_the_layers_are_refused(sketches, message):
 
 def test_inputs_that_are_never_shared_may_differ():
     CalibrationMoments({"a": (M, N), "b": (M, N)}, needs={"coupled"}, sketches={"a": BOTH})
-
-
-def test_moments_of_experts_are_blended_from_sketches(data):
-    x, h, W = data
-    needs = {"plain", "coupled", "abs_x"}
-    halves = [slice(0, 30), slice(30, 90)]
-    blends = []
-    for sketches in (None, {"a": BOTH}):
-        own, pool = (gathered(x[part], h[part], W, needs, sketches).layer("a") for part in halves)
-        blends.append(blend(own, pool, 0.3, tokens=7))
-    exact, sketched = blends
-    assert sketched.tokens == 7
-    for one, other in zip(
-        exact.plain_forms() + exact.coupled_forms(), sketched.plain_forms() + sketched.coupled_forms(), strict=True
-    ):
-        torch.testing.assert_close(dense(other), dense(one), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(sketched.mean_x, exact.mean_x)
 
 
 def test_a_report_has_the_size_and_the_error_of_each_sketched_side(data):

@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from fasc_lightning._dtensor import whole
 from fasc_lightning.allocation import (
     Candidate,
     Cost,
@@ -283,7 +284,7 @@ def _factorize(
     """Run the solver; None where every gradient was zero, so that the loss says nothing about the layer."""
     if not bool(statistics.plain_forms()[1].diagonal().any()):
         return None
-    W = linear_weight(module).detach().to(device)
+    W = whole(linear_weight(module).detach()).to(device)
     found = get_solver(method)(W, statistics)
     losses = found.losses
     if fisher and method not in FISHER_METHODS:
@@ -348,7 +349,7 @@ def _build(module: nn.Module, factorization: Factorization, rank: int, layout: L
     weight: Any = module.weight
     bias: Any = getattr(module, "bias", None)
     built = make_lowrank(
-        B, C, None if bias is None else bias.detach(), layout, dtype=weight.dtype, device=weight.device
+        B, C, None if bias is None else whole(bias.detach()), layout, dtype=weight.dtype, device=weight.device
     )
     return built.train(module.training).requires_grad_(weight.requires_grad)
 

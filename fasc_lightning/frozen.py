@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fasc_lightning.sharding import reshard
+
 
 class FrozenFit:
     """Holds a LightningModule still while its Trainer goes through batches.
@@ -35,6 +37,7 @@ class FrozenFit:
         if self.active:
             return
         self.active = True
+        reshard(self._module)  # of weights still gathered, a flag would not outlast the batch
         self._training = {module: module.training for module in self._module.modules()}
         self._requires_grad = {p: p.requires_grad for p in self._module.parameters()}
         for parameter in self._requires_grad:

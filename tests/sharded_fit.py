@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from tiny import causal_model, token_loader
 from torch import nn
@@ -51,9 +52,11 @@ class FinelySharded(ShardedModule):
 
 
 class Saving(FascCallback):
-    """Keeps a copy of the moments."""
+    """Keeps a copy of the moments, and how much of the weights was spread over processes."""
 
     def on_fit_end(self, trainer, pl_module):
+        weights = list(pl_module.parameters())
+        self.spread = sum(isinstance(weight, DTensor) for weight in weights) / len(weights)
         self.kept = copy.deepcopy(self._calibration.moments)
         super().on_fit_end(trainer, pl_module)
 
@@ -70,18 +73,17 @@ def make_trainer(strategy: str, *callbacks: pl.Callback, **options: Any) -> pl.T
     sharded = ModelParallelStrategy(
         data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=options.pop("in_parts", False)
     )
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=1 if strategy == "auto" else 2,
-        strategy=sharded if strategy == "fsdp2" else strategy,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        **options,
-    )
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1 if strategy == "auto" else 2,
+        "strategy": sharded if strategy == "fsdp2" else strategy,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(callbacks=list(callbacks), **{**defaults, **options})
 
 
 def make_module(kind: type[CausalLMModule] = ShardedModule, **settings: Any) -> CausalLMModule:
@@ -107,6 +109,7 @@ def fit(strategy: str, kind: type[CausalLMModule] = ShardedModule, *more: pl.Cal
         "refit": callback.report.refit,
         "state": module.state_dict(),
         "plain": is_plain(module),
+        "spread": callback.spread,
         "history": [row["rho"] for row in callback.rho_history],
     }
 
@@ -168,7 +171,7 @@ def fail(folder: Path) -> dict[str, Any]:
         found[name] |= {"kinds": sorted(kinds), "spread": spread, "report": callback.report, "losses": losses(module)}
 
     room = sharding.available_memory
-    sharding.available_memory = lambda device: 1_000_000
+    sharding.available_memory = lambda device: 100_000
     try:
         found["no room"] = fit("fsdp2", **FROZEN)
         found["no room, insisted"] = error_of(fit, "fsdp2", refit=True, **FROZEN)
@@ -176,9 +179,7 @@ def fail(folder: Path) -> dict[str, Any]:
         sharding.available_memory = room
 
     tensor = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
-    trainer = make_trainer("auto", FascCallback(rank=0.5))
-    options = {"accelerator": "cpu", "devices": 2, "logger": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(strategy=tensor, callbacks=[FascCallback(rank=0.5)], **options)
+    trainer = make_trainer("fsdp2", FascCallback(rank=0.5), strategy=tensor)
     found["tensor parallel"] = error_of(trainer.fit, make_module(), make_loader())
 
     class Unsharded(ShardedModule):

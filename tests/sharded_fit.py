@@ -14,10 +14,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from interrupted import Between, every_batch
 from tiny import causal_model, token_loader
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+from watching import RecordingCallback
 
 from fasc_lightning import CausalLMModule, FascCallback, sharding
 
@@ -140,7 +143,7 @@ def error_of(function: Any, *args: Any, **kwargs: Any) -> str:
     """What a call raises."""
     try:
         function(*args, **kwargs)
-    except Exception as error:
+    except BaseException as error:  # as those of PyTorch's checkpoints
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
@@ -204,7 +207,26 @@ def save(folder: Path) -> dict[str, Any]:
     return {"state": state, "losses": {strategy: losses(module, strategy) for strategy in ("fsdp2",)}}
 
 
+def resume(folder: Path) -> dict[str, Any]:
+    """Fits that are interrupted in their calibration and go on, from a checkpoint of one file and of several."""
+    found: dict[str, Any] = {}
+    for name, in_parts, options in (("one file", False, {}), ("parts", True, {}), ("frozen", True, FROZEN)):
+
+        def run(place: str, *more: pl.Callback, in_parts: bool = in_parts, options: Any = options, **arguments: Any):
+            callback, module = RecordingCallback(rank=0.5, allocation="uniform", refit=False, **options), make_module()
+            trainer = make_trainer("fsdp2", callback, every_batch(folder / place), *more, in_parts=in_parts)
+            loader = StatefulDataLoader(make_loader().dataset, batch_size=2)
+            said = error_of(trainer.fit, module, loader, **arguments)
+            return {"error": said, "batches": callback.batches, "state": module.state_dict()}
+
+        found[name] = {"straight": run(f"{name}, straight")}
+        stopped = run(name, Between(2))
+        resumed = run(name, ckpt_path=folder / name / "last.ckpt")
+        found[name] |= {"stopped": (stopped["error"], stopped["batches"]), "resumed": resumed}
+    return found
+
+
 if __name__ == "__main__":
     target = Path(sys.argv[2])
-    results = {"compare": compare, "fail": fail, "save": save}[sys.argv[1]](target)
+    results = {"compare": compare, "fail": fail, "save": save, "resume": resume}[sys.argv[1]](target)
     torch.save(results, target / f"{torch.distributed.get_rank()}.pt")

@@ -9,15 +9,16 @@ import json
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from sharded_fit import ShardedModule, make_loader, make_module, make_trainer
 
 from fasc_lightning import FascCallback
-from fasc_lightning.callback import replace_calibrated  # noqa: F401  imported before the processes part
 from fasc_lightning.swap import is_compressed
 
 #: How long a fit may take, in seconds.
@@ -31,6 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "frozen, killed before factors are shared": ("ddp", {"update_weights": False}, "factors", "die"),
     "frozen, fails and saves": ("ddp", {"update_weights": False}, "batch", "raise"),
     "trained, fails and saves": ("ddp", {}, "batch", "raise"),
+    "frozen, hangs": ("impatient", {"update_weights": False}, "batch", "hang"),
 }
 
 
@@ -45,6 +47,8 @@ class Ending(pl.Callback):
             return
         if self.how == "die":
             os._exit(9)
+        if self.how == "hang":
+            time.sleep(LIMIT)
         raise InterruptedError("of the second process")
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -66,7 +70,8 @@ def run(rank: int, port: int, folder: Path, case: str) -> None:
     saving = ModelCheckpoint(folder / case / str(rank), "failed", save_on_exception=True, every_n_epochs=0)
     more = [saving] if how == "raise" else []
     # Callbacks run in their order: the second process ends before it takes part in what the first one waits for.
-    trainer = make_trainer(strategy, Ending(where, how), callback, *more)
+    impatient = DDPStrategy(timeout=timedelta(seconds=3))
+    trainer = make_trainer(impatient if strategy == "impatient" else strategy, Ending(where, how), callback, *more)
     said = "nothing"
     try:
         trainer.fit(module, make_loader())
@@ -97,7 +102,8 @@ def main(folder: Path, port: int) -> None:
         began = time.monotonic()
         waiting = {forked(rank, port + i, folder, case): rank for rank in range(2)}
         codes: dict[int, Any] = {}
-        while waiting and time.monotonic() - began < LIMIT:
+        last = 1 if CASES[case][3] == "hang" else 0  # one that hangs is there for good
+        while len(waiting) > last and time.monotonic() - began < LIMIT:
             for pid in list(waiting):
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
@@ -106,7 +112,10 @@ def main(folder: Path, port: int) -> None:
         for pid in waiting:
             os.kill(pid, 9)
             os.waitpid(pid, 0)
-        ends[case] = {"codes": [codes.get(rank, "still there") for rank in range(2)], "seconds": time.monotonic() - began}
+        ends[case] = {
+            "codes": [codes.get(rank, "still there") for rank in range(2)],
+            "seconds": time.monotonic() - began,
+        }
     (folder / "ends.json").write_text(json.dumps(ends))
 
 

@@ -1,4 +1,4 @@
-"""Fits of two processes whose weights are sharded by FSDP2, beside the same ones under DDP; each saves what it ends with.
+"""Fits of two processes whose weights are sharded by FSDP2, beside the same ones under DDP; each saves how it ends.
 
 Run as a script, since Lightning launches its other processes by running the script again.
 """
@@ -12,9 +12,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from interrupted import Between, every_batch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from interrupted import Between, every_batch
 from tiny import causal_model, token_loader
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -54,6 +54,16 @@ class FinelySharded(ShardedModule):
                 fully_shard(layer, mesh=mesh)
 
 
+#: Fits that are made under both strategies.
+CASES: dict[str, dict[str, Any]] = {
+    "one by one": {**FROZEN, **PREDICTED, "gate": 0.0, "gate_by": "pooled"},
+    "replayed": {**FROZEN, "allocation": "measured", "refit": True},
+    "trained": {**PREDICTED, "monitor_every_n_steps": 2},
+    "tied": {**FROZEN, **PREDICTED, "tied": True},
+    "sharded finely": {**FROZEN, **PREDICTED, "kind": FinelySharded},
+}
+
+
 class Saving(FascCallback):
     """Keeps a copy of the moments, and how much of the weights was spread over processes."""
 
@@ -71,15 +81,15 @@ class FailingAfter(pl.Callback):
         raise InterruptedError("after the swap")
 
 
-def make_trainer(strategy: str, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    """A Trainer of two processes, or of one."""
-    sharded = ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=options.pop("in_parts", False)
-    )
+def make_trainer(strategy: Any, *callbacks: pl.Callback, in_parts: bool = False, **options: Any) -> pl.Trainer:
+    """A Trainer of two processes, or with "auto" of one."""
+    if strategy == "fsdp2":
+        sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+        strategy = ModelParallelStrategy(**sizes, save_distributed_checkpoint=in_parts)
     defaults = {
         "accelerator": "cpu",
         "devices": 1 if strategy == "auto" else 2,
-        "strategy": sharded if strategy == "fsdp2" else strategy,
+        "strategy": strategy,
         "max_epochs": 1,
         "logger": False,
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
@@ -98,14 +108,16 @@ def make_loader() -> Any:
     return token_loader(batch_size=2, samples=16, length=24, padded=True)
 
 
-def fit(strategy: str, kind: type[CausalLMModule] = ShardedModule, *more: pl.Callback, **options: Any) -> dict:
+def fit(strategy: str, *more: pl.Callback, kind: type[CausalLMModule] = ShardedModule, **options: Any) -> dict:
     """What a fit ends with, in plain data."""
     settings = {"tie_word_embeddings": True} if options.pop("tied", False) else {}
     callback, module = Saving(rank=0.5, **options), make_module(kind, **settings)
-    trainer = make_trainer(strategy, callback, *more, in_parts=options.get("in_parts", False))
+    trainer = make_trainer(strategy, callback, *more)
     trainer.fit(module, make_loader())
     return {
-        "moments": {name: vars(callback.kept.layer(name)) for name in callback.kept.shapes if callback.kept.tokens(name)},
+        "moments": {
+            name: vars(callback.kept.layer(name)) for name in callback.kept.shapes if callback.kept.tokens(name)
+        },
         "ranks": {row.name: row.rank for row in callback.report.layers},
         "rhos": {row.name: row.rho_debiased for row in callback.report.layers},
         "whole": callback.report.whole,
@@ -120,8 +132,12 @@ def fit(strategy: str, kind: type[CausalLMModule] = ShardedModule, *more: pl.Cal
 def is_plain(module: nn.Module) -> bool:
     """Whether nothing of FSDP2 is left in a module."""
     spread = any(isinstance(t, DTensor) for t in (*module.parameters(), *module.buffers()))
-    hooks = [h for part in module.modules() for kind in ("_forward_hooks", "_forward_pre_hooks", "_state_dict_pre_hooks")
-             for h in vars(part)[kind].values()]
+    hooks = [
+        h
+        for part in module.modules()
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_state_dict_pre_hooks")
+        for h in vars(part)[kind].values()
+    ]
     foreign = any("fsdp" in getattr(hook, "__module__", "") for hook in hooks)
     named = any(isinstance(part, FSDPModule) or "FSDP" in type(part).__name__ for part in module.modules())
     return not (spread or foreign or named)
@@ -150,15 +166,7 @@ def error_of(function: Any, *args: Any, **kwargs: Any) -> str:
 
 def compare(folder: Path) -> dict[str, Any]:
     """The same fits under both strategies."""
-    cases: dict[str, dict[str, Any]] = {
-        "one by one": {**FROZEN, **PREDICTED, "gate": 0.0, "gate_by": "pooled"},
-        "replayed": {**FROZEN, "allocation": "measured", "refit": True},
-        "trained": {**PREDICTED, "monitor_every_n_steps": 2},
-        "tied": {**FROZEN, **PREDICTED, "tied": True},
-    }
-    found = {name: {strategy: fit(strategy, **options) for strategy in ("ddp", "fsdp2")} for name, options in cases.items()}
-    finely = {strategy: fit(strategy, FinelySharded, **FROZEN, **PREDICTED) for strategy in ("ddp", "fsdp2")}
-    return {**found, "finely": finely}
+    return {name: {s: fit(s, **options) for s in ("ddp", "fsdp2")} for name, options in CASES.items()}
 
 
 def fail(folder: Path) -> dict[str, Any]:
@@ -182,14 +190,18 @@ def fail(folder: Path) -> dict[str, Any]:
         sharding.available_memory = room
 
     tensor = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
-    trainer = make_trainer("fsdp2", FascCallback(rank=0.5), strategy=tensor)
+    trainer = make_trainer(tensor, FascCallback(rank=0.5))
     found["tensor parallel"] = error_of(trainer.fit, make_module(), make_loader())
 
     class Unsharded(ShardedModule):
         def configure_model(self):
             pass
 
-    found["unsharded"] = error_of(fit, "fsdp2", Unsharded)
+    found["unsharded"] = error_of(fit, "fsdp2", kind=Unsharded)
+
+    module, callback = make_module(), FascCallback(rank=0.5, recovery="factors", **FROZEN, **PREDICTED)
+    make_trainer("ddp", callback).fit(module, make_loader())
+    found["recovery"] = error_of(make_trainer("fsdp2", callback).fit, module, make_loader())
     return found
 
 
@@ -204,13 +216,14 @@ def save(folder: Path) -> dict[str, Any]:
     trainer.strategy._save_distributed_checkpoint = True
     trainer.save_checkpoint(folder / "parts.ckpt")
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    return {"state": state, "losses": {strategy: losses(module, strategy) for strategy in ("fsdp2",)}}
+    twin = ShardedModule(copy.deepcopy(module.model), learning_rate=1e-3)
+    return {"state": state, "losses": losses(module), "expected": losses(twin, "ddp")}
 
 
 def resume(folder: Path) -> dict[str, Any]:
     """Fits that are interrupted in their calibration and go on, from a checkpoint of one file and of several."""
     found: dict[str, Any] = {}
-    for name, in_parts, options in (("one file", False, {}), ("parts", True, {}), ("frozen", True, FROZEN)):
+    for name, in_parts, options in (("one file", False, {}), ("parts, frozen", True, FROZEN)):
 
         def run(place: str, *more: pl.Callback, in_parts: bool = in_parts, options: Any = options, **arguments: Any):
             callback, module = RecordingCallback(rank=0.5, allocation="uniform", refit=False, **options), make_module()

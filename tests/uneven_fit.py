@@ -63,7 +63,9 @@ def fit(strategy: str, share: str, endless: bool, *more: pl.Callback, epochs: in
 
 def main(folder: Path) -> None:
     found = {
-        (share, endless): fit("ddp", share, endless, update_weights=False) for share in SHARES for endless in (False, True)
+        (share, endless): fit("ddp", share, endless, update_weights=False)
+        for share in SHARES
+        for endless in (False, True)
     }
     first = "fewer on the first"
     every = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=0, save_last=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -19,6 +19,7 @@ from fasc_lightning.expert_moments import tokens_behind
 from fasc_lightning.hsic import MIN_TOKENS
 from fasc_lightning.placement import PlacedStrategy
 from fasc_lightning.quantize import check_quantization
+from fasc_lightning.sharding import check_mesh
 from fasc_lightning.solvers import get_solver
 from fasc_lightning.swap import is_compressed
 
@@ -158,8 +159,12 @@ def check_moments_device(device: object) -> None:
         )
 
 
-def check_strategy(trainer: pl.Trainer) -> None:
+def check_strategy(trainer: pl.Trainer, recovers: bool = False) -> None:
     """Refuse strategies under which layers cannot be read or replaced.
+
+    Args:
+        trainer: Of a fit.
+        recovers: Whether the fit trains a compressed module.
 
     Raises:
         MisconfigurationException: With the strategy and the remedy.
@@ -173,12 +178,21 @@ def check_strategy(trainer: pl.Trainer) -> None:
             "workers and lost with them. HINT: use strategy='ddp' from a script (not a notebook), or one device."
         )
     # By exact type: DeepSpeedStrategy is a DDPStrategy.
-    if type(strategy) not in (SingleDeviceStrategy, PlacedStrategy, DDPStrategy):
+    if type(strategy) not in (SingleDeviceStrategy, PlacedStrategy, DDPStrategy, ModelParallelStrategy):
         raise MisconfigurationException(
-            f"Expected a single device or strategy='ddp' but got {name}, which shards or wraps the layers. HINT: "
-            "compress on one device or under 'ddp' (a calibration epoch needs no optimizer state with "
-            "update_weights=False), then train the compressed model under the strategy of your choice."
+            f"Expected a single device, strategy='ddp' or ModelParallelStrategy with FSDP2 but got {name}, which "
+            "shards or wraps the layers in a way of its own. HINT: compress on one device or under 'ddp' (a "
+            "calibration epoch needs no optimizer state with update_weights=False), then train the compressed model "
+            "under the strategy of your choice."
         )
+    if isinstance(strategy, ModelParallelStrategy):
+        if recovers:
+            raise MisconfigurationException(
+                f"Expected a single device or strategy='ddp' for a recovery but got {name}, which shards the "
+                "low-rank layers. HINT: they are a fraction of the dense ones; recover under 'ddp', or without "
+                "`recovery` train them under the strategy of your choice."
+            )
+        check_mesh(strategy)
 
 
 def check_single(callbacks: Sequence[pl.Callback]) -> None:

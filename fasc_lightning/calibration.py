@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from fasc_lightning.gate import choose_methods, excluded_layers, failure_flags, 
 from fasc_lightning.history import RhoHistory, RhoRow
 from fasc_lightning.layouts import Layout
 from fasc_lightning.loader_position import loops_before
+from fasc_lightning.lockstep import Lockstep, others_present
 from fasc_lightning.measure_phase import MeasurePhase
 from fasc_lightning.moments import CalibrationMoments, LayerSketches, moment_dtype, moments_bytes
 from fasc_lightning.monitor import LayerScores
@@ -41,6 +42,7 @@ from fasc_lightning.refit import RefitReport
 from fasc_lightning.refit_phase import Refit, RefitPhase
 from fasc_lightning.replay import Replay
 from fasc_lightning.report import LayerReport
+from fasc_lightning.sharding import Unsharding, is_sharded, lacks_room
 from fasc_lightning.sketch import SketchKind
 from fasc_lightning.sketch_sizes import SketchOptions, SketchSize, describe_sketches, sketches_for_budget
 from fasc_lightning.spill import spilled
@@ -79,6 +81,7 @@ class CalibrationOptions:
     sketch_above: int
     moments_device: MomentsDevice | None
     passes: int
+    recovery: object | None
 
     @classmethod
     def of(cls, options: Any) -> CalibrationOptions:
@@ -135,9 +138,12 @@ class Calibration:
         finished: Whether the statistics are those of all processes.
         spent: Whether factors are being made of them, which uses them up.
         origin: Lightning's loops and schedulers before the first batch, from which the calibration can start again.
+        unsharding: Makes a sharded module whole.
+        lockstep: Keeps the processes in step.
 
     Raises:
-        MemoryError: If the moments do not fit.
+        MemoryError: If the moments do not fit; or if weights are sharded, the whole module does not fit into each
+            process, and what is insisted on needs it.
         MisconfigurationException: If the fit has fewer epochs than passes, or averages weights.
         ValueError: If a pattern of ``gate_exclude`` matches nothing.
         RefitError: If a refit is insisted on, or a refinement asked for, and the module does not allow one.
@@ -154,7 +160,6 @@ class Calibration:
         history: RhoHistory | None = None,
     ) -> None:
         self.layers = layers
-        self.options = options
         self.batches = 0
         self.finished = False
         self.spent = False
@@ -181,6 +186,11 @@ class Calibration:
         self._history = RhoHistory() if history is None else history
         self._sized = sketches
         self._say_sketches(shapes, sketches)
+        if reason := lacks_room(trainer, pl_module, needed):
+            options = _without_replay(options, refine, reason)
+        self.options = options
+        self.unsharding = Unsharding()
+        self.lockstep = Lockstep(_needs_all(options, pl_module))
         return_freed_memory()
         excluded_layers(layers, options.gate_exclude)  # refuses patterns that match nothing
         self._factorized: FactorizedLayers | None = None
@@ -218,6 +228,11 @@ class Calibration:
     def replays(self) -> bool:
         """Whether batches are kept: refit, refinement and the measuring of losses run them once more."""
         return self.refit is not None or self.refine is not None or self.options.allocation == "measured"
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether a sharded module has to be whole before it is compressed: one process alone runs it, or keeps it."""
+        return self.replays or self.options.recovery is not None
 
     @property
     def begun(self) -> bool:
@@ -377,8 +392,9 @@ class Calibration:
     def _sum(self, trainer: pl.Trainer) -> None:
         self._seconds, self._began = self.seconds, None
         if is_distributed(trainer):
-            self.moments.all_reduce_(device=self._device)
-            self.scores.all_reduce_()
+            with others_present():
+                self.moments.all_reduce_(device=self._device)
+                self.scores.all_reduce_()
         self.moments_bytes = max(self.moments_bytes, self.moments.nbytes)
 
     def release(self) -> None:
@@ -481,6 +497,35 @@ class Calibration:
         """Refine the compressed module; see :meth:`~fasc_lightning.refine_phase.RefinePhase.run`."""
         assert self.refine is not None
         return self.refine.run(trainer, pl_module, dense, self.replay)
+
+
+def _without_replay(options: CalibrationOptions, refine: RefineOptions | None, reason: str) -> CalibrationOptions:
+    """Return the options of a calibration whose module no process can hold as a whole, and say so.
+
+    Raises:
+        MemoryError: If what is insisted on needs it.
+    """
+    if options.refit is True or refine is not None or options.recovery is not None:
+        what = "a refit" if options.refit is True else "a recovery"
+        raise MemoryError(
+            f"Expected room for the whole module on every process, which {what} needs, but {reason}. Leave that out "
+            "(layers are then compressed one after the other), or run fewer processes with more memory each."
+        )
+    wanted = {"refit": bool(options.refit), "measuring of losses": options.allocation == "measured"}
+    if left_out := [name for name, is_wanted in wanted.items() if is_wanted]:
+        rank_zero_info(
+            f"FascCallback: there will be no {' and no '.join(left_out)}, for which one process runs the whole module, "
+            f"since {reason}. Layers are compressed one after the other, by predicted losses."
+        )
+    allocation = "fisher" if options.allocation == "measured" else options.allocation
+    return replace(options, allocation=allocation, refit=False)
+
+
+def _needs_all(options: CalibrationOptions, pl_module: pl.LightningModule) -> str:
+    """Return why a batch needs all processes; "" if each works alone."""
+    if is_sharded(pl_module):
+        return "every layer's weights are gathered from all of them"
+    return "every step averages the gradients of all of them" if options.update_weights else ""
 
 
 def _named(option: Any) -> str | None:

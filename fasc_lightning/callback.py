@@ -43,6 +43,7 @@ from fasc_lightning.replacement import ReplacementOptions, replace_calibrated
 from fasc_lightning.report import CompressionReport, log_report
 from fasc_lightning.schedule import CalibrationSchedule
 from fasc_lightning.second_fit import SecondFit, recovery_instead
+from fasc_lightning.sharding import check_sharded
 from fasc_lightning.sketch import SketchKind
 from fasc_lightning.sketch_sizes import SKETCH_ABOVE, SketchOptions
 from fasc_lightning.swap import is_compressed, swap_modules
@@ -152,7 +153,9 @@ class FascCallback(pl.Callback):
 
     Note:
         The weights compressed are those at the end of the fit, after any averaging callback has put its own in.
-        Supported strategies are a single device and script-launched DDP; others are refused in ``setup``.
+        Supported strategies are a single device, script-launched DDP, and ModelParallelStrategy with FSDP2 alone
+        (:mod:`~fasc_lightning.sharding`), under which the fit ends with a module that is whole on every process; others
+        are refused in ``setup``.
     """
 
     def __init__(
@@ -303,6 +306,8 @@ class FascCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._keeper.load(checkpoint)
+        if self._calibration is not None:  # as strategies that shard weights load them after `on_fit_start`
+            self._keeper.resume(trainer, self._calibration, self._schedule)
         state = checkpoint["callbacks"].get(self.state_key, {})
         report = state.get("report")
         if report is not None and is_compressed(pl_module):
@@ -324,7 +329,7 @@ class FascCallback(pl.Callback):
         self._forget()  # what a fit that failed may have left
         if self._recovering is None:
             self.report = None
-        _checks.check_strategy(trainer)
+        _checks.check_strategy(trainer, recovers=self._recovering is not None)
         _checks.check_module(pl_module, compresses=False)  # a checkpoint may make a compressed module dense
         if self._compresses:
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -350,6 +355,7 @@ class FascCallback(pl.Callback):
             warn_unknown_experts(pl_module)
         if self._monitors:
             self._monitor.start(trainer, self._layers)
+        check_sharded(trainer, pl_module, self._layers)
         if self._compresses:
             self._schedule.check(trainer)  # only here is it known that the fit is no recovery
             check_weights((name, linear_weight(layer)) for name, layer in self._layers.items())
@@ -371,6 +377,7 @@ class FascCallback(pl.Callback):
         if self._calibration is not None:
             self._schedule.start(trainer)
             self._keeper.start(trainer, self._schedule)
+            self._calibration.lockstep.start(trainer, self._schedule.is_whole_fit(trainer))
 
     @recovery_instead
     @override
@@ -409,6 +416,8 @@ class FascCallback(pl.Callback):
     ) -> None:
         if self._calibration is not None:
             self._calibration.end_batch()
+            if self._calibration.running:
+                self._calibration.lockstep.end_batch(trainer)
         self._monitor.end_batch(trainer)
 
     @recovery_instead
@@ -484,6 +493,8 @@ class FascCallback(pl.Callback):
             swap_modules(pl_module, self._replaced)
             attach_config(pl_module)
             self.report = None
+        if self._calibration is not None:
+            self._calibration.unsharding.undo()
         if self._set_aside != ([], []):
             trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = self._set_aside
         self._keeper.after_exception(trainer, exception, partial(self._end, trainer))

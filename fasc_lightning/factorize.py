@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from fasc_lightning._dtensor import whole
 from fasc_lightning.allocation import (
     Candidate,
     Cost,
@@ -340,7 +341,7 @@ def _build(module: nn.Module, factorization: Factorization, rank: int, layout: L
     weight: Any = module.weight
     bias: Any = getattr(module, "bias", None)
     built = make_lowrank(
-        B, C, None if bias is None else bias.detach(), layout, dtype=weight.dtype, device=weight.device
+        B, C, None if bias is None else whole(bias.detach()), layout, dtype=weight.dtype, device=weight.device
     )
     return built.train(module.training).requires_grad_(weight.requires_grad)
 

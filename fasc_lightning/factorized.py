@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from fasc_lightning._dtensor import whole
 from fasc_lightning.expert_moments import BorrowedMoments
 from fasc_lightning.layer_moments import LayerMoments, not_gathered
 from fasc_lightning.lowrank import linear_weight
@@ -164,7 +165,7 @@ def _factorize(
     """Run the solver; None where every gradient was zero, so that the loss says nothing about the layer."""
     if not bool(statistics.plain_forms()[1].diagonal().any()):
         return None
-    W, statistics = linear_weight(module).detach().to(device), statistics.to(device)
+    W, statistics = whole(linear_weight(module).detach()).to(device), statistics.to(device)
     found = get_solver(method)(W, statistics)
     losses = found.losses
     if fisher and method not in FISHER_METHODS:

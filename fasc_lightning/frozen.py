@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fasc_lightning.sharding import is_sharded, reshard
+
 
 class FrozenFit:
     """Holds a LightningModule still while its Trainer goes through batches.
@@ -35,6 +37,7 @@ class FrozenFit:
         if self.active:
             return
         self.active = True
+        reshard(self._module)  # of weights still gathered, a flag would not outlast the batch
         self._training = {module: module.training for module in self._module.modules()}
         self._requires_grad = {p: p.requires_grad for p in self._module.parameters()}
         for parameter in self._requires_grad:
@@ -52,6 +55,8 @@ class FrozenFit:
             # No parameter has a gradient to average; DDP's reducer would wait for them.
             self._grad_sync = strategy.model.require_backward_grad_sync
             strategy.model.require_backward_grad_sync = False
+        if is_sharded(self._module):
+            strategy.optimizer_state = self._optimizer_state  # type: ignore[method-assign]
 
     def hold(self) -> None:
         """Freeze again what a validation loop or the user's own hooks set to training mode."""
@@ -68,13 +73,29 @@ class FrozenFit:
         for parameter, requires_grad in self._requires_grad.items():
             parameter.requires_grad_(requires_grad)
         strategy, epoch_loop = self._trainer.strategy, self._trainer.fit_loop.epoch_loop
-        vars(strategy).pop("optimizer_step", None)
+        for name in ("optimizer_step", "optimizer_state"):
+            vars(strategy).pop(name, None)
         vars(epoch_loop).pop("update_lr_schedulers", None)
         for scheduler, kind in self._schedulers:
             scheduler.__class__ = kind
         if self._grad_sync is not None and isinstance(strategy.model, DistributedDataParallel):
             strategy.model.require_backward_grad_sync = self._grad_sync
         self._training, self._requires_grad, self._schedulers, self._grad_sync = {}, {}, [], None
+
+    def _optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Stand in for ``Strategy.optimizer_state`` of sharded weights.
+
+        Its checkpoints hold what an optimizer keeps of the parameters that require gradients, and reading one asks for
+        those that require gradients then: the parameters of a fit that begins.
+        """
+        for parameter, requires_grad in self._requires_grad.items():
+            parameter.requires_grad_(requires_grad)
+        try:
+            strategy = self._trainer.strategy
+            return type(strategy).optimizer_state(strategy, optimizer)
+        finally:
+            for parameter in self._requires_grad:
+                parameter.requires_grad_(False)
 
 
 def _run_closure_only(optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:

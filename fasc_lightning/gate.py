@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import nn
 
+from fasc_lightning._dtensor import whole
 from fasc_lightning._names import block_of
 from fasc_lightning.history import RhoRow
 from fasc_lightning.lowrank import linear_weight
@@ -129,7 +130,7 @@ def gate_scores(
         column: Literal["rho", "debiased"] = "rho" if gate_by == "rho" else "debiased"
         return {name: row[column] for name, row in rows.items()}
     return {
-        name: pooled_rho(moments.layer(name), linear_weight(layer).detach()).item()
+        name: pooled_rho(moments.layer(name), whole(linear_weight(layer).detach())).item()
         if "C" in moments.needs and moments.tokens(name)
         else math.nan
         for name, layer in layers.items()

@@ -146,7 +146,7 @@ def go_back(checkpoint: dict[str, Any], before: Mapping[str, Any]) -> None:
     checkpoint["loops"]["fit_loop"] = before["loops"]
     checkpoint["lr_schedulers"] = before["lr_schedulers"]
     # Neither is strict: the checkpoint may be of other optimizers, which is for Lightning to say.
-    for state, groups in zip(checkpoint["optimizer_states"], before["param_groups"], strict=False):
+    for state, groups in zip(checkpoint.get("optimizer_states", ()), before["param_groups"], strict=False):
         for group, settings in zip(state["param_groups"], groups, strict=False):
             group.update(settings)
 

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from fasc_lightning._distributed import is_distributed
+from fasc_lightning._dtensor import whole
 from fasc_lightning.dependence import DependenceScore, Grams, all_reduce_scores_
 from fasc_lightning.history import RhoHistory, RhoRow
 from fasc_lightning.lowrank import linear_weight
@@ -68,7 +69,7 @@ class LayerScores:
             self._shared = x, Grams.of(sample.view(*chosen.shape, x.shape[1]))
         if index is not None:
             h = h[index]
-        g = input_gradient(h, linear_weight(self.layers[name]).detach()) if self.gradient == "input" else h
+        g = input_gradient(h, whole(linear_weight(self.layers[name]).detach())) if self.gradient == "input" else h
         g = g.to(self.device, torch.promote_types(g.dtype, torch.float32)) * batch.scale
         self.scores[name].add(self._shared[1], Grams.of(g.view(*chosen.shape, g.shape[1])))
 

@@ -19,6 +19,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors import SafetensorError
 from torch import Tensor
@@ -61,11 +62,14 @@ class CalibrationKeeper:
         trainer.strategy.checkpoint_io = self._io = SidecarCheckpointIO(inner, self._find)
         self._checkpoint, self._state = None, None
         self._stopping = self._alone = False
+        vars(trainer.strategy).pop("barrier", None)
 
     def remove(self, trainer: pl.Trainer) -> None:
         """Give the Trainer its own plugin back; safe at any time."""
         if self._io is not None and trainer.strategy.checkpoint_io is self._io:
             trainer.strategy.checkpoint_io = self._io.inner
+        if self._alone:
+            vars(trainer.strategy).pop("barrier", None)
         self._io = self._checkpoint = self._state = None
 
     def after_exception(self, trainer: pl.Trainer, exception: BaseException, end: Callable[[], None]) -> None:
@@ -74,7 +78,12 @@ class CalibrationKeeper:
         Lightning tears nothing down after an exception but its strategy, and with that the plugin.
         """
         self._alone = is_distributed(trainer) and not isinstance(exception, SIGTERMException)
-        if self._io is not None and trainer.strategy.checkpoint_io is self._io:
+        if self._alone:
+            # Lightning waits for the other processes once it has saved a checkpoint of what went wrong, and they for
+            # this one, until it ends.
+            trainer.strategy.barrier = _wait_for_nobody  # type: ignore[method-assign]
+        tears_down = not isinstance(trainer.strategy, ModelParallelStrategy)
+        if tears_down and self._io is not None and trainer.strategy.checkpoint_io is self._io:
             self._io.on_teardown = end
         else:
             end()
@@ -130,7 +139,7 @@ class CalibrationKeeper:
         state = checkpoint["callbacks"].get(self._key, {}).pop(_KEY, None)
         if self._io is not None and state is not None and state["format"] == _FORMAT:  # in a fit
             self._checkpoint, self._state = checkpoint, state
-            self._io.run = state["run"]
+            self._io.run = state.get("run", self._io.run)  # sharded checkpoints are not written by plugins
 
     def resume(self, trainer: pl.Trainer, calibration: Calibration, schedule: CalibrationSchedule) -> None:
         """Give a new calibration the statistics of the checkpoint; before Lightning restores its loops.
@@ -220,6 +229,11 @@ class CalibrationKeeper:
             f"FascCallback: the calibration starts again from its first batch and not where the checkpoint was saved. "
             f"Reason: {reason}.{twice} HINT: a stateful loader and the same options, processes and files let it go on."
         )
+
+
+def _wait_for_nobody(*args: Any, **kwargs: Any) -> None:
+    """Stand in for ``Strategy.barrier``."""
+    del args, kwargs
 
 
 def _of_any(trainer: pl.Trainer, reason: str) -> str:

@@ -66,12 +66,15 @@ def replace_calibrated(
     before = measure_layers(calibration.layers), measure_model(pl_module)
     return_freed_memory()
     with timed("factorize"):
+        if calibration.needs_whole:
+            calibration.unsharding.run(pl_module)
         result, layers = calibration.factorize(
             trainer, pl_module, rank=how.rank, keep=how.keep, layout=how.layout, align=how.align
         )
     with timed("swap"):
         replaced.update(swap_modules(pl_module, result.replacements))
         attach_config(pl_module, method=how.method, options=how.options, seed=how.seed)
+        calibration.unsharding.run(pl_module)
     refitted = refined = None
     if calibration.refit is not None:
         with timed("refit"):

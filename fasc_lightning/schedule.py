@@ -67,6 +67,10 @@ class CalibrationSchedule:
         self._user_min_steps = trainer.fit_loop.min_steps
         trainer.fit_loop.epoch_loop.min_steps = sys.maxsize
 
+    def is_whole_fit(self, trainer: pl.Trainer) -> bool:
+        """Tell whether the fit is one epoch, all of it calibration."""
+        return self.calibration_steps is None and self._in_last_epoch(trainer)
+
     def begins(self, trainer: pl.Trainer) -> bool:
         """Tell whether the batch that is about to run belongs to the calibration."""
         if self.begun:

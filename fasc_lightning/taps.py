@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from fasc_lightning._dtensor import whole
 from fasc_lightning.expert_views import ExpertLinear, ExpertTaps, Routing, expert_views, holds_experts, routers
 from fasc_lightning.lowrank import linear_shape, linear_weight
 from fasc_lightning.offload import MomentSums, RowsRefusedError
@@ -313,7 +314,7 @@ class Taps:
             moments.add_gradients(name, h, call.batch.scale)
             if moments.takes_pairs:
                 lengths = call.lengths()
-                g = input_gradient(h, linear_weight(self.layers[name])) if "saliency" in moments.needs else None
+                g = input_gradient(h, whole(linear_weight(self.layers[name]))) if "saliency" in moments.needs else None
                 moments.add_pairs(name, x, h, lengths, call.batch.scale, g)
 
 

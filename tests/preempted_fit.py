@@ -38,8 +38,6 @@ class Watch(pl.Callback):
         if self.what == "terminate":
             raise SIGTERMException
         if self.what == "fail" and trainer.is_global_zero:
-            # Lightning waits for the other processes after it has saved, and they for this one.
-            trainer.strategy.barrier = lambda *unused: os._exit(1)
             raise InterruptedError
 
     def on_train_end(self, trainer, pl_module):

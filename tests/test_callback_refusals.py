@@ -274,7 +274,7 @@ def test_launchers_that_lose_the_layers_are_refused(make_trainer, strategy):
         trainer.callbacks[0].setup(trainer, causal_module(), "fit")
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
 def test_sharded_strategies_are_refused(name):
     from lightning.pytorch import strategies
 

@@ -15,7 +15,8 @@ from fasc_lightning.expert_moments import BorrowedMoments, borrows, tokens_behin
 from fasc_lightning.expert_views import expert_views
 from fasc_lightning.factorize import compress_layers
 from fasc_lightning.forms import LowRankPlusDiagonal
-from fasc_lightning.moments import NEEDS, CalibrationMoments, LayerSketches
+from fasc_lightning.layer_moments import NEEDS
+from fasc_lightning.moments import CalibrationMoments, LayerSketches
 from fasc_lightning.sketch import Sketch
 
 M, N = 6, 10

@@ -185,10 +185,10 @@ class Calibration:
         )
         self._history = RhoHistory() if history is None else history
         self._sized = sketches
-        self._say_sketches(shapes, sketches)
         if reason := lacks_room(trainer, pl_module, needed):
             options = _without_replay(options, refine, reason)
         self.options = options
+        self._say_sketches(shapes, sketches)
         self.unsharding = Unsharding()
         self.lockstep = Lockstep(_needs_all(options, pl_module))
         return_freed_memory()

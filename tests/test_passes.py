@@ -107,7 +107,7 @@ def test_a_fast_development_run_has_one_pass(make_trainer):
 
 
 def test_shares_are_consecutive_about_equal_and_do_not_part_experts():
-    names = ["a", "b", *(f"experts.{e}.w_up" for e in range(3)), "c", *(f"more.{e}.w_up" for e in range(2))]
+    names = ["a", "b", *(f"experts.{e}.w_up" for e in range(3)), "c", *(f"b.experts.{e}.w_up" for e in range(2))]
     units = share_units(names)
     assert units == [[0], [1], [2, 3, 4], [5], [6, 7]]
     found = shares([1] * 8, 3, units)

@@ -1,10 +1,10 @@
-"""What sketched moments cost in quality: SmolLM2-135M-Instruct on P1's texts and facts, without a refit.
+"""What sketched and projected moments cost in quality: SmolLM2-135M-Instruct on P1's texts and facts, without a refit.
 
     FASC_DATA=<folder with the texts> python benchmarks/sketch_quality.py --output benchmarks/results/sketch_quality
 
 One pass over P1's calibration gathers exact moments and all sketches of them, so that rows differ by nothing else.
-The sides of width 1,536 are sketched, those of 576 are exact: the paper sketches the wide ones as well. Sizes are named
-by the rank k that a budget means for a layer of 1,536 x 576. Each statistic and each row is saved as it ends, and not
+The sides of width 1,536 are sketched or projected, those of 576 are exact: the paper sketches the wide ones as well.
+Sizes go by the rank k that a budget means for a layer of 1,536 x 576. Each statistic and each row is saved as it ends, and not
 made again; delete the folder after a change of the code. Prints the table as Markdown.
 """
 
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from p1 import CALIBRATION, FACTS, TEXTS
@@ -32,8 +32,7 @@ from fasc_lightning.data import calibration_windows, read_text, text_windows
 from fasc_lightning.evaluation import load_facts
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.moments_file import load_moments, save_moments
-from fasc_lightning.sketch import SketchKind
-from fasc_lightning.sketch_sizes import SketchOptions, choose_sketches, expected_rank
+from fasc_lightning.sketch_sizes import ReductionKind, SketchOptions, choose_sketches, expected_rank
 from fasc_lightning.study import backward_windows
 from fasc_lightning.taps import Taps, layer_shapes, select_layers
 
@@ -47,15 +46,15 @@ EXACT = "exact"
 
 @dataclass(frozen=True)
 class Statistic:
-    """How the wide sides are gathered: exactly (no kind), or by a sketch of so many columns."""
+    """How the wide sides are gathered: whole (no kind), as the weight sees them, or by a sketch of so many columns."""
 
-    kind: SketchKind | None = None
+    kind: ReductionKind | None = None
     size: int = 0
 
     @property
     def name(self) -> str:
         """What it is called in tables and among files."""
-        return EXACT if self.kind is None else f"{self.kind} {self.size}"
+        return EXACT if self.kind is None else f"{self.kind} {self.size}" if self.size else self.kind
 
 
 class Together:
@@ -79,10 +78,17 @@ class Together:
         for moments in self.moments:
             moments.add_gradients(name, h, scale)
 
-    def add_pairs(self, name: str, x: Tensor, h: Tensor, lengths: Any, scale: float, g: Tensor | None) -> None:
+    def add_pairs(self, name: str, x: Tensor, h: Tensor, *rest: Any) -> None:
         """Likewise."""
         for moments in self.moments:
-            moments.add_pairs(name, x, h, lengths, scale, g)
+            moments.add_pairs(name, x, h, *rest)
+
+    def projects(self, name: str) -> Literal["inputs", "outputs"] | None:
+        """Likewise."""
+        return next((side for moments in self.moments if (side := moments.projects(name)) is not None), None)
+
+    def settle(self) -> None:
+        """Likewise."""
 
 
 def statistics_of(keep: float) -> list[Statistic]:
@@ -93,7 +99,8 @@ def statistics_of(keep: float) -> list[Statistic]:
     k = expected_rank(*WIDE, None, keep)
     most = max(WIDE) // 2
     sizes = sorted({min(2 * k, most), min(4 * k, most)})
-    return [Statistic(), *(Statistic("range", size) for size in sizes), Statistic("gaussian", sizes[0])]
+    sketches = [Statistic("range", size) for size in sizes]
+    return [Statistic(), Statistic("projected"), *sketches, Statistic("gaussian", sizes[0])]
 
 
 class Bench:
@@ -138,7 +145,7 @@ class Bench:
         shapes = layer_shapes(self.layers)
         sketches = {}
         if statistic.kind is not None:
-            options = SketchOptions(statistic.kind, statistic.size, ABOVE)
+            options = SketchOptions(statistic.kind, statistic.size or "auto", ABOVE)
             sketches = choose_sketches(shapes, dict.fromkeys(shapes, 1), options)
         return CalibrationMoments(shapes, needs={"coupled"}, sketches=sketches)
 

@@ -93,7 +93,7 @@ class WeightedMoments(CoupledMoments):
         super().__init__(m, n, dtype)
         self.token_weights = token_weights
 
-    def update(self, x: Tensor, h: Tensor, scale: float = 1.0) -> None:
+    def update(self, x: Tensor, h: Tensor, scale: float = 1.0, seen: Tensor | None = None) -> None:
         """Add the pairs (x, scale * h), x (tokens, n) and h (tokens, m)."""
         self.allocate()
         X, H = x.detach().to(self.accumulator_dtype), h.detach().to(self.accumulator_dtype) * scale

@@ -43,8 +43,7 @@ from fasc_lightning.refit_phase import Refit, RefitPhase
 from fasc_lightning.replay import Replay
 from fasc_lightning.report import LayerReport
 from fasc_lightning.sharding import Unsharding, is_sharded, lacks_room
-from fasc_lightning.sketch import SketchKind
-from fasc_lightning.sketch_sizes import SketchOptions, SketchSize, describe_sketches, sketches_for_budget
+from fasc_lightning.sketch_sizes import ReductionKind, SketchOptions, SketchSize, describe_sketches, sketches_for_budget
 from fasc_lightning.spill import spilled
 from fasc_lightning.taps import Taps, layer_shapes
 
@@ -76,7 +75,7 @@ class CalibrationOptions:
     rank: int | float | None
     keep: float | None
     rho_threshold: float
-    sketch: SketchKind | None
+    sketch: ReductionKind | None
     sketch_size: SketchSize
     sketch_above: int
     moments_device: MomentsDevice | None
@@ -197,8 +196,7 @@ class Calibration:
         self._rows: dict[str, tuple[RhoRow, tuple[str, ...]]] = {}
         self.moments_bytes = 0
         self._begin_share()
-        # In several passes the moments of all layers are never there together, and "auto" does without.
-        self.refit = RefitPhase.of(options.refit if self.passes == 1 else False, pl_module, layers)
+        self.refit = RefitPhase.of(options.refit if self.holds_moments else False, pl_module, layers)
         self.refine = None if refine is None else RefinePhase(refine)
         if refine is not None:
             RefinePhase.check(pl_module, layers)
@@ -228,6 +226,11 @@ class Calibration:
     def replays(self) -> bool:
         """Whether batches are kept: refit, refinement and the measuring of losses run them once more."""
         return self.refit is not None or self.refine is not None or self.options.allocation == "measured"
+
+    @property
+    def holds_moments(self) -> bool:
+        """Whether the moments of all layers are there in the end, as a refit reads them; "auto" does without."""
+        return self.passes == 1 and self.options.sketch != "projected"
 
     @property
     def needs_whole(self) -> bool:

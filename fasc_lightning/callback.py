@@ -34,6 +34,7 @@ from fasc_lightning.passes import check_passes
 from fasc_lightning.placement import check_weights
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.preemption import CalibrationKeeper
+from fasc_lightning.projection import check_projected
 from fasc_lightning.quantize import quantize_layers
 from fasc_lightning.quantized_layers import Quantization
 from fasc_lightning.recovery import FactorRecovery, LoraRecovery, as_recovery, describe_recovery
@@ -44,8 +45,7 @@ from fasc_lightning.report import CompressionReport, log_report
 from fasc_lightning.schedule import CalibrationSchedule
 from fasc_lightning.second_fit import SecondFit, recovery_instead
 from fasc_lightning.sharding import check_sharded
-from fasc_lightning.sketch import SketchKind
-from fasc_lightning.sketch_sizes import SKETCH_ABOVE, SketchOptions
+from fasc_lightning.sketch_sizes import SKETCH_ABOVE, ReductionKind, SketchOptions
 from fasc_lightning.swap import is_compressed, swap_modules
 from fasc_lightning.taps import layer_shapes, select_layers
 
@@ -129,9 +129,11 @@ class FascCallback(pl.Callback):
             :class:`~fasc_lightning.FactorRecovery`). This fit compresses; the next one, by a new Trainer with the same
             callback, trains what recovery trains, and only then is quantised. So does every further one. None: the next
             fit is not ours.
-        sketch: "range" holds a sketch of second moments that are too wide (:mod:`~fasc_lightning.sketch`) in place of
-            them; "gaussian", for comparison only, the paper's projection with lifting, whose span is random. None: all
-            are exact.
+        sketch: "projected" holds the moment of a layer's wider side as its weight sees it, W A W^T or W^T G W: exact
+            for method="fasc" and as small as the narrower side, with update_weights=False and without a refit
+            (:mod:`~fasc_lightning.projection`). "range" holds a sketch of second moments that are too wide
+            (:mod:`~fasc_lightning.sketch`) in place of them; "gaussian", for comparison only, the paper's projection
+            with lifting, whose span is random. None: all are held whole.
         sketch_size: Columns of a sketch, or "auto": four times the rank that the budget means for a layer; twice where
             this fit, with ``monitor_every_n_steps``, has observed a rho of at most ``rho_threshold`` by the time the
             calibration begins; at most half the width.
@@ -185,7 +187,7 @@ class FascCallback(pl.Callback):
         gate_exclude: str | list[str] | None = None,
         quantize: Quantization | None = None,
         recovery: Literal["lora", "factors"] | LoraRecovery | FactorRecovery | None = None,
-        sketch: SketchKind | None = None,
+        sketch: ReductionKind | None = None,
         sketch_size: int | Literal["auto"] = "auto",
         sketch_above: int = SKETCH_ABOVE,
         moments_device: MomentsDevice | None = None,
@@ -215,6 +217,7 @@ class FascCallback(pl.Callback):
         SketchOptions(sketch or "range", sketch_size, sketch_above)  # refuses what is out of range
         _checks.check_moments_device(moments_device)
         check_passes(passes, update_weights, refit, calibration_steps)
+        check_projected(sketch, method, gate, update_weights, refit)
         self.rank = rank
         self.keep = keep
         self.method = method
@@ -240,7 +243,7 @@ class FascCallback(pl.Callback):
         self.gate_exclude = gate_exclude
         self.quantize: Quantization | None = quantize
         self.recovery = as_recovery(recovery)
-        self.sketch: SketchKind | None = sketch
+        self.sketch: ReductionKind | None = sketch
         self.sketch_size: int | Literal["auto"] = sketch_size
         self.sketch_above = sketch_above
         self.moments_device: MomentsDevice | None = moments_device

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from fasc_lightning.expert_views import ExpertLinear, expert_groups, split_name
@@ -59,6 +59,9 @@ class BorrowedMoments:
             for name in self._groups
             if name in shapes and borrows(name, moments.tokens(name), shapes[name])
         }
+        # What one expert's weight lets through says nothing of another's.
+        self.alone = {name: tokens for name, tokens in self.short.items() if moments.projects(name)}
+        self.short = {name: tokens for name, tokens in self.short.items() if name not in self.alone}
 
     def layer(self, name: str) -> LayerMoments:
         """Return a layer's moments, its own or filled up; then ``tokens`` is the number that it was filled up to.
@@ -110,7 +113,13 @@ class BorrowedMoments:
         )
 
     def say(self) -> None:
-        """Print it."""
+        """Print it, and warn of those that would have to borrow and cannot."""
+        if self.alone:
+            rank_zero_warn(
+                f"{len(self.alone)} of {len(self._groups)} expert layers saw fewer than {TOKENS_PER_FEATURE} tokens a "
+                "feature and stand on these alone: moments that are held as a weight sees them (sketch='projected') "
+                "are not lent to other experts. HINT: calibrate on more tokens, or sketch='range'."
+            )
         if (said := self.describe()) is not None:
             rank_zero_info(f"FascCallback: {said}")
 

@@ -20,7 +20,7 @@ from fasc_lightning.offload import MomentsDevice
 from fasc_lightning.planned_layers import PlannedLayers
 from fasc_lightning.planning import Tiers, forecast, stored_layers
 from fasc_lightning.refit_phase import Refit
-from fasc_lightning.sketch import SketchKind
+from fasc_lightning.sketch_sizes import ReductionKind
 from fasc_lightning.taps import layer_shapes, select_layers
 
 
@@ -37,7 +37,7 @@ class FitOptions(Protocol):
     targets: str | list[str] | None
     exclude: str | list[str] | None
     gate: float | None
-    sketch: SketchKind | None
+    sketch: ReductionKind | None
     moments_device: MomentsDevice | None
     passes: int
 
@@ -108,7 +108,7 @@ def fit_forecast(model: nn.Module, options: FitOptions, batch_tokens: int = 0, t
     check_budget_fits(layers, options.rank, options.keep, options.allocation, options.layout, options.align)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     # "auto" refits where the model allows it, which only a fit finds out.
-    refits = bool(options.refit) and options.passes == 1
+    refits = bool(options.refit) and options.passes == 1 and options.sketch != "projected"
     sketches = CalibrationOptions.of(options).sketches(layer_shapes(layers))
     return layers_forecast(model, layers, options, device, refits, sketches, options.passes, batch_tokens, tokens)
 

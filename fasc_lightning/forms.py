@@ -1,4 +1,4 @@
-"""The two shapes in which a second moment comes: a matrix, or low rank plus a diagonal, which is never a square."""
+"""The forms of a second moment: a matrix, low rank plus a diagonal, or what a weight lets through of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from fasc_lightning.projection import ProjectedMoment
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +71,7 @@ class LowRankPlusDiagonal:
 
 
 #: A second moment of shape (d, d).
-Form: TypeAlias = Tensor | LowRankPlusDiagonal
+Form: TypeAlias = Tensor | LowRankPlusDiagonal | ProjectedMoment
 
 
 def dense(S: Form) -> Tensor:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasc_lightning.layer_moments import LayerMoments, check_needs, layer_moments
+from fasc_lightning.projection import Projection
 from fasc_lightning.sequence_fisher import SequenceFisher
-from fasc_lightning.sketch import Sketch
-from fasc_lightning.streams import CoupledMoments, CrossMoments, Moments, StreamedSums, second_size
+from fasc_lightning.streams import CoupledMoments, CrossMoments, Moments, Reduction, StreamedSums, second_size
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,15 @@ class LayerSketches:
         outputs: Of width m.
     """
 
-    inputs: Sketch | None = None
-    outputs: Sketch | None = None
+    inputs: Reduction | None = None
+    outputs: Reduction | None = None
+
+    @property
+    def projects(self) -> Literal["inputs", "outputs"] | None:
+        """Which side is held as the weight sees it, if one is."""
+        if isinstance(self.inputs, Projection):
+            return "inputs"
+        return "outputs" if isinstance(self.outputs, Projection) else None
 
 
 class CalibrationMoments:
@@ -132,6 +139,7 @@ class CalibrationMoments:
         lengths: Sequence[int] | None = None,
         scale: float = 1.0,
         g: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> None:
         """Add pairs of rows (x, scale * h) of one layer to the statistics that need both.
 
@@ -142,13 +150,14 @@ class CalibrationMoments:
             lengths: Tokens of each sequence; one sequence by default.
             scale: Factor of every h.
             g: Gradients at the inputs, W^T h, shape (tokens, n); only "saliency" needs them.
+            seen: The rows of the side that is projected through the weight (:meth:`projects`), where one is.
 
         Raises:
-            ValueError: If a saliency is gathered and there is no g.
+            ValueError: If a saliency is gathered and there is no g, or a side is projected and not ``seen``.
         """
         x, h = x.to(self.device), h.to(self.device)
         if name in self.couplings:
-            self.couplings[name].update(x, h, scale)
+            self.couplings[name].update(x, h, scale, None if seen is None else seen.to(self.device))
         if name in self.crosses:
             self.crosses[name].update(x, h, scale)
         if name in self.saliencies:
@@ -159,6 +168,10 @@ class CalibrationMoments:
             self.saliencies[name].update(x.detach() * g.detach().to(self.device), scale)
         if name in self.sequences:
             self.sequences[name].update(x, h, [len(x)] if lengths is None else lengths, scale)
+
+    def projects(self, name: str) -> Literal["inputs", "outputs"] | None:
+        """Return which side of a layer is held as its weight sees it, if one is."""
+        return self._sketch(name).projects
 
     def drop_cross(self) -> None:
         """Free C of all layers, once it has served."""
@@ -306,7 +319,12 @@ class CalibrationMoments:
 
 def _check_sketches(shapes: Mapping[str, tuple[int, int]], sketches: Mapping[str, LayerSketches], shared: bool) -> None:
     """Refuse sketches of other layers or widths, and of inputs of one width that could not share one moment."""
-    widths: dict[int, tuple[str, Sketch | None]] = {}
+    if shared and (names := [name for name, sides in sketches.items() if sides.projects]):
+        raise ValueError(
+            f"Expected `needs` of nothing but 'coupled' with projected moments, as of {names[0]!r}: inputs that layers "
+            "share are seen through the weight of each."
+        )
+    widths: dict[int, tuple[str, Reduction | None]] = {}
     for name in sketches:
         if name not in shapes:
             raise ValueError(f"Expected sketches of tapped layers but {name!r} is none of the {len(shapes)}.")

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fasc_lightning._files import whole_file
 from fasc_lightning.moments import CalibrationMoments, LayerSketches
+from fasc_lightning.projection import Projection
 from fasc_lightning.sketch import Sketch
-from fasc_lightning.streams import StreamedSums
+from fasc_lightning.streams import Reduction, StreamedSums
 
 _FORMAT = 1
 _HEADER = "fasc_lightning.moments"
@@ -153,7 +154,10 @@ def moments_needs(path: str | Path) -> frozenset[str]:
 
 
 def _sketches(sides: Mapping[str, Mapping[str, Any] | None]) -> LayerSketches:
-    return LayerSketches(**{side: None if options is None else Sketch(**options) for side, options in sides.items()})
+    def made(options: Mapping[str, Any]) -> Reduction:
+        return Sketch(**options) if "kind" in options else Projection(**options)
+
+    return LayerSketches(**{side: None if options is None else made(options) for side, options in sides.items()})
 
 
 def _groups(moments: CalibrationMoments) -> dict[str, dict[Any, StreamedSums]]:

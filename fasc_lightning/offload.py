@@ -46,7 +46,11 @@ class MomentSums(Protocol):
         lengths: Sequence[int] | None = None,
         scale: float = 1.0,
         g: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> None:
+        """See there."""
+
+    def projects(self, name: str) -> Literal["inputs", "outputs"] | None:
         """See there."""
 
     def settle(self) -> None:
@@ -116,13 +120,19 @@ class OffloadedMoments:
         lengths: Sequence[int] | None = None,
         scale: float = 1.0,
         g: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> None:
         """Likewise."""
+        more = {name: rows for name, rows in (("g", g), ("seen", seen)) if rows is not None}
 
-        def add(x: Tensor, h: Tensor, *g: Tensor) -> None:
-            self.moments.add_pairs(name, x, h, lengths, scale, *g)
+        def add(x: Tensor, h: Tensor, *rows: Tensor) -> None:
+            self.moments.add_pairs(name, x, h, lengths, scale, **dict(zip(more, rows, strict=True)))
 
-        self._later(f"a gradient of layer {name!r}", add, x, h, *(() if g is None else (g,)))
+        self._later(f"a gradient of layer {name!r}", add, x, h, *more.values())
+
+    def projects(self, name: str) -> Literal["inputs", "outputs"] | None:
+        """Likewise."""
+        return self.moments.projects(name)
 
     def settle(self) -> None:
         """Wait until all rows are summed.

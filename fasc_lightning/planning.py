@@ -26,8 +26,7 @@ from fasc_lightning.planned_refusal import bytes_of, refusal
 from fasc_lightning.planned_storage import Peak, Storage, choose_storage, layer_memory, peak_memory
 from fasc_lightning.planned_time import Rates, Seconds, estimate, model_work, moments_work, probe, solver_work
 from fasc_lightning.report import Size, measure_layers, measure_model
-from fasc_lightning.sketch import SketchKind
-from fasc_lightning.sketch_sizes import SKETCH_ABOVE, SketchOptions, SketchSize, sketches_for_budget
+from fasc_lightning.sketch_sizes import SKETCH_ABOVE, ReductionKind, SketchOptions, SketchSize, sketches_for_budget
 from fasc_lightning.taps import layer_shapes
 
 
@@ -50,7 +49,7 @@ def plan(
     gate_by: str = "debiased",
     update_weights: bool = False,
     keeps_moments: bool = False,
-    sketch: SketchKind | Literal["auto"] | None = "auto",
+    sketch: ReductionKind | Literal["auto"] | None = "auto",
     sketch_size: SketchSize = "auto",
     sketch_above: int = SKETCH_ABOVE,
     passes: int | None = None,

@@ -6,17 +6,21 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, get_args
 
 from torch import Tensor
 
 from fasc_lightning.allocation import resolve_rank
 from fasc_lightning.layer_moments import LayerMoments
 from fasc_lightning.moments import LayerSketches
-from fasc_lightning.sketch import SKETCH_KINDS, Sketch, SketchKind
+from fasc_lightning.projection import Projection
+from fasc_lightning.sketch import Sketch
 
 #: Width above which the paper sketches (Shihab et al., section 2.3).
 SKETCH_ABOVE = 4096
+
+#: How second moments can be held that are too large.
+ReductionKind = Literal["projected", "range", "gaussian"]
 
 #: An absolute size, or "auto" (:func:`auto_size`).
 SketchSize = int | Literal["auto"]
@@ -27,7 +31,9 @@ class SketchOptions:
     """What is to be sketched, and how.
 
     Attributes:
-        kind: "range", or for comparison "gaussian" (:mod:`~fasc_lightning.sketch`).
+        kind: "projected" holds wider sides as the layer's weight sees them (:mod:`~fasc_lightning.projection`), for
+            which no other option counts; "range", or for comparison "gaussian", sketches
+            (:mod:`~fasc_lightning.sketch`).
         size: Columns of the sketch, or "auto".
         above: Sides of layers no wider than this stay exact.
         seed: Of the random matrices.
@@ -37,17 +43,16 @@ class SketchOptions:
         ValueError: If one is out of range.
     """
 
-    kind: SketchKind = "range"
+    kind: ReductionKind = "range"
     size: SketchSize = "auto"
     above: int = SKETCH_ABOVE
     seed: int = 0
     threshold: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.kind not in SKETCH_KINDS:
-            raise ValueError(
-                f"Expected `sketch` to be one of {', '.join(SKETCH_KINDS)}, or None, but got {self.kind!r}."
-            )
+        if self.kind not in get_args(ReductionKind):
+            kinds = ", ".join(get_args(ReductionKind))
+            raise ValueError(f"Expected `sketch` to be one of {kinds}, or None, but got {self.kind!r}.")
         if self.size != "auto" and (not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1):
             raise ValueError(f'Expected `sketch_size` to be "auto" or an int of at least 1 but got {self.size!r}.')
         if self.above < 0:
@@ -94,7 +99,8 @@ def choose_sketches(
 ) -> dict[str, LayerSketches]:
     """Return how each layer's second moments are sketched, side by side; layers that stay exact are left out.
 
-    A side is sketched if it is wider than ``options.above`` and the sketch is clearly smaller than the exact moment
+    Of kind "projected", the wider side of every layer that has one. Else a side is sketched if it is wider than
+    ``options.above`` and the sketch is clearly smaller than the exact moment
     (:attr:`~fasc_lightning.sketch.Sketch.is_worthwhile`). Inputs of one width get one size, the largest that a layer
     asks for: layers that share an input share its moment, and which do is known only once a batch has run.
 
@@ -107,7 +113,9 @@ def choose_sketches(
     Raises:
         ValueError: If an absolute size is too large for every side that it was meant for.
     """
-    rho = rho or {}
+    if options.kind == "projected":
+        return {name: projected(m, n) for name, (m, n) in shapes.items() if m != n}
+    rho, kind = rho or {}, options.kind
 
     def size(name: str, d: int) -> int:
         if options.size == "auto":
@@ -117,7 +125,7 @@ def choose_sketches(
     def sketch(d: int, s: int) -> Sketch | None:
         if d <= options.above or not 1 <= s < d:
             return None
-        made = Sketch(d, s, options.seed, options.kind)
+        made = Sketch(d, s, options.seed, kind)
         return made if made.is_worthwhile else None
 
     inputs: dict[int, int] = {}
@@ -132,6 +140,13 @@ def choose_sketches(
             f'{widest}) but got {options.size}. Take less than half the width, "auto", or leave the moments exact.'
         )
     return chosen
+
+
+def projected(m: int, n: int) -> LayerSketches:
+    """Return how a layer whose sides are of different widths is held as its weight sees the wider one."""
+    if m > n:
+        return LayerSketches(outputs=Projection(m, n))
+    return LayerSketches(inputs=Projection(n, m))
 
 
 def sketches_for_budget(
@@ -173,14 +188,15 @@ def describe_sketches(
         for which, width, sketch in (("inputs", n, sides.inputs), ("outputs", m, sides.outputs)):
             if sketch is not None:
                 sketched[width, sketch.size] += 1
-            elif width > options.above:
+            elif width > options.above and options.kind != "projected":
                 count, first = exact.get(width, (0, f"the {which} of {name!r}"))
                 exact[width] = count + 1, first
     parts = ", ".join(f"{count} of width {d} in {s} columns" for (d, s), count in sorted(sketched.items()))
     stay = ", ".join(f"{count} of width {d} ({first}{' ...' * (count > 1)})" for d, (count, first) in exact.items())
     size = "of the sizes that ranks ask for" if options.size == "auto" else f"sketch_size={options.size}"
+    held = "sides held as the weight sees them" if options.kind == "projected" else "sketched sides"
     return (
-        f"sketched sides: {parts}" if parts else "",
+        f"{held}: {parts}" if parts else "",
         f"moments that stay exact, since sketches ({size}) would not be clearly smaller: {stay}" if stay else "",
     )
 

@@ -11,7 +11,11 @@ from torchmetrics import Metric
 
 from fasc_lightning.forms import Form, dense
 from fasc_lightning.packed import add_gram_, packed_diagonal, packed_size, unpack
+from fasc_lightning.projection import Projection
 from fasc_lightning.sketch import Sketch
+
+#: How a second moment is held that is not exact, or not whole.
+Reduction = Sketch | Projection
 
 #: Options of torchmetrics: processes are summed by our own `all_reduce_`, since its synchronisation gathers every
 #: process's matrices; and a cached result would be a second matrix, and wrong once states are merged.
@@ -145,7 +149,7 @@ class Moments(StreamedSums):
         dtype: torch.dtype = torch.float32,
         absolute: bool = False,
         second: bool = True,
-        sketch: Sketch | None = None,
+        sketch: Reduction | None = None,
     ) -> None:
         shapes: dict[str, tuple[int, ...]] = {"total": (features,)}
         if second:
@@ -285,33 +289,40 @@ class CoupledMoments(StreamedSums):
         m: int,
         n: int,
         dtype: torch.dtype = torch.float32,
-        sketches: tuple[Sketch | None, Sketch | None] = (None, None),
+        sketches: tuple[Reduction | None, Reduction | None] = (None, None),
     ) -> None:
         right, left = (second_size(d, sketch) for d, sketch in zip((n, m), sketches, strict=True))
         super().__init__(dtype, {"right": (right,), "left": (left,), "weights": (2,)})
         self.shape = (m, n)
         self.sketches = sketches
 
-    def update(self, x: Tensor, h: Tensor, scale: float = 1.0) -> None:
+    def update(self, x: Tensor, h: Tensor, scale: float = 1.0, seen: Tensor | None = None) -> None:
         """Add the pairs (x, scale * h).
 
         Args:
             x: Shape (tokens, n).
             h: Shape (tokens, m).
             scale: Factor of every h.
+            seen: W x, shape (tokens, m), where the moment of x is projected; W^T h, shape (tokens, n), where that of h
+                is.
 
         Raises:
-            ValueError: If the shapes are others.
+            ValueError: If the shapes are others, or a moment is projected and ``seen`` is missing.
         """
         m, n = self.shape
         check_pairs(x, h, (n, m))
         self.allocate()
         with torch.autocast(x.device.type, enabled=False):
+            S = None if seen is None else seen.detach().to(self.accumulator_dtype)
             X, H = x.detach().to(self.accumulator_dtype), h.detach().to(self.accumulator_dtype)
             p, q = H.norm(dim=1), X.norm(dim=1)
             right, left = self.sketches
-            add_second_(self.right, right, X * p.sqrt()[:, None], abs(scale))
-            add_second_(self.left, left, H * q.sqrt()[:, None], scale**2)
+            for sums, sketch, rows, root, weight in (
+                (self.right, right, X, p.sqrt()[:, None], abs(scale)),
+                (self.left, left, H, q.sqrt()[:, None], scale**2),
+            ):
+                through = S * root if S is not None and isinstance(sketch, Projection) else None
+                add_second_(sums, sketch, rows * root, weight, through)
             self.weights += torch.stack([p.sum() * abs(scale), q.sum()])
             self.count += len(x)
 
@@ -338,25 +349,37 @@ def check_pairs(x: Tensor, h: Tensor, shape: tuple[int, int]) -> None:
         raise ValueError(f"Expected as many x and h of lengths {shape} but got {x.shape=} and {h.shape=}.")
 
 
-def second_size(d: int, sketch: Sketch | None) -> int:
+def second_size(d: int, sketch: Reduction | None) -> int:
     """Return how many numbers a second moment of width d holds, packed or sketched."""
     return packed_size(d) if sketch is None else sketch.numbers
 
 
-def add_second_(sums: Tensor, sketch: Sketch | None, X: Tensor, weight: float) -> None:
-    """Add ``weight X^T X`` to the sums of a second moment, packed or sketched, in place; X (tokens, d)."""
+def add_second_(sums: Tensor, sketch: Reduction | None, X: Tensor, weight: float, seen: Tensor | None = None) -> None:
+    """Add ``weight X^T X`` to the sums of a second moment, packed or reduced, in place.
+
+    Args:
+        sums: Of the moment.
+        sketch: How it is reduced, if it is.
+        X: Rows, shape (tokens, d).
+        weight: Factor of all products.
+        seen: What the layer's weight lets through of the rows, for a projection.
+    """
     if sketch is None:
         add_gram_(sums, X, weight)
+    elif isinstance(sketch, Projection):
+        if seen is None:
+            raise ValueError("Expected the rows as the layer's weight sees them, for a projected moment; got None.")
+        sketch.add_(sums, X, weight, seen)
     else:
         sketch.add_(sums, X, weight)
 
 
-def second_form(sums: Tensor, d: int, sketch: Sketch | None, divisor: Tensor) -> Form:
+def second_form(sums: Tensor, d: int, sketch: Reduction | None, divisor: Tensor) -> Form:
     """Return the sums of a second moment, packed or sketched, over a divisor: a matrix (d, d), or what is rebuilt."""
     divisor = divisor.to(sums.dtype)
     return unpack(sums, d) / divisor if sketch is None else sketch.form(sums / divisor)
 
 
-def second_diagonal(sums: Tensor, d: int, sketch: Sketch | None) -> Tensor:
+def second_diagonal(sums: Tensor, d: int, sketch: Reduction | None) -> Tensor:
     """Return the diagonal of what was summed, exact for either kind, shape (d,)."""
     return packed_diagonal(sums, d) if sketch is None else sketch.diagonal(sums)

@@ -315,7 +315,15 @@ class Taps:
             if moments.takes_pairs:
                 lengths = call.lengths()
                 g = input_gradient(h, whole(linear_weight(self.layers[name]))) if "saliency" in moments.needs else None
-                moments.add_pairs(name, x, h, lengths, call.batch.scale, g)
+                moments.add_pairs(name, x, h, lengths, call.batch.scale, g, self._seen(moments, name, x, h))
+
+    def _seen(self, moments: MomentSums, name: str, x: Tensor, h: Tensor) -> Tensor | None:
+        """Return W x or W^T h of each token, where a moment is held as the weight sees it."""
+        side = moments.projects(name)
+        if side is None:
+            return None
+        W = whole(linear_weight(self.layers[name])).detach()
+        return input_gradient(x, W.T) if side == "inputs" else input_gradient(h, W)
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def test_what_is_sketched_and_what_stays_exact_for_want_of_room_is_said(kind):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "srht"}, "`sketch` to be one of range, gaussian"),
+        ({"kind": "srht"}, "`sketch` to be one of projected, range, gaussian"),
         ({"size": 0}, "`sketch_size` to be"),
         ({"size": "large"}, "`sketch_size` to be"),
         ({"size": True}, "`sketch_size` to be"),

@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from fasc_lightning.forms import Form, LowRankPlusDiagonal
+from fasc_lightning.forms import Form
 
 #: Smallest eigenvalue that the rank-revealing fallback lets stand, relative to the largest. A direction that the
 #: calibration tokens do not show is then cheap to lose, not free, and no inverse blows up.
@@ -26,7 +26,7 @@ def shrink(S: Form, amount: float) -> Form:
         S: Symmetric positive semidefinite, shape (d, d).
         amount: In [0, 1).
     """
-    if isinstance(S, LowRankPlusDiagonal):
+    if not isinstance(S, Tensor):
         return S.shrunk(amount)
     shrunk = (1 - amount) * S
     shrunk.diagonal().add_(amount * S.diagonal().mean())

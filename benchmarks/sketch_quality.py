@@ -4,8 +4,8 @@
 
 One pass over P1's calibration gathers exact moments and all sketches of them, so that rows differ by nothing else.
 The sides of width 1,536 are sketched or projected, those of 576 are exact: the paper sketches the wide ones as well.
-Sizes go by the rank k that a budget means for a layer of 1,536 x 576. Each statistic and each row is saved as it ends, and not
-made again; delete the folder after a change of the code. Prints the table as Markdown.
+Sizes go by the rank k that a budget means for a layer of 1,536 x 576. Each statistic and each row is saved as it ends,
+and not made again; delete the folder after a change of the code. Prints the table as Markdown.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from fasc_lightning.comparison_evaluation import Evaluation
 from fasc_lightning.comparison_statistics import Calibration
 from fasc_lightning.data import calibration_windows, read_text, text_windows
 from fasc_lightning.evaluation import load_facts
-from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.moments import CalibrationMoments, LayerSketches
 from fasc_lightning.moments_file import load_moments, save_moments
-from fasc_lightning.sketch_sizes import ReductionKind, SketchOptions, choose_sketches, expected_rank
+from fasc_lightning.sketch import Sketch
+from fasc_lightning.sketch_sizes import ReductionKind, expected_rank, projected
 from fasc_lightning.study import backward_windows
 from fasc_lightning.taps import Taps, layer_shapes, select_layers
 
@@ -50,6 +51,19 @@ class Statistic:
 
     kind: ReductionKind | None = None
     size: int = 0
+
+    def of(self, m: int, n: int) -> LayerSketches:
+        """Return how an (m, n) layer is held, half the width included: a fit would leave that exact."""
+        if self.kind is None:
+            return LayerSketches()
+        if self.kind == "projected":
+            return projected(m, n)
+        kind = self.kind
+
+        def side(d: int) -> Sketch | None:
+            return Sketch(d, self.size, 0, kind) if d > ABOVE else None
+
+        return LayerSketches(side(n), side(m))
 
     @property
     def name(self) -> str:
@@ -143,11 +157,10 @@ class Bench:
 
     def _empty(self, statistic: Statistic) -> CalibrationMoments:
         shapes = layer_shapes(self.layers)
-        sketches = {}
-        if statistic.kind is not None:
-            options = SketchOptions(statistic.kind, statistic.size or "auto", ABOVE)
-            sketches = choose_sketches(shapes, dict.fromkeys(shapes, 1), options)
-        return CalibrationMoments(shapes, needs={"coupled"}, sketches=sketches)
+        wide = {name: shape for name, shape in shapes.items() if max(shape) > ABOVE}
+        return CalibrationMoments(
+            shapes, needs={"coupled"}, sketches={name: statistic.of(*shape) for name, shape in wide.items()}
+        )
 
     def rows(self, keeps: Sequence[float]) -> Iterator[dict[str, Any]]:
         """Yield a row for the dense model and for each budget and statistic, statistic by statistic."""

@@ -68,7 +68,7 @@ ENDLESS: dict[str, Any] = {"device": "cuda", "memory": "10000TB", "probed": Fals
 
 def storage(found: CompressionForecast) -> str:
     """Return in words how moments are held."""
-    words = ["sketched" if "sketch" in found.options else "exact"]
+    words = [found.options.get("sketch", "whole")]
     words += ["moments and factors on the CPU"] if "moments_device" in found.options else []
     words += [f"{found.passes} passes"] if found.passes > 1 else []
     return ", ".join(words)
@@ -82,7 +82,10 @@ def rows(memory: str, host_memory: str) -> tuple[list[dict[str, object]], list[d
         for budget in BUDGETS:
             ((option, value),) = budget.items()
             easy = plan(model, **budget, **ENDLESS, passes=1)
-            sketched = plan(model, **budget, **ENDLESS, passes=1, sketch="range")
+            held: dict[Any, int] = {
+                kind: plan(model, **budget, **ENDLESS, passes=1, sketch=kind).moments_bytes
+                for kind in (None, "projected", "range")
+            }
             before, after = easy.whole["dense"], easy.whole["compressed"]
             row: dict[str, object] = {"model": name, "budget": f"{option} {value:g}"}
             sizes.append(
@@ -111,8 +114,9 @@ def rows(memory: str, host_memory: str) -> tuple[list[dict[str, object]], list[d
             places.append(
                 {
                     **row,
-                    "moments exact": gigabytes(easy.moments_bytes),
-                    "moments sketched": gigabytes(sketched.moments_bytes),
+                    "moments whole": gigabytes(held[None]),
+                    "projected": gigabytes(held["projected"]),
+                    "range": gigabytes(held["range"]),
                     "all factors": gigabytes(easy.parts["factors"]),
                     "peak, all on one device": gigabytes(easy.peak.device),
                     f"plan for {memory}": how,

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from fasc_lightning._tables import table_text
-from fasc_lightning.planned_storage import Kind, Peak
+from fasc_lightning.planned_storage import Peak
 from fasc_lightning.planned_time import Seconds
 from fasc_lightning.report import Size
 
@@ -18,7 +18,7 @@ class PlannedLayer:
     Attributes:
         name: Dotted name.
         shape: (m, n) = (outputs, inputs).
-        moments: "exact" or "sketched".
+        moments: "exact" for whole ones, else the option ``sketch``: "projected", "range" or "gaussian".
         place: Of the moments, "device" or "cpu".
         bytes: Of the moments.
         rank: Under a uniform allocation of the same budget; min(m, n) where the layer would stay dense.
@@ -27,7 +27,7 @@ class PlannedLayer:
 
     name: str
     shape: tuple[int, int]
-    moments: Kind
+    moments: str
     place: Literal["device", "cpu"]
     bytes: int
     rank: int

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from fasc_lightning.planned_storage import LayerMemory, Peak, Storage, choose_storage, gigabytes
+from fasc_lightning.sketch_sizes import ReductionKind
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -40,7 +41,7 @@ def bytes_of(amount: int | float | str | None, option: str) -> int | None:
 
 
 def refusal(
-    taken: Sequence[LayerMemory],
+    memories: Mapping[ReductionKind | None, Sequence[LayerMemory]],
     shapes: Mapping[str, tuple[int, int]],
     peak: Callable[[Storage], Peak],
     have: Peak,
@@ -52,7 +53,7 @@ def refusal(
     """Return the message that nothing fits: what is short, and what would do.
 
     Args:
-        taken: What each layer takes.
+        memories: What each layer takes, by how moments may be held.
         shapes: (m, n) of each, by name.
         peak: Largest memory of a storage.
         have: Memory that there is.
@@ -61,29 +62,36 @@ def refusal(
         passes: How many were asked for, or the first that were tried.
         most: How many there can be.
     """
-    asked = peak(Storage(passes=passes)).device
-    remedies = [f"{asked / 1e9:.3g} GB on {device} hold exact moments"]
-    if (least := peak(Storage(sketched=True, passes=passes)).device) < asked:
-        remedies.append(f"{least / 1e9:.3g} GB hold sketched ones (`sketch`)")
-    if device.type != "cpu" and (aside := peak(Storage(offloaded=True, passes=passes))).device <= have.device:
+    first, *others = memories
+    asked = peak(Storage(first, passes=passes)).device
+    remedies = [f"{asked / 1e9:.3g} GB on {device} hold {_held(first)} moments"]
+    less = ((kind, peak(Storage(kind, passes=passes)).device) for kind in others)
+    remedies += [f"{least / 1e9:.3g} GB hold {_held(kind)} ones" for kind, least in less if least < asked]
+    if device.type != "cpu" and (aside := peak(Storage(first, True, passes))).device <= have.device:
         remedies.append(f"moments_device='cpu' with {gigabytes(aside.host)} there (`host_memory` of a plan)")
-    fewer = choose_storage(peak, have, sketched=(False, True), offloaded=(False,), passes=None, most=most)
+    fewer = choose_storage(peak, have, kinds=list(memories), offloaded=(False,), passes=None, most=most)
     if fewer is None:
-        remedies.append(f"a pass for every layer takes {peak(Storage(passes=most)).device / 1e9:.3g} GB")
+        least = min(peak(Storage(kind, passes=most)).device for kind in memories)
+        remedies.append(f"a pass for every layer takes {least / 1e9:.3g} GB")
     elif fewer.passes > 1:
-        remedies.append(
-            f"{fewer.passes} passes over the data fit (passes={fewer.passes}{', sketched' if fewer.sketched else ''})"
-        )
-    name, wide = max(zip(shapes, taken, strict=True), key=lambda entry: entry[1].workspace)
-    alone = min(wide.exact + wide.workspace, wide.sketched + wide.sketched_workspace)
+        held = "" if fewer.kind is None else f", sketch={fewer.kind!r}"
+        remedies.append(f"{fewer.passes} passes over the data fit (passes={fewer.passes}{held})")
+    taken = list(memories.values())
+    largest = max(range(len(shapes)), key=lambda i: taken[0][i].workspace)
+    name = list(shapes)[largest]
+    alone = min(layers[largest].moments + layers[largest].workspace for layers in taken)
     one = (
         f" Not even one layer fits: the weights take {weights / 1e9:.3g} GB, and {name!r} {shapes[name]} "
         f"{alone / 1e9:.3g} GB to gather and factorise."
-        if weights + alone + wide.factors > have.device
+        if weights + alone + taken[0][largest].factors > have.device
         else ""
     )
     return (
-        f"Expected a compression of {len(taken)} layers to fit into {have.device / 1e9:.3g} GB on {device} but it "
+        f"Expected a compression of {len(shapes)} layers to fit into {have.device / 1e9:.3g} GB on {device} but it "
         f"needs {asked / 1e9:.3g} GB.{one} What would do: {'; '.join(remedies)}; or target fewer layers (`targets`, "
         "`exclude`) in several runs."
     )
+
+
+def _held(kind: ReductionKind | None) -> str:
+    return "whole" if kind is None else kind

@@ -1,4 +1,4 @@
-"""Where the moments of a calibration fit: exact or sketched, on the device or beside it, in how many passes.
+"""Where the moments of a calibration fit: whole or not, on the device or beside it, in how many passes.
 
 All of it is arithmetic on shapes. A layer's memory is of three kinds: its moments, while batches run; its factors, from
 when they are made until ranks are known; and the room that making them takes, once for all layers.
@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
 
 import torch
 
 from fasc_lightning.moments import LayerSketches, moments_bytes
 from fasc_lightning.passes import shares
-
-Kind = Literal["exact", "sketched"]
+from fasc_lightning.projection import Projection
+from fasc_lightning.sketch import Sketch
+from fasc_lightning.sketch_sizes import ReductionKind
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,14 @@ class LayerMemory:
     """What one layer takes, in bytes.
 
     Attributes:
-        exact: Its moments, exact.
-        sketched: Its moments with those sides sketched that are to be; ``exact`` where there are none.
-        factors: Its factors of every rank, from when they are made until the layers are built.
-        workspace: The room in which they are made of exact moments.
-        sketched_workspace: The room in which they are made of sketched ones.
+        moments: While batches run.
+        factors: Of every rank, from when they are made until the layers are built.
+        workspace: The room in which they are made.
     """
 
-    exact: int
-    sketched: int
+    moments: int
     factors: int
     workspace: int
-    sketched_workspace: int
 
 
 @dataclass(frozen=True)
@@ -46,12 +42,12 @@ class Storage:
     In several passes finished factors wait on the disk (:mod:`~fasc_lightning.spill`).
 
     Attributes:
-        sketched: Whether the sides that may be are sketched.
+        kind: How those sides are held that need not be held whole; None for all of them whole and exact.
         offloaded: Whether moments and finished factors are beside the device, on the CPU.
         passes: How often the data are gone through, each time for a share of the layers.
     """
 
-    sketched: bool = False
+    kind: ReductionKind | None = None
     offloaded: bool = False
     passes: int = 1
 
@@ -85,25 +81,20 @@ def layer_memory(
     Args:
         m: Outputs.
         n: Inputs.
-        sketches: Of its sides, where they may be sketched.
+        sketches: Of its sides that are not held whole.
         needs: What is gathered besides the means.
         moments_dtype: Of the accumulators.
     """
     sketches, needs = sketches or LayerSketches(), frozenset(needs)
     r = min(m, n)
-
-    def workspace(sides: LayerSketches) -> int:
-        held = sum(d * (d if s is None else s.size) for d, s in ((m, sides.outputs), (n, sides.inputs)))
-        return held * (moments_dtype.itemsize + 8) + (2 * m * n + 8 * r * r) * 8
-
-    widths = ((m, sketches.outputs), (n, sketches.inputs))
-    rebuilt = [rebuilding_bytes(d, s.size, moments_dtype.itemsize) for d, s in widths if s is not None]
+    sides = ((m, sketches.outputs), (n, sketches.inputs))
+    # A projection is as wide as the narrower side, and a form of its own.
+    held = sum(d * d if s is None else s.size * (s.size if isinstance(s, Projection) else d) for d, s in sides)
+    rebuilt = [rebuilding_bytes(d, s.size, moments_dtype.itemsize) for d, s in sides if isinstance(s, Sketch)]
     return LayerMemory(
-        exact=moments_bytes([(m, n)], moments_dtype, needs),
-        sketched=moments_bytes([(m, n)], moments_dtype, needs, [sketches]),
+        moments=moments_bytes([(m, n)], moments_dtype, needs, [sketches]),
         factors=r * (m + n) * moments_dtype.itemsize,
-        workspace=workspace(LayerSketches()),
-        sketched_workspace=max(workspace(sketches), *rebuilt, 0),
+        workspace=max(held * (moments_dtype.itemsize + 8) + (2 * m * n + 8 * r * r) * 8, *rebuilt, 0),
     )
 
 
@@ -119,7 +110,7 @@ def peak_memory(
     """Return the largest memory of a compression, going through it layer by layer.
 
     Args:
-        layers: What each takes.
+        layers: What each takes, held so.
         storage: How it is held.
         resident: Bytes on the device all the time: weights, and what training them needs.
         activations: Bytes that a batch takes on top while it runs.
@@ -127,14 +118,14 @@ def peak_memory(
         units: Layers that one pass gathers together (:func:`~fasc_lightning.passes.share_units`).
         built: Bytes of what replaces the layers, on the device beside them until the swap.
     """
-    moments = [layer.sketched if storage.sketched else layer.exact for layer in layers]
+    moments = [layer.moments for layer in layers]
     held = factors = busiest = most = 0
-    for share in shares([layer.exact for layer in layers], storage.passes, units):
+    for share in shares(moments, storage.passes, units):
         held += sum(moments[i] for i in share)
         most = max(most, held + factors)
         busiest = max(busiest, activations + (0 if storage.offloaded else held + factors))
         for i in share:
-            room = layers[i].sketched_workspace if storage.sketched else layers[i].workspace
+            room = layers[i].workspace
             made = layers[i].factors
             factors += made if storage.passes == 1 else 0
             # The factors that are being made are on the device in any case.
@@ -151,7 +142,7 @@ def choose_storage(
     peak: Callable[[Storage], Peak],
     memory: Peak,
     *,
-    sketched: Sequence[bool],
+    kinds: Sequence[ReductionKind | None],
     offloaded: Sequence[bool],
     passes: int | None,
     most: int,
@@ -161,8 +152,8 @@ def choose_storage(
     Args:
         peak: Largest memory of a storage.
         memory: What there is, on the device and beside it.
-        sketched: Whether sketches may or must stand in, in the order of preference.
-        offloaded: Likewise, whether moments are beside the device.
+        kinds: How moments may be held, in the order of preference.
+        offloaded: Likewise, whether they are beside the device.
         passes: How many passes; None for one, else as few as fit.
         most: How many passes at most.
     """
@@ -171,15 +162,15 @@ def choose_storage(
         found = peak(storage)
         return found.device <= memory.device and found.host <= memory.host
 
-    kinds = list(product(sketched, offloaded))
-    for kind in kinds:
-        if fits(found := Storage(*kind, passes=passes or 1)):
+    tiers = list(product(kinds, offloaded))
+    for tier in tiers:
+        if fits(found := Storage(*tier, passes=passes or 1)):
             return found
     if passes is not None:
         return None
-    for kind in kinds:
-        if fits(Storage(*kind, passes=most)):
-            return next(s for count in range(2, most + 1) if fits(s := Storage(*kind, passes=count)))
+    for tier in tiers:
+        if fits(Storage(*tier, passes=most)):
+            return next(s for count in range(2, most + 1) if fits(s := Storage(*tier, passes=count)))
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ from fasc_lightning.planned_layers import PlannedLayers, model_on_meta, planned_
 from fasc_lightning.planned_refusal import bytes_of, refusal
 from fasc_lightning.planned_storage import Peak, Storage, choose_storage, layer_memory, peak_memory
 from fasc_lightning.planned_time import Rates, Seconds, estimate, model_work, moments_work, probe, solver_work
+from fasc_lightning.projection import check_projected
 from fasc_lightning.report import Size, measure_layers, measure_model
 from fasc_lightning.sketch_sizes import SKETCH_ABOVE, ReductionKind, SketchOptions, SketchSize, sketches_for_budget
 from fasc_lightning.taps import layer_shapes
@@ -84,8 +85,8 @@ def plan(
         update_weights: Likewise; gradients and two states of an optimizer are counted for it, each as large as the
             weights.
         keeps_moments: Whether moments stay until the end, as a refit needs them to.
-        sketch: "range" or "gaussian" sketches, None does not; "auto" takes range sketches where exact moments do not
-            fit.
+        sketch: See :class:`~fasc_lightning.FascCallback`; "auto" takes "projected" where whole moments do not fit and
+            the options allow it, and "range" where that does not.
         sketch_size: See :class:`~fasc_lightning.FascCallback`.
         sketch_above: Likewise.
         passes: How often the data are gone through, with a share of the layers each; None for as few as fit.
@@ -108,7 +109,12 @@ def plan(
     _checks.check_options(method, allocation, layout, align, "auto", 1.0, None, 0, None, None, None)
     check_gate(gate, gate_by, None, method)
     _check_counts(passes, batch_tokens, tokens)
-    sketches = SketchOptions("range" if sketch is None or sketch == "auto" else sketch, sketch_size, sketch_above)
+    kinds: tuple[ReductionKind | None, ...] = (sketch,) if sketch != "auto" else (None, "projected", "range")
+    needs = statistics_needed(method, gate, gate_by)
+    if sketch == "auto" and (method != "fasc" or gate is not None or update_weights or keeps_moments):
+        kinds = (None, "range")
+    check_projected(sketch, method, gate, update_weights, keeps_moments)
+    sketching = {kind: None if kind is None else SketchOptions(kind, sketch_size, sketch_above) for kind in kinds}
     room, beside = bytes_of(memory, "memory"), bytes_of(host_memory, "host_memory")
     model = model_on_meta(model_or_config, dtype)
     chosen = planned_layers(model, targets, exclude)
@@ -120,15 +126,14 @@ def plan(
         model,
         chosen,
         stored_layers(chosen.layers, rank, keep, layout, align),
-        needs=statistics_needed(method, gate, gate_by),
+        needs=needs,
         device=where,
         memory=room,
         host_memory=beside or 0,
         update_weights=update_weights,
         keeps_moments=keeps_moments,
-        sketches={} if sketch is None else sketches_for_budget(shapes, sketches, rank, keep),
         tiers=Tiers(
-            sketched=(False, True) if sketch == "auto" else (sketch is not None,),
+            kinds={kind: sketches_for_budget(shapes, how, rank, keep) for kind, how in sketching.items()},
             offloaded=(False,) if beside is None or where.type == "cpu" else (False, True),
             passes=passes,
         ),
@@ -143,12 +148,12 @@ class Tiers:
     """How moments may be held, each in the order of preference.
 
     Attributes:
-        sketched: Whether sketches may or must stand in.
+        kinds: Which sides of which layers are not held whole, by how they are held then; None for all whole.
         offloaded: Whether moments and factors may or must be on the CPU beside the device.
         passes: How many passes; None for as few as fit.
     """
 
-    sketched: tuple[bool, ...] = (False,)
+    kinds: Mapping[ReductionKind | None, Mapping[str, LayerSketches]] = field(default_factory=lambda: {None: {}})
     offloaded: tuple[bool, ...] = (False,)
     passes: int | None = 1
 
@@ -164,7 +169,6 @@ def forecast(
     host_memory: int = 0,
     update_weights: bool = False,
     keeps_moments: bool = False,
-    sketches: Mapping[str, LayerSketches] | None = None,
     tiers: Tiers | None = None,
     batch_tokens: int = 0,
     tokens: int = 0,
@@ -182,8 +186,7 @@ def forecast(
         host_memory: Bytes on the CPU beside it.
         update_weights: See :func:`plan`.
         keeps_moments: Likewise.
-        sketches: Of single layers by name, where moments are sketched.
-        tiers: How moments may be held; exact, on the device and in one pass by default.
+        tiers: How moments may be held; whole, on the device and in one pass by default.
         batch_tokens: See :func:`plan`.
         tokens: Likewise.
         probed: Likewise.
@@ -193,47 +196,51 @@ def forecast(
         ValueError: If the device is not there to say how much memory it has.
     """
     shapes, whole = layer_shapes(chosen.layers), measure_model(model)
-    sketches, tiers = sketches or {}, tiers or Tiers()
+    tiers = tiers or Tiers()
     if memory is None:
         resident = (p.numel() * p.element_size() for p in model.parameters() if p.device.type == device.type)
         memory = _free(device) + sum(resident)
     if True in tiers.offloaded and host_memory == 0 and device.type != "cpu":
         host_memory = available_memory(torch.device("cpu"))
     sums, names = moment_dtype(chosen.layers.values()), list(shapes)
-    taken = [
-        layer_memory(m, n, sketches=sketches.get(name), needs=needs, moments_dtype=sums)
-        for name, (m, n) in shapes.items()
-    ]
+    memories = {
+        kind: [
+            layer_memory(m, n, sketches=sketches.get(name), needs=needs, moments_dtype=sums)
+            for name, (m, n) in shapes.items()
+        ]
+        for kind, sketches in tiers.kinds.items()
+    }
     training = 3 * whole.bytes if update_weights else 0
     targeted = {"dense": measure_layers(chosen.layers), "compressed": _total([s.size for s in stored.values()])}
     built = targeted["compressed"].bytes
     activations, units = batch_tokens * activation_bytes(model, chosen), share_units(names)
 
     def peak(storage: Storage) -> Peak:
-        return peak_memory(taken, storage, whole.bytes + training, activations, not keeps_moments, units, built)
+        resident = whole.bytes + training
+        return peak_memory(memories[storage.kind], storage, resident, activations, not keeps_moments, units, built)
 
     have = Peak(memory, host_memory)
     storage = choose_storage(
-        peak, have, sketched=tiers.sketched, offloaded=tiers.offloaded, passes=tiers.passes, most=len(units)
+        peak, have, kinds=list(memories), offloaded=tiers.offloaded, passes=tiers.passes, most=len(units)
     )
     if storage is None:
-        raise MemoryError(refusal(taken, shapes, peak, have, device, whole.bytes, tiers.passes or 1, len(units)))
-    moments = [layer.sketched if storage.sketched else layer.exact for layer in taken]
+        raise MemoryError(refusal(memories, shapes, peak, have, device, whole.bytes, tiers.passes or 1, len(units)))
+    taken, sketches = memories[storage.kind], tiers.kinds[storage.kind]
     aside = storage.offloaded or device.type == "cpu"
     layers = [
         PlannedLayer(
             name,
             shape,
-            "sketched" if storage.sketched and name in sketches else "exact",
+            storage.kind or "exact" if name in sketches else "exact",
             "cpu" if aside else "device",
-            moments[i],
+            taken[i].moments,
             stored[name].rank,
             stored[name].layout,
         )
         for i, (name, shape) in enumerate(shapes.items())
     ]
     rates = probed if isinstance(probed, Rates) else _rates(device, layers_dtype(chosen.layers)) if probed else None
-    parts = shares([layer.exact for layer in taken], storage.passes, units)
+    parts = shares([layer.moments for layer in taken], storage.passes, units)
     return CompressionForecast(
         layers=layers,
         device=str(device),
@@ -244,32 +251,24 @@ def forecast(
             "weights": whole.bytes,
             "training": training,
             "activations": activations,
-            "moments": max(sum(moments[i] for i in part) for part in parts),
+            "moments": max(sum(taken[i].moments for i in part) for part in parts),
             "factors": sum(layer.factors for layer in taken),
-            "workspace": max(layer.sketched_workspace if storage.sketched else layer.workspace for layer in taken),
+            "workspace": max(layer.workspace for layer in taken),
         },
         factors_place="disk" if storage.passes > 1 else "cpu" if aside else "device",
         passes=storage.passes,
-        options=_options(storage, sketches),
+        options=_options(storage),
         targeted=targeted,
         whole={"dense": whole, "compressed": _replaced(whole, targeted)},
-        seconds=None
-        if rates is None
-        else _seconds(chosen, sketches if storage.sketched else {}, needs, rates, storage.passes, tokens),
+        seconds=None if rates is None else _seconds(chosen, sketches, needs, rates, storage.passes, tokens),
     )
 
 
-def _options(storage: Storage, sketches: Mapping[str, LayerSketches]) -> dict[str, Any]:
+def _options(storage: Storage) -> dict[str, Any]:
     """Return the options of FascCallback that hold moments in a certain way, those at their defaults left out."""
-    kinds = [s.kind for sides in sketches.values() for s in (sides.inputs, sides.outputs) if s is not None]
-    options: dict[str, Any] = {}
-    if storage.sketched and kinds:
-        options["sketch"] = kinds[0]
-    if storage.offloaded:
-        options["moments_device"] = "cpu"
-    if storage.passes > 1:
-        options["passes"] = storage.passes
-    return options
+    held = {"sketch": storage.kind, "moments_device": "cpu" if storage.offloaded else None}
+    options: dict[str, Any] = {name: value for name, value in held.items() if value is not None}
+    return options if storage.passes == 1 else {**options, "passes": storage.passes}
 
 
 def _seconds(

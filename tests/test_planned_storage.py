@@ -9,37 +9,34 @@ from fasc_lightning.packed import packed_size
 from fasc_lightning.passes import shares
 from fasc_lightning.planned_storage import LayerMemory, Peak, Storage, choose_storage, layer_memory, peak_memory
 from fasc_lightning.sketch import Sketch
+from fasc_lightning.sketch_sizes import projected
 
-LAYERS = [LayerMemory(100, 40, factors=30, workspace=50, sketched_workspace=45), LayerMemory(60, 60, 20, 25, 25)]
-LAYERS += [LayerMemory(80, 30, 10, 40, 35), LayerMemory(20, 10, 10, 5, 5)]
+WHOLE = [LayerMemory(100, factors=30, workspace=50), LayerMemory(60, 20, 25), LayerMemory(80, 10, 40)]
+WHOLE += [LayerMemory(20, 10, 5)]
+SKETCHED = [LayerMemory(40, 30, 45), LayerMemory(60, 20, 25), LayerMemory(30, 10, 35), LayerMemory(10, 10, 5)]
+LAYERS = {None: WHOLE, "range": SKETCHED}
 BOTH = (False, True)
-
-
 BUILT = 55
 
 
 def peak(storage, consume=True):
-    return peak_memory(LAYERS, storage, 7, 11, consume, built=BUILT)
+    return peak_memory(LAYERS[storage.kind], storage, 7, 11, consume, built=BUILT)
 
 
-def chosen(memory, host=0, sketched=BOTH, offloaded=BOTH, passes=None):
-    return choose_storage(
-        peak, Peak(memory, host), sketched=sketched, offloaded=offloaded, passes=passes, most=len(LAYERS)
-    )
+def chosen(memory, host=0, kinds=(None, "range"), offloaded=BOTH, passes=None):
+    return choose_storage(peak, Peak(memory, host), kinds=kinds, offloaded=offloaded, passes=passes, most=len(WHOLE))
 
 
 def walked(storage, consume=True):
     """Peaks by going through every moment of a compression and adding up what is there."""
     device = host = 0
     held, factors = {}, {}
-    for share in shares([layer.exact for layer in LAYERS], storage.passes):
-        held |= {i: LAYERS[i].sketched if storage.sketched else LAYERS[i].exact for i in share}
-        steps = [(0, 11)]
-        for i in share:
-            room = LAYERS[i].sketched_workspace if storage.sketched else LAYERS[i].workspace
-            steps.append((i, room))
+    layers = LAYERS[storage.kind]
+    for share in shares([layer.moments for layer in layers], storage.passes):
+        held |= {i: layers[i].moments for i in share}
+        steps = [(0, 11), *((i, layers[i].workspace) for i in share)]
         for number, (i, extra) in enumerate(steps):
-            made = LAYERS[i].factors if number else 0
+            made = layers[i].factors if number else 0
             if storage.passes == 1 and number:
                 factors[i], made = made, made if storage.offloaded else 0
             there = sum(held.values()) + sum(factors.values())
@@ -54,31 +51,43 @@ def walked(storage, consume=True):
 
 def test_exact_moments_are_those_that_calibration_counts():
     for needs in ({"plain"}, {"coupled"}, {"plain", "coupled", "C"}):
-        assert layer_memory(24, 40, needs=needs).exact == moments_bytes([(24, 40)], needs=needs)
+        assert layer_memory(24, 40, needs=needs).moments == moments_bytes([(24, 40)], needs=needs)
 
 
 def test_a_sketch_stands_in_for_its_side():
     sketch = Sketch(4096, 128)
-    wide = layer_memory(64, 4096, sketches=LayerSketches(inputs=sketch), needs={"coupled"})
-    assert wide.exact - wide.sketched == 4 * (packed_size(4096) - sketch.numbers)
-    assert wide.sketched_workspace < wide.workspace
+    whole, wide = (
+        layer_memory(64, 4096, sketches=sides, needs={"coupled"}) for sides in (None, LayerSketches(inputs=sketch))
+    )
+    assert whole.moments - wide.moments == 4 * (packed_size(4096) - sketch.numbers)
+    assert wide.workspace < whole.workspace
+
+
+def test_a_projection_stands_in_for_the_wider_side_by_the_narrower():
+    whole, seen, square = (
+        layer_memory(64, n, sketches=sides, needs={"coupled"})
+        for n, sides in ((4096, None), (4096, projected(64, 4096)), (64, None))
+    )
+    assert whole.moments - seen.moments == 4 * (packed_size(4096) - packed_size(64) - 1)
+    assert seen.moments < square.moments + 4 * 4100
+    assert seen.workspace < whole.workspace
 
 
 def test_two_kinds_of_second_moments_take_two_sketches():
     def saved(needs):
-        found = layer_memory(512, 512, sketches=LayerSketches(Sketch(512, 32), Sketch(512, 32)), needs=needs)
-        return found.exact - found.sketched
+        sides = LayerSketches(Sketch(512, 32), Sketch(512, 32))
+        return layer_memory(512, 512, needs=needs).moments - layer_memory(512, 512, sketches=sides, needs=needs).moments
 
     assert saved({"plain", "coupled"}) == 2 * saved({"coupled"})
 
 
 def test_sketches_grow_linearly_with_the_width_and_exact_moments_with_its_square():
-    narrow, wide = (
-        layer_memory(d, d, sketches=LayerSketches(Sketch(d, 64), Sketch(d, 64)), needs={"coupled"})
-        for d in (2048, 8192)
-    )
-    assert wide.sketched / narrow.sketched == pytest.approx(4, rel=0.02)
-    assert wide.exact / narrow.exact > 14
+    def grown(sides):
+        narrow, wide = (layer_memory(d, d, sketches=sides(d), needs={"coupled"}).moments for d in (2048, 8192))
+        return wide / narrow
+
+    assert grown(lambda d: LayerSketches(Sketch(d, 64), Sketch(d, 64))) == pytest.approx(4, rel=0.02)
+    assert grown(lambda d: None) > 14
 
 
 def test_shares_are_consecutive_and_complete():
@@ -96,7 +105,7 @@ def test_shares_are_consecutive_and_complete():
 @pytest.mark.parametrize("consume", [True, False])
 def test_the_peak_is_what_a_walk_through_the_compression_adds_up_to(consume):
     for passes in range(1, 5):
-        for storage in (Storage(s, o, passes) for s in BOTH for o in BOTH):
+        for storage in (Storage(s, o, passes) for s in LAYERS for o in BOTH):
             assert peak(storage, consume) == walked(storage, consume), storage
 
 
@@ -104,21 +113,21 @@ def test_moments_that_are_kept_take_more_and_those_beside_the_device_take_none_o
     assert peak(Storage(), consume=False).device > peak(Storage()).device
     aside = peak(Storage(offloaded=True))
     assert aside.device < peak(Storage()).device
-    assert aside.host >= sum(layer.exact for layer in LAYERS)
+    assert aside.host >= sum(layer.moments for layer in WHOLE)
 
 
 def test_exact_on_the_device_comes_first_then_the_cpu_then_sketches_then_passes():
     whole = peak(Storage()).device
     assert chosen(whole) == Storage()
     assert chosen(whole - 20, host=500) == Storage(offloaded=True)
-    assert chosen(whole - 20) == Storage(sketched=True)
-    passed = chosen(whole - 20, sketched=(False,))
+    assert chosen(whole - 20) == Storage("range")
+    passed = chosen(whole - 20, kinds=(None,))
     assert passed.passes > 1
     assert peak(passed).device <= whole - 20
     assert peak(Storage(passes=passed.passes - 1)).device > whole - 20
-    assert chosen(whole - 20, sketched=(False,), passes=1) is None
+    assert chosen(whole - 20, kinds=(None,), passes=1) is None
     assert chosen(10) is None
 
 
 def test_what_is_asked_for_is_not_second_guessed():
-    assert chosen(10**6, host=10**6, sketched=(True,), offloaded=(True,), passes=3) == Storage(True, True, 3)
+    assert chosen(10**6, host=10**6, kinds=("range",), offloaded=(True,), passes=3) == Storage("range", True, 3)

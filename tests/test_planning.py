@@ -47,15 +47,16 @@ def test_exact_moments_serve_where_they_fit_and_sketches_where_not():
     easy = planned()
     assert {(layer.moments, layer.place) for layer in easy.layers} == {("exact", "cpu")}
     assert easy.options == {}
-    tight = planned(memory=easy.peak.device - 1, sketch_size=32, sketch_above=512, passes=1)
-    assert {layer.moments for layer in tight.layers} == {"exact", "sketched"}
-    assert {layer.name.rpartition(".")[2] for layer in tight.layers if layer.moments == "sketched"} == {
+    for sketch, kind in (("auto", "projected"), ("range", "range")):
+        tight = planned(memory=easy.peak.device - 1, sketch=sketch, sketch_size=32, sketch_above=512, passes=1)
+        assert {layer.moments for layer in tight.layers} == {"exact", kind}
+        assert tight.options == {"sketch": kind}
+    assert {layer.name.rpartition(".")[2] for layer in tight.layers if layer.moments == "range"} == {
         "gate_proj",
         "up_proj",
         "down_proj",
     }
     assert tight.peak.device < easy.peak.device
-    assert tight.options == {"sketch": "range"}
     assert "options: sketch='range'" in str(tight)
 
 

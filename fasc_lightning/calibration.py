@@ -308,7 +308,9 @@ class Calibration:
 
     def reset(self) -> None:
         """Undo a :meth:`restore` that other processes could not follow: nothing has been counted."""
-        self.restore(None, None, [], 0, 0.0)
+        old = self.moments
+        nothing = CalibrationMoments(old.shapes, old.dtype, old.device, old.needs, self._sketches)
+        self.restore(nothing, None, [], 0, 0.0)
 
     def finish(self, trainer: pl.Trainer) -> None:
         """Sum the statistics over all processes, once the last batch has run."""

@@ -28,6 +28,8 @@ import lightning.pytorch as pl
 import torch
 from interleaved import interleave, speed_ups
 from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from fasc_lightning import FascCallback, compress
 from fasc_lightning._tables import markdown_table
@@ -88,9 +90,6 @@ class BlockModule(pl.LightningModule):
     """
 
     def __init__(self, hidden: int, inner: int, heads: int, kv_heads: int) -> None:
-        from transformers import LlamaConfig
-        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-
         super().__init__()
         config = LlamaConfig(
             hidden_size=hidden,

@@ -276,12 +276,16 @@ def routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Ten
         experts: Their number.
     """
     with torch.no_grad():
-        mask = nn.functional.one_hot(top_k_index, num_classes=experts + 1).permute(2, 1, 0)
-        hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero().flatten().tolist()
-    for expert in hit:
-        if expert != experts:
-            places, tokens = torch.where(mask[expert])
-            yield expert, places, tokens
+        chosen = top_k_index.T.flatten()
+        # One sort and one wait for the device. A mask for each expert takes as many as there are experts.
+        order = chosen.argsort(stable=True)
+        places, tokens = order // max(1, len(top_k_index)), order % max(1, len(top_k_index))
+        counts = chosen.bincount(minlength=experts).tolist()
+    start = 0
+    for expert, count in enumerate(counts[:experts]):
+        if count:
+            yield expert, places[start : start + count], tokens[start : start + count]
+        start += count
 
 
 def expert_groups(layers: Mapping[str, nn.Module] | Iterable[str]) -> dict[tuple[str, str], list[str]]:

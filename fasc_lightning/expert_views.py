@@ -227,21 +227,27 @@ class ExpertTaps:
                 views[layer.expert, layer.projection] = layer
 
     def install(self) -> None:
-        """Send forwards through the virtual layers."""
+        """Send forwards through the virtual layers; others may do so at the same time."""
         for experts, views in self._views.values():
-            if "_fasc_before" not in vars(experts):  # a forward of its own, as accelerate gives modules
-                vars(experts)["_fasc_before"] = vars(experts).get("forward")
-            vars(experts)["_fasc_views"] = views
-            # Bound, so that a copy of the module gets a forward of its own.
-            vars(experts)["forward"] = MethodType(_observed_forward, experts)
+            own = vars(experts)
+            if "_fasc_views" not in own:
+                own["_fasc_before"] = own.get("forward")  # of its own, as accelerate gives modules
+                own["_fasc_views"] = []
+                # Bound, so that a copy of the module gets a forward of its own.
+                own["forward"] = MethodType(_observed_forward, experts)
+            if not any(known is views for known in own["_fasc_views"]):
+                own["_fasc_views"].append(views)
 
     def remove(self) -> None:
         """Undo :meth:`install`; safe at any time."""
-        for experts, _ in self._views.values():
+        for experts, views in self._views.values():
             own = vars(experts)
-            if own.pop("_fasc_views", None) is None:
+            if "_fasc_views" not in own:
                 continue
-            del own["forward"]
+            own["_fasc_views"] = [known for known in own["_fasc_views"] if known is not views]
+            if own["_fasc_views"]:  # a monitor comes and goes while a calibration observes
+                continue
+            del own["_fasc_views"], own["forward"]
             if (before := own.pop("_fasc_before")) is not None:
                 own["forward"] = before
 
@@ -251,11 +257,13 @@ def _observed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top
     if not torch.is_grad_enabled():
         before = vars(self)["_fasc_before"] or partial(type(self).forward, self)
         return before(hidden_states, top_k_index, top_k_weights)
-    views = vars(self)["_fasc_views"]
+    observers = vars(self)["_fasc_views"]
 
     def observe(projection: str, x: Tensor, y: Tensor) -> Tensor:
-        view = views.get((expert, projection))
-        return y if view is None else view(x, y, routing)
+        found = [views[expert, projection] for views in observers if (expert, projection) in views]
+        for view in {id(view): view for view in found}.values():  # observers may share their views
+            y = view(x, y, routing)
+        return y
 
     result = torch.zeros_like(hidden_states)
     for expert, places, tokens in routed(top_k_index, self.num_experts):

@@ -291,7 +291,7 @@ class Taps:
         if self.moments is not None:
             self._add_moments(self.moments, name, call, x, h)
         call.counted = True
-        if self.pairs is not None and len(x):  # an expert may be given nothing but padding
+        if self.pairs is not None and (len(x) or call.routed is None):  # an expert may be given nothing but padding
             self.pairs(name, x, h, call.batch, call.lengths())
         call.pending.discard(name)
         if not call.pending:

@@ -28,7 +28,7 @@ class ExpertRow:
         experts: Name of its module.
         expert: Its number.
         tokens: That it saw in calibration.
-        share: Of the tokens that all experts of its module saw.
+        share: Of the tokens that all targeted experts of its module saw.
         rho: Mean over its projections; NaN where none was measured.
         rho_debiased: Likewise.
         rank: Mean over its projections of rank over full rank; 1 if it is dense.

@@ -227,21 +227,27 @@ class ExpertTaps:
                 views[layer.expert, layer.projection] = layer
 
     def install(self) -> None:
-        """Send forwards through the virtual layers."""
+        """Send forwards through the virtual layers; others may do so at the same time."""
         for experts, views in self._views.values():
-            if "_fasc_before" not in vars(experts):  # a forward of its own, as accelerate gives modules
-                vars(experts)["_fasc_before"] = vars(experts).get("forward")
-            vars(experts)["_fasc_views"] = views
-            # Bound, so that a copy of the module gets a forward of its own.
-            vars(experts)["forward"] = MethodType(_observed_forward, experts)
+            own = vars(experts)
+            if "_fasc_views" not in own:
+                own["_fasc_before"] = own.get("forward")  # of its own, as accelerate gives modules
+                own["_fasc_views"] = []
+                # Bound, so that a copy of the module gets a forward of its own.
+                own["forward"] = MethodType(_observed_forward, experts)
+            if not any(known is views for known in own["_fasc_views"]):
+                own["_fasc_views"].append(views)
 
     def remove(self) -> None:
         """Undo :meth:`install`; safe at any time."""
-        for experts, _ in self._views.values():
+        for experts, views in self._views.values():
             own = vars(experts)
-            if own.pop("_fasc_views", None) is None:
+            if "_fasc_views" not in own:
                 continue
-            del own["forward"]
+            own["_fasc_views"] = [known for known in own["_fasc_views"] if known is not views]
+            if own["_fasc_views"]:  # a monitor comes and goes while a calibration observes
+                continue
+            del own["_fasc_views"], own["forward"]
             if (before := own.pop("_fasc_before")) is not None:
                 own["forward"] = before
 
@@ -251,11 +257,13 @@ def _observed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top
     if not torch.is_grad_enabled():
         before = vars(self)["_fasc_before"] or partial(type(self).forward, self)
         return before(hidden_states, top_k_index, top_k_weights)
-    views = vars(self)["_fasc_views"]
+    observers = vars(self)["_fasc_views"]
 
     def observe(projection: str, x: Tensor, y: Tensor) -> Tensor:
-        view = views.get((expert, projection))
-        return y if view is None else view(x, y, routing)
+        found = [views[expert, projection] for views in observers if (expert, projection) in views]
+        for view in {id(view): view for view in found}.values():  # observers may share their views
+            y = view(x, y, routing)
+        return y
 
     result = torch.zeros_like(hidden_states)
     for expert, places, tokens in routed(top_k_index, self.num_experts):
@@ -276,12 +284,16 @@ def routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Ten
         experts: Their number.
     """
     with torch.no_grad():
-        mask = nn.functional.one_hot(top_k_index, num_classes=experts + 1).permute(2, 1, 0)
-        hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero().flatten().tolist()
-    for expert in hit:
-        if expert != experts:
-            places, tokens = torch.where(mask[expert])
-            yield expert, places, tokens
+        chosen = top_k_index.T.flatten()
+        # One sort and one wait for the device. A mask for each expert takes as many as there are experts.
+        order = chosen.argsort(stable=True)
+        places, tokens = order // max(1, len(top_k_index)), order % max(1, len(top_k_index))
+        counts = chosen.bincount(minlength=experts).tolist()
+    start = 0
+    for expert, count in enumerate(counts[:experts]):
+        if count:
+            yield expert, places[start : start + count], tokens[start : start + count]
+        start += count
 
 
 def expert_groups(layers: Mapping[str, nn.Module] | Iterable[str]) -> dict[tuple[str, str], list[str]]:

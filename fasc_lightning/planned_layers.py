@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fasc_lightning.expert_views import warn_unknown_experts
 from fasc_lightning.taps import select_layers
 
 
@@ -70,6 +71,8 @@ def planned_layers(
 ) -> PlannedLayers:
     """Return what a compression of a model takes: the layers of :func:`~fasc_lightning.taps.select_layers`.
 
+    Says which experts stay dense because nothing here understands them.
+
     Args:
         model: Any module; no weight is read.
         targets: See :func:`~fasc_lightning.taps.select_layers`.
@@ -78,4 +81,6 @@ def planned_layers(
     Raises:
         ValueError: If nothing is selected.
     """
+    if targets in (None, "all-linear"):
+        warn_unknown_experts(model)
     return PlannedLayers(select_layers(model, targets, exclude))

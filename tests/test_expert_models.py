@@ -174,10 +174,11 @@ def test_a_fit_that_fails_leaves_the_fused_modules_and_their_forwards(late, make
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_experts_are_compressed_at_the_end_of_a_fit_that_trains(make_trainer):
+@pytest.mark.parametrize("rhythm", [1, 2])
+def test_experts_are_compressed_at_the_end_of_a_fit_that_trains_and_is_monitored(rhythm, make_trainer):
     model = make("mixtral")
     dense = fused(model).down_proj.detach().clone()
-    callback = FascCallback(keep=0.6, refit=False, monitor_every_n_steps=1)
+    callback = FascCallback(keep=0.6, refit=False, monitor_every_n_steps=rhythm)
     make_trainer(callback).fit(CausalLMModule(model, learning_rate=1e-2), DataLoader(batches(3), batch_size=None))
     assert not torch.equal(fused(model).layer(0, "w_down").weight.detach()[:], dense[0])
     assert sum(tokens_of_experts(callback.report).values()) == 3 * K * 3 * 4 * 24

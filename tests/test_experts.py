@@ -236,6 +236,29 @@ def test_a_forward_that_the_module_already_had_is_put_back(model, batch):
     assert vars(experts)["forward"] is forward
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_observers_of_experts_do_not_end_each_other(batch, shared):
+    model = make("mixtral")
+    layers = select_layers(model)
+    seen = [layers, layers if shared else select_layers(model)]
+    first, second = (Taps(each, CalibrationMoments(layer_shapes(each))) for each in seen)
+    for round_ in range(2):
+        for taps in (first, second):
+            taps.install()
+            taps.begin_batch(TokenRows(mask=batch["attention_mask"]))
+        model(**batch).loss.backward()
+        if round_ == 0:
+            for taps in (first, second):
+                taps.end_batch()
+            second.remove()
+    first.remove()
+    second.remove()
+    counts = [[taps.moments.tokens(f"{PLACE}.{e}.w_up") for e in range(E)] for taps in (first, second)]
+    assert counts[0] == counts[1]
+    assert sum(counts[0]) == 2 * K * int(batch["attention_mask"].sum())
+    assert not {"forward", "_fasc_views", "_fasc_before"} & set(vars(fused(model)))
+
+
 def test_a_refit_of_experts_is_refused_before_any_work_is_done():
     with pytest.raises(RefitError, match="do not show what goes into each expert"):
         compress(make("qwen3"), batches(2), keep=0.8, refit=True, progress=False)

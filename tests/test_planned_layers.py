@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import FAMILIES, causal_model, mlp
-from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, T5Config
+from transformers import GptOssConfig, LlamaConfig, MixtralConfig, PreTrainedConfig, T5Config
 
 from fasc_lightning.planned_layers import model_on_meta, planned_layers
 from fasc_lightning.taps import layer_shapes, select_layers
@@ -53,6 +53,13 @@ def test_each_expert_has_its_matrices_and_the_router_is_left_alone():
     only = planned_layers(model, targets=["w_down"])
     assert len(only.layers) == 8
     assert not any("experts" in name for name in planned_layers(model, exclude=r".*experts.*").layers)
+
+
+def test_experts_of_an_unknown_kind_are_not_planned_for_and_it_is_said():
+    model = model_on_meta(GptOssConfig(**MIXTRAL, head_dim=8))
+    with pytest.warns(UserWarning, match="2 modules hold experts of a kind that is not known here"):
+        planned = planned_layers(model)
+    assert not any("experts" in name for name in planned.layers)
 
 
 def test_what_has_no_shapes_is_refused():

@@ -369,9 +369,8 @@ class Calibration:
 
     def reset(self) -> None:
         """Undo a :meth:`restore` that other processes could not follow: nothing has been counted."""
-        old = self.moments
-        nothing = CalibrationMoments(old.shapes, old.dtype, old.device, old.needs, self._sketches)
-        self.restore(nothing, None, [], 0, 0.0)
+        self._begin_share()
+        self.restore(None, None, [], 0, 0.0)
 
     def end_epoch(self, trainer: pl.Trainer) -> None:
         """End a pass that others follow: its layers are factorised, and their moments let go of."""

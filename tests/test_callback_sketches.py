@@ -120,7 +120,7 @@ def test_the_plan_of_a_fit_counts_its_sketches():
     ]
     exact, sketched = plans
     assert {layer.moments for layer in exact.layers} == {"exact"}
-    assert {layer.name for layer in sketched.layers if layer.moments == "sketched"} == {
+    assert {layer.name for layer in sketched.layers if layer.moments == "range"} == {
         layer.name for layer in exact.layers if 48 in layer.shape
     }
     assert sketched.moments_bytes < exact.moments_bytes

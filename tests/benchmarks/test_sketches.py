@@ -4,14 +4,15 @@ import json
 
 import pytest
 import sketches
-from sketches import MARKERS, SHARES, block_batches, main, width_rows
+from sketches import MARKERS, PROJECTED, SHARES, block_batches, main, width_rows
 
 from fasc_lightning.moments import moments_bytes
 
 
 def test_the_memory_of_sketches_grows_linearly_and_that_of_exact_moments_with_the_square():
     rows = {d: {row["share"]: row for row in width_rows(d, 0)} for d in (128, 256)}
-    assert set(rows[128]) == {1, *SHARES}
+    assert set(rows[128]) == {1, PROJECTED, *SHARES}
+    assert rows[128][PROJECTED]["bytes"] < 0.1 * rows[128][1]["bytes"]
     assert rows[256][1]["bytes"] > 3 * rows[128][1]["bytes"]
     # A sketch of s columns is linear in the width for a fixed s: 256 / 16 columns and 128 / 8 are as many.
     assert rows[256][16]["bytes"] == pytest.approx(2 * rows[128][8]["bytes"], rel=0.01)
@@ -35,7 +36,12 @@ def test_a_tiny_block_is_measured_in_a_process_of_its_own_and_written_down(tmp_p
     output = ["--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["sketches.py", "block", *shapes, *more, *output])
     main()
-    block = json.loads((tmp_path / "sketches.json").read_text(encoding="utf-8"))["block"]
+    blocks = json.loads((tmp_path / "sketches.json").read_text(encoding="utf-8"))["block"]
+    assert list(blocks) == ["whole", "projected", "range"]
+    assert blocks["projected"]["moments_bytes"] < blocks["range"]["moments_bytes"] < blocks["whole"]["moments_bytes"]
+    whole, projected = ([layer["loss"] for layer in blocks[kind]["layers"]] for kind in ("whole", "projected"))
+    assert projected == pytest.approx(whole, rel=1e-3)
+    block = blocks["range"]
     assert block["tokens"] == 512
     assert block["resident"]["peak"] > block["resident"]["before"] > 0
     assert block["predicted"]["peak"] > 4 * (32 * 96 * 3)

@@ -1,0 +1,29 @@
+"""The memory of a process, and what a benchmark runs in one of its own."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def resident() -> int:
+    """Return the largest resident memory of this process so far, in bytes.
+
+    Linux lets a new process inherit what ``getrusage`` says from the one that started it; the status file is its own.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+        return 1024 * int(lines["VmHWM"].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run_alone(script: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run a script in a process of its own and return what it prints last, a line of JSON."""
+    done = subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])

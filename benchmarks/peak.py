@@ -1,0 +1,101 @@
+"""Predicted beside measured peak memory: compressions of SmolLM2-135M-Instruct, each in a process of its own.
+
+    python benchmarks/peak.py --output benchmarks/results
+
+The predicted peak is that of ``compress(..., dry_run=True)``. The measured one is the largest resident memory of the
+process, without what the interpreter and its libraries took before the model was there. Tokens are random: memory does
+not depend on them. Rows that the output has already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory import resident, run_alone
+
+from fasc_lightning import compress
+from fasc_lightning._tables import markdown_table
+from fasc_lightning.bundled import load_model
+from fasc_lightning.forecast import CompressionForecast
+from fasc_lightning.report import write_json
+
+#: Options of each row. Without a refit, which a plan does not count.
+ROWS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "projected": {"sketch": "projected"},
+    "4 passes": {"passes": 4},
+    "projected, 4 passes": {"sketch": "projected", "passes": 4},
+    "svd-llm": {"method": "svd-llm"},
+}
+
+
+def measure(options: dict[str, Any], windows: int, window: int) -> dict[str, Any]:
+    """Compress in this process; return what was predicted and what it took."""
+    import transformers  # noqa: F401 - before the memory is looked at
+
+    before = resident()
+    model, _ = load_model("smollm2")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (windows, 1, window), generator=generator)
+    batches = [{"input_ids": part, "labels": part} for part in ids]
+    options = {"keep": 0.6, "refit": False, "progress": False, **options}
+    predicted = compress(model, batches, dry_run=True, **options)
+    assert isinstance(predicted, CompressionForecast)
+    loaded = resident()
+    report = compress(model, batches, **options)
+    return {
+        "before": before,
+        "loaded": loaded,
+        "peak": resident(),
+        "predicted": predicted.peak.device,
+        "parts": predicted.parts,
+        "moments": report.moments_bytes,
+        "seconds": report.seconds,
+    }
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table."""
+    return markdown_table(
+        [
+            {
+                "moments": name,
+                "GB of moments": f"{row['moments'] / 1e9:.2f}",
+                "predicted peak": f"{row['predicted'] / 1e9:.2f}",
+                "measured": f"{(row['peak'] - row['before']) / 1e9:.2f}",
+                "measured over predicted": f"{(row['peak'] - row['before']) / row['predicted']:.2f}",
+            }
+            for name, row in rows.items()
+        ]
+    )
+
+
+def main() -> None:
+    """Measure what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--row", choices=list(ROWS), help="measure this one in this process")
+    arguments = parser.parse_args()
+    if arguments.row is not None:
+        print(json.dumps(measure(ROWS[arguments.row], arguments.windows, arguments.window)))
+        return
+    path = arguments.output / "peak.json"
+    rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name in ROWS:
+        if name not in rows:
+            sizes = ["--windows", str(arguments.windows), "--window", str(arguments.window)]
+            rows[name] = run_alone(__file__, ["--row", name, *sizes])
+            write_json(rows, path)
+    text = table(rows)
+    (arguments.output / "peak.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

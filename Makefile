@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARK_OUT ?= benchmarks/results
 
-.PHONY: install compress recover track-rho test lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery clean
+.PHONY: install compress recover track-rho test lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality clean
 
 install: $(STAMP)
 
@@ -61,6 +61,17 @@ benchmark-variants: install
 # Likewise, four hours: what recovery brings, by arm, teacher, budget and tokens. RECOVERY='--keep 0.8' runs one budget.
 benchmark-recovery: install
 	$(RUN) benchmarks/recovery.py --output $(BENCHMARK_OUT)/recovery $(RECOVERY)
+
+# What scale takes: plans, moments by width, one block of 8B shapes (16 GiB, half an hour), predicted and measured peaks.
+benchmark-scale: install
+	$(RUN) benchmarks/scale.py --write docs/scale.md
+	$(RUN) benchmarks/sketches.py widths --output $(BENCHMARK_OUT)
+	$(RUN) benchmarks/sketches.py block --output $(BENCHMARK_OUT) --write docs/scale.md
+	$(RUN) benchmarks/peak.py --output $(BENCHMARK_OUT) --write docs/scale.md
+
+# Needs the evaluation texts: FASC_DATA=<folder> make benchmark-sketch-quality
+benchmark-sketch-quality: install
+	$(RUN) benchmarks/sketch_quality.py --output $(BENCHMARK_OUT)/sketch_quality --write docs/scale.md
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from memory import resident, run_alone
+from pages import write_part
 
 from fasc_lightning import compress
 from fasc_lightning._tables import markdown_table
@@ -78,6 +79,7 @@ def main() -> None:
     """Measure what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--write", type=Path, help="page whose generated part is replaced")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--row", choices=list(ROWS), help="measure this one in this process")
@@ -95,6 +97,8 @@ def main() -> None:
     text = table(rows)
     (arguments.output / "peak.md").write_text(text + "\n", encoding="utf-8")
     print(text)
+    if arguments.write is not None:
+        write_part(arguments.write, "peak.py", text)
 
 
 if __name__ == "__main__":

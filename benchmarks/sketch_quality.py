@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from p1 import CALIBRATION, FACTS, TEXTS
+from pages import write_part
 from torch import Tensor
 
 from fasc_lightning._fingerprint import fingerprint
@@ -229,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sketch_quality"))
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.4])
+    parser.add_argument("--write", type=Path, help="page whose generated part is replaced")
     arguments = parser.parse_args(argv)
     folder = os.environ.get("FASC_DATA")
     if folder is None or not (Path(folder) / FACTS).exists():
@@ -244,6 +246,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = table(rows)
     (arguments.output / "sketch_quality.md").write_text(text + "\n")
     print(text)
+    if arguments.write is not None:
+        write_part(arguments.write, "sketch_quality.py", text)
 
 
 if __name__ == "__main__":

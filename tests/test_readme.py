@@ -16,7 +16,7 @@ from fasc_lightning import compress
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [(ROOT / "docs" / name).read_text() for name in ("serving.md", "recovery.md")]
+PAGES = [(ROOT / "docs" / name).read_text() for name in ("serving.md", "recovery.md", "scale.md")]
 #: Appended to every recipe command: the last value of an option counts.
 REDUCED = {
     "compress": "--model {model} --windows 6 --window 32 --eval-windows 2",

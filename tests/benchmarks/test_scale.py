@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import scale
-from scale import BUDGETS, MARKERS, configs, main, table_5
+from pages import markers
+from scale import BUDGETS, configs, main, table_5
 from transformers import LlamaConfig
 
 from fasc_lightning.planned_layers import model_on_meta
@@ -35,7 +36,7 @@ def test_tables_are_written_between_the_markers_of_a_page(tmp_path, monkeypatch)
     small = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2)
     monkeypatch.setattr(scale, "configs", lambda: {"small": small, "Mistral-7B": small})
     page = tmp_path / "scale.md"
-    page.write_text(f"above\n{MARKERS[0]}\nold\n{MARKERS[1]}\nbelow\n", encoding="utf-8")
+    page.write_text(f"above\n{markers('scale.py')[0]}\nold\n{markers('scale.py')[1]}\nbelow\n", encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["scale.py", "--write", str(page), "--memory", "1GB"])
     main()
     text = page.read_text(encoding="utf-8")

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import sketches
-from sketches import MARKERS, PROJECTED, SHARES, block_batches, main, width_rows
+from pages import markers
+from sketches import PROJECTED, SHARES, block_batches, main, width_rows
 
 from fasc_lightning.moments import moments_bytes
 
@@ -30,7 +31,7 @@ def test_activations_are_of_low_rank_and_noise():
 
 def test_a_tiny_block_is_measured_in_a_process_of_its_own_and_written_down(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
-    page.write_text(f"above\n{MARKERS[0]}\nold\n{MARKERS[1]}\nbelow\n", encoding="utf-8")
+    page.write_text(f"above\n{markers('sketches.py')[0]}\nold\n{markers('sketches.py')[1]}\nbelow\n", encoding="utf-8")
     shapes = ["--hidden", "32", "--inner", "96", "--heads", "4", "--kv-heads", "2"]
     more = ["--tokens", "512", "--window", "128", "--sketch-size", "20", "--sketch-above", "48"]
     output = ["--output", str(tmp_path)]

@@ -1,4 +1,4 @@
-"""The forms of a second moment: a matrix, low rank plus a diagonal, or what a weight lets through of it."""
+"""The forms of a second moment: a matrix, low rank and a rest, or what a weight lets through of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fasc_lightning.completion import CompletedMoment
 from fasc_lightning.projection import ProjectedMoment
 
 
@@ -71,7 +72,7 @@ class LowRankPlusDiagonal:
 
 
 #: A second moment of shape (d, d).
-Form: TypeAlias = Tensor | LowRankPlusDiagonal | ProjectedMoment
+Form: TypeAlias = Tensor | LowRankPlusDiagonal | CompletedMoment | ProjectedMoment
 
 
 def dense(S: Form) -> Tensor:

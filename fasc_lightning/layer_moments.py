@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasc_lightning.forms import Form, LowRankPlusDiagonal, dense
-from fasc_lightning.projection import ProjectedMoment
+from fasc_lightning.forms import Form, dense
 
 #: What may be gathered besides the means: "plain", and the names of optional fields of :class:`LayerMoments`.
 NEEDS = {
@@ -173,7 +172,7 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     """Return a field of moments on a device: tensors, forms, pairs of them, or what has no device."""
     if isinstance(value, tuple):
         return tuple(_moved(part, device) for part in value)
-    return value.to(device) if isinstance(value, Tensor | LowRankPlusDiagonal | ProjectedMoment) else value
+    return value.to(device) if isinstance(value, Form) else value
 
 
 def layer_moments(plain: tuple[Form, Form], coupled: tuple[Form, Form] | None, **fields: Any) -> LayerMoments:

@@ -61,8 +61,8 @@ class Peak:
 
 
 def rebuilding_bytes(width: int, size: int, itemsize: int) -> int:
-    """Return the room in which a sketch becomes a factor: a copy of it, three of these in float64, five cores."""
-    return width * size * (itemsize + 24) + 40 * size * size
+    """Return the room in which a sketch is rebuilt: a copy of it, five of these in float64, five cores."""
+    return width * size * (itemsize + 40) + 40 * size * size
 
 
 def layer_memory(

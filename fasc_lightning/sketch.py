@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fasc_lightning.completion import CompletedMoment, completed
 from fasc_lightning.forms import LowRankPlusDiagonal
 from fasc_lightning.packed import packed_size
 
@@ -266,10 +267,10 @@ class Sketch:
         """Return the exact diagonal of the moment that was summed, shape (d,)."""
         return self._views(sums)[1]
 
-    def form(self, sums: Tensor) -> LowRankPlusDiagonal:
+    def form(self, sums: Tensor) -> LowRankPlusDiagonal | CompletedMoment:
         """Return the moment that was summed, rebuilt in float64, with an estimate of its error.
 
-        With the range finder its diagonal is the exact one, since what the low rank leaves of it is held beside it.
+        With the range finder it is completed (:mod:`~fasc_lightning.completion`), and its diagonal is the exact one.
         The lifted one has no part outside its span, as in the paper, and holds no probes that could tell its error.
         """
         state, diagonal = self._views(sums)
@@ -279,14 +280,15 @@ class Sketch:
         exact, found = diagonal.double().clamp(min=0), factor.square().sum(1)
         # Below A but for rounding, which can lift a feature that is large or all but constant above its second moment.
         factor.mul_((exact * _reciprocal(found)).clamp(max=1).sqrt()[:, None])
-        rebuilt = LowRankPlusDiagonal(factor, (exact - found).clamp(min=0))
+        omega = _omega_transposed(self.features, self.size, self.seed, exact.dtype, exact.device).to_dense().T
+        rebuilt = completed(factor, omega, exact)
         return replace(rebuilt, error=self._error(sums, rebuilt))
 
     def error(self, sums: Tensor) -> float:
         """Return how far off the rebuilt moment is thought to be (:meth:`form`); NaN for kind "gaussian"."""
         return self.form(sums).error
 
-    def _error(self, sums: Tensor, form: LowRankPlusDiagonal) -> float:
+    def _error(self, sums: Tensor, form: CompletedMoment) -> float:
         r"""Return an estimate of |A - S|_F / |A|_F with S the rebuilt moment, from the held-out probes.
 
         For random signs psi, E|M psi|^2 = |M|_F^2; with eight of them the estimate is good to about a third. A - S has

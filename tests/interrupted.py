@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from watching import RecordingCallback
 
-from fasc_lightning.forms import LowRankPlusDiagonal
+from fasc_lightning.completion import CompletedMoment
 from fasc_lightning.sidecar import SUFFIX
 
 #: Batches of two in the training data.
@@ -130,7 +130,7 @@ def assert_same(found, expected):
 def equal(a, b):
     if isinstance(a, tuple):
         return all(equal(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, LowRankPlusDiagonal):
+    if isinstance(a, CompletedMoment):
         return equal(tuple(vars(a).values()), tuple(vars(b).values()))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 

@@ -11,10 +11,10 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from fasc_lightning._checks import warn_few_tokens
+from fasc_lightning.completion import CompletedMoment
 from fasc_lightning.expert_moments import BorrowedMoments, borrows, tokens_behind, tokens_needed
 from fasc_lightning.expert_views import expert_views
 from fasc_lightning.factorize import compress_layers
-from fasc_lightning.forms import LowRankPlusDiagonal
 from fasc_lightning.layer_moments import NEEDS
 from fasc_lightning.moments import CalibrationMoments, LayerSketches
 from fasc_lightning.sketch import Sketch
@@ -102,7 +102,7 @@ def test_sketches_are_filled_up_without_a_matrix_and_to_the_same_moments_where_t
     rank = 3
     moments = gathered(needs, dict.fromkeys(NAMES, sides), rank)
     with monkeypatch.context() as patched:
-        patched.setattr(LowRankPlusDiagonal, "dense", lambda form: pytest.fail("a sketch was made a matrix"))
+        patched.setattr(CompletedMoment, "dense", lambda form: pytest.fail("a sketch was made a matrix"))
         found = borrowing(moments).layer(NAMES[1])
     expected = full_moments(*filled_up(1, rank), W)
     assert found.tokens == NEED

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fasc_lightning.forms import LowRankPlusDiagonal, apply, congruence, diagonal_form
+from fasc_lightning.completion import CompletedMoment
+from fasc_lightning.forms import apply, congruence, diagonal_form
 from fasc_lightning.packed import packed_size
 from fasc_lightning.sketch import (
     BLOCK,
@@ -122,7 +123,9 @@ def test_the_diagonal_is_what_saves_a_flat_tail():
     X = torch.randn(2000, 64, dtype=torch.float64) * torch.linspace(0.5, 2, 64, dtype=torch.float64)
     sketch = Sketch(64, 16)
     form, A = sketch.form(sums_of(sketch, X)), X.T @ X
-    assert (form.dense() - A).norm() < 0.7 * (form.factor @ form.factor.T - A).norm()
+    alone = form.factor @ form.factor.T
+    beside = alone + (A.diagonal() - alone.diagonal()).diag()
+    assert (form.dense() - A).norm() < 0.9 * (beside - A).norm() < 0.7 * (alone - A).norm()
 
 
 def test_streams_merge_by_adding():
@@ -162,7 +165,7 @@ def noisy_low_rank(d: int, tokens: int, rank: int, seed: int = 0) -> torch.Tenso
     return left @ right + 0.1 * noise
 
 
-def correlation_error(form: LowRankPlusDiagonal, X: torch.Tensor) -> float:
+def correlation_error(form: CompletedMoment, X: torch.Tensor) -> float:
     """How far off the rebuilt moment is, every feature at the scale that it has."""
     A = X.double().T @ X.double()
     scale = A.diagonal().rsqrt()
@@ -196,8 +199,8 @@ def test_the_diagonal_is_exact_and_all_is_finite_with_few_tokens_and_dead_featur
     X = noisy_low_rank(64, tokens, 8) * (torch.arange(64) % 3 > 0) * torch.logspace(-2, 2, 64)
     sketch = Sketch(64, size, 1)
     form = sketch.form(sums_of(sketch, X))
-    assert torch.isfinite(form.factor).all()
-    assert (form.residual >= 0).all()
+    assert torch.isfinite(form.dense()).all()
+    assert (form.weights >= 0).all()
     A = X.double().T @ X.double()
     torch.testing.assert_close(form.diagonal(), A.diagonal(), rtol=1e-5, atol=0)
     if tokens == 1 and size > 3:
@@ -213,7 +216,7 @@ def test_inputs_of_half_precision_are_summed_in_the_accumulators(dtype):
             sketched.update(part)
             exact.update(part)
     form, A = sketched.form(), exact.compute().double()
-    assert isinstance(form, LowRankPlusDiagonal)
+    assert isinstance(form, CompletedMoment)
     torch.testing.assert_close(form.diagonal(), A.diagonal(), rtol=1e-5, atol=0)
     assert (form.dense() - A).norm() < 2e-3 * A.norm()
     assert form.error < 2e-3
@@ -292,7 +295,7 @@ def test_a_congruence_needs_no_square():
     shrunk = 0.9 * form.dense() + 0.1 * form.dense().diagonal().mean() * torch.eye(30)
     torch.testing.assert_close(form.shrunk(0.1).dense(), shrunk)
     torch.testing.assert_close(form.apply(W.T), form.dense() @ W.T)
-    torch.testing.assert_close(form.norm(), form.dense().norm())
+    torch.testing.assert_close(form.norm(), form.dense().norm(), rtol=0.2, atol=0)
 
 
 def test_a_diagonal_form_is_the_matrix_with_that_diagonal():

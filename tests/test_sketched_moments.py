@@ -7,8 +7,9 @@ import torch
 from layer_moments import full_moments
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fasc_lightning.completion import CompletedMoment
 from fasc_lightning.factorize import compress_layers
-from fasc_lightning.forms import LowRankPlusDiagonal, dense
+from fasc_lightning.forms import dense
 from fasc_lightning.gate import variation
 from fasc_lightning.layer_moments import SketchedLayerMoments
 from fasc_lightning.moments import CalibrationMoments, LayerSketches, moments_bytes
@@ -75,7 +76,7 @@ def test_what_is_read_as_a_matrix_is_the_form_made_dense(data):
     x, h, W = data
     layer = gathered(x, h, W, {"plain", "coupled"}, {"a": BOTH}).layer("a")
     expected = full_moments(x, h, W)
-    assert all(isinstance(S, LowRankPlusDiagonal) for S in (*layer.plain_forms(), *layer.coupled_forms()))
+    assert all(isinstance(S, CompletedMoment) for S in (*layer.plain_forms(), *layer.coupled_forms()))
     torch.testing.assert_close(layer.A, expected.A, rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(layer.G, expected.G, rtol=1e-7, atol=1e-8)
     for found, right in zip(layer.coupled or (), expected.coupled or (), strict=True):

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def resident() -> int:
     """Return the largest resident memory of this process so far, in bytes.
@@ -21,6 +23,19 @@ def resident() -> int:
         lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
         return 1024 * int(lines["VmHWM"].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def warm_up() -> None:
+    """Compress a tiny model, so that libraries are loaded and their threads and pools are there before one looks."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fasc_lightning import compress
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    batches = [{"input_ids": torch.randint(64, (1, 256))}] * 2
+    compress(LlamaForCausalLM(config), batches, keep=0.8, progress=False)
 
 
 def run_alone(script: str, arguments: Sequence[str]) -> dict[str, Any]:

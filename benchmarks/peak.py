@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import resident, run_alone
+from memory import resident, run_alone, warm_up
 from pages import write_part
 
 from fasc_lightning import compress
@@ -36,8 +36,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def measure(options: dict[str, Any], windows: int, window: int) -> dict[str, Any]:
     """Compress in this process; return what was predicted and what it took."""
-    import transformers  # noqa: F401 - before the memory is looked at
-
+    warm_up()
     before = resident()
     model, _ = load_model("smollm2")
     generator = torch.Generator().manual_seed(0)

@@ -27,7 +27,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from interleaved import interleave, speed_ups
-from memory import resident, run_alone
+from memory import resident, run_alone, warm_up
 from pages import write_part
 from torch import Tensor, nn
 from transformers import LlamaConfig
@@ -168,6 +168,7 @@ def block_batches(hidden: int, tokens: int, window: int) -> list[dict[str, Tenso
 
 def measure_block(options: argparse.Namespace) -> dict[str, Any]:
     """Calibrate and factorise the block in this process; return what was predicted and what it took."""
+    warm_up()
     before = resident()
     start = time.perf_counter()
     torch.manual_seed(0)

@@ -445,6 +445,7 @@ class Calibration:
         self._factorize_share(trainer, progress)
         factorized = self._factorized
         assert factorized is not None
+        return_freed_memory()  # of the moments, on top of which the batches of a measuring would be put
         _checks.warn_few_tokens(factorized.tokens, layer_shapes(self.layers))
         result = build_layers(
             self.layers,

@@ -83,6 +83,7 @@ def layers_forecast(
         needs=statistics_needed(options.method, options.gate, options.gate_by),
         device=device,
         keeps_moments=keeps_moments,
+        measured=options.allocation == "measured",
         tiers=Tiers({options.sketch: sketches}, (options.moments_device not in (None, device.type),), passes),
         batch_tokens=batch_tokens,
         tokens=tokens,

@@ -106,6 +106,7 @@ def peak_memory(
     consume: bool = True,
     units: Sequence[Sequence[int]] | None = None,
     built: int = 0,
+    measured: bool = False,
 ) -> Peak:
     """Return the largest memory of a compression, going through it layer by layer.
 
@@ -117,6 +118,7 @@ def peak_memory(
         consume: Whether moments are freed as factors are made of them; a refit needs them to the end.
         units: Layers that one pass gathers together (:func:`~fasc_lightning.passes.share_units`).
         built: Bytes of what replaces the layers, on the device beside them until the swap.
+        measured: Whether batches run once more when all factors are there, to measure what layers lose.
     """
     moments = [layer.moments for layer in layers]
     held = factors = busiest = most = 0
@@ -134,7 +136,8 @@ def peak_memory(
             most = max(most, held + factors)
             if consume:
                 held -= moments[i]
-    busiest = max(busiest, built + (0 if storage.offloaded else held + factors))
+    there = 0 if storage.offloaded else held + factors
+    busiest = max(busiest, there + built, there + (activations if measured else 0))
     return Peak(busiest + resident, most if storage.offloaded else 0)
 
 

@@ -132,6 +132,7 @@ def plan(
         host_memory=beside or 0,
         update_weights=update_weights,
         keeps_moments=keeps_moments,
+        measured=allocation == "measured",
         tiers=Tiers(
             kinds={kind: sketches_for_budget(shapes, how, rank, keep) for kind, how in sketching.items()},
             offloaded=(False,) if beside is None or where.type == "cpu" else (False, True),
@@ -169,6 +170,7 @@ def forecast(
     host_memory: int = 0,
     update_weights: bool = False,
     keeps_moments: bool = False,
+    measured: bool = False,
     tiers: Tiers | None = None,
     batch_tokens: int = 0,
     tokens: int = 0,
@@ -186,6 +188,7 @@ def forecast(
         host_memory: Bytes on the CPU beside it.
         update_weights: See :func:`plan`.
         keeps_moments: Likewise.
+        measured: Whether the budget is spent by measured losses.
         tiers: How moments may be held; whole, on the device and in one pass by default.
         batch_tokens: See :func:`plan`.
         tokens: Likewise.
@@ -217,7 +220,9 @@ def forecast(
 
     def peak(storage: Storage) -> Peak:
         resident = whole.bytes + training
-        return peak_memory(memories[storage.kind], storage, resident, activations, not keeps_moments, units, built)
+        return peak_memory(
+            memories[storage.kind], storage, resident, activations, not keeps_moments, units, built, measured
+        )
 
     have = Peak(memory, host_memory)
     storage = choose_storage(

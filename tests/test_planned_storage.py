@@ -109,6 +109,14 @@ def test_the_peak_is_what_a_walk_through_the_compression_adds_up_to(consume):
             assert peak(storage, consume) == walked(storage, consume), storage
 
 
+def test_batches_that_run_once_more_meet_all_factors():
+    busy = peak_memory(WHOLE, Storage(), 7, 1000, measured=True)
+    assert busy.device == 7 + 1000 + max(260, 70)
+    late = peak_memory([LayerMemory(10, 100, 5)] * 3, Storage(), 7, 1000, measured=True)
+    assert late.device == 7 + 1000 + 300
+    assert peak_memory([LayerMemory(10, 100, 5)] * 3, Storage(None, True), 7, 1000, measured=True).device == 1007
+
+
 def test_moments_that_are_kept_take_more_and_those_beside_the_device_take_none_of_it():
     assert peak(Storage(), consume=False).device > peak(Storage()).device
     aside = peak(Storage(offloaded=True))

@@ -380,6 +380,7 @@ class FascCallback(pl.Callback):
         if self._calibration is not None:
             self._schedule.start(trainer)
             self._keeper.start(trainer, self._schedule)
+            self._calibration.check_alike(trainer)
             self._calibration.lockstep.start(trainer, self._schedule.is_whole_fit(trainer))
 
     @recovery_instead

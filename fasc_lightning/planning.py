@@ -63,9 +63,9 @@ def plan(
     """Say what a compression will take and leave, from shapes alone: nothing is computed, and no weight is read.
 
     Memory is counted as the code uses it: moments while batches run; then one layer after the other is factorised in
-    float64, its moments freed, its factors of every rank kept until one budget has been spent over all of them. What a
-    refit or a recovery takes after that is not counted. ``forecast.options`` are those of
-    :class:`~fasc_lightning.FascCallback` that carry the plan out.
+    float64, its moments freed, its factors of every rank kept until one budget has been spent over all of them (on the
+    disk, if there are several passes). What a refit or a recovery takes after that is not counted. With
+    ``forecast.options`` :class:`~fasc_lightning.FascCallback` carries the plan out, next to what was given here.
 
     Args:
         model_or_config: A module on any device, the meta device included; or a transformers config.

@@ -291,10 +291,12 @@ def check_memory(needed: int, device: torch.device) -> None:
     """
     free = available_memory(device)
     if needed > free:
+        beside = "" if device.type == "cpu" else ", moments_device='cpu' holds them there"
         raise MemoryError(
             f"Expected the moments of the tapped layers to fit but they need up to {needed / 1e9:.2f} GB and "
-            f"{free / 1e9:.2f} GB is free on {device}. Target fewer layers (`targets`, `exclude`) in several runs, or "
-            "use a machine with more memory."
+            f"{free / 1e9:.2f} GB is free on {device}. HINT: passes=2 or more gathers a share of them at a time, "
+            f"sketch='projected' or 'range' holds less of each{beside}; or target fewer layers (`targets`, `exclude`) "
+            "in several runs. plan() says what fits."
         )
 
 

@@ -252,6 +252,15 @@ class Calibration:
         """Whether the module is held still."""
         return self._frozen is not None and self._frozen.active
 
+    def check_alike(self, trainer: pl.Trainer) -> None:
+        """Refuse, before the first batch, processes whose statistics would not add up.
+
+        Raises:
+            ValueError: On every process, with what differs.
+        """
+        if is_distributed(trainer):
+            self.moments.check_alike()
+
     def begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         """Start to count a batch; the first one puts the hooks on and freezes what is to be frozen."""
         if not self.running:

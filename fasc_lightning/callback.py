@@ -142,8 +142,8 @@ class FascCallback(pl.Callback):
         moments_device: "cpu" holds moments and factors there, beside the device of the fit: rows are copied while the
             backward pass goes on (:mod:`~fasc_lightning.offload`). None: on the device.
         passes: How many of the last epochs calibrate, each for a share of the layers, so that so much less memory is
-            needed; with update_weights=False. Factors are the same; a refit, which needs all moments together, is not
-            done.
+            needed; with update_weights=False. Factors are the same and wait on the disk; a refit, which needs all
+            moments together, is not done.
 
     Attributes:
         report: The :class:`~fasc_lightning.report.CompressionReport`, after the fit.
@@ -380,6 +380,7 @@ class FascCallback(pl.Callback):
         if self._calibration is not None:
             self._schedule.start(trainer)
             self._keeper.start(trainer, self._schedule)
+            self._calibration.check_alike(trainer)
             self._calibration.lockstep.start(trainer, self._schedule.is_whole_fit(trainer))
 
     @recovery_instead

@@ -52,19 +52,28 @@ class ExpertLinear(nn.Linear):
         projection: One of :data:`PROJECTIONS`.
     """
 
+    expert: int
+    projection: str
+
     def __init__(self, experts: nn.Module, expert: int, projection: str) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
-        object.__setattr__(self, "experts", experts)  # not a child: its parameters are the model's
-        self.expert = expert
-        self.projection = projection
         self.register_parameter("bias", None)
-        self.out_features, self.in_features = self.weight.shape
-        self.train(experts.training)
+        m, n = expert_shape(experts, projection)
+        # Past nn.Module's search for parameters, which takes seconds where there are tens of thousands of experts. And
+        # the fused module is no child: its parameters are the model's.
+        vars(self).update(experts=experts, expert=expert, projection=projection, out_features=m, in_features=n)
+        self.training = experts.training
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The slice of the fused tensor, a view, shape (m, n)."""
         return expert_weight(self.__dict__["experts"], self.expert, self.projection)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weight; no slice is made for it."""
+        experts: Any = self.__dict__["experts"]
+        return (experts.down_proj if self.projection == "w_down" else experts.gate_up_proj).dtype
 
     @property
     def expert_share(self) -> float:
@@ -89,6 +98,12 @@ def expert_weight(experts: Any, expert: int, projection: str) -> Tensor:
         width = experts.gate_up_proj.shape[1] // 2
         start = 0 if projection == "w_gate" else width
         return experts.gate_up_proj[expert, start : start + width]
+
+
+def expert_shape(experts: Any, projection: str) -> tuple[int, int]:
+    """Return (m, n) of one projection, which is that of all experts; no slice is made, as a plan has thousands."""
+    hidden, width = experts.down_proj.shape[1:]
+    return (hidden, width) if projection == "w_down" else (width, hidden)
 
 
 def active_share(experts: Any) -> float:

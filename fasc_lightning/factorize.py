@@ -22,6 +22,7 @@ from fasc_lightning.allocation import (
     rank_budget,
     resolve_rank,
 )
+from fasc_lightning.expert_views import ExpertLinear
 from fasc_lightning.factorized import FactorizedLayers, Progress, Unit, factorize_layers
 from fasc_lightning.layouts import Layout, auto_cost, auto_layout, factors_cost, pivot_cost
 from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
@@ -122,7 +123,9 @@ def layout_cost(layout: Layout, dtype: torch.dtype = torch.float32) -> Cost:
 
 def layers_dtype(layers: Mapping[str, nn.Module]) -> torch.dtype:
     """Return the dtype that the layers have in common; float32 if they have none."""
-    found = {linear_weight(module).dtype for module in layers.values()}
+    found = {
+        module.dtype if isinstance(module, ExpertLinear) else linear_weight(module).dtype for module in layers.values()
+    }
     return found.pop() if len(found) == 1 else torch.float32
 
 

@@ -17,11 +17,12 @@ from fasc_lightning.gate import statistics_needed
 from fasc_lightning.layouts import Layout
 from fasc_lightning.moments import LayerSketches
 from fasc_lightning.offload import MomentsDevice
-from fasc_lightning.planned_layers import PlannedLayers
+from fasc_lightning.placement import is_split
+from fasc_lightning.planned_layers import PlannedLayers, planned_layers
 from fasc_lightning.planning import Tiers, forecast, stored_layers
 from fasc_lightning.refit_phase import Refit
 from fasc_lightning.sketch_sizes import ReductionKind
-from fasc_lightning.taps import layer_shapes, select_layers
+from fasc_lightning.taps import layer_shapes
 
 
 class FitOptions(Protocol):
@@ -101,9 +102,11 @@ def fit_forecast(model: nn.Module, options: FitOptions, batch_tokens: int = 0, t
 
     Raises:
         MemoryError: If it does not fit.
-        ValueError: If no layer is selected, or the budget cannot be met.
+        ValueError: If no layer is selected, the budget cannot be met, or the model is on several devices without a
+            ``device_map``.
     """
-    layers = select_layers(model, options.targets, options.exclude)
+    is_split(model)  # refuses parameters on several devices that nothing brings together, as a fit does
+    layers = planned_layers(model, options.targets, options.exclude).layers
     _checks.check_rank_fits(layer_shapes(layers), options.rank)
     check_budget_fits(layers, options.rank, options.keep, options.allocation, options.layout, options.align)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))

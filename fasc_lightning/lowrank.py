@@ -18,6 +18,7 @@ from fasc_lightning._direct import (
 )
 from fasc_lightning._guards import guard_key, is_guard
 from fasc_lightning._lazy_weight import LazyWeight
+from fasc_lightning.expert_views import ExpertLinear
 from fasc_lightning.int8 import Int8Linear
 from fasc_lightning.layouts import Layout, auto_layout, factors_cost, pivot_cost
 from fasc_lightning.pivots import orthonormal_basis, other_rows, select_basis_rows
@@ -438,7 +439,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     Raises:
         TypeError: If the module is not a linear layer.
     """
-    if isinstance(module, CompressedLinear):
+    if isinstance(module, CompressedLinear | ExpertLinear):  # of an expert no slice is made to see its shape
         return module.out_features, module.in_features
     m, n = linear_weight(module).shape
     return m, n

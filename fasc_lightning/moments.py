@@ -295,13 +295,43 @@ class CalibrationMoments:
                 mine[name].add_(group[theirs], weight)
         return self
 
+    def check_alike(self, group: Any | None = None) -> None:
+        """Compare with the moments of the other processes, each of which has to call this.
+
+        Args:
+            group: Of the processes; all by default.
+
+        Raises:
+            ValueError: On every process, if the sums do not add up: they are of other layers, statistics or sketches.
+        """
+        mine = {
+            "layers": self.shapes,
+            "statistics": {"": sorted(self.needs)},
+            "sketches (sizes, kinds, seeds)": self.sketches,
+        }
+        every: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(every, mine, group=group)
+        for rank, theirs in enumerate(every):
+            for what, expected in every[0].items():
+                if theirs[what] != expected:
+                    key = next(k for k in {**expected, **theirs[what]} if expected.get(k) != theirs[what].get(k))
+                    raise ValueError(
+                        f"Expected the same {what} on every process, whose sums are added up, but process 0 has "
+                        f"{expected.get(key)} and process {rank} {theirs[what].get(key)}{f' of {key!r}' * bool(key)}. "
+                        "Give all processes the same options, `seed` among them."
+                    )
+
     def all_reduce_(self, group: Any | None = None, device: torch.device | None = None) -> None:
         """Sum over all processes, in place: every process ends with the moments of all batches.
 
         Args:
             group: Of the processes; all by default.
             device: Where the processes can reduce, one state at a time; by default where the moments are.
+
+        Raises:
+            ValueError: On every process, if the moments are not of the same kind everywhere (:meth:`check_alike`).
         """
+        self.check_alike(group)
         # A process may have met other sets of layers than its peers (a branch that only some batches take).
         keys: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(keys, sorted(self.inputs), group=group)

@@ -46,6 +46,8 @@ def pack_moments(moments: CalibrationMoments, distributed: bool = False) -> tupl
         moments: Of any needs; they stay what they are.
         distributed: Whether to sum over all processes, for the first of them; the others then get no tensors.
     """
+    if distributed:
+        moments.check_alike()
     tensors: dict[str, Tensor] = {}
     groups: dict[str, list[Any]] = {}
     for group, streams in _groups(moments).items():

@@ -52,18 +52,35 @@ def model_on_meta(model_or_config: Any, dtype: torch.dtype | None = None) -> nn.
     name = type(model_or_config).__name__
     if type(model_or_config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(
-            f"Expected the config of a causal language model but got {name}, which says nothing of layers and their "
-            "shapes. HINT: AutoConfig.from_pretrained(folder), or one like LlamaConfig(hidden_size=..., ...)."
+            f"Expected the config of a causal language model but got {name}, of which AutoModelForCausalLM makes none. "
+            "HINT: AutoConfig.from_pretrained(folder), one like LlamaConfig(hidden_size=..., ...), or, of a model of "
+            "another kind, itself, made under torch.device('meta')."
         )
     dtype = dtype or getattr(model_or_config, "dtype", None) or torch.float32
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model_or_config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(model_or_config, dtype=dtype)
+        _check_shapes(model)
     except Exception as error:  # each family fails in its own way: None times a number, a division by no heads, ...
         raise ValueError(
             f"Expected a {name} with the shapes of a model but no model can be made of it: {error}. HINT: check "
-            "hidden_size, intermediate_size, num_hidden_layers and the numbers of heads."
+            "hidden_size, intermediate_size, num_hidden_layers and the numbers of heads and experts."
         ) from error
+    return model
+
+
+def _check_shapes(model: nn.Module) -> None:
+    """Refuse what can be built of zeros, and is no model.
+
+    Raises:
+        ValueError: If a weight is empty, or there is not one block.
+    """
+    empty = [f"{name!r} is of shape {tuple(p.shape)}" for name, p in model.named_parameters() if p.numel() == 0]
+    if empty:
+        raise ValueError(empty[0])
+    config: Any = model.config
+    if getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1) < 1:
+        raise ValueError("it has no layers")
 
 
 def planned_layers(

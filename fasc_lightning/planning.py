@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -21,9 +22,10 @@ from fasc_lightning.layouts import Layout, auto_layout
 from fasc_lightning.lowrank import smaller_side
 from fasc_lightning.moments import LayerSketches, moment_dtype
 from fasc_lightning.passes import share_units, shares
+from fasc_lightning.placement import is_split
 from fasc_lightning.planned_layers import PlannedLayers, model_on_meta, planned_layers
 from fasc_lightning.planned_refusal import bytes_of, refusal
-from fasc_lightning.planned_storage import Peak, Storage, choose_storage, layer_memory, peak_memory
+from fasc_lightning.planned_storage import LayerMemory, Peak, Storage, choose_storage, layer_memory, peak_memory
 from fasc_lightning.planned_time import Rates, Seconds, estimate, model_work, moments_work, probe, solver_work
 from fasc_lightning.projection import check_projected
 from fasc_lightning.report import Size, measure_layers, measure_model
@@ -61,9 +63,9 @@ def plan(
     """Say what a compression will take and leave, from shapes alone: nothing is computed, and no weight is read.
 
     Memory is counted as the code uses it: moments while batches run; then one layer after the other is factorised in
-    float64, its moments freed, its factors of every rank kept until one budget has been spent over all of them. What a
-    refit or a recovery takes after that is not counted. ``forecast.options`` are those of
-    :class:`~fasc_lightning.FascCallback` that carry the plan out.
+    float64, its moments freed, its factors of every rank kept until one budget has been spent over all of them (on the
+    disk, if there are several passes). What a refit or a recovery takes after that is not counted. With
+    ``forecast.options`` :class:`~fasc_lightning.FascCallback` carries the plan out, next to what was given here.
 
     Args:
         model_or_config: A module on any device, the meta device included; or a transformers config.
@@ -97,7 +99,8 @@ def plan(
     Raises:
         MemoryError: If nothing that is allowed fits; it says what would.
         TypeError: If it is neither a module nor a config, or an option is of a wrong type.
-        ValueError: If a config lacks shapes, or an option is out of range.
+        ValueError: If a config lacks shapes, an option is out of range, or a module is on several devices without a
+            ``device_map`` and no ``device`` is named.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -206,11 +209,13 @@ def forecast(
     if True in tiers.offloaded and host_memory == 0 and device.type != "cpu":
         host_memory = available_memory(torch.device("cpu"))
     sums, names = moment_dtype(chosen.layers.values()), list(shapes)
+
+    @cache  # of tens of thousands of experts' projections nearly all are alike
+    def taken_by(m: int, n: int, sketches: LayerSketches | None) -> LayerMemory:
+        return layer_memory(m, n, sketches=sketches, needs=needs, moments_dtype=sums)
+
     memories = {
-        kind: [
-            layer_memory(m, n, sketches=sketches.get(name), needs=needs, moments_dtype=sums)
-            for name, (m, n) in shapes.items()
-        ]
+        kind: [taken_by(m, n, sketches.get(name)) for name, (m, n) in shapes.items()]
         for kind, sketches in tiers.kinds.items()
     }
     training = 3 * whole.bytes if update_weights else 0
@@ -376,6 +381,7 @@ def _check_counts(passes: object, batch_tokens: object, tokens: object) -> None:
 
 
 def _device(model: nn.Module) -> torch.device:
+    is_split(model)  # refuses several devices that nothing brings together: which one is meant?
     found = next((p.device for p in model.parameters()), torch.device("cpu"))
     return torch.device("cpu") if found.type == "meta" else found
 

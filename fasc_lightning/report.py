@@ -15,7 +15,7 @@ from torch import nn
 
 from fasc_lightning._files import whole_file
 from fasc_lightning.expert_report import expert_summary
-from fasc_lightning.expert_views import expert_views, is_fused_experts
+from fasc_lightning.expert_views import PROJECTIONS, ExpertLinear, is_fused_experts
 from fasc_lightning.factorize import LayerPlan
 from fasc_lightning.history import RhoRow
 from fasc_lightning.lowrank import flops_per_token
@@ -244,20 +244,18 @@ def log_report(loggers: Iterable[Logger], report: CompressionReport, step: int) 
 def measure_layers(layers: Mapping[str, nn.Module]) -> Size:
     """Return the size of some layers, dense or compressed."""
     modules = list({id(m): m for m in layers.values()}.values())
+    counts = [_counts(m) for m in modules]
     return Size(
-        parameters=sum(p.numel() for m in modules for p in m.parameters()),
-        bytes=sum(_bytes(m) for m in modules),
+        parameters=sum(parameters for parameters, _ in counts),
+        bytes=sum(size for _, size in counts),
         flops_per_token=_flops(modules),
     )
 
 
 def measure_model(model: nn.Module) -> Size:
     """Return the size of a whole model; shared parameters count once."""
-    return Size(
-        parameters=sum(p.numel() for p in model.parameters()),
-        bytes=_bytes(model),
-        flops_per_token=_flops(_outermost_linear(model)),
-    )
+    parameters, size = _counts(model)
+    return Size(parameters=parameters, bytes=size, flops_per_token=_flops(_outermost_linear(model)))
 
 
 def _outermost_linear(model: nn.Module) -> list[nn.Module]:
@@ -265,7 +263,9 @@ def _outermost_linear(model: nn.Module) -> list[nn.Module]:
     if flops_per_token(model) > 0:
         return [model]
     if is_fused_experts(model):
-        return list(expert_views("", model).values())
+        one = [ExpertLinear(model, 0, projection) for projection in PROJECTIONS]
+        count: Any = model.num_experts  # all of one shape
+        return one * count
     return [layer for child in model.children() for layer in _outermost_linear(child)]
 
 
@@ -273,9 +273,11 @@ def _flops(layers: Iterable[nn.Module]) -> int:
     return round(sum(flops_per_token(layer) * getattr(layer, "expert_share", 1.0) for layer in layers))
 
 
-def _bytes(module: nn.Module) -> int:
-    parts = [*module.parameters(), *module.buffers()]
-    return sum(t.numel() * t.element_size() for t in parts)
+def _counts(module: nn.Module) -> tuple[int, int]:
+    """Return parameters, and bytes of these and of buffers; each is asked for once, as an expert's is a slice."""
+    parameters = list(module.parameters())
+    size = sum(t.numel() * t.element_size() for t in (*parameters, *module.buffers()))
+    return sum(p.numel() for p in parameters), size
 
 
 def library_versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -33,6 +34,19 @@ def gather(parts: range, sketched: bool = False) -> CalibrationMoments:
     return moments
 
 
+def refusal(rank: int, what: str) -> str:
+    """What is said of moments that differ between the processes: of their sketches' seeds, or of one layer."""
+    if what == "seeds":
+        moments = CalibrationMoments({"q": (3, 4)}, sketches={"q": LayerSketches(Sketch(4, 2, seed=rank))})
+    else:
+        moments = CalibrationMoments({"q": (3, 4 + rank)})
+    try:
+        moments.all_reduce_()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def streams(moments: CalibrationMoments) -> list[StreamedSums]:
     """All streams in an order that does not depend on which layers a process met first."""
     held = (moments.inputs, moments.gradients, moments.couplings)
@@ -47,6 +61,7 @@ def main() -> None:
     sketched.all_reduce_()
     torch.save({name: vars(exact.layer(name)) for name in SHAPES}, folder / f"{rank}.pt")
     torch.save([stream.sums for stream in streams(sketched)], folder / f"{rank}.sketched.pt")
+    (folder / f"{rank}.refused.json").write_text(json.dumps([refusal(rank, what) for what in ("seeds", "layers")]))
     dist.destroy_process_group()
 
 

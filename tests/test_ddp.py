@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -122,6 +123,11 @@ def test_two_processes_reduce_every_statistic_to_what_one_gathers(tmp_path):
         for name in ddp_moments.SHAPES:
             for field, expected in vars(one.layer(name)).items():
                 torch.testing.assert_close(found[name][field], expected)
+    for seeds, layers in (json.loads((tmp_path / f"{rank}.refused.json").read_text()) for rank in range(2)):
+        assert "same sketches (sizes, kinds, seeds) on every process" in seeds
+        assert "seed=1" in seeds
+        assert layers.startswith("Expected the same layers on every process")
+        assert "process 0 has (3, 4) and process 1 (3, 5) of 'q'" in layers
     sketched = [stream.sums for stream in ddp_moments.streams(ddp_moments.gather(range(4), sketched=True))]
     for found in (torch.load(tmp_path / f"{rank}.sketched.pt", weights_only=True) for rank in range(2)):
         torch.testing.assert_close(found, sketched)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from fasc_lightning import CompressionReport, expert_table
 from fasc_lightning.expert_report import expert_rows, expert_summary
 from fasc_lightning.report import LayerReport, Size
+from fasc_lightning.sketch_sizes import SketchFigures
 
 NAN = math.nan
 
@@ -58,3 +61,16 @@ def test_a_report_of_a_model_with_experts_shows_them_and_one_without_does_not():
         report = CompressionReport("fasc", {}, 0, size, size, {}, 0, 0, layers)
         assert ("knowledge-heavy experts" in str(report)) is shown
         assert ("tokens an expert" in str(report)) is shown
+
+
+def test_a_report_of_experts_goes_to_json_and_back(tmp_path):
+    size = {"dense": Size(64, 256, 128), "compressed": Size(32, 128, 64)}
+    sketched = replace(LAYERS[0], sketches={"inputs": SketchFigures(size=2, error=0.25)}, flags=("experts",))
+    report = CompressionReport("fasc", {}, 0, size, size, {}, 0, 0, [sketched, *LAYERS[1:]])
+    report.to_json(tmp_path / "report.json")
+    again = CompressionReport.from_dict(json.loads((tmp_path / "report.json").read_text()))
+    assert str(again) == str(report)
+    assert again.to_dict() == report.to_dict()
+    assert expert_table(again.layers) == expert_table(report.layers)
+    assert again.layers[0] == sketched
+    assert math.isnan(again.layers[3].rho_debiased)

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
+from expert_cases import COMMON, E, batches, make
 from tiny import causal_model, causal_module, token_loader
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from fasc_lightning import CompressionForecast, FascCallback, compress
 from fasc_lightning.fit_forecast import batch_tokens
@@ -36,6 +40,44 @@ def test_a_dry_run_refuses_what_a_run_refuses():
         compress(causal_model(), token_loader(), keep=0.01, dry_run=True)
 
 
+def test_a_dry_run_refuses_memory_that_a_run_would_not_find(monkeypatch):
+    monkeypatch.setattr("fasc_lightning.planning.available_memory", lambda device: 10_000)
+    with pytest.raises(MemoryError, match=r"Not even one layer fits: the weights take .* What would do: "):
+        compress(causal_model(), token_loader(), keep=0.8, dry_run=True)
+
+
+def test_a_dry_run_refuses_a_model_on_several_devices():
+    model = causal_model()
+    model.model.layers[1].mlp.down_proj.to("meta")
+    with pytest.raises(ValueError, match="on cpu, meta"):
+        compress(model, token_loader(), keep=0.8, dry_run=True)
+
+
+def test_a_dry_run_names_experts_of_an_unknown_kind():
+    with torch.device("meta"):
+        model = GptOssForCausalLM(GptOssConfig(**COMMON, num_local_experts=E, head_dim=8))
+    with pytest.warns(UserWarning, match="experts of a kind that is not known here .* stay dense"):
+        found = compress(model, batches(1), keep=0.8, progress=False, dry_run=True)
+    assert not any("experts" in layer.name for layer in found.layers)
+
+
+def test_a_dry_run_plans_for_each_expert_what_a_run_reports():
+    model = make("mixtral")
+    found = compress(model, batches(1), keep=0.8, progress=False, dry_run=True)
+    report = compress(model, batches(1), keep=0.8, refit=False, allocation="fisher", progress=False)
+    assert [(layer.name, layer.shape) for layer in found.layers] == [(row.name, row.shape) for row in report.layers]
+
+
+def test_a_dry_run_prints_its_plan_unless_it_shall_be_quiet(monkeypatch):
+    said = []
+    # The package's attribute of this name is the function.
+    monkeypatch.setattr(import_module("fasc_lightning.compress"), "rank_zero_info", said.append)
+    compress(causal_model(), token_loader(), keep=0.8, progress=False, dry_run=True)
+    assert said == []
+    found = compress(causal_model(), token_loader(), keep=0.8, dry_run=True)
+    assert said == [f"FascCallback: {found}"]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -65,13 +107,14 @@ def test_the_callback_prints_its_plan_before_the_first_batch(make_trainer, monke
     assert "down_proj" in said[0]
 
 
-def test_a_fit_that_does_not_fit_is_refused_before_the_first_batch(make_trainer, monkeypatch):
+@pytest.mark.parametrize(("share", "said"), [(3.7, "passes over the data"), (0.1, "Not even one layer fits")])
+def test_a_fit_that_does_not_fit_is_refused_before_the_first_batch(make_trainer, monkeypatch, share, said):
     module = causal_module()
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     monkeypatch.setattr("fasc_lightning._checks.available_memory", lambda device: 10**9)
-    monkeypatch.setattr("fasc_lightning.planning.available_memory", lambda device: int(3.7 * weights))
+    monkeypatch.setattr("fasc_lightning.planning.available_memory", lambda device: int(share * weights))
     before = {name: value.clone() for name, value in module.state_dict().items()}
     with pytest.raises(MemoryError, match="14 layers to fit into") as refused:
         make_trainer(FascCallback(rank=0.5)).fit(module, token_loader())
-    assert "passes over the data" in str(refused.value)
+    assert said in str(refused.value)
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())

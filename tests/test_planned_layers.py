@@ -69,7 +69,15 @@ def test_what_has_no_shapes_is_refused():
         model_on_meta(T5Config())
     with pytest.raises(TypeError, match="a module or a transformers config but got str"):
         model_on_meta("llama")
-    config = LlamaConfig()
-    object.__setattr__(config, "hidden_size", None)  # as a config.json without it may come to hold
-    with pytest.raises(ValueError, match=r"LlamaConfig with the shapes of a model .* HINT: check hidden_size"):
+
+
+@pytest.mark.parametrize("size", [None, 0, -1])
+@pytest.mark.parametrize(
+    "name",
+    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_local_experts"],
+)
+def test_a_config_that_lacks_a_size_is_refused_with_what_to_check(name, size):
+    config = MixtralConfig(**MIXTRAL)
+    object.__setattr__(config, name, size)  # as a config.json may come to hold
+    with pytest.raises(ValueError, match=r"MixtralConfig with the shapes of a model .* HINT: check hidden_size"):
         model_on_meta(config)

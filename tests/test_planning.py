@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from tiny import causal_model
-from transformers import LlamaConfig, MixtralConfig
+from transformers import GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
-from fasc_lightning import compress, plan
+from fasc_lightning import compress, expert_views, plan
 from fasc_lightning.planned_time import Rates
 from fasc_lightning.planning import stored_layers
 from fasc_lightning.report import measure_model
@@ -144,6 +144,38 @@ def test_a_budget_below_the_lowest_ranks_is_refused_and_one_below_a_share_is_not
 def test_bad_options_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         planned(**options)
+
+
+def test_no_slice_is_made_for_each_of_thousands_of_experts(monkeypatch):
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Qwen3MoeConfig(**shape, moe_intermediate_size=48, num_experts=64, num_experts_per_tok=4, head_dim=16)
+    sliced = []
+    own = expert_views.expert_weight
+    monkeypatch.setattr(expert_views, "expert_weight", lambda *args: sliced.append(args[1:]) or own(*args))
+    found = planned(config)
+    assert len([layer for layer in found.layers if ".experts." in layer.name]) == 2 * 64 * 3
+    assert len(sliced) <= 3 * len(found.layers)  # to count parameters, to tell types of sums: each slice takes its time
+
+
+def test_experts_of_an_unknown_kind_are_named():
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GptOssConfig(vocab_size=64, num_local_experts=4, num_key_value_heads=2, head_dim=16, **shape)
+    with pytest.warns(UserWarning, match=r"experts of a kind that is not known here \(GptOssExperts, .* stay dense"):
+        found = planned(config, keep=0.8)
+    assert not any("experts" in layer.name for layer in found.layers)
+
+
+def test_a_sketch_larger_than_every_layer_is_refused():
+    with pytest.raises(ValueError, match="Expected a `sketch_size` that saves memory for some side wider than 512"):
+        planned(sketch="range", sketch_size=4096, sketch_above=512)
+
+
+def test_a_module_on_several_devices_needs_one_to_be_named():
+    model = causal_model()
+    model.model.layers[1].mlp.down_proj.to("meta")
+    with pytest.raises(ValueError, match=r"Expected a model on one device, .* on cpu, meta"):
+        planned(model)
+    assert planned(model, device="cpu").layers
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
+from expert_cases import make
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from sharded_fit import CASES, ShardedModule, is_plain, make_module
 from test_ddp import run_script
 from torch import nn
 
-from fasc_lightning import load_compressed
+from fasc_lightning import load_compressed, sharding
 from fasc_lightning._dtensor import whole
 from fasc_lightning.sharding import Unsharding, is_sharded
 from fasc_lightning.swap import is_compressed
+from fasc_lightning.taps import select_layers
 
 
 def run(what: str, folder) -> list[dict]:
@@ -103,6 +109,15 @@ def test_what_is_no_sharded_data_parallelism_is_refused_with_a_remedy(failed, ca
     for found in failed:
         with pytest.raises(RuntimeError, match=f"MisconfigurationException: .*{said}.*"):
             raise RuntimeError(found[case])
+
+
+def test_fused_experts_whose_weights_are_sharded_are_refused_with_a_remedy(monkeypatch):
+    monkeypatch.setattr(sharding, "is_sharded", lambda module: True)
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    trainer, model = SimpleNamespace(strategy=strategy, world_size=2), make("mixtral")
+    with pytest.raises(MisconfigurationException, match=r"1 modules hold fused experts, .* HINT: exclude the experts"):
+        sharding.check_sharded(trainer, model, select_layers(model))
+    sharding.check_sharded(trainer, model, select_layers(model, exclude=r".*experts.*"))
 
 
 def test_a_module_is_saved_in_every_way_and_trains_on(tmp_path):

@@ -293,8 +293,8 @@ def check_memory(needed: int, device: torch.device) -> None:
     if needed > free:
         raise MemoryError(
             f"Expected the moments of the tapped layers to fit but they need up to {needed / 1e9:.2f} GB and "
-            f"{free / 1e9:.2f} GB is free on {device}. Target fewer layers (`targets`, `exclude`) in several runs, or "
-            "use a machine with more memory."
+            f"{free / 1e9:.2f} GB is free on {device}. HINT: plan() says which of `sketch`, `moments_device` and "
+            "`passes` would make them fit; or target fewer layers (`targets`, `exclude`) in several runs."
         )
 
 

@@ -20,7 +20,7 @@ from fasc_lightning.offload import MomentsDevice
 from fasc_lightning.planned_layers import PlannedLayers
 from fasc_lightning.planning import Tiers, forecast, stored_layers
 from fasc_lightning.refit_phase import Refit
-from fasc_lightning.sketch_sizes import ReductionKind
+from fasc_lightning.sketch_sizes import ReductionKind, SketchSize
 from fasc_lightning.taps import layer_shapes, select_layers
 
 
@@ -38,6 +38,8 @@ class FitOptions(Protocol):
     exclude: str | list[str] | None
     gate: float | None
     sketch: ReductionKind | None
+    sketch_size: SketchSize
+    sketch_above: int
     moments_device: MomentsDevice | None
     passes: int
 
@@ -83,7 +85,12 @@ def layers_forecast(
         needs=statistics_needed(options.method, options.gate, options.gate_by),
         device=device,
         keeps_moments=keeps_moments,
-        tiers=Tiers({options.sketch: sketches}, (options.moments_device not in (None, device.type),), passes),
+        tiers=Tiers(
+            {options.sketch: sketches},
+            (options.moments_device not in (None, device.type),),
+            passes,
+            {"sketch_size": options.sketch_size, "sketch_above": options.sketch_above},
+        ),
         batch_tokens=batch_tokens,
         tokens=tokens,
     )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
+from expert_cases import batches, make
 from interrupted import failing
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -32,6 +33,18 @@ def test_four_passes_give_the_factors_of_one(options):
     assert [layer.method for layer in first.layers] == [layer.method for layer in second.layers]
     ids = torch.arange(3, 19)[None]
     torch.testing.assert_close(one(ids).logits, four(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_of_a_later_pass_know_of_the_sequences_of_a_batch():
+    def scored(passes):
+        report = compress(
+            make("mixtral"), batches(), keep=0.6, allocation="fisher", passes=passes, gate=0.05, progress=False
+        )
+        return [(layer.method, layer.rank) for layer in report.layers], [layer.rho_debiased for layer in report.layers]
+
+    (one, first), (three, second) = scored(1), scored(3)
+    assert one == three
+    assert first == pytest.approx(second, abs=1e-5)
 
 
 def test_the_exclusions_of_the_gate_know_of_all_layers_in_every_pass():
@@ -89,7 +102,7 @@ def test_a_fit_that_is_resumed_in_its_second_pass_begins_again_with_the_first(ma
 
     def fit(*callbacks, passes=2, ckpt_path=None):
         callback, module = RecordingCallback(rank=0.5, passes=passes, update_weights=False), causal_module()
-        trainer = make_trainer(callback, *callbacks, max_epochs=2, enable_checkpointing=True)
+        trainer = make_trainer(callback, *callbacks, max_epochs=2, enable_checkpointing=bool(callbacks))
         trainer.fit(module, token_loader(), ckpt_path=ckpt_path)
         return callback, state(module)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from torch import Tensor
 
-from fasc_lightning.tokens import TokenRows, batch_size, sample_seeds
+from fasc_lightning.tokens import TokenRows, batch_size, identifying_tensor, sample_seeds
 
 #: How the scalar loss averages its terms, or a callable on the batch that returns their number.
 LossTerms = Literal["mean", "sum"] | Callable[[Any], float]
@@ -114,7 +114,9 @@ def calibration_rows(
     seeds = sample_seeds(batch, seed, mask) if fraction < 1 else ()
     # A scaler that never adapts would overflow on and on: that is an error.
     may_overflow = scaler is not None and steps
-    return TokenRows(batch_label(trainer), mask, scale, fraction, seeds, may_overflow, scored=scored)
+    rows = TokenRows(batch_label(trainer), mask, scale, fraction, seeds, may_overflow, scored=scored)
+    rows.note(identifying_tensor(batch))
+    return rows
 
 
 def loss_terms_of(

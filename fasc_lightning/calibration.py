@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from fasc_lightning import _checks
-from fasc_lightning._distributed import is_distributed, same_everywhere
+from fasc_lightning._distributed import is_distributed, same_everywhere, sum_everywhere
 from fasc_lightning._memory import available_memory, return_freed_memory
 from fasc_lightning._progress import layer_progress
 from fasc_lightning.batches import LossTerms, TokenMask, calibration_rows
@@ -33,7 +33,7 @@ from fasc_lightning.measure_phase import MeasurePhase
 from fasc_lightning.moments import CalibrationMoments, LayerSketches, moment_dtype, moments_bytes
 from fasc_lightning.monitor import LayerScores
 from fasc_lightning.offload import MomentsDevice, offloaded
-from fasc_lightning.passes import passes_of, share_units, shares
+from fasc_lightning.passes import check_averaging, passes_of, share_units, shares
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.refine import RefineOptions
 from fasc_lightning.refine_phase import RefinePhase
@@ -143,8 +143,8 @@ class Calibration:
     Raises:
         MemoryError: If the moments do not fit; or if weights are sharded, the whole module does not fit into each
             process, and what is insisted on needs it.
-        MisconfigurationException: If the fit has fewer epochs than passes, or averages weights.
-        ValueError: If a pattern of ``gate_exclude`` matches nothing.
+        MisconfigurationException: If the fit has fewer epochs than passes, or averages weights that are read before.
+        ValueError: If a pattern of ``gate_exclude`` matches nothing, or there are more passes than layers.
         RefitError: If a refit is insisted on, or a refinement asked for, and the module does not allow one.
         NoLossError: Likewise, if the module optimises by hand.
     """
@@ -164,6 +164,7 @@ class Calibration:
         self.spent = False
         self.origin: dict[str, Any] = {}
         self.passes = passes_of(trainer, options.passes)
+        check_averaging(trainer, self.passes, options.sketch)
         self._device = trainer.strategy.root_device
         shapes, needs = layer_shapes(layers), statistics_needed(options.method, options.gate, options.gate_by)
         sketches, dtype = options.sketches(shapes), moment_dtype(layers.values())
@@ -173,7 +174,6 @@ class Calibration:
         sizes = [moments_bytes([shape], dtype, needs, [sketches.get(n, exact)]) for n, shape in shapes.items()]
         names = list(shapes)
         parts = shares(sizes, self.passes, share_units(names))
-        self.passes = len(parts)
         self._shares = [{names[i]: layers[names[i]] for i in part} for part in parts]
         needed, place = max(sum(sizes[i] for i in part) for part in parts), options.place(self._device)
         _checks.check_memory(needed, place)
@@ -194,6 +194,7 @@ class Calibration:
         excluded_layers(layers, options.gate_exclude)  # refuses patterns that match nothing
         self._factorized: FactorizedLayers | None = None
         self._rows: dict[str, tuple[RhoRow, tuple[str, ...]]] = {}
+        self._counts: list[int] = []  # batches of each pass, on all processes
         self.moments_bytes = 0
         self._begin_share()
         self.refit = RefitPhase.of(options.refit if self.holds_moments else False, pl_module, layers)
@@ -318,6 +319,14 @@ class Calibration:
         if exact:  # an absolute size was meant for all of them
             (rank_zero_info if options.size == "auto" else rank_zero_warn)(f"FascCallback: {exact}.")
 
+    def settle_rows(self) -> None:
+        """Wait until the statistics hold all that a backward pass has brought.
+
+        Raises:
+            FloatingPointError: If some of it is not finite.
+        """
+        self._taps.settle()
+
     def end_batch(self) -> None:
         """End a batch, if there is one."""
         if self.running:
@@ -408,6 +417,9 @@ class Calibration:
             with others_present():
                 self.moments.all_reduce_(device=self._device)
                 self.scores.all_reduce_()
+        if self.passes > 1:
+            with others_present():
+                self._counts.append(sum_everywhere(trainer, self.batches))
         self.moments_bytes = max(self.moments_bytes, self.moments.nbytes)
 
     def release(self) -> None:
@@ -448,6 +460,7 @@ class Calibration:
                 f"Expected {self.passes} passes over the data, one an epoch, but the fit was stopped in pass "
                 f"{self.passes - len(self._shares) + 1}. The model is not compressed."
             )
+        self._check_counts()
         self.spent = True
         options = self.options
         progress = layer_progress(trainer)
@@ -472,6 +485,20 @@ class Calibration:
         )
         reports = [LayerReport.of(plan, *self._rows[plan.name]) for plan in result.layers]
         return same_everywhere(trainer, result), reports
+
+    def _check_counts(self) -> None:
+        """Refuse a last pass without data, and warn of passes over unequal ones."""
+        if len(set(self._counts)) < 2:
+            return
+        if self._counts[-1] == 0:
+            raise MisconfigurationException(
+                f"Expected batches in each of {self.passes} passes over the data but the last had none. The model is "
+                "not compressed. HINT: a loader that can be gone through again."
+            )
+        rank_zero_warn(
+            f"Passes over the data had unequal numbers of batches: {', '.join(map(str, self._counts))}. Layers that "
+            "saw more of them weigh more when the budget is spent. HINT: a loader that gives all passes the same."
+        )
 
     def _factorize_share(self, trainer: pl.Trainer, progress: Progress | None) -> None:
         """Factorise the layers of this pass, and keep what reports say of their statistics."""

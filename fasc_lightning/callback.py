@@ -30,7 +30,7 @@ from fasc_lightning.layouts import Layout
 from fasc_lightning.lowrank import linear_weight
 from fasc_lightning.monitor import RhoMonitor, write_history
 from fasc_lightning.offload import MomentsDevice
-from fasc_lightning.passes import check_passes
+from fasc_lightning.passes import check_epochs_left, check_passes
 from fasc_lightning.placement import check_weights
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.preemption import CalibrationKeeper
@@ -380,6 +380,7 @@ class FascCallback(pl.Callback):
         if self._calibration is not None:
             self._schedule.start(trainer)
             self._keeper.start(trainer, self._schedule)
+            check_epochs_left(trainer, self._calibration.passes)
             self._calibration.check_alike(trainer)
             self._calibration.lockstep.start(trainer, self._schedule.is_whole_fit(trainer))
 
@@ -411,7 +412,8 @@ class FascCallback(pl.Callback):
     @recovery_instead
     @override
     def on_before_optimizer_step(self, *args: Any) -> None:
-        pass
+        if self._calibration is not None:
+            self._calibration.settle_rows()  # what is refused is refused before it gets into the weights
 
     @recovery_instead
     @override

@@ -21,7 +21,7 @@ from fasc_lightning.placement import is_split
 from fasc_lightning.planned_layers import PlannedLayers, planned_layers
 from fasc_lightning.planning import Tiers, forecast, stored_layers
 from fasc_lightning.refit_phase import Refit
-from fasc_lightning.sketch_sizes import ReductionKind
+from fasc_lightning.sketch_sizes import ReductionKind, SketchSize
 from fasc_lightning.taps import layer_shapes
 
 
@@ -39,6 +39,8 @@ class FitOptions(Protocol):
     exclude: str | list[str] | None
     gate: float | None
     sketch: ReductionKind | None
+    sketch_size: SketchSize
+    sketch_above: int
     moments_device: MomentsDevice | None
     passes: int
 
@@ -85,7 +87,12 @@ def layers_forecast(
         device=device,
         keeps_moments=keeps_moments,
         measured=options.allocation == "measured",
-        tiers=Tiers({options.sketch: sketches}, (options.moments_device not in (None, device.type),), passes),
+        tiers=Tiers(
+            {options.sketch: sketches},
+            (options.moments_device not in (None, device.type),),
+            passes,
+            {"sketch_size": options.sketch_size, "sketch_above": options.sketch_above},
+        ),
         batch_tokens=batch_tokens,
         tokens=tokens,
     )

@@ -41,7 +41,7 @@ class Lockstep:
 
         Args:
             trainer: Of the fit.
-            whole_fit: Whether the fit is its calibration, all of it and one epoch.
+            whole_fit: Whether the fit is its calibration, all of it and an epoch a pass.
 
         Raises:
             MisconfigurationException: On every process, if they differ and must not.

@@ -91,6 +91,7 @@ class OffloadedMoments:
         self._copies: dict[int, tuple[Tensor, _Copy]] = {}
         self._streams: dict[torch.device, Any] = {}
         self._thread: ThreadPoolExecutor | None = None
+        self._refused = False  # by the thread; what it has been given since is not summed
 
     @property
     def takes_pairs(self) -> bool:
@@ -149,6 +150,7 @@ class OffloadedMoments:
                 if self._thread is not None:
                     self._thread.shutdown(cancel_futures=True)
                     self._thread = None
+                self._refused = False
 
     def _later(self, what: str, work: Callable[..., None], *rows: Tensor) -> None:
         with self._lock:
@@ -160,7 +162,7 @@ class OffloadedMoments:
                 self._finish_oldest()
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="fasc-moments")
-            self._waiting.append((what, size, self._thread.submit(_run, work, copies)))
+            self._waiting.append((what, size, self._thread.submit(self._run, work, copies)))
             self._bytes += size
 
     def _finish_oldest(self) -> None:
@@ -175,6 +177,16 @@ class OffloadedMoments:
             self._bytes = 0
             if isinstance(error, FloatingPointError):
                 raise RowsRefusedError(what, error) from error
+            raise
+
+    @torch.no_grad()
+    def _run(self, work: Callable[..., None], copies: Sequence[_Copy]) -> None:
+        if self._refused:
+            return
+        try:
+            work(*(copy.wait() for copy in copies))
+        except BaseException:
+            self._refused = True
             raise
 
     def _copy(self, rows: Tensor) -> _Copy:
@@ -223,11 +235,6 @@ class _Copy:
             self._arrived.synchronize()
         self._source = self._arrived = None
         return self.values
-
-
-@torch.no_grad()
-def _run(work: Callable[..., None], copies: Sequence[_Copy]) -> None:
-    work(*(copy.wait() for copy in copies))
 
 
 def offloaded(moments: CalibrationMoments, device: torch.device) -> MomentSums:

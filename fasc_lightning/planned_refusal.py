@@ -75,7 +75,7 @@ def refusal(
         remedies.append(f"a pass for every layer takes {least / 1e9:.3g} GB")
     elif fewer.passes > 1:
         held = "" if fewer.kind is None else f", sketch={fewer.kind!r}"
-        remedies.append(f"{fewer.passes} passes over the data fit (passes={fewer.passes}{held})")
+        remedies.append(f"{fewer.passes} passes over the data fit (passes={fewer.passes}{held}, update_weights=False)")
     taken = list(memories.values())
     largest = max(range(len(shapes)), key=lambda i: taken[0][i].workspace)
     name = list(shapes)[largest]

@@ -11,7 +11,9 @@ import torch
 
 from fasc_lightning.moments import LayerSketches
 from fasc_lightning.packed import add_gram_, packed_size
+from fasc_lightning.projection import Projection
 from fasc_lightning.solvers.fasc import two_sided
+from fasc_lightning.streams import Reduction
 
 #: Sides of the probes' matrices: large enough to run at full speed, small enough to be done in a tenth of a second.
 WIDTH, TOKENS, SOLVED = 1024, 512, 384
@@ -60,11 +62,16 @@ def moments_work(m: int, n: int, copies: int = 1, sketches: LayerSketches | None
         n: Inputs.
         copies: How many kinds of second moments there are, "plain" and "coupled".
         sketches: Of s columns: X^T (X Omega) is 2 d s operations, X Omega next to nothing, since Omega is sparse. An
-            exact side takes twice what a packed matrix holds.
+            exact side takes twice what a packed matrix holds; a projected one that of its s columns, once W X is there.
     """
     sides = sketches or LayerSketches()
-    pairs = ((m, sides.outputs), (n, sides.inputs))
-    return copies * sum(2 * packed_size(d) if sketch is None else 2 * d * sketch.size for d, sketch in pairs)
+
+    def side(d: int, sketch: Reduction | None) -> int:
+        if sketch is None:
+            return 2 * packed_size(d)
+        return 2 * d * sketch.size + (2 * packed_size(sketch.size) if isinstance(sketch, Projection) else 0)
+
+    return copies * (side(m, sides.outputs) + side(n, sides.inputs))
 
 
 def solver_work(m: int, n: int) -> int:

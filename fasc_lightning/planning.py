@@ -21,7 +21,7 @@ from fasc_lightning.hub import empty_layer
 from fasc_lightning.layouts import Layout, auto_layout
 from fasc_lightning.lowrank import smaller_side
 from fasc_lightning.moments import LayerSketches, moment_dtype
-from fasc_lightning.passes import share_units, shares
+from fasc_lightning.passes import check_passes, share_units, shares
 from fasc_lightning.placement import is_split
 from fasc_lightning.planned_layers import PlannedLayers, model_on_meta, planned_layers
 from fasc_lightning.planned_refusal import bytes_of, refusal
@@ -31,6 +31,16 @@ from fasc_lightning.projection import check_projected
 from fasc_lightning.report import Size, measure_layers, measure_model
 from fasc_lightning.sketch_sizes import SKETCH_ABOVE, ReductionKind, SketchOptions, SketchSize, sketches_for_budget
 from fasc_lightning.taps import layer_shapes
+
+#: Of the options of FascCallback that hold moments in a certain way.
+_DEFAULTS: dict[str, Any] = {
+    "sketch": None,
+    "sketch_size": "auto",
+    "sketch_above": SKETCH_ABOVE,
+    "moments_device": None,
+    "passes": 1,
+    "update_weights": True,
+}
 
 
 def plan(
@@ -91,7 +101,8 @@ def plan(
             the options allow it, and "range" where that does not.
         sketch_size: See :class:`~fasc_lightning.FascCallback`.
         sketch_above: Likewise.
-        passes: How often the data are gone through, with a share of the layers each; None for as few as fit.
+        passes: How often the data are gone through, with a share of the layers each; None for as few as fit, and one
+            where the weights are updated or moments kept.
         batch_tokens: Tokens of one batch, for its activations; 0 counts none.
         tokens: Tokens of the calibration, for its seconds.
         probed: Whether to measure the device for a moment; or the rates to count with.
@@ -117,6 +128,7 @@ def plan(
     if sketch == "auto" and (method != "fasc" or gate is not None or update_weights or keeps_moments):
         kinds = (None, "range")
     check_projected(sketch, method, gate, update_weights, keeps_moments)
+    check_passes(passes or 1, update_weights, keeps_moments, None)
     sketching = {kind: None if kind is None else SketchOptions(kind, sketch_size, sketch_above) for kind in kinds}
     room, beside = bytes_of(memory, "memory"), bytes_of(host_memory, "host_memory")
     model = model_on_meta(model_or_config, dtype)
@@ -139,7 +151,8 @@ def plan(
         tiers=Tiers(
             kinds={kind: sketches_for_budget(shapes, how, rank, keep) for kind, how in sketching.items()},
             offloaded=(False,) if beside is None or where.type == "cpu" else (False, True),
-            passes=passes,
+            passes=1 if update_weights or keeps_moments else passes,
+            sizes={"sketch_size": sketch_size, "sketch_above": sketch_above},
         ),
         batch_tokens=batch_tokens,
         tokens=tokens,
@@ -155,11 +168,13 @@ class Tiers:
         kinds: Which sides of which layers are not held whole, by how they are held then; None for all whole.
         offloaded: Whether moments and factors may or must be on the CPU beside the device.
         passes: How many passes; None for as few as fit.
+        sizes: ``sketch_size`` and ``sketch_above``, by which sketches were chosen.
     """
 
     kinds: Mapping[ReductionKind | None, Mapping[str, LayerSketches]] = field(default_factory=lambda: {None: {}})
     offloaded: tuple[bool, ...] = (False,)
     passes: int | None = 1
+    sizes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def forecast(
@@ -225,9 +240,9 @@ def forecast(
 
     def peak(storage: Storage) -> Peak:
         resident = whole.bytes + training
-        return peak_memory(
-            memories[storage.kind], storage, resident, activations, not keeps_moments, units, built, measured
-        )
+        # Where there are several passes, there is no refit that moments would be kept for.
+        consume = storage.passes > 1 or not keeps_moments
+        return peak_memory(memories[storage.kind], storage, resident, activations, consume, units, built, measured)
 
     have = Peak(memory, host_memory)
     storage = choose_storage(
@@ -267,18 +282,23 @@ def forecast(
         },
         factors_place="disk" if storage.passes > 1 else "cpu" if aside else "device",
         passes=storage.passes,
-        options=_options(storage),
+        options=_options(storage, tiers.sizes),
         targeted=targeted,
         whole={"dense": whole, "compressed": _replaced(whole, targeted)},
         seconds=None if rates is None else _seconds(chosen, sketches, needs, rates, storage.passes, tokens),
     )
 
 
-def _options(storage: Storage) -> dict[str, Any]:
+def _options(storage: Storage, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of FascCallback that hold moments in a certain way, those at their defaults left out."""
-    held = {"sketch": storage.kind, "moments_device": "cpu" if storage.offloaded else None}
-    options: dict[str, Any] = {name: value for name, value in held.items() if value is not None}
-    return options if storage.passes == 1 else {**options, "passes": storage.passes}
+    held = {
+        "sketch": storage.kind,
+        **(sizes if storage.kind in ("range", "gaussian") else {}),
+        "moments_device": "cpu" if storage.offloaded else None,
+        "passes": storage.passes,
+        "update_weights": not (storage.passes > 1 or storage.kind == "projected"),
+    }
+    return {name: value for name, value in held.items() if value != _DEFAULTS[name]}
 
 
 def _seconds(

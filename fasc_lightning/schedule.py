@@ -68,7 +68,7 @@ class CalibrationSchedule:
         trainer.fit_loop.epoch_loop.min_steps = sys.maxsize
 
     def is_whole_fit(self, trainer: pl.Trainer) -> bool:
-        """Tell whether the fit is one epoch, all of it calibration."""
+        """Tell whether the fit is nothing but calibration: one epoch, or one a pass."""
         return self.calibration_steps is None and self._in_last_epoch(trainer)
 
     def begins(self, trainer: pl.Trainer) -> bool:

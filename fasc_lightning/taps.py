@@ -221,7 +221,7 @@ class Taps:
         self._handles.clear()
         self._experts.remove()
         if self.moments is not None:
-            with suppress(FloatingPointError):  # of a batch that was refused, which has been said
+            with suppress(Exception):  # of a batch that was not ended: why has been said, or is about to be
                 self.moments.settle()
         self._batch = None
         self._calls.clear()
@@ -238,12 +238,20 @@ class Taps:
             if call.pending and call.rows is not None and self.moments is not None:
                 reached = [name for name in call.members if name not in call.pending]
                 self.moments.move_inputs(call.members, reached, call.rows)
-        if self.moments is not None and self._batch is not None:
-            with _named("a number", self._batch):
-                self.moments.settle()
+        self.settle()
         self._batch = None
         self._calls.clear()
         self._by_input.clear()
+
+    def settle(self) -> None:
+        """Wait until the moments hold all rows of the batch so far.
+
+        Raises:
+            FloatingPointError: If some of them are not finite, and the moments did not say so at once.
+        """
+        if self.moments is not None and self._batch is not None:
+            with _named("a number", self._batch):
+                self.moments.settle()
 
     def _on_forward(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor

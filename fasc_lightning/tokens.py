@@ -86,6 +86,17 @@ class TokenRows:
         order = order[sequence[tokens[order]] >= 0]
         return order, sequence[tokens[order]].bincount(minlength=len(lengths)).tolist()
 
+    def note(self, ids: Tensor | None) -> None:
+        """Take note of the sequences of a batch of token ids, for activations that are one row of all tokens.
+
+        The first layers that run tell as well, but hooks may be on experts alone.
+
+        Args:
+            ids: Shape (samples, length); anything else says nothing.
+        """
+        if ids is not None and ids.ndim == 2 and not ids.is_floating_point():
+            self._sequences.setdefault(ids.numel(), len(ids))
+
     def lengths(self, leading: tuple[int, ...]) -> list[int]:
         """Return how many counted tokens each sequence of an activation has, after :meth:`index` of its shape."""
         return self._lengths[leading]

@@ -60,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "replayed": {**FROZEN, "allocation": "measured", "refit": True},
     "trained": {**PREDICTED, "monitor_every_n_steps": 2},
     "tied": {**FROZEN, **PREDICTED, "tied": True},
+    "in passes": {**FROZEN, **PREDICTED, "sketch": "projected", "passes": 2},
     "sharded finely": {**FROZEN, **PREDICTED, "kind": FinelySharded},
 }
 
@@ -112,11 +113,12 @@ def fit(strategy: str, *more: pl.Callback, kind: type[CausalLMModule] = ShardedM
     """What a fit ends with, in plain data."""
     settings = {"tie_word_embeddings": True} if options.pop("tied", False) else {}
     callback, module = Saving(rank=0.5, **options), make_module(kind, **settings)
-    trainer = make_trainer(strategy, callback, *more)
+    trainer = make_trainer(strategy, callback, *more, max_epochs=callback.passes)
     trainer.fit(module, make_loader())
+    kept = callback.kept
     return {
         "moments": {
-            name: vars(callback.kept.layer(name)) for name in callback.kept.shapes if callback.kept.tokens(name)
+            name: vars(kept.layer(name)) for name in kept.shapes if kept.tokens(name) and not kept.projects(name)
         },
         "ranks": {row.name: row.rank for row in callback.report.layers},
         "rhos": {row.name: row.rho_debiased for row in callback.report.layers},

@@ -81,8 +81,9 @@ def test_a_dry_run_prints_its_plan_unless_it_shall_be_quiet(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"passes": 3}, {"passes": 3}),
-        ({"sketch": "range", "sketch_size": 4, "sketch_above": 40}, {"sketch": "range"}),
+        ({"passes": 3}, {"passes": 3, "update_weights": False}),
+        ({"sketch": "range", "sketch_size": 4, "sketch_above": 40},) * 2,
+        ({"sketch": "projected"}, {"sketch": "projected", "update_weights": False}),
         ({"refit": False}, {}),
     ],
 )

@@ -45,6 +45,15 @@ def test_processes_with_unequal_numbers_of_batches_end_with_the_moments_of_all(u
     assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
 
 
+def test_each_pass_waits_for_the_process_with_more_batches(uneven):
+    first, second = (found["passes"] for found in uneven)
+    assert first["error"] == second["error"] == "nothing"
+    # Of the same factors as one pass, but for the order of sums.
+    one = uneven[0]["found"]["fewer on the first", False]
+    torch.testing.assert_close(first["state"], one["state"])
+    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("case", "said"),
     [

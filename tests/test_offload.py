@@ -5,9 +5,10 @@ import threading
 import lightning.pytorch as pl
 import pytest
 import torch
-from tiny import causal_model, token_loader
+from tiny import causal_model, causal_module, token_loader
 from torch import nn
 from torch.utils.data import DataLoader
+from watching import assert_no_hooks
 
 from fasc_lightning import FascCallback, compress
 from fasc_lightning.moments import CalibrationMoments
@@ -88,6 +89,21 @@ def test_rows_that_are_not_finite_are_named_when_the_batch_ends_and_nothing_afte
     assert moments.tokens("a") == 0
 
 
+def test_nothing_after_refused_rows_is_summed_however_late_they_are_looked_at():
+    moments = CalibrationMoments(SHAPES)
+    sums = OffloadedMoments(moments)
+    sums.add_gradients("a", torch.full((2, 3), torch.nan))
+    for step in range(50):
+        sums.add_gradients("b", rows(4, step))
+    sums._thread.shutdown()  # all of them have had their turn
+    with pytest.raises(RowsRefusedError):
+        sums.settle()
+    assert moments.tokens("b") == 0
+    sums.add_gradients("b", rows(4, 0))
+    sums.settle()
+    assert moments.tokens("b") == 7
+
+
 def test_other_errors_reach_the_caller_as_they_are():
     sums = OffloadedMoments(CalibrationMoments(SHAPES))
     sums.add_gradients("nobody", rows(3, 0))
@@ -142,6 +158,55 @@ def test_a_bad_batch_is_named_also_where_a_thread_finds_it(monkeypatch, make_tra
     callback = FascCallback(rank=2, update_weights=False, loss_terms="sum")
     with pytest.raises(FloatingPointError, match="a gradient of layer 'layer' is NaN or Inf in batch 0 of epoch 0"):
         make_trainer(callback).fit(Rooted(), DataLoader(torch.randn(8, 4), batch_size=4))
+
+
+def test_gradients_that_are_refused_do_not_get_into_the_weights(monkeypatch, make_trainer):
+    class Poisoned(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def training_step(self, batch):
+            loss = self.layer(batch).square().sum()
+            loss.register_hook(lambda gradient: gradient * torch.inf)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    monkeypatch.setattr("fasc_lightning.calibration.offloaded", lambda moments, device: OffloadedMoments(moments))
+    module = Poisoned()
+    with pytest.raises(FloatingPointError, match="a gradient of layer 'layer'"):
+        make_trainer(FascCallback(rank=2, loss_terms="sum")).fit(module, DataLoader(torch.ones(8, 4), batch_size=4))
+    assert torch.isfinite(module.layer.weight).all()
+
+
+def test_a_fit_that_fails_ends_its_thread_and_lets_go_of_the_model_whatever_the_thread_had_to_say(
+    monkeypatch, make_trainer
+):
+    made = []
+
+    class Full(OffloadedMoments):
+        def __init__(self, moments):
+            super().__init__(moments)
+            moments.add_gradients = self.refuse
+            made.append(self)
+
+        def refuse(self, *args):
+            raise RuntimeError("not enough memory")
+
+    class Interrupting(pl.Callback):
+        def on_after_backward(self, trainer, pl_module):
+            raise InterruptedError
+
+    monkeypatch.setattr("fasc_lightning.calibration.offloaded", lambda moments, device: Full(moments))
+    module = causal_module()
+    with pytest.raises(InterruptedError):
+        make_trainer(Interrupting(), FascCallback(rank=0.5, update_weights=False)).fit(module, token_loader())
+    assert made
+    assert all(p.requires_grad for p in module.parameters())
+    assert_no_hooks(module)
+    assert not [t for t in threading.enumerate() if t.name.startswith("fasc-moments")]
 
 
 def test_other_places_are_refused():

@@ -7,6 +7,7 @@ from fasc_lightning.moments import LayerSketches
 from fasc_lightning.packed import packed_size
 from fasc_lightning.planned_time import Rates, estimate, model_work, moments_work, probe, solver_work
 from fasc_lightning.sketch import Sketch
+from fasc_lightning.sketch_sizes import projected
 
 
 def test_seconds_are_operations_over_rates():
@@ -24,6 +25,8 @@ def test_sketches_work_less_where_they_are_narrow():
     both = LayerSketches(inputs=Sketch(14336, 512), outputs=Sketch(4096, 512))
     assert moments_work(4096, 14336, sketches=both) == 2 * 512 * (4096 + 14336) < exact / 3
     assert moments_work(4096, 14336, copies=2) == 2 * exact
+    seen = moments_work(4096, 14336, sketches=projected(4096, 14336))
+    assert seen == 2 * 4096 * 14336 + 4 * packed_size(4096)
     assert model_work(3, 5) == 60
 
 

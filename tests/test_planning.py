@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from tiny import causal_model
+from tiny import causal_model, token_loader
 from transformers import GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
-from fasc_lightning import compress, expert_views, plan
+from fasc_lightning import FascCallback, compress, expert_views, plan
 from fasc_lightning.planned_time import Rates
 from fasc_lightning.planning import stored_layers
 from fasc_lightning.report import measure_model
@@ -50,7 +50,8 @@ def test_exact_moments_serve_where_they_fit_and_sketches_where_not():
     for sketch, kind in (("auto", "projected"), ("range", "range")):
         tight = planned(memory=easy.peak.device - 1, sketch=sketch, sketch_size=32, sketch_above=512, passes=1)
         assert {layer.moments for layer in tight.layers} == {"exact", kind}
-        assert tight.options == {"sketch": kind}
+        sizes = {"sketch_size": 32, "sketch_above": 512} if kind == "range" else {"update_weights": False}
+        assert tight.options == {"sketch": kind, **sizes}
     assert {layer.name.rpartition(".")[2] for layer in tight.layers if layer.moments == "range"} == {
         "gate_proj",
         "up_proj",
@@ -68,6 +69,34 @@ def test_another_device_may_leave_moments_on_the_cpu():
     assert 0 < beside.peak.host <= 1e9
     assert beside.factors_place == "cpu"
     assert {layer.moments for layer in beside.layers} == {"exact"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sketch": None},
+        {"sketch": "projected"},
+        {"sketch": "range", "sketch_size": 6, "sketch_above": 40},
+        {"sketch": "gaussian", "sketch_size": 6, "sketch_above": 40},
+        {"sketch": None, "passes": 3},
+        {"sketch": "projected", "passes": 14},
+    ],
+)
+def test_the_options_of_a_plan_are_accepted_and_lead_to_its_moments(options):
+    found = planned(causal_model(), **options)
+    FascCallback(keep=0.6, **found.options)
+    report = compress(causal_model().eval(), token_loader(), keep=0.6, refit=False, progress=False, **found.options)
+    # But for counts, which are not planned, and means of inputs, which layers share.
+    assert report.moments_bytes == pytest.approx(found.parts["moments"], rel=0.02)
+
+
+@pytest.mark.parametrize("options", [{"update_weights": True}, {"keeps_moments": True}])
+def test_passes_are_not_planned_where_a_fit_has_one(options):
+    easy = planned(sketch=None, **options)
+    with pytest.raises(MemoryError, match="update_weights=False"):
+        planned(memory=int(0.9 * easy.peak.device), sketch=None, **options)
+    with pytest.raises(ValueError, match=r"passes=2"):
+        planned(passes=2, **options)
 
 
 def test_passes_are_as_few_as_fit():

@@ -77,7 +77,8 @@ def main(folder: Path) -> None:
         "two epochs": fit("ddp", first, False, epochs=2, update_weights=False),
         "checkpoints": fit("ddp", first, False, every, update_weights=False),
     }
-    torch.save({"found": found, "refused": refused}, folder / f"{torch.distributed.get_rank()}.pt")
+    passes = fit("ddp", first, False, epochs=2, passes=2, update_weights=False)
+    torch.save({"found": found, "refused": refused, "passes": passes}, folder / f"{torch.distributed.get_rank()}.pt")
 
 
 if __name__ == "__main__":

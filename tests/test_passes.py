@@ -94,7 +94,7 @@ def test_passes_over_unequal_data_are_warned_of(make_trainer):
         make_trainer(callback, max_epochs=2).fit(causal_module(), DataLoader(Shrinking(), batch_size=None))
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_fit_that_is_resumed_in_its_second_pass_begins_again_with_the_first(make_trainer, tmp_path):
     class Failing(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

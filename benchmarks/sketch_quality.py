@@ -218,11 +218,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             lines.append(f"| | dense | {' | '.join(f'{found[t]:.2f}' for t in TEXTS)} | {row['facts']:.1f} % | |")
             continue
         base = exact[row["keep"]]
-        texts = (f"{found[t]:.2f} ({100 * (found[t] / base['perplexity'][t] - 1):+.1f} %)" for t in TEXTS)
+        texts = (f"{found[t]:.2f} ({_percent(found[t], base['perplexity'][t])})" for t in TEXTS)
         memory = f"{row['bytes'] / 1e6:.0f} MB ({row['bytes'] / base['bytes']:.2f})"
         cells = [f"{row['keep']:g}", row["statistic"], *texts, f"{row['facts']:.1f} %", memory]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _percent(value: float, base: float) -> str:
+    return f"{round(100 * (value / base - 1), 1) + 0:+,.1f} %"  # + 0 makes a negative zero a positive one
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -19,7 +18,8 @@ from fasc_lightning import _checks
 from fasc_lightning._distributed import is_distributed, same_everywhere, sum_everywhere
 from fasc_lightning._memory import available_memory, return_freed_memory
 from fasc_lightning._progress import layer_progress
-from fasc_lightning.batches import LossTerms, TokenMask, calibration_rows
+from fasc_lightning.batches import calibration_rows
+from fasc_lightning.calibration_options import CalibrationOptions
 from fasc_lightning.dependence import DependenceScore
 from fasc_lightning.factorize import CompressionResult, build_layers
 from fasc_lightning.factorized import FactorizedLayers, Progress, factorize_layers
@@ -32,18 +32,17 @@ from fasc_lightning.lockstep import Lockstep, others_present
 from fasc_lightning.measure_phase import MeasurePhase
 from fasc_lightning.moments import CalibrationMoments, LayerSketches, moment_dtype, moments_bytes
 from fasc_lightning.monitor import LayerScores
-from fasc_lightning.offload import MomentsDevice, offloaded
+from fasc_lightning.offload import offloaded
 from fasc_lightning.passes import check_averaging, passes_of, share_units, shares
-from fasc_lightning.pooled import Gradient
 from fasc_lightning.refine import RefineOptions
 from fasc_lightning.refine_phase import RefinePhase
 from fasc_lightning.refine_report import RefineReport
 from fasc_lightning.refit import RefitReport
-from fasc_lightning.refit_phase import Refit, RefitPhase
+from fasc_lightning.refit_phase import RefitPhase
 from fasc_lightning.replay import Replay
 from fasc_lightning.report import LayerReport
 from fasc_lightning.sharding import Unsharding, is_sharded, lacks_room
-from fasc_lightning.sketch_sizes import ReductionKind, SketchOptions, SketchSize, describe_sketches, sketches_for_budget
+from fasc_lightning.sketch_sizes import describe_sketches
 from fasc_lightning.spill import spilled
 from fasc_lightning.taps import Taps, layer_shapes
 
@@ -53,61 +52,6 @@ SCORE_EVERY, SCORE_TOKENS = 8, 64
 
 #: Entry of :meth:`Calibration.setting`.
 REPLAYED = "replay of batches (refit, refinement, measured allocation)"
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """Those options of :class:`~fasc_lightning.FascCallback` that decide what is gathered, under the same names."""
-
-    method: str
-    allocation: str
-    refit: Refit
-    update_weights: bool
-    token_fraction: float
-    seed: int
-    loss_terms: LossTerms | None
-    token_mask: TokenMask | None
-    monitor_tokens: int
-    rho_gradient: Gradient
-    gate: float | None
-    gate_by: str
-    gate_exclude: str | list[str] | None
-    rank: int | float | None
-    keep: float | None
-    rho_threshold: float
-    sketch: ReductionKind | None
-    sketch_size: SketchSize
-    sketch_above: int
-    moments_device: MomentsDevice | None
-    passes: int
-    recovery: object | None
-
-    @classmethod
-    def of(cls, options: Any) -> CalibrationOptions:
-        """Return them out of an object that has them and others, as a callback does."""
-        return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
-
-    @property
-    def sketching(self) -> SketchOptions | None:
-        """What is to be sketched; None for exact moments."""
-        if self.sketch is None:
-            return None
-        return SketchOptions(self.sketch, self.sketch_size, self.sketch_above, self.seed, self.rho_threshold)
-
-    def sketches(
-        self, shapes: Mapping[str, tuple[int, int]], rho: Mapping[str, float] | None = None
-    ) -> dict[str, LayerSketches]:
-        """Return how the moments of layers of these shapes (m, n) are sketched; nothing where they are all exact.
-
-        Args:
-            shapes: By layer.
-            rho: Of the layers where it is known, which makes "auto" sizes smaller where it is low.
-        """
-        return sketches_for_budget(shapes, self.sketching, self.rank, self.keep, rho)
-
-    def place(self, device: torch.device) -> torch.device:
-        """Return where moments and factors are held in a fit on a device."""
-        return device if self.moments_device is None else torch.device(self.moments_device)
 
 
 class Calibration:

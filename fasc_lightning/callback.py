@@ -17,7 +17,8 @@ from typing_extensions import override
 
 from fasc_lightning import _checks
 from fasc_lightning.batches import LossTerms, TokenMask, batch_label, observed_rows
-from fasc_lightning.calibration import Calibration, CalibrationOptions
+from fasc_lightning.calibration import Calibration
+from fasc_lightning.calibration_options import CalibrationOptions
 from fasc_lightning.checkpoints import match_on_load
 from fasc_lightning.expert_modules import unfuse
 from fasc_lightning.expert_views import split_name, warn_unknown_experts

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fasc_lightning import _checks
-from fasc_lightning.calibration import CalibrationOptions
+from fasc_lightning.calibration_options import CalibrationOptions
 from fasc_lightning.factorize import check_budget_fits
 from fasc_lightning.forecast import CompressionForecast
 from fasc_lightning.gate import statistics_needed

@@ -15,7 +15,6 @@ import torch
 
 from fasc_lightning.moments import LayerSketches, moments_bytes
 from fasc_lightning.passes import shares
-from fasc_lightning.projection import Projection
 from fasc_lightning.sketch import Sketch
 from fasc_lightning.sketch_sizes import ReductionKind
 
@@ -87,14 +86,15 @@ def layer_memory(
     """
     sketches, needs = sketches or LayerSketches(), frozenset(needs)
     r = min(m, n)
-    sides = ((m, sketches.outputs), (n, sketches.inputs))
-    # A projection is as wide as the narrower side, and a form of its own.
-    held = sum(d * d if s is None else s.size * (s.size if isinstance(s, Projection) else d) for d, s in sides)
+    sides, both = ((m, sketches.outputs), (n, sketches.inputs)), moments_dtype.itemsize + 8
     rebuilt = [rebuilding_bytes(d, s.size, moments_dtype.itemsize) for d, s in sides if isinstance(s, Sketch)]
+    # A sketch is a factor and a basis in float64 by then, a projection a matrix as wide as the narrower side.
+    held = sum(16 * d * s.size if isinstance(s, Sketch) else both * (d if s is None else s.size) ** 2 for d, s in sides)
+    products = 5 if rebuilt else 2  # the weight through a sketch takes three more
     return LayerMemory(
         moments=moments_bytes([(m, n)], moments_dtype, needs, [sketches]),
         factors=r * (m + n) * moments_dtype.itemsize,
-        workspace=max(held * (moments_dtype.itemsize + 8) + (2 * m * n + 8 * r * r) * 8, *rebuilt, 0),
+        workspace=max(held + (products * m * n + 8 * r * r) * 8, *rebuilt, 0),
     )
 
 

@@ -347,6 +347,7 @@ class Calibration:
         start = time.perf_counter()
         self._factorize_share(trainer, None)
         self.factorizing += time.perf_counter() - start
+        return_freed_memory()
         self._shares.pop(0)
         self._begin_share()
 

@@ -47,5 +47,5 @@ def test_rows_stand_beside_the_exact_one_of_their_budget():
 
 
 def test_peaks_are_told_without_the_interpreter():
-    row = {"before": 10**9, "peak": 3 * 10**9, "predicted": 2 * 10**9, "moments": 10**9}
+    row = {"before": 10**9, "peak": 3 * 10**9, "predicted": 2 * 10**9, "moments": 10**9, "mapped": 0}
     assert "| whole | 1.00 | 2.00 | 2.00 | 1.00 |" in peak_table({"whole": row})

@@ -3,9 +3,9 @@
     python benchmarks/peak.py --output benchmarks/results
 
 The predicted peak is that of ``compress(..., dry_run=True)``. The measured one is the largest resident memory of the
-process, without what the interpreter and its libraries took before the model was there, and without the finished factors
-that several passes map from the disk. Tokens are random: memory does
-not depend on them. Rows that the output has already are not measured again.
+process, without what the interpreter and its libraries took before the model was there, and without the finished
+factors that several passes map from the disk. Tokens are random: memory does not depend on them. Rows that the output
+has already are not measured again.
 """
 
 from __future__ import annotations

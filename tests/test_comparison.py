@@ -11,7 +11,7 @@ import torch
 from comparison_cases import outcome
 from tiny import byte_tokenizer, causal_model
 
-from fasc_lightning import comparison, comparison_evaluation, comparison_statistics, factorize
+from fasc_lightning import comparison, comparison_evaluation, comparison_statistics, factorized
 from fasc_lightning.comparison import Budget, Cell, CellStore, Comparison, Outcome, Setting, budget_share
 from fasc_lightning.comparison_evaluation import Evaluation, some_facts
 from fasc_lightning.comparison_layers import (
@@ -237,13 +237,13 @@ def test_a_measured_setting_looks_at_the_calibration_windows(calibration, evalua
 
 def test_cells_that_differ_in_their_budget_share_factorisations(calibration, evaluation, monkeypatch):
     made = []
-    solve = factorize._factorize
+    solve = factorized._factorize
 
-    def counted(module, moments, name, *arguments):
-        made.append(name)
-        return solve(module, moments, name, *arguments)
+    def counted(module, *arguments):
+        made.append(module)
+        return solve(module, *arguments)
 
-    monkeypatch.setattr(factorize, "_factorize", counted)
+    monkeypatch.setattr(factorized, "_factorize", counted)
     running = comparing(calibration)
     cells = [Cell("fasc", Budget(keep=keep), BEST) for keep in (0.8, 0.6)]
     outcomes = [running.measure(cell, evaluation) for cell in [*cells, Cell("svd", KEEP, BEST)]]

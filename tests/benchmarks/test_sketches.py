@@ -44,7 +44,7 @@ def test_a_tiny_block_is_measured_in_a_process_of_its_own_and_written_down(tmp_p
     assert projected == pytest.approx(whole, rel=1e-3)
     block = blocks["range"]
     assert block["tokens"] == 512
-    assert block["resident"]["peak"] > block["resident"]["before"] > 0
+    assert block["resident"]["peak"] >= block["resident"]["before"] > 0
     assert block["predicted"]["peak"] > 4 * (32 * 96 * 3)
     assert {layer["name"].rpartition(".")[2] for layer in block["layers"] if layer["sketches"]} == {
         "gate_proj",

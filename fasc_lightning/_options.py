@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from fasc_lightning.allocation import ALLOCATIONS
 from fasc_lightning.callback import FascCallback
 from fasc_lightning.data import check_file, check_sources, named_files
 from fasc_lightning.saving import check_folder
+from fasc_lightning.sketch_sizes import ReductionKind
 from fasc_lightning.solvers import available_methods
 
 if TYPE_CHECKING:
@@ -64,6 +65,12 @@ def add_compression_options(parser: ArgumentParser) -> None:
     add("--layout", default="auto", choices=["auto", "pivot", "factors"], help="how a low-rank matrix is stored")
     add("--align", type=int, default=1, help="what ranks are multiples of (8 suits matrix products)")
     add("--refit", type=bool, default=True, help="whether factors are refitted to drifted inputs")
+    add(
+        "--sketch",
+        choices=list(get_args(ReductionKind)),
+        help="hold less of wide moments: projected is exact for fasc (with --refit false), range nearly so",
+    )
+    add("--passes", type=int, default=1, help="go through the data so often, each time for a share of the layers")
     add("--token-fraction", type=float, default=1.0, help="share of the tokens that enters the moments")
     add("--batch-size", type=int, default=1, help="windows a forward pass")
     add("--seed", type=int, default=0, help="of sampling, shuffling and subsampling")
@@ -71,7 +78,7 @@ def add_compression_options(parser: ArgumentParser) -> None:
 
 def compression_options(options: Namespace) -> dict[str, Any]:
     """Return the options of :func:`add_compression_options` as FascCallback takes them."""
-    names = "rank keep method allocation layout align refit token_fraction seed"
+    names = "rank keep method allocation layout align refit sketch passes token_fraction seed"
     return {name: options[name] for name in names.split()}
 
 
@@ -114,7 +121,7 @@ def check_run(options: Namespace, at_least_one: Sequence[str] = ()) -> None:
     check_sources(options.calibration, "calibration")
     if options.rank is None and options.keep is None:
         options.rank = 0.5
-    FascCallback(**compression_options(options))  # refuses wrong values
+    FascCallback(**compression_options(options), update_weights=False)  # refuses wrong values
     for name in ("windows", "window", "eval_windows", "batch_size", *at_least_one):
         if options[name] is not None and options[name] < 1:
             raise ValueError(f"Expected --{name.replace('_', '-')} to be at least 1 but got {options[name]}.")

@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     callback = FascCallback(**compression_options(options), update_weights=False, recovery=recovery)
     module = CausalLMModule(model, recovery.rate, schedule="cosine")
     print(f"Compressing on {options.windows} windows of {options.window} tokens from {', '.join(options.calibration)}")
-    run_fit(module, window_loader(calibration, options.batch_size), callback, progress=True)
+    run_fit(module, window_loader(calibration, options.batch_size), callback, progress=True, epochs=callback.passes)
 
     with clock("evaluate"):
         print("Evaluating the compressed model")

@@ -145,6 +145,7 @@ def test_without_a_budget_it_is_rank_a_half(recipe, folder):
         ["--method", "svd-llm", "--allocation", "uniform", "--layout", "factors"],
         ["--rank", "12", "--token-fraction", "0.5", "--seed", "3"],
         ["--method", "svd", "--refit", "false", "--align", "8"],
+        ["--sketch", "projected", "--passes", "2", "--refit", "false"],
     ],
 )
 def test_options(recipe, folder, options):
@@ -153,6 +154,7 @@ def test_options(recipe, folder, options):
     assert layouts <= ({"factors", "dense"} if "factors" in options else {"pivot", "dense"})
     assert report["options"]["align"] == (8 if "--align" in options else 1)
     assert "--align" not in options or all(row["rank"] % 8 == 0 for row in report["layers"] if row["layout"] != "dense")
+    assert report["options"].get("passes") == (2 if "--passes" in options else None)
     if "--rank" in options:
         assert report["options"]["rank"] == 12
         assert {row["tokens"] for row in report["layers"]} != {12 * 64}
@@ -175,6 +177,7 @@ def test_self_calibration_and_builtin_evaluation(recipe, folder, monkeypatch):
         (["--eval-text", "foxes=nowhere.txt"], FileNotFoundError, r"nowhere\.txt is none"),
         (["--windows", "0"], ValueError, "--windows to be at least 1"),
         (["--rank", "0.5", "--keep", "0.5"], ValueError, "got both"),
+        (["--sketch", "projected"], ValueError, "refit='auto' with sketch='projected'"),
         (["--output", str(Path(__file__).parent)], FileExistsError, "holds other files"),
     ],
 )

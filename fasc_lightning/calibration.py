@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +32,7 @@ from fasc_lightning.measure_phase import MeasurePhase
 from fasc_lightning.moments import CalibrationMoments, LayerSketches, moment_dtype, moments_bytes
 from fasc_lightning.monitor import LayerScores
 from fasc_lightning.offload import offloaded
-from fasc_lightning.passes import check_averaging, passes_of, share_units, shares
+from fasc_lightning.passes import check_averaging, holds_moments, passes_of, share_units, shares
 from fasc_lightning.refine import RefineOptions
 from fasc_lightning.refine_phase import RefinePhase
 from fasc_lightning.refine_report import RefineReport
@@ -129,7 +128,7 @@ class Calibration:
         self._history = RhoHistory() if history is None else history
         self._sized = sketches
         if reason := lacks_room(trainer, pl_module, needed):
-            options = _without_replay(options, refine, reason)
+            options = options.without_replay(refine is not None, reason)
         self.options = options
         self._say_sketches(shapes, sketches)
         self.unsharding = Unsharding()
@@ -141,7 +140,9 @@ class Calibration:
         self._counts: list[int] = []  # batches of each pass, on all processes
         self.moments_bytes = 0
         self._begin_share()
-        self.refit = RefitPhase.of(options.refit if self.holds_moments else False, pl_module, layers)
+        # "auto" does without where the moments are not all there in the end.
+        refit = options.refit if holds_moments(self.passes, options.sketch) else False
+        self.refit = RefitPhase.of(refit, pl_module, layers)
         self.refine = None if refine is None else RefinePhase(refine)
         if refine is not None:
             RefinePhase.check(pl_module, layers)
@@ -171,11 +172,6 @@ class Calibration:
     def replays(self) -> bool:
         """Whether batches are kept: refit, refinement and the measuring of losses run them once more."""
         return self.refit is not None or self.refine is not None or self.options.allocation == "measured"
-
-    @property
-    def holds_moments(self) -> bool:
-        """Whether the moments of all layers are there in the end, as a refit reads them; "auto" does without."""
-        return self.passes == 1 and self.options.sketch != "projected"
 
     @property
     def needs_whole(self) -> bool:
@@ -483,28 +479,6 @@ class Calibration:
         """Refine the compressed module; see :meth:`~fasc_lightning.refine_phase.RefinePhase.run`."""
         assert self.refine is not None
         return self.refine.run(trainer, pl_module, dense, self.replay)
-
-
-def _without_replay(options: CalibrationOptions, refine: RefineOptions | None, reason: str) -> CalibrationOptions:
-    """Return the options of a calibration whose module no process can hold as a whole, and say so.
-
-    Raises:
-        MemoryError: If what is insisted on needs it.
-    """
-    if options.refit is True or refine is not None or options.recovery is not None:
-        what = "a refit" if options.refit is True else "a recovery"
-        raise MemoryError(
-            f"Expected room for the whole module on every process, which {what} needs, but {reason}. Leave that out "
-            "(layers are then compressed one after the other), or run fewer processes with more memory each."
-        )
-    wanted = {"refit": bool(options.refit), "measuring of losses": options.allocation == "measured"}
-    if left_out := [name for name, is_wanted in wanted.items() if is_wanted]:
-        rank_zero_info(
-            f"FascCallback: there will be no {' and no '.join(left_out)}, for which one process runs the whole module, "
-            f"since {reason}. Layers are compressed one after the other, by predicted losses."
-        )
-    allocation = "fisher" if options.allocation == "measured" else options.allocation
-    return replace(options, allocation=allocation, refit=False)
 
 
 def _needs_all(options: CalibrationOptions, pl_module: pl.LightningModule) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 from fasc_lightning.batches import LossTerms, TokenMask
 from fasc_lightning.moments import LayerSketches
@@ -69,3 +70,28 @@ class CalibrationOptions:
     def place(self, device: torch.device) -> torch.device:
         """Return where moments and factors are held in a fit on a device."""
         return device if self.moments_device is None else torch.device(self.moments_device)
+
+    def without_replay(self, refines: bool, reason: str) -> CalibrationOptions:
+        """Return the options of a calibration whose module no process can hold as a whole, and say so.
+
+        Args:
+            refines: Whether a refinement is asked for.
+            reason: Why it cannot be held.
+
+        Raises:
+            MemoryError: If what is insisted on needs it.
+        """
+        if self.refit is True or refines or self.recovery is not None:
+            what = "a refit" if self.refit is True else "a recovery"
+            raise MemoryError(
+                f"Expected room for the whole module on every process, which {what} needs, but {reason}. Leave that "
+                "out (layers are then compressed one after the other), or run fewer processes with more memory each."
+            )
+        wanted = {"refit": bool(self.refit), "measuring of losses": self.allocation == "measured"}
+        if left_out := [name for name, is_wanted in wanted.items() if is_wanted]:
+            rank_zero_info(
+                f"FascCallback: there will be no {' and no '.join(left_out)}, for which one process runs the whole "
+                f"module, since {reason}. Layers are compressed one after the other, by predicted losses."
+            )
+        allocation = "fisher" if self.allocation == "measured" else self.allocation
+        return replace(self, allocation=allocation, refit=False)

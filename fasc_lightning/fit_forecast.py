@@ -17,6 +17,7 @@ from fasc_lightning.gate import statistics_needed
 from fasc_lightning.layouts import Layout
 from fasc_lightning.moments import LayerSketches
 from fasc_lightning.offload import MomentsDevice
+from fasc_lightning.passes import holds_moments
 from fasc_lightning.placement import is_split
 from fasc_lightning.planned_layers import PlannedLayers, planned_layers
 from fasc_lightning.planning import Tiers, forecast, stored_layers
@@ -118,7 +119,7 @@ def fit_forecast(model: nn.Module, options: FitOptions, batch_tokens: int = 0, t
     check_budget_fits(layers, options.rank, options.keep, options.allocation, options.layout, options.align)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     # "auto" refits where the model allows it, which only a fit finds out.
-    refits = bool(options.refit) and options.passes == 1 and options.sketch != "projected"
+    refits = bool(options.refit) and holds_moments(options.passes, options.sketch)
     sketches = CalibrationOptions.of(options).sketches(layer_shapes(layers))
     return layers_forecast(model, layers, options, device, refits, sketches, options.passes, batch_tokens, tokens)
 

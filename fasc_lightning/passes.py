@@ -43,6 +43,11 @@ def check_passes(passes: int, update_weights: bool, refit: object, calibration_s
         )
 
 
+def holds_moments(passes: int, sketch: str | None) -> bool:
+    """Tell whether the whole moments of all layers are there in the end, as a refit reads them."""
+    return passes == 1 and sketch != "projected"
+
+
 def passes_of(trainer: pl.Trainer, passes: int) -> int:
     """Return how many passes a fit makes: those asked for, but no more than a fast development run has epochs.
 

@@ -127,12 +127,11 @@ def peak_memory(
         most = max(most, held + factors)
         busiest = max(busiest, activations + (0 if storage.offloaded else held + factors))
         for i in share:
-            room = layers[i].workspace
-            made = layers[i].factors
-            factors += made if storage.passes == 1 else 0
-            # The factors that are being made are on the device in any case.
+            factors += layers[i].factors if storage.passes == 1 else 0
             there = 0 if storage.offloaded else held + factors
-            busiest = max(busiest, (there if storage.passes == 1 and not storage.offloaded else there + made) + room)
+            # The factors that are being made are on the device, also where finished ones are not.
+            made = 0 if storage.passes == 1 and not storage.offloaded else layers[i].factors
+            busiest = max(busiest, there + made + layers[i].workspace)
             most = max(most, held + factors)
             if consume:
                 held -= moments[i]

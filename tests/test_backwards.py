@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
@@ -133,6 +134,10 @@ def test_every_statistic_takes_the_sum_of_the_passes():
 
 
 # What taps hold.
+
+
+def note_input(seen, module, args):
+    seen.append(StorageWeakRef(args[0].untyped_storage()))
 
 
 def test_checkpointed_inputs_are_not_held_by_the_taps():

@@ -148,9 +148,7 @@ def test_checkpointed_inputs_are_not_held_by_the_taps():
         expected = brute_force(block, select_layers(block), lambda block=block, x=x: block(x).square().sum())
         block.requires_grad_(not frozen)
         seen = []
-        block[2].register_forward_pre_hook(
-            lambda module, args, seen=seen: seen.append(StorageWeakRef(args[0].untyped_storage()))
-        )
+        block[2].register_forward_pre_hook(partial(note_input, seen))
         taps, moments = tapped(select_layers(block))
         taps.install()
         taps.begin_batch(TokenRows())

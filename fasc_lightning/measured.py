@@ -105,7 +105,8 @@ def measure_losses(
                         f"Expected a finite loss but got {value.item()} in a batch of the calibration, run again to "
                         "measure what layers would lose."
                     )
-                value.backward()
+                if value.requires_grad:  # else it reaches no tapped layer
+                    value.backward()
                 taps.end_batch()
         finally:
             taps.remove()

@@ -48,7 +48,8 @@ from fasc_lightning.second_fit import SecondFit, recovery_instead
 from fasc_lightning.sharding import check_sharded
 from fasc_lightning.sketch_sizes import SKETCH_ABOVE, ReductionKind, SketchOptions
 from fasc_lightning.swap import is_compressed, swap_modules
-from fasc_lightning.taps import layer_shapes, select_layers
+from fasc_lightning.taps import layer_shapes
+from fasc_lightning.targets import select_layers, warn_other_layers, warn_tied_layers
 
 
 class FascCallback(pl.Callback):
@@ -357,6 +358,9 @@ class FascCallback(pl.Callback):
         self._layers = select_layers(pl_module, self.targets, self.exclude)
         if self.targets in (None, "all-linear"):
             warn_unknown_experts(pl_module)
+        warn_other_layers(pl_module, self.targets, self.exclude)
+        if self._compresses:
+            warn_tied_layers(pl_module, self._layers)
         if self._monitors:
             self._monitor.start(trainer, self._layers)
         check_sharded(trainer, pl_module, self._layers)

@@ -22,7 +22,8 @@ from fasc_lightning.history import RhoHistory
 from fasc_lightning.hsic import MIN_TOKENS
 from fasc_lightning.monitor import LayerScores
 from fasc_lightning.pooled import Gradient
-from fasc_lightning.taps import Taps, select_layers
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import select_layers, warn_other_layers
 
 
 def score(
@@ -137,6 +138,7 @@ class _ScoreFit(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         _checks.check_module(pl_module, compresses=False)
         layers = select_layers(pl_module, self._targets, self._exclude)
+        warn_other_layers(pl_module, self._targets, self._exclude)
         self._scores = LayerScores(layers, self._tokens, self._gradient, self._seed, trainer.strategy.root_device)
         self._taps = Taps(layers, pairs=self._scores)
         self._frozen = FrozenFit(trainer, pl_module)

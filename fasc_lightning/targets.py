@@ -147,26 +147,29 @@ def _described(others: Mapping[str, list[str]]) -> str:
 
 
 def warn_tied_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Say which selected layers share their weight with a module that keeps it, so that the model grows.
+    """Say which selected layers share their weight with another module, so that the model may grow.
 
     Args:
         model: The model.
         layers: Those selected, by name.
     """
-    replaced = {id(layer) for layer in layers.values()}
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    owners: dict[int, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append((name, module))
-    for name, layer in layers.items():
-        weight = layer._parameters.get("weight")
-        kept = [other for other, module in owners.get(id(weight), []) if id(module) not in replaced]
-        if weight is None or not kept:
+                owners.setdefault(id(parameter), {})[name] = module
+    selected = {id(layer) for layer in layers.values()}
+    weights = {id(layer._parameters.get("weight")) for layer in layers.values()}
+    for parameter in model.parameters():
+        shared, numbers = owners[id(parameter)], parameter.numel()
+        if len(shared) < 2 or id(parameter) not in weights:
             continue
+        replaced = {name for name, module in shared.items() if id(module) in selected}
+        kept = shared.keys() - replaced
+        fate = f"{some_names(kept)} keep{'' if len(kept) > 1 else 's'} it" if kept else "each gets its own factors"
         rank_zero_warn(
-            f"FascCallback: {name!r} shares its weight of {weight.numel():,} numbers with {some_names(kept)}, which "
-            f"keep{'s' if len(kept) == 1 else ''} it: compressing {name!r} adds its factors, up to "
-            f"{weight.numel():,} numbers, to a model that now holds the weight once. HINT: leave {name!r} out of "
-            "`targets`."
+            f"FascCallback: {some_names(shared)} share one weight of {numbers:,} numbers, which the model holds once. "
+            f"{some_names(replaced)} {'is' if len(replaced) == 1 else 'are'} to be compressed and {fate}: the model "
+            f"then holds up to {len(replaced) * numbers:,} numbers {'more' if kept else 'in its place'}. HINT: leave "
+            f"{some_names(replaced)} out of `targets`."
         )

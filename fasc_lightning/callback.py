@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from fasc_lightning import _checks
-from fasc_lightning.batches import LossTerms, TokenMask, batch_label, observed_rows
+from fasc_lightning.batches import LossScales, LossTerms, TokenMask, batch_label, observed_rows
 from fasc_lightning.calibration import Calibration
 from fasc_lightning.calibration_options import CalibrationOptions
 from fasc_lightning.checkpoints import match_on_load
@@ -255,6 +255,7 @@ class FascCallback(pl.Callback):
         self._keeper = CalibrationKeeper(self.state_key)
         self._load_hook: RemovableHandle | None = None
         self._layers: dict[str, nn.Module] = {}
+        self._scales = LossScales()
         self._calibration: Calibration | None = None
         self._monitor = RhoMonitor(monitor_every_n_steps or 1, monitor_tokens, rho_threshold, rho_gradient, seed)
         self._replaced: dict[str, nn.Module] = {}
@@ -411,8 +412,13 @@ class FascCallback(pl.Callback):
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if self._calibrating:
-            _checks.check_loss(loss, len(self._layers), batch_label(trainer))
+        calibration = self._calibration if self._calibrating else None
+        rows, label = None if calibration is None else calibration.rows, batch_label(trainer)
+        counts = self._scales.take(loss, rows, self._monitor.rows, label=label)
+        if calibration is not None and counts:
+            _checks.check_loss(loss, len(self._layers), label)
+        elif calibration is not None:
+            calibration.leave_out()
 
     @recovery_instead
     @override
@@ -580,5 +586,6 @@ class FascCallback(pl.Callback):
     def _forget(self) -> None:
         """Drop statistics and references to the module's layers."""
         self._calibration = None
+        self._scales = LossScales()
         self._layers, self._replaced, self._set_aside = {}, {}, ([], [])
         self._monitor.forget()

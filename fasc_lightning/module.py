@@ -88,9 +88,17 @@ class CausalLMModule(pl.LightningModule):
         mask = _checked(batch).get("attention_mask")
         return None if mask is None else mask.bool()
 
-    def loss_terms(self, batch: Mapping[str, Tensor]) -> int:
-        """Return over how many token losses the model's loss is a mean: the predicted, unignored labels."""
-        return int((_labels(_checked(batch))[:, 1:] != -100).sum())
+    def loss_terms(self, batch: Mapping[str, Tensor]) -> float:
+        """Return over how many token losses the model's loss is a mean: the predicted, unignored labels.
+
+        Models divide by "num_items_in_batch" instead where a batch has it, as of several batches of one step; 0 where
+        no label is to be predicted.
+        """
+        shifted = _checked(batch).get("shift_labels")
+        labels = _labels(batch)[:, 1:] if shifted is None else shifted
+        count = int((labels != -100).sum())
+        items: Any = batch.get("num_items_in_batch")
+        return float(count if items is None or count == 0 else items)
 
     def predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the logits of all tokens, and which tokens have a successor that is a label.

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from fasc_lightning import _checks
 from fasc_lightning._fit import run_fit
-from fasc_lightning.batches import LossTerms, TokenMask, observed_rows
+from fasc_lightning.batches import LossScales, LossTerms, TokenMask, batch_label, observed_rows
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.history import RhoHistory
 from fasc_lightning.hsic import MIN_TOKENS
@@ -24,6 +24,7 @@ from fasc_lightning.monitor import LayerScores
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.taps import Taps
 from fasc_lightning.targets import select_layers, warn_other_layers
+from fasc_lightning.tokens import TokenRows
 
 
 def score(
@@ -132,6 +133,8 @@ class _ScoreFit(pl.Callback):
         self._step, self._targets, self._exclude, self._token_mask = step, targets, exclude, token_mask
         self._tokens, self._gradient, self._loss_terms, self._seed = tokens, gradient, loss_terms, seed
         self._taps: Taps | None = None
+        self._rows: TokenRows | None = None
+        self._scales = LossScales()
         self._frozen: FrozenFit | None = None
 
     @override
@@ -159,6 +162,11 @@ class _ScoreFit(pl.Callback):
             trainer, pl_module, batch, token_mask=self._token_mask, loss_terms=self._loss_terms, tokens=self._tokens
         )
         self._taps.begin_batch(rows)
+        self._rows = rows
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._scales.take(loss, self._rows, label=batch_label(trainer))
 
     @override
     def on_train_batch_end(
@@ -166,6 +174,7 @@ class _ScoreFit(pl.Callback):
     ) -> None:
         assert self._taps is not None
         self._taps.end_batch()
+        self._rows = None
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -161,7 +161,7 @@ def warn_tied_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     selected = {id(layer) for layer in layers.values()}
     weights = {id(layer._parameters.get("weight")) for layer in layers.values()}
     for parameter in model.parameters():
-        shared, numbers = owners[id(parameter)], parameter.numel()
+        shared, numbers = owners.get(id(parameter), {}), parameter.numel()
         if len(shared) < 2 or id(parameter) not in weights:
             continue
         replaced = {name for name, module in shared.items() if id(module) in selected}

@@ -247,6 +247,11 @@ def loss_terms_of(
     return 0.0 if found.empty else found.scale
 
 
+def reads_loss(pl_module: pl.LightningModule, loss_terms: LossTerms | None) -> bool:
+    """Tell whether the number of terms is what the loss's graph tells, and not what somebody said."""
+    return (loss_terms or getattr(pl_module, "loss_terms", "mean")) == "mean"
+
+
 def _first_guess(scale_of: Callable[[], LossScale]) -> float:
     """Return a scale before there is a loss; it serves gradients of which no loss is announced."""
     try:

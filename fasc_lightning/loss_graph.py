@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 #: Operations that pass a single number on, by the name of their node without its number.
@@ -262,3 +264,17 @@ def _number(value: Any) -> float | None:
     if isinstance(value, Tensor):
         return float(value.detach()) if value.numel() == 1 else None
     return float(value) if isinstance(value, int | float) else None
+
+
+@contextmanager
+def graph_alone() -> Iterator[None]:
+    """Let a forward make a graph that :func:`count_terms` can read, and that holds no activations: it cannot be run."""
+
+    def pack(value: Tensor) -> Tensor | torch.Size:
+        return value.detach() if value.numel() == 1 else value.shape
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else torch.empty(()).expand(kept)
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

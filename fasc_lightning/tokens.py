@@ -57,6 +57,8 @@ class TokenRows:
     sample: int | None = None
     scored: bool = True
     scale_of: Callable[[Tensor], LossScale] | None = field(default=None, repr=False)
+    _announced: bool = field(default=False, repr=False)
+    _empty: bool = field(default=False, repr=False)
     _cache: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict, repr=False)
     _lengths: dict[tuple[int, ...], list[int]] = field(default_factory=dict, repr=False)
     _sequences: dict[int, int] = field(default_factory=dict, repr=False)
@@ -71,7 +73,11 @@ class TokenRows:
             ValueError: If its terms cannot be counted.
         """
         found = LossScale(self.scale) if self.scale_of is None else self.scale_of(loss)
-        self.scale, self.overflowed = found.scale, found.empty
+        # Of several losses in one batch, as manual optimisation sends them, that of the most terms is taken for all.
+        self.scale = max(self.scale, found.scale) if self._announced and not found.empty else found.scale
+        if found.empty != self._empty:
+            self.overflowed = self._empty = found.empty
+        self._announced = self._announced or not found.empty
         return found
 
     def index(self, leading: tuple[int, ...], device: torch.device) -> Tensor | None:

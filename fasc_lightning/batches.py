@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -93,7 +94,7 @@ def batch_terms(
     """
     asked = loss_terms or getattr(pl_module, "loss_terms", "mean")
     counted = None if loss is None else count_terms(loss, factor, divisor)
-    empty = counted is not None and counted.empty
+    empty = (counted is not None and counted.empty) or _unlabelled(batch, loss)
     if callable(asked):
         terms = float(asked(batch))
         return LossScale(terms, empty or terms == 0)
@@ -103,6 +104,14 @@ def batch_terms(
         return LossScale(counted.terms, empty or counted.terms == 0)
     terms = float(mask.sum()) if mask is not None else float(batch_size(batch))
     return LossScale(terms, terms == 0, "" if loss is None else _doubt(batch, mask, terms))
+
+
+def _unlabelled(batch: Any, loss: Tensor | None) -> bool:
+    """Tell whether every label of a batch is ignored and the loss is what comes of that: 0, or 0 over 0."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if loss is None or not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.numel():
+        return False
+    return bool((labels == -100).all()) and not (bool(torch.isfinite(loss).all()) and bool(loss.any()))
 
 
 def _doubt(batch: Any, mask: Tensor | None, terms: float) -> str:

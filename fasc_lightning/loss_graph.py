@@ -98,7 +98,7 @@ def count_terms(loss: Tensor, factor: float = 1.0, divisor: float = 1.0) -> Loss
     """
     if loss.grad_fn is None or loss.numel() != 1:
         return None
-    parts = list(_parts(_Place(loss.grad_fn, 1 / factor, 1 / divisor)))
+    parts = _parts(_Place(loss.grad_fn, 1 / factor, 1 / divisor))
     if not parts:
         return None
     kind = max(part.kind for part in parts)
@@ -120,12 +120,13 @@ def _alike(values: list[float]) -> bool:
     return min(values) > 0 and math.isclose(min(values), max(values), rel_tol=1e-4)
 
 
-def _parts(start: _Place) -> Iterator[_Part]:
-    """Yield the reductions behind a scalar."""
+def _parts(start: _Place) -> list[_Part]:
+    """Return the reductions behind a scalar; none of a graph that is too large to be looked through."""
+    parts: list[_Part] = []
     open_: list[_Place] = [start]
     for _ in range(_MOST):
         if not open_:
-            return
+            return parts
         place = open_.pop()
         node, factor, divisor = place
         name = _name(node)
@@ -144,7 +145,8 @@ def _parts(start: _Place) -> Iterator[_Part]:
             by = len(losses) if name == "Mean" else 1
             open_ += [_Place(child, factor / by, divisor) for child in losses]
         elif (part := _reduction(name, place)) is not None:
-            yield part
+            parts.append(part)
+    return []
 
 
 def _scaled(name: str, place: _Place, children: list[Any]) -> Iterator[_Place]:

@@ -14,13 +14,15 @@ from typing_extensions import override
 
 from fasc_lightning.checkpoints import match_checkpoint
 from fasc_lightning.distillation import Teacher
+from fasc_lightning.token_batches import as_token_batch
 
 
 class CausalLMModule(pl.LightningModule):
     """Next-token training of a transformers model, which tells FascCallback how its loss averages.
 
     Batches are mappings with "input_ids" (samples, length) and optionally "attention_mask" and "labels" of the same
-    shape; without labels the inputs are predicted, padding left out. Labels are shifted by the model.
+    shape; without labels the inputs are predicted, padding left out. Labels are shifted by the model. Other forms whose
+    meaning is clear become such mappings (:func:`~fasc_lightning.token_batches.as_token_batch`).
 
     Args:
         model: A causal language model, for example ``AutoModelForCausalLM.from_pretrained(...)``.
@@ -83,6 +85,10 @@ class CausalLMModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         match_checkpoint(self, checkpoint)
 
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return as_token_batch(batch)
+
     def token_mask(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Return True for the tokens that are not padding, shape (samples, length)."""
         mask = _checked(batch).get("attention_mask")
@@ -144,9 +150,17 @@ def _counted(labels: Tensor) -> Tensor:
 
 
 def _checked(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise TypeError(
-            f"Expected batches that are mappings with 'input_ids' but got {type(batch).__name__}. Collate them as "
-            "{'input_ids': (samples, length)}, or wrap the model in a LightningModule of your own."
-        )
-    return batch
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if isinstance(ids, Tensor) and ids.ndim == 2:
+        return batch
+    raise TypeError(
+        f"Expected batches that are mappings with 'input_ids' but got {_described(batch)}. Collate them as {{'input_ids': "
+        "(samples, length)}, or wrap the model in a LightningModule of your own."
+    )
+
+
+def _described(batch: Any) -> str:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if ids is None:
+        return type(batch).__name__
+    return f"'input_ids' of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__} of ids"

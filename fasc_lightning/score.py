@@ -24,6 +24,7 @@ from fasc_lightning.monitor import LayerScores
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.taps import Taps
 from fasc_lightning.targets import select_layers, warn_other_layers
+from fasc_lightning.token_batches import is_hf_dataset
 from fasc_lightning.tokens import TokenRows
 
 
@@ -87,7 +88,7 @@ def score(
         from fasc_lightning.bundled import load_model
 
         model = load_model(model)[0]
-    if not isinstance(data, DataLoader | Mapping | Tensor):
+    if not isinstance(data, DataLoader | Mapping | Tensor | str) and not is_hf_dataset(data):
         data = list(data)
         if not data:
             raise ValueError("Expected at least one batch of data but got none: has a generator been used before?")

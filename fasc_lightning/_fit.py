@@ -126,7 +126,7 @@ def as_loader(
 
     Args:
         batches: A loader, or batches. Those of a language model may be of any form that
-            :func:`~fasc_lightning.token_batches.token_batches` understands, those of others are as they are.
+            :func:`~fasc_lightning.token_batches.token_batches` understands; those of others stay as they are.
         generator: To shuffle batches with; None leaves them in order.
         model: What they are for.
 

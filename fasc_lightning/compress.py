@@ -55,8 +55,8 @@ def compress(
     Args:
         model: A transformers causal language model, or any LightningModule with a ``training_step``.
         batches: A DataLoader, or batches: for a language model mappings with "input_ids" and optionally
-            "attention_mask" and "labels". Those of a list may hold lists of ints or NumPy arrays, or be token ids alone;
-            without a dimension of samples they are of one sequence, as is each row of a tokenised ``datasets.Dataset``.
+            "attention_mask" and "labels", as tensors, lists of ints or NumPy arrays. Without a dimension of samples a
+            batch is one sequence, as is each row of a tokenised ``datasets.Dataset``.
         rank: See :class:`FascCallback`.
         keep: See :class:`FascCallback`.
         recovery: See :class:`FascCallback`; a second fit then follows, by AdamW, for as long and as fast as it says.

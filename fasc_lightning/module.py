@@ -21,8 +21,8 @@ class CausalLMModule(pl.LightningModule):
     """Next-token training of a transformers model, which tells FascCallback how its loss averages.
 
     Batches are mappings with "input_ids" (samples, length) and optionally "attention_mask" and "labels" of the same
-    shape; without labels the inputs are predicted, padding left out. Labels are shifted by the model. Other forms whose
-    meaning is clear become such mappings (:func:`~fasc_lightning.token_batches.as_token_batch`).
+    shape; without labels the inputs are predicted, padding left out. Labels are shifted by the model. Lists,
+    arrays and single sequences become such tensors (:func:`~fasc_lightning.token_batches.as_token_batch`).
 
     Args:
         model: A causal language model, for example ``AutoModelForCausalLM.from_pretrained(...)``.

@@ -11,17 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-_WANTED = (
-    "a mapping with 'input_ids', integers of shape (samples, length), and optionally 'attention_mask' and 'labels' of "
-    "the same shape"
-)
-
+from fasc_lightning._names import some_names
 
 def as_token_batch(batch: Any, label: str = "a batch") -> Mapping[str, Any]:
     """Return a batch as a mapping of tensors; the batch itself if it is one.
 
-    Token ids alone are "input_ids". Lists of numbers and NumPy arrays become tensors; one sequence without a dimension
-    of samples is a batch of one. Text and None are left out.
+    Lists of numbers and NumPy arrays become tensors; one sequence without a dimension of samples becomes a batch of one.
+    Text and None are left out.
 
     Args:
         batch: As a loader made it.
@@ -34,65 +30,71 @@ def as_token_batch(batch: Any, label: str = "a batch") -> Mapping[str, Any]:
         TypeError: If it does not hold token ids, or their meaning cannot be told.
         ValueError: If sequences are of unequal lengths, or shapes disagree.
     """
-    if isinstance(batch, tuple | list) and len(batch) == 1 and isinstance(batch[0], Tensor | np.ndarray):
-        batch = batch[0]  # as loaders over a TensorDataset make them
-    given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-    if "input_ids" not in given:
-        text = [key for key, value in given.items() if _is_text(value)]
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise TypeError(
-            f"Expected {label} to be {_WANTED}, but got a {type(batch).__name__} with {', '.join(map(repr, given))}. "
-            + (
-                f"HINT: tokenise {text[0]!r} first, tokenizer(text, return_tensors='pt')."
-                if text
-                else "HINT: wrap the model in a LightningModule of your own, whose `training_step` takes such batches."
-            )
+            f"Expected batches that are mappings with 'input_ids' but got {type(batch).__name__}"
+            f"{f' of {some_names(map(str, batch))}' if isinstance(batch, Mapping) else ''} ({label}). {_remedy(batch)}"
         )
-    kept = {key: value for key, value in given.items() if key == "input_ids" or not (value is None or _is_text(value))}
+    kept = {key: value for key, value in batch.items() if key == "input_ids" or not (value is None or _is_text(value))}
     found = {key: _as_tensor(value, key, label) for key, value in kept.items()}
     ids = found["input_ids"]
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool or ids.is_complex():
-        what = f"{ids.dtype}" if isinstance(ids, Tensor) else f"{type(ids).__name__} ({ids!r:.60})"
+        what = f"{ids.dtype}" if isinstance(ids, Tensor) else f"{type(ids).__name__}"
         raise TypeError(
-            f"Expected {label} to be {_WANTED}, but got {what} for the token ids. HINT: "
-            f"{'tokenise text first' if _is_text(ids) else 'give integers'}."
+            f"Expected 'input_ids' of integers, of shape (samples, length), but got {what} ({label}). HINT: tokenise text "
+            "first, tokenizer(text, return_tensors='pt')."
         )
     if ids.ndim == 1 and ids.numel():
         found = {key: _one_sample(value, len(ids)) for key, value in found.items()}
         ids = found["input_ids"]
     if ids.ndim != 2 or not ids.numel():
-        hint = " Give a list of batches, [[1, 2, 3]]." if not ids.ndim else ""
-        raise ValueError(f"Expected {label} to be {_WANTED}, but got token ids of shape {tuple(ids.shape)}.{hint}")
+        raise ValueError(
+            f"Expected 'input_ids' of shape (samples, length) but got {tuple(ids.shape)} ({label}). HINT: one batch has "
+            "two dimensions and at least one token."
+        )
     for key in ("attention_mask", "labels"):
         other = found.get(key)
         flat = isinstance(other, Tensor) and (key == "labels" or other.ndim < 3)  # masks of four dimensions are whole
         if other is not None and (not isinstance(other, Tensor) or (flat and other.shape != ids.shape)):
             got = tuple(other.shape) if isinstance(other, Tensor) else f"a {type(other).__name__}"
-            raise ValueError(f"Expected {key!r} of {label} to be of shape {tuple(ids.shape)}, as its ids, but got {got}.")
-    same = isinstance(batch, Mapping) and len(found) == len(batch) and all(found[key] is batch[key] for key in found)
+            raise ValueError(
+                f"Expected {key!r} of the shape of 'input_ids', {tuple(ids.shape)}, but got {got} ({label}). HINT: "
+                "labels are not shifted by the loader; the model does it."
+            )
+    same = len(found) == len(batch) and all(found[key] is batch[key] for key in found)
     return batch if same else found
+
+
+def _remedy(batch: Any) -> str:
+    """Return what to do with a batch without token ids."""
+    if _is_text(batch) or (isinstance(batch, Mapping) and any(map(_is_text, batch.values()))):
+        return "HINT: tokenise text first, tokenizer(text, return_tensors='pt')."
+    if isinstance(batch, Mapping):
+        return "HINT: wrap the model in a LightningModule of your own, whose `training_step` takes such batches."
+    return "HINT: collate them as {'input_ids': ids}, of shape (samples, length), one mapping a batch."
 
 
 def _as_tensor(value: Any, key: str, label: str) -> Any:
     """Return numbers as a tensor; anything else as it is."""
-    if isinstance(value, np.ndarray) or (isinstance(value, list | tuple) and not _is_text(value)):
-        if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
-            raise TypeError(
-                f"Expected {label} to be {_WANTED}, but {key!r} is a list of {len(value)} tensors: sequences, or, as "
-                "PyTorch's default collation makes of lists, tokens? HINT: stack them; with the datasets library, "
-                "dataset.set_format('torch') before the DataLoader, or a collate_fn of transformers."
-            )
-        try:
-            array = np.array(value)
-        except ValueError:
-            array = np.array(None)
-        if array.dtype == object:
-            raise ValueError(
-                f"Expected {label} to be {_WANTED}, but {key!r} holds sequences of unequal lengths, or no numbers. "
-                "HINT: pad them, tokenizer.pad(..., return_tensors='pt'), or give one sequence a batch."
-            )
-        # Of token files: torch has few operations on unsigned numbers.
-        return torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iu" else array)
-    return value
+    if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
+        raise TypeError(
+            f"Expected {key!r} as a tensor but got a list of {len(value)} tensors ({label}): sequences, or, as PyTorch's "
+            "default collation makes of lists, tokens? HINT: stack them; with the datasets library, "
+            "dataset.set_format('torch') before the DataLoader, or a collate_fn of transformers."
+        )
+    if not isinstance(value, np.ndarray | list | tuple) or _is_text(value):
+        return value
+    try:
+        array = np.array(value)
+    except ValueError:  # of unequal lengths
+        array = np.array(None)
+    if array.dtype == object:
+        raise ValueError(
+            f"Expected {key!r} of shape (samples, length) but got sequences of unequal lengths, or no numbers ({label}). "
+            "HINT: pad them, tokenizer.pad(..., return_tensors='pt'), or give one sequence a batch."
+        )
+    # Token files are often unsigned, for which torch has few operations.
+    return torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iu" else array)
 
 
 def _is_text(value: Any) -> bool:
@@ -126,7 +128,7 @@ class TokenSamples(Dataset[Mapping[str, Any]]):
         columns = list(rows.column_names)
         if "input_ids" not in columns:
             raise TypeError(
-                f"Expected a tokenised data set, with a column 'input_ids', but got one with {', '.join(columns)}. HINT: "
+                f"Expected a tokenised data set, with a column 'input_ids', but got one of {some_names(columns)}. HINT: "
                 "dataset.map(lambda row: tokenizer(row['text'], truncation=True))."
             )
         self.rows = rows.select_columns([column for column in columns if column in taken])

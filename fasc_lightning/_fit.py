@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.placement import PlacedStrategy, check_weights, is_split
 from fasc_lightning.recovery import Recovery
+from fasc_lightning.token_batches import is_hf_dataset, token_batches
 
 
 def run_fit(
@@ -76,7 +77,8 @@ def run_fit(
         )
         try:
             generator = None if recovery is None else torch.Generator().manual_seed(seed)
-            trainer.fit(module, as_loader(batches, generator), None if held_out is None else as_loader(held_out))
+            held = None if held_out is None else as_loader(held_out, model=module)
+            trainer.fit(module, as_loader(batches, generator, module), held)
         finally:
             if not split:
                 model.to(device)  # Lightning moves modules to the CPU when a fit ends
@@ -115,21 +117,45 @@ def as_lightning_module(model: nn.Module, recovery: Recovery | None) -> tuple[pl
     )
 
 
-def as_loader(batches: DataLoader[Any] | Iterable[Any], generator: torch.Generator | None = None) -> DataLoader[Any]:
-    """Return a loader that passes batches on as they are; Trainer takes a plain list for several loaders.
+def as_loader(
+    batches: DataLoader[Any] | Iterable[Any],
+    generator: torch.Generator | None = None,
+    model: nn.Module | None = None,
+) -> DataLoader[Any]:
+    """Return a loader that passes batches on; Trainer takes a plain list for several loaders.
 
     Args:
-        batches: A loader, or batches.
+        batches: A loader, or batches. Those of a language model may be of any form that
+            :func:`~fasc_lightning.token_batches.token_batches` understands; those of others stay as they are.
         generator: To shuffle batches with; None leaves them in order.
+        model: What they are for.
+
+    Raises:
+        TypeError: If they are one batch, or cannot be understood.
+        ValueError: If token ids are of a shape that a language model does not take.
     """
     if isinstance(batches, DataLoader):
         return batches
-    if isinstance(batches, Mapping | torch.Tensor):
+    if isinstance(batches, Mapping) and is_hf_dataset(batches):
+        raise TypeError(
+            f"Expected batches but got a {type(batches).__name__} of {', '.join(map(repr, batches))}. HINT: give one of "
+            "its splits."
+        )
+    if isinstance(batches, Mapping | torch.Tensor | str):
         raise TypeError(
             f"Expected a DataLoader or a list of batches but got one {type(batches).__name__}: write [batch]."
         )
+    language = _language_model(model)
+    data = list(batches) if language is None else token_batches(batches, language)
     shuffled: Any = {} if generator is None else {"shuffle": True, "generator": generator}
-    return DataLoader(list(batches), batch_size=None, **shuffled)  # type: ignore[arg-type]
+    return DataLoader(data, batch_size=None, **shuffled)
+
+
+def _language_model(model: nn.Module | None) -> nn.Module | None:
+    """Return the transformers model that batches go to as they are; None where a module of others takes them."""
+    if isinstance(model, CausalLMModule):
+        return model.model
+    return None if model is None or isinstance(model, pl.LightningModule) else model
 
 
 @contextmanager

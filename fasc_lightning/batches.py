@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from fasc_lightning.loss_graph import count_terms
 from fasc_lightning.taps import Backwards
-from fasc_lightning.tokens import TokenRows, batch_size, identifying_tensor, sample_seeds
+from fasc_lightning.tokens import LossScale, TokenRows, batch_size, identifying_tensor, sample_seeds
 
 #: How the scalar loss averages its terms, or a callable on the batch that returns their number.
 LossTerms = Literal["mean", "sum"] | Callable[[Any], float]
@@ -47,8 +52,13 @@ def backwards_of(pl_module: pl.LightningModule) -> Backwards:
 
 
 def gradient_scale(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, mask: Tensor | None, loss_terms: LossTerms | None
-) -> float:
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    batch: Any,
+    mask: Tensor | None,
+    loss_terms: LossTerms | None,
+    loss: Tensor | None = None,
+) -> LossScale:
     """Return the factor that makes a batch's gradients those of the sum of its token losses.
 
     Args:
@@ -57,15 +67,115 @@ def gradient_scale(
         batch: The batch.
         mask: Its real tokens.
         loss_terms: How the loss averages.
+        loss: As the Trainer sends it backwards; None while there is none.
 
     Raises:
         ValueError: If the terms of a mean cannot be counted.
     """
-    scale = _scale(pl_module, batch, mask, loss_terms)
-    if pl_module.automatic_optimization:
-        scale *= trainer.accumulate_grad_batches
+    divisor = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scale if scaler is None else scale / scaler.get_scale()
+    factor = 1.0 if scaler is None else scaler.get_scale()
+    found = batch_terms(pl_module, batch, mask, loss_terms, loss, factor, divisor)
+    return replace(found, scale=found.scale * divisor / factor)
+
+
+def batch_terms(
+    pl_module: pl.LightningModule,
+    batch: Any,
+    mask: Tensor | None,
+    loss_terms: LossTerms | None,
+    loss: Tensor | None = None,
+    factor: float = 1.0,
+    divisor: float = 1.0,
+) -> LossScale:
+    """Return over how many terms a batch's loss is a mean; 1 for a sum. What is asked for counts, then the loss itself.
+
+    Args:
+        pl_module: Its ``loss_terms`` serves where none is given, else "mean".
+        batch: The batch.
+        mask: Its real tokens.
+        loss_terms: How the loss averages. Of a "mean", the loss's graph tells over what; where it does not, over the
+            mask's tokens, or the samples.
+        loss: The scalar, before its backward pass; None while there is none.
+        factor: What the loss has been multiplied by since the module returned it.
+        divisor: What it has been divided by.
+
+    Raises:
+        ValueError: If the terms of a mean cannot be counted.
+    """
+    asked = loss_terms or getattr(pl_module, "loss_terms", "mean")
+    counted = None if loss is None else count_terms(loss, factor, divisor)
+    empty = (counted is not None and counted.empty) or _unlabelled(batch, loss)
+    if callable(asked):
+        terms = float(asked(batch))
+        return LossScale(terms, empty or terms == 0)
+    if asked == "sum":
+        return LossScale(1.0, empty)
+    if counted is not None:
+        return LossScale(counted.terms, empty or counted.terms == 0)
+    terms = float(mask.sum()) if mask is not None else float(batch_size(batch))
+    return LossScale(terms, terms == 0, "" if loss is None else _doubt(batch, mask, terms))
+
+
+def _unlabelled(batch: Any, loss: Tensor | None) -> bool:
+    """Tell whether every label of a batch is ignored and the loss is what comes of that: 0, or 0 over 0."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if loss is None or not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.numel():
+        return False
+    return bool((labels == -100).all()) and not (bool(torch.isfinite(loss).all()) and bool(loss.any()))
+
+
+def _doubt(batch: Any, mask: Tensor | None, terms: float) -> str:
+    """Return why a number of terms is a guess, where batches are of tokens; "" where samples are likely meant."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if mask is None:
+        content = identifying_tensor(batch)
+        tokens = content is not None and content.ndim == 2 and not content.is_floating_point() and content.shape[1] > 1
+        return f"a mean over {terms:.0f} samples, each of {content.shape[1]} tokens" if tokens and content is not None else ""
+    if isinstance(labels, Tensor) and labels.shape == mask.shape and (labels[mask.bool()] == -100).any():
+        return f"a mean over the {terms:.0f} tokens of the mask, some of which have the label -100"
+    return ""
+
+
+class LossScales:
+    """Takes the scales of a fit's batches from their losses, and warns once of each kind of doubt."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def take(self, loss: Tensor, *batches: TokenRows | None, label: str = "a batch") -> bool:
+        """Tell whether a loss has terms; if not, its gradients are left out of the statistics.
+
+        Args:
+            loss: About to be sent backwards.
+            *batches: What the statistics know of the batch.
+            label: Names it.
+
+        Raises:
+            ValueError: If the terms of a mean cannot be counted.
+        """
+        found = [rows.take_loss(loss) for rows in batches if rows is not None]
+        for doubt in [scale.doubt for scale in found if scale.doubt][:1]:
+            self._warn(
+                "doubt",
+                f"FascCallback: over how many terms the loss of {label} is a mean cannot be told from its graph; it is "
+                f"taken for {doubt}. Gradients are scaled by that number, and batches weigh by it. HINT: give "
+                "`loss_terms`, 'sum' or a callable on the batch that returns the number of terms, or let the module "
+                "have a method of that name.",
+            )
+        empty = any(scale.empty for scale in found)
+        if empty:
+            self._warn(
+                "empty",
+                f"FascCallback: the loss of {label} has no term (is each of its labels -100?), so that it says nothing "
+                "of any layer. Such batches are left out of the statistics.",
+            )
+        return not empty
+
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            rank_zero_warn(text)
 
 
 def replayed_rows(
@@ -73,7 +183,8 @@ def replayed_rows(
 ) -> TokenRows:
     """Describe a batch whose loss is had outside of the training loop, as the training step returns it."""
     mask = batch_mask(pl_module, batch, token_mask)
-    return TokenRows("a batch run again", mask, _scale(pl_module, batch, mask, loss_terms))
+    known = partial(batch_terms, pl_module, batch, mask, loss_terms)
+    return TokenRows("a batch run again", mask, _first_guess(known), scale_of=known)
 
 
 def observed_rows(
@@ -87,11 +198,15 @@ def observed_rows(
 ) -> TokenRows:
     """Describe a batch of which a sample is scored and nothing else; its loss may average in a way nobody can tell."""
     mask = batch_mask(pl_module, batch, token_mask)
-    try:
-        scale = gradient_scale(trainer, pl_module, batch, mask, loss_terms)
-    except ValueError:
-        scale = 1.0
-    return TokenRows(batch_label(trainer), mask, scale, sample=tokens)
+    known = partial(gradient_scale, trainer, pl_module, batch, mask, loss_terms)
+
+    def scale_of(loss: Tensor) -> LossScale:
+        try:
+            return replace(known(loss), doubt="")
+        except ValueError:
+            return LossScale(1.0)
+
+    return TokenRows(batch_label(trainer), mask, _first_guess(known), sample=tokens, scale_of=scale_of)
 
 
 def calibration_rows(
@@ -120,31 +235,46 @@ def calibration_rows(
         scored: Whether the dependence scores look at this batch.
     """
     mask = batch_mask(pl_module, batch, token_mask)
-    scale = gradient_scale(trainer, pl_module, batch, mask, loss_terms)
+    known = partial(gradient_scale, trainer, pl_module, batch, mask, loss_terms)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     seeds = sample_seeds(batch, seed, mask) if fraction < 1 else ()
     # A scaler that never adapts would overflow on and on: that is an error.
     may_overflow = scaler is not None and steps
-    rows = TokenRows(batch_label(trainer), mask, scale, fraction, seeds, may_overflow, scored=scored)
+    label, scale = batch_label(trainer), _first_guess(known)
+    rows = TokenRows(label, mask, scale, fraction, seeds, may_overflow, scored=scored, scale_of=known)
     rows.note(identifying_tensor(batch))
     return rows
 
 
 def loss_terms_of(
-    pl_module: pl.LightningModule, batch: Any, *, token_mask: TokenMask | None, loss_terms: LossTerms | None
+    pl_module: pl.LightningModule,
+    batch: Any,
+    *,
+    token_mask: TokenMask | None,
+    loss_terms: LossTerms | None,
+    loss: Tensor | None = None,
 ) -> float:
-    """Return over how many terms a batch's loss is a mean; 1 for a sum."""
-    return _scale(pl_module, batch, batch_mask(pl_module, batch, token_mask), loss_terms)
+    """Return over how many terms a batch's loss is a mean; 1 for a sum, 0 where there is nothing to predict.
+
+    Args:
+        pl_module: Its ``loss_terms`` serves where none is given, else "mean".
+        batch: The batch.
+        token_mask: Tells real tokens from padding.
+        loss_terms: How the loss averages.
+        loss: As the training step returned it; None, or one without a graph, tells nothing.
+    """
+    found = batch_terms(pl_module, batch, batch_mask(pl_module, batch, token_mask), loss_terms, loss)
+    return 0.0 if found.empty else found.scale
 
 
-def _scale(pl_module: pl.LightningModule, batch: Any, mask: Tensor | None, loss_terms: LossTerms | None) -> float:
-    return _terms(loss_terms or getattr(pl_module, "loss_terms", "mean"), batch, mask)
+def reads_loss(pl_module: pl.LightningModule, loss_terms: LossTerms | None) -> bool:
+    """Tell whether the number of terms is what the loss's graph tells, and not what somebody said."""
+    return (loss_terms or getattr(pl_module, "loss_terms", "mean")) == "mean"
 
 
-def _terms(loss_terms: LossTerms | Any, batch: Any, mask: Tensor | None) -> float:
-    """Return the number of terms that a batch's loss is a mean of."""
-    if callable(loss_terms):
-        return float(loss_terms(batch))
-    if loss_terms == "sum":
+def _first_guess(scale_of: Callable[[], LossScale]) -> float:
+    """Return a scale before there is a loss; it serves gradients of which no loss is announced."""
+    try:
+        return scale_of().scale
+    except ValueError:
         return 1.0
-    return float(mask.sum()) if mask is not None else float(batch_size(batch))

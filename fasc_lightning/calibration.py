@@ -44,6 +44,7 @@ from fasc_lightning.sharding import Unsharding, is_sharded, lacks_room
 from fasc_lightning.sketch_sizes import describe_sketches
 from fasc_lightning.spill import spilled
 from fasc_lightning.taps import Taps, layer_shapes
+from fasc_lightning.tokens import TokenRows
 
 #: Where rho decides nothing, a calibration scores every so many batches, on so many tokens: it is a diagnostic then,
 #: and moments are what the time is for.
@@ -72,6 +73,7 @@ class Calibration:
 
     Attributes:
         layers: The targeted layers.
+        rows: The batch that runs; None between batches.
         passes: How often the data are gone through, each time for a share of the layers.
         moments: Second moments of the inputs and gradients of this pass's layers.
         scores: Their dependence scores.
@@ -105,6 +107,8 @@ class Calibration:
         history: RhoHistory | None = None,
     ) -> None:
         self.layers = layers
+        self.rows: TokenRows | None = None
+        self._kept = False
         self.batches = 0
         self.finished = False
         self.spent = False
@@ -230,10 +234,18 @@ class Calibration:
             self.origin = loops_before(trainer)
             self._size_sketches()
         self._taps.begin_batch(rows, backwards_of(pl_module))
+        self.rows = rows
         self.batches += 1
         # The first process runs its own alone; a further pass has the same ones.
-        if self.replays and trainer.is_global_zero and self._factorized is None:
+        self._kept = self.replays and trainer.is_global_zero and self._factorized is None
+        if self._kept:
             self.replay.keep(batch)
+
+    def leave_out(self) -> None:
+        """Do not replay the batch that runs: its loss says nothing."""
+        if self._kept:
+            self.replay.batches.pop()
+            self._kept = False
 
     def _size_sketches(self) -> None:
         """Choose sizes anew by what monitoring knows of rho by now, before anything is summed: never larger ones.
@@ -288,6 +300,7 @@ class Calibration:
 
     def end_batch(self) -> None:
         """End a batch, if there is one."""
+        self.rows = None
         if self.running:
             self._taps.end_batch()
             if self.batches == UNREACHED_AFTER:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from fasc_lightning import _checks
-from fasc_lightning.batches import LossTerms, TokenMask, backwards_of, batch_label, observed_rows
+from fasc_lightning.batches import LossScales, LossTerms, TokenMask, backwards_of, batch_label, observed_rows
 from fasc_lightning.calibration import Calibration
 from fasc_lightning.calibration_options import CalibrationOptions
 from fasc_lightning.checkpoints import match_on_load
@@ -48,7 +48,8 @@ from fasc_lightning.second_fit import SecondFit, recovery_instead
 from fasc_lightning.sharding import check_sharded
 from fasc_lightning.sketch_sizes import SKETCH_ABOVE, ReductionKind, SketchOptions
 from fasc_lightning.swap import is_compressed, swap_modules
-from fasc_lightning.taps import layer_shapes, select_layers
+from fasc_lightning.taps import layer_shapes
+from fasc_lightning.targets import select_layers, warn_other_layers, warn_tied_layers
 
 
 class FascCallback(pl.Callback):
@@ -254,6 +255,7 @@ class FascCallback(pl.Callback):
         self._keeper = CalibrationKeeper(self.state_key)
         self._load_hook: RemovableHandle | None = None
         self._layers: dict[str, nn.Module] = {}
+        self._scales = LossScales()
         self._calibration: Calibration | None = None
         self._monitor = RhoMonitor(monitor_every_n_steps or 1, monitor_tokens, rho_threshold, rho_gradient, seed)
         self._replaced: dict[str, nn.Module] = {}
@@ -357,6 +359,9 @@ class FascCallback(pl.Callback):
         self._layers = select_layers(pl_module, self.targets, self.exclude)
         if self.targets in (None, "all-linear"):
             warn_unknown_experts(pl_module)
+        warn_other_layers(pl_module, self.targets, self.exclude)
+        if self._compresses:
+            warn_tied_layers(pl_module, self._layers)
         if self._monitors:
             self._monitor.start(trainer, self._layers)
         check_sharded(trainer, pl_module, self._layers)
@@ -407,11 +412,17 @@ class FascCallback(pl.Callback):
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        calibration = self._calibration if self._calibrating else None
+        rows, label = None if calibration is None else calibration.rows, batch_label(trainer)
+        counts = self._scales.take(loss, rows, self._monitor.rows, label=label)
         self._monitor.begin_backward()
-        if self._calibration is not None and self._calibration.running:
-            if loss.requires_grad or not self._calibration.frozen:
-                _checks.check_loss(loss, len(self._layers), batch_label(trainer))
-            self._calibration.begin_backward(loss)
+        if calibration is None:
+            return
+        if not counts:
+            calibration.leave_out()
+        elif loss.requires_grad or not calibration.frozen:
+            _checks.check_loss(loss, len(self._layers), label)
+        calibration.begin_backward(loss)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -585,5 +596,6 @@ class FascCallback(pl.Callback):
     def _forget(self) -> None:
         """Drop statistics and references to the module's layers."""
         self._calibration = None
+        self._scales = LossScales()
         self._layers, self._replaced, self._set_aside = {}, {}, ([], [])
         self._monitor.forget()

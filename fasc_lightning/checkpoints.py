@@ -22,7 +22,7 @@ from fasc_lightning.hub import describe_layer, empty_layer
 from fasc_lightning.lowrank import CompressedLinear, is_conv1d, linear_shape
 from fasc_lightning.plan import REMEMBERED, check_fit, compression_plan, place, set_trainable, swap_layers
 from fasc_lightning.quantized_layers import quantization_of
-from fasc_lightning.swap import empty_conv1d
+from fasc_lightning.swap import empty_dense
 
 
 def match_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -179,13 +179,11 @@ def _describe_form(state: Mapping[str, Tensor], m: int, n: int) -> dict[str, Any
 
 def _dense_layer(name: str, layer: CompressedLinear, state: Mapping[str, Tensor]) -> nn.Module:
     """Return the dense layer that a part of a state dict holds in place of a compressed one."""
-    m, n, dtype = layer.out_features, layer.in_features, layer.weight.dtype
-    new: nn.Module
-    if layer.from_conv1d:
-        new = empty_conv1d(m, n).to(dtype)
-    else:
-        new = nn.Linear(n, m, "bias" in state, device="meta", dtype=dtype)
-    return _filled(name, place(new, _device(layer)), layer, state)
+    new = empty_dense(layer, "bias" in state, layer.weight.dtype)
+    device = _device(layer)
+    for key, parameter in new.named_parameters():  # and not its buffers, which have their values
+        new._parameters[key] = nn.Parameter(torch.zeros_like(parameter, device=device))
+    return _filled(name, new, layer, state)
 
 
 def _filled(name: str, new: nn.Module, old: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

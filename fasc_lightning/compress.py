@@ -55,7 +55,8 @@ def compress(
     Args:
         model: A transformers causal language model, or any LightningModule with a ``training_step``.
         batches: A DataLoader, or batches: for a language model mappings with "input_ids" and optionally
-            "attention_mask" and "labels".
+            "attention_mask" and "labels", as tensors, lists of ints or NumPy arrays. Without a dimension of samples a
+            batch is one sequence, as is each row of a tokenised ``datasets.Dataset``.
         rank: See :class:`FascCallback`.
         keep: See :class:`FascCallback`.
         recovery: See :class:`FascCallback`; a second fit then follows, by AdamW, for as long and as fast as it says.
@@ -97,14 +98,15 @@ def compress(
     if isinstance(batches, Iterator):  # to go through twice
         batches = list(batches)
     if dry_run:
-        forecast = fit_forecast(model, callback, *batch_tokens(as_loader(batches)))
+        forecast = fit_forecast(model, callback, *batch_tokens(as_loader(batches, model=model)))
         if progress:
             rank_zero_info(f"FascCallback: {forecast}")
         return forecast
     if isinstance(recovery_data, Iterator):
         recovery_data = list(recovery_data)
     if callback.recovery is not None and recovery_held_out is None and not _has_validation(model):
-        split_loader(as_loader(batches if recovery_data is None else recovery_data))  # refuses before any work is done
+        # Refuses before any work is done.
+        split_loader(as_loader(batches if recovery_data is None else recovery_data, model=model))
     prefix = run_fit(model, batches, callback, progress, epochs=callback.passes)
     if callback.recovery is not None:
         run_fit(

@@ -12,12 +12,14 @@ import torch
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 from typing_extensions import override
 
 from fasc_lightning._distributed import is_distributed
 from fasc_lightning._rng_state import same_rng
 from fasc_lightning.evaluation.perplexity import evaluating
+from fasc_lightning.loss_graph import graph_alone
 from fasc_lightning.replay import silent, training_loss
 
 #: One sample in so many is held back.
@@ -162,7 +164,11 @@ def _limited(loader: Any, limit: int | float) -> Iterable[Any]:
 
 @torch.no_grad()
 def held_out_loss(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Iterable[Any], terms: Callable[[Any], float]
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    batches: Iterable[Any],
+    terms: Callable[[Any, Tensor | None], float],
+    by_graph: bool = False,
 ) -> float:
     """Return the mean of the module's own loss over batches of all processes, in eval mode, as precise as in training.
 
@@ -172,7 +178,9 @@ def held_out_loss(
         trainer: Of the fit.
         pl_module: Its module.
         batches: Of this process.
-        terms: Returns over how many terms a batch's loss is a mean; batches of none do not count.
+        terms: Returns over how many terms a batch's loss is a mean, by the batch and its loss; batches of none do not
+            count.
+        by_graph: Whether that takes a loss with a graph; else it is asked before there is one.
 
     Raises:
         MisconfigurationException: If there is no batch on any process.
@@ -182,9 +190,14 @@ def held_out_loss(
     with same_rng(), evaluating(pl_module), silent(pl_module), trainer.precision_plugin.val_step_context():
         for batch in batches:
             batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), device)
-            weight = terms(batch)
+            loss: Tensor | None = None
+            if by_graph:
+                with graph_alone():
+                    loss = training_loss(pl_module, batch)
+            weight = terms(batch, loss)
             if weight > 0:
-                sums += torch.tensor([float(training_loss(pl_module, batch)) * weight, weight], device=device)
+                loss = training_loss(pl_module, batch) if loss is None else loss
+                sums += torch.tensor([float(loss) * weight, weight], device=device)
     if is_distributed(trainer):
         torch.distributed.all_reduce(sums)
     if not float(sums[1]):

@@ -40,10 +40,13 @@ class CompressedLinear(nn.Module, ABC):
         layout: How the matrix is held, "factors" or "pivot".
         from_conv1d: Whether the dense layer was a transformers ``Conv1D``, which holds its weight as (n, m); then it
             becomes one again. Set by the swap.
+        shell: Where the dense layer was of a class of its own, that layer without its parameters; it becomes one
+            again. Set by the swap; no child, and not in the state dict.
     """
 
     layout: ClassVar[str]
     from_conv1d: bool = False
+    shell: nn.Module | None = None
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()

@@ -98,8 +98,10 @@ def measure_losses(
         taps.install()
         try:
             for batch in batches:
-                taps.begin_batch(rows(batch))
+                tokens = rows(batch)
+                taps.begin_batch(tokens)
                 value = loss(model, batch)
+                tokens.take_loss(value)
                 if not torch.isfinite(value):
                     raise FloatingPointError(
                         f"Expected a finite loss but got {value.item()} in a batch of the calibration, run again to "

@@ -14,13 +14,15 @@ from typing_extensions import override
 
 from fasc_lightning.checkpoints import match_checkpoint
 from fasc_lightning.distillation import Teacher
+from fasc_lightning.token_batches import as_token_batch
 
 
 class CausalLMModule(pl.LightningModule):
     """Next-token training of a transformers model, which tells FascCallback how its loss averages.
 
     Batches are mappings with "input_ids" (samples, length) and optionally "attention_mask" and "labels" of the same
-    shape; without labels the inputs are predicted, padding left out. Labels are shifted by the model.
+    shape; without labels the inputs are predicted, padding left out. Labels are shifted by the model. Lists,
+    arrays and single sequences become such tensors (:func:`~fasc_lightning.token_batches.as_token_batch`).
 
     Args:
         model: A causal language model, for example ``AutoModelForCausalLM.from_pretrained(...)``.
@@ -83,14 +85,26 @@ class CausalLMModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         match_checkpoint(self, checkpoint)
 
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return as_token_batch(batch)
+
     def token_mask(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Return True for the tokens that are not padding, shape (samples, length)."""
         mask = _checked(batch).get("attention_mask")
         return None if mask is None else mask.bool()
 
-    def loss_terms(self, batch: Mapping[str, Tensor]) -> int:
-        """Return over how many token losses the model's loss is a mean: the predicted, unignored labels."""
-        return int((_labels(_checked(batch))[:, 1:] != -100).sum())
+    def loss_terms(self, batch: Mapping[str, Tensor]) -> float:
+        """Return over how many token losses the model's loss is a mean: the predicted, unignored labels.
+
+        Models divide by "num_items_in_batch" instead where a batch has it, as of several batches of one step; 0 where
+        no label is to be predicted.
+        """
+        shifted = _checked(batch).get("shift_labels")
+        labels = _labels(batch)[:, 1:] if shifted is None else shifted
+        count = int((labels != -100).sum())
+        items: Any = batch.get("num_items_in_batch")
+        return float(count if items is None or count == 0 else items)
 
     def predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the logits of all tokens, and which tokens have a successor that is a label.
@@ -136,9 +150,17 @@ def _counted(labels: Tensor) -> Tensor:
 
 
 def _checked(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise TypeError(
-            f"Expected batches that are mappings with 'input_ids' but got {type(batch).__name__}. Collate them as "
-            "{'input_ids': (samples, length)}, or wrap the model in a LightningModule of your own."
-        )
-    return batch
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if isinstance(ids, Tensor) and ids.ndim == 2:
+        return batch
+    raise TypeError(
+        f"Expected batches that are mappings with 'input_ids' but got {_described(batch)}. Collate them as {{'input_ids': "
+        "(samples, length)}, or wrap the model in a LightningModule of your own."
+    )
+
+
+def _described(batch: Any) -> str:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if ids is None:
+        return type(batch).__name__
+    return f"'input_ids' of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__} of ids"

@@ -130,6 +130,7 @@ class RhoMonitor:
         self.seed = seed
         self.history = RhoHistory()
         self._layers: dict[str, nn.Module] = {}
+        self.rows: TokenRows | None = None  # the batch that is looked at
         self._taps: Taps | None = None
         self._scores: LayerScores | None = None
         self._failures: dict[str, str] = {}
@@ -165,6 +166,7 @@ class RhoMonitor:
             self._taps.install()
             self._step = _position(trainer)
         self._taps.begin_batch(rows, backwards)
+        self.rows = rows
 
     def begin_backward(self) -> None:
         """Look at the backward pass that is about to run, if its batch is observed."""
@@ -178,6 +180,7 @@ class RhoMonitor:
 
     def end_batch(self, trainer: pl.Trainer) -> None:
         """End a batch, and with the last one of an optimizer step the observation."""
+        self.rows = None
         if self._taps is None:
             return
         self._taps.end_batch()
@@ -222,7 +225,7 @@ class RhoMonitor:
         """Take the hooks off; safe at any time."""
         if self._taps is not None:
             self._taps.remove()
-        self._taps = None
+        self._taps, self.rows = None, None
 
     def forget(self) -> None:
         """Drop references to the module's layers; the history stays."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fasc_lightning.expert_views import warn_unknown_experts
-from fasc_lightning.taps import select_layers
+from fasc_lightning.targets import select_layers, warn_other_layers
 
 
 @dataclass(frozen=True)
@@ -100,4 +100,5 @@ def planned_layers(
     """
     if targets in (None, "all-linear"):
         warn_unknown_experts(model)
+    warn_other_layers(model, targets, exclude)
     return PlannedLayers(select_layers(model, targets, exclude))

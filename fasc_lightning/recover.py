@@ -110,7 +110,7 @@ def _refine_first(
             "others are not at hand. HINT: recover(..., dense=...), or refine_steps=0."
         )
     device = next(module.parameters()).device
-    loader = as_loader(batches)
+    loader = as_loader(batches, model=module)
     train = split_loader(loader)[0] if split else loader
     report = refine_module(
         module,

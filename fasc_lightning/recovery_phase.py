@@ -22,7 +22,7 @@ from fasc_lightning import _checks
 from fasc_lightning._distributed import sum_everywhere
 from fasc_lightning._memory import peak_memory_bytes
 from fasc_lightning.adapters import Adapters, put_values
-from fasc_lightning.batches import LossTerms, TokenMask, batch_mask, loss_terms_of
+from fasc_lightning.batches import LossTerms, TokenMask, batch_mask, loss_terms_of, reads_loss
 from fasc_lightning.best_state import BestState
 from fasc_lightning.held_out import HeldBack, held_out_batches, held_out_loss, validates
 from fasc_lightning.recovery import LoraRecovery, Recovery, as_recovery, trained_factors
@@ -357,7 +357,10 @@ class RecoveryCallback(pl.Callback):
                 trainer,
                 pl_module,
                 held_out_batches(trainer, self._source),
-                lambda batch: loss_terms_of(pl_module, batch, token_mask=self.token_mask, loss_terms=self.loss_terms),
+                lambda batch, loss: loss_terms_of(
+                    pl_module, batch, token_mask=self.token_mask, loss_terms=self.loss_terms, loss=loss
+                ),
+                by_graph=reads_loss(pl_module, self.loss_terms),
             )
         if not math.isfinite(loss):
             if not self._best.begun:

@@ -16,13 +16,16 @@ from typing_extensions import override
 
 from fasc_lightning import _checks
 from fasc_lightning._fit import run_fit
-from fasc_lightning.batches import LossTerms, TokenMask, backwards_of, observed_rows
+from fasc_lightning.batches import LossScales, LossTerms, TokenMask, backwards_of, batch_label, observed_rows
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.history import RhoHistory
 from fasc_lightning.hsic import MIN_TOKENS
 from fasc_lightning.monitor import LayerScores
 from fasc_lightning.pooled import Gradient
-from fasc_lightning.taps import Taps, select_layers
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import select_layers, warn_other_layers
+from fasc_lightning.token_batches import is_hf_dataset
+from fasc_lightning.tokens import TokenRows
 
 
 def score(
@@ -85,7 +88,7 @@ def score(
         from fasc_lightning.bundled import load_model
 
         model = load_model(model)[0]
-    if not isinstance(data, DataLoader | Mapping | Tensor):
+    if not isinstance(data, DataLoader | Mapping | Tensor | str) and not is_hf_dataset(data):
         data = list(data)
         if not data:
             raise ValueError("Expected at least one batch of data but got none: has a generator been used before?")
@@ -131,12 +134,15 @@ class _ScoreFit(pl.Callback):
         self._step, self._targets, self._exclude, self._token_mask = step, targets, exclude, token_mask
         self._tokens, self._gradient, self._loss_terms, self._seed = tokens, gradient, loss_terms, seed
         self._taps: Taps | None = None
+        self._rows: TokenRows | None = None
+        self._scales = LossScales()
         self._frozen: FrozenFit | None = None
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         _checks.check_module(pl_module, compresses=False)
         layers = select_layers(pl_module, self._targets, self._exclude)
+        warn_other_layers(pl_module, self._targets, self._exclude)
         self._scores = LayerScores(layers, self._tokens, self._gradient, self._seed, trainer.strategy.root_device)
         self._taps = Taps(layers, pairs=self._scores)
         self._frozen = FrozenFit(trainer, pl_module)
@@ -157,11 +163,13 @@ class _ScoreFit(pl.Callback):
             trainer, pl_module, batch, token_mask=self._token_mask, loss_terms=self._loss_terms, tokens=self._tokens
         )
         self._taps.begin_batch(rows, backwards_of(pl_module))
+        self._rows = rows
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         assert self._taps is not None
         assert self._frozen is not None
+        self._scales.take(loss, self._rows, label=batch_label(trainer))
         self._frozen.lend_gradient(loss)
         self._taps.begin_backward()
 
@@ -178,6 +186,7 @@ class _ScoreFit(pl.Callback):
     ) -> None:
         assert self._taps is not None
         self._taps.end_batch()
+        self._rows = None
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

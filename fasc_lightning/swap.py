@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from fasc_lightning.expert_modules import fuse_dense, with_experts
+from fasc_lightning.expert_views import ExpertLinear
 from fasc_lightning.lowrank import CompressedLinear, flops_per_token, is_conv1d, linear_shape
 
 
@@ -103,12 +106,51 @@ def check_in_memory(layers: Mapping[str, nn.Module]) -> None:
 
 def _dense(layer: CompressedLinear) -> nn.Module:
     linear = layer.to_linear()
-    if not layer.from_conv1d:
+    if not layer.from_conv1d and layer.shell is None:
         return linear
-    conv = empty_conv1d(layer.out_features, layer.in_features)
-    conv.weight = nn.Parameter(linear.weight.detach().T.contiguous(), linear.weight.requires_grad)
-    conv.bias = linear.bias
-    return conv.train(layer.training)
+    dense = empty_dense(layer, linear.bias is not None, linear.weight.dtype)
+    weight = linear.weight.detach().T.contiguous() if layer.from_conv1d else linear.weight.detach()
+    dense.weight = nn.Parameter(weight, linear.weight.requires_grad)
+    dense.bias = linear.bias
+    return dense.train(layer.training)
+
+
+def empty_dense(layer: CompressedLinear, bias: bool, dtype: torch.dtype) -> Any:
+    """Return a dense layer of the class that a compressed layer has replaced, its parameters on the meta device.
+
+    Args:
+        layer: The compressed layer.
+        bias: Whether the dense one has a bias.
+        dtype: Of its parameters.
+    """
+    m, n = layer.out_features, layer.in_features
+    linear = empty_conv1d(m, n).to(dtype) if layer.from_conv1d else nn.Linear(n, m, bias, device="meta", dtype=dtype)
+    if layer.shell is None:
+        return linear
+    dense: Any = copy.deepcopy(layer.shell)
+    dense._parameters.update(linear._parameters)
+    return dense
+
+
+def _shell(layer: nn.Module) -> nn.Module | None:
+    """Return a linear layer of a class of its own without its parameters; None of nn.Linear and Conv1D themselves.
+
+    What it holds beside them (a counter, a number that its forward reads) is shared with it.
+    """
+    kind = type_before_parametrizations(layer)
+    linear = isinstance(layer, nn.Linear) or is_conv1d(layer)
+    if not linear or isinstance(layer, ExpertLinear) or kind is nn.Linear or kind.__name__ == "Conv1D":
+        return None
+    shell: nn.Module = object.__new__(kind)
+    nn.Module.__init__(shell)
+    own = vars(shell)
+    own.update({name: value for name, value in vars(layer).items() if name not in own and name != "forward"})
+    own["training"] = layer.training
+    own["_buffers"] = dict(layer._buffers)
+    own["_non_persistent_buffers_set"] = set(layer._non_persistent_buffers_set)
+    own["_modules"] = {name: child for name, child in layer._modules.items() if name != "parametrizations"}
+    own["_parameters"] = {"weight": None, "bias": None}
+    return shell
 
 
 def empty_conv1d(m: int, n: int) -> Any:
@@ -147,8 +189,11 @@ def _match(new: nn.Module, old: nn.Module) -> None:
     new.train(old.training)
     if "expert_share" in vars(old):
         vars(new)["expert_share"] = vars(old)["expert_share"]
-    if isinstance(new, CompressedLinear) and is_conv1d(old):
-        new.from_conv1d = True
+    if isinstance(new, CompressedLinear):
+        new.from_conv1d = new.from_conv1d or is_conv1d(old)
+        shell = old.shell if isinstance(old, CompressedLinear) else _shell(old)
+        if shell is not new.shell:
+            vars(new)["shell"] = shell
     kinds = {(p.device, p.dtype) for p in old.parameters() if p.is_floating_point()}
     if len(kinds) == 1:
         device, dtype = kinds.pop()

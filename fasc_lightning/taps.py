@@ -1,4 +1,4 @@
-"""Which layers are compressed, and the hooks that turn a backward pass into (x, h) token matrices.
+"""The hooks that turn a backward pass into (x, h) token matrices.
 
 A tap is a forward hook on a layer that puts a *tensor* hook on the layer's output. A tensor hook fires exactly once
 for each backward pass through the output, also under both kinds of gradient checkpointing, where forward hooks run
@@ -7,10 +7,8 @@ twice; and unlike module backward hooks it lets the output be modified in place 
 
 from __future__ import annotations
 
-import re
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,111 +18,21 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
 from fasc_lightning._dtensor import whole
-from fasc_lightning.expert_views import ExpertLinear, ExpertTaps, Routing, expert_views, holds_experts, routers
+from fasc_lightning.expert_views import ExpertLinear, ExpertTaps, Routing
+from fasc_lightning.linear_probe import is_plain_linear
 from fasc_lightning.lowrank import linear_shape, linear_weight
 from fasc_lightning.offload import MomentSums, RowsRefusedError
 from fasc_lightning.pooled import input_gradient
+from fasc_lightning.targets import matches, select_layers
 from fasc_lightning.tokens import TokenRows
+
+__all__ = ["Pairs", "Taps", "is_plain_linear", "layer_shapes", "matches", "select_layers"]
 
 #: Takes a layer's name, its counted inputs x (tokens, n), the gradients h (tokens, m) of the batch's loss at its
 #: outputs, not scaled, the batch, and how many of the tokens each sequence has.
 Pairs = Callable[[str, Tensor, Tensor, TokenRows, list[int]], None]
-
-
-def matches(name: str, patterns: str | Iterable[str]) -> bool:
-    """Tell whether a module name is selected, by the rules of peft's ``target_modules``.
-
-    Args:
-        name: Dotted module name.
-        patterns: A string is a regular expression for the whole name; a list holds names or their last parts.
-    """
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
-def select_layers(
-    model: nn.Module,
-    targets: str | list[str] | None = None,
-    exclude: str | list[str] | None = None,
-    eligible: Callable[[nn.Module], bool] | None = None,
-) -> dict[str, nn.Module]:
-    """Return the linear layers to compress, by dotted name, in the model's order.
-
-    Args:
-        model: Any module.
-        targets: Patterns as in peft (see :func:`matches`). None or "all-linear" takes every ``nn.Linear`` and
-            transformers ``Conv1D`` and every projection of fused experts (:mod:`~fasc_lightning.expert_views`) except
-            output embeddings, routers and layers whose weight is tied to another module's; those are only taken when
-            a pattern names them.
-        exclude: Patterns of layers to leave alone.
-        eligible: What is a layer to select from; by default :func:`is_plain_linear`, and experts.
-
-    Raises:
-        ValueError: If nothing is selected.
-    """
-    eligible = eligible or (lambda module: isinstance(module, ExpertLinear) or is_plain_linear(module))
-    everything = targets is None or targets == "all-linear"
-    protected = _protected(model) if everything else set()
-    layers: dict[str, nn.Module] = {}
-    linear: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if eligible(module):
-            linear[name] = module
-        elif holds_experts(name, module):
-            linear |= {place: view for place, view in expert_views(name, module).items() if eligible(view)}
-    for name, module in linear.items():
-        if everything:
-            selected = id(module) not in protected
-        else:
-            assert targets is not None
-            selected = matches(name, targets)
-        if selected and not (exclude is not None and matches(name, exclude)):
-            layers[name] = module
-    if not layers:
-        known = ", ".join(list(linear)[:8]) or "none"
-        raise ValueError(
-            f"Expected `targets` to select linear layers but {targets=} with {exclude=} matches none of the "
-            f"{len(linear)} in {type(model).__name__} (for example: {known}). A string is a regular expression for "
-            "the whole name, a list holds names or their last parts."
-        )
-    return layers
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Tell whether a module is a dense linear layer that can be tapped and replaced.
-
-    Subclasses that compute something else (scaled, ternary, adapted) are not.
-    """
-    if not isinstance(module, nn.Linear | Conv1D) or type(module).forward not in (nn.Linear.forward, Conv1D.forward):
-        return False
-    weight = module.weight
-    # Packed quantised layers are subclasses of nn.Linear whose weight is bytes of another shape.
-    return weight.ndim == 2 and weight.is_floating_point() and tuple(weight.shape) in _weight_shapes(module)
-
-
-def _weight_shapes(module: nn.Linear | Conv1D) -> set[tuple[int, int]]:
-    if isinstance(module, nn.Linear):
-        return {(module.out_features, module.in_features)}
-    return {(module.nx, module.nf)}
-
-
-def _protected(model: nn.Module) -> set[int]:
-    """Ids of the layers that "all linear" does not mean: output embeddings, routers and tied weights."""
-    protected = routers(model)
-    owners: Counter[int] = Counter()
-    for module in model.modules():
-        get_output = getattr(module, "get_output_embeddings", None)
-        if callable(get_output) and (output := get_output()) is not None:
-            protected.add(id(output))
-        owners.update(id(parameter) for parameter in module.parameters(recurse=False))
-    for module in model.modules():
-        if is_plain_linear(module) and owners[id(module.weight)] > 1:
-            protected.add(id(module))
-    return protected
 
 
 class _SavedInput(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,21 @@ from torch import Tensor
 
 #: Most sequences that a sample for the dependence score is taken from.
 MAX_SEQUENCES = 24
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """What a batch's loss says of its gradients.
+
+    Attributes:
+        scale: Factor that turns a gradient of the loss into one of the sum of its token losses.
+        empty: Whether the loss has no term, as where every label is ignored: there is nothing to learn from.
+        doubt: Why the scale is a guess; "" where it is known.
+    """
+
+    scale: float
+    empty: bool = False
+    doubt: str = ""
 
 
 @dataclass
@@ -26,9 +41,10 @@ class TokenRows:
         sample_seeds: One seed for each sample of the batch; needed when ``fraction`` < 1.
         may_overflow: Whether a GradScaler is at work, which makes gradients overflow now and then and skips such a
             step; the taps then leave the rest of the batch out.
-        overflowed: Whether that has happened.
+        overflowed: Whether that has happened, or the loss has no term: gradients that arrive are left out.
         sample: Keep at most so many tokens, alike from each sequence, instead of all (:func:`sample_sequences`).
         scored: Whether dependence scores take a sample of the tokens that count.
+        scale_of: Returns the scale by the batch's loss, once there is one; None where ``scale`` is final.
     """
 
     label: str = "the batch"
@@ -40,9 +56,29 @@ class TokenRows:
     overflowed: bool = False
     sample: int | None = None
     scored: bool = True
+    scale_of: Callable[[Tensor], LossScale] | None = field(default=None, repr=False)
+    _announced: bool = field(default=False, repr=False)
+    _empty: bool = field(default=False, repr=False)
     _cache: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict, repr=False)
     _lengths: dict[tuple[int, ...], list[int]] = field(default_factory=dict, repr=False)
     _sequences: dict[int, int] = field(default_factory=dict, repr=False)
+
+    def take_loss(self, loss: Tensor) -> LossScale:
+        """Take the scale from the loss whose gradients are about to arrive, and leave out a batch that has no term.
+
+        Args:
+            loss: Before its backward pass, as it is sent backwards.
+
+        Raises:
+            ValueError: If its terms cannot be counted.
+        """
+        found = LossScale(self.scale) if self.scale_of is None else self.scale_of(loss)
+        # Of several losses in one batch, as manual optimisation sends them, that of the most terms is taken for all.
+        self.scale = max(self.scale, found.scale) if self._announced and not found.empty else found.scale
+        if found.empty != self._empty:
+            self.overflowed = self._empty = found.empty
+        self._announced = self._announced or not found.empty
+        return found
 
     def index(self, leading: tuple[int, ...], device: torch.device) -> Tensor | None:
         """Return which of the flattened tokens count.

@@ -302,6 +302,15 @@ def check_memory(needed: int, device: torch.device) -> None:
         )
 
 
+def warn_unannounced() -> None:
+    """Warn of a training step whose backward passes, and so whose loss, nobody is told of."""
+    rank_zero_warn(
+        "FascCallback: the training step calls `loss.backward()` by itself, so that its loss is not known. All "
+        "gradients that arrive are counted, those of `torch.autograd.grad` among them, and the scale of the loss is a "
+        "guess. HINT: call `self.manual_backward(loss)`."
+    )
+
+
 def warn_unreached(taps: Taps, batches: int) -> None:
     """Warn of layers that no gradient has reached by now; of experts a router may still send tokens to some.
 

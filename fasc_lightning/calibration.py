@@ -303,6 +303,8 @@ class Calibration:
         self.rows = None
         if self.running:
             self._taps.end_batch()
+            if self.batches == 1 and self._taps.unannounced:
+                _checks.warn_unannounced()
             if self.batches == UNREACHED_AFTER:
                 _checks.warn_unreached(self._taps, self.batches)
 

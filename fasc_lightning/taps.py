@@ -171,6 +171,7 @@ class Taps:
     Attributes:
         called: The layers that ran in some batch.
         reached: The layers that a gradient has reached in some batch.
+        unannounced: Whether a batch was counted by backward passes that nobody announced.
     """
 
     def __init__(
@@ -186,6 +187,7 @@ class Taps:
         self.anchor = anchor
         self.called: set[str] = set()
         self.reached: set[str] = set()
+        self.unannounced = False
         self._experts = ExpertTaps(layers)
         self._handles: list[RemovableHandle] = []
         self._batch: TokenRows | None = None
@@ -346,6 +348,7 @@ class Taps:
         if call.batch.overflowed:
             return
         unannounced = self._backwards.announced and not self._announced
+        self.unannounced = self.unannounced or unannounced
         for name, h in (call.unannounced if unannounced else call.gradients).items():
             x = call.take_rows(name)
             if x is not None:

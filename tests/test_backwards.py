@@ -270,7 +270,7 @@ class OneBackward(Steps):
 @pytest.mark.parametrize("update_weights", [False, True])
 def test_every_way_to_bring_losses_back_gives_one_report(make_trainer, update_weights):
     found = {}
-    for way in ("sum", "penalty", "override", "by hand", "reversed", "raw"):
+    for way in ("sum", "penalty", "override", "by hand", "reversed"):
         module = Steps(way) if way == "override" else OneBackward(way)
         callback = FascCallback(
             rank=4, targets=["trunk"], allocation="fisher", refit=False, update_weights=update_weights, gate=0.1
@@ -280,6 +280,21 @@ def test_every_way_to_bring_losses_back_gives_one_report(make_trainer, update_we
         found[way] = row.loss, row.rho, row.tokens
     for way, figures in found.items():
         assert figures == pytest.approx(found["sum"], rel=1e-4), way
+
+
+def test_a_step_that_calls_backward_itself_is_warned(make_trainer):
+    """Its losses are not known: their terms have to be given."""
+    found = []
+    for way in ("sum", "raw"):
+        callback = FascCallback(rank=4, targets=["trunk"], allocation="fisher", refit=False, loss_terms="sum")
+        fit = make_trainer(callback).fit
+        if way == "raw":
+            with pytest.warns(UserWarning, match=r"calls `loss.backward\(\)` by itself"):
+                fit(OneBackward(way), loader())
+        else:
+            fit(OneBackward(way), loader())
+        found.append(callback.report.layers[0].loss)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_monitoring_looks_at_the_sum_of_the_passes(make_trainer):

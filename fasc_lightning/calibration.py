@@ -231,6 +231,8 @@ class Calibration:
         # The first process runs its own alone; a further pass has the same ones.
         if self.replays and trainer.is_global_zero and self._factorized is None:
             self.replay.keep(batch)
+            if options.calibration_steps is not None:  # of a stream, more may come than were asked for
+                del self.replay.batches[: -options.calibration_steps * trainer.accumulate_grad_batches]
 
     def _size_sketches(self) -> None:
         """Choose sizes anew by what monitoring knows of rho by now, before anything is summed: never larger ones.
@@ -362,6 +364,11 @@ class Calibration:
             with others_present():
                 self._counts.append(sum_everywhere(trainer, self.batches))
         self.moments_bytes = max(self.moments_bytes, self.moments.nbytes)
+
+    def pause(self) -> None:
+        """Take the hooks off and thaw the module until the next batch that is counted."""
+        self._seconds, self._began = self.seconds, None
+        self.release()
 
     def release(self) -> None:
         """Take the hooks off and thaw the module; safe at any time."""

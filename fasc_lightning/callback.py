@@ -23,6 +23,7 @@ from fasc_lightning.checkpoints import match_on_load
 from fasc_lightning.expert_modules import unfuse
 from fasc_lightning.expert_views import split_name, warn_unknown_experts
 from fasc_lightning.factorize import check_budget_fits
+from fasc_lightning.fit_end import skips_backward
 from fasc_lightning.fit_forecast import layers_forecast
 from fasc_lightning.gate import check_gate
 from fasc_lightning.history import RhoHistory, describe
@@ -250,7 +251,7 @@ class FascCallback(pl.Callback):
         self.moments_device: MomentsDevice | None = moments_device
         self.passes = passes
         self.report: CompressionReport | None = None
-        self._schedule = CalibrationSchedule(calibration_steps, passes)
+        self._schedule = CalibrationSchedule(calibration_steps, passes, freezes=not update_weights)
         self._keeper = CalibrationKeeper(self.state_key)
         self._load_hook: RemovableHandle | None = None
         self._layers: dict[str, nn.Module] = {}
@@ -331,6 +332,7 @@ class FascCallback(pl.Callback):
         if stage != "fit":
             return
         self._forget()  # what a fit that failed may have left
+        self._schedule.set_up(trainer)
         if self._recovering is None:
             self.report = None
         _checks.check_strategy(trainer, recovers=self._recovering is not None)
@@ -392,6 +394,10 @@ class FascCallback(pl.Callback):
     ) -> None:
         if self._calibration is not None and self._schedule.begins(trainer):
             self._calibration.begin_batch(trainer, pl_module, batch)
+        elif self._calibrating:
+            self._calibration.pause()
+        if skips_backward(trainer):
+            return
         # A frozen module has the same rho at every step, and the calibration measures it.
         frozen = self._calibration is not None and self._calibration.frozen
         if self._monitors and self._layers and not frozen and self._monitor.due(trainer):
@@ -433,6 +439,7 @@ class FascCallback(pl.Callback):
         self._monitor.publish(trainer)
         if self._calibration is not None:
             self._calibration.end_epoch(trainer)
+            self._schedule.end_epoch(trainer)
 
     @recovery_instead
     @override
@@ -464,9 +471,8 @@ class FascCallback(pl.Callback):
             return
         if not calibration.begun:
             raise MisconfigurationException(
-                "Expected at least one calibration batch but the fit ended without any: is the dataloader empty, or "
-                "had the Trainer finished before, or was it stopped early (then give `calibration_steps`)? The model "
-                "is not compressed."
+                "Expected at least one calibration batch but the fit ended without any: "
+                f"{self._schedule.end_unmet()} The model is not compressed."
             )
         if not calibration.finished:  # the fit had nothing left to run, so that training neither started nor ended
             calibration.finish(trainer)

@@ -28,6 +28,7 @@ from fasc_lightning._batch_state import UnsavableBatchError
 from fasc_lightning._distributed import gather_everywhere, is_distributed
 from fasc_lightning.calibration import REPLAYED, Calibration
 from fasc_lightning.calibration_state import pack_calibration, unpack_calibration
+from fasc_lightning.fit_end import skips_backward
 from fasc_lightning.loader_position import begin_epoch, go_back, obstacle, position, restore_position
 from fasc_lightning.schedule import CalibrationSchedule
 from fasc_lightning.sidecar import SidecarCheckpointIO, is_local, open_sidecar
@@ -118,7 +119,12 @@ class CalibrationKeeper:
             "schedule": schedule.state_dict(trainer),
             "left": left,
             "obstacle": hindered,
-            "accumulated": calibration.options.update_weights and left and trainer.fit_loop._should_accumulate(),
+            "accumulated": (
+                calibration.options.update_weights
+                and left
+                and not skips_backward(trainer)
+                and trainer.fit_loop._should_accumulate()
+            ),
             "tensors": {},
         }
         if not hindered:
@@ -157,6 +163,7 @@ class CalibrationKeeper:
                 f"({_described(_end(trainer, schedule))}; it was {_described(state['end'])})."
             )
             return
+        schedule.prepare(trainer, state["schedule"])
         reason = _of_any(trainer, self._unusable(trainer, calibration, state))
         reason = reason or _of_any(trainer, self._read(trainer, calibration, state))
         if reason:
@@ -258,7 +265,7 @@ def _batches_are_left(trainer: pl.Trainer) -> bool:
 
 def _end(trainer: pl.Trainer, schedule: CalibrationSchedule) -> list[Any]:
     """Return what decides when the calibration takes place."""
-    return [trainer.max_epochs, trainer.max_steps, schedule.calibration_steps]
+    return [schedule.end.max_epochs, trainer.max_steps, schedule.calibration_steps]
 
 
 def _described(end: list[Any]) -> str:

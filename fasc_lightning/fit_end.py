@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 
 from fasc_lightning._distributed import gather_everywhere
+from fasc_lightning.loader_position import is_stateful, train_loaders
 
 
 class FitEnd:
@@ -26,25 +27,30 @@ class FitEnd:
     def __init__(self) -> None:
         self.max_epochs: int | None = None
         self._batches: int | None = None  # that an epoch really has, where its loader claims more or says nothing
+        self._again = 0  # batches that Lightning counts of a resumed epoch and yet takes from its loader once more
 
     def set_up(self, trainer: pl.Trainer) -> None:
         """Read the Trainer's own end, in ``setup``: in ``on_fit_start`` averaging callbacks add to it."""
-        self.max_epochs, self._batches = trainer.max_epochs, None
+        self.max_epochs, self._batches, self._again = trainer.max_epochs, None, 0
 
     def start(self, trainer: pl.Trainer) -> None:
         """Learn from the epochs of before a resumed training how long they are."""
         total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        done = batches_done(trainer)
         if trainer.current_epoch > 0:
-            self._learn(trainer, (total.processed - batches_done(trainer)) // trainer.current_epoch)
+            self._learn(trainer, (total.processed - done) // trainer.current_epoch)
+        if not all(is_stateful(loader) for loader in train_loaders(trainer)):
+            self._again = done
 
     def end_epoch(self, trainer: pl.Trainer) -> None:
         """Learn from an epoch how long it was; on all processes together."""
         current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        self._learn(trainer, current.ready)
+        self._learn(trainer, current.ready, self._again)
+        self._again = 0
 
-    def _learn(self, trainer: pl.Trainer, batches: int) -> None:
+    def _learn(self, trainer: pl.Trainer, batches: int, again: int = 0) -> None:
         fewest = min(gather_everywhere(trainer, batches))  # processes have to agree on when a calibration begins
-        self._batches = fewest if 0 < fewest < trainer.num_training_batches else None
+        self._batches = fewest - again if again < fewest < trainer.num_training_batches else None
 
     def training_epochs(self, trainer: pl.Trainer) -> int | None:
         """Return the number of epochs with backward passes; None if there is no limit.

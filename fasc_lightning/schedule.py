@@ -116,7 +116,8 @@ class CalibrationSchedule:
         self.end.end_epoch(trainer)
         epochs: Any = trainer.fit_loop.epoch_progress.current
         is_last = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs.processed
-        if not is_last or self._extended or averages_epochs(trainer):
+        # What a callback does with its epochs is not for more steps to spoil.
+        if not is_last or self._extended or self._skipped or averages_epochs(trainer):
             return
         rank_zero_info(
             "FascCallback: the last epoch ended before the calibration had begun, since its loader gave fewer batches "

@@ -283,8 +283,14 @@ def check_loss(loss: Tensor, layers: int, label: str) -> None:
         )
 
 
-def check_memory(needed: int, device: torch.device) -> None:
+def check_memory(needed: int, device: torch.device, passes: int = 1, sketch: str | None = None) -> None:
     """Refuse moments that do not fit.
+
+    Args:
+        needed: Bytes.
+        device: That is to hold them.
+        passes: Of the calibration, as they are.
+        sketch: How moments are held, as it is.
 
     Raises:
         MemoryError: With the estimate.
@@ -292,10 +298,11 @@ def check_memory(needed: int, device: torch.device) -> None:
     free = available_memory(device)
     if needed > free:
         beside = "" if device.type == "cpu" else ", moments_device='cpu' holds them there"
+        kinds = {None: ", sketch='projected' or 'range' holds less of each", "range": ", sketch='projected' holds less"}
         raise MemoryError(
             f"Expected the moments of the tapped layers to fit but they need up to {needed / 1e9:.2f} GB and "
-            f"{free / 1e9:.2f} GB is free on {device}. HINT: passes=2 or more gathers a share of them at a time, "
-            f"sketch='projected' or 'range' holds less of each{beside}; or target fewer layers (`targets`, `exclude`) "
+            f"{free / 1e9:.2f} GB is free on {device}. HINT: passes={passes + 1} or more gathers a share of them at a "
+            f"time{kinds.get(sketch, '')}{beside}; or target fewer layers (`targets`, `exclude`) "
             "in several runs. plan() says what fits."
         )
 

@@ -119,7 +119,7 @@ class Calibration:
         parts = shares(sizes, self.passes, share_units(names))
         self._shares = [{names[i]: layers[names[i]] for i in part} for part in parts]
         needed, place = max(sum(sizes[i] for i in part) for part in parts), options.place(self._device)
-        _checks.check_memory(needed, place)
+        _checks.check_memory(needed, place, self.passes, options.sketch)
         rank_zero_info(
             f"FascCallback: {len(shapes)} layers with {sum(m * n for m, n in shapes.values()):,} weights; their "
             f"moments need at most {needed / 1e9:.2f} GB ({dtype}) of the {available_memory(place) / 1e9:.2f} GB free "

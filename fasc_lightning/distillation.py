@@ -363,11 +363,16 @@ def check_memory(
     """
     needed, target = teacher_bytes(module, dense, options, device)
     free = available_memory(target)
+    beside = {
+        "Distillation(device='cpu')": target.type != "cpu",
+        "dtype='bfloat16'": options.dtype is None,
+        "cache=FOLDER needs it only before the training, and not at all once the folder is filled": not options.cache,
+    }
+    remedies = [remedy for remedy, is_left in beside.items() if is_left]
     if needed > free:
         raise MemoryError(
             f"Expected the teacher to fit but it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB is free on "
-            f"{target}. HINT: Distillation(device='cpu') or dtype='bfloat16'; cache=FOLDER needs it only before the "
-            "training, and not at all once the folder is filled."
+            f"{target}. HINT: {'; '.join(remedies) or 'teacher=None'}."
         )
 
 

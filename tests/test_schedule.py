@@ -139,9 +139,7 @@ def test_more_steps_than_the_last_epoch_has_begin_before_it(make_trainer):
 def test_a_stream_that_ends_for_good_is_refused_with_its_reason(make_trainer):
     module = mlp()
     before = state(module)
-    with pytest.raises(
-        MisconfigurationException, match="no more batches. HINT: a loader that can be gone through"
-    ) as said:
+    with pytest.raises(MisconfigurationException, match=r"no more batches\. HINT: a loader") as said:
         Fit(make_trainer, Overstated(once=True), module=module, max_epochs=1)
     assert "calibration_steps" not in str(said.value)
     assert not is_compressed(module)

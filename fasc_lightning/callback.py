@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from fasc_lightning import _checks
+from fasc_lightning._option_types import checks_options
 from fasc_lightning.batches import LossTerms, TokenMask, batch_label, observed_rows
 from fasc_lightning.calibration import Calibration
 from fasc_lightning.calibration_options import CalibrationOptions
@@ -162,6 +163,7 @@ class FascCallback(pl.Callback):
         are refused in ``setup``.
     """
 
+    @checks_options
     def __init__(
         self,
         rank: int | float | None = None,  # both spelled out: command lines read the type, and 256 is not 256.0
@@ -211,9 +213,6 @@ class FascCallback(pl.Callback):
             refit,
             token_fraction,
             calibration_steps,
-            seed,
-            loss_terms,
-            token_mask,
             quantize,
         )
         SketchOptions(sketch or "range", sketch_size, sketch_above)  # refuses what is out of range

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fasc_lightning._memory import available_memory
+from fasc_lightning._option_types import check_fields
 from fasc_lightning.divergence import kl_divergence, top_k_divergence
 from fasc_lightning.expert_modules import expert_layers
 from fasc_lightning.refine_steps import relative_error
@@ -59,6 +60,7 @@ class Distillation:
     top_k: int = 64
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"Expected `temperature` to be positive but got {self.temperature!r}.")
         if not 0 <= self.weight <= 1:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fasc_lightning._option_types import checks_options
 from fasc_lightning.expert_modules import unfuse
 from fasc_lightning.expert_views import ExpertLinear
 from fasc_lightning.lowrank import CompressedLinear
@@ -16,6 +17,7 @@ from fasc_lightning.swap import check_in_memory, compressed_layers, swap_modules
 from fasc_lightning.taps import is_plain_linear, select_layers
 
 
+@checks_options
 def quantize(
     model: nn.Module,
     quantization: Quantization = "int8",
@@ -57,7 +59,7 @@ def quantize(
         >>> model[0].factor_in.weight.dtype
         torch.int8
     """
-    check_quantization(quantization)
+    check_quantization(quantization, "quantization")
     inside = {id(child) for layer in compressed_layers(model).values() for child in layer.modules() if child != layer}
 
     def eligible(module: nn.Module) -> bool:
@@ -96,13 +98,13 @@ def quantize_layers(model: nn.Module, names: Iterable[str], quantization: Quanti
     return swap_layers(model, new)
 
 
-def check_quantization(quantization: Any) -> None:
-    """Check the option.
+def check_quantization(quantization: Any, name: str = "quantize") -> None:
+    """Check the option, of a name.
 
     Raises:
         ValueError: If it is unknown.
     """
     if quantization not in QUANTIZATIONS:
         raise ValueError(
-            f"Expected `quantize` to be one of {', '.join(map(repr, QUANTIZATIONS))} but got {quantization!r}."
+            f"Expected `{name}` to be one of {', '.join(map(repr, QUANTIZATIONS))} but got {quantization!r}."
         )

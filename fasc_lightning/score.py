@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from fasc_lightning import _checks
 from fasc_lightning._fit import run_fit
+from fasc_lightning._option_types import checks_options
 from fasc_lightning.batches import LossTerms, TokenMask, observed_rows
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.history import RhoHistory
@@ -25,6 +26,7 @@ from fasc_lightning.pooled import Gradient
 from fasc_lightning.taps import Taps, select_layers
 
 
+@checks_options
 def score(
     model: nn.Module | str,
     data: DataLoader[Any] | Iterable[Any],

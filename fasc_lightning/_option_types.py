@@ -49,11 +49,9 @@ def share(name: str, value: Any) -> Any:
 
 
 def whole(name: str, value: Any) -> Any:
-    """Let ints pass, and words, which some options take in their place: for their owners to refuse."""
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"Expected `{name}` to be an int but got {value!r:.200}.")
-    return value
+    """Let everything pass: those who take a count refuse what is not an int with the least that it may be."""
+    del name
+    return plain(value)
 
 
 def width(name: str, value: Any) -> Any:
@@ -70,7 +68,7 @@ def seed(name: str, value: Any) -> Any:
     if type(value) is not int:
         raise _fail(name, "an int", value)
     if not 0 <= value <= LARGEST_SEED:
-        raise ValueError(f"Expected `{name}` to be an int from 0 to 2^63 - 1 but got {value}.")
+        raise ValueError(f"Expected `{name}` to be an int of at least 0 and below 2^63 but got {value}.")
     return value
 
 
@@ -193,8 +191,8 @@ CHECKS: dict[str, Check] = {
     "sketch": text,
     "sketch_size": whole,
     "sketch_above": width,
-    "quantize": text,
-    "quantization": text,
+    "quantize": own,
+    "quantization": own,
     # Recovery, the teacher, refinement.
     "recovery": own,
     "r": whole,

@@ -59,7 +59,7 @@ def quantize(
         >>> model[0].factor_in.weight.dtype
         torch.int8
     """
-    check_quantization(quantization, "quantization")
+    check_quantization(quantization)
     inside = {id(child) for layer in compressed_layers(model).values() for child in layer.modules() if child != layer}
 
     def eligible(module: nn.Module) -> bool:
@@ -98,13 +98,13 @@ def quantize_layers(model: nn.Module, names: Iterable[str], quantization: Quanti
     return swap_layers(model, new)
 
 
-def check_quantization(quantization: Any, name: str = "quantize") -> None:
-    """Check the option, of a name.
+def check_quantization(quantization: Any) -> None:
+    """Check the option.
 
     Raises:
         ValueError: If it is unknown.
     """
     if quantization not in QUANTIZATIONS:
         raise ValueError(
-            f"Expected `{name}` to be one of {', '.join(map(repr, QUANTIZATIONS))} but got {quantization!r}."
+            f"Expected `quantize` to be one of {', '.join(map(repr, QUANTIZATIONS))} but got {quantization!r}."
         )

@@ -354,6 +354,25 @@ class Calibration:
         self.finished = True
         self._sum(trainer)
 
+    def merge(self, trainer: pl.Trainer) -> None:
+        """Let the first process go on with what all have gathered so far, and the others with nothing.
+
+        As they do after an interruption: that sums are then added up in the same order lets both end with the same
+        factors, to the last bit.
+        """
+        if not is_distributed(trainer) or self.finished:
+            return
+        self._taps.settle()
+        with others_present():
+            self.moments.all_reduce_(device=self._device)
+            self.scores.all_reduce_()
+        if not trainer.is_global_zero:
+            share = self._shares[0]
+            sketches = {name: sides for name, sides in self._sized.items() if name in share}
+            self.moments = self._empty(layer_shapes(share), sketches=sketches)
+            self._taps.moments = offloaded(self.moments, self._device)
+            self.scores.reset()
+
     def _sum(self, trainer: pl.Trainer) -> None:
         self._seconds, self._began = self.seconds, None
         if is_distributed(trainer):

@@ -304,6 +304,8 @@ class FascCallback(pl.Callback):
     ) -> None:
         if self._calibration is not None and self._calibration.begun and self.report is None:
             self._keeper.save(trainer, self._calibration, self._schedule, checkpoint)
+        elif self._calibration is not None and self.report is None:
+            self._keeper.save_place(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(

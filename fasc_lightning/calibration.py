@@ -126,7 +126,7 @@ class Calibration:
         parts = shares(sizes, self.passes, share_units(names))
         self._shares = [{names[i]: layers[names[i]] for i in part} for part in parts]
         needed, place = max(sum(sizes[i] for i in part) for part in parts), options.place(self._device)
-        _checks.check_memory(needed, place)
+        _checks.check_memory(needed, place, self.passes, options.sketch)
         rank_zero_info(
             f"FascCallback: {len(shapes)} layers with {sum(m * n for m, n in shapes.values()):,} weights; their "
             f"moments need at most {needed / 1e9:.2f} GB ({dtype}) of the {available_memory(place) / 1e9:.2f} GB free "
@@ -240,6 +240,8 @@ class Calibration:
         self._kept = self.replays and trainer.is_global_zero and self._factorized is None
         if self._kept:
             self.replay.keep(batch)
+            if options.calibration_steps is not None:  # of a stream, more may come than were asked for
+                del self.replay.batches[: -options.calibration_steps * trainer.accumulate_grad_batches]
 
     def leave_out(self) -> None:
         """Do not replay the batch that runs: its loss says nothing."""
@@ -388,6 +390,25 @@ class Calibration:
         self.finished = True
         self._sum(trainer)
 
+    def merge(self, trainer: pl.Trainer) -> None:
+        """Let the first process go on with what all have gathered so far, and the others with nothing.
+
+        As they do after an interruption: that sums are then added up in the same order lets both end with the same
+        factors, to the last bit.
+        """
+        if not is_distributed(trainer) or self.finished:
+            return
+        self._taps.settle()
+        with others_present():
+            self.moments.all_reduce_(device=self._device)
+            self.scores.all_reduce_()
+        if not trainer.is_global_zero:
+            share = self._shares[0]
+            sketches = {name: sides for name, sides in self._sized.items() if name in share}
+            self.moments = self._empty(layer_shapes(share), sketches=sketches)
+            self._taps.moments = offloaded(self.moments, self._device)
+            self.scores.reset()
+
     def _sum(self, trainer: pl.Trainer) -> None:
         self._seconds, self._began = self.seconds, None
         if is_distributed(trainer):
@@ -398,6 +419,11 @@ class Calibration:
             with others_present():
                 self._counts.append(sum_everywhere(trainer, self.batches))
         self.moments_bytes = max(self.moments_bytes, self.moments.nbytes)
+
+    def pause(self) -> None:
+        """Take the hooks off and thaw the module until the next batch that is counted."""
+        self._seconds, self._began = self.seconds, None
+        self.release()
 
     def release(self) -> None:
         """Take the hooks off and thaw the module; safe at any time."""

@@ -25,6 +25,7 @@ class CalibrationOptions:
     allocation: str
     refit: Refit
     update_weights: bool
+    calibration_steps: int | None
     token_fraction: float
     seed: int
     loss_terms: LossTerms | None

@@ -11,30 +11,29 @@ import torch
 from torch import Tensor
 
 from fasc_lightning._batch_state import pack_batch, unpack_batch
-from fasc_lightning._distributed import is_distributed
 from fasc_lightning.calibration import Calibration
-from fasc_lightning.dependence import SUMS, DependenceScore, all_reduce_scores_
+from fasc_lightning.dependence import SUMS, DependenceScore
 from fasc_lightning.moments_file import empty_moments, pack_moments, unpack_moments
 
 
 def pack_calibration(trainer: pl.Trainer, calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the statistics so far, summed over all processes; the running ones stay what they are.
+    """Return the statistics so far, summed over all processes; with these the first process goes on.
 
     Args:
         trainer: Of the fit.
         calibration: Between two batches.
 
     Returns:
-        Tensors by name, on the first process only, and a header for :func:`unpack_calibration`. On one process the
-        tensors are the running ones: they have to be written before the next batch.
+        Tensors by name, on the first process only, and a header for :func:`unpack_calibration`. The tensors are the
+        running ones: they have to be written before the next batch.
 
     Raises:
         UnsavableBatchError: On the first process, after the work that all share, if batches to replay are of a type
             that a file cannot hold.
     """
-    distributed = is_distributed(trainer) and not calibration.finished  # else they are summed already
-    tensors, moments = pack_moments(calibration.moments, distributed)
-    scores, rows = _pack_scores(calibration.scores.scores, distributed)
+    calibration.merge(trainer)
+    tensors, moments = pack_moments(calibration.moments)
+    scores, rows = _pack_scores(calibration.scores.scores)
     kept, batches = pack_batch(calibration.replay.batches, "batch.")
     header = {
         "moments": moments,
@@ -71,12 +70,9 @@ def unpack_calibration(
     calibration.restore(moments, scores, kept, header["batches"], header["seconds"])
 
 
-def _pack_scores(scores: Mapping[str, DependenceScore], distributed: bool) -> tuple[dict[str, Tensor], list[int]]:
+def _pack_scores(scores: Mapping[str, DependenceScore]) -> tuple[dict[str, Tensor], list[int]]:
     """Return the states of all scores, stacked in the order of their names, and how many rows each has."""
     ordered = [scores[name] for name in sorted(scores)]
-    if distributed:
-        ordered = deepcopy(ordered)
-        all_reduce_scores_(ordered)
     tensors = {f"scores.{name}": torch.stack([getattr(score, name) for score in ordered]) for name in SUMS}
     rows = [torch.cat([score.biased.new_zeros(0, 3), *score.rows]) for score in ordered]
     tensors["scores.rows"] = torch.cat(rows)

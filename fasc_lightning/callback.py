@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from fasc_lightning import _checks
+from fasc_lightning._option_types import checks_options
 from fasc_lightning.batches import LossScales, LossTerms, TokenMask, backwards_of, batch_label, observed_rows
 from fasc_lightning.calibration import Calibration
 from fasc_lightning.calibration_options import CalibrationOptions
@@ -23,6 +24,7 @@ from fasc_lightning.checkpoints import match_on_load
 from fasc_lightning.expert_modules import unfuse
 from fasc_lightning.expert_views import split_name, warn_unknown_experts
 from fasc_lightning.factorize import check_budget_fits
+from fasc_lightning.fit_end import skips_backward
 from fasc_lightning.fit_forecast import layers_forecast
 from fasc_lightning.gate import check_gate
 from fasc_lightning.history import RhoHistory, describe
@@ -162,6 +164,7 @@ class FascCallback(pl.Callback):
         are refused in ``setup``.
     """
 
+    @checks_options
     def __init__(
         self,
         rank: int | float | None = None,  # both spelled out: command lines read the type, and 256 is not 256.0
@@ -211,9 +214,6 @@ class FascCallback(pl.Callback):
             refit,
             token_fraction,
             calibration_steps,
-            seed,
-            loss_terms,
-            token_mask,
             quantize,
         )
         SketchOptions(sketch or "range", sketch_size, sketch_above)  # refuses what is out of range
@@ -251,7 +251,7 @@ class FascCallback(pl.Callback):
         self.moments_device: MomentsDevice | None = moments_device
         self.passes = passes
         self.report: CompressionReport | None = None
-        self._schedule = CalibrationSchedule(calibration_steps, passes)
+        self._schedule = CalibrationSchedule(calibration_steps, passes, freezes=not update_weights)
         self._keeper = CalibrationKeeper(self.state_key)
         self._load_hook: RemovableHandle | None = None
         self._layers: dict[str, nn.Module] = {}
@@ -306,6 +306,8 @@ class FascCallback(pl.Callback):
     ) -> None:
         if self._calibration is not None and self._calibration.begun and self.report is None:
             self._keeper.save(trainer, self._calibration, self._schedule, checkpoint)
+        elif self._calibration is not None and self.report is None:
+            self._keeper.save_place(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(
@@ -333,6 +335,7 @@ class FascCallback(pl.Callback):
         if stage != "fit":
             return
         self._forget()  # what a fit that failed may have left
+        self._schedule.set_up(trainer)
         if self._recovering is None:
             self.report = None
         _checks.check_strategy(trainer, recovers=self._recovering is not None)
@@ -397,6 +400,10 @@ class FascCallback(pl.Callback):
     ) -> None:
         if self._calibration is not None and self._schedule.begins(trainer):
             self._calibration.begin_batch(trainer, pl_module, batch)
+        elif self._calibrating:
+            self._calibration.pause()
+        if skips_backward(trainer):
+            return
         # A frozen module has the same rho at every step, and the calibration measures it.
         frozen = self._calibration is not None and self._calibration.frozen
         if self._monitors and self._layers and not frozen and self._monitor.due(trainer):
@@ -453,6 +460,7 @@ class FascCallback(pl.Callback):
         self._monitor.publish(trainer)
         if self._calibration is not None:
             self._calibration.end_epoch(trainer)
+            self._schedule.end_epoch(trainer)
 
     @recovery_instead
     @override
@@ -484,9 +492,8 @@ class FascCallback(pl.Callback):
             return
         if not calibration.begun:
             raise MisconfigurationException(
-                "Expected at least one calibration batch but the fit ended without any: is the dataloader empty, or "
-                "had the Trainer finished before, or was it stopped early (then give `calibration_steps`)? The model "
-                "is not compressed."
+                "Expected at least one calibration batch but the fit ended without any: "
+                f"{self._schedule.end_unmet()} The model is not compressed."
             )
         if not calibration.finished:  # the fit had nothing left to run, so that training neither started nor ended
             calibration.finish(trainer)

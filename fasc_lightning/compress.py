@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fasc_lightning._fit import as_loader, run_fit
+from fasc_lightning._option_types import checks_options
 from fasc_lightning.callback import FascCallback
 from fasc_lightning.fit_forecast import batch_tokens, fit_forecast
 from fasc_lightning.forecast import CompressionForecast
@@ -33,6 +34,7 @@ def compress(
 ) -> CompressionReport: ...
 
 
+@checks_options
 def compress(
     model: nn.Module,
     batches: DataLoader[Any] | Iterable[Any],

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fasc_lightning._memory import available_memory
+from fasc_lightning._option_types import check_fields
 from fasc_lightning.divergence import kl_divergence, top_k_divergence
 from fasc_lightning.expert_modules import expert_layers
 from fasc_lightning.refine_steps import relative_error
@@ -59,6 +60,7 @@ class Distillation:
     top_k: int = 64
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"Expected `temperature` to be positive but got {self.temperature!r}.")
         if not 0 <= self.weight <= 1:
@@ -363,11 +365,16 @@ def check_memory(
     """
     needed, target = teacher_bytes(module, dense, options, device)
     free = available_memory(target)
+    beside = {
+        "Distillation(device='cpu')": target.type != "cpu",
+        "dtype='bfloat16'": options.dtype is None,
+        "cache=FOLDER needs it only before the training, and not at all once the folder is filled": not options.cache,
+    }
+    remedies = [remedy for remedy, is_left in beside.items() if is_left]
     if needed > free:
         raise MemoryError(
             f"Expected the teacher to fit but it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB is free on "
-            f"{target}. HINT: Distillation(device='cpu') or dtype='bfloat16'; cache=FOLDER needs it only before the "
-            "training, and not at all once the folder is filled."
+            f"{target}. HINT: {'; '.join(remedies) or 'teacher=None'}."
         )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from fasc_lightning._dtensor import whole
 from fasc_lightning._names import block_of
+from fasc_lightning._option_types import checks_options
 from fasc_lightning.history import RhoRow
 from fasc_lightning.lowrank import linear_weight
 from fasc_lightning.moments import CalibrationMoments
@@ -42,22 +43,17 @@ OUTPUT_PROJECTIONS = frozenset(
 NEAR_CONSTANT = 0.01
 
 
+@checks_options
 def check_gate(
     gate: float | None, gate_by: str = "debiased", gate_exclude: str | Sequence[str] | None = None, method: str = "fasc"
 ) -> None:
     """Check the options of the gate.
 
     Raises:
-        TypeError: If the gate is not a number, or the exclusions are neither a string nor a list of them.
         ValueError: If an option is out of range, or there is nothing for it to decide.
     """
     if gate_by not in GATE_BY:
         raise ValueError(f"Expected `gate_by` to be one of {', '.join(GATE_BY)} but got {gate_by!r}.")
-    patterns = [gate_exclude] if isinstance(gate_exclude, str) else gate_exclude
-    if patterns is not None and not (isinstance(patterns, list | tuple) and all(isinstance(p, str) for p in patterns)):
-        raise TypeError(
-            f"Expected `gate_exclude` to be {PAPER!r}, a regular expression or a list of names; got {gate_exclude!r}."
-        )
     if gate is None:
         if gate_exclude is not None:
             raise ValueError(
@@ -65,8 +61,6 @@ def check_gate(
                 "layer gets the same solver. HINT: gate=0.3, or `exclude` to leave layers alone altogether."
             )
         return
-    if isinstance(gate, bool) or not isinstance(gate, int | float):
-        raise TypeError(f"Expected `gate` to be a number in [0, 1] or None but got {gate!r}.")
     if not 0 <= gate <= 1:
         raise ValueError(f"Expected `gate` to be in [0, 1], as rho is, but got {gate}.")
     if method == CHEAP_METHOD:

@@ -30,14 +30,14 @@ def obstacle(trainer: pl.Trainer) -> str:
     fetcher = trainer.fit_loop._data_fetcher
     if not isinstance(fetcher, _PrefetchDataFetcher):
         return "`training_step` takes batches from the loader's iterator by itself"
-    for loader in _loaders(trainer):
+    for loader in train_loaders(trainer):
         name = type(loader).__name__
-        if not _is_stateful(loader):
+        if not is_stateful(loader):
             return f"its {name} is not stateful, as torchdata's StatefulDataLoader is"
         # torchdata has its own, which keeps the order; an order drawn anew would repeat batches and leave others out.
         for sampler in _samplers(loader):
             drawn = isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler)
-            if drawn and not _is_stateful(sampler):
+            if drawn and not is_stateful(sampler):
                 return f"the {type(sampler).__name__} of its {name} is not stateful, as that of shuffle=True is"
         own = _dealt_out(loader)
         if own is not None and not all(type(index) is int for index in own._sampler_list):
@@ -56,8 +56,8 @@ def position(trainer: pl.Trainer) -> dict[str, Any]:
     """
     fetched, tensors = pack_batch(list(trainer.fit_loop._data_fetcher.batches))  # type: ignore[union-attr]
     return {
-        "loaders": [loader.state_dict() for loader in _loaders(trainer)],
-        "orders": [_order(loader) for loader in _loaders(trainer)],
+        "loaders": [loader.state_dict() for loader in train_loaders(trainer)],
+        "orders": [_order(loader) for loader in train_loaders(trainer)],
         "fetched": {"batches": fetched, "tensors": tensors},
         "rng": rng_state(),
     }
@@ -70,7 +70,7 @@ def restore_position(trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
     assert combined is not None
     assert isinstance(fetcher, _PrefetchDataFetcher)
     combined._load_state_dicts(state["loaders"])
-    with _drawn(_loaders(trainer), state["orders"]):
+    with _drawn(train_loaders(trainer), state["orders"]):
         _iterate(trainer)
     fetched = unpack_batch(state["fetched"]["batches"], state["fetched"]["tensors"].__getitem__)
     if fetched:
@@ -106,7 +106,7 @@ def _iterate(trainer: pl.Trainer) -> None:
     """Make new iterators of the loaders, whose samplers know the epoch."""
     loop = trainer.fit_loop
     epochs: Any = loop.epoch_progress.current
-    for loader in _loaders(trainer):
+    for loader in train_loaders(trainer):
         _set_sampler_epoch(loader, epochs.processed)
     assert loop._data_fetcher is not None
     iter(loop._data_fetcher)
@@ -190,10 +190,12 @@ def _samplers(loader: Any) -> list[Any]:
     return [getattr(holder, "sampler", None) for holder in (loader, getattr(loader, "batch_sampler", None))]
 
 
-def _loaders(trainer: pl.Trainer) -> Sequence[Any]:
+def train_loaders(trainer: pl.Trainer) -> Sequence[Any]:
+    """Return the loaders of a fit; none before Lightning has made them."""
     combined = trainer.fit_loop._combined_loader
     return [] if combined is None else combined.flattened
 
 
-def _is_stateful(value: Any) -> bool:
+def is_stateful(value: Any) -> bool:
+    """Tell whether a loader or sampler can say where it is, and go on from there."""
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fasc_lightning._files import whole_file
@@ -39,25 +38,18 @@ def save_moments(moments: CalibrationMoments, path: str | Path, source: str = ""
         save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
 
 
-def pack_moments(moments: CalibrationMoments, distributed: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack_moments(moments: CalibrationMoments) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the sums by name, and in plain data what they are sums of.
 
     Args:
-        moments: Of any needs; they stay what they are.
-        distributed: Whether to sum over all processes, for the first of them; the others then get no tensors.
+        moments: Of any needs; they stay what they are, and the tensors are theirs.
     """
-    if distributed:
-        moments.check_alike()
     tensors: dict[str, Tensor] = {}
     groups: dict[str, list[Any]] = {}
     for group, streams in _groups(moments).items():
-        keys = _keys_everywhere(streams) if distributed else list(streams)
-        groups[group] = keys
-        for i, key in enumerate(keys):
-            # A set of layers that share an input may have come up on other processes only.
-            stream = streams[key] if key in streams else moments._new_input(key[0], moments.shapes[key[0]][1])
-            sums = stream.reduced() if distributed else stream.sums
-            tensors.update({f"{group}.{i}.{state}": value.contiguous() for state, value in sums.items()})
+        groups[group] = list(streams)
+        for i, stream in enumerate(streams.values()):
+            tensors.update({f"{group}.{i}.{state}": value.contiguous() for state, value in stream.sums.items()})
     header = {
         "shapes": moments.shapes,
         "dtype": str(moments.dtype).removeprefix("torch."),
@@ -174,13 +166,6 @@ def _groups(moments: CalibrationMoments) -> dict[str, dict[Any, StreamedSums]]:
 def _stream(moments: CalibrationMoments, streams: dict[Any, StreamedSums], key: Any) -> StreamedSums:
     # Inputs are made when a batch tells which layers share them; all others with the layers.
     return moments._input(key) if isinstance(key, list | tuple) else streams[key]
-
-
-def _keys_everywhere(streams: Mapping[Any, StreamedSums]) -> list[Any]:
-    """Return the keys that any process has, in one order for all."""
-    keys: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(keys, list(streams))
-    return sorted(set().union(*keys))
 
 
 def _header(metadata: Mapping[str, str] | None, path: Path) -> dict[str, Any]:

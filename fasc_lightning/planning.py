@@ -13,6 +13,7 @@ from torch import nn
 
 from fasc_lightning import _checks
 from fasc_lightning._memory import available_memory
+from fasc_lightning._option_types import checks_options
 from fasc_lightning.allocation import Candidate, allocate_uniform, least_cost
 from fasc_lightning.factorize import check_budget_fits, layer_budgets, layers_dtype, layout_cost
 from fasc_lightning.forecast import CompressionForecast, PlannedLayer
@@ -43,6 +44,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+@checks_options
 def plan(
     model_or_config: Any,
     *,
@@ -120,9 +122,13 @@ def plan(
         1
     """
     _checks.check_budget(rank, keep)
-    _checks.check_options(method, allocation, layout, align, "auto", 1.0, None, 0, None, None, None)
+    _checks.check_options(method, allocation, layout, align, "auto", 1.0, None, None)
     check_gate(gate, gate_by, None, method)
     _check_counts(passes, batch_tokens, tokens)
+    if not isinstance(dtype, torch.dtype | None):
+        raise TypeError(f"Expected `dtype` to be a dtype of torch or None but got {dtype!r}.")
+    if not isinstance(probed, bool | Rates):
+        raise TypeError(f"Expected `probed` to be True, False or rates but got {probed!r}.")
     kinds: tuple[ReductionKind | None, ...] = (sketch,) if sketch != "auto" else (None, "projected", "range")
     needs = statistics_needed(method, gate, gate_by)
     if sketch == "auto" and (method != "fasc" or gate is not None or update_weights or keeps_moments):

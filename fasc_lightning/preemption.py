@@ -28,15 +28,27 @@ from fasc_lightning._batch_state import UnsavableBatchError
 from fasc_lightning._distributed import gather_everywhere, is_distributed
 from fasc_lightning.calibration import REPLAYED, Calibration
 from fasc_lightning.calibration_state import pack_calibration, unpack_calibration
-from fasc_lightning.loader_position import begin_epoch, go_back, obstacle, position, restore_position
+from fasc_lightning.fit_end import skips_backward
+from fasc_lightning.loader_position import (
+    begin_epoch,
+    go_back,
+    is_stateful,
+    obstacle,
+    position,
+    restore_position,
+    train_loaders,
+)
 from fasc_lightning.schedule import CalibrationSchedule
 from fasc_lightning.sidecar import SidecarCheckpointIO, is_local, open_sidecar
 
 #: Of what a checkpoint keeps; of another one nothing is used.
 _FORMAT = 1
 
-#: Where it is in the callback's state.
-_KEY = "calibration"
+#: Where it is in the callback's state; and where, of a fit whose calibration has not begun, its place in the data is.
+_KEY, _PLACE = "calibration", "place"
+
+#: Bytes of an order of samples above which no place is kept: every checkpoint of a training would hold it.
+_ORDER_BYTES = 64 * 2**20
 
 
 class CalibrationKeeper:
@@ -51,6 +63,7 @@ class CalibrationKeeper:
         self._io: SidecarCheckpointIO | None = None
         self._checkpoint: dict[str, Any] | None = None  # that the fit is resumed from, while it is read
         self._state: dict[str, Any] | None = None
+        self._place: dict[str, Any] | None = None
         self._stopping = False  # as the fit was before the calibration to which it goes back
         self._alone = False  # whether this process failed and others may be waiting for it
 
@@ -60,7 +73,7 @@ class CalibrationKeeper:
         if isinstance(inner, SidecarCheckpointIO):  # of a fit that failed
             inner = inner.inner
         trainer.strategy.checkpoint_io = self._io = SidecarCheckpointIO(inner, self._find)
-        self._checkpoint, self._state = None, None
+        self._checkpoint = self._state = self._place = None
         self._stopping = self._alone = False
         vars(trainer.strategy).pop("barrier", None)
 
@@ -70,7 +83,7 @@ class CalibrationKeeper:
             trainer.strategy.checkpoint_io = self._io.inner
         if self._alone:
             vars(trainer.strategy).pop("barrier", None)
-        self._io = self._checkpoint = self._state = None
+        self._io = self._checkpoint = self._state = self._place = None
 
     def after_exception(self, trainer: pl.Trainer, exception: BaseException, end: Callable[[], None]) -> None:
         """Call something once other callbacks have saved their checkpoints of what went wrong.
@@ -118,7 +131,12 @@ class CalibrationKeeper:
             "schedule": schedule.state_dict(trainer),
             "left": left,
             "obstacle": hindered,
-            "accumulated": calibration.options.update_weights and left and trainer.fit_loop._should_accumulate(),
+            "accumulated": (
+                calibration.options.update_weights
+                and left
+                and not skips_backward(trainer)
+                and trainer.fit_loop._should_accumulate()
+            ),
             "tensors": {},
         }
         if not hindered:
@@ -129,6 +147,20 @@ class CalibrationKeeper:
                 state["obstacle"] = f"its batches, which are to be replayed, hold {error}, which a file cannot"
         checkpoint["callbacks"].setdefault(self._key, {})[_KEY] = state
 
+    def save_place(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Put where every process stands in its data into a checkpoint of before the calibration; on all together.
+
+        Without it Lightning goes on with an order drawn anew, of which it gives every process the first one's place:
+        some samples would be trained on and calibrated twice, and others not at all.
+        """
+        if self._alone or not _batches_are_left(trainer) or _of_any(trainer, obstacle(trainer)):
+            return
+        place = position(trainer)
+        sizes = [order["order"].nbytes for order in place["orders"] if order is not None]
+        if not _of_any(trainer, "too large" if sum(sizes) > _ORDER_BYTES else ""):
+            state = {"format": _FORMAT, "positions": gather_everywhere(trainer, place)}
+            checkpoint["callbacks"].setdefault(self._key, {})[_PLACE] = state
+
     def _find(self, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
         return checkpoint.get("callbacks", {}).get(self._key, {}).get(_KEY)
 
@@ -136,6 +168,9 @@ class CalibrationKeeper:
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Take a calibration out of a checkpoint, before Lightning copies what it hands to callbacks."""
+        place = checkpoint["callbacks"].get(self._key, {}).pop(_PLACE, None)
+        if self._io is not None and place is not None and place["format"] == _FORMAT:
+            self._place = place
         state = checkpoint["callbacks"].get(self._key, {}).pop(_KEY, None)
         if self._io is not None and state is not None and state["format"] == _FORMAT:  # in a fit
             self._checkpoint, self._state = checkpoint, state
@@ -157,6 +192,7 @@ class CalibrationKeeper:
                 f"({_described(_end(trainer, schedule))}; it was {_described(state['end'])})."
             )
             return
+        schedule.prepare(trainer, state["schedule"])
         reason = _of_any(trainer, self._unusable(trainer, calibration, state))
         reason = reason or _of_any(trainer, self._read(trainer, calibration, state))
         if reason:
@@ -177,6 +213,9 @@ class CalibrationKeeper:
         state, self._state = self._state, None
         if state is not None and state["left"]:
             restore_position(trainer, state["positions"][trainer.global_rank])
+        place, self._place = self._place, None
+        if place is not None and not _of_any(trainer, _elsewhere(trainer, place["positions"])):
+            restore_position(trainer, place["positions"][trainer.global_rank])
         begin_epoch(trainer)
         if state is not None:
             schedule.load_state_dict(trainer, state["schedule"])
@@ -241,6 +280,16 @@ def _of_any(trainer: pl.Trainer, reason: str) -> str:
     return next(filter(None, gather_everywhere(trainer, reason)), "")
 
 
+def _elsewhere(trainer: pl.Trainer, positions: list[Any]) -> str:
+    """Return why a fit cannot go on from the places of an earlier one; "" if it can."""
+    if len(positions) != trainer.world_size:
+        return "another number of processes"
+    loaders = train_loaders(trainer)
+    if len(loaders) != len(positions[0]["loaders"]) or not all(is_stateful(loader) for loader in loaders):
+        return "other loaders"
+    return obstacle(trainer)
+
+
 def _batches_are_left(trainer: pl.Trainer) -> bool:
     """Tell whether the fit has another batch to run."""
     loop = trainer.fit_loop
@@ -258,7 +307,7 @@ def _batches_are_left(trainer: pl.Trainer) -> bool:
 
 def _end(trainer: pl.Trainer, schedule: CalibrationSchedule) -> list[Any]:
     """Return what decides when the calibration takes place."""
-    return [trainer.max_epochs, trainer.max_steps, schedule.calibration_steps]
+    return [schedule.end.max_epochs, trainer.max_steps, schedule.calibration_steps]
 
 
 def _described(end: list[Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fasc_lightning._option_types import checks_options
 from fasc_lightning.expert_modules import unfuse
 from fasc_lightning.expert_views import ExpertLinear
 from fasc_lightning.lowrank import CompressedLinear
@@ -16,6 +17,7 @@ from fasc_lightning.swap import check_in_memory, compressed_layers, swap_modules
 from fasc_lightning.taps import is_plain_linear, select_layers
 
 
+@checks_options
 def quantize(
     model: nn.Module,
     quantization: Quantization = "int8",

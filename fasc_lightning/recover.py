@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fasc_lightning._fit import as_lightning_module, as_lightning_prefix, as_loader, run_fit
+from fasc_lightning._option_types import checks_options
 from fasc_lightning.distillation import frozen_copy
 from fasc_lightning.held_out import split_loader
 from fasc_lightning.recovery import Recovery, as_recovery, refine_options
@@ -21,6 +22,7 @@ from fasc_lightning.refit import layer_state
 from fasc_lightning.swap import compressed_layers
 
 
+@checks_options
 def recover(
     model: nn.Module,
     batches: DataLoader[Any] | Iterable[Any],

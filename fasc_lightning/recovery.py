@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
+from fasc_lightning._option_types import check_fields
 from fasc_lightning.distillation import Distillation
 from fasc_lightning.refine import RefineOptions
 from fasc_lightning.swap import compressed_layers
@@ -119,7 +121,7 @@ class LoraRecovery(_Taught):
         _check_common(self)
         if type(self.r) is not int or self.r < 1:
             raise ValueError(f"Expected `r` to be a positive int but got {self.r!r}.")
-        if not (self.alpha is None or self.alpha > 0):
+        if not (self.alpha is None or 0 < self.alpha < math.inf):
             raise ValueError(f"Expected `alpha` to be positive or None but got {self.alpha!r}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"Expected `dropout` to be in [0, 1) but got {self.dropout!r}.")
@@ -140,7 +142,10 @@ class LoraRecovery(_Taught):
         from peft import LoraConfig
 
         if isinstance(self.config, Mapping):
-            return LoraConfig(**self.config)
+            try:
+                return LoraConfig(**self.config)
+            except TypeError as error:
+                raise TypeError(f"Expected `config` to be arguments of a peft LoraConfig but: {error}") from error
         if self.config is not None:
             return deepcopy(self.config)
         alpha = 2 * self.r if self.alpha is None else self.alpha
@@ -183,8 +188,6 @@ class FactorRecovery(_Taught):
 
     def __post_init__(self) -> None:
         _check_common(self)
-        if not isinstance(self.norms, bool):
-            raise TypeError(f"Expected `norms` to be True or False but got {self.norms!r}.")
 
 
 Recovery = LoraRecovery | FactorRecovery
@@ -256,10 +259,11 @@ def _text(value: Any) -> Any:
 
 
 def _check_common(recovery: Recovery) -> None:
+    check_fields(recovery)
     teacher = recovery.teacher
     if not (teacher is None or teacher == "dense" or isinstance(teacher, Distillation)):
         raise ValueError(f"Expected `teacher` to be None, 'dense' or a Distillation but got {teacher!r}.")
-    if recovery.learning_rate is not None and not recovery.learning_rate > 0:
+    if recovery.learning_rate is not None and not 0 < recovery.learning_rate < math.inf:
         raise ValueError(f"Expected `learning_rate` to be positive but got {recovery.learning_rate!r}.")
     if recovery.precision not in (None, *get_args(Precision)):
         raise ValueError(

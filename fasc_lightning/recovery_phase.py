@@ -21,6 +21,7 @@ from typing_extensions import override
 from fasc_lightning import _checks
 from fasc_lightning._distributed import sum_everywhere
 from fasc_lightning._memory import peak_memory_bytes
+from fasc_lightning._option_types import checks_options
 from fasc_lightning.adapters import Adapters, put_values
 from fasc_lightning.batches import LossTerms, TokenMask, batch_mask, loss_terms_of, reads_loss
 from fasc_lightning.best_state import BestState
@@ -69,6 +70,7 @@ class RecoveryCallback(pl.Callback):
         figures: What was done, in plain types, after the fit.
     """
 
+    @checks_options
     def __init__(
         self,
         recovery: Literal["lora", "factors"] | Recovery,
@@ -81,7 +83,8 @@ class RecoveryCallback(pl.Callback):
         teacher: str | None = None,
     ) -> None:
         options = as_recovery(recovery)
-        assert options is not None
+        if options is None:
+            raise ValueError("Expected `recovery` to say what is trained but got None. HINT: recovery='lora'.")
         self.recovery: Recovery = options
         self.dense = {} if dense is None else dense
         self.seed = seed

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fasc_lightning._option_types import check_fields
 from fasc_lightning._rng_state import same_rng
 from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.factorized import Progress
@@ -68,6 +69,7 @@ class RefineOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
+        check_fields(self)
         least = {"steps": 1, "holdout": 2, "tokens": 1, "seed": 0}
         for name, value in least.items():
             given = getattr(self, name)

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from fasc_lightning import _checks
 from fasc_lightning._fit import run_fit
+from fasc_lightning._option_types import checks_options
 from fasc_lightning.batches import LossScales, LossTerms, TokenMask, backwards_of, batch_label, observed_rows
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.history import RhoHistory
@@ -28,6 +29,7 @@ from fasc_lightning.token_batches import is_hf_dataset
 from fasc_lightning.tokens import TokenRows
 
 
+@checks_options
 def score(
     model: nn.Module | str,
     data: DataLoader[Any] | Iterable[Any],

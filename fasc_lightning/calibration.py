@@ -38,7 +38,7 @@ from fasc_lightning.refine_phase import RefinePhase
 from fasc_lightning.refine_report import RefineReport
 from fasc_lightning.refit import RefitReport
 from fasc_lightning.refit_phase import RefitPhase
-from fasc_lightning.replay import Replay
+from fasc_lightning.replay import Place, Replay
 from fasc_lightning.report import LayerReport
 from fasc_lightning.sharding import Unsharding, is_sharded, lacks_room
 from fasc_lightning.sketch_sizes import describe_sketches
@@ -230,7 +230,7 @@ class Calibration:
         self.batches += 1
         # The first process runs its own alone; a further pass has the same ones.
         if self.replays and trainer.is_global_zero and self._factorized is None:
-            self.replay.keep(batch)
+            self.replay.keep(batch, Place.of(trainer))
 
     def _size_sketches(self) -> None:
         """Choose sizes anew by what monitoring knows of rho by now, before anything is summed: never larger ones.
@@ -303,7 +303,7 @@ class Calibration:
         self,
         moments: CalibrationMoments | None,
         scores: dict[str, DependenceScore] | None,
-        kept: list[Any],
+        kept: Replay,
         batches: int,
         seconds: float,
     ) -> None:
@@ -322,13 +322,13 @@ class Calibration:
             self._taps.moments = offloaded(moments, self._device)
         if scores is not None:
             self.scores.scores = scores
-        self.replay.batches = kept if self.replays else []
+        self.replay = kept if self.replays else Replay()
         self.batches, self._seconds = batches, seconds
 
     def reset(self) -> None:
         """Undo a :meth:`restore` that other processes could not follow: nothing has been counted."""
         self._begin_share()
-        self.restore(None, None, [], 0, 0.0)
+        self.restore(None, None, Replay(), 0, 0.0)
 
     def end_epoch(self, trainer: pl.Trainer) -> None:
         """End a pass that others follow: its layers are factorised, and their moments let go of."""

@@ -423,6 +423,8 @@ class FascCallback(pl.Callback):
     ) -> None:
         if self._calibration is not None:
             self._calibration.end_batch()
+            if not outputs:  # of a step that returned None, by which it skips its batch
+                self._calibration.replay.skip(trainer)
             if self._calibration.running:
                 self._calibration.lockstep.end_batch(trainer)
         self._monitor.end_batch(trainer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subse
 from typing_extensions import override
 
 from fasc_lightning._distributed import is_distributed
-from fasc_lightning._rng_state import same_rng
+from fasc_lightning._rng_state import same_rng, seed_rng
 from fasc_lightning.evaluation.perplexity import evaluating
-from fasc_lightning.replay import silent, training_loss
+from fasc_lightning.replay import Place, TrainingStep, as_trained_on
 
 #: One sample in so many is held back.
 EVERY = 8
@@ -166,12 +167,13 @@ def held_out_loss(
 ) -> float:
     """Return the mean of the module's own loss over batches of all processes, in eval mode, as precise as in training.
 
-    Nothing else changes: modes and random generators are put back.
+    Nothing else changes: the module, its modes and random generators are put back. Where a step draws random numbers,
+    they are the same at every look.
 
     Args:
         trainer: Of the fit.
         pl_module: Its module.
-        batches: Of this process.
+        batches: Of this process, as their loader makes them.
         terms: Returns over how many terms a batch's loss is a mean; batches of none do not count.
 
     Raises:
@@ -179,12 +181,15 @@ def held_out_loss(
     """
     device = trainer.strategy.root_device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    with same_rng(), evaluating(pl_module), silent(pl_module), trainer.precision_plugin.val_step_context():
-        for batch in batches:
-            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), device)
+    step, now = TrainingStep(trainer), Place.of(trainer)
+    with same_rng(), evaluating(pl_module):
+        for number, batch in enumerate(batches):
+            seed_rng(number)  # of hooks that augment
+            batch = as_trained_on(trainer, batch)
             weight = terms(batch)
             if weight > 0:
-                sums += torch.tensor([float(training_loss(pl_module, batch)) * weight, weight], device=device)
+                loss = float(step(pl_module, batch, replace(now, batch_idx=number)))
+                sums += torch.tensor([loss * weight, weight], dtype=torch.float64, device=device)
     if is_distributed(trainer):
         torch.distributed.all_reduce(sums)
     if not float(sums[1]):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -96,6 +96,13 @@ class Replay:
         place = place or Place(batch_idx=len(self.batches))
         self.batches.append(KeptBatch(copy_batch(batch, lambda *_: "cpu"), place, stays))
 
+    def skip(self, trainer: pl.Trainer) -> None:
+        """Forget the batch that runs, if it was kept: its step has returned no loss."""
+        now = Place.of(trainer)
+        last = self.batches[-1].place if self.batches else None
+        if last is not None and (last.epoch, last.batch_idx) == (now.epoch, now.batch_idx):
+            self.batches.pop()
+
     def on(self, device: Any) -> list[Any]:
         """Return the batches on a device; on the CPU, those that are kept."""
         if torch.empty(0, device=device).device.type == "cpu":
@@ -139,19 +146,20 @@ class TrainingStep:
     are put back.
 
     Args:
-        trainer: Of the fit; None outside of one.
-        replay: The batches that will be run; of others nothing is known.
+        trainer: Of the fit.
+        replay: Batches that will be run.
         device: Where to run them.
 
     Attributes:
         batches: Those of the replay, on the device.
     """
 
-    def __init__(self, trainer: pl.Trainer | None, replay: Replay | None = None, device: Any = "cpu") -> None:
+    def __init__(self, trainer: pl.Trainer, replay: Replay | None = None, device: Any = "cpu") -> None:
         self._trainer = trainer
         self.batches: list[Any] = [] if replay is None else replay.on(device)
         kept = [] if replay is None else replay.batches
         self._places = {id(batch): each.place for batch, each in zip(self.batches, kept, strict=True)}
+        self._others: list[Any] = []  # held, so that no id is used again
         self._differentiates = False
 
     def __call__(self, module: nn.Module, batch: Any, place: Place | None = None) -> Tensor:
@@ -160,7 +168,7 @@ class TrainingStep:
         Args:
             module: In any mode, which is kept.
             batch: As the training loop would give it to the step.
-            place: Where it is; by default where it was kept, or where the Trainer is.
+            place: Where it is; by default where it was kept. A batch that was not is numbered as it comes.
 
         Raises:
             NoLossError: If the step gives none.
@@ -179,17 +187,14 @@ class TrainingStep:
     def loss(self, module: nn.Module, batch: Any, place: Place | None = None) -> Tensor:
         """Return the module's loss of a batch, with its graph; for those who see to :func:`untouched` themselves."""
         assert isinstance(module, pl.LightningModule)
-        place = place or self._places.get(id(batch))
-        with ExitStack() as stack:
-            stack.enter_context(same_rng())
-            if place is not None:
-                seed_rng(1_000_003 * place.epoch + place.batch_idx)
-                if self._trainer is not None:
-                    stack.enter_context(place.taken(self._trainer))
-            stack.enter_context(silent(module))
-            stack.enter_context(self.context())
+        if place is None and id(batch) not in self._places:
+            self._places[id(batch)] = replace(Place.of(self._trainer), batch_idx=len(self._others))
+            self._others.append(batch)
+        place = place or self._places[id(batch)]
+        with same_rng(), place.taken(self._trainer), silent(module), self.context():
+            seed_rng(place.batch_idx)
             try:
-                return training_loss(module, copy_batch(batch), 0 if place is None else place.batch_idx)
+                return training_loss(module, copy_batch(batch), place.batch_idx)
             except RuntimeError as error:
                 if torch.is_grad_enabled() and _wants_gradients(error):
                     raise NoLossError(
@@ -200,7 +205,7 @@ class TrainingStep:
 
     def context(self) -> AbstractContextManager[Any]:
         """Return the Trainer's precision as a context, for parts of the module that are run by themselves."""
-        return nullcontext() if self._trainer is None else self._trainer.precision_plugin.train_step_context()
+        return self._trainer.precision_plugin.train_step_context()
 
 
 def training_loss(module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
@@ -228,6 +233,13 @@ def training_loss(module: pl.LightningModule, batch: Any, batch_idx: int) -> Ten
 def _wants_gradients(error: RuntimeError) -> bool:
     """Tell whether an error is that of a step which differentiates where nothing has a graph."""
     return "not require grad" in str(error) or "does not have a grad_fn" in str(error)
+
+
+def as_trained_on(trainer: pl.Trainer, batch: Any) -> Any:
+    """Return a batch of a loader as the training loop gives it to the training step."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 @contextmanager

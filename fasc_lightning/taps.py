@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from fasc_lightning._dtensor import whole
+from fasc_lightning._forward_hook import ForwardHook
 from fasc_lightning.expert_views import ExpertLinear, ExpertTaps, Routing, expert_views, holds_experts, routers
 from fasc_lightning.lowrank import linear_shape, linear_weight
 from fasc_lightning.offload import MomentSums, RowsRefusedError
@@ -211,8 +212,7 @@ class Taps:
             return
         self._experts.install()
         for name, module in self.layers.items():
-            hook: Callable[..., Any] = partial(self._on_forward, name)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(ForwardHook(self._on_forward, name), with_kwargs=True))
 
     def remove(self) -> None:
         """Take every hook off; safe to call at any time, any number of times."""

@@ -50,7 +50,7 @@ class Place:
         """Let a Trainer say that it is there, and that it trains."""
         loop: Any = trainer.fit_loop.epoch_loop
         told = [
-            (trainer.fit_loop.epoch_progress.current, "processed", self.epoch),
+            (trainer.fit_loop.epoch_progress.current, "completed", self.epoch),
             (loop.batch_progress.current, "ready", self.batch_idx + 1),
             (loop.automatic_optimization.optim_progress.optimizer.step.total, "completed", self.step),
             (trainer.state, "stage", pl.trainer.states.RunningStage.TRAINING),
@@ -160,7 +160,6 @@ class TrainingStep:
         kept = [] if replay is None else replay.batches
         self._places = {id(batch): each.place for batch, each in zip(self.batches, kept, strict=True)}
         self._others: list[Any] = []  # held, so that no id is used again
-        self._differentiates = False
 
     def __call__(self, module: nn.Module, batch: Any, place: Place | None = None) -> Tensor:
         """Return the module's loss of a batch, a scalar without a graph.
@@ -173,16 +172,12 @@ class TrainingStep:
         Raises:
             NoLossError: If the step gives none.
         """
-        with untouched(module):
-            try:
-                with torch.set_grad_enabled(self._differentiates):
-                    return self.loss(module, batch, place).detach()
-            except RuntimeError as error:
-                if self._differentiates or not _wants_gradients(error):
-                    raise
-        # As physics-informed networks and gradient penalties do. A graph costs memory, so that others have none.
-        self._differentiates = True
-        return self(module, batch, place)
+        # As in training, gradients are enabled, by which physics-informed networks and gradient penalties make their
+        # loss. Where no weight requires one, nobody else has a graph, which would cost memory.
+        with untouched(module), torch.enable_grad():
+            for parameter in module.parameters():
+                parameter.requires_grad_(False)
+            return self.loss(module, batch, place).detach()
 
     def loss(self, module: nn.Module, batch: Any, place: Place | None = None) -> Tensor:
         """Return the module's loss of a batch, with its graph; for those who see to :func:`untouched` themselves."""
@@ -196,7 +191,7 @@ class TrainingStep:
             try:
                 return training_loss(module, copy_batch(batch), place.batch_idx)
             except RuntimeError as error:
-                if torch.is_grad_enabled() and _wants_gradients(error):
+                if _wants_gradients(error):
                     raise NoLossError(
                         "Expected a training step that can run while the weights require no gradient but it "
                         f"differentiates by them ({error})."

@@ -11,8 +11,9 @@ import sys
 import types
 from argparse import Namespace
 from collections import OrderedDict, UserDict, UserList, deque
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -57,30 +58,53 @@ def untouched(module: nn.Module) -> Iterator[None]:
     Args:
         module: The module.
     """
-    with ExitStack() as undo:
-        _Look(undo, sum(p.nbytes for p in module.parameters() if not is_lazy(p)) <= PARAMETERS).at(module, 0)
+    look = _Look(sum(p.nbytes for p in module.parameters() if not is_lazy(p)) <= PARAMETERS)
+    look.at(module, 0)
+    try:
         yield
+    finally:
+        look.put_back()
 
 
 class _Look:
     """One walk over what a module holds, which leaves behind how to put it back.
 
     Args:
-        undo: What puts it back.
         parameters: Whether parameters are copied.
     """
 
-    def __init__(self, undo: ExitStack, parameters: bool) -> None:
-        self._undo = undo
+    def __init__(self, parameters: bool) -> None:
         self._parameters = parameters
+        self._empty: list[dict[Any, Any]] = []  # most dicts of a module: it has a dozen for hooks
+        self._steps: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         # Held, so that no id is used again.
         self._seen: dict[int, Any] = {}
+
+    def put_back(self) -> None:
+        """Put all back, whatever fails."""
+        failed: BaseException | None = None
+        for value in self._empty:
+            if value:
+                value.clear()
+        for step, arguments in self._steps:
+            try:
+                step(*arguments)
+            except BaseException as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def _undo(self, step: Callable[..., None], *arguments: Any) -> None:
+        self._steps.append((step, arguments))
 
     def at(self, value: Any, depth: int) -> None:
         """Look at one value and at all inside of it."""
         if isinstance(value, _PLAIN) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
+        if type(value) is OrderedDict and not value:
+            self._empty.append(value)
+            return
         if isinstance(value, Tensor):
             self._tensor(value, depth)
         elif isinstance(value, nn.Module):
@@ -103,14 +127,17 @@ class _Look:
 
     def _mapping(self, value: dict[Any, Any]) -> list[Any]:
         """See to a dict, and return the values that are to be looked at."""
+        if not value:
+            self._empty.append(value)
+            return []
         kind = OrderedDict if isinstance(value, OrderedDict) else dict
-        saved = list(kind.items(value))
-        self._undo.callback(_put_mapping, kind, value, saved)
-        return [item for _, item in saved] if len(saved) <= ENTRIES else []
+        keys, items = list(kind.keys(value)), list(kind.values(value))
+        self._undo(_put_mapping, kind, value, keys, items)
+        return items if len(items) <= ENTRIES else []
 
     def _collection(self, value: list[Any] | deque[Any] | set[Any]) -> list[Any]:
         saved = list(value)
-        self._undo.callback(_put_collection, value, saved)
+        self._undo(_put_collection, value, saved)
         return saved if len(saved) <= ENTRIES else []
 
     def _object(self, value: Any, depth: int) -> None:
@@ -122,7 +149,7 @@ class _Look:
 
     def _class(self, kind: type, depth: int) -> None:
         """See to what a user's classes of modules hold themselves, as a list that is written in the class body."""
-        for each in kind.__mro__:
+        for each in kind.__mro__ if id(kind) not in self._seen else ():
             if id(each) in self._seen or _root(each) in _LIBRARIES or _root(each) in sys.stdlib_module_names:
                 continue
             self._seen[id(each)] = each
@@ -130,12 +157,12 @@ class _Look:
             self._attributes(each, data, depth)
 
     def _attributes(self, owner: Any, saved: dict[str, Any], depth: int) -> None:
-        self._undo.callback(_put_attributes, owner, saved)
+        self._undo(_put_attributes, owner, saved)
         self._inside(saved.values(), depth)
 
     def _tensor(self, value: Tensor, depth: int) -> None:
         if value.is_leaf:
-            self._undo.callback(_put_flags, value, value.requires_grad, value.grad)
+            self._undo(_put_flags, value, value.requires_grad, value.grad)
             if value.grad is not None:
                 self.at(value.grad, depth)
         if is_lazy(value) or is_dtensor(value) or value.layout is not torch.strided or value.is_meta:
@@ -143,39 +170,39 @@ class _Look:
         data = value.data
         small = self._parameters if isinstance(value, nn.Parameter) else value.nbytes <= COPIED
         copied = data.clone() if small else None
-        self._undo.callback(_put_tensor, value, data, copied, 0 if value.is_inference() else value._version)
+        self._undo(_put_tensor, value, data, copied, 0 if value.is_inference() else value._version)
 
     def _array(self, value: np.ndarray) -> None:
         if value.flags.writeable and value.nbytes <= COPIED:
-            self._undo.callback(_put_array, value, value.copy())
+            self._undo(_put_array, value, value.copy())
 
     def _generator(self, value: Any) -> bool:
         """See to a generator of random numbers; return whether it is one."""
         if isinstance(value, torch.Generator):
-            self._undo.callback(value.set_state, value.get_state())
+            self._undo(value.set_state, value.get_state())
         elif isinstance(value, random.Random):
-            self._undo.callback(value.setstate, value.getstate())
+            self._undo(value.setstate, value.getstate())
         elif isinstance(value, np.random.Generator):
-            self._undo.callback(setattr, value.bit_generator, "state", value.bit_generator.state)
+            self._undo(setattr, value.bit_generator, "state", value.bit_generator.state)
         elif isinstance(value, np.random.RandomState):
-            self._undo.callback(value.set_state, value.get_state())
+            self._undo(value.set_state, value.get_state())
         else:
             return False
         return True
 
 
-def _put_mapping(kind: type[dict[Any, Any]], value: dict[Any, Any], saved: list[tuple[Any, Any]]) -> None:
-    now = list(kind.items(value))
-    if len(now) == len(saved) and all(a[0] is b[0] and a[1] is b[1] for a, b in zip(now, saved, strict=True)):
+def _put_mapping(kind: type[dict[Any, Any]], value: dict[Any, Any], keys: list[Any], items: list[Any]) -> None:
+    same = len(value) == len(keys) and all(map(is_, kind.keys(value), keys))
+    if same and all(map(is_, kind.values(value), items)):
         return
     # Not by methods of a class of its own: a Counter's `update` adds.
     kind.clear(value)
-    for key, item in saved:
+    for key, item in zip(keys, items, strict=True):
         kind.__setitem__(value, key, item)
 
 
 def _put_collection(value: list[Any] | deque[Any] | set[Any], saved: list[Any]) -> None:
-    if len(value) == len(saved) and all(a is b for a, b in zip(value, saved, strict=True)):
+    if len(value) == len(saved) and all(map(is_, value, saved)):
         return
     value.clear()
     value.update(saved) if isinstance(value, set) else value.extend(saved)

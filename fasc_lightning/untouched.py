@@ -266,5 +266,3 @@ def _slots(kind: type) -> tuple[str, ...]:
     slots = vars(kind).get("__slots__", ())
     slots = (slots,) if isinstance(slots, str) else tuple(slots)
     return tuple(name for name in slots if name not in ("__dict__", "__weakref__"))
-
-

@@ -150,7 +150,9 @@ def test_a_fit_with_replays_leaves_what_a_fit_without_does(make_trainer, tmp_pat
                 **{key: str(own[key]) for key in ("outs", "counts", "best")},
                 "modes": [m.training for m in module.children()],
                 "metrics": [module.accuracy.compute(), module.accuracy._update_count, module.mean[0].compute()],
-                "buffers": [value.tolist() for value in (module.seen, module.norm.running_mean, module.norm.running_var)],
+                "buffers": [
+                    value.tolist() for value in (module.seen, module.norm.running_mean, module.norm.running_var)
+                ],
                 "drawn": torch.rand(1, generator=module.generator).item(),
                 "drawn from all": torch.rand(1).item(),
                 "class": list(Collecting.calls),

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import nn
 from torch.utils.data import DataLoader
@@ -83,6 +84,33 @@ def run_fit(
             if not split:
                 model.to(device)  # Lightning moves modules to the CPU when a fit ends
     return prefix
+
+
+@contextmanager
+def attached(module: pl.LightningModule, device: torch.device) -> Iterator[pl.Trainer]:
+    """Give a module a Trainer as in a fit, which its step and its hooks may ask, without a fit.
+
+    Args:
+        module: Which keeps what it has in the end.
+        device: Its own.
+    """
+    before = module._trainer
+    with _quiet_trainer(False):
+        trainer = pl.Trainer(
+            **on_device(device),
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+    trainer.state.fn = TrainerFn.FITTING
+    trainer.training = True
+    try:
+        trainer._data_connector.attach_data(module)
+        trainer.strategy._lightning_module = module
+        yield trainer
+    finally:
+        module.trainer = before
 
 
 def on_device(device: torch.device) -> dict[str, Any]:

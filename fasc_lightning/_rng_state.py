@@ -38,9 +38,20 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def same_rng() -> Iterator[None]:
-    """Give the generators back the state that they have now, whatever is drawn inside."""
+    """Give the generators back the state that they have now, whatever is drawn inside; those of all devices."""
     state = rng_state()
+    cuda = torch.cuda.get_rng_state_all() if "cuda" in state else []
     try:
         yield
     finally:
         set_rng_state(state)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def seed_rng(seed: int) -> None:
+    """Seed the generators, without a word and without a variable of the environment, as Lightning would leave one."""
+    seed %= 2**32  # NumPy takes no more
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)

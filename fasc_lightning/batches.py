@@ -179,11 +179,28 @@ class LossScales:
 
 
 def replayed_rows(
-    pl_module: pl.LightningModule, batch: Any, *, token_mask: TokenMask | None, loss_terms: LossTerms | None
+    pl_module: pl.LightningModule,
+    batch: Any,
+    *,
+    token_mask: TokenMask | None,
+    loss_terms: LossTerms | None,
+    factor: float = 1.0,
 ) -> TokenRows:
-    """Describe a batch whose loss is had outside of the training loop, as the training step returns it."""
+    """Describe a batch whose loss is had outside of the training loop.
+
+    Args:
+        pl_module: Its ``loss_terms`` serves where none is given, else "mean".
+        batch: The batch.
+        token_mask: Tells real tokens from padding.
+        loss_terms: How the loss averages.
+        factor: What the loss that the training step returned is multiplied by before its backward pass.
+    """
     mask = batch_mask(pl_module, batch, token_mask)
-    known = partial(batch_terms, pl_module, batch, mask, loss_terms)
+
+    def known(loss: Tensor | None = None) -> LossScale:
+        found = batch_terms(pl_module, batch, mask, loss_terms, loss, factor)
+        return replace(found, scale=found.scale / factor)
+
     return TokenRows("a batch run again", mask, _first_guess(known), scale_of=known)
 
 

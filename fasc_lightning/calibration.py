@@ -38,7 +38,7 @@ from fasc_lightning.refine_phase import RefinePhase
 from fasc_lightning.refine_report import RefineReport
 from fasc_lightning.refit import RefitReport
 from fasc_lightning.refit_phase import RefitPhase
-from fasc_lightning.replay import Replay
+from fasc_lightning.replay import Place, Replay
 from fasc_lightning.report import LayerReport
 from fasc_lightning.sharding import Unsharding, is_sharded, lacks_room
 from fasc_lightning.sketch_sizes import describe_sketches
@@ -239,12 +239,12 @@ class Calibration:
         # The first process runs its own alone; a further pass has the same ones.
         self._kept = self.replays and trainer.is_global_zero and self._factorized is None
         if self._kept:
-            self.replay.keep(batch)
+            self.replay.keep(batch, Place.of(trainer))
             if options.calibration_steps is not None:  # of a stream, more may come than were asked for
                 del self.replay.batches[: -options.calibration_steps * trainer.accumulate_grad_batches]
 
     def leave_out(self) -> None:
-        """Do not replay the batch that runs: its loss says nothing."""
+        """Do not replay the batch that runs, or has just run: it has no loss, or one that says nothing."""
         if self._kept:
             self.replay.batches.pop()
             self._kept = False
@@ -341,7 +341,7 @@ class Calibration:
         self,
         moments: CalibrationMoments | None,
         scores: dict[str, DependenceScore] | None,
-        kept: list[Any],
+        kept: Replay,
         batches: int,
         seconds: float,
     ) -> None:
@@ -360,13 +360,13 @@ class Calibration:
             self._taps.moments = offloaded(moments, self._device)
         if scores is not None:
             self.scores.scores = scores
-        self.replay.batches = kept if self.replays else []
+        self.replay = kept if self.replays else Replay()
         self.batches, self._seconds = batches, seconds
 
     def reset(self) -> None:
         """Undo a :meth:`restore` that other processes could not follow: nothing has been counted."""
         self._begin_share()
-        self.restore(None, None, [], 0, 0.0)
+        self.restore(None, None, Replay(), 0, 0.0)
 
     def end_epoch(self, trainer: pl.Trainer) -> None:
         """End a pass that others follow: its layers are factorised, and their moments let go of."""

@@ -14,6 +14,7 @@ from fasc_lightning._batch_state import pack_batch, unpack_batch
 from fasc_lightning.calibration import Calibration
 from fasc_lightning.dependence import SUMS, DependenceScore
 from fasc_lightning.moments_file import empty_moments, pack_moments, unpack_moments
+from fasc_lightning.replay import Replay
 
 
 def pack_calibration(trainer: pl.Trainer, calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -34,7 +35,7 @@ def pack_calibration(trainer: pl.Trainer, calibration: Calibration) -> tuple[dic
     calibration.merge(trainer)
     tensors, moments = pack_moments(calibration.moments)
     scores, rows = _pack_scores(calibration.scores.scores)
-    kept, batches = pack_batch(calibration.replay.batches, "batch.")
+    kept, batches = pack_batch(calibration.replay.state_dict(), "batch.")
     header = {
         "moments": moments,
         "rows": rows,
@@ -61,12 +62,12 @@ def unpack_calibration(
     device = calibration.moments.device
     if not trainer.is_global_zero:
         moments = empty_moments(header["moments"], device)
-        calibration.restore(moments, None, [], header["batches"], header["seconds"])
+        calibration.restore(moments, None, Replay(), header["batches"], header["seconds"])
         return
     moments = unpack_moments(header["moments"], lambda name: tensor(name).to(device), device)
     scores = {name: deepcopy(score) for name, score in calibration.scores.scores.items()}
     _unpack_scores(scores, header["rows"], tensor)
-    kept = unpack_batch(header["kept"], tensor)
+    kept = Replay.from_state(unpack_batch(header["kept"], tensor))
     calibration.restore(moments, scores, kept, header["batches"], header["seconds"])
 
 

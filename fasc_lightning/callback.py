@@ -450,6 +450,8 @@ class FascCallback(pl.Callback):
     ) -> None:
         if self._calibration is not None:
             self._calibration.end_batch()
+            if not outputs:  # of a step that returned None, by which it skips its batch
+                self._calibration.leave_out()
             if self._calibration.running:
                 self._calibration.lockstep.end_batch(trainer)
         self._monitor.end_batch(trainer)

@@ -17,6 +17,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fasc_lightning._forward_hook import ForwardHook
 from fasc_lightning._memory import available_memory
 from fasc_lightning._option_types import check_fields
 from fasc_lightning.divergence import kl_divergence, top_k_divergence
@@ -181,6 +182,9 @@ class Teacher:
             self._blocks.watch(blocks)
             if self._copy is not None:
                 self._blocks.watch(self._copy.get_submodule(name))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Return None: a teacher is one module's, and a copy of that module has none."""
 
     def _prepare(self, module: nn.Module, dense: Mapping[str, nn.Module], originals: Mapping[str, Tensor]) -> None:
         device = next(module.parameters()).device
@@ -410,15 +414,14 @@ class _BlockOutputs:
 
     def watch(self, blocks: nn.ModuleList) -> None:
         """Keep what these blocks give from now on."""
-        self._handles += [block.register_forward_hook(self._keep(i)) for i, block in enumerate(blocks)]
+        self._handles += [
+            block.register_forward_hook(ForwardHook(self._keep, str(i))) for i, block in enumerate(blocks)
+        ]
 
-    def _keep(self, i: int) -> Any:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if torch._C._current_graph_task_id() != -1:  # gradient checkpointing, which runs blocks on the way back
-                return
-            self._found[i] = output[0] if isinstance(output, tuple) else output
-
-        return keep
+    def _keep(self, number: str, module: nn.Module, args: Any, output: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing, which runs blocks on the way back
+            return
+        self._found[int(number)] = output[0] if isinstance(output, tuple) else output
 
     def take(self) -> list[Tensor]:
         """Return them, and forget them."""

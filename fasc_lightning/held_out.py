@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subse
 from typing_extensions import override
 
 from fasc_lightning._distributed import is_distributed
-from fasc_lightning._rng_state import same_rng
+from fasc_lightning._rng_state import same_rng, seed_rng
 from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.loss_graph import graph_alone
-from fasc_lightning.replay import silent, training_loss
+from fasc_lightning.replay import Place, TrainingStep, as_trained_on
+from fasc_lightning.untouched import untouched
 
 #: One sample in so many is held back.
 EVERY = 8
@@ -172,12 +174,13 @@ def held_out_loss(
 ) -> float:
     """Return the mean of the module's own loss over batches of all processes, in eval mode, as precise as in training.
 
-    Nothing else changes: modes and random generators are put back.
+    Nothing else changes: the module, its modes and random generators are put back. Where a step draws random numbers,
+    they are the same at every look.
 
     Args:
         trainer: Of the fit.
         pl_module: Its module.
-        batches: Of this process.
+        batches: Of this process, as their loader makes them.
         terms: Returns over how many terms a batch's loss is a mean, by the batch and its loss; batches of none do not
             count.
         by_graph: Whether that takes a loss with a graph; else it is asked before there is one.
@@ -187,17 +190,19 @@ def held_out_loss(
     """
     device = trainer.strategy.root_device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    with same_rng(), evaluating(pl_module), silent(pl_module), trainer.precision_plugin.val_step_context():
-        for batch in batches:
-            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), device)
+    step, now = TrainingStep(trainer), Place.of(trainer)
+    with same_rng(), evaluating(pl_module):
+        for number, batch in enumerate(batches):
+            seed_rng(number)  # of hooks that augment
+            batch, place = as_trained_on(trainer, batch), replace(now, batch_idx=number)
             loss: Tensor | None = None
             if by_graph:
-                with graph_alone():
-                    loss = training_loss(pl_module, batch)
+                with untouched(pl_module), graph_alone():
+                    loss = step.loss(pl_module, batch, place)
             weight = terms(batch, loss)
             if weight > 0:
-                loss = training_loss(pl_module, batch) if loss is None else loss
-                sums += torch.tensor([float(loss) * weight, weight], device=device)
+                loss = step(pl_module, batch, place) if loss is None else loss
+                sums += torch.tensor([float(loss) * weight, weight], dtype=torch.float64, device=device)
     if is_distributed(trainer):
         torch.distributed.all_reduce(sums)
     if not float(sums[1]):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fasc_lightning._distributed import is_distributed
 from fasc_lightning.batches import LossTerms, TokenMask, replayed_rows
 from fasc_lightning.measured import measure_losses, spread
-from fasc_lightning.replay import NoLossError, Replay, check_automatic, on_first_process, silent, training_loss
+from fasc_lightning.replay import NoLossError, Replay, TrainingStep, brought, check_automatic, on_first_process
+from fasc_lightning.tokens import TokenRows
 
 
 class MeasurePhase:
@@ -63,21 +64,23 @@ class MeasurePhase:
         return shared[0]
 
     def _measure(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-        batches = Replay()
-        batches.batches = spread(self._replay.batches)
+        device = self._trainer.strategy.root_device
+        scaler: Any = getattr(self._trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()  # else gradients in float16 would vanish
+
+        def rows(batch: Any) -> TokenRows:
+            return replayed_rows(
+                self._module, batch, token_mask=self._token_mask, loss_terms=self._loss_terms, factor=scale
+            )
+
+        def loss(module: nn.Module, batch: Any) -> Tensor:
+            return step.loss(module, batch) * scale
+
         try:
             check_automatic(self._module, 'Or allocate by "fisher".')
-            with silent(self._module):
-                return measure_losses(
-                    self._module,
-                    self._layers,
-                    factors,
-                    batches.on(self._trainer.strategy.root_device),
-                    lambda batch: replayed_rows(
-                        self._module, batch, token_mask=self._token_mask, loss_terms=self._loss_terms
-                    ),
-                    training_loss,
-                )
+            with brought([self._module], device):
+                step = TrainingStep(self._trainer, Replay(spread(self._replay.batches)), device)
+                return measure_losses(self._module, self._layers, factors, step.batches, rows, loss)
         except NoLossError as error:
             rank_zero_info(f"FascCallback: ranks follow predicted losses alone. {error}")
             return {}

@@ -20,6 +20,7 @@ from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.lowrank import linear_weight
 from fasc_lightning.taps import Taps
 from fasc_lightning.tokens import TokenRows
+from fasc_lightning.untouched import untouched
 
 #: One in so many calibration batches is measured on, where there are enough of them.
 SHARE = 8
@@ -76,7 +77,7 @@ def measure_losses(
 ) -> dict[str, float]:
     """Send batches through the dense model and back, and return what each layer's low-rank matrix would lose alone.
 
-    The model is in eval mode meanwhile, and no parameter of it gets a gradient.
+    The model is in eval mode meanwhile, no parameter of it gets a gradient, and it is put back after each batch.
 
     Args:
         model: The model.
@@ -100,15 +101,16 @@ def measure_losses(
             for batch in batches:
                 tokens = rows(batch)
                 taps.begin_batch(tokens)
-                value = loss(model, batch)
-                tokens.take_loss(value)
-                if not torch.isfinite(value):
-                    raise FloatingPointError(
-                        f"Expected a finite loss but got {value.item()} in a batch of the calibration, run again to "
-                        "measure what layers would lose."
-                    )
-                if value.requires_grad:  # else it reaches no tapped layer
-                    value.backward()
+                with untouched(model):  # around both: a graph may have saved what is put back
+                    value = loss(model, batch)
+                    tokens.take_loss(value)
+                    if not torch.isfinite(value):
+                        raise FloatingPointError(
+                            f"Expected a finite loss but got {value.item()} in a batch of the calibration, run again "
+                            "to measure what layers would lose."
+                        )
+                    if value.requires_grad:  # else it reaches no tapped layer
+                        value.backward()
                 taps.end_batch()
         finally:
             taps.remove()

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fasc_lightning._fit import as_lightning_module, as_lightning_prefix, as_loader, run_fit
+from fasc_lightning._fit import as_lightning_module, as_lightning_prefix, as_loader, attached, run_fit
 from fasc_lightning._option_types import checks_options
 from fasc_lightning.distillation import frozen_copy
 from fasc_lightning.held_out import split_loader
@@ -19,6 +18,7 @@ from fasc_lightning.recovery_checks import check_recoverable
 from fasc_lightning.recovery_phase import RecoveryCallback
 from fasc_lightning.refine_phase import RefinePhase, refine_figures, refine_module
 from fasc_lightning.refit import layer_state
+from fasc_lightning.replay import TrainingStep, as_trained_on
 from fasc_lightning.swap import compressed_layers
 
 
@@ -114,10 +114,12 @@ def _refine_first(
     device = next(module.parameters()).device
     loader = as_loader(batches, model=module)
     train = split_loader(loader)[0] if split else loader
-    report = refine_module(
-        module,
-        {name: frozen_copy(layer, device) for name, layer in dense.items()},
-        (move_data_to_device(batch, device) for batch in train),
-        options,
-    )
+    with attached(module, device) as trainer:
+        report = refine_module(
+            module,
+            {name: frozen_copy(layer, device) for name, layer in dense.items()},
+            (as_trained_on(trainer, batch) for batch in train),
+            options,
+            TrainingStep(trainer),
+        )
     return {"refine": refine_figures(report)}

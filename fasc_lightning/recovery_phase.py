@@ -132,8 +132,8 @@ class RecoveryCallback(pl.Callback):
             elif not self.dense:  # which a checkpoint may be about to replace
                 self._linear = {name: m for name, m in pl_module.named_modules() if is_plain_linear(m)}
 
-            def undo(*unused: Any) -> None:
-                if self.active:
+            def undo(loaded: nn.Module, *unused: Any) -> None:
+                if self.active and loaded is pl_module:  # and no copy of it
                     self._undo(trainer, pl_module)
 
             # Before a checkpoint is loaded nobody says that one will be. It holds the weights of a plain module.

@@ -16,10 +16,13 @@ from fasc_lightning._rng_state import same_rng
 from fasc_lightning.batches import TokenMask, batch_mask
 from fasc_lightning.distillation import Distillation, Teacher
 from fasc_lightning.lowrank import linear_shape, linear_weight
+from fasc_lightning.replay import as_trained_on
 from fasc_lightning.resumable_loader import ResumableLoader
+from fasc_lightning.silence import silent
 from fasc_lightning.swap import compressed_layers
 from fasc_lightning.taps import is_plain_linear
 from fasc_lightning.teacher_cache import LogitCache, teacher_of
+from fasc_lightning.untouched import untouched
 
 
 class TeacherPhase:
@@ -133,10 +136,10 @@ class TeacherPhase:
         samples = _all_samples(trainer)
         if samples is None:
             return
-        with same_rng(), trainer.precision_plugin.forward_context():
+        with same_rng(), untouched(pl_module), silent(pl_module), trainer.precision_plugin.forward_context():
             for batches in (samples, held):
                 for batch in batches:
-                    teacher.fill(_as_trained_on(trainer, batch))
+                    teacher.fill(as_trained_on(trainer, batch))
         teacher.cache.flush()
         trainer.strategy.barrier()
         teacher.cache.refresh()
@@ -181,13 +184,6 @@ def _all_samples(trainer: pl.Trainer) -> DataLoader[Any] | None:
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
     )
-
-
-def _as_trained_on(trainer: pl.Trainer, batch: Any) -> Any:
-    """Return a batch as the training loop gives it to the training step."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch)
 
 
 def weights_fingerprint(dense: Mapping[str, nn.Module]) -> str:

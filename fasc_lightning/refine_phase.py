@@ -13,7 +13,7 @@ from fasc_lightning._progress import layer_progress
 from fasc_lightning.factorized import Progress
 from fasc_lightning.refine import RefineOptions, check_refine, refine
 from fasc_lightning.refine_report import RefineReport
-from fasc_lightning.replay import Replay, check_automatic, on_first_process, silent, training_loss
+from fasc_lightning.replay import Replay, TrainingStep, brought, check_automatic, on_first_process
 
 
 class RefinePhase:
@@ -74,8 +74,10 @@ class RefinePhase:
     def _run(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, dense: Mapping[str, nn.Module], replay: Replay
     ) -> RefineReport:
-        batches = replay.on(trainer.strategy.root_device)
-        return refine_module(pl_module, dense, batches, self.options, layer_progress(trainer))
+        device = trainer.strategy.root_device
+        with brought([pl_module, *dense.values()], device):
+            step = TrainingStep(trainer, replay, device)
+            return refine_module(pl_module, dense, step.batches, self.options, step, layer_progress(trainer))
 
 
 def refine_module(
@@ -83,6 +85,7 @@ def refine_module(
     dense: Mapping[str, nn.Module],
     batches: Iterable[Any],
     options: RefineOptions,
+    step: TrainingStep,
     progress: Progress | None = None,
 ) -> RefineReport:
     """Refine a module in place, judged by its own loss; see :func:`~fasc_lightning.refine.refine`.
@@ -92,10 +95,10 @@ def refine_module(
         dense: The layers that were replaced, by name, on its device.
         batches: On its device.
         options: How.
+        step: The module's, which gives its loss.
         progress: Wraps the loop over blocks.
     """
-    with silent(pl_module):
-        return refine(pl_module, dense, batches, **vars(options), loss=training_loss, progress=progress)
+    return refine(pl_module, dense, batches, **vars(options), loss=step, progress=progress)
 
 
 def refine_figures(report: RefineReport) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -116,7 +116,8 @@ class BlockRunner:
         model: The compressed model, in eval mode.
         dense: The dense layer of each replaced one by name.
         batches: What the model is run on.
-        loss: Sends a batch through the model.
+        loss: Sends a batch through the model. Its attribute ``context``, if it has one, returns a context manager in
+            which blocks are run, as a mixed precision needs it.
         tokens: At most so many tokens are held, and the first batches that have no more are taken; None: all are.
         remedy: Ends the errors.
 
@@ -142,6 +143,7 @@ class BlockRunner:
         self.name, self.blocks = find_blocks(model, dense, remedy)
         self.batches: list[Any] = []
         self._loss = loss
+        self._context: Callable[[], AbstractContextManager[Any]] = getattr(loss, "context", nullcontext)
         self._remedy = remedy
         self._calls: list[list[_BlockCall]] = []
         self._tuples: list[bool] = [False] * len(self.blocks)
@@ -169,7 +171,8 @@ class BlockRunner:
     def run(self, block: int, batch: int, hidden: Tensor) -> Tensor:
         """Return the hidden states that a block makes of others, of a batch."""
         call = self._calls[batch][block]
-        return _hidden(self.blocks[block](hidden, *call.args, **call.kwargs))
+        with self._context():
+            return _hidden(self.blocks[block](hidden, *call.args, **call.kwargs))
 
     def run_with(self, block: int, batch: int, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return what :meth:`run` does, differentiable, with other parameters and buffers in place of the block's.
@@ -329,7 +332,7 @@ class BlockRunner:
     def _note_output(self, i: int, ends: list[Tensor]) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._tuples[i] = isinstance(output, tuple)
-            ends[:] = [_hidden(output)]
+            ends[:] = [_hidden(output).detach()]
 
         return note
 

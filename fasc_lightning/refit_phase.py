@@ -15,7 +15,7 @@ from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.placement import is_split
 from fasc_lightning.refit import MIN_BATCHES, RefitOptions, RefitReport, check_refit, refit
 from fasc_lightning.refit_blocks import RefitError
-from fasc_lightning.replay import NoLossError, Replay, check_automatic, on_first_process, silent, training_loss
+from fasc_lightning.replay import NoLossError, Replay, TrainingStep, brought, check_automatic, on_first_process
 
 #: "auto" refits where a module allows it and says why where not; True insists.
 Refit = bool | Literal["auto"]
@@ -111,15 +111,16 @@ class RefitPhase:
             return None
         device = trainer.strategy.root_device
         try:
-            with silent(pl_module):
+            with brought([pl_module, *dense.values()], device):
+                step = TrainingStep(trainer, replay, device)
                 return refit(
                     pl_module,
                     dense,
                     ByLayer(moments.gradient_metric, dense),
-                    replay.on(device),
+                    step.batches,
                     inputs=ByLayer(moments.input_metric, dense),
                     options=self.options,
-                    loss=training_loss,
+                    loss=step,
                     device=device,
                     progress=layer_progress(trainer),
                 )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from fasc_lightning._batch_copy import batch_tensors, copy_batch
 from fasc_lightning._distributed import is_distributed
+from fasc_lightning._rng_state import same_rng, seed_rng
+from fasc_lightning.silence import silent
+from fasc_lightning.untouched import untouched
 
 Result = TypeVar("Result")
 
@@ -21,19 +26,99 @@ class NoLossError(ValueError):
     """A module whose loss of a batch cannot be had outside of the training loop; nothing of it was changed."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in a fit a batch is: what its training step is told, or can ask the Trainer for.
+
+    Attributes:
+        epoch: The Trainer's ``current_epoch``.
+        batch_idx: The batch's number in it.
+        step: The Trainer's ``global_step``.
+    """
+
+    epoch: int = 0
+    batch_idx: int = 0
+    step: int = 0
+
+    @staticmethod
+    def of(trainer: pl.Trainer) -> Place:
+        """Return the place of the batch that runs."""
+        return Place(trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx, trainer.global_step)
+
+    @contextmanager
+    def taken(self, trainer: pl.Trainer) -> Iterator[None]:
+        """Let a Trainer say that it is there, and that it trains."""
+        loop: Any = trainer.fit_loop.epoch_loop
+        told = [
+            (trainer.fit_loop.epoch_progress.current, "completed", self.epoch),
+            (loop.batch_progress.current, "ready", self.batch_idx + 1),
+            (loop.automatic_optimization.optim_progress.optimizer.step.total, "completed", self.step),
+            (trainer.state, "stage", pl.trainer.states.RunningStage.TRAINING),
+        ]
+        with ExitStack() as undo:
+            for owner, name, value in told:
+                undo.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, value)
+            undo.callback(setattr, trainer, "should_stop", trainer.should_stop)
+            yield
+
+
+@dataclass(frozen=True)
+class KeptBatch:
+    """A batch on the CPU.
+
+    Attributes:
+        batch: As the training step was given it.
+        place: Where it was.
+        stays: The numbers of its tensors that were on the CPU while others were not, as lengths for packing are.
+    """
+
+    batch: Any
+    place: Place
+    stays: tuple[int, ...] = ()
+
+
 class Replay:
-    """Batches of a calibration, on the CPU."""
+    """Batches of a calibration, on the CPU: copies, whatever becomes of the batches themselves."""
 
-    def __init__(self) -> None:
-        self.batches: list[Any] = []
+    def __init__(self, batches: Sequence[KeptBatch] = ()) -> None:
+        self.batches = list(batches)
 
-    def keep(self, batch: Any) -> None:
-        """Keep a batch."""
-        self.batches.append(move_data_to_device(batch, "cpu"))
+    def keep(self, batch: Any, place: Place | None = None) -> None:
+        """Keep a batch.
+
+        Args:
+            batch: As the training step is about to be given it, moved and converted.
+            place: Where it is; its number among those that are kept, where nothing is known.
+        """
+        on_cpu = [tensor.device.type == "cpu" for tensor in batch_tensors(batch)]
+        stays = () if all(on_cpu) else tuple(i for i, here in enumerate(on_cpu) if here)
+        place = place or Place(batch_idx=len(self.batches))
+        self.batches.append(KeptBatch(copy_batch(batch, lambda *_: "cpu"), place, stays))
 
     def on(self, device: Any) -> list[Any]:
-        """Return the batches on a device."""
-        return [move_data_to_device(batch, device) for batch in self.batches]
+        """Return the batches on a device; on the CPU, those that are kept."""
+        if torch.empty(0, device=device).device.type == "cpu":
+            return [kept.batch for kept in self.batches]
+        return [
+            copy_batch(kept.batch, lambda i, _, stays=kept.stays: "cpu" if i in stays else device)  # type: ignore[misc]
+            for kept in self.batches
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the batches, and all else in plain data."""
+        places = [[kept.place.epoch, kept.place.batch_idx, kept.place.step] for kept in self.batches]
+        return {
+            "batches": [kept.batch for kept in self.batches],
+            "places": places,
+            "stays": [list(kept.stays) for kept in self.batches],
+        }
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> Replay:
+        """Return the replay of which :meth:`state_dict` returned the state."""
+        parts = zip(state["batches"], state["places"], state["stays"], strict=True)
+        return Replay([KeptBatch(batch, Place(*place), tuple(stays)) for batch, place, stays in parts])
 
 
 def check_automatic(pl_module: pl.LightningModule, remedy: str) -> None:
@@ -46,15 +131,85 @@ def check_automatic(pl_module: pl.LightningModule, remedy: str) -> None:
         raise NoLossError(f"Expected automatic optimization, so that `training_step` returns a batch's loss. {remedy}")
 
 
-def training_loss(module: nn.Module, batch: Any) -> Tensor:
+class TrainingStep:
+    """A module's own training step outside of the training loop: as in it, but that nothing remains of it.
+
+    The step runs in the Trainer's precision, is given a copy of the batch and the batch's own number, and draws the
+    same random numbers each time that it is given the same batch. It logs nothing, and module, Trainer and generators
+    are put back.
+
+    Args:
+        trainer: Of the fit.
+        replay: Batches that will be run.
+        device: Where to run them.
+
+    Attributes:
+        batches: Those of the replay, on the device.
+    """
+
+    def __init__(self, trainer: pl.Trainer, replay: Replay | None = None, device: Any = "cpu") -> None:
+        self._trainer = trainer
+        self.batches: list[Any] = [] if replay is None else replay.on(device)
+        kept = [] if replay is None else replay.batches
+        self._places = {id(batch): each.place for batch, each in zip(self.batches, kept, strict=True)}
+        self._others: list[Any] = []  # held, so that no id is used again
+
+    def __call__(self, module: nn.Module, batch: Any, place: Place | None = None) -> Tensor:
+        """Return the module's loss of a batch, a scalar without a graph.
+
+        Args:
+            module: In any mode, which is kept.
+            batch: As the training loop would give it to the step.
+            place: Where it is; by default where it was kept. A batch that was not is numbered as it comes.
+
+        Raises:
+            NoLossError: If the step gives none.
+        """
+        # As in training, gradients are enabled, by which physics-informed networks and gradient penalties make their
+        # loss. Where no weight requires one, nobody else has a graph, which would cost memory.
+        with untouched(module), torch.enable_grad():
+            for parameter in module.parameters():
+                parameter.requires_grad_(False)
+            return self.loss(module, batch, place).detach()
+
+    def loss(self, module: nn.Module, batch: Any, place: Place | None = None) -> Tensor:
+        """Return the module's loss of a batch, with its graph; for those who see to :func:`untouched` themselves."""
+        assert isinstance(module, pl.LightningModule)
+        if place is None and id(batch) not in self._places:
+            self._places[id(batch)] = replace(Place.of(self._trainer), batch_idx=len(self._others))
+            self._others.append(batch)
+        place = place or self._places[id(batch)]
+        with same_rng(), place.taken(self._trainer), silent(module), self.context():
+            seed_rng(place.batch_idx)
+            try:
+                return training_loss(module, copy_batch(batch), place.batch_idx)
+            except RuntimeError as error:
+                if _wants_gradients(error):
+                    raise NoLossError(
+                        "Expected a training step that can run while the weights require no gradient but it "
+                        f"differentiates by them ({error})."
+                    ) from error
+                raise
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Return the Trainer's precision as a context, for parts of the module that are run by themselves."""
+        return self._trainer.precision_plugin.train_step_context()
+
+
+def training_loss(module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
     """Return the module's own loss of a batch.
 
     Raises:
-        NoLossError: If the training step skips it.
+        NoLossError: If the training step skips it, or takes its batches from the loader by itself.
     """
-    assert isinstance(module, pl.LightningModule)
-    indexed = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)  # as the Trainer asks
-    outputs: Any = module.training_step(batch, 0) if indexed else module.training_step(batch)
+    step = module.training_step
+    if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+        raise NoLossError(
+            "Expected a training step that is given its batch but it has an argument `dataloader_iter`, from which it "
+            "takes batches by itself."
+        )
+    indexed = is_param_in_hook_signature(step, "batch_idx", min_args=2)  # as the Trainer asks
+    outputs: Any = step(batch, batch_idx) if indexed else step(batch)
     loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
     if not isinstance(loss, Tensor):
         raise NoLossError(
@@ -63,16 +218,33 @@ def training_loss(module: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
+def _wants_gradients(error: RuntimeError) -> bool:
+    """Tell whether an error is that of a step which differentiates where nothing has a graph."""
+    return "not require grad" in str(error) or "does not have a grad_fn" in str(error)
+
+
+def as_trained_on(trainer: pl.Trainer, batch: Any) -> Any:
+    """Return a batch of a loader as the training loop gives it to the training step."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
 @contextmanager
-def silent(module: pl.LightningModule) -> Iterator[None]:
-    """Let a training step run outside of the training loop, where ``self.log`` is an error."""
-    names = ("log", "log_dict")
-    vars(module).update(dict.fromkeys(names, lambda *args, **kwargs: None))
-    try:
+def brought(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Bring modules to the device of a fit, from which Lightning takes its module to the CPU when the fit ends.
+
+    Args:
+        modules: Those that are on the CPU as a whole are brought, and taken back; others stay where they are.
+        device: Of the fit.
+    """
+    here = [module for module in modules if {p.device.type for p in module.parameters()} == {"cpu"}]
+    with ExitStack() as undo:
+        if device.type != "cpu":
+            for module in here:
+                undo.callback(module.cpu)
+                module.to(device)
         yield
-    finally:
-        for name in names:
-            del vars(module)[name]
 
 
 def on_first_process(trainer: pl.Trainer, work: Callable[[], Result], what: str) -> Result | None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fasc_lightning._dtensor import whole
+from fasc_lightning._forward_hook import ForwardHook
 from fasc_lightning.expert_views import ExpertLinear, ExpertTaps, Routing
 from fasc_lightning.linear_probe import is_plain_linear
 from fasc_lightning.lowrank import linear_shape, linear_weight
@@ -214,8 +215,7 @@ class Taps:
             return
         self._experts.install()
         for name, module in self.layers.items():
-            hook: Callable[..., Any] = partial(self._on_forward, name)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(ForwardHook(self._on_forward, name), with_kwargs=True))
 
     def remove(self) -> None:
         """Take every hook off; safe to call at any time, any number of times."""

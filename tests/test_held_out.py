@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from replay_cases import Blocks, loader
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -12,7 +14,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from fasc_lightning.held_out import split_loader
+from fasc_lightning.held_out import held_out_loss, split_loader
 
 
 def samples(loader) -> list[int]:
@@ -81,3 +83,46 @@ class Odd(DataLoader):
 def test_what_cannot_be_split_is_refused(loader, message):
     with pytest.raises(MisconfigurationException, match=message):
         split_loader(loader)
+
+
+class Trained(Blocks):
+    """Transforms its batches on their way, draws noise, and keeps what it sees."""
+
+    def __init__(self):
+        super().__init__(lambda module, x, i: module.note(x, i))
+        self.outs, self.seen = [], []
+
+    def note(self, x, batch_idx):
+        self.outs.append(batch_idx)
+        self._seen(batch_idx, round(float(x.mean()), 4), self.trainer.fit_loop.batch_idx)
+        return x + torch.randn_like(x)
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] * 100, batch[1]]
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] + 1000 + torch.rand(1), batch[1]]
+
+
+def test_batches_are_transformed_as_in_training_and_nothing_stays(make_trainer):
+    seen, losses = [], []
+    module, held = Trained(), list(loader(samples=16))
+    module._seen = lambda *what: seen.append(what)
+
+    class Looking(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            here, drawn = len(seen), torch.get_rng_state()
+            losses.append(held_out_loss(trainer, pl_module, held, lambda batch: 1.0))
+            assert [what[0] for what in seen[here:]] == [what[2] for what in seen[here:]] == [0, 1]
+            for number, value, _ in seen[here:]:
+                assert 1000 < value - 100 * float(held[number][0].mean()) < 1001
+            assert torch.equal(torch.get_rng_state(), drawn)
+            assert pl_module.outs == list(range(batch_idx + 1))
+            assert trainer.fit_loop.batch_idx == batch_idx
+            assert pl_module.training
+            looks.append(seen[here:])
+
+    looks = []
+    make_trainer(Looking(), limit_train_batches=3).fit(module, loader())
+    assert looks[0] == looks[1] == looks[2]  # the same noise at every look
+    assert len(set(losses)) == 3  # of other weights

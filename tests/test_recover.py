@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recovery_cases import FAST, ranks, same, training_loader, values
+from replay_cases import Blocks, loader
 from tiny import Classifier, causal_model, feature_loader, mlp
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -15,7 +16,9 @@ from fasc_lightning import FactorRecovery, LoraRecovery, compress, load_compress
 from fasc_lightning.held_out import split_loader
 from fasc_lightning.refine import refine
 from fasc_lightning.refit_blocks import RefitError
-from fasc_lightning.swap import is_compressed
+from fasc_lightning.swap import compressed_layers, is_compressed
+
+recover_module = sys.modules["fasc_lightning.recover"]
 
 pytest.importorskip("peft", reason="peft is not installed")
 
@@ -218,3 +221,41 @@ def test_a_refinement_needs_the_dense_layers_and_blocks():
     compress(model, training_loader(), **QUICK)
     with pytest.raises(MisconfigurationException, match="Expected the dense layers, towards which"):
         recover(model, training_loader(), LoraRecovery(refine_steps=4), progress=False)
+
+
+class Asking(Blocks):
+    """Its step asks the Trainer, and its batches are transformed on their way."""
+
+    def __init__(self):
+        super().__init__(lambda module, x, i: module.ask(x))
+        self.means = []
+
+    def ask(self, x):
+        assert self.trainer.training
+        assert self.trainer.current_epoch == self.current_epoch == 0
+        assert 99 < x.mean() < 101
+        self.means.append(float(x.mean()))
+        return x - 100
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] + 100, batch[1]] if self.trainer.training else batch
+
+
+def test_a_refinement_runs_the_step_as_a_fit_would(monkeypatch):
+    def stop(*args, **kwargs):
+        raise InterruptedError
+
+    module, data = Asking(), loader()
+    dense = dict(copy.deepcopy(module).named_modules())
+    compress(module, data, keep=0.5, exclude=["head"], refit=False, progress=False)
+    before, trainer = list(module.means), module.trainer
+    layers = {name: dense[name] for name in compressed_layers(module)}
+    report = []
+    refined = recover_module.refine_module
+    monkeypatch.setattr(recover_module, "refine_module", lambda *args: report.append(refined(*args)) or report[0])
+    monkeypatch.setattr(recover_module, "run_fit", stop)
+    with pytest.raises(InterruptedError):
+        recover(module, data, LoraRecovery(refine_steps=8), dense=layers, progress=False)
+    assert len(report[0].blocks) == 2
+    assert module.means == before
+    assert module.trainer is trainer

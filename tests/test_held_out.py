@@ -112,7 +112,7 @@ def test_batches_are_transformed_as_in_training_and_nothing_stays(make_trainer):
     class Looking(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             here, drawn = len(seen), torch.get_rng_state()
-            losses.append(held_out_loss(trainer, pl_module, held, lambda batch: 1.0))
+            losses.append(held_out_loss(trainer, pl_module, held, lambda batch, loss: 1.0))
             assert [what[0] for what in seen[here:]] == [what[2] for what in seen[here:]] == [0, 1]
             for number, value, _ in seen[here:]:
                 assert 1000 < value - 100 * float(held[number][0].mean()) < 1001

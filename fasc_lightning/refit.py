@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ from fasc_lightning.refit_blocks import (
     real_tokens,
 )
 from fasc_lightning.refit_report import BlockRefit, LayerRefit, RefitReport
+from fasc_lightning.refit_shares import Change, batch_losses, shares
 from fasc_lightning.refit_solve import (
     DriftMoments,
     DriftRows,
@@ -37,7 +38,7 @@ from fasc_lightning.refit_solve import (
     solve_refit,
 )
 from fasc_lightning.solvers._linalg import shrink
-from fasc_lightning.solvers.fasc import SHRINK_A, SHRINK_G
+from fasc_lightning.solvers.fasc import SHRINK_A, SHRINK_COUPLED_G
 
 #: What a layer is to reproduce: "layer", the dense layer's output; "stream", in layers whose output is added to the
 #: stream of hidden states, besides what that has gone wrong so far.
@@ -48,7 +49,7 @@ Target = Literal["layer", "stream"]
 #: moves, and refits without those moments, cannot); "factors", the factors there were.
 Anchor = Literal["dense", "factors"]
 
-#: Fewer batches leave nothing to hold out.
+#: Fewer batches leave too little to fit to once one chooses and one checks.
 MIN_BATCHES = 4
 
 
@@ -57,14 +58,15 @@ class RefitOptions:
     """How a refit chooses.
 
     Attributes:
-        anchors: Values of lambda to choose from, layer by layer, by the held-out error.
+        anchors: Values of lambda to choose from, layer by layer, by the error on the batches that choose.
         towards: See :data:`Anchor`.
-        variants: Which factors may move, likewise.
+        variants: Which factors may move, chosen in the same way.
         target: See :data:`Target`.
         bias: Whether biases that are there move along.
-        holdout: Every so many-th batch is held out; the last one, where there are fewer.
-        judge_batches: How many of those the judge looks at after each block; 0 leaves out the verdicts on blocks, and
-            only the last check is made.
+        holdout: One of so many batches chooses, and another one checks, but no fewer than one and two
+            (:func:`~fasc_lightning.refit_shares.shares`).
+        judge_batches: How many of those that choose the judge looks at after each block. They are then not fitted to.
+            0 leaves out the verdicts on blocks, and only the last check is made.
     """
 
     anchors: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
@@ -85,9 +87,9 @@ class RefitOptions:
             raise ValueError(f'Expected `towards` to be "dense" or "factors" but got {self.towards!r}.')
         if self.target not in ("layer", "stream"):
             raise ValueError(f'Expected `target` to be "layer" or "stream" but got {self.target!r}.')
-        if self.holdout < 2 or self.judge_batches < 0:
+        if self.holdout < 3 or self.judge_batches < 0:
             raise ValueError(
-                f"Expected `holdout` of at least 2 and `judge_batches` of at least 0 but got {self.holdout} and "
+                f"Expected `holdout` of at least 3 and `judge_batches` of at least 0 but got {self.holdout} and "
                 f"{self.judge_batches}."
             )
 
@@ -148,23 +150,27 @@ def refit(
     """Refit the factors of a compressed model, block by block in order of execution, in place.
 
     Each layer is fitted to what the model compressed so far gives it, with the dense model's outputs as the target and
-    an anchor (:mod:`~fasc_lightning.refit_solve`). Held-out batches choose lambda and decide layer by layer; what is
-    accepted is then fitted to all batches. The model's loss on the held-out ones is the last check, of all layers
-    together. What is not accepted stays as it was, as does everything if anything fails. Shapes, ranks, layouts and the
-    layers' identities stay.
+    an anchor (:mod:`~fasc_lightning.refit_solve`). Batches are in three shares
+    (:func:`~fasc_lightning.refit_shares.shares`). Factors are fitted to the first. The second chooses lambda and
+    decides layer by layer; new factors that a layer takes are then fitted to both. No step reads the third. The model's
+    loss there is the last check, of all layers together: it has to fall by more than the standard error of its change
+    over the batches. What is not accepted stays as it was, as does everything if anything fails. Shapes, ranks, layouts
+    and the layers' identities stay.
 
-    Memory: the hidden states of all batches at one block's input, twice, the inputs of its layers in the dense model,
-    and the moments of one group of layers that share an input.
+    The calibration's G and, in the anchor, A are of all batches; they are what the factors before were made with, too.
+
+    Memory: the hidden states of the first two shares at one block's input, twice, the inputs of its layers in the dense
+    model, and the moments of one group of layers that share an input.
 
     Args:
         model: The compressed model.
         dense: The dense layer of each compressed one by name, on the model's device, as
             :func:`~fasc_lightning.swap.swap_modules` returns them.
-        gradients: G = E[h h^T] of each of them (m, m), from the calibration. Shrunk here as "fasc" does.
-        batches: What to fit to and to judge by: the calibration's batches, moved to the model's device. Tokens whose
-            "attention_mask" is 0 do not count.
-        inputs: A = E[x x^T] of each of them (n, n), as the factors were made with, from the calibration. Shrunk here
-            likewise.
+        gradients: G = E[h h^T] of each of them (m, m), from the calibration. Shrunk here, by as much as "fasc" does.
+        batches: What to fit to, to choose by and to check by: the calibration's batches, moved to the model's device.
+            Tokens whose "attention_mask" is 0 do not count.
+        inputs: A = E[x x^T] of each of them (n, n), as the factors were made with, from the calibration. Shrunk here,
+            by as much as "fasc" does.
         options: How to choose.
         loss: Sends a batch through the model and returns its mean loss.
         device: Where to solve; by default where the layers are.
@@ -186,21 +192,42 @@ def refit(
             f"Expected at least {MIN_BATCHES} batches, some of which are held out, but got {len(batches)}. Use smaller "
             "batches."
         )
+    fit, choose, check = shares(len(batches), options.holdout)
     check_refit(model, dense)
     saved = {name: layer_state(layer) for name, layer in layers.items()}
     try:
         with evaluating(model):
-            runner = BlockRunner(model, dense, batches, loss)
-            work = _Refit(runner, layers, dense, gradients, inputs, options, device, progress)
-            report = work.run()
+            before = batch_losses(model, [batches[i] for i in check], loss)
+            read = sorted(fit + choose)
+            runner = BlockRunner(model, dense, [batches[i] for i in read], loss)
+            held = [read.index(i) for i in choose]
+            work = _Refit(runner, layers, dense, gradients, inputs, options, device, progress, held)
+            work.run()
+            changed = any(layer.accepted for layer in work.reports)
+            after = batch_losses(model, [batches[i] for i in check], loss) if changed else before
     except BaseException:
         for name, layer in layers.items():
             layer.load_state_dict(saved[name])
         raise
-    if report.reverted:
+    change = Change.of(before, after)
+    reverted = changed and not change.is_gain
+    if reverted:
         for name, layer in layers.items():
             layer.load_state_dict(saved[name])
-    return replace(report, seconds=time.perf_counter() - start)
+    reports = [layer.undone() for layer in work.reports] if reverted else work.reports
+    done = {layer.name for layer in reports}
+    return RefitReport(
+        layers=reports,
+        blocks=work.blocks,
+        skipped=[name for name in layers if name not in done],
+        loss_before=change.before,
+        loss_after=change.after,
+        loss_error=change.error,
+        reverted=reverted,
+        fit_batches=len(read),
+        held_batches=len(check),
+        seconds=time.perf_counter() - start,
+    )
 
 
 class _Refit:
@@ -216,6 +243,7 @@ class _Refit:
         options: RefitOptions,
         device: torch.device | str | None,
         progress: Progress | None,
+        held: Sequence[int],
     ) -> None:
         self.runner = runner
         self.layers = layers
@@ -225,8 +253,7 @@ class _Refit:
         self.options = options
         self.device = device
         self.progress = progress or (lambda names, description: names)
-        every = min(options.holdout, len(runner.batches))
-        self.held = list(range(every - 1, len(runner.batches), every))
+        self.held = held
         # Spread over all held-out batches, which may come from several sources in turn.
         count = min(options.judge_batches, len(self.held))
         self.judged = [self.held[i * len(self.held) // count] for i in range(count)]
@@ -237,30 +264,12 @@ class _Refit:
         self.reports: list[LayerRefit] = []
         self.blocks: list[BlockRefit] = []
 
-    def run(self) -> RefitReport:
+    def run(self) -> None:
         """Go through all blocks."""
-        before = self._model_loss()
         current = self._judge(0)
         numbers = [str(i) for i in range(len(self.runner.blocks))]
         for number in self.progress(numbers, "Refitting"):
             current = self._block(int(number), current)
-        changed = any(layer.accepted for layer in self.reports)
-        after = self._model_loss() if changed else before
-        reverted = not after <= before  # NaN, too
-        reports = [layer.undone() for layer in self.reports] if reverted else self.reports
-        done = {layer.name for layer in reports}
-        held = len(self.held)
-        return RefitReport(
-            layers=reports,
-            blocks=self.blocks,
-            skipped=[name for name in self.layers if name not in done],
-            loss_before=before,
-            loss_after=after,
-            reverted=reverted,
-            fit_batches=len(self.runner.batches) - held,
-            held_batches=held,
-            seconds=0.0,
-        )
 
     def _block(self, block: int, current: float) -> float:
         """Refit one block and push both streams past it; returns the judged loss."""
@@ -308,7 +317,7 @@ class _Refit:
         layer, options = self.layers[name], self.options
         device = self.device or next(layer.parameters()).device
         W = linear_weight(self.dense[name]).detach().to(device).double()
-        G = shrink(self.gradients[name].to(device).double(), SHRINK_G)
+        G = shrink(self.gradients[name].to(device).double(), SHRINK_COUPLED_G)
         own, judged = fit.moments(W), held.moments(W)
         fitted = own.shrunk(W, SHRINK_A)
         left, right = (factor.detach().to(device).double() for factor in layer.factors())
@@ -327,8 +336,9 @@ class _Refit:
         if choice is None or not best < before:
             return LayerRefit(name, block, before, before, math.nan, "", False)
         anchor, variant = choice
-        everything = own.mixed(judged, held.count / (fit.count + held.count)).shrunk(W, SHRINK_A)
-        _store(layer, solve_refit(everything, G, start, anchor, variant, bias, towards))
+        if not self.judged:  # what a verdict is read from is not fitted to
+            fitted = own.mixed(judged, held.count / (fit.count + held.count)).shrunk(W, SHRINK_A)
+        _store(layer, solve_refit(fitted, G, start, anchor, variant, bias, towards))
         return LayerRefit(name, block, before, best, anchor, variant, True)
 
     def _anchor(self, name: str, W: Tensor, moments: DriftMoments) -> tuple[Tensor, Tensor] | None:
@@ -384,10 +394,6 @@ class _Refit:
         stream = self.drifted if hidden is None else hidden
         losses = [self.runner.loss_from(block, i, stream[i]) for i in self.judged]
         return sum(losses) / len(losses)
-
-    def _model_loss(self) -> float:
-        """Return the mean loss of the held-out batches in the model as it is."""
-        return sum(self.runner.loss(i) for i in self.held) / len(self.held)
 
 
 def checked_layers(

@@ -135,7 +135,7 @@ def refit_figures(report: RefitReport) -> dict[str, Any]:
     """Return what a compression's report says of a refit, in plain types."""
     return {
         "layers": report.accepted,
-        "loss": {"before": report.loss_before, "after": report.loss_after},
+        "loss": {"before": report.loss_before, "after": report.loss_after, "error": report.loss_error},
         "batches": {"fit": report.fit_batches, "held": report.held_batches},
         "reverted": report.reverted,
     }

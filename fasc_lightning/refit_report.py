@@ -12,7 +12,7 @@ class LayerRefit:
     Attributes:
         name: Dotted name.
         block: Number of its block.
-        before: Held-out error of the factors as they were, relative to that of an output of zero.
+        before: Error of the factors as they were on the batches that choose, relative to that of an output of zero.
         after: That of the factors chosen; equal to ``before`` if none were better.
         anchor: lambda of the factors chosen; NaN if none.
         variant: Which factors moved; "" if none.
@@ -34,7 +34,7 @@ class LayerRefit:
 
 @dataclass(frozen=True)
 class BlockRefit:
-    """The judge's verdict on one block: the model's mean loss on held-out batches, in nats.
+    """The judge's verdict on one block: the model's mean loss on batches that choose, in nats.
 
     Attributes:
         block: Its number.
@@ -57,11 +57,12 @@ class RefitReport:
         layers: In order of execution.
         blocks: The verdicts.
         skipped: Layers that could not be refitted: not reached, run more than once, or on other tokens than the block.
-        loss_before: The model's mean loss on the held-out batches before, in nats.
+        loss_before: The model's mean loss before, in nats, on batches that nothing was fitted to or chosen by.
         loss_after: And after.
+        loss_error: Standard error of the change over those batches. Factors are kept where it falls by more.
         reverted: Whether the last check put everything back.
-        fit_batches: How many batches the factors were fitted to.
-        held_batches: How many were held out.
+        fit_batches: How many batches factors were fitted to or chosen by.
+        held_batches: How many only the last check read.
         seconds: What it took.
     """
 
@@ -70,6 +71,7 @@ class RefitReport:
     skipped: list[str]
     loss_before: float
     loss_after: float
+    loss_error: float
     reverted: bool
     fit_batches: int
     held_batches: int
@@ -85,10 +87,10 @@ class RefitReport:
         if self.reverted:
             return (
                 f"Refit: put back, since the held-out loss would have gone from {self.loss_before:.4f} to "
-                f"{self.loss_after:.4f} ({self.seconds:.0f} s)."
+                f"{self.loss_after:.4f} (±{self.loss_error:.4f}, {self.seconds:.0f} s)."
             )
         return (
             f"Refit: {self.accepted} of {len(self.layers) + len(self.skipped)} layers, held-out loss "
-            f"{self.loss_before:.4f} to {self.loss_after:.4f} ({self.held_batches} of "
+            f"{self.loss_before:.4f} to {self.loss_after:.4f} (±{self.loss_error:.4f}, {self.held_batches} of "
             f"{self.fit_batches + self.held_batches} batches held out, {self.seconds:.0f} s)."
         )

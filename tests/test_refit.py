@@ -13,6 +13,7 @@ from fasc_lightning import refit as refit_module
 from fasc_lightning.lowrank import LowRankLinear, PivotedLinear, make_lowrank
 from fasc_lightning.refit import RefitOptions, causal_loss, check_refit, refit
 from fasc_lightning.refit_blocks import RefitError
+from fasc_lightning.refit_shares import Change, shares
 from fasc_lightning.refit_solve import DriftRows
 from fasc_lightning.solvers._linalg import shrink
 from fasc_lightning.solvers.fasc import two_sided
@@ -30,8 +31,14 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def held_loss(case, model, options=None):
-    held = case.batches[3::4]
+@pytest.fixture
+def accepting(monkeypatch):
+    """Let the last check pass, for tests of what comes before it."""
+    monkeypatch.setattr(Change, "is_gain", True)
+
+
+def held_loss(case, model):
+    held = case.batches[1::4]  # with holdout=4, every fourth one from the fourth on chooses
     with torch.no_grad():
         return sum(causal_loss(model, batch).item() for batch in held) / len(held)
 
@@ -45,8 +52,9 @@ def test_families_lose_less_on_held_out_tokens_with_the_same_parameters(family):
     parameters = sum(p.numel() for p in case.model.parameters())
     report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4, judge_batches=3))
     assert report.loss_before == pytest.approx(before, rel=1e-5)
-    assert report.loss_after == pytest.approx(held_loss(case, case.model), rel=1e-5)
-    assert report.loss_after <= report.loss_before
+    after = report.loss_before if report.reverted else report.loss_after
+    assert after == pytest.approx(held_loss(case, case.model), rel=1e-5)
+    assert after <= report.loss_before
     assert report.skipped == []
     assert len(report.layers) == len(case.dense)
     assert sum(p.numel() for p in case.model.parameters()) == parameters
@@ -81,14 +89,15 @@ def linear_stack():
 
 
 def test_each_block_is_fitted_to_what_the_refitted_ones_before_it_give(monkeypatch):
-    """Two blocks by hand: least squares on all batches, in the metric, with the drift of a refitted block 0."""
+    """Two blocks by hand: least squares on all batches but those that check, with the drift of a refitted block 0."""
     monkeypatch.setattr(refit_module, "SHRINK_A", 0.0)
-    monkeypatch.setattr(refit_module, "SHRINK_G", 0.0)
+    monkeypatch.setattr(refit_module, "SHRINK_COUPLED_G", 0.0)
     monkeypatch.setattr(refit_module, "drift_loss", lambda *arguments, **options: next(falling))
     falling = iter(range(100, 0, -1))  # every candidate is better than the last one
     model, dense, gradients, batches = linear_stack()
     compressed = compressed_layers(model)
-    x = torch.cat([batch["x"].reshape(-1, 6) for batch in batches])  # held-out ones too, once accepted
+    fit, choose, _ = shares(8, 4)
+    x = torch.cat([batches[i]["x"].reshape(-1, 6) for i in fit + choose])  # those that choose too, once they have
     x_hat = x
     expected = {}
     for name, layer in dense.items():
@@ -97,7 +106,8 @@ def test_each_block_is_fitted_to_what_the_refitted_ones_before_it_give(monkeypat
         B, C = two_sided(T, x_hat.T @ x_hat / len(x), gradients[name]).truncate(2)
         expected[name] = B @ C
         x, x_hat = x + x @ W.T, x_hat + x_hat @ (B @ C).T
-    monkeypatch.setattr(refit_module._Refit, "_model_loss", lambda self: 0.0)
+    losses = iter([[1.0, 1.0], [0.5, 0.5]])
+    monkeypatch.setattr(refit_module, "batch_losses", lambda *arguments: next(losses))
     report = refit(model, dense, gradients, batches, loss=stack_loss, options=PLAIN)
     assert [layer.name for layer in report.layers] == ["blocks.0.linear", "blocks.1.linear"]
     assert report.accepted == 2
@@ -107,11 +117,13 @@ def test_each_block_is_fitted_to_what_the_refitted_ones_before_it_give(monkeypat
 
 def test_layers_that_join_the_stream_are_fitted_to_its_error(monkeypatch):
     monkeypatch.setattr(refit_module, "SHRINK_A", 0.0)
-    monkeypatch.setattr(refit_module, "SHRINK_G", 0.0)
+    monkeypatch.setattr(refit_module, "SHRINK_COUPLED_G", 0.0)
     model, dense, gradients, batches = linear_stack()
-    batches = [*batches[:3], batches[0]]  # what is fitted to is judged by, too
-    options = RefitOptions(holdout=4, anchors=(0.0,), variants=("factors",), target="stream", judge_batches=0)
-    x = torch.cat([batch["x"].reshape(-1, 6) for batch in batches])
+    read = [*batches[:3], batches[0]]  # what is fitted to chooses, too
+    batches = [read[0], batches[4], read[1], batches[5], read[2], read[3]]
+    assert shares(6, 6) == ([0, 2, 4], [5], [1, 3])
+    options = RefitOptions(holdout=6, anchors=(0.0,), variants=("factors",), target="stream", judge_batches=0)
+    x = torch.cat([batch["x"].reshape(-1, 6) for batch in read])
     exact = x + x @ dense["blocks.0.linear"].weight.detach().T
     exact = exact + exact @ dense["blocks.1.linear"].weight.detach().T
     refit(model, dense, gradients, batches, loss=stack_loss, options=options)
@@ -122,7 +134,7 @@ def test_layers_that_join_the_stream_are_fitted_to_its_error(monkeypatch):
     torch.testing.assert_close(layers["blocks.1.linear"].to_weight(), B @ C)
 
 
-def test_the_anchor_is_the_dense_layer_in_the_calibrations_moments():
+def test_the_anchor_is_the_dense_layer_in_the_calibrations_moments(accepting):
     case = compressed_case()
     inputs = {name: torch.eye(layer.in_features) for name, layer in case.dense.items()}
     weights = {}
@@ -134,7 +146,7 @@ def test_the_anchor_is_the_dense_layer_in_the_calibrations_moments():
     changed = 0
     for name, before in compressed_layers(case.model).items():
         torch.testing.assert_close(weights["factors"][name], before.to_weight(), rtol=1e-3, atol=1e-4)
-        G = shrink(case.gradients[name].double(), refit_module.SHRINK_G)
+        G = shrink(case.gradients[name].double(), refit_module.SHRINK_COUPLED_G)
         B, C = two_sided(case.dense[name].weight.detach(), torch.eye(before.in_features).double(), G).truncate(
             before.rank
         )
@@ -157,7 +169,7 @@ def test_what_does_not_carry_over_is_not_accepted():
     assert report.loss_after == report.loss_before
 
 
-def test_the_judge_puts_a_block_back_and_says_so(monkeypatch):
+def test_the_judge_puts_a_block_back_and_says_so(monkeypatch, accepting):
     case = compressed_case()
     before = state(case.model)
     verdicts = iter([1.0, 2.0, 0.5])  # before; after block 0; after block 1
@@ -174,8 +186,8 @@ def test_the_judge_puts_a_block_back_and_says_so(monkeypatch):
 def test_the_last_check_puts_everything_back_and_says_so(monkeypatch, after):
     case = compressed_case()
     before = state(case.model)
-    losses = iter([2.0, after])
-    monkeypatch.setattr(refit_module._Refit, "_model_loss", lambda self: next(losses))
+    losses = iter([[2.0] * 3, [after] * 3])
+    monkeypatch.setattr(refit_module, "batch_losses", lambda *arguments: next(losses))
     report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4, judge_batches=0))
     assert report.reverted
     assert report.accepted == 0
@@ -183,7 +195,7 @@ def test_the_last_check_puts_everything_back_and_says_so(monkeypatch, after):
     assert f"put back, since the held-out loss would have gone from 2.0000 to {after:.4f}" in str(report)
 
 
-@pytest.mark.parametrize("calls", [1, 14, 20, 26])
+@pytest.mark.parametrize("calls", [1, 8, 14, 18, 23])
 def test_an_interrupted_refit_leaves_the_factors_as_they_were(calls):
     case = compressed_case()
     before, modules = state(case.model), list(case.model.modules())
@@ -208,12 +220,12 @@ def test_moments_are_those_of_one_group_at_a_time(monkeypatch):
 
     monkeypatch.setattr(refit_module, "DriftRows", Counted)
     refit(*compressed_case().refit_arguments())
-    assert max(most) <= 2  # fitted to, and held out
+    assert max(most) <= 2  # to fit to, and to choose by
     assert len(most) >= 8
 
 
 @pytest.mark.parametrize("layout", ["pivot", "factors"])
-def test_layouts_stay(layout):
+def test_layouts_stay(layout, accepting):
     case = compressed_case(layout=layout)
     kind = PivotedLinear if layout == "pivot" else LowRankLinear
     shapes = {name: value.shape for name, value in case.model.state_dict().items()}
@@ -234,7 +246,7 @@ def test_half_precision_models_stay_so():
     assert {p.dtype for p in case.model.parameters()} == {torch.bfloat16}
 
 
-def test_padding_does_not_count():
+def test_padding_does_not_count(accepting):
     case = compressed_case()
     padded = []
     for batch in case.batches:
@@ -310,7 +322,7 @@ def test_a_layer_in_two_places_is_refused():
         ({"anchors": (-1.0,)}, "`anchors` to be finite numbers"),
         ({"variants": ("left",)}, 'out of "factors" and "right"'),
         ({"target": "model"}, 'to be "layer" or "stream" but got \'model\''),
-        ({"holdout": 1}, "`holdout` of at least 2"),
+        ({"holdout": 2}, "`holdout` of at least 3"),
         ({"judge_batches": -1}, "`judge_batches` of at least 0"),
     ],
 )

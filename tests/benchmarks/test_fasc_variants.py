@@ -82,7 +82,7 @@ def test_every_named_variant_is_measured_beside_plain_and_put_into_the_tables(op
     assert text.count("| refit |") == 4  # two budgets, two references
     assert text in capsys.readouterr().out
     kept = cells(options)
-    assert kept["refit-0.6"]["refit"]["batches"] == {"fit": 11, "held": 1}
+    assert kept["refit-0.6"]["refit"]["batches"] == {"fit": 10, "held": 2}
     assert kept["losses-heldout-0.6"]["perplexity"] != kept["fasc-0.6"]["perplexity"]
 
 

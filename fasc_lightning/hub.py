@@ -22,7 +22,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import override
 
-from fasc_lightning._files import check_json_files
 from fasc_lightning._file_names import (
     converted_names,
     holds_module_names,
@@ -30,10 +29,11 @@ from fasc_lightning._file_names import (
     save_converted_names,
     save_module_names,
 )
+from fasc_lightning._files import check_json_files
 from fasc_lightning._guards import expect_guards, guards, saved_guards
 from fasc_lightning._names import some_names
 from fasc_lightning.expert_modules import unfuse
-from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape
+from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape, linear_weight
 from fasc_lightning.quantized_layers import QUANTIZATIONS, DenseLinear, make_room_for_int8, quantization_of
 from fasc_lightning.swap import compressed_layers, swap_modules, to_dense
 
@@ -293,7 +293,7 @@ def empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> Compres
     """
     try:
         m, n = linear_shape(dense)
-        weight: Any = dense.weight
+        weight: Any = dense.weight if isinstance(dense, CompressedLinear) else linear_weight(dense)
         options: dict[str, Any] = {"bias": spec["bias"], "device": "meta", "dtype": weight.dtype}
         layer: CompressedLinear
         if spec["layout"] == "pivot":

@@ -22,6 +22,7 @@ from fasc_lightning.expert_views import ExpertLinear
 from fasc_lightning.int8 import Int8Linear
 from fasc_lightning.layouts import Layout, auto_layout, factors_cost, pivot_cost
 from fasc_lightning.pivots import orthonormal_basis, other_rows, select_basis_rows
+from fasc_lightning.reparametrised import computed_weight, is_reparametrised
 
 
 class CompressedLinear(nn.Module, ABC):
@@ -422,14 +423,14 @@ def make_lowrank(
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight of a dense linear layer as an (m, n) view, that is, transposed for GPT-2's ``Conv1D``.
 
+    One that is computed from other tensors is that of eval mode, and the layer's state stays as it is.
+
     Raises:
         TypeError: If the module is neither ``nn.Linear`` nor transformers' ``Conv1D``.
     """
-    if isinstance(module, nn.Linear):
-        return module.weight
-    if is_conv1d(module):
-        weight: Any = module.weight
-        return weight.T
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        weight: Any = computed_weight(module) if is_reparametrised(module) else module.weight
+        return weight if isinstance(module, nn.Linear) else weight.T  # type: ignore[no-any-return]
     raise TypeError(f"Expected an nn.Linear or a transformers Conv1D, got {type(module).__name__}.")
 
 
@@ -440,6 +441,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
         TypeError: If the module is not a linear layer.
     """
     if isinstance(module, CompressedLinear | ExpertLinear):  # of an expert no slice is made to see its shape
+        return module.out_features, module.in_features
+    if isinstance(module, nn.Linear) and is_reparametrised(module):  # nothing is computed to see its shape
         return module.out_features, module.in_features
     m, n = linear_weight(module).shape
     return m, n

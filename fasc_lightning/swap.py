@@ -10,6 +10,7 @@ from torch import nn
 
 from fasc_lightning.expert_modules import fuse_dense, with_experts
 from fasc_lightning.lowrank import CompressedLinear, flops_per_token, is_conv1d, linear_shape
+from fasc_lightning.reparametrised import remember_form
 
 
 def swap_modules(model: nn.Module, replacements: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -147,6 +148,7 @@ def _match(new: nn.Module, old: nn.Module) -> None:
     new.train(old.training)
     if "expert_share" in vars(old):
         vars(new)["expert_share"] = vars(old)["expert_share"]
+    remember_form(old, new)
     if isinstance(new, CompressedLinear) and is_conv1d(old):
         new.from_conv1d = True
     kinds = {(p.device, p.dtype) for p in old.parameters() if p.is_floating_point()}

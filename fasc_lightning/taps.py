@@ -27,6 +27,7 @@ from fasc_lightning.expert_views import ExpertLinear, ExpertTaps, Routing, exper
 from fasc_lightning.lowrank import linear_shape, linear_weight
 from fasc_lightning.offload import MomentSums, RowsRefusedError
 from fasc_lightning.pooled import input_gradient
+from fasc_lightning.reparametrised import computed_weight, is_reparametrised
 from fasc_lightning.tokens import TokenRows
 
 #: Takes a layer's name, its counted inputs x (tokens, n), the gradients h (tokens, m) of the batch's loss at its
@@ -101,7 +102,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     """
     if not isinstance(module, nn.Linear | Conv1D) or type(module).forward not in (nn.Linear.forward, Conv1D.forward):
         return False
-    weight = module.weight
+    weight = computed_weight(module) if is_reparametrised(module) else module.weight
     # Packed quantised layers are subclasses of nn.Linear whose weight is bytes of another shape.
     return weight.ndim == 2 and weight.is_floating_point() and tuple(weight.shape) in _weight_shapes(module)
 
@@ -122,7 +123,7 @@ def _protected(model: nn.Module) -> set[int]:
             protected.add(id(output))
         owners.update(id(parameter) for parameter in module.parameters(recurse=False))
     for module in model.modules():
-        if is_plain_linear(module) and owners[id(module.weight)] > 1:
+        if is_plain_linear(module) and owners[id(module._parameters.get("weight"))] > 1:
             protected.add(id(module))
     return protected
 

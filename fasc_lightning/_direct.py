@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting
 from torch.nn.modules import module as _module
 
 #: Tokens from which a pass over all outputs costs more than the call that makes it.
@@ -30,7 +31,7 @@ def may_be_direct(x: Tensor, *children: nn.Module | None) -> bool:
         or not x.is_cpu  # nothing was measured elsewhere
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or _module._global_forward_hooks
         or _module._global_forward_pre_hooks
@@ -150,6 +151,24 @@ def join_columns(z: Tensor, rest: Tensor, permutation: Tensor) -> Tensor:
     y = z.new_empty(tokens, len(index))
     y.scatter_(1, places[:k].expand_as(z), z)
     return y.scatter_(1, places[k:].expand_as(rest), rest)
+
+
+def is_eager(x: Tensor) -> bool:
+    """Tell whether operations on x are run as they are called, or compiled; not traced, by TorchScript or fx."""
+    return torch.compiler.is_compiling() or (type(x) is Tensor and not torch._C._is_tracing())
+
+
+def permute_features(x: Tensor, index: Tensor) -> Tensor:
+    """Return the features of x (..., d) in the order of index (d,), as a new tensor.
+
+    What is traced or scripted must not depend on the sizes of an example: then it is the same operations for all, and
+    for any number of dimensions. Otherwise x has two, and the operations are those of :func:`permute_columns`.
+    """
+    if not is_scripting():
+        if is_eager(x):
+            return permute_columns(x, index)
+    # In two dimensions it takes a sixth of the time that it takes in three.
+    return x.reshape(-1, index.shape[0]).index_select(1, index).view_as(x)
 
 
 def permute_columns(x: Tensor, index: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 transformers fills layers whose weights a folder lacks with random numbers, and only warns. But it fails where a weight
 has another shape than its layer. So each compressed layer is saved with one more entry: under the name of the dense
 weight that it replaced, of a shape that no linear layer has. Of experts it is one entry a module, for the weight that
-held them all; transformers gives it the name that checkpoints have, as it does with such weights.
+held them all.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any
 
@@ -34,22 +34,42 @@ def guards(layers: Iterable[str]) -> dict[str, Tensor]:
 
 
 def is_guard(value: Any) -> bool:
-    """Whether an entry of a state dict is a guard; those of experts lose their dimension as they are saved."""
+    """Whether an entry of a state dict is a guard; those of experts lost their dimension where names were converted."""
     return isinstance(value, Tensor) and value.shape in (GUARD_SHAPE, ()) and value.dtype == GUARD_DTYPE
 
 
-def expect_guards(model: Any, files: Iterable[str | PathLike[str]], layers: Iterable[str]) -> None:
-    """Keep ``from_pretrained`` from reporting the guards in some files as left over.
+def saved_guards(files: Iterable[str | PathLike[str]]) -> tuple[set[str], set[str]]:
+    """Return the names of all entries of some files, and of those that could be guards.
+
+    Args:
+        files: Only the headers are read. Files other than safetensors hold no guards, and no names are read.
+    """
+    from safetensors import safe_open
+
+    keys: set[str] = set()
+    guarded: set[str] = set()
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 # no mapping
+                entry = opened.get_slice(key)
+                keys.add(key)
+                if entry.get_dtype() == "U8" and tuple(entry.get_shape()) in (GUARD_SHAPE, ()):
+                    guarded.add(key)
+    return keys, guarded
+
+
+def expect_guards(model: Any, found: Mapping[str, Iterable[str]], layers: Iterable[str]) -> None:
+    """Keep ``from_pretrained`` from reporting guards as left over.
 
     Args:
         model: A transformers model whose weights are about to be read.
-        files: To read them from; only the headers are read here, and files other than safetensors hold no guards.
-        layers: The compressed layers, by the names that they were saved with.
+        found: Entries that could be guards, and the names that transformers gives each as it reads them.
+        layers: The compressed layers, by all names that they may have.
     """
-    layers = list(layers)
-    keys = _found(files, {guard_key(layer) for layer in layers if split_name(layer) is None})
-    # In files these have other names; whoever reads them knows them by the one of the module.
-    keys |= {guard_key(layer) for layer in layers if split_name(layer) is not None}
+    guarded = {guard_key(layer) for layer in layers}
+    keys = {name for key, names in found.items() if not guarded.isdisjoint((key, *names)) for name in (key, *names)}
     if not keys:
         return
     # Of a whole model's folder, a base model reads keys without the prefix.
@@ -58,16 +78,3 @@ def expect_guards(model: Any, files: Iterable[str | PathLike[str]], layers: Iter
     patterns = [*(known or ()), *(rf"^{re.escape(key)}$" for key in sorted(keys))]
     # A set, or in early versions of transformers a list or None.
     model._keys_to_ignore_on_load_unexpected = set(patterns) if isinstance(known, set) else patterns
-
-
-def _found(files: Iterable[str | PathLike[str]], keys: set[str]) -> set[str]:
-    from safetensors import safe_open
-
-    found: set[str] = set()
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            continue
-        with safe_open(file, framework="pt") as opened:
-            here = keys.intersection(opened.keys())
-            found.update(key for key in here if tuple(opened.get_slice(key).get_shape()) == GUARD_SHAPE)
-    return found

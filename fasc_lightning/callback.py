@@ -43,6 +43,7 @@ from fasc_lightning.quantized_layers import Quantization
 from fasc_lightning.recovery import FactorRecovery, LoraRecovery, as_recovery, describe_recovery
 from fasc_lightning.recovery_phase import RecoveryCallback
 from fasc_lightning.refit_phase import Refit
+from fasc_lightning.reparametrised import warn_without_way_back
 from fasc_lightning.replacement import ReplacementOptions, replace_calibrated
 from fasc_lightning.report import CompressionReport, log_report
 from fasc_lightning.schedule import CalibrationSchedule
@@ -365,6 +366,7 @@ class FascCallback(pl.Callback):
         warn_other_layers(pl_module, self.targets, self.exclude)
         if self._compresses:
             warn_tied_layers(pl_module, self._layers)
+            warn_without_way_back(self._layers)
         if self._monitors:
             self._monitor.start(trainer, self._layers)
         check_sharded(trainer, pl_module, self._layers)

@@ -22,6 +22,7 @@ from fasc_lightning.hub import describe_layer, empty_layer
 from fasc_lightning.lowrank import CompressedLinear, is_conv1d, linear_shape
 from fasc_lightning.plan import REMEMBERED, check_fit, compression_plan, place, set_trainable, swap_layers
 from fasc_lightning.quantized_layers import quantization_of
+from fasc_lightning.reparametrised import DENSE_FORM, DenseForm
 from fasc_lightning.swap import empty_dense
 
 
@@ -74,8 +75,11 @@ def match_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], prefix
         if once[id(layer)] != name:
             continue
         replacement: nn.Module | None = None
+        form = vars(layer).get(DENSE_FORM)
         if name in compressed and (isinstance(layer, CompressedLinear | nn.Linear) or is_conv1d(layer)):
             replacement = _compressed_layer(name, layer, _part(state_dict, f"{prefix}{name}."))
+        elif form is not None and form.fits(part := _part(state_dict, f"{prefix}{name}.")):
+            replacement = _reparametrised_layer(name, layer, form, part)
         elif isinstance(layer, CompressedLinear) and f"{prefix}{name}.weight" in state_dict:
             replacement = _dense_layer(name, layer, _part(state_dict, f"{prefix}{name}."))
         elif isinstance(layer, UnfusedExperts) and f"{prefix}{name}.gate_up_proj" in state_dict:
@@ -186,6 +190,19 @@ def _dense_layer(name: str, layer: CompressedLinear, state: Mapping[str, Tensor]
     return _filled(name, new, layer, state)
 
 
+def _reparametrised_layer(name: str, layer: nn.Module, form: DenseForm, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return the layer whose weight is computed from other tensors that a part of a state dict holds.
+
+    Raises:
+        ValueError: If the state is not the layer's.
+    """
+    try:
+        new = form.filled(state, _device(layer), layer.weight.dtype)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise ValueError(_others(name, error)) from error
+    return new if _trains(layer) else new.requires_grad_(False)
+
+
 def _filled(name: str, new: nn.Module, old: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Give a layer its values at once, so that nothing unset is ever in a module.
 
@@ -196,12 +213,19 @@ def _filled(name: str, new: nn.Module, old: nn.Module, state: Mapping[str, Tenso
         try:
             new.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(
-                f"Expected the weights of layer {name!r} but the checkpoint's are others: {error}. The module is what "
-                "it was."
-            ) from error
+            raise ValueError(_others(name, error)) from error
+    return set_trainable(new, _trains(old))
+
+
+def _others(name: str, error: RuntimeError) -> str:
+    return (
+        f"Expected the weights of layer {name!r} but the checkpoint's are others: {error}. The module is what it was."
+    )
+
+
+def _trains(layer: nn.Module) -> bool:
     # Of int8 alone nobody can tell whether its floats would be trained.
-    return set_trainable(new, quantization_of(old) is not None or any(p.requires_grad for p in old.parameters()))
+    return quantization_of(layer) is not None or any(p.requires_grad for p in layer.parameters())
 
 
 def _device(layer: nn.Module) -> torch.device:

@@ -28,6 +28,7 @@ from fasc_lightning.layouts import Layout, auto_cost, auto_layout, factors_cost,
 from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
 from fasc_lightning.measured import Measure, correction
 from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.reparametrised import trains_weight
 from fasc_lightning.sketch_sizes import SketchFigures
 from fasc_lightning.solvers import Factorization
 
@@ -341,12 +342,12 @@ def _corrected(
 
 def _build(module: nn.Module, factorization: Factorization, rank: int, layout: Layout) -> CompressedLinear:
     B, C = factorization.truncate(rank)
-    weight: Any = module.weight
+    weight: Any = linear_weight(module)
     bias: Any = getattr(module, "bias", None)
     built = make_lowrank(
         B, C, None if bias is None else whole(bias.detach()), layout, dtype=weight.dtype, device=weight.device
     )
-    return built.train(module.training).requires_grad_(weight.requires_grad)
+    return built.train(module.training).requires_grad_(trains_weight(module))
 
 
 def _warn_unreached(names: Sequence[str], total: int) -> None:

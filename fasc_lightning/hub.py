@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,18 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import override
 
+from fasc_lightning._file_names import (
+    converted_names,
+    holds_module_names,
+    name_forms,
+    save_converted_names,
+    save_module_names,
+)
 from fasc_lightning._files import check_json_files
-from fasc_lightning._guards import expect_guards, guards
+from fasc_lightning._guards import expect_guards, guards, saved_guards
 from fasc_lightning._names import some_names
 from fasc_lightning.expert_modules import unfuse
-from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape
+from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape, linear_weight
 from fasc_lightning.quantized_layers import QUANTIZATIONS, DenseLinear, make_room_for_int8, quantization_of
 from fasc_lightning.swap import compressed_layers, swap_modules, to_dense
 
@@ -80,24 +87,42 @@ class FascQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: FascConfig
+    _reads_module_names: bool = False
+
+    #: See :func:`~fasc_lightning._file_names.save_module_names`.
+    dense_conversions: list[Any] | None
 
     @override
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        expect_guards(model, kwargs.get("checkpoint_files") or (), self.quantization_config.layers)
-        prefix = f"{model.base_model_prefix}."
-        names = self.quantization_config.layers
-        unfuse(model, {form for name in names for form in (name, name.removeprefix(prefix), prefix + name)})
-        layers = _resolve_names(model, names)
+        forms = name_forms(model, self.quantization_config.layers)
+        unfuse(model, {form for every in forms.values() for form in every})
+        layers = _resolve_names(model, self.quantization_config.layers, forms)
         empty: dict[str, nn.Module] = {
             name: empty_layer(name, model.get_submodule(name), spec) for name, spec in layers.items()
         }
         swap_modules(model, empty)
+        keys, guarded = saved_guards(kwargs.get("checkpoint_files") or ())
+        self._reads_module_names = holds_module_names(model, keys)
+        found = {key: (key,) for key in guarded} if self._reads_module_names else converted_names(model, guarded)
+        expect_guards(model, found, {form for every in forms.values() for form in every})
         # The names of this model are those that it must be saved with.
         self.quantization_config.layers = layers
         _untie(model)
 
     @override
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        if not self._reads_module_names:
+            return weight_conversions
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        # What is left is the user's own: the `key_mapping` of `from_pretrained`, which comes first.
+        return weight_conversions[: len(weight_conversions) - len(get_model_conversion_mapping(model))]
+
+    @override
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # Of a model that was read without conversions, a dense one's are the default ones.
+        self.dense_conversions = vars(model).pop("_weight_conversions", None) or None
+        save_module_names(model)
         # The weights are plain floats: with the flag set, transformers would refuse `.half()` and `.float()`.
         model.is_quantized = False  # type: ignore[assignment]
         return model
@@ -268,7 +293,7 @@ def empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> Compres
     """
     try:
         m, n = linear_shape(dense)
-        weight: Any = dense.weight
+        weight: Any = dense.weight if isinstance(dense, CompressedLinear) else linear_weight(dense)
         options: dict[str, Any] = {"bias": spec["bias"], "device": "meta", "dtype": weight.dtype}
         layer: CompressedLinear
         if spec["layout"] == "pivot":
@@ -282,18 +307,18 @@ def empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> Compres
         raise ValueError(f"The configuration of compressed layer {name!r} does not fit the model: {error}") from error
 
 
-def _resolve_names(model: Any, layers: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Descriptions by this model's names: a base model's lack the prefix that they have inside a model with a head.
+def _resolve_names(
+    model: Any, layers: Mapping[str, dict[str, Any]], forms: Mapping[str, Iterable[str]]
+) -> dict[str, dict[str, Any]]:
+    """Descriptions by this model's names, which are among the forms of those in the folder.
 
     Raises:
         ValueError: If layers are not in the model. Loaded as another class than was saved, it may lack some (a head).
     """
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    prefix = f"{model.base_model_prefix}."
     resolved, missing = {}, []
     for name, spec in layers.items():
-        candidates = (name, name.removeprefix(prefix), prefix + name)
-        found = next((candidate for candidate in candidates if candidate in modules), None)
+        found = next((form for form in forms[name] if form in modules), None)
         if found is None:
             missing.append(name)
         else:
@@ -350,11 +375,14 @@ def _describe_model(model: Any, provenance: Mapping[str, Any]) -> FascConfig | N
 def _attach(model: Any, config: FascConfig) -> None:
     model.config.quantization_config = config
     # `save_pretrained` asks it for what to write.
-    model.hf_quantizer = FascQuantizer(config, pre_quantized=True)
+    quantizer = FascQuantizer(config, pre_quantized=True)
+    quantizer.dense_conversions = save_module_names(model)
+    model.hf_quantizer = quantizer
     _untie(model)
 
 
 def _detach(model: Any) -> None:
+    save_converted_names(model)
     for holder, name in (
         (model, "hf_quantizer"),
         (model, "quantization_method"),

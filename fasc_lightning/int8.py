@@ -8,11 +8,15 @@ and read anywhere.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.fx
 from torch import Tensor, nn
+from torch.jit import is_scripting
 from torch.nn import functional as F
+
+from fasc_lightning._direct import is_eager
 
 #: Half of the 255 steps from -128 to 127.
 _HALF_RANGE = 127.5
@@ -47,8 +51,9 @@ class Int8Linear(nn.Module):
         rounds_inputs: With ``input_bits``, True: so that a file of weights says which kind of layer they are of.
     """
 
-    scale: Tensor
-    bias: nn.Parameter | None
+    if TYPE_CHECKING:  # TorchScript cannot read them
+        scale: Tensor
+        bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -104,10 +109,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., n) to (..., m), in the dtype of x, or that of autocast."""
-        if torch.is_grad_enabled() and (x.requires_grad or torch._C._are_functorch_transforms_active()):
-            y: Tensor = _Product.apply(x, self.weight, self.scale, self.input_bits)
-        else:
-            y = _product(x, self.weight, self.scale, self.input_bits)
+        y = int8_product(x, self.weight, self.scale, self.input_bits)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -116,6 +118,17 @@ class Int8Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"input_bits={self.input_bits}"
         )
+
+
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int | None) -> Tensor:
+    """W x; gradients pass through it to x. One operation in the graphs of fx, to which its branches mean nothing."""
+    if not is_scripting():
+        if torch.is_grad_enabled() and (x.requires_grad or torch._C._are_functorch_transforms_active()):
+            return _Product.apply(x, weight, scale, input_bits)
+    return _product(x, weight, scale, input_bits)
+
+
+torch.fx.wrap("int8_product")
 
 
 def round_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -139,19 +152,22 @@ def round_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return _rounded(wide, scale[:, None].to(wide.dtype)), scale
 
 
-def _scale(wide: Tensor) -> Tensor:
-    """Scale of each row. A row of zeros has one, too."""
-    return (wide.abs().amax(-1) / _HALF_RANGE).clamp_min(torch.finfo(torch.float32).eps)
+def _scale(wide: Tensor, half_range: float = _HALF_RANGE, least: float = torch.finfo(torch.float32).eps) -> Tensor:
+    """Scale of each row. A row of zeros has one, too. (TorchScript reads constants of defaults alone.)"""
+    return (wide.abs().amax(-1) / half_range).clamp_min(least)
 
 
 def _rounded(wide: Tensor, scale: Tensor) -> Tensor:
     return torch.round(wide * (1.0 / scale)).clamp(-128, 127).to(torch.int8)
 
 
-def _product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: InputBits) -> Tensor:
+def _product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int | None) -> Tensor:
     """W x in the dtype that a linear layer would give it."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = x.dtype
+    if not is_scripting():
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
     if input_bits is not None:
         return _integer_product(x, weight, scale, input_bits).to(dtype)
     if dtype == torch.float16:  # 127 times as large as the scaled ones, its sums could overflow
@@ -159,26 +175,33 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: InputBits) ->
     return F.linear(x, weight.to(dtype)) * scale.to(dtype)
 
 
-def _integer_product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int) -> Tensor:
+def _integer_product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int, finer: int = _FINER) -> Tensor:
     """W x of tokens rounded to one or two int8 numbers, in float32 or wider."""
-    wide = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.reshape(-1, weight.shape[1]).to(torch.promote_types(x.dtype, torch.float32))
     token_scale = _scale(wide)[:, None]
     coarse = _rounded(wide, token_scale)
     if input_bits == 8:
         sums = _int8_matmul(coarse, weight).to(wide.dtype)
     else:
-        fine = _rounded(wide - coarse.to(wide.dtype) * token_scale, token_scale / _FINER)
+        fine = _rounded(wide - coarse.to(wide.dtype) * token_scale, token_scale / finer)
         both = _int8_matmul(torch.cat((coarse, fine)), weight).to(wide.dtype).tensor_split(2)
-        sums = both[0] + both[1] / _FINER
+        sums = both[0] + both[1] / finer
     y = sums * token_scale * scale.to(wide.dtype)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    if not is_scripting():
+        if is_eager(x):
+            return y.view(*x.shape[:-1], weight.shape[0])
+    return y.view_as(x[..., :1] * scale)  # of as many dimensions as x has, and not as the example had
 
 
 def _int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """Sums over n of int8 tensors (tokens, n) and (m, n), shape (tokens, m)."""
     # CUDA has the product of integers for some shapes only, ONNX not at all, and with n = 1 torch (2.13) takes the
     # transposed weight for one of another shape. In float32 it is exact up to n = 1000 and rounded as any other beyond.
-    if x.device.type == "cpu" and x.shape[1] > 1 and not torch.onnx.is_in_onnx_export():
+    # The stride of rows is n, too, and tracers do not take it for something that changes with the example.
+    exports = False
+    if not is_scripting():
+        exports = torch.onnx.is_in_onnx_export()
+    if x.device.type == "cpu" and weight.stride(0) > 1 and not exports:
         return torch._int_mm(x, weight.T)
     return x.float() @ weight.float().T
 

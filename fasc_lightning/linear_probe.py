@@ -22,6 +22,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers.pytorch_utils import Conv1D
 
 from fasc_lightning._rng_state import same_rng
+from fasc_lightning.reparametrised import computed_weight, is_reparametrised
 
 #: (outputs, inputs) of a stand-in: unequal, so that a transposed weight does not fit.
 SMALL = 10, 12
@@ -49,11 +50,16 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 def holds_dense_weight(module: nn.Module) -> bool:
     """Tell whether a module is a linear layer, of any class, that holds one floating-point number a weight."""
-    weight = getattr(module, "weight", None) if isinstance(module, nn.Linear | Conv1D) else None
+    weight = _weight(module) if isinstance(module, nn.Linear | Conv1D) else None
     if not isinstance(weight, Tensor) or is_lazy(weight):
         return False
     # Packed quantised layers are subclasses of nn.Linear whose weight is bytes of another shape.
     return weight.ndim == 2 and weight.is_floating_point() and tuple(weight.shape) in _weight_shapes(module)
+
+
+def _weight(module: nn.Module) -> Any:
+    """Return a layer's weight, whatever holds it; a read of one that is computed leaves no trace."""
+    return computed_weight(module) if is_reparametrised(module) else getattr(module, "weight", None)
 
 
 def _weight_shapes(module: nn.Module) -> set[tuple[int, int]]:
@@ -75,7 +81,7 @@ def computes_plain_map(module: nn.Module) -> bool:
     if extra - {"weight", "bias"} or forward is None or not _takes_inputs_alone(forward):
         return False
     conv = not isinstance(module, nn.Linear)
-    m, n = tuple(module.weight.shape)[:: -1 if conv else 1]  # type: ignore[operator]
+    m, n = tuple(_weight(module).shape)[:: -1 if conv else 1]
     sizes = min(m, SMALL[0]), min(n, SMALL[1])
     found = _agrees(module, forward, sizes)
     # What holds sizes of its own (a mask, a number of groups) can only be tried at its true size.
@@ -103,7 +109,7 @@ def _takes_inputs_alone(forward: Callable[..., Any]) -> bool:
 
 def _agrees(module: nn.Module, forward: Callable[..., Any], sizes: tuple[int, int]) -> bool | None:
     """Tell whether a stand-in of (m, n) weights computes the plain map; None if it cannot be made or run."""
-    own: Any = module.weight.dtype
+    own = _weight(module).dtype
     found: dict[torch.dtype, bool | None] = {}
     for dtype in (torch.float32, torch.float64):  # float32 products may be set to round; some forwards take one type
         found[dtype] = _agrees_in(module, forward, sizes, dtype, TOLERANCE)

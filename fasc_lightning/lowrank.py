@@ -6,11 +6,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting
 from typing_extensions import override
 
 from fasc_lightning._direct import (
+    is_eager,
     may_be_direct,
-    permute_columns,
+    permute_features,
     pivot_columns,
     pivot_rows,
     two_factors,
@@ -22,6 +24,7 @@ from fasc_lightning.expert_views import ExpertLinear
 from fasc_lightning.int8 import Int8Linear
 from fasc_lightning.layouts import Layout, auto_layout, factors_cost, pivot_cost
 from fasc_lightning.pivots import orthonormal_basis, other_rows, select_basis_rows
+from fasc_lightning.reparametrised import computed_weight, is_reparametrised
 
 
 class CompressedLinear(nn.Module, ABC):
@@ -47,6 +50,17 @@ class CompressedLinear(nn.Module, ABC):
     layout: ClassVar[str]
     from_conv1d: bool = False
     shell: nn.Module | None = None
+
+    #: Which TorchScript does not compile: properties, and it compiles all of those that are not named.
+    __jit_unused_properties__: ClassVar[list[str]] = [
+        "bias",
+        "extra_bytes",
+        "reads_inputs",
+        "_like",
+        "weight",
+        "parameter_count",
+        "pivots",
+    ]
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
@@ -182,9 +196,10 @@ class LowRankLinear(CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., n) to (..., m)."""
-        first, second = self._modules["factor_in"], self._modules["factor_out"]
-        if may_be_direct(x, first, second):
-            return two_factors(x, weight_and_bias(first)[0], *weight_and_bias(second))
+        if not is_scripting():
+            first, second = self._modules["factor_in"], self._modules["factor_out"]
+            if may_be_direct(x, first, second):
+                return two_factors(x, weight_and_bias(first)[0], *weight_and_bias(second))
         return self.factor_out(self.factor_in(x))
 
     @override
@@ -277,28 +292,34 @@ class PivotedLinear(CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., n) to (..., m)."""
-        basis, coefficients = self._modules["basis"], self._modules["coefficients"]
-        if may_be_direct(x, basis, coefficients):
-            W, bias = weight_and_bias(basis)
-            T, rest_bias = weight_and_bias(coefficients)
-            permutation: Any = self._buffers["permutation"]
-            if self.side == "in":
-                return pivot_columns(x, W, T, bias, permutation)
-            return pivot_rows(x, W, T, self.pivot_bias, rest_bias, permutation)
-        # On the CPU an index along the last of two dimensions is 3 times faster than along the last of three.
-        y = self._composed(x.reshape(-1, self.in_features))
-        return y.view(*x.shape[:-1], self.out_features)
+        if not is_scripting():
+            basis, coefficients = self._modules["basis"], self._modules["coefficients"]
+            if may_be_direct(x, basis, coefficients):
+                W, bias = weight_and_bias(basis)
+                T, rest_bias = weight_and_bias(coefficients)
+                permutation: Any = self._buffers["permutation"]
+                if self.side == "in":
+                    return pivot_columns(x, W, T, bias, permutation)
+                return pivot_rows(x, W, T, self.pivot_bias, rest_bias, permutation)
+            if is_eager(x):
+                # On the CPU an index along the last of two dimensions is 3 times faster than along the last of three.
+                y = self._composed(x.reshape(-1, self.in_features))
+                return y.view(*x.shape[:-1], self.out_features)
+        return self._composed(x)
 
     def _composed(self, x: Tensor) -> Tensor:
-        """(N, n) to (N, m) by calls of the children: for autograd, hooks, adapters, compilers."""
+        """(N, n) to (N, m) by calls of the children: for autograd, hooks, adapters, compilers; (..., n) for tracers."""
         if self.side == "in":
-            permuted = permute_columns(x, self.permutation)
-            return self.basis(permuted[:, : self.rank] + self.coefficients(permuted[:, self.rank :]))
+            permuted = permute_features(x, self.permutation)
+            # Slices would be traced as those of a numbered dimension.
+            rest = permuted.narrow(-1, self.rank, self.in_features - self.rank)
+            return self.basis(permuted.narrow(-1, 0, self.rank) + self.coefficients(rest))
         z = self.basis(x)
         rest = self.coefficients(z)
+        pivot_bias = self.pivot_bias
         # Autocast leaves the bias in float32, which would promote the output.
-        pivots = z if self.pivot_bias is None else z + self.pivot_bias.to(z.dtype)
-        return permute_columns(torch.cat([pivots, rest], dim=1), self.permutation)
+        pivots = z if pivot_bias is None else z + pivot_bias.to(z.dtype)
+        return permute_features(torch.cat([pivots, rest], dim=-1), self.permutation)
 
     @property
     @override
@@ -425,14 +446,14 @@ def make_lowrank(
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight of a dense linear layer as an (m, n) view, that is, transposed for GPT-2's ``Conv1D``.
 
+    One that is computed from other tensors is that of eval mode, and the layer's state stays as it is.
+
     Raises:
         TypeError: If the module is neither ``nn.Linear`` nor transformers' ``Conv1D``.
     """
-    if isinstance(module, nn.Linear):
-        return module.weight
-    if is_conv1d(module):
-        weight: Any = module.weight
-        return weight.T
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        weight: Any = computed_weight(module) if is_reparametrised(module) else module.weight
+        return weight if isinstance(module, nn.Linear) else weight.T  # type: ignore[no-any-return]
     raise TypeError(f"Expected an nn.Linear or a transformers Conv1D, got {type(module).__name__}.")
 
 
@@ -443,6 +464,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
         TypeError: If the module is not a linear layer.
     """
     if isinstance(module, CompressedLinear | ExpertLinear):  # of an expert no slice is made to see its shape
+        return module.out_features, module.in_features
+    if isinstance(module, nn.Linear) and is_reparametrised(module):  # nothing is computed to see its shape
         return module.out_features, module.in_features
     m, n = linear_weight(module).shape
     return m, n

@@ -19,6 +19,7 @@ from fasc_lightning.expert_views import named_layers
 from fasc_lightning.hub import attach_config, checked_layers, describe_layer, empty_layer
 from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank, smaller_side
 from fasc_lightning.quantized_layers import quantized_layer
+from fasc_lightning.reparametrised import trains_weight
 from fasc_lightning.swap import compressed_layers, swap_modules
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -82,7 +83,7 @@ def apply_plan(model: nn.Module, plan: Plan, state_dict: Mapping[str, Tensor] | 
             layer = place(layer, weight.device)
         elif not weight.is_meta:
             layer = _nearest(modules[name], spec)
-        new[name] = set_trainable(layer, weight.requires_grad)
+        new[name] = set_trainable(layer, trains_weight(modules[name]))
     replaced = swap_layers(model, new)
     if state_dict is not None:
         try:

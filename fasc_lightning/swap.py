@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from fasc_lightning.expert_modules import fuse_dense, with_experts
 from fasc_lightning.expert_views import ExpertLinear
 from fasc_lightning.lowrank import CompressedLinear, flops_per_token, is_conv1d, linear_shape
+from fasc_lightning.reparametrised import remember_form
 
 
 def swap_modules(model: nn.Module, replacements: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -143,8 +144,8 @@ def _shell(layer: nn.Module) -> nn.Module | None:
         return None
     shell: nn.Module = object.__new__(kind)
     nn.Module.__init__(shell)
-    own = vars(shell)
-    own.update({name: value for name, value in vars(layer).items() if name not in own and name != "forward"})
+    own, computed = vars(shell), ("forward", "weight", "bias")
+    own.update({name: value for name, value in vars(layer).items() if name not in own and name not in computed})
     own["training"] = layer.training
     own["_buffers"] = dict(layer._buffers)
     own["_non_persistent_buffers_set"] = set(layer._non_persistent_buffers_set)
@@ -189,6 +190,7 @@ def _match(new: nn.Module, old: nn.Module) -> None:
     new.train(old.training)
     if "expert_share" in vars(old):
         vars(new)["expert_share"] = vars(old)["expert_share"]
+    remember_form(old, new)
     if isinstance(new, CompressedLinear):
         new.from_conv1d = new.from_conv1d or is_conv1d(old)
         shell = old.shell if isinstance(old, CompressedLinear) else _shell(old)

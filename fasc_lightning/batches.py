@@ -73,6 +73,7 @@ def observed_rows(
     token_mask: TokenMask | None,
     loss_terms: LossTerms | None,
     tokens: int,
+    seed: int,
 ) -> TokenRows:
     """Describe a batch of which a sample is scored and nothing else; its loss may average in a way nobody can tell."""
     mask = batch_mask(pl_module, batch, token_mask)
@@ -80,7 +81,9 @@ def observed_rows(
         scale = gradient_scale(trainer, pl_module, batch, mask, loss_terms)
     except ValueError:
         scale = 1.0
-    return TokenRows(batch_label(trainer), mask, scale, sample=tokens)
+    rows = TokenRows(batch_label(trainer), mask, scale, sample_seeds=_seeds_of(batch, seed, mask), sample=tokens)
+    rows.note(identifying_tensor(batch))
+    return rows
 
 
 def calibration_rows(
@@ -111,12 +114,17 @@ def calibration_rows(
     mask = batch_mask(pl_module, batch, token_mask)
     scale = gradient_scale(trainer, pl_module, batch, mask, loss_terms)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    seeds = sample_seeds(batch, seed, mask) if fraction < 1 else ()
+    seeds = sample_seeds(batch, seed, mask) if fraction < 1 else _seeds_of(batch, seed, mask) if scored else ()
     # A scaler that never adapts would overflow on and on: that is an error.
     may_overflow = scaler is not None and steps
     rows = TokenRows(batch_label(trainer), mask, scale, fraction, seeds, may_overflow, scored=scored)
     rows.note(identifying_tensor(batch))
     return rows
+
+
+def _seeds_of(batch: Any, seed: int, mask: Tensor | None) -> list[int]:
+    """Return the seeds of a batch's samples; none if it holds no tensor, since a score is no reason to stop."""
+    return [] if identifying_tensor(batch) is None else sample_seeds(batch, seed, mask)
 
 
 def loss_terms_of(

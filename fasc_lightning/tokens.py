@@ -5,13 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 #: Most sequences that a sample for the dependence score is taken from.
 MAX_SEQUENCES = 24
+
+#: Fewest sequences whose pairs and orders say anything of dependence. Where a batch has fewer, each gives no more than
+#: this share of a sample, so that samples of several batches can be put together.
+MIN_SEQUENCES = 4
+
+#: Steps of this share of a sequence visit it evenly, wherever one begins and whenever one stops (a Kronecker sequence).
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass
@@ -23,11 +33,13 @@ class TokenRows:
         mask: True for real tokens, False for padding, shape (samples, length); None if there is no padding.
         scale: Factor that turns a gradient of the batch's loss into one of the sum of its token losses.
         fraction: Share of the tokens that is kept.
-        sample_seeds: One seed for each sample of the batch; needed when ``fraction`` < 1.
+        sample_seeds: One seed for each sample of the batch; needed when ``fraction`` < 1. The tokens that are scored
+            depend on them, too.
         may_overflow: Whether a GradScaler is at work, which makes gradients overflow now and then and skips such a
             step; the taps then leave the rest of the batch out.
         overflowed: Whether that has happened.
-        sample: Keep at most so many tokens, alike from each sequence, instead of all (:func:`sample_sequences`).
+        sample: Keep about so many tokens, alike from each sequence, instead of all (:func:`sample_sequences`): a few
+            more, in place of those whose gradient turns out to be zero.
         scored: Whether dependence scores take a sample of the tokens that count.
     """
 
@@ -43,6 +55,10 @@ class TokenRows:
     _cache: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict, repr=False)
     _lengths: dict[tuple[int, ...], list[int]] = field(default_factory=dict, repr=False)
     _sequences: dict[int, int] = field(default_factory=dict, repr=False)
+    _noted: tuple[int, ...] = field(default=(), repr=False)  # shape of the ids
+    # Of activations whose counted rows do not come sequence by sequence, by the number of these rows: the order in
+    # which they would, if it is another, and the lengths of the sequences.
+    _regrouped: dict[int, tuple[Tensor | None, list[int]]] = field(default_factory=dict, repr=False)
 
     def index(self, leading: tuple[int, ...], device: torch.device) -> Tensor | None:
         """Return which of the flattened tokens count.
@@ -54,16 +70,15 @@ class TokenRows:
             device: Where the index is wanted.
 
         Returns:
-            Row numbers in ascending order, or None when every token counts.
+            Row numbers in ascending order within each sequence, or None when every token counts.
         """
         key = (leading, device)
         if key not in self._cache:
             keep = self._keep(leading)
             lengths = self._count(leading, keep)
             index = None if keep is None else keep.nonzero().squeeze(1)
-            if self.sample is not None and (chosen := sample_sequences(lengths, self.sample)).numel() < sum(lengths):
-                lengths = [chosen.shape[1]] * chosen.shape[0]
-                index = chosen.flatten() if index is None else index[chosen.flatten()]
+            if self.sample is not None:
+                index, lengths = self._sample(index, lengths, self.sample)
             self._lengths[leading] = lengths
             self._cache[key] = None if index is None else index.to(device)
         return self._cache[key]
@@ -96,10 +111,53 @@ class TokenRows:
         """
         if ids is not None and ids.ndim == 2 and not ids.is_floating_point():
             self._sequences.setdefault(ids.numel(), len(ids))
+            self._noted = tuple(ids.shape)
 
     def lengths(self, leading: tuple[int, ...]) -> list[int]:
         """Return how many counted tokens each sequence of an activation has, after :meth:`index` of its shape."""
         return self._lengths[leading]
+
+    def by_sequence(self, lengths: list[int]) -> tuple[Tensor | None, list[int]]:
+        """Return how the counted rows of an activation come apart into sequences.
+
+        Args:
+            lengths: What :meth:`lengths` says of them: it takes rows that do not come sequence by sequence for one run.
+
+        Returns:
+            The order of the rows in which each sequence is in one piece, None where they are so already, and the number
+            of tokens of each sequence. Samples without a length are sequences of one token.
+        """
+        return self._regrouped.get(lengths[0], (None, lengths)) if len(lengths) == 1 else (None, lengths)
+
+    def seeds(self, sequences: int) -> list[int]:
+        """Return one seed for each of so many sequences: the samples' own, or derived from them."""
+        if sequences == len(self.sample_seeds):
+            return list(self.sample_seeds)
+        each = sequences // len(self.sample_seeds) if self.sample_seeds else 0
+        if each and each * len(self.sample_seeds) == sequences:  # several of each sample
+            return [_mixed(seed, place) for seed in self.sample_seeds for place in range(each)]
+        return [_mixed(*self.sample_seeds, place) for place in range(sequences)]
+
+    def _sample(self, index: Tensor | None, lengths: list[int], tokens: int) -> tuple[Tensor | None, list[int]]:
+        """Return the index and the lengths of a sample of the counted tokens."""
+        order, sequences = self.by_sequence(lengths)
+        seeds = self.seeds(len(sequences))
+        each, members = _allotted(sequences, tokens, seeds)
+        if not members or each * len(members) >= sum(sequences):
+            return index, lengths
+        spare = 1 + each // 16
+        starts = np.cumsum([0, *sequences])
+        found = [
+            torch.from_numpy(np.sort(starts[i] + token_order(sequences[i], seeds[i])[: each + spare])) for i in members
+        ]
+        chosen = torch.cat(found)
+        chosen = chosen if order is None else order[chosen]
+        taken = dict(zip(members, map(len, found), strict=True))
+        kept = [taken.get(i, 0) for i in range(len(sequences))]
+        if len(lengths) == 1 and len(sequences) > 1 and max(sequences) == 1:  # samples of a token each: still one run
+            kept = [len(chosen)]
+            self._regrouped[len(chosen)] = (None, [1] * len(chosen))
+        return chosen if index is None else index[chosen], kept
 
     def _count(self, leading: tuple[int, ...], keep: Tensor | None) -> list[int]:
         """Return the number of kept tokens of each sequence of an activation; [all] if sequences cannot be told."""
@@ -107,15 +165,30 @@ class TokenRows:
         sequences = 1
         if self.mask is not None and leading in (tuple(self.mask.shape), (self.mask.numel(),)):
             sequences = self.mask.shape[0]
-        elif len(leading) > 1 and not (self.mask is not None and leading == tuple(self.mask.T.shape)):
+        elif self._is_sequence_first(leading):
+            real = torch.ones(leading, dtype=torch.bool) if keep is None else keep.view(leading)
+            place = torch.full(leading, -1)
+            place[real] = torch.arange(int(real.sum()))
+            order = place.T[real.T]
+            self._regrouped[len(order)] = order, real.sum(0).tolist()
+        elif len(leading) > 1:
             sequences = self._sequences[tokens] = leading[0]
         elif len(leading) == 1:  # the same tokens in one row, as experts and some MLPs take them
             sequences = self._sequences.get(tokens, 1)
         if sequences in (0, tokens):  # samples of a token each are one run of samples
             sequences = 1
+            if tokens and tokens == len(self.sample_seeds):
+                counted = tokens if keep is None else int(keep.sum())
+                self._regrouped[counted] = None, [1] * counted
         if keep is None:
             return [tokens // sequences] * sequences
         return keep.view(sequences, -1).sum(1).tolist()
+
+    def _is_sequence_first(self, leading: tuple[int, ...]) -> bool:
+        """Tell whether an activation is (length, samples), by the mask or by a note of the ids."""
+        if self.mask is not None and leading in (tuple(self.mask.shape), tuple(self.mask.T.shape)):
+            return leading != tuple(self.mask.shape)
+        return leading != leading[::-1] == self._noted
 
     def _keep(self, leading: tuple[int, ...]) -> Tensor | None:
         tokens = int(torch.Size(leading).numel())
@@ -146,31 +219,68 @@ class TokenRows:
         return keep
 
 
-def sample_sequences(lengths: Sequence[int], tokens: int) -> Tensor:
+def sample_sequences(lengths: Sequence[int], tokens: int, seeds: Sequence[int]) -> Tensor:
     """Choose equally many tokens from each of several sequences, as many in all as are allowed.
 
-    Short sequences are left out where the others then give more; tokens of a sequence are evenly spaced, so that they
-    depend on each other as little as may be.
+    Short sequences are left out where the others then give more. Each token of a sequence is as likely to be chosen as
+    any other, the first and the last included, and the tokens that are chosen are spread over it
+    (:func:`token_order`). They depend on the sequence's length and seed alone: where more are allowed, more are added.
 
     Args:
         lengths: Number of tokens of each sequence.
-        tokens: At most so many in all.
+        tokens: At most so many in all; of one sequence at most a quarter (:data:`MIN_SEQUENCES`), where some have more
+            than one token.
+        seeds: One for each sequence.
 
     Returns:
-        Positions in the concatenated sequences, shape (chosen sequences, tokens of each).
+        Positions in the concatenated sequences, shape (chosen sequences, tokens of each), in the order of
+        :func:`token_order`: so the distance from one to the next is much the same in all of them.
     """
-    best = (0, 0)  # tokens of each, sequences
-    for length in sorted(set(lengths)):
-        sequences = min(sum(other >= length for other in lengths), MAX_SEQUENCES, tokens)
-        each = min(length, tokens // max(1, sequences))
-        if each * sequences > best[0] * best[1]:
-            best = (each, sequences)
-    each, sequences = best
-    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    eligible = [i for i, length in enumerate(lengths) if length >= max(1, each)]
-    chosen = [eligible[int(i)] for i in torch.linspace(0, len(eligible) - 1, sequences)] if eligible else []
-    rows = [starts[i] + torch.linspace(0, lengths[i] - 1, each).long() for i in chosen]
+    each, members = _allotted(lengths, tokens, seeds)
+    starts = np.cumsum([0, *lengths])
+    rows = [torch.from_numpy(starts[i] + token_order(lengths[i], seeds[i])[:each]) for i in members]
     return torch.stack(rows) if rows else torch.zeros(0, 0, dtype=torch.long)
+
+
+def _allotted(lengths: Sequence[int], tokens: int, seeds: Sequence[int]) -> tuple[int, list[int]]:
+    """Return how many tokens to take from each sequence, and from which: by the rank of their seeds, if not all."""
+    most = tokens if max(lengths, default=0) <= 1 else MAX_SEQUENCES
+    each, sequences = 0, 0
+    for length in sorted(set(lengths)):
+        count = min(sum(other >= length for other in lengths), most, tokens)
+        share = min(length, tokens // max(count, 1 if length == 1 else MIN_SEQUENCES)) if count else 0
+        if share * count > each * sequences:
+            each, sequences = share, count
+    eligible = [i for i, length in enumerate(lengths) if length >= max(1, each)]
+    return each, sorted(sorted(eligible, key=lambda i: (seeds[i], i))[:sequences])
+
+
+@lru_cache(maxsize=1024)
+def token_order(length: int, seed: int) -> NDArray[np.int64]:
+    """Return the tokens of a sequence in an order whose every beginning is spread evenly over it.
+
+    A Kronecker sequence: it begins at a place that the seed draws, steps on by the golden section of the length, and
+    goes round. So any token is as likely as any other to be among the first k, tokens that are near each other are
+    seldom among them together, and steps from one to the next are the same in sequences that begin elsewhere.
+
+    Args:
+        length: Number of tokens.
+        seed: Not negative.
+
+    Returns:
+        A permutation of the positions 0, ..., length - 1.
+    """
+    start = np.random.default_rng(seed).random()
+    # The longest gap that k points leave is below 2 / k.
+    visits = ((start + _GOLDEN * np.arange(4 * length + 8)) % 1 * length).astype(np.int64)
+    positions, first = np.unique(visits.clip(max=length - 1), return_index=True)
+    return positions[first.argsort()]
+
+
+def _mixed(*values: int) -> int:
+    """Return a seed made of several numbers."""
+    digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def sample_seeds(batch: Any, seed: int, mask: Tensor | None = None) -> list[int]:

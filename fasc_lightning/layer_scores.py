@@ -13,7 +13,10 @@ from fasc_lightning.dependence import MIN_ROWS, DependenceScore, Grams, all_redu
 from fasc_lightning.history import RhoRow
 from fasc_lightning.lowrank import linear_weight
 from fasc_lightning.pooled import Gradient, input_gradient
-from fasc_lightning.tokens import MIN_SEQUENCES, TokenRows, sample_sequences
+from fasc_lightning.tokens import TokenRows
+
+#: Gradients of at most this share of a batch's largest are zero but for rounding: some units of float32's last place.
+ROUNDING = 32 * torch.finfo(torch.float32).eps
 
 #: x and g of some sequences at the same tokens, each (sequences, tokens, features).
 Sample = tuple[Tensor, Tensor]
@@ -23,8 +26,8 @@ class LayerScores:
     """One dependence score a layer, fed by :class:`~fasc_lightning.taps.Taps` as its ``pairs``.
 
     A sample of each batch's tokens is scored (:func:`~fasc_lightning.tokens.sample_sequences`). Tokens whose gradient
-    at a layer is exactly zero are left out there: the last token of a causal language model has none by construction.
-    Samples of fewer than four sequences are kept until eight have come together, since pairs of sequences are what the
+    at a layer is zero are left out there: the last token of a causal language model has none by construction.
+    Samples of fewer than eight sequences are kept until as many have come together, since pairs of sequences are what the
     score is made of.
 
     Args:
@@ -67,14 +70,14 @@ class LayerScores:
         """
         if not batch.scored:
             return
-        chosen = choose_tokens(h, batch, lengths, self.tokens)  # (sequences, tokens of each)
+        chosen = batch.choose(_has_gradient(h).cpu(), lengths, self.tokens)  # (sequences, tokens of each)
         if self._sampled is None or self._sampled[0] is not x or not torch.equal(self._sampled[1], chosen):
             self._sampled = x, chosen, _sample(x, chosen).to(self.device)
         h = _sample(h, chosen).flatten(0, 1)
         g = input_gradient(h, whole(linear_weight(self.layers[name]).detach())) if self.gradient == "input" else h
         g = g.to(self.device, torch.promote_types(g.dtype, torch.float32)) * batch.scale
         sample = self._sampled[2], g.view(*chosen.shape, g.shape[1])
-        if not 0 < len(chosen) < MIN_SEQUENCES:
+        if not 0 < len(chosen) < MIN_ROWS:
             self._add(self.scores[name], [sample])
             return
         waiting = self.waiting.setdefault(name, [])
@@ -119,23 +122,21 @@ class LayerScores:
         score.add(known[1], Grams.of(_joined(gradients)))
 
 
-def choose_tokens(h: Tensor, batch: TokenRows, lengths: list[int], tokens: int) -> Tensor:
-    """Return the rows of a sample of the tokens that have a gradient, shape (sequences, tokens of each).
+def _has_gradient(h: Tensor) -> Tensor:
+    """Return which tokens have a gradient that is more than rounding, shape (tokens,); all of them if none has.
+
+    The queries of a text's first token have none by construction, since it attends to itself alone; but what some
+    kernels return of it is the difference of two equal numbers.
 
     Args:
-        h: Gradients, shape (tokens, m). Where all are zero, so is the sample's.
-        batch: The batch that they belong to.
-        lengths: Tokens of each sequence.
-        tokens: See :func:`~fasc_lightning.tokens.sample_sequences`.
+        h: Gradients, shape (tokens, m).
     """
-    order, lengths = batch.by_sequence(lengths)
-    alive = h.ne(0).any(1).cpu()
-    if not alive.any():
-        alive = torch.ones_like(alive)
-    rows = torch.arange(len(h)) if order is None else order
-    alive = alive[rows]
-    left = [int(part.sum()) for part in alive.split(lengths)]
-    return rows[alive][sample_sequences(left, tokens, batch.seeds(len(lengths)))]
+    if not h.numel():
+        return h.new_ones(len(h), dtype=torch.bool)
+    low, high = h.aminmax(dim=1)
+    size = torch.maximum(-low, high).float()
+    zero = size <= ROUNDING * size.max()  # False for NaN
+    return ~zero | zero.all()
 
 
 def _sample(values: Tensor, chosen: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ class TokenRows:
     _lengths: dict[tuple[int, ...], list[int]] = field(default_factory=dict, repr=False)
     _sequences: dict[int, int] = field(default_factory=dict, repr=False)
     _noted: tuple[int, ...] = field(default=(), repr=False)  # shape of the ids
+    _ordered: set[int] = field(default_factory=set, repr=False)  # numbers of rows of the samples that were taken
     # Of activations whose counted rows do not come sequence by sequence, by the number of these rows: the order in
     # which they would, if it is another, and the lengths of the sequences.
     _regrouped: dict[int, tuple[Tensor | None, list[int]]] = field(default_factory=dict, repr=False)
@@ -70,7 +71,8 @@ class TokenRows:
             device: Where the index is wanted.
 
         Returns:
-            Row numbers in ascending order within each sequence, or None when every token counts.
+            Row numbers, of one sequence after the other, or None when every token counts. Those of a sequence ascend,
+            but where a sample is taken they are in the order of :func:`token_order`.
         """
         key = (leading, device)
         if key not in self._cache:
@@ -84,7 +86,7 @@ class TokenRows:
         return self._cache[key]
 
     def routed(self, tokens: Tensor, total: int) -> tuple[Tensor, list[int]]:
-        """Return which rows of an expert's activations count, in the order of their tokens, and how many a sequence.
+        """Return which rows of an expert's activations count, in the order of :meth:`index`, and how many a sequence.
 
         Args:
             tokens: The token of each row, shape (rows,), each at most once.
@@ -97,8 +99,10 @@ class TokenRows:
             torch.tensor(lengths, device=tokens.device)
         )
         sequence[slice(None) if counted is None else counted] = of_counted
-        order = tokens.argsort()
-        order = order[sequence[tokens[order]] >= 0]
+        place = torch.full((total,), -1, device=tokens.device)
+        place[slice(None) if counted is None else counted] = torch.arange(sum(lengths), device=tokens.device)
+        order = place[tokens].argsort()
+        order = order[place[tokens[order]] >= 0]
         return order, sequence[tokens[order]].bincount(minlength=len(lengths)).tolist()
 
     def note(self, ids: Tensor | None) -> None:
@@ -117,7 +121,24 @@ class TokenRows:
         """Return how many counted tokens each sequence of an activation has, after :meth:`index` of its shape."""
         return self._lengths[leading]
 
-    def by_sequence(self, lengths: list[int]) -> tuple[Tensor | None, list[int]]:
+    def choose(self, alive: Tensor, lengths: list[int], tokens: int) -> Tensor:
+        """Choose counted rows of an activation to score (:func:`sample_sequences`).
+
+        Args:
+            alive: Which of the rows have a gradient, shape (rows,), on the CPU.
+            lengths: How many rows each sequence has, as the taps say.
+            tokens: At most so many.
+
+        Returns:
+            Row numbers, shape (sequences, tokens of each).
+        """
+        order, lengths = self._by_sequence(lengths)
+        ordered = len(alive) in self._ordered
+        if order is None:
+            return sample_sequences(alive, lengths, tokens, self._seeds(len(lengths)), ordered)
+        return order[sample_sequences(alive[order], lengths, tokens, self._seeds(len(lengths)), ordered)]
+
+    def _by_sequence(self, lengths: list[int]) -> tuple[Tensor | None, list[int]]:
         """Return how the counted rows of an activation come apart into sequences.
 
         Args:
@@ -129,7 +150,7 @@ class TokenRows:
         """
         return self._regrouped.get(lengths[0], (None, lengths)) if len(lengths) == 1 else (None, lengths)
 
-    def seeds(self, sequences: int) -> list[int]:
+    def _seeds(self, sequences: int) -> list[int]:
         """Return one seed for each of so many sequences: the samples' own, or derived from them."""
         if sequences == len(self.sample_seeds):
             return list(self.sample_seeds)
@@ -140,18 +161,17 @@ class TokenRows:
 
     def _sample(self, index: Tensor | None, lengths: list[int], tokens: int) -> tuple[Tensor | None, list[int]]:
         """Return the index and the lengths of a sample of the counted tokens."""
-        order, sequences = self.by_sequence(lengths)
-        seeds = self.seeds(len(sequences))
+        order, sequences = self._by_sequence(lengths)
+        seeds = self._seeds(len(sequences))
         each, members = _allotted(sequences, tokens, seeds)
         if not members or each * len(members) >= sum(sequences):
             return index, lengths
         spare = 1 + each // 16
         starts = np.cumsum([0, *sequences])
-        found = [
-            torch.from_numpy(np.sort(starts[i] + token_order(sequences[i], seeds[i])[: each + spare])) for i in members
-        ]
+        found = [torch.from_numpy(starts[i] + token_order(sequences[i], seeds[i])[: each + spare]) for i in members]
         chosen = torch.cat(found)
         chosen = chosen if order is None else order[chosen]
+        self._ordered.add(len(chosen))
         taken = dict(zip(members, map(len, found), strict=True))
         kept = [taken.get(i, 0) for i in range(len(sequences))]
         if len(lengths) == 1 and len(sequences) > 1 and max(sequences) == 1:  # samples of a token each: still one run
@@ -177,9 +197,9 @@ class TokenRows:
             sequences = self._sequences.get(tokens, 1)
         if sequences in (0, tokens):  # samples of a token each are one run of samples
             sequences = 1
-            if tokens and tokens == len(self.sample_seeds):
-                counted = tokens if keep is None else int(keep.sum())
-                self._regrouped[counted] = None, [1] * counted
+        if sequences == 1 < tokens == len(self.sample_seeds):
+            counted = tokens if keep is None else int(keep.sum())
+            self._regrouped[counted] = None, [1] * counted
         if keep is None:
             return [tokens // sequences] * sequences
         return keep.view(sequences, -1).sum(1).tolist()
@@ -219,7 +239,9 @@ class TokenRows:
         return keep
 
 
-def sample_sequences(lengths: Sequence[int], tokens: int, seeds: Sequence[int]) -> Tensor:
+def sample_sequences(
+    alive: Tensor, lengths: Sequence[int], tokens: int, seeds: Sequence[int], ordered: bool = False
+) -> Tensor:
     """Choose equally many tokens from each of several sequences, as many in all as are allowed.
 
     Short sequences are left out where the others then give more. Each token of a sequence is as likely to be chosen as
@@ -227,18 +249,21 @@ def sample_sequences(lengths: Sequence[int], tokens: int, seeds: Sequence[int]) 
     (:func:`token_order`). They depend on the sequence's length and seed alone: where more are allowed, more are added.
 
     Args:
+        alive: Which tokens may be chosen, shape (tokens of all sequences,).
         lengths: Number of tokens of each sequence.
         tokens: At most so many in all; of one sequence at most a quarter (:data:`MIN_SEQUENCES`), where some have more
             than one token.
         seeds: One for each sequence.
+        ordered: See :func:`spread_tokens`.
 
     Returns:
         Positions in the concatenated sequences, shape (chosen sequences, tokens of each), in the order of
-        :func:`token_order`: so the distance from one to the next is much the same in all of them.
+        :func:`token_order`.
     """
-    each, members = _allotted(lengths, tokens, seeds)
-    starts = np.cumsum([0, *lengths])
-    rows = [torch.from_numpy(starts[i] + token_order(lengths[i], seeds[i])[:each]) for i in members]
+    parts = alive.split(list(lengths))
+    each, members = _allotted([int(part.sum()) for part in parts], tokens, seeds)
+    starts = np.cumsum([0, *lengths]).tolist()
+    rows = [starts[i] + spread_tokens(parts[i], each, seeds[i], ordered) for i in members]
     return torch.stack(rows) if rows else torch.zeros(0, 0, dtype=torch.long)
 
 
@@ -255,26 +280,53 @@ def _allotted(lengths: Sequence[int], tokens: int, seeds: Sequence[int]) -> tupl
     return each, sorted(sorted(eligible, key=lambda i: (seeds[i], i))[:sequences])
 
 
-@lru_cache(maxsize=1024)
 def token_order(length: int, seed: int) -> NDArray[np.int64]:
     """Return the tokens of a sequence in an order whose every beginning is spread evenly over it.
 
-    A Kronecker sequence: it begins at a place that the seed draws, steps on by the golden section of the length, and
-    goes round. So any token is as likely as any other to be among the first k, tokens that are near each other are
-    seldom among them together, and steps from one to the next are the same in sequences that begin elsewhere.
+    It begins at a place that the seed draws, steps on by the golden section of the length, and goes round (a Kronecker
+    sequence). So any token is as likely as any other to be among the first k, and few of these are neighbours. The
+    distance from the i-th to the j-th is the same in all sequences of a length, but for those that the end parts:
+    the null of rho needs that, since it takes gradients from one sequence to the activations of another, and two tokens
+    of a text are the more alike the nearer they are. With k tokens drawn one by one, rho of unrelated sequences was
+    above its null in 13 to 21 of 100 cases in place of 5.
 
     Args:
         length: Number of tokens.
-        seed: Not negative.
+        seed: Any integer.
 
     Returns:
         A permutation of the positions 0, ..., length - 1.
     """
-    start = np.random.default_rng(seed).random()
-    # The longest gap that k points leave is below 2 / k.
-    visits = ((start + _GOLDEN * np.arange(4 * length + 8)) % 1 * length).astype(np.int64)
-    positions, first = np.unique(visits.clip(max=length - 1), return_index=True)
+    return (_golden_order(length) + _mixed(seed) % max(1, length)) % max(1, length)
+
+
+@lru_cache(maxsize=64)
+def _golden_order(length: int) -> NDArray[np.int64]:
+    # The longest gap that k points leave is below 3 / k.
+    visits = (_GOLDEN * np.arange(4 * length + 8) % 1 * length).astype(np.int64)
+    positions, first = np.unique(visits[visits < length], return_index=True)
     return positions[first.argsort()]
+
+
+def spread_tokens(alive: Tensor, count: int, seed: int, ordered: bool) -> Tensor:
+    """Choose tokens of a sequence by :func:`token_order`, of those that have a gradient.
+
+    Args:
+        alive: Whether each token has one, shape (tokens,); ``count`` of them at least.
+        count: How many to choose.
+        seed: Of the sequence.
+        ordered: Whether the tokens are a sample that is in this order already: one without a gradient gives its place
+            to one from the end, so that the others stay where they are.
+
+    Returns:
+        Positions of tokens, shape (count,).
+    """
+    positions = alive.nonzero().squeeze(1)
+    if not ordered:
+        return positions[torch.from_numpy(token_order(len(positions), seed)[:count])]
+    first = torch.arange(count)
+    first[~alive[:count]] = positions[positions >= count][: int((~alive[:count]).sum())]
+    return first
 
 
 def _mixed(*values: int) -> int:

@@ -28,7 +28,7 @@ from fasc_lightning.factorize import compress_layers
 from fasc_lightning.lowrank import linear_weight
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.moments import CalibrationMoments
-from fasc_lightning.monitor import LayerScores
+from fasc_lightning.layer_scores import LayerScores
 from fasc_lightning.report import write_json
 from fasc_lightning.taps import Taps, layer_shapes, select_layers
 from fasc_lightning.tokens import TokenRows, sample_seeds

@@ -212,6 +212,7 @@ def observed_rows(
     token_mask: TokenMask | None,
     loss_terms: LossTerms | None,
     tokens: int,
+    seed: int,
 ) -> TokenRows:
     """Describe a batch of which a sample is scored and nothing else; its loss may average in a way nobody can tell."""
     mask = batch_mask(pl_module, batch, token_mask)
@@ -223,7 +224,10 @@ def observed_rows(
         except ValueError:
             return LossScale(1.0)
 
-    return TokenRows(batch_label(trainer), mask, _first_guess(known), sample=tokens, scale_of=scale_of)
+    seeds, label = _seeds_of(batch, seed, mask), batch_label(trainer)
+    rows = TokenRows(label, mask, _first_guess(known), sample_seeds=seeds, sample=tokens, scale_of=scale_of)
+    rows.note(identifying_tensor(batch))
+    return rows
 
 
 def calibration_rows(
@@ -254,13 +258,18 @@ def calibration_rows(
     mask = batch_mask(pl_module, batch, token_mask)
     known = partial(gradient_scale, trainer, pl_module, batch, mask, loss_terms)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    seeds = sample_seeds(batch, seed, mask) if fraction < 1 else ()
+    seeds = sample_seeds(batch, seed, mask) if fraction < 1 else _seeds_of(batch, seed, mask) if scored else ()
     # A scaler that never adapts would overflow on and on: that is an error.
     may_overflow = scaler is not None and steps
     label, scale = batch_label(trainer), _first_guess(known)
     rows = TokenRows(label, mask, scale, fraction, seeds, may_overflow, scored=scored, scale_of=known)
     rows.note(identifying_tensor(batch))
     return rows
+
+
+def _seeds_of(batch: Any, seed: int, mask: Tensor | None) -> list[int]:
+    """Return the seeds of a batch's samples; none if it holds no tensor, since a score is no reason to stop."""
+    return [] if identifying_tensor(batch) is None else sample_seeds(batch, seed, mask)
 
 
 def loss_terms_of(

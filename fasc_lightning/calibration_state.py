@@ -89,4 +89,4 @@ def _unpack_scores(scores: Mapping[str, DependenceScore], rows: list[int], tenso
         for key, stacked in sums.items():
             setattr(score, key, stacked[i].to(device).clone())
         score.rows = [parts[i].to(device).clone()] if rows[i] else []
-        score._update_count = int(score.tokens > 0)
+        score._update_count = int(score.observed > 0)

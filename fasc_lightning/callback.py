@@ -105,7 +105,7 @@ class FascCallback(pl.Callback):
         update_weights: Whether the weights go on training during the calibration. False freezes them: eval mode, no
             optimizer or scheduler step, no weight gradients.
         token_fraction: Share of the tokens that enters the moments; fewer is faster and less accurate.
-        seed: Of the choice of those tokens, and of rho's permutations and resamples.
+        seed: Of the choice of those tokens, and of rho's tokens and permutations.
         loss_terms: "mean" if the loss is a mean (over the tokens of ``token_mask``, or over samples), "sum", or a
             callable that returns the number of averaged terms of a batch. By default the module's ``loss_terms``
             method (CausalLMModule has one), else "mean".
@@ -416,6 +416,7 @@ class FascCallback(pl.Callback):
                 token_mask=self.token_mask,
                 loss_terms=self.loss_terms,
                 tokens=self.monitor_tokens,
+                seed=self.seed,
             )
             self._monitor.begin_batch(trainer, rows, backwards_of(pl_module))
 

@@ -23,7 +23,7 @@ from fasc_lightning.moments_file import load_moments, moments_needs, save_moment
 from fasc_lightning.report import library_versions, write_json
 from fasc_lightning.solvers import solver_needs
 from fasc_lightning.streams import StreamedSums
-from fasc_lightning.study import MINIBATCH, WindowScores, backward_windows
+from fasc_lightning.study import backward_windows, window_scores
 from fasc_lightning.taps import Taps, layer_shapes
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Calibration:
         windows: Token ids, shape (windows, window).
         folder: Where statistics are kept.
         passes: Further passes towards gfwsvd's Kronecker factors.
-        seed: Of the scores' permutations and resamples.
+        seed: Of the scores' tokens and permutations.
         progress: Whether to show bars.
         seconds: What has been spent in this run; of "pass", what each need took ("need C"). Kept statistics bring the
             seconds that they took.
@@ -115,10 +115,10 @@ class Calibration:
             self.seconds["scores"] = found["seconds"]
             return {name: _with_nan(row) for name, row in found["rows"].items()}
         start = time.perf_counter()
-        scores = WindowScores(self.layers, max(1, MINIBATCH // self.windows.shape[1]), self.seed, self.model.device)
-        for _ in backward_windows(self.model, Taps(self.layers, pairs=scores), self.windows, self.progress):
+        scores = window_scores(self.layers, self.seed, self.model.device)
+        for _ in backward_windows(self.model, Taps(self.layers, pairs=scores), self.windows, self.progress, self.seed):
             pass
-        rows = scores.rows()
+        rows = {row["layer"]: row for row in scores.rows()}
         self.seconds["scores"] = time.perf_counter() - start
         write_json({"rows": rows, "seconds": self.seconds["scores"]}, path)
         return rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,31 +19,35 @@ from fasc_lightning.hsic import (
     hsic_between,
     hsic_biased,
     hsic_permuted,
-    hsic_shifted,
     hsic_unbiased,
     normalized,
+    random_orders,
     signed_root,
+    student_quantile,
 )
-from fasc_lightning.tokens import MAX_SEQUENCES
+from fasc_lightning.tokens import MAX_SEQUENCES, MIN_SEQUENCES
 
 #: Largest minibatch, in tokens: beyond it Gram matrices grow out of hand. In sequences, see MAX_SEQUENCES.
 MAX_TOKENS = 2048
 
-#: Fewer sequences than these are cut into consecutive pieces for the debiased value and its interval.
-MIN_BLOCKS = 8
+#: Fewest sequences, or minibatches of four, for an interval.
+MIN_ROWS = 8
 
-#: Fewer sequences than these are shifted for the null: too few have too few orders.
-MIN_ORDERS = 4
+#: Where many sequences are permuted, neighbours move together, which costs less, as long as so many groups are left.
+MIN_GROUPS = 8
 
-#: Permutations behind the null, and the share of them that it is not to exceed; resamples behind the interval.
-PERMUTATIONS, NULL_LEVEL, RESAMPLES = 200, 0.95, 1000
+#: Orders of sequences behind the null, beside the one as it is: with it, ten times all orders of four and twice all of
+#: five. One in twenty of them may reach the null.
+PERMUTATIONS, NULL_LEVEL = 239, 0.95
 
-#: Rows kept for the bootstrap; neighbours are added up beyond it, so that memory is bounded.
+#: Rows kept for the interval; neighbours are added up beyond it, so that memory is bounded.
 MAX_ROWS = 2048
 
 
 #: The states that add up over batches and processes; beside them there are rows, which are put together.
-SUMS = ("biased", "unbiased", "permuted", "floor", "tokens", "short", "infinite")
+SUMS = (
+    "biased", "unbiased", "permuted", "floor", "tokens", "few_biased", "few_floor", "few_tokens", "short", "infinite"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,26 +55,16 @@ class Grams:
     """Centred Gram matrices of one variable on a sample of tokens, cut into minibatches.
 
     Attributes:
-        parts: For each minibatch the matrix in units of the variance, shape (sequences, tokens, sequences, tokens), and
-            the variance.
-        as_sequences: Whether sequences were told apart.
+        parts: For each set of sequences its minibatches, of different tokens of the same sequences; each is the matrix in
+            units of the variance, shape (sequences, tokens, sequences, tokens), and the variance.
     """
 
-    parts: list[tuple[Tensor, Tensor]]
-    as_sequences: bool
+    parts: list[list[tuple[Tensor, Tensor]]]
 
     @classmethod
     def of(cls, values: Tensor) -> Grams:
         """Make those of values of shape (tokens, n) or (sequences, tokens, n)."""
-        parts = []
-        for part in _minibatches(values if values.ndim == 3 else values[None]):
-            sequences, length, _ = part.shape
-            if part.numel():
-                K, variance = centered_gram(part.reshape(sequences * length, -1))
-            else:
-                K, variance = values.new_zeros(sequences * length, sequences * length), values.new_zeros(())
-            parts.append((K.view(sequences, length, sequences, length), variance))
-        return cls(parts, values.ndim == 3)
+        return cls([[_gram(part) for part in parts] for parts in _minibatches(values)])
 
 
 class DependenceScore(Metric):
@@ -84,9 +77,10 @@ class DependenceScore(Metric):
     never raise: a score that is undefined is NaN, and :attr:`reason` says why.
 
     Tokens of a text depend on one another, so that (sequences, tokens, n) is judged by whole sequences: the debiased
-    value leaves out pairs of tokens of the same one, the null permutes them, the interval resamples them. Where there
-    are few, the null shifts the gradients circularly along each (below four), and the others cut them into pieces of
-    consecutive tokens (below eight). Given as (tokens, n), the debiased value takes tokens for independent.
+    value leaves out pairs of tokens of the same one, the null permutes them, and the interval leaves out one after the
+    other. These take at least four sequences in an update, and the interval eight in all; with fewer they are NaN.
+    Tokens of (tokens, n) are taken for independent of each other, each as a sequence of its own: those of one text are
+    not, and give a debiased value that is too high and a null that is too low.
 
     Example:
         >>> score = DependenceScore()
@@ -96,7 +90,7 @@ class DependenceScore(Metric):
         True
 
     Args:
-        seed: Of the permutations and the resamples.
+        seed: Of the permutations.
         **settings: Of :class:`torchmetrics.Metric`.
     """
 
@@ -104,31 +98,34 @@ class DependenceScore(Metric):
     is_differentiable = False
     higher_is_better = None
 
-    # Sums over minibatches, each weighted by its number of tokens.
+    # Sums over minibatches of at least four sequences, each weighted by its number of tokens.
     biased: Tensor  # HSIC of all pairs of (x, g), shape (2, 2)
     unbiased: Tensor  # the same without bias, shape (2, 2)
     permuted: Tensor  # biased HSIC of x with permuted g, one a permutation
     floor: Tensor  # tr(Sigma_xx) tr(Sigma_gg) / s
-    rows: list[Tensor]  # pseudo-values of HSIC, one row (xx, xg, gg) a sequence
-    # Counts.
+    rows: list[Tensor]  # pseudo-values of HSIC, one row (xx, xg, gg) a sequence, or a minibatch of four
     tokens: Tensor
+    # Of minibatches of fewer sequences, for rho alone, and only if there are no others.
+    few_biased: Tensor
+    few_floor: Tensor
+    few_tokens: Tensor
+    # Counts.
     short: Tensor  # samples of too few tokens
     infinite: Tensor  # samples with NaN or Inf
 
     def __init__(self, seed: int = 0, **settings: Any) -> None:
         super().__init__(**{"compute_with_cache": False, **settings})
         self.seed = seed
-        for name, shape in (("biased", (2, 2)), ("unbiased", (2, 2)), ("permuted", (PERMUTATIONS,)), ("floor", ())):
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        for name in ("tokens", "short", "infinite"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        shapes = {"permuted": (PERMUTATIONS,), **dict.fromkeys(("biased", "unbiased", "few_biased"), (2, 2))}
+        for name in SUMS:
+            self.add_state(name, torch.zeros(shapes.get(name, ()), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(self, x: Tensor, g: Tensor) -> None:
         """Add tokens.
 
         Args:
-            x: Activations, shape (sequences, tokens, n), or (tokens, n) for the consecutive tokens of one text.
+            x: Activations, shape (sequences, tokens, n), or (tokens, n) for independent tokens.
             g: Gradients at the same tokens, alike: (..., n), or (..., m) if they are output gradients.
 
         Raises:
@@ -144,16 +141,27 @@ class DependenceScore(Metric):
     def add(self, x: Grams, g: Grams) -> None:
         """Add tokens whose Gram matrices are there already, as those of an input that several layers share."""
         self._update_count = max(self._update_count, 1)  # torchmetrics counts calls of `update` alone
-        for (K, variance_x), (L, variance_g) in zip(x.parts, g.parts, strict=True):
-            self._add(K, L, torch.stack([variance_x, variance_g]), x.as_sequences)
+        for parts_x, parts_g in zip(x.parts, g.parts, strict=True):
+            rows = [
+                self._add(K, L, torch.stack([variance_x, variance_g]))
+                for (K, variance_x), (L, variance_g) in zip(parts_x, parts_g, strict=True)
+            ]
+            found = [part for part in rows if part is not None]
+            if found:
+                self._add_rows(torch.stack(found).sum(0))
+
+    @property
+    def observed(self) -> int:
+        """Tokens behind rho."""
+        return int(self.tokens or self.few_tokens)
 
     def compute(self) -> Tensor:
         """Return rho of the minibatches, in [0, 1], biased upwards for small ones; NaN where undefined."""
-        return normalized(self.biased).clamp(0, 1).sqrt()
+        return normalized(self._sum("biased")).clamp(0, 1).sqrt()
 
     @property
     def null(self) -> Tensor:
-        """What rho reaches by chance: 95 of 100 permutations or shifts of whole sequences stay below it."""
+        """What rho exceeds by chance in at most 5 of 100 cases, by permutations of whole sequences."""
         return self._synchronized(self._null)
 
     @property
@@ -163,62 +171,73 @@ class DependenceScore(Metric):
 
     @property
     def interval(self) -> Tensor:
-        """95 % bootstrap interval of :attr:`debiased` over sequences, shape (2,)."""
+        """95 % interval of :attr:`debiased` by the jackknife over sequences, shape (2,); NaN for fewer than eight."""
         return self._synchronized(self._interval)
 
     @property
     def iid_floor(self) -> Tensor:
         """What rho would be about if x, g and tokens were independent (:func:`~fasc_lightning.pooled.iid_floor`)."""
-        return self._synchronized(lambda: normalized(self.biased, self.floor).sqrt())
+        return self._synchronized(lambda: normalized(self._sum("biased"), self._sum("floor")).sqrt())
 
     @property
     def reason(self) -> str:
-        """Why the score is undefined; empty if it is not."""
+        """Why the score, or only its null, debiased value or interval, is undefined; empty if none is."""
         return self._synchronized(self._reason)
 
-    def _add(self, K: Tensor, L: Tensor, variances: Tensor, as_sequences: bool) -> None:
-        """Add one minibatch with its centred Gram matrices of shape (sequences, tokens, sequences, tokens)."""
+    def _sum(self, name: str) -> Tensor:
+        """Return a sum over minibatches of enough sequences; over the others where there are none."""
+        found: Tensor = getattr(self, name if self.tokens > 0 else f"few_{name}")
+        return found
+
+    def _add(self, K: Tensor, L: Tensor, variances: Tensor) -> Tensor | None:
+        """Add one minibatch with its centred Gram matrices of shape (sequences, tokens, sequences, tokens).
+
+        Returns:
+            Its pseudo-values, shape (blocks, 3), or (1, 3) where it is too small for them; None if it does not count.
+        """
         sequences, length = K.shape[:2]
         s = sequences * length
         if s < MIN_TOKENS:
             self.short += 1
-            return
+            return None
         if not bool(torch.isfinite(variances).all()):
             self.infinite += 1
-            return
-        grams = torch.stack([K.view(s, s), L.view(s, s).to(K)])
+            return None
+        grams = torch.stack([K.reshape(s, s), L.reshape(s, s).to(K)])
         weights = s * torch.outer(variances, variances)
+        biased = hsic_biased(grams)
+        if sequences < MIN_SEQUENCES:
+            self.few_tokens += s
+            self.few_biased += weights * biased
+            self.few_floor += weights[0, 1] / s
+            return None
         self.tokens += s
-        self.biased += weights * hsic_biased(grams)
+        self.biased += weights * biased
         self.floor += weights[0, 1] / s
-        self.permuted += weights[0, 1] * self._permuted(grams, sequences, length)
 
-        pieces = min(length, max(1, -(-MIN_BLOCKS // sequences)))
-        used = length // pieces * pieces
-        if used < length:  # equal pieces: the last tokens of each sequence stay out
-            inner = grams.view(2, sequences, length, sequences, length)[:, :, :used, :, :used]
-            inner = inner.reshape(2, sequences * used, sequences * used)
-        else:
-            inner = grams
-        blocks = sequences * pieces
+        # Independent tokens, of which there are many, are put together to equal blocks; the last few stay out.
+        blocks = sequences // -(-sequences // MAX_SEQUENCES)
+        used = sequences // blocks * blocks * length
+        inner = grams if used == s else grams[:, :used, :used].contiguous()
+        self.permuted += weights[0, 1] * self._permuted(inner, blocks, biased[0, 1])
         between, without = hsic_between(inner, blocks)
-        unbiased = between if as_sequences else hsic_unbiased(grams)
+        unbiased = hsic_unbiased(grams) if length == 1 else between
         self.unbiased += weights * unbiased
-        if len(without):
-            # Jackknife pseudo-values (Tukey 1958), centred at the estimate.
-            values = weights * (unbiased + (blocks - 1) * (without.mean(0) - without))
-            self._add_rows(values[:, [0, 0, 1], [0, 1, 1]] / blocks)
+        if not len(without):
+            return (weights * unbiased)[None, [0, 0, 1], [0, 1, 1]]
+        # Jackknife pseudo-values (Tukey 1958), centred at the estimate.
+        values = weights * (unbiased + (blocks - 1) * (without.mean(0) - without))
+        return values[:, [0, 0, 1], [0, 1, 1]] / blocks
 
-    def _permuted(self, grams: Tensor, sequences: int, length: int) -> Tensor:
-        """Return HSIC with g's sequences in other orders, or, where they are few, shifted, shape (PERMUTATIONS,)."""
-        if sequences >= MIN_ORDERS:
-            # Neighbours may move together, which costs less, where enough groups are left.
-            groups = next((n for n in range(MIN_BLOCKS, sequences) if sequences % n == 0), sequences)
-            return hsic_permuted(grams[0], grams[1], groups, PERMUTATIONS, self.seed)
-        # Not by so little that the tokens' own memory still links x and g.
-        shares = torch.rand(PERMUTATIONS, generator=torch.Generator().manual_seed(self.seed)) * 0.75 + 0.125
-        shifts = (shares * length).long().clamp(min=1).to(grams.device)
-        return hsic_shifted(grams[0], grams[1], sequences)[shifts % length]
+    def _permuted(self, grams: Tensor, blocks: int, biased: Tensor) -> Tensor:
+        """Return HSIC with g's blocks in other orders, shape (PERMUTATIONS,), in units in which it is ``biased`` now."""
+        groups = next((n for n in range(MIN_GROUPS, blocks) if blocks % n == 0), blocks)
+        orders = random_orders(groups, PERMUTATIONS, self.seed)
+        same = (orders == torch.arange(groups)).all(1).to(biased.device)
+        found = hsic_permuted(grams[0], grams[1], orders)
+        inner = hsic_biased(grams)[0, 1]
+        found = found * torch.where(inner > 0, biased / inner, 1.0)
+        return torch.where(same, biased, found)  # exactly, so that the order as it is does not exceed itself
 
     def _add_rows(self, rows: Tensor) -> None:
         self.rows.append(rows)
@@ -228,31 +247,47 @@ class DependenceScore(Metric):
             self.rows = [rows[:even].view(-1, 2, 3).sum(1), rows[even:]]
 
     def _null(self) -> Tensor:
-        permuted = normalized(self.biased, self.permuted).clamp(0, 1).sqrt()
-        return torch.quantile(permuted, NULL_LEVEL)
+        # With the order as it is, PERMUTATIONS + 1 orders are equally likely under independence (Phipson and Smyth
+        # 2010): rho exceeds this one if it is among the highest 5 % of all.
+        exceeding = int((1 - NULL_LEVEL) * (PERMUTATIONS + 1))
+        highest = self.permuted.topk(exceeding).values[-1]
+        # What differs by the rounding of a sum over processes is equal.
+        return normalized(self.biased, highest * (1 + 1e-12)).clamp(0, 1).sqrt()
 
     def _interval(self) -> Tensor:
         rows = dim_zero_cat(self.rows) if len(self.rows) else self.biased.new_zeros(0, 3)
-        if len(rows) < 2 or self._reason():
+        if self._undefined() or len(rows) < MIN_ROWS:
             return self.biased.new_full((2,), float("nan"))
-        # In an order of their own, so that it does not matter which process or batch brought them.
-        rows = rows.cpu()
-        xx, xg, gg = (_resamples(len(rows), self.seed) @ rows[rows[:, 1].argsort()]).T
-        resampled = signed_root(torch.where((xx > 0) & (gg > 0), xg / (xx * gg).clamp(min=0).sqrt(), float("nan")))
-        tail = (1 - NULL_LEVEL) / 2
-        return torch.nanquantile(resampled, torch.tensor([tail, 1 - tail], dtype=rows.dtype)).to(self.biased.device)
+        # The infinitesimal jackknife of the ratio, with Student's t for its few degrees of freedom.
+        xx, xg, gg = rows.sum(0)
+        norm = (xx * gg).sqrt()
+        ratio = xg / norm
+        count = len(rows)
+        influences = count * (rows[:, 1] / norm - ratio / 2 * (rows[:, 0] / xx + rows[:, 2] / gg))
+        error = (influences.square().sum() / (count * (count - 1))).sqrt()
+        reach = student_quantile(count - 1) * error
+        return signed_root(torch.stack([ratio - reach, ratio + reach]))
 
     def _reason(self) -> str:
-        if self.tokens == 0:
+        rows = sum(len(part) for part in self.rows)
+        if (undefined := self._undefined()) or rows >= MIN_ROWS:
+            return undefined
+        return f"fewer than {MIN_ROWS} sequences, too few for an interval"
+
+    def _undefined(self) -> str:
+        """Return why rho or its debiased value is undefined."""
+        if self.observed == 0:
             if self.infinite > 0:
                 return "activations or gradients that are not finite"
             return f"fewer than {MIN_TOKENS} tokens" if self.short > 0 else "no tokens"
         for i, what in enumerate(("activations", "gradients")):
-            if self.biased[i, i] <= 0:
+            if self._sum("biased")[i, i] <= 0:
                 return f"constant {what}"
+            if self.tokens == 0:
+                continue
             if self.unbiased[i, i] <= 0:
                 return f"too few tokens to tell {what} from noise"
-        return ""
+        return "" if self.tokens > 0 else f"fewer than {MIN_SEQUENCES} sequences, too few for all but rho"
 
     def _synchronized(self, value: Callable[[], Any]) -> Any:
         """Return a value of the states of all processes, as torchmetrics does for ``compute``."""
@@ -288,22 +323,33 @@ def all_reduce_scores_(scores: Iterable[DependenceScore], group: Any | None = No
             setattr(score, name, row[start : start + state.numel()].view(state.shape).clone())
             start += state.numel()
         score.rows = [part[i].to(score.biased.device) for part in rows if part[i] is not None]
-        score._update_count = max(score._update_count, int(score.tokens > 0))
+        score._update_count = max(score._update_count, int(score.observed > 0))
 
 
-@lru_cache(maxsize=4)
-def _resamples(rows: int, seed: int) -> Tensor:
-    """Return how often each row is in each bootstrap resample, shape (RESAMPLES, rows), the same for all layers."""
-    drawn = torch.randint(rows, (RESAMPLES, rows), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(RESAMPLES, rows, dtype=torch.float64)
-    return counts.scatter_add_(1, drawn, torch.ones_like(counts))
-
-
-def _minibatches(values: Tensor) -> list[Tensor]:
-    """Cut (sequences, tokens, d) into parts that are not too large, of whole sequences where they allow it."""
+def _gram(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the centred Gram matrix of (sequences, tokens, n) and the variance."""
     sequences, length, _ = values.shape
-    if length > MAX_TOKENS:
-        parts = -(-length // MAX_TOKENS)
-        return [piece for row in values.split(1) for piece in row.tensor_split(parts, dim=1)]
-    most = max(1, min(MAX_SEQUENCES, MAX_TOKENS // max(1, length)))
-    return list(values.tensor_split(max(1, -(-sequences // most))))
+    s = sequences * length
+    if not values.numel():
+        return values.new_zeros(sequences, length, sequences, length), values.new_zeros((), dtype=torch.float64)
+    K, variance = centered_gram(values.reshape(s, -1))
+    return K.view(sequences, length, sequences, length), variance
+
+
+def _minibatches(values: Tensor) -> list[list[Tensor]]:
+    """Cut values into sets of sequences, and these into tokens that are not too many for a Gram matrix.
+
+    Args:
+        values: Shape (tokens, n) or (sequences, tokens, n).
+
+    Returns:
+        For each set of whole sequences its minibatches, shape (sequences, tokens, n): every k-th token of each of the
+        sequences, where their tokens are too many. Tokens without a sequence are sequences of one token.
+    """
+    if values.ndim == 2:
+        values = values[:, None]
+    sequences, length, _ = values.shape
+    most = MAX_SEQUENCES if length > 1 else MAX_TOKENS
+    sets = values.tensor_split(max(1, -(-sequences // most)))
+    cuts = max(1, -(-length * len(sets[0]) // MAX_TOKENS))
+    return [[part[:, first::cuts] for first in range(cuts)] for part in sets]

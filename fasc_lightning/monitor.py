@@ -1,9 +1,8 @@
-"""rho of all layers: in one pass over data, and observed again and again while a Trainer trains."""
+"""rho of all layers, observed again and again while a Trainer trains."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,96 +12,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from fasc_lightning._distributed import is_distributed
-from fasc_lightning._dtensor import whole
-from fasc_lightning.dependence import DependenceScore, Grams, all_reduce_scores_
 from fasc_lightning.history import RhoHistory, RhoRow
-from fasc_lightning.lowrank import linear_weight
-from fasc_lightning.pooled import Gradient, input_gradient
+from fasc_lightning.layer_scores import LayerScores
+from fasc_lightning.pooled import Gradient
 from fasc_lightning.taps import Backwards, Taps
-from fasc_lightning.tokens import TokenRows, sample_sequences
-
-
-class LayerScores:
-    """One dependence score a layer, fed by :class:`~fasc_lightning.taps.Taps` as its ``pairs``.
-
-    Args:
-        layers: The tapped layers by name.
-        tokens: Largest sample of a batch's tokens that a layer's score takes.
-        gradient: "input" couples x with g = W^T h (the paper's definition), "output" with h.
-        seed: Of the scores' permutations and resamples.
-        device: Where the scores live.
-    """
-
-    def __init__(
-        self,
-        layers: Mapping[str, nn.Module],
-        tokens: int,
-        gradient: Gradient = "input",
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.layers = layers
-        self.tokens = tokens
-        self.gradient = gradient
-        # Reduced here, all in two messages, and not by torchmetrics.
-        self.device = torch.device(device)
-        self.scores = {name: DependenceScore(seed, sync_on_compute=False).to(device) for name in layers}
-        # The last input and its Gram matrices: layers that share one get their gradients one after the other.
-        self._shared: tuple[Tensor, Grams] | None = None
-
-    def __call__(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int]) -> None:
-        """Add a sample of one call's tokens to a layer's score.
-
-        Args:
-            name: Of the layer.
-            x: Inputs, shape (tokens, n).
-            h: Gradients at the outputs, shape (tokens, m), in the scale of the batch's loss.
-            batch: The batch that they belong to; its scale makes batches comparable.
-            lengths: Tokens of each sequence.
-        """
-        if not batch.scored:
-            return
-        chosen = sample_sequences(lengths, self.tokens)  # (sequences, tokens of each)
-        index = chosen.flatten().to(x.device) if chosen.numel() < len(x) else None
-        if self._shared is None or self._shared[0] is not x:
-            sample = (x if index is None else x[index]).to(self.device)
-            self._shared = x, Grams.of(sample.view(*chosen.shape, x.shape[1]))
-        if index is not None:
-            h = h[index]
-        g = input_gradient(h, whole(linear_weight(self.layers[name]).detach())) if self.gradient == "input" else h
-        g = g.to(self.device, torch.promote_types(g.dtype, torch.float32)) * batch.scale
-        self.scores[name].add(self._shared[1], Grams.of(g.view(*chosen.shape, g.shape[1])))
-
-    def reset(self) -> None:
-        """Forget all tokens."""
-        self._shared = None
-        for score in self.scores.values():
-            score.reset()
-
-    def all_reduce_(self) -> None:
-        """Merge with the other processes' scores of the same layers."""
-        all_reduce_scores_(self.scores[name] for name in sorted(self.scores))
-
-    def rows(self, step: int) -> list[RhoRow]:
-        """Return the table of one observation."""
-        return [score_row(score, name, step) for name, score in self.scores.items()]
-
-
-def score_row(score: DependenceScore, layer: str, step: int) -> RhoRow:
-    """Return what a score says, as a row of the table."""
-    low, high = score.interval.tolist()
-    return RhoRow(
-        step=step,
-        layer=layer,
-        rho=float("nan") if score.tokens == 0 else score.compute().item(),
-        null=score.null.item(),
-        debiased=score.debiased.item(),
-        low=low,
-        high=high,
-        iid_floor=score.iid_floor.item(),
-        tokens=int(score.tokens),
-        reason=score.reason,
-    )
+from fasc_lightning.tokens import TokenRows
 
 
 class RhoMonitor:
@@ -117,7 +31,7 @@ class RhoMonitor:
         tokens: Tokens of each batch that are looked at.
         threshold: rho above which a layer counts as high in the logged fraction.
         gradient: See :class:`LayerScores`.
-        seed: Of permutations and resamples.
+        seed: Of the choice of tokens, and of permutations.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from fasc_lightning.batches import LossScales, LossTerms, TokenMask, backwards_o
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.history import RhoHistory
 from fasc_lightning.hsic import MIN_TOKENS
-from fasc_lightning.monitor import LayerScores
+from fasc_lightning.layer_scores import LayerScores
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.taps import Taps
 from fasc_lightning.targets import select_layers, warn_other_layers
@@ -61,7 +61,7 @@ def score(
         gradient: "input" or "output".
         token_mask: Tells real tokens from padding.
         loss_terms: How the loss averages.
-        seed: Of permutations and resamples.
+        seed: Of the choice of tokens, and of permutations.
         progress: Whether to show progress bars.
 
     Returns:
@@ -162,7 +162,13 @@ class _ScoreFit(pl.Callback):
     ) -> None:
         assert self._taps is not None
         rows = observed_rows(
-            trainer, pl_module, batch, token_mask=self._token_mask, loss_terms=self._loss_terms, tokens=self._tokens
+            trainer,
+            pl_module,
+            batch,
+            token_mask=self._token_mask,
+            loss_terms=self._loss_terms,
+            tokens=self._tokens,
+            seed=self._seed,
         )
         self._taps.begin_batch(rows, backwards_of(pl_module))
         self._rows = rows

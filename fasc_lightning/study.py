@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,20 +10,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fasc_lightning.dependence import DependenceScore
+from fasc_lightning.dependence import MIN_ROWS
 from fasc_lightning.history import RhoRow
+from fasc_lightning.layer_scores import LayerScores
 from fasc_lightning.lowrank import linear_weight
 from fasc_lightning.moments import CalibrationMoments
-from fasc_lightning.monitor import score_row
-from fasc_lightning.pooled import input_gradient, pooled_rho
+from fasc_lightning.pooled import pooled_rho
 from fasc_lightning.taps import Taps, layer_shapes
-from fasc_lightning.tokens import TokenRows
+from fasc_lightning.tokens import MIN_SEQUENCES, TokenRows, sample_seeds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Tokens of a minibatch of the score: several windows. Neighbouring tokens of one text depend on each other, so that
-#: only pairs of tokens of different texts are evidence.
+#: Tokens of a minibatch of the score: of eight windows, all of those that have a gradient or a random part of them.
+#: Neighbouring tokens of one text depend on each other, so that only pairs of tokens of different texts are evidence.
 MINIBATCH = 2048
 
 
@@ -62,27 +61,27 @@ def gather(
     seed: int = 0,
     progress: bool = False,
 ) -> Statistics:
-    """Send every window through the model and back once, and gather moments and scores from all of its tokens.
+    """Send every window through the model and back once; gather moments of all its tokens, and scores of some.
 
     Args:
         model: A causal language model, in eval mode; nothing of it changes.
         layers: The layers to tap.
         windows: Token ids, shape (windows, window).
         sizes: Numbers of tokens at which to look at the scores besides; those beyond all tokens are passed over.
-        seed: Of the scores' permutations and resamples.
+        seed: Of the choice of tokens that are scored, and of the scores' permutations.
         progress: Whether to show a bar.
 
     Raises:
         FloatingPointError: If a loss is not finite.
     """
     moments = CalibrationMoments(layer_shapes(layers), device=model.device, needs={"C"})
-    scores = WindowScores(layers, max(1, MINIBATCH // windows.shape[1]), seed, model.device)
+    scores = window_scores(layers, seed, model.device)
     wanted = sorted(size for size in sizes if size <= windows.numel())
     observed: dict[int, dict[str, Observation]] = {}
-    for tokens in backward_windows(model, Taps(layers, moments, scores), windows, progress):
+    for tokens in backward_windows(model, Taps(layers, moments, scores), windows, progress, seed):
         if tokens == windows.numel() or (wanted and tokens >= wanted[0]):
             wanted = [size for size in wanted if size > tokens]
-            rows = scores.rows()
+            rows = {row["layer"]: row for row in scores.rows()}
             observed[tokens] = {
                 name: Observation(rows[name], _pooled(moments, name, layer)) for name, layer in layers.items()
             }
@@ -90,7 +89,15 @@ def gather(
     return Statistics(moments, observed)
 
 
-def backward_windows(model: PreTrainedModel, taps: Taps, windows: Tensor, progress: bool = False) -> Iterator[int]:
+def window_scores(layers: Mapping[str, nn.Module], seed: int, device: torch.device) -> LayerScores:
+    """Return scores for :func:`backward_windows`, which put windows that come one by one together to minibatches."""
+    # A window gives a quarter of what a batch may, and eight of them are a minibatch.
+    return LayerScores(layers, MINIBATCH // MIN_ROWS * MIN_SEQUENCES, seed=seed, device=device)
+
+
+def backward_windows(
+    model: PreTrainedModel, taps: Taps, windows: Tensor, progress: bool = False, seed: int = 0
+) -> Iterator[int]:
     """Send windows through the model and back under the taps, one at a time; yields the number of tokens so far.
 
     Args:
@@ -98,6 +105,7 @@ def backward_windows(model: PreTrainedModel, taps: Taps, windows: Tensor, progre
         taps: Installed here, and removed whatever happens.
         windows: Token ids, shape (windows, window).
         progress: Whether to show a bar.
+        seed: Of the choice of tokens that are scored.
 
     Raises:
         FloatingPointError: If a loss is not finite.
@@ -108,7 +116,8 @@ def backward_windows(model: PreTrainedModel, taps: Taps, windows: Tensor, progre
     try:
         for i, ids in enumerate(tqdm(windows.to(model.device).split(1), unit="window", disable=not progress)):
             # The model's loss is a mean over the predicted tokens; J and h are those of their sum.
-            taps.begin_batch(TokenRows(f"window {i}", scale=ids[:, 1:].numel()))
+            seeds = sample_seeds(ids, seed)
+            taps.begin_batch(TokenRows(f"window {i}", scale=ids[:, 1:].numel(), sample_seeds=seeds))
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"Expected a finite loss but got {loss.item()} in window {i}.")
@@ -117,52 +126,6 @@ def backward_windows(model: PreTrainedModel, taps: Taps, windows: Tensor, progre
             yield (i + 1) * ids.numel()
     finally:
         taps.remove()
-
-
-class WindowScores:
-    """Dependence scores that take several windows as one minibatch, though the model sees one at a time.
-
-    Holding x and g of a few windows needs far less memory than running the model on as many at once. An instance is a
-    ``pairs`` callback of :class:`~fasc_lightning.taps.Taps`.
-
-    Args:
-        layers: The tapped layers by name.
-        windows: How many windows, all of one length, make a minibatch.
-        seed: Of permutations and resamples.
-        device: Where the scores live.
-    """
-
-    def __init__(
-        self, layers: Mapping[str, nn.Module], windows: int, seed: int = 0, device: torch.device | str = "cpu"
-    ) -> None:
-        self._layers = layers
-        self._scores = {name: DependenceScore(seed).to(device) for name in layers}
-        self._windows = windows
-        self._waiting: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
-
-    def __call__(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int]) -> None:
-        """Take one window's x (tokens, n) and h (tokens, m); windows are of one length, so of one scale."""
-        self._waiting[name].append((x, input_gradient(h, linear_weight(self._layers[name]).detach())))
-        if len(self._waiting[name]) == self._windows:
-            self._scores[name].update(*self._minibatch(name))
-            self._waiting[name].clear()
-
-    def rows(self) -> dict[str, RhoRow]:
-        """Return the scores of all windows so far by layer.
-
-        Those that wait enter as a smaller minibatch, but go on waiting: looking must not change what comes out.
-        """
-        rows = {}
-        for name, score in self._scores.items():
-            if self._waiting[name]:
-                score = copy.deepcopy(score)
-                score.update(*self._minibatch(name))
-            rows[name] = score_row(score, name, 0)
-        return rows
-
-    def _minibatch(self, name: str) -> tuple[Tensor, Tensor]:
-        x, g = zip(*self._waiting[name], strict=True)
-        return torch.stack(x), torch.stack(g)
 
 
 def _pooled(moments: CalibrationMoments, name: str, layer: nn.Module) -> float:

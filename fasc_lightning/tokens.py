@@ -5,13 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 #: Most sequences that a sample for the dependence score is taken from.
 MAX_SEQUENCES = 24
+
+#: Fewest sequences whose pairs and orders say anything of dependence. Where a batch has fewer, each gives no more than
+#: this share of a sample, so that samples of several batches can be put together.
+MIN_SEQUENCES = 4
+
+#: Steps of this share of a sequence visit it evenly, wherever one begins and whenever one stops (a Kronecker sequence).
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -38,11 +48,13 @@ class TokenRows:
         mask: True for real tokens, False for padding, shape (samples, length); None if there is no padding.
         scale: Factor that turns a gradient of the batch's loss into one of the sum of its token losses.
         fraction: Share of the tokens that is kept.
-        sample_seeds: One seed for each sample of the batch; needed when ``fraction`` < 1.
+        sample_seeds: One seed for each sample of the batch; needed when ``fraction`` < 1. The tokens that are scored
+            depend on them, too.
         may_overflow: Whether a GradScaler is at work, which makes gradients overflow now and then and skips such a
             step; the taps then leave the rest of the batch out.
         overflowed: Whether that has happened, or the loss has no term: gradients that arrive are left out.
-        sample: Keep at most so many tokens, alike from each sequence, instead of all (:func:`sample_sequences`).
+        sample: Keep about so many tokens, alike from each sequence, instead of all (:func:`sample_sequences`): a few
+            more, in place of those whose gradient turns out to be zero.
         scored: Whether dependence scores take a sample of the tokens that count.
         scale_of: Returns the scale by the batch's loss, once there is one; None where ``scale`` is final.
     """
@@ -62,6 +74,11 @@ class TokenRows:
     _cache: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict, repr=False)
     _lengths: dict[tuple[int, ...], list[int]] = field(default_factory=dict, repr=False)
     _sequences: dict[int, int] = field(default_factory=dict, repr=False)
+    _noted: tuple[int, ...] = field(default=(), repr=False)  # shape of the ids
+    _ordered: set[int] = field(default_factory=set, repr=False)  # numbers of rows of the samples that were taken
+    # Of activations whose counted rows do not come sequence by sequence, by the number of these rows: the order in
+    # which they would, if it is another, and the lengths of the sequences.
+    _regrouped: dict[int, tuple[Tensor | None, list[int]]] = field(default_factory=dict, repr=False)
 
     def take_loss(self, loss: Tensor) -> LossScale:
         """Take the scale from the loss whose gradients are about to arrive, and leave out a batch that has no term.
@@ -90,22 +107,22 @@ class TokenRows:
             device: Where the index is wanted.
 
         Returns:
-            Row numbers in ascending order, or None when every token counts.
+            Row numbers, of one sequence after the other, or None when every token counts. Those of a sequence ascend,
+            but where a sample is taken they are in the order of :func:`token_order`.
         """
         key = (leading, device)
         if key not in self._cache:
             keep = self._keep(leading)
             lengths = self._count(leading, keep)
             index = None if keep is None else keep.nonzero().squeeze(1)
-            if self.sample is not None and (chosen := sample_sequences(lengths, self.sample)).numel() < sum(lengths):
-                lengths = [chosen.shape[1]] * chosen.shape[0]
-                index = chosen.flatten() if index is None else index[chosen.flatten()]
+            if self.sample is not None:
+                index, lengths = self._sample(index, lengths, self.sample)
             self._lengths[leading] = lengths
             self._cache[key] = None if index is None else index.to(device)
         return self._cache[key]
 
     def routed(self, tokens: Tensor, total: int) -> tuple[Tensor, list[int]]:
-        """Return which rows of an expert's activations count, in the order of their tokens, and how many a sequence.
+        """Return which rows of an expert's activations count, in the order of :meth:`index`, and how many a sequence.
 
         Args:
             tokens: The token of each row, shape (rows,), each at most once.
@@ -118,8 +135,10 @@ class TokenRows:
             torch.tensor(lengths, device=tokens.device)
         )
         sequence[slice(None) if counted is None else counted] = of_counted
-        order = tokens.argsort()
-        order = order[sequence[tokens[order]] >= 0]
+        place = torch.full((total,), -1, device=tokens.device)
+        place[slice(None) if counted is None else counted] = torch.arange(sum(lengths), device=tokens.device)
+        order = place[tokens].argsort()
+        order = order[place[tokens[order]] >= 0]
         return order, sequence[tokens[order]].bincount(minlength=len(lengths)).tolist()
 
     def note(self, ids: Tensor | None) -> None:
@@ -132,10 +151,69 @@ class TokenRows:
         """
         if ids is not None and ids.ndim == 2 and not ids.is_floating_point():
             self._sequences.setdefault(ids.numel(), len(ids))
+            self._noted = tuple(ids.shape)
 
     def lengths(self, leading: tuple[int, ...]) -> list[int]:
         """Return how many counted tokens each sequence of an activation has, after :meth:`index` of its shape."""
         return self._lengths[leading]
+
+    def choose(self, alive: Tensor, lengths: list[int], tokens: int) -> Tensor:
+        """Choose counted rows of an activation to score (:func:`sample_sequences`).
+
+        Args:
+            alive: Which of the rows have a gradient, shape (rows,), on the CPU.
+            lengths: How many rows each sequence has, as the taps say.
+            tokens: At most so many.
+
+        Returns:
+            Row numbers, shape (sequences, tokens of each).
+        """
+        order, lengths = self._by_sequence(lengths)
+        ordered = len(alive) in self._ordered
+        if order is None:
+            return sample_sequences(alive, lengths, tokens, self._seeds(len(lengths)), ordered)
+        return order[sample_sequences(alive[order], lengths, tokens, self._seeds(len(lengths)), ordered)]
+
+    def _by_sequence(self, lengths: list[int]) -> tuple[Tensor | None, list[int]]:
+        """Return how the counted rows of an activation come apart into sequences.
+
+        Args:
+            lengths: What :meth:`lengths` says of them: it takes rows that do not come sequence by sequence for one run.
+
+        Returns:
+            The order of the rows in which each sequence is in one piece, None where they are so already, and the number
+            of tokens of each sequence. Samples without a length are sequences of one token.
+        """
+        return self._regrouped.get(lengths[0], (None, lengths)) if len(lengths) == 1 else (None, lengths)
+
+    def _seeds(self, sequences: int) -> list[int]:
+        """Return one seed for each of so many sequences: the samples' own, or derived from them."""
+        if sequences == len(self.sample_seeds):
+            return list(self.sample_seeds)
+        each = sequences // len(self.sample_seeds) if self.sample_seeds else 0
+        if each and each * len(self.sample_seeds) == sequences:  # several of each sample
+            return [_mixed(seed, place) for seed in self.sample_seeds for place in range(each)]
+        return [_mixed(*self.sample_seeds, place) for place in range(sequences)]
+
+    def _sample(self, index: Tensor | None, lengths: list[int], tokens: int) -> tuple[Tensor | None, list[int]]:
+        """Return the index and the lengths of a sample of the counted tokens."""
+        order, sequences = self._by_sequence(lengths)
+        seeds = self._seeds(len(sequences))
+        each, members = _allotted(sequences, tokens, seeds)
+        if not members or each * len(members) >= sum(sequences):
+            return index, lengths
+        spare = 1 + each // 16
+        starts = np.cumsum([0, *sequences])
+        found = [torch.from_numpy(starts[i] + token_order(sequences[i], seeds[i])[: each + spare]) for i in members]
+        chosen = torch.cat(found)
+        chosen = chosen if order is None else order[chosen]
+        self._ordered.add(len(chosen))
+        taken = dict(zip(members, map(len, found), strict=True))
+        kept = [taken.get(i, 0) for i in range(len(sequences))]
+        if len(lengths) == 1 and len(sequences) > 1 and max(sequences) == 1:  # samples of a token each: still one run
+            kept = [len(chosen)]
+            self._regrouped[len(chosen)] = (None, [1] * len(chosen))
+        return chosen if index is None else index[chosen], kept
 
     def _count(self, leading: tuple[int, ...], keep: Tensor | None) -> list[int]:
         """Return the number of kept tokens of each sequence of an activation; [all] if sequences cannot be told."""
@@ -143,15 +221,30 @@ class TokenRows:
         sequences = 1
         if self.mask is not None and leading in (tuple(self.mask.shape), (self.mask.numel(),)):
             sequences = self.mask.shape[0]
-        elif len(leading) > 1 and not (self.mask is not None and leading == tuple(self.mask.T.shape)):
+        elif self._is_sequence_first(leading):
+            real = torch.ones(leading, dtype=torch.bool) if keep is None else keep.view(leading)
+            place = torch.full(leading, -1)
+            place[real] = torch.arange(int(real.sum()))
+            order = place.T[real.T]
+            self._regrouped[len(order)] = order, real.sum(0).tolist()
+        elif len(leading) > 1:
             sequences = self._sequences[tokens] = leading[0]
         elif len(leading) == 1:  # the same tokens in one row, as experts and some MLPs take them
             sequences = self._sequences.get(tokens, 1)
         if sequences in (0, tokens):  # samples of a token each are one run of samples
             sequences = 1
+        if sequences == 1 < tokens == len(self.sample_seeds):
+            counted = tokens if keep is None else int(keep.sum())
+            self._regrouped[counted] = None, [1] * counted
         if keep is None:
             return [tokens // sequences] * sequences
         return keep.view(sequences, -1).sum(1).tolist()
+
+    def _is_sequence_first(self, leading: tuple[int, ...]) -> bool:
+        """Tell whether an activation is (length, samples), by the mask or by a note of the ids."""
+        if self.mask is not None and leading in (tuple(self.mask.shape), tuple(self.mask.T.shape)):
+            return leading != tuple(self.mask.shape)
+        return leading != leading[::-1] == self._noted
 
     def _keep(self, leading: tuple[int, ...]) -> Tensor | None:
         tokens = int(torch.Size(leading).numel())
@@ -182,31 +275,100 @@ class TokenRows:
         return keep
 
 
-def sample_sequences(lengths: Sequence[int], tokens: int) -> Tensor:
+def sample_sequences(
+    alive: Tensor, lengths: Sequence[int], tokens: int, seeds: Sequence[int], ordered: bool = False
+) -> Tensor:
     """Choose equally many tokens from each of several sequences, as many in all as are allowed.
 
-    Short sequences are left out where the others then give more; tokens of a sequence are evenly spaced, so that they
-    depend on each other as little as may be.
+    Short sequences are left out where the others then give more. Each token of a sequence is as likely to be chosen as
+    any other, the first and the last included, and the tokens that are chosen are spread over it
+    (:func:`token_order`). They depend on the sequence's length and seed alone: where more are allowed, more are added.
 
     Args:
+        alive: Which tokens may be chosen, shape (tokens of all sequences,).
         lengths: Number of tokens of each sequence.
-        tokens: At most so many in all.
+        tokens: At most so many in all; of one sequence at most a quarter (:data:`MIN_SEQUENCES`), where some have more
+            than one token.
+        seeds: One for each sequence.
+        ordered: See :func:`spread_tokens`.
 
     Returns:
-        Positions in the concatenated sequences, shape (chosen sequences, tokens of each).
+        Positions in the concatenated sequences, shape (chosen sequences, tokens of each), in the order of
+        :func:`token_order`.
     """
-    best = (0, 0)  # tokens of each, sequences
-    for length in sorted(set(lengths)):
-        sequences = min(sum(other >= length for other in lengths), MAX_SEQUENCES, tokens)
-        each = min(length, tokens // max(1, sequences))
-        if each * sequences > best[0] * best[1]:
-            best = (each, sequences)
-    each, sequences = best
-    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    eligible = [i for i, length in enumerate(lengths) if length >= max(1, each)]
-    chosen = [eligible[int(i)] for i in torch.linspace(0, len(eligible) - 1, sequences)] if eligible else []
-    rows = [starts[i] + torch.linspace(0, lengths[i] - 1, each).long() for i in chosen]
+    parts = alive.split(list(lengths))
+    each, members = _allotted([int(part.sum()) for part in parts], tokens, seeds)
+    starts = np.cumsum([0, *lengths]).tolist()
+    rows = [starts[i] + spread_tokens(parts[i], each, seeds[i], ordered) for i in members]
     return torch.stack(rows) if rows else torch.zeros(0, 0, dtype=torch.long)
+
+
+def _allotted(lengths: Sequence[int], tokens: int, seeds: Sequence[int]) -> tuple[int, list[int]]:
+    """Return how many tokens to take from each sequence, and from which: by the rank of their seeds, if not all."""
+    most = tokens if max(lengths, default=0) <= 1 else MAX_SEQUENCES
+    each, sequences = 0, 0
+    for length in sorted(set(lengths)):
+        count = min(sum(other >= length for other in lengths), most, tokens)
+        share = min(length, tokens // max(count, 1 if length == 1 else MIN_SEQUENCES)) if count else 0
+        if share * count > each * sequences:
+            each, sequences = share, count
+    eligible = [i for i, length in enumerate(lengths) if length >= max(1, each)]
+    return each, sorted(sorted(eligible, key=lambda i: (seeds[i], i))[:sequences])
+
+
+def token_order(length: int, seed: int) -> NDArray[np.int64]:
+    """Return the tokens of a sequence in an order whose every beginning is spread evenly over it.
+
+    It begins at a place that the seed draws, steps on by the golden section of the length, and goes round (a Kronecker
+    sequence). So any token is as likely as any other to be among the first k, and few of these are neighbours. The
+    distance from the i-th to the j-th is the same in all sequences of a length, but for those that the end parts:
+    the null of rho needs that, since it takes gradients from one sequence to the activations of another, and two tokens
+    of a text are the more alike the nearer they are. With k tokens drawn one by one, rho of unrelated sequences was
+    above its null in 13 to 21 of 100 cases in place of 5.
+
+    Args:
+        length: Number of tokens.
+        seed: Any integer.
+
+    Returns:
+        A permutation of the positions 0, ..., length - 1.
+    """
+    return (_golden_order(length) + _mixed(seed) % max(1, length)) % max(1, length)
+
+
+@lru_cache(maxsize=64)
+def _golden_order(length: int) -> NDArray[np.int64]:
+    # The longest gap that k points leave is below 3 / k.
+    visits = (_GOLDEN * np.arange(4 * length + 8) % 1 * length).astype(np.int64)
+    positions, first = np.unique(visits[visits < length], return_index=True)
+    return positions[first.argsort()]
+
+
+def spread_tokens(alive: Tensor, count: int, seed: int, ordered: bool) -> Tensor:
+    """Choose tokens of a sequence by :func:`token_order`, of those that have a gradient.
+
+    Args:
+        alive: Whether each token has one, shape (tokens,); ``count`` of them at least.
+        count: How many to choose.
+        seed: Of the sequence.
+        ordered: Whether the tokens are a sample that is in this order already: one without a gradient gives its place
+            to one from the end, so that the others stay where they are.
+
+    Returns:
+        Positions of tokens, shape (count,).
+    """
+    positions = alive.nonzero().squeeze(1)
+    if not ordered:
+        return positions[torch.from_numpy(token_order(len(positions), seed)[:count])]
+    first = torch.arange(count)
+    first[~alive[:count]] = positions[positions >= count][: int((~alive[:count]).sum())]
+    return first
+
+
+def _mixed(*values: int) -> int:
+    """Return a seed made of several numbers."""
+    digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def sample_seeds(batch: Any, seed: int, mask: Tensor | None = None) -> list[int]:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections import Counter
 from itertools import permutations
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from fasc_lightning.hsic import (
@@ -11,9 +13,9 @@ from fasc_lightning.hsic import (
     hsic_between,
     hsic_biased,
     hsic_permuted,
-    hsic_shifted,
     hsic_unbiased,
     random_orders,
+    student_quantile,
 )
 
 
@@ -97,31 +99,35 @@ def test_four_blocks_leave_none_out_and_three_are_too_few():
 
 def test_permuting_is_permuting():
     x, g = (v - v.mean(0) for v in samples(12))
-    found = hsic_permuted(x @ x.T, g @ g.T, blocks=4, count=5, seed=0)
-    for value, order in zip(found, random_orders(4, 5, seed=0), strict=True):
+    orders = random_orders(4, 5, seed=0)
+    found = hsic_permuted(x @ x.T, g @ g.T, orders)
+    for value, order in zip(found, orders, strict=True):
         moved = g.view(4, 3, -1)[order].reshape(12, -1)
         assert value.item() == pytest.approx(squared_covariance(x.numpy(), moved.numpy()))
 
 
-@pytest.mark.parametrize("sequences", [1, 2, 3])
-def test_shifting_is_shifting(sequences):
-    x, g = (v - v.mean(0) for v in samples(18))
-    found = hsic_shifted(x @ x.T, g @ g.T, sequences)
-    length = 18 // sequences
-    assert found.shape == (length,)
-    for shift in range(length):
-        moved = g.view(sequences, length, -1).roll(-shift, 1).reshape(18, -1)
-        assert found[shift].item() == pytest.approx(squared_covariance(x.numpy(), moved.numpy()))
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5])
+def test_few_blocks_are_put_in_every_order_equally_often(blocks):
+    orders = Counter(tuple(order) for order in random_orders(blocks, 239, seed=0).tolist())
+    orders[tuple(range(blocks))] += 1  # the order as it is
+    every = set(permutations(range(blocks)))
+    assert set(orders) == every
+    assert set(orders.values()) == {240 // len(every)}
 
 
-def test_orders_are_all_but_their_own_and_the_same_again():
-    orders = random_orders(5, 40, seed=3)
-    assert orders.shape == (40, 5)
-    assert len({tuple(order) for order in random_orders(3, 200, seed=0).tolist()}) == 5  # of six
-    assert all(sorted(order) == list(range(5)) for order in orders.tolist())
-    assert len({tuple(order) for order in orders.tolist()}) > 20
+def test_many_blocks_are_put_in_random_orders_that_come_again():
+    orders = random_orders(7, 2000, seed=3)
+    assert all(sorted(order) == list(range(7)) for order in orders.tolist())
+    at = torch.stack([(orders == place).double().mean(0) for place in range(7)])
+    assert (at - 1 / 7).abs().max() < 0.05  # any block in any place
     random_orders.cache_clear()
-    assert torch.equal(orders, random_orders(5, 40, seed=3))
+    assert torch.equal(orders, random_orders(7, 2000, seed=3))
+    assert not torch.equal(orders, random_orders(7, 2000, seed=4))
+
+
+@pytest.mark.parametrize("freedom", [7, 8, 15, 63, 2047])
+def test_student_quantile_is_students(freedom):
+    assert student_quantile(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), abs=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])

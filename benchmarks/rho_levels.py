@@ -1,0 +1,132 @@
+"""How often rho exceeds its null by chance, and how often its interval covers the truth, by the shape of the batches.
+
+    python benchmarks/rho_levels.py
+
+Texts are made up: each is a series of tokens that remember each other (AR(0.9)), independent of the other texts. In the
+first table gradients know nothing of the activations, so that rho should be above its null in 5 of 100 cases, and the
+debiased value around 0. In the second rho is 0.3, which the 95 % interval should cover in 95 of 100 cases. Everything
+goes the way of a batch in a fit, sampled by ``LayerScores``; undefined values are counted apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fasc_lightning._tables import Row, save_table
+
+WIDTH, LENGTH, MEMORY, TOKENS = 8, 512, 0.9, 512
+#: Sequences a batch, and batches.
+SHAPES = ((1, 1), (1, 8), (1, 16), (2, 8), (3, 8), (4, 1), (4, 8), (5, 1), (8, 1), (8, 4), (24, 1))
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Run the benchmark; returns the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=400, help="observations of each shape")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", help="folder for rho_levels.csv")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    rows = []
+    for sequences, batches in SHAPES:
+        chance = list(observe(sequences, batches, 0.0, options.repeats, options.seed))
+        coupled = list(observe(sequences, batches, 0.3, options.repeats, options.seed + 1))
+        rows.append({"sequences a batch": sequences, "batches": batches, **levels(chance), **coverage(coupled, 0.3)})
+        print(", ".join(f"{key} {value:.3g}" for key, value in rows[-1].items()), flush=True)
+    if options.output:
+        save_table(rows, Path(options.output) / "rho_levels.csv")
+    return rows
+
+
+def observe(sequences: int, batches: int, rho: float, repeats: int, seed: int) -> Iterator[Row]:
+    """Yield observations of one layer whose x and g are coupled with this rho.
+
+    Args:
+        sequences: Of each batch.
+        batches: Of an observation.
+        rho: The truth.
+        repeats: Number of observations.
+        seed: Of the data.
+    """
+    from fasc_lightning.tokens import TokenRows
+
+    try:
+        from fasc_lightning.layer_scores import LayerScores
+    except ModuleNotFoundError:  # where it was before, so that older versions can be measured
+        from fasc_lightning.monitor import LayerScores  # type: ignore[attr-defined, no-redef]
+
+    generator = torch.Generator().manual_seed(seed)
+    mix = coupling(rho, generator)
+    layer = nn.Linear(WIDTH, WIDTH)
+    for _ in range(repeats):
+        scores = LayerScores({"layer": layer}, TOKENS, gradient="output")
+        for _ in range(batches):
+            x, noise = (series(sequences, generator) for _ in range(2))
+            seeds = torch.randint(2**62, (sequences,), generator=generator).tolist()
+            lengths = [LENGTH] * sequences
+            g = x @ mix + noise
+            scores("layer", x.flatten(0, 1), g.flatten(0, 1), TokenRows(sample_seeds=seeds), lengths)
+        yield dict(scores.rows(0)[0])
+
+
+def series(sequences: int, generator: torch.Generator) -> Tensor:
+    """Return stationary AR(1) series of unit variance, shape (sequences, LENGTH, WIDTH)."""
+    from scipy.signal import lfilter
+
+    steps = torch.randn(sequences, LENGTH, WIDTH, generator=generator).double().numpy()
+    steps[:, 1:] *= math.sqrt(1 - MEMORY**2)
+    return torch.from_numpy(lfilter([1.0], [1.0, -MEMORY], steps, axis=1)).float()
+
+
+def coupling(rho: float, generator: torch.Generator) -> Tensor:
+    """Return M so that x and g = M^T x + e have this rho, for x and e of unit covariance."""
+    direction = torch.randn(WIDTH, WIDTH, generator=generator).double()
+    low, high = 0.0, 10.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        M = middle * direction
+        own = torch.linalg.matrix_norm(M.T @ M + torch.eye(WIDTH))
+        low, high = (middle, high) if M.norm() / math.sqrt(math.sqrt(WIDTH) * own) < rho else (low, middle)
+    return (low * direction).float() if rho else torch.zeros(WIDTH, WIDTH)
+
+
+def levels(rows: Sequence[Row]) -> Row:
+    """Return the share above the null of those that have one, and the mean debiased value with its sign and square."""
+    rho, null, debiased = (np.array([row[name] for row in rows]) for name in ("rho", "null", "debiased"))
+    tested = np.isfinite(null)
+    squares = np.sign(debiased) * debiased**2
+    return {
+        "null defined": tested.mean(),
+        "above the null": (rho[tested] > null[tested]).mean() if tested.any() else math.nan,
+        "debiased defined": np.isfinite(debiased).mean(),
+        "root of the mean debiased square": float(np.sign(m := _mean(squares)) * abs(m) ** 0.5),
+    }
+
+
+def coverage(rows: Sequence[Row], truth: float) -> Row:
+    """Return the share of the intervals that cover the truth, of those that are defined."""
+    low, high = (np.array([row[name] for row in rows]) for name in ("low", "high"))
+    defined = np.isfinite(low) & np.isfinite(high)
+    covered = (low[defined] <= truth) & (truth <= high[defined])
+    return {
+        "interval defined": defined.mean(),
+        "covers 0.3": covered.mean() if defined.any() else math.nan,
+        "median width": float(np.median((high - low)[defined])) if defined.any() else math.nan,
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    found = values[np.isfinite(values)]
+    return float(found.mean()) if found.size else math.nan
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

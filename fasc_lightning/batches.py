@@ -120,7 +120,11 @@ def _doubt(batch: Any, mask: Tensor | None, terms: float) -> str:
     if mask is None:
         content = identifying_tensor(batch)
         tokens = content is not None and content.ndim == 2 and not content.is_floating_point() and content.shape[1] > 1
-        return f"a mean over {terms:.0f} samples, each of {content.shape[1]} tokens" if tokens and content is not None else ""
+        return (
+            f"a mean over {terms:.0f} samples, each of {content.shape[1]} tokens"
+            if tokens and content is not None
+            else ""
+        )
     if isinstance(labels, Tensor) and labels.shape == mask.shape and (labels[mask.bool()] == -100).any():
         return f"a mean over the {terms:.0f} tokens of the mask, some of which have the label -100"
     return ""

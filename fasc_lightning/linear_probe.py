@@ -1,9 +1,9 @@
 """Whether a layer computes y = W x + b and nothing else: by its class, or by trying its forward on a stand-in.
 
-Subclasses of ``nn.Linear`` with a forward of their own may write the same map another way (Falcon's), count their calls,
-or compute something else (scaled, masked, quantised, adapted). The code does not say, but numbers do. The layer itself
-is never run: a stand-in with small random weights is, so that no hook fires, no state changes, and it does not matter
-where the layer's weights are.
+Subclasses of ``nn.Linear`` with a forward of their own may write the same map another way (Falcon's), count their
+calls, or compute something else (scaled, masked, quantised, adapted). The code does not say, but numbers do. The layer
+itself is never run: a stand-in with small random weights is, so that no hook fires, no state changes, and it does not
+matter where the layer's weights are.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def computes_plain_map(module: nn.Module) -> bool:
     if extra - {"weight", "bias"} or forward is None or not _takes_inputs_alone(forward):
         return False
     conv = not isinstance(module, nn.Linear)
-    m, n = tuple(module.weight.shape)[:: -1 if conv else 1]  # type: ignore[operator]
+    weight: Any = module.weight
+    m, n = tuple(weight.shape)[:: -1 if conv else 1]
     sizes = min(m, SMALL[0]), min(n, SMALL[1])
     found = _agrees(module, forward, sizes)
     # What holds sizes of its own (a mask, a number of groups) can only be tried at its true size.

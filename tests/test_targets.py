@@ -95,7 +95,9 @@ def test_layers_of_other_forwards_are_named_once():
             return 0.5 * super().forward(x)
 
     module = Classifier(nn.Sequential(nn.Linear(12, 24), nn.ReLU(), Tripled(24, 24), Scaled(24, 16), nn.Linear(16, 3)))
-    with pytest.warns(UserWarning, match=r"2 linear layers of other classes.*Tripled: net\.2; Scaled: net\.3") as caught:
+    with pytest.warns(
+        UserWarning, match=r"2 linear layers of other classes.*Tripled: net\.2; Scaled: net\.3"
+    ) as caught:
         fit(module, FascCallback(keep=0.6))
     assert sum("Tripled" in str(warning.message) for warning in caught) == 1
     assert set(compressed_layers(module)) <= {"net.0", "net.4"}
@@ -124,7 +126,9 @@ def test_ordinary_subclasses_are_not_named():
         def forward(self, x):
             raise NotImplementedError
 
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "router": TopKRouter(8, 4), "packed": Packed(8, 4)})
+    model = nn.ModuleDict(
+        {"attention": nn.MultiheadAttention(8, 2), "router": TopKRouter(8, 4), "packed": Packed(8, 4)}
+    )
     assert other_layers(model) == {}
     assert set(other_layers(model, targets=["router", "packed"])) == {"TopKRouter", "Packed"}
     for family in ("llama", "gpt2"):

@@ -103,7 +103,8 @@ def batch_terms(
     if counted is not None:
         return LossScale(counted.terms, empty or counted.terms == 0)
     terms = float(mask.sum()) if mask is not None else float(batch_size(batch))
-    return LossScale(terms, terms == 0, "" if loss is None else _doubt(batch, mask, terms))
+    doubt = "" if loss is None or loss_terms == "mean" else _doubt(batch, mask, terms)
+    return LossScale(terms, terms == 0, doubt)
 
 
 def _unlabelled(batch: Any, loss: Tensor | None) -> bool:
@@ -176,7 +177,7 @@ def replayed_rows(
 ) -> TokenRows:
     """Describe a batch whose loss is had outside of the training loop, as the training step returns it."""
     mask = batch_mask(pl_module, batch, token_mask)
-    known = partial(batch_terms, pl_module, batch, mask, loss_terms)
+    known = partial(batch_terms, pl_module, batch, mask, _asked_once(pl_module, batch, loss_terms))
     return TokenRows("a batch run again", mask, _first_guess(known), scale_of=known)
 
 
@@ -191,7 +192,11 @@ def observed_rows(
 ) -> TokenRows:
     """Describe a batch of which a sample is scored and nothing else; its loss may average in a way nobody can tell."""
     mask = batch_mask(pl_module, batch, token_mask)
-    known = partial(gradient_scale, trainer, pl_module, batch, mask, loss_terms)
+    try:
+        asked = _asked_once(pl_module, batch, loss_terms)
+    except ValueError:
+        asked = "sum"
+    known = partial(gradient_scale, trainer, pl_module, batch, mask, asked)
 
     def scale_of(loss: Tensor) -> LossScale:
         try:
@@ -228,7 +233,7 @@ def calibration_rows(
         scored: Whether the dependence scores look at this batch.
     """
     mask = batch_mask(pl_module, batch, token_mask)
-    known = partial(gradient_scale, trainer, pl_module, batch, mask, loss_terms)
+    known = partial(gradient_scale, trainer, pl_module, batch, mask, _asked_once(pl_module, batch, loss_terms))
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     seeds = sample_seeds(batch, seed, mask) if fraction < 1 else ()
     # A scaler that never adapts would overflow on and on: that is an error.
@@ -258,6 +263,15 @@ def loss_terms_of(
     """
     found = batch_terms(pl_module, batch, batch_mask(pl_module, batch, token_mask), loss_terms, loss)
     return 0.0 if found.empty else found.scale
+
+
+def _asked_once(pl_module: pl.LightningModule, batch: Any, loss_terms: LossTerms | None) -> LossTerms | None:
+    """Return how a batch's loss averages with a callable's answer in place of the callable, which need not be cheap."""
+    asked = loss_terms or getattr(pl_module, "loss_terms", None)
+    if not callable(asked):
+        return loss_terms
+    terms = float(asked(batch))
+    return lambda batch: terms
 
 
 def reads_loss(pl_module: pl.LightningModule, loss_terms: LossTerms | None) -> bool:

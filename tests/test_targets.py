@@ -13,9 +13,10 @@ from transformers import FalconConfig, FalconForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from fasc_lightning import FascCallback, compress, load_compressed, match_checkpoint, save_compressed, score, to_dense
+from fasc_lightning.lowrank import LowRankLinear
 from fasc_lightning.plan import apply_plan
 from fasc_lightning.quantize import quantize
-from fasc_lightning.swap import compressed_layers
+from fasc_lightning.swap import _dense, compressed_layers, swap_modules
 from fasc_lightning.targets import other_layers, select_layers, warn_tied_layers
 
 Tripled = variants()[0]
@@ -159,6 +160,13 @@ def test_a_dense_checkpoint_gives_the_class_back():
     to_dense(again)
     assert type(again.net[0]) is Masked
     assert torch.equal(again.net[0].mask, state["net.0.mask"])
+
+
+def test_unknown_buffers_are_not_given_back():
+    model = nn.Sequential(Masked(6, 5)).to("meta")
+    swap_modules(model, {"0": LowRankLinear(6, 5, 2)})
+    assert type(swap_modules(model, {"0": _dense(model[0])})["0"]) is LowRankLinear
+    assert type(model[0]) is nn.Linear
 
 
 # Tied weights.

@@ -119,13 +119,8 @@ def _doubt(batch: Any, mask: Tensor | None, terms: float) -> str:
     """Return why a number of terms is a guess, where batches are of tokens; "" where samples are likely meant."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if mask is None:
-        content = identifying_tensor(batch)
-        tokens = content is not None and content.ndim == 2 and not content.is_floating_point() and content.shape[1] > 1
-        return (
-            f"a mean over {terms:.0f} samples, each of {content.shape[1]} tokens"
-            if tokens and content is not None
-            else ""
-        )
+        tokens = _tokens_of_a_sample(batch)
+        return f"a mean over {terms:.0f} samples, each of {tokens} tokens" if tokens > 1 else ""
     if isinstance(labels, Tensor) and labels.shape == mask.shape and (labels[mask.bool()] == -100).any():
         return f"a mean over the {terms:.0f} tokens of the mask, some of which have the label -100"
     return ""
@@ -274,9 +269,19 @@ def _asked_once(pl_module: pl.LightningModule, batch: Any, loss_terms: LossTerms
     return lambda batch: terms
 
 
-def reads_loss(pl_module: pl.LightningModule, loss_terms: LossTerms | None) -> bool:
-    """Tell whether the number of terms is what the loss's graph tells, and not what somebody said."""
-    return (loss_terms or getattr(pl_module, "loss_terms", "mean")) == "mean"
+def reads_loss(
+    pl_module: pl.LightningModule, batch: Any, *, token_mask: TokenMask | None, loss_terms: LossTerms | None
+) -> bool:
+    """Tell whether a loss's graph alone tells over how many terms it is a mean: nobody said it, of batches of tokens."""
+    if (loss_terms or getattr(pl_module, "loss_terms", "mean")) != "mean":
+        return False
+    return _tokens_of_a_sample(batch) > 1 or batch_mask(pl_module, batch, token_mask) is not None
+
+
+def _tokens_of_a_sample(batch: Any) -> int:
+    """Return how many tokens each sample of a batch of token ids has; 0 of other batches."""
+    content = identifying_tensor(batch)
+    return 0 if content is None or content.ndim != 2 or content.is_floating_point() else content.shape[1]
 
 
 def _first_guess(scale_of: Callable[[], LossScale]) -> float:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fasc_lightning import CausalLMModule, FascCallback, compress, score
-from fasc_lightning.batches import LossScales, loss_terms_of, replayed_rows
+from fasc_lightning.batches import LossScales, loss_terms_of, reads_loss, replayed_rows
 from fasc_lightning.held_out import held_out_loss
 from fasc_lightning.tokens import LossScale, TokenRows
 
@@ -328,7 +328,7 @@ def test_held_out_batches_weigh_by_their_terms():
         module,
         [*batches, {**batches[0], "labels": torch.full((3, 16), IGNORED)}],
         lambda batch, loss: loss_terms_of(module, batch, token_mask=None, loss_terms=None, loss=loss),
-        by_graph=True,
+        lambda batch: reads_loss(module, batch, token_mask=None, loss_terms=None),
     )
     module.eval()
     with torch.no_grad():

@@ -166,15 +166,15 @@ def as_loader(
         return batches
     if isinstance(batches, Mapping) and is_hf_dataset(batches):
         raise TypeError(
-            f"Expected batches but got a {type(batches).__name__} of {', '.join(map(repr, batches))}. HINT: give one of "
-            "its splits."
+            f"Expected batches but got a {type(batches).__name__} of {', '.join(map(repr, batches))}. HINT: give one "
+            "of its splits."
         )
     if isinstance(batches, Mapping | torch.Tensor | str):
         raise TypeError(
             f"Expected a DataLoader or a list of batches but got one {type(batches).__name__}: write [batch]."
         )
     language = _language_model(model)
-    data = list(batches) if language is None else token_batches(batches, language)
+    data: Any = list(batches) if language is None else token_batches(batches, language)
     shuffled: Any = {} if generator is None else {"shuffle": True, "generator": generator}
     return DataLoader(data, batch_size=None, **shuffled)
 

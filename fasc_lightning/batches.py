@@ -114,7 +114,8 @@ def batch_terms(
     if counted is not None:
         return LossScale(counted.terms, empty or counted.terms == 0)
     terms = float(mask.sum()) if mask is not None else float(batch_size(batch))
-    return LossScale(terms, terms == 0, "" if loss is None else _doubt(batch, mask, terms))
+    doubt = "" if loss is None or loss_terms == "mean" else _doubt(batch, mask, terms)
+    return LossScale(terms, terms == 0, doubt)
 
 
 def _unlabelled(batch: Any, loss: Tensor | None) -> bool:
@@ -129,9 +130,8 @@ def _doubt(batch: Any, mask: Tensor | None, terms: float) -> str:
     """Return why a number of terms is a guess, where batches are of tokens; "" where samples are likely meant."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if mask is None:
-        content = identifying_tensor(batch)
-        tokens = content is not None and content.ndim == 2 and not content.is_floating_point() and content.shape[1] > 1
-        return f"a mean over {terms:.0f} samples, each of {content.shape[1]} tokens" if tokens and content is not None else ""
+        tokens = _tokens_of_a_sample(batch)
+        return f"a mean over {terms:.0f} samples, each of {tokens} tokens" if tokens > 1 else ""
     if isinstance(labels, Tensor) and labels.shape == mask.shape and (labels[mask.bool()] == -100).any():
         return f"a mean over the {terms:.0f} tokens of the mask, some of which have the label -100"
     return ""
@@ -196,9 +196,10 @@ def replayed_rows(
         factor: What the loss that the training step returned is multiplied by before its backward pass.
     """
     mask = batch_mask(pl_module, batch, token_mask)
+    asked = _asked_once(pl_module, batch, loss_terms)
 
     def known(loss: Tensor | None = None) -> LossScale:
-        found = batch_terms(pl_module, batch, mask, loss_terms, loss, factor)
+        found = batch_terms(pl_module, batch, mask, asked, loss, factor)
         return replace(found, scale=found.scale / factor)
 
     return TokenRows("a batch run again", mask, _first_guess(known), scale_of=known)
@@ -216,7 +217,11 @@ def observed_rows(
 ) -> TokenRows:
     """Describe a batch of which a sample is scored and nothing else; its loss may average in a way nobody can tell."""
     mask = batch_mask(pl_module, batch, token_mask)
-    known = partial(gradient_scale, trainer, pl_module, batch, mask, loss_terms)
+    try:
+        asked = _asked_once(pl_module, batch, loss_terms)
+    except ValueError:
+        asked = "sum"
+    known = partial(gradient_scale, trainer, pl_module, batch, mask, asked)
 
     def scale_of(loss: Tensor) -> LossScale:
         try:
@@ -256,7 +261,7 @@ def calibration_rows(
         scored: Whether the dependence scores look at this batch.
     """
     mask = batch_mask(pl_module, batch, token_mask)
-    known = partial(gradient_scale, trainer, pl_module, batch, mask, loss_terms)
+    known = partial(gradient_scale, trainer, pl_module, batch, mask, _asked_once(pl_module, batch, loss_terms))
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     seeds = sample_seeds(batch, seed, mask) if fraction < 1 else _seeds_of(batch, seed, mask) if scored else ()
     # A scaler that never adapts would overflow on and on: that is an error.
@@ -293,9 +298,28 @@ def loss_terms_of(
     return 0.0 if found.empty else found.scale
 
 
-def reads_loss(pl_module: pl.LightningModule, loss_terms: LossTerms | None) -> bool:
-    """Tell whether the number of terms is what the loss's graph tells, and not what somebody said."""
-    return (loss_terms or getattr(pl_module, "loss_terms", "mean")) == "mean"
+def _asked_once(pl_module: pl.LightningModule, batch: Any, loss_terms: LossTerms | None) -> LossTerms | None:
+    """Return how a batch's loss averages with a callable's answer in place of the callable, which need not be cheap."""
+    asked = loss_terms or getattr(pl_module, "loss_terms", None)
+    if not callable(asked):
+        return loss_terms
+    terms = float(asked(batch))
+    return lambda batch: terms
+
+
+def reads_loss(
+    pl_module: pl.LightningModule, batch: Any, *, token_mask: TokenMask | None, loss_terms: LossTerms | None
+) -> bool:
+    """Tell whether a loss's graph alone tells over how many terms it is a mean: nobody said it, of batches of tokens."""
+    if (loss_terms or getattr(pl_module, "loss_terms", "mean")) != "mean":
+        return False
+    return _tokens_of_a_sample(batch) > 1 or batch_mask(pl_module, batch, token_mask) is not None
+
+
+def _tokens_of_a_sample(batch: Any) -> int:
+    """Return how many tokens each sample of a batch of token ids has; 0 of other batches."""
+    content = identifying_tensor(batch)
+    return 0 if content is None or content.ndim != 2 or content.is_floating_point() else content.shape[1]
 
 
 def _first_guess(scale_of: Callable[[], LossScale]) -> float:

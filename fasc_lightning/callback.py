@@ -106,9 +106,10 @@ class FascCallback(pl.Callback):
             optimizer or scheduler step, no weight gradients.
         token_fraction: Share of the tokens that enters the moments; fewer is faster and less accurate.
         seed: Of the choice of those tokens, and of rho's tokens and permutations.
-        loss_terms: "mean" if the loss is a mean (over the tokens of ``token_mask``, or over samples), "sum", or a
-            callable that returns the number of averaged terms of a batch. By default the module's ``loss_terms``
-            method (CausalLMModule has one), else "mean".
+        loss_terms: "mean" if the loss is a mean, "sum", or a callable that returns the number of averaged terms of a
+            batch. By default the module's ``loss_terms`` method (CausalLMModule has one), else "mean". Of a mean, the
+            loss's autograd graph tells the number of its terms (:mod:`~fasc_lightning.loss_graph`); where it does not
+            (fused losses), they are the tokens of ``token_mask``, else the samples, and a batch of tokens warns.
         token_mask: Callable that returns True for a batch's real tokens, shape (samples, length), or None. By default
             the module's ``token_mask`` method, else every token counts.
         monitor_every_n_steps: Observe rho at optimizer steps 0, n, 2n, ... (batches in manual optimisation); None

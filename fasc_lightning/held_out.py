@@ -170,7 +170,7 @@ def held_out_loss(
     pl_module: pl.LightningModule,
     batches: Iterable[Any],
     terms: Callable[[Any, Tensor | None], float],
-    by_graph: bool = False,
+    by_graph: Callable[[Any], bool] | None = None,
 ) -> float:
     """Return the mean of the module's own loss over batches of all processes, in eval mode, as precise as in training.
 
@@ -183,7 +183,7 @@ def held_out_loss(
         batches: Of this process, as their loader makes them.
         terms: Returns over how many terms a batch's loss is a mean, by the batch and its loss; batches of none do not
             count.
-        by_graph: Whether that takes a loss with a graph; else it is asked before there is one.
+        by_graph: Tells of a batch whether that takes a loss with a graph; else it is asked before there is one.
 
     Raises:
         MisconfigurationException: If there is no batch on any process.
@@ -196,7 +196,7 @@ def held_out_loss(
             seed_rng(number)  # of hooks that augment
             batch, place = as_trained_on(trainer, batch), replace(now, batch_idx=number)
             loss: Tensor | None = None
-            if by_graph:
+            if by_graph is not None and by_graph(batch):
                 with untouched(pl_module), graph_alone():
                     loss = step.loss(pl_module, batch, place)
             weight = terms(batch, loss)

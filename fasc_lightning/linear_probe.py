@@ -1,9 +1,9 @@
 """Whether a layer computes y = W x + b and nothing else: by its class, or by trying its forward on a stand-in.
 
-Subclasses of ``nn.Linear`` with a forward of their own may write the same map another way (Falcon's), count their calls,
-or compute something else (scaled, masked, quantised, adapted). The code does not say, but numbers do. The layer itself
-is never run: a stand-in with small random weights is, so that no hook fires, no state changes, and it does not matter
-where the layer's weights are.
+Subclasses of ``nn.Linear`` with a forward of their own may write the same map another way (Falcon's), count their
+calls, or compute something else (scaled, masked, quantised, adapted). The code does not say, but numbers do. The layer
+itself is never run: a stand-in with small random weights is, so that no hook fires, no state changes, and it does not
+matter where the layer's weights are.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers.pytorch_utils import Conv1D
 
 from fasc_lightning._rng_state import same_rng
+from fasc_lightning.module_shell import shell
 from fasc_lightning.reparametrised import computed_weight, is_reparametrised
 
 #: (outputs, inputs) of a stand-in: unequal, so that a transposed weight does not fit.
@@ -179,15 +179,10 @@ def _values(stand_in: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def _stand_in(module: nn.Module, sizes: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
     """Return a module of the same class and state with other weights, of (m, n) numbers, on the CPU, without hooks."""
-    stand_in: Any = object.__new__(type_before_parametrizations(module))
-    nn.Module.__init__(stand_in)
+    stand_in: Any = shell(module)
     # Copies of all that a forward might change, but for the weights.
     memo: dict[int, Any] = {id(p): p for p in module.parameters()} | {id(module): stand_in}
-    theirs = {name: value for name, value in vars(module).items() if name not in vars(stand_in) and name != "forward"}
-    vars(stand_in).update(copy.deepcopy(theirs, memo))
-    for name in ("_buffers", "_non_persistent_buffers_set", "_modules"):
-        vars(stand_in)[name] = copy.deepcopy(vars(module)[name], memo)
-    stand_in._modules.pop("parametrizations", None)
+    vars(stand_in).update(copy.deepcopy(vars(stand_in), memo))
     for part in stand_in.modules():
         for name in [name for name in vars(part) if name.endswith("_hooks")]:
             vars(part)[name].clear()

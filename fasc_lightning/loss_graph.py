@@ -135,9 +135,8 @@ def _parts(start: _Place) -> list[_Part]:
             open_ += [_Place(child, factor, divisor) for child in children[:1] if child is not None]
         elif name in ("Neg", "Add", "Sub", "Rsub"):
             alpha = float(getattr(node, "_saved_alpha", 1))
-            factors = (1.0, alpha) if name == "Add" else (-1.0, alpha) if name == "Rsub" else (1.0, -alpha)
-            factors = (-1.0,) if name == "Neg" else factors
-            pairs = zip(children, factors, strict=False)
+            signs = {"Add": (1.0, alpha), "Sub": (1.0, -alpha), "Rsub": (-1.0, alpha), "Neg": (-1.0, 0.0)}[name]
+            pairs = zip(children, signs, strict=False)
             open_ += [_Place(child, factor * own, divisor) for child, own in pairs if child is not None]
         elif name in ("Mul", "Div"):
             open_ += list(_scaled(name, place, children))

@@ -94,7 +94,7 @@ class CausalLMModule(pl.LightningModule):
         mask = _checked(batch).get("attention_mask")
         return None if mask is None else mask.bool()
 
-    def loss_terms(self, batch: Mapping[str, Tensor]) -> float:
+    def loss_terms(self, batch: Mapping[str, Tensor]) -> int:
         """Return over how many token losses the model's loss is a mean: the predicted, unignored labels.
 
         Models divide by "num_items_in_batch" instead where a batch has it, as of several batches of one step; 0 where
@@ -104,7 +104,7 @@ class CausalLMModule(pl.LightningModule):
         labels = _labels(batch)[:, 1:] if shifted is None else shifted
         count = int((labels != -100).sum())
         items: Any = batch.get("num_items_in_batch")
-        return float(count if items is None or count == 0 else items)
+        return count if items is None or count == 0 else int(items)
 
     def predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the logits of all tokens, and which tokens have a successor that is a label.
@@ -154,8 +154,8 @@ def _checked(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if isinstance(ids, Tensor) and ids.ndim == 2:
         return batch
     raise TypeError(
-        f"Expected batches that are mappings with 'input_ids' but got {_described(batch)}. Collate them as {{'input_ids': "
-        "(samples, length)}, or wrap the model in a LightningModule of your own."
+        f"Expected batches that are mappings with 'input_ids' but got {_described(batch)}. Collate them as "
+        "{'input_ids': (samples, length)}, or wrap the model in a LightningModule of your own."
     )
 
 

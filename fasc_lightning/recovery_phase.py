@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -363,7 +364,7 @@ class RecoveryCallback(pl.Callback):
                 lambda batch, loss: loss_terms_of(
                     pl_module, batch, token_mask=self.token_mask, loss_terms=self.loss_terms, loss=loss
                 ),
-                by_graph=reads_loss(pl_module, self.loss_terms),
+                partial(reads_loss, pl_module, token_mask=self.token_mask, loss_terms=self.loss_terms),
             )
         if not math.isfinite(loss):
             if not self._best.begun:

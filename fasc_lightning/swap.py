@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from fasc_lightning.expert_modules import fuse_dense, with_experts
 from fasc_lightning.expert_views import ExpertLinear
 from fasc_lightning.lowrank import CompressedLinear, flops_per_token, is_conv1d, linear_shape
+from fasc_lightning.module_shell import own_class, shell
 from fasc_lightning.reparametrised import remember_form
 
 
@@ -138,20 +138,12 @@ def _shell(layer: nn.Module) -> nn.Module | None:
 
     What it holds beside them (a counter, a number that its forward reads) is shared with it.
     """
-    kind = type_before_parametrizations(layer)
     linear = isinstance(layer, nn.Linear) or is_conv1d(layer)
-    if not linear or isinstance(layer, ExpertLinear) or kind is nn.Linear or kind.__name__ == "Conv1D":
+    if not linear or isinstance(layer, ExpertLinear) or own_class(layer) is nn.Linear:
         return None
-    shell: nn.Module = object.__new__(kind)
-    nn.Module.__init__(shell)
-    own, computed = vars(shell), ("forward", "weight", "bias")
-    own.update({name: value for name, value in vars(layer).items() if name not in own and name not in computed})
-    own["training"] = layer.training
-    own["_buffers"] = dict(layer._buffers)
-    own["_non_persistent_buffers_set"] = set(layer._non_persistent_buffers_set)
-    own["_modules"] = {name: child for name, child in layer._modules.items() if name != "parametrizations"}
-    own["_parameters"] = {"weight": None, "bias": None}
-    return shell
+    if own_class(layer).__module__ == "transformers.pytorch_utils" or any(b.is_meta for b in layer.buffers()):
+        return None  # values of buffers that are not known cannot be given back
+    return shell(layer)
 
 
 def empty_conv1d(m: int, n: int) -> Any:
@@ -193,9 +185,9 @@ def _match(new: nn.Module, old: nn.Module) -> None:
     remember_form(old, new)
     if isinstance(new, CompressedLinear):
         new.from_conv1d = new.from_conv1d or is_conv1d(old)
-        shell = old.shell if isinstance(old, CompressedLinear) else _shell(old)
-        if shell is not new.shell:
-            vars(new)["shell"] = shell
+        found = old.shell if isinstance(old, CompressedLinear) else _shell(old)
+        if found is not new.shell:
+            vars(new)["shell"] = found
     kinds = {(p.device, p.dtype) for p in old.parameters() if p.is_floating_point()}
     if len(kinds) == 1:
         device, dtype = kinds.pop()

@@ -49,7 +49,6 @@ def select_layers(
         ValueError: If nothing is selected.
     """
     eligible = eligible or (lambda module: isinstance(module, ExpertLinear) or is_plain_linear(module))
-    layers: dict[str, nn.Module] = {}
     linear: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if eligible(module):
@@ -57,9 +56,7 @@ def select_layers(
         elif holds_experts(name, module):
             linear |= {place: view for place, view in expert_views(name, module).items() if eligible(view)}
     wanted = _wanted(model, targets, exclude)
-    for name, module in linear.items():
-        if wanted(name, module):
-            layers[name] = module
+    layers = {name: module for name, module in linear.items() if wanted(name, module)}
     if not layers:
         known = ", ".join(list(linear)[:8]) or "none"
         others = other_layers(model, targets, exclude)
@@ -121,7 +118,7 @@ def other_layers(
             continue
         kind = type(module).__name__
         routes = "router" in kind.lower() or "gating" in kind.lower()
-        if everything and (routes or not holds_dense_weight(module) or module.weight.dtype.itemsize < 2):  # type: ignore[union-attr]
+        if everything and (routes or not holds_dense_weight(module) or module.weight.dtype.itemsize < 2):
             continue
         found.setdefault(kind, []).append(name)
     return found

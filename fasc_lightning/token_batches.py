@@ -13,11 +13,12 @@ from torch.utils.data import Dataset
 
 from fasc_lightning._names import some_names
 
+
 def as_token_batch(batch: Any, label: str = "a batch") -> Mapping[str, Any]:
     """Return a batch as a mapping of tensors; the batch itself if it is one.
 
-    Lists of numbers and NumPy arrays become tensors; one sequence without a dimension of samples becomes a batch of one.
-    Text and None are left out.
+    Lists of numbers and NumPy arrays become tensors; one sequence without a dimension of samples becomes a batch of
+    one. Text and None are left out.
 
     Args:
         batch: As a loader made it.
@@ -41,16 +42,16 @@ def as_token_batch(batch: Any, label: str = "a batch") -> Mapping[str, Any]:
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool or ids.is_complex():
         what = f"{ids.dtype}" if isinstance(ids, Tensor) else f"{type(ids).__name__}"
         raise TypeError(
-            f"Expected 'input_ids' of integers, of shape (samples, length), but got {what} ({label}). HINT: tokenise text "
-            "first, tokenizer(text, return_tensors='pt')."
+            f"Expected 'input_ids' of integers, of shape (samples, length), but got {what} ({label}). HINT: tokenise "
+            "text first, tokenizer(text, return_tensors='pt')."
         )
     if ids.ndim == 1 and ids.numel():
         found = {key: _one_sample(value, len(ids)) for key, value in found.items()}
         ids = found["input_ids"]
     if ids.ndim != 2 or not ids.numel():
         raise ValueError(
-            f"Expected 'input_ids' of shape (samples, length) but got {tuple(ids.shape)} ({label}). HINT: one batch has "
-            "two dimensions and at least one token."
+            f"Expected 'input_ids' of shape (samples, length) but got {tuple(ids.shape)} ({label}). HINT: one batch "
+            "has two dimensions and at least one token."
         )
     for key in ("attention_mask", "labels"):
         other = found.get(key)
@@ -78,8 +79,8 @@ def _as_tensor(value: Any, key: str, label: str) -> Any:
     """Return numbers as a tensor; anything else as it is."""
     if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
         raise TypeError(
-            f"Expected {key!r} as a tensor but got a list of {len(value)} tensors ({label}): sequences, or, as PyTorch's "
-            "default collation makes of lists, tokens? HINT: stack them; with the datasets library, "
+            f"Expected {key!r} as a tensor but got a list of {len(value)} tensors ({label}): sequences, or, as "
+            "PyTorch's default collation makes of lists, tokens? HINT: stack them; with the datasets library, "
             "dataset.set_format('torch') before the DataLoader, or a collate_fn of transformers."
         )
     if not isinstance(value, np.ndarray | list | tuple) or _is_text(value):
@@ -90,8 +91,8 @@ def _as_tensor(value: Any, key: str, label: str) -> Any:
         array = np.array(None)
     if array.dtype == object:
         raise ValueError(
-            f"Expected {key!r} of shape (samples, length) but got sequences of unequal lengths, or no numbers ({label}). "
-            "HINT: pad them, tokenizer.pad(..., return_tensors='pt'), or give one sequence a batch."
+            f"Expected {key!r} of shape (samples, length) but got sequences of unequal lengths, or no numbers "
+            f"({label}). HINT: pad them, tokenizer.pad(..., return_tensors='pt'), or give one sequence a batch."
         )
     # Token files are often unsigned, for which torch has few operations.
     return torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iu" else array)
@@ -128,8 +129,8 @@ class TokenSamples(Dataset[Mapping[str, Any]]):
         columns = list(rows.column_names)
         if "input_ids" not in columns:
             raise TypeError(
-                f"Expected a tokenised data set, with a column 'input_ids', but got one of {some_names(columns)}. HINT: "
-                "dataset.map(lambda row: tokenizer(row['text'], truncation=True))."
+                f"Expected a tokenised data set, with a column 'input_ids', but got one of {some_names(columns)}. "
+                "HINT: dataset.map(lambda row: tokenizer(row['text'], truncation=True))."
             )
         self.rows = rows.select_columns([column for column in columns if column in taken])
         if len(self.rows):

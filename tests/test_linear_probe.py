@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from fasc_lightning.linear_probe import is_plain_linear
+from fasc_lightning.module_shell import own_class
 
 
 class Product(nn.Linear):
@@ -243,3 +244,14 @@ def test_layers_offloaded_by_accelerate_stay_plain():
 def test_torch_own_subclasses_are_plain():
     assert is_plain_linear(nn.MultiheadAttention(8, 2).out_proj)
     assert not is_plain_linear(nn.Bilinear(3, 3, 3))
+
+
+def test_the_class_is_the_one_its_author_wrote():
+    """FSDP2 puts a class of its own before a module's."""
+    wrapper = type("FSDPModule", (), {})
+    layer = Product(5, 4)
+    layer.__class__ = type("FSDPProduct", (wrapper, Product), {})
+    assert own_class(layer) is Product
+    assert own_class(nn.utils.parametrizations.weight_norm(Product(5, 4))) is Product
+    assert own_class(nn.Linear(5, 4)) is nn.Linear
+    assert is_plain_linear(layer)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fasc_lightning import CausalLMModule, FascCallback, compress, score
-from fasc_lightning.batches import LossScales, loss_terms_of, replayed_rows
+from fasc_lightning.batches import LossScales, loss_terms_of, reads_loss, replayed_rows
 from fasc_lightning.held_out import held_out_loss
 from fasc_lightning.tokens import LossScale, TokenRows
 
@@ -127,7 +127,9 @@ def truth(model, batches, prefix, masked=False):
         for name, layer in layers.items():
             h = outputs[layer].grad.reshape(-1, outputs[layer].shape[-1])
             rows[name].append(h[batch["attention_mask"].bool().flatten()] if masked else h)
-    return {f"{prefix}{n}": (torch.cat(h).T @ torch.cat(h) / len(torch.cat(h)), len(torch.cat(h))) for n, h in rows.items()}
+    return {
+        f"{prefix}{n}": (torch.cat(h).T @ torch.cat(h) / len(torch.cat(h)), len(torch.cat(h))) for n, h in rows.items()
+    }
 
 
 def assert_same(found, expected):
@@ -271,7 +273,7 @@ def test_of_several_losses_of_a_batch_the_most_terms_count():
 # Batches without a term.
 
 
-@pytest.mark.parametrize("wrap", [CausalLMModule, Own, lambda model: Own(model, "by hand")])
+@pytest.mark.parametrize("wrap", [CausalLMModule, Own, lambda m: Own(m, "by hand"), lambda m: Own(m, "with aux")])
 @pytest.mark.parametrize("allocation", ["fisher", "measured"])
 def test_batches_without_labels_are_left_out(wrap, allocation):
     batches = sequences()
@@ -326,7 +328,7 @@ def test_held_out_batches_weigh_by_their_terms():
         module,
         [*batches, {**batches[0], "labels": torch.full((3, 16), IGNORED)}],
         lambda batch, loss: loss_terms_of(module, batch, token_mask=None, loss_terms=None, loss=loss),
-        by_graph=True,
+        lambda batch: reads_loss(module, batch, token_mask=None, loss_terms=None),
     )
     module.eval()
     with torch.no_grad():

@@ -13,9 +13,10 @@ from transformers import FalconConfig, FalconForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from fasc_lightning import FascCallback, compress, load_compressed, match_checkpoint, save_compressed, score, to_dense
+from fasc_lightning.lowrank import LowRankLinear
 from fasc_lightning.plan import apply_plan
 from fasc_lightning.quantize import quantize
-from fasc_lightning.swap import compressed_layers
+from fasc_lightning.swap import _dense, compressed_layers, swap_modules
 from fasc_lightning.targets import other_layers, select_layers, warn_tied_layers
 
 Tripled = variants()[0]
@@ -95,7 +96,9 @@ def test_layers_of_other_forwards_are_named_once():
             return 0.5 * super().forward(x)
 
     module = Classifier(nn.Sequential(nn.Linear(12, 24), nn.ReLU(), Tripled(24, 24), Scaled(24, 16), nn.Linear(16, 3)))
-    with pytest.warns(UserWarning, match=r"2 linear layers of other classes.*Tripled: net\.2; Scaled: net\.3") as caught:
+    with pytest.warns(
+        UserWarning, match=r"2 linear layers of other classes.*Tripled: net\.2; Scaled: net\.3"
+    ) as caught:
         fit(module, FascCallback(keep=0.6))
     assert sum("Tripled" in str(warning.message) for warning in caught) == 1
     assert set(compressed_layers(module)) <= {"net.0", "net.4"}
@@ -124,7 +127,9 @@ def test_ordinary_subclasses_are_not_named():
         def forward(self, x):
             raise NotImplementedError
 
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "router": TopKRouter(8, 4), "packed": Packed(8, 4)})
+    model = nn.ModuleDict(
+        {"attention": nn.MultiheadAttention(8, 2), "router": TopKRouter(8, 4), "packed": Packed(8, 4)}
+    )
     assert other_layers(model) == {}
     assert set(other_layers(model, targets=["router", "packed"])) == {"TopKRouter", "Packed"}
     for family in ("llama", "gpt2"):
@@ -155,6 +160,13 @@ def test_a_dense_checkpoint_gives_the_class_back():
     to_dense(again)
     assert type(again.net[0]) is Masked
     assert torch.equal(again.net[0].mask, state["net.0.mask"])
+
+
+def test_unknown_buffers_are_not_given_back():
+    model = nn.Sequential(Masked(6, 5)).to("meta")
+    swap_modules(model, {"0": LowRankLinear(6, 5, 2)})
+    assert type(swap_modules(model, {"0": _dense(model[0])})["0"]) is LowRankLinear
+    assert type(model[0]) is nn.Linear
 
 
 # Tied weights.

@@ -113,7 +113,11 @@ def test_rows_of_other_modules_are_not_touched():
         ([{"input_ids": IDS[None]}], ValueError, r"got \(1, 8, 12\) \(batch 0\)"),
         ([{"input_ids": IDS[:, :0]}], ValueError, r"got \(8, 0\)"),
         ([{"input_ids": []}], (TypeError, ValueError), r"'input_ids' of"),
-        ([{"input_ids": IDS, "labels": IDS[:, 1:]}], ValueError, r"'labels' of the shape of .*\(8, 12\), but got \(8, 11\)"),
+        (
+            [{"input_ids": IDS, "labels": IDS[:, 1:]}],
+            ValueError,
+            r"'labels' of the shape of .*\(8, 12\), but got \(8, 11\)",
+        ),
         ([{"input_ids": IDS[0], "attention_mask": IDS[:2]}], ValueError, r"'attention_mask' of the shape"),
         ({"input_ids": IDS}, TypeError, r"one dict: write \[batch\]"),
         (IDS, TypeError, r"one Tensor: write \[batch\]"),
@@ -135,7 +139,9 @@ def test_batches_of_loaders_are_understood_too(expected):
     with pytest.raises(TypeError, match="but got list"):
         plan(DataLoader(TensorDataset(IDS), batch_size=1))
     collated = DataLoader([{"input_ids": row.tolist()} for row in IDS], batch_size=2)  # tokens, not sequences
-    with pytest.raises(TypeError, match="list of 12 tensors: sequences, or, as PyTorch's default collation"):
+    with pytest.raises(
+        TypeError, match=r"list of 12 tensors \(a batch\): sequences, or, as PyTorch's default collation"
+    ):
         plan(collated)
 
 

@@ -164,7 +164,7 @@ def permute_features(x: Tensor, index: Tensor) -> Tensor:
     What is traced or scripted must not depend on the sizes of an example: then it is the same operations for all, and
     for any number of dimensions. Otherwise x has two, and the operations are those of :func:`permute_columns`.
     """
-    if not is_scripting():
+    if not is_scripting():  # noqa: SIM102 # TorchScript would compile what is beside it in one condition
         if is_eager(x):
             return permute_columns(x, index)
     # In two dimensions it takes a sixth of the time that it takes in three.

@@ -31,6 +31,7 @@ from fasc_lightning._file_names import (
 )
 from fasc_lightning._files import check_json_files
 from fasc_lightning._guards import expect_guards, guards, saved_guards
+from fasc_lightning._initialisation import spare_compressed, spare_no_more
 from fasc_lightning._names import some_names
 from fasc_lightning.expert_modules import unfuse
 from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape, linear_weight
@@ -108,6 +109,7 @@ class FascQuantizer(HfQuantizer):
         # The names of this model are those that it must be saved with.
         self.quantization_config.layers = layers
         _untie(model)
+        spare_compressed(model)
 
     @override
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
@@ -120,6 +122,7 @@ class FascQuantizer(HfQuantizer):
 
     @override
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        spare_no_more(model)
         # Of a model that was read without conversions, a dense one's are the default ones.
         self.dense_conversions = vars(model).pop("_weight_conversions", None) or None
         save_module_names(model)
@@ -333,12 +336,21 @@ def _resolve_names(
 
 
 def _untie(model: Any) -> None:
-    """Make transformers forget ties of weights that compressed layers no longer have."""
+    """Make transformers forget ties of weights that compressed layers no longer have.
+
+    Weights that were tied to one of them stay tied to one another.
+    """
     layers = compressed_layers(model)
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    for pair in list(tied.items()):
-        if any(key.rpartition(".")[0] in layers for key in pair):
-            del tied[pair[0]]
+    heirs: dict[str, str] = {}
+    for key, source in list(tied.items()):
+        if key.rpartition(".")[0] in layers:
+            del tied[key]
+        elif source.rpartition(".")[0] in layers:
+            if (heir := heirs.setdefault(source, key)) == key:
+                del tied[key]
+            else:
+                tied[key] = heir
 
 
 def _outermost_models(module: nn.Module) -> Iterator[Any]:

@@ -123,7 +123,9 @@ class Int8Linear(nn.Module):
 def int8_product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int | None) -> Tensor:
     """W x; gradients pass through it to x. One operation in the graphs of fx, to which its branches mean nothing."""
     if not is_scripting():
-        if torch.is_grad_enabled() and (x.requires_grad or torch._C._are_functorch_transforms_active()):
+        # TorchScript cannot save what Python differentiates; a trace has the gradients of its own operations.
+        graded = x.requires_grad or torch._C._are_functorch_transforms_active()
+        if torch.is_grad_enabled() and graded and not torch.jit.is_tracing():
             return _Product.apply(x, weight, scale, input_bits)
     return _product(x, weight, scale, input_bits)
 
@@ -153,7 +155,7 @@ def round_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _scale(wide: Tensor, half_range: float = _HALF_RANGE, least: float = torch.finfo(torch.float32).eps) -> Tensor:
-    """Scale of each row. A row of zeros has one, too. (TorchScript reads constants of defaults alone.)"""
+    """Scale of each row. A row of zeros has one, too. (TorchScript reads constants of defaults alone.)."""
     return (wide.abs().amax(-1) / half_range).clamp_min(least)
 
 
@@ -187,10 +189,10 @@ def _integer_product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int, 
         both = _int8_matmul(torch.cat((coarse, fine)), weight).to(wide.dtype).tensor_split(2)
         sums = both[0] + both[1] / finer
     y = sums * token_scale * scale.to(wide.dtype)
-    if not is_scripting():
+    if not is_scripting():  # noqa: SIM102 # TorchScript would compile what is beside it in one condition
         if is_eager(x):
             return y.view(*x.shape[:-1], weight.shape[0])
-    return y.view_as(x[..., :1] * scale)  # of as many dimensions as x has, and not as the example had
+    return y.view_as(x.narrow(-1, 0, 1) * scale)  # of as many dimensions as x has, and not as the example had
 
 
 def _int8_matmul(x: Tensor, weight: Tensor) -> Tensor:

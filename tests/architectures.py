@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import torch
 import transformers
@@ -89,6 +90,11 @@ def model_types() -> list[str]:
     return sorted(CONFIG_MAPPING_NAMES)
 
 
+def _reread(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A configuration as a folder gives it back: some values are computed when it is made, and some are refused."""
+    return type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
+
+
 class NotSmallError(Exception):
     """That a model could not be built small."""
 
@@ -102,7 +108,7 @@ def small_model(model_class: type[PreTrainedModel], kind: str, limit: int = 40_0
     reasons = []
     for narrow in (True, False):
         try:
-            config = shrink(CONFIG_MAPPING[kind](), narrow)
+            config = _reread(shrink(CONFIG_MAPPING[kind](), narrow))
             with torch.device("meta"):
                 model = model_class(copy.deepcopy(config))
             if (size := sum(p.numel() for p in model.parameters())) > limit:

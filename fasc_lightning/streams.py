@@ -99,26 +99,6 @@ class StreamedSums(Metric):
             state.copy_(moved)
         self._update_count = max(self._update_count, int(self.count > 0))
 
-    def reduced(self, group: Any | None = None) -> dict[str, Tensor]:
-        """Return the states summed over all processes, on the first of them; nothing on the others.
-
-        The states stay what they are, and so does the memory that they take, but for one of them at a time. Every
-        process must call this for the same streams in the same order.
-        """
-        count = self.count.clone()
-        dist.all_reduce(count, group=group)
-        first = dist.get_rank(group) == 0
-        sums = {"count": count} if first else {}
-        for name, shape in self.state_shapes.items():
-            state = getattr(self, name)
-            total = state.new_zeros(())  # stands in for zeros, as it does in the states
-            if count > 0:
-                total = state.clone() if state.shape == shape else state.new_zeros(shape)
-                dist.reduce(total, dst=0, group=group)
-            if first:
-                sums[name] = total.cpu()
-        return sums
-
     @property
     def nbytes(self) -> int:
         """Bytes that the states hold now."""

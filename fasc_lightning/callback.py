@@ -84,7 +84,7 @@ class FascCallback(pl.Callback):
         keep: Fraction of the targeted layers' parameters to keep; instead of ``rank``. Neither: only monitor.
         method: Solver, and with it what is gathered: "fasc"; "svd-llm", "svd", "weight-svd", "asvd", "grad-svd",
             "fisher-diag", "fwsvd"; "gfwsvd", by the one step of its iteration that needs no further pass; and, for
-            comparison only, "fasc-eq6" and "fasc-eq6-literal", the eigenproblem as printed. See
+            comparison only, "fasc-eq6" and its "-centred" and "-literal", the eigenproblem as printed. See
             :mod:`fasc_lightning.solvers`.
         allocation: "measured" spends the budget over all layers, by losses that are corrected on an eighth of the
             calibration's batches (:mod:`~fasc_lightning.measured`); "fisher" by predicted losses alone; "uniform" gives

@@ -212,7 +212,7 @@ class NoSquares(TorchDispatchMode):
 
 
 #: Those that need eigenvectors of the wider side's own moment, or a square of it by what they are.
-SQUARE = {"svd", "grad-svd", "fasc-eq6", "fasc-eq6-literal", "gfwsvd"}
+SQUARE = {"svd", "grad-svd", "fasc-eq6", "fasc-eq6-centred", "fasc-eq6-literal", "gfwsvd"}
 
 
 @pytest.mark.parametrize("transposed", [False, True])

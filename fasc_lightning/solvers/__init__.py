@@ -15,7 +15,7 @@ also knows what it needs of the moments besides the means.
 | svd | E of the squared norm of (I - P) x, W' = W P | squared inputs |
 | asvd | the squared norm of D diag(E abs(x))^alpha | weights, scaled |
 | weight-svd | the squared norm of D | squared weights |
-| fasc-eq6, fasc-eq6-literal | nothing: the printed eigenproblem, for comparison | sums of its eigenvalues |
+| fasc-eq6, fasc-eq6-centred, fasc-eq6-literal | nothing: the printed eigenproblem, for comparison | sums of its eigenvalues |
 """
 
 from fasc_lightning.solvers._registry import available_methods as available_methods
@@ -28,6 +28,7 @@ from fasc_lightning.solvers.asvd import asvd as asvd
 from fasc_lightning.solvers.fasc import fasc as fasc
 from fasc_lightning.solvers.fasc import fasc_plain as fasc_plain
 from fasc_lightning.solvers.fasc_eq6 import fasc_eq6 as fasc_eq6
+from fasc_lightning.solvers.fasc_eq6 import fasc_eq6_centred as fasc_eq6_centred
 from fasc_lightning.solvers.fasc_eq6 import fasc_eq6_literal as fasc_eq6_literal
 from fasc_lightning.solvers.fisher_diag import fisher_diag as fisher_diag
 from fasc_lightning.solvers.fwsvd import fwsvd as fwsvd
@@ -42,6 +43,7 @@ __all__ = [
     "asvd",
     "fasc",
     "fasc_eq6",
+    "fasc_eq6_centred",
     "fasc_eq6_literal",
     "fasc_plain",
     "fisher_diag",

@@ -12,25 +12,35 @@ from fasc_lightning.solvers._types import Factorization
 from fasc_lightning.solvers.fasc import SHRINK_A
 
 
-def eq6_eigenvectors(W: Tensor, moments: LayerMoments, shrink_A: float = SHRINK_A) -> tuple[Tensor, Tensor]:
+#: What the paper adds to the diagonal of Sigma_xx.
+PRINTED_EPSILON = 1e-8
+
+
+def eq6_eigenvectors(W: Tensor, moments: LayerMoments, centred: bool = False) -> tuple[Tensor, Tensor]:
     """Solve Sigma_xg Sigma_gg Sigma_xg^T v = lambda Sigma_xx v (Shihab et al., FASC, section 2.2 and Eq. 6).
 
-    With g = W^T h: Sigma_xg = C W, Sigma_gg = W^T G W, Sigma_xx = A, uncentred as their estimates are printed; A is
-    shrunk ("full-rank or regularized"). With A = L L^T, v = L^-T u and u the eigenvectors of F F^T, F = L^-1 Sigma_xg
-    W^T R with R R^T = G. Sketched moments become matrices.
+    With g = W^T h: Sigma_xg = C W, Sigma_gg = W^T G W, Sigma_xx = A. Uncentred, A is shrunk relatively ("full-rank or
+    regularized"); centred, the products of means are taken off all three and an absolute 1e-8 is added to A's diagonal.
+    With A = L L^T, v = L^-T u and u the eigenvectors of F F^T, F = L^-1 Sigma_xg W^T R with R R^T = G. Sketched moments
+    become matrices.
 
     Args:
         W: Weight, shape (m, n).
-        moments: Moments of the layer; A, G and ``C`` are used.
-        shrink_A: Relative shrinkage of A.
+        moments: Moments of the layer; A, G, ``C`` and, centred, the means are used.
+        centred: Which reading.
 
     Returns:
         Eigenvalues in descending order, shape (n,), and eigenvectors in columns with v^T A v = 1, shape (n, n).
     """
-    W = W.double()
-    root_A = square_root(shrink(moments.A.double(), shrink_A))
-    root_G = square_root(moments.G.double())
-    F = root_A.solve(moments.require("C").double() @ W @ (W.T @ root_G.L))
+    W, A, G, C = W.double(), moments.A.double(), moments.G.double(), moments.require("C").double()
+    if centred:
+        x, h = moments.mean_x.double(), moments.mean_h.double()
+        A, G, C = A - torch.outer(x, x), G - torch.outer(h, h), C - torch.outer(x, h)
+        A.diagonal().add_(PRINTED_EPSILON)
+    else:
+        A = shrink(A, SHRINK_A)
+    root_A, root_G = square_root(A), square_root(G)
+    F = root_A.solve(C @ W @ (W.T @ root_G.L))
     eigenvalues, U = descending_eigh(F @ F.T)
     return eigenvalues, root_A.solve_transposed(U)
 
@@ -51,10 +61,18 @@ def fasc_eq6(W: Tensor, moments: LayerMoments) -> Factorization:
         W: Weight, shape (m, n).
         moments: Moments of the layer; A, G and ``C`` are used.
     """
-    r = min(W.shape)
-    eigenvalues, V = eq6_eigenvectors(W, moments)
-    Q = torch.linalg.qr(V[:, :r])[0]  # the first k columns of Q span the first k of V, for every k
-    return Factorization(W.double() @ Q, Q.T.contiguous(), tail_sums(eigenvalues)[: r + 1])
+    return _projected(W, *eq6_eigenvectors(W, moments))
+
+
+@register_solver("fasc-eq6-centred", needs=["C"])
+def fasc_eq6_centred(W: Tensor, moments: LayerMoments) -> Factorization:
+    """For comparison only: :func:`fasc_eq6` with centred covariances and the paper's absolute 1e-8 on Sigma_xx.
+
+    Args:
+        W: Weight, shape (m, n).
+        moments: Moments of the layer; A, G, the means and ``C`` are used.
+    """
+    return _projected(W, *eq6_eigenvectors(W, moments, centred=True))
 
 
 @register_solver("fasc-eq6-literal", needs=["C"])
@@ -72,3 +90,9 @@ def fasc_eq6_literal(W: Tensor, moments: LayerMoments) -> Factorization:
     eigenvalues, V = eq6_eigenvectors(W, moments)
     V = V[:, :r]
     return Factorization(W.double() @ V, V.T.contiguous(), tail_sums(eigenvalues)[: r + 1])
+
+
+def _projected(W: Tensor, eigenvalues: Tensor, V: Tensor) -> Factorization:
+    r = min(W.shape)
+    Q = torch.linalg.qr(V[:, :r])[0]  # the first k columns of Q span the first k of V, for every k
+    return Factorization(W.double() @ Q, Q.T.contiguous(), tail_sums(eigenvalues)[: r + 1])

@@ -7,7 +7,7 @@ import torch
 from layer_moments import full_moments, random_moments
 
 from fasc_lightning.objective import fisher_losses, fisher_metric
-from fasc_lightning.solvers import fasc, fasc_eq6, fasc_eq6_literal
+from fasc_lightning.solvers import fasc, fasc_eq6, fasc_eq6_centred, fasc_eq6_literal
 from fasc_lightning.solvers._linalg import shrink
 from fasc_lightning.solvers.fasc_eq6 import eq6_eigenvectors
 
@@ -36,6 +36,23 @@ def test_eigenvectors_solve_the_printed_problem(case):
     np.testing.assert_allclose(eigenvalues, expected.clip(min=0), atol=1e-8 * expected[0])
     np.testing.assert_allclose(V.T @ xx @ V, np.eye(len(xx)), atol=1e-9)
     np.testing.assert_allclose(M @ V, xx @ V * eigenvalues, atol=1e-7 * abs(M).max())
+
+
+def test_the_centred_reading_projects_on_the_printed_eigenvectors(case):
+    x, h, W, _ = case
+    x, h = x + 1.5, h - 0.5  # the means are far from zero
+    moments = full_moments(x, h, W)
+    g = h @ W
+    xx = np.cov(x.numpy().T, bias=True) + 1e-8 * np.eye(x.shape[1])
+    xg = (x - x.mean(0)).T.numpy() @ (g - g.mean(0)).numpy() / len(x)
+    M = xg @ np.cov(g.numpy().T, bias=True) @ xg.T
+    V = scipy.linalg.eigh((M + M.T) / 2, xx)[1][:, ::-1]
+    found, uncentred = fasc_eq6_centred(W, moments), fasc_eq6(W, moments)
+    for k in range(1, min(W.shape)):
+        Q = scipy.linalg.orth(V[:, :k])
+        B, C = found.truncate(k)
+        np.testing.assert_allclose((B @ C).numpy(), W.numpy() @ Q @ Q.T, atol=1e-6)
+    assert not torch.allclose(uncentred.left[:, :1] @ uncentred.right[:1], found.left[:, :1] @ found.right[:1])
 
 
 def test_literal_and_orthonormalised_projections(case):

@@ -17,7 +17,7 @@ from fasc_lightning.solvers._linalg import shrink, square_root, tail_sums
 #: Methods whose metric is the whole second moment of the inputs.
 SEES_EVERY_TOKEN = {"fasc", "fasc-plain", "svd", "svd-llm"}
 #: Methods that choose W' = W P with a projection P of the inputs.
-PROJECTIONS = {"svd", "grad-svd", "fasc-eq6"}
+PROJECTIONS = {"svd", "grad-svd", "fasc-eq6", "fasc-eq6-centred"}
 
 
 def objective(W, B, C, A, G):

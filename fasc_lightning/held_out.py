@@ -188,7 +188,7 @@ def held_out_loss(
             batch = as_trained_on(trainer, batch)
             weight = terms(batch)
             if weight > 0:
-                loss = float(step(pl_module, batch, replace(now, batch_idx=number)))
+                loss = float(step.judge(pl_module, batch, replace(now, batch_idx=number)))
                 sums += torch.tensor([loss * weight, weight], dtype=torch.float64, device=device)
     if is_distributed(trainer):
         torch.distributed.all_reduce(sums)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -24,6 +24,10 @@ Result = TypeVar("Result")
 
 class NoLossError(ValueError):
     """A module whose loss of a batch cannot be had outside of the training loop; nothing of it was changed."""
+
+
+class DifferentiatesError(NoLossError):
+    """A training step that differentiates where nothing requires a gradient."""
 
 
 @dataclass(frozen=True)
@@ -174,10 +178,22 @@ class TrainingStep:
         """
         # As in training, gradients are enabled, by which physics-informed networks and gradient penalties make their
         # loss. Where no weight requires one, nobody else has a graph, which would cost memory.
-        with untouched(module), torch.enable_grad():
+        with untouched(module, *self._schedules()), torch.enable_grad():
             for parameter in module.parameters():
                 parameter.requires_grad_(False)
             return self.loss(module, batch, place).detach()
+
+    def judge(self, module: nn.Module, batch: Any, place: Place) -> Tensor:
+        """Return what a call does, with gradients disabled as in a validation, unless the step needs them."""
+        with suppress(DifferentiatesError), untouched(module, *self._schedules()), torch.no_grad():
+            return self.loss(module, batch, place)
+        return self(module, batch, place)
+
+    def _schedules(self) -> list[Any]:
+        """Return what a step may change of learning rates, as some do in place of the Trainer."""
+        strategy = self._trainer.strategy
+        groups = [optimizer.param_groups for optimizer in strategy.optimizers]
+        return [*groups, *(vars(config.scheduler) for config in strategy.lr_scheduler_configs)]
 
     def loss(self, module: nn.Module, batch: Any, place: Place | None = None) -> Tensor:
         """Return the module's loss of a batch, with its graph; for those who see to :func:`untouched` themselves."""
@@ -192,7 +208,7 @@ class TrainingStep:
                 return training_loss(module, copy_batch(batch), place.batch_idx)
             except RuntimeError as error:
                 if _wants_gradients(error):
-                    raise NoLossError(
+                    raise DifferentiatesError(
                         "Expected a training step that can run while the weights require no gradient but it "
                         f"differentiates by them ({error})."
                     ) from error

@@ -54,7 +54,7 @@ class MutedLogger(DummyLogger):
         self._logger = logger
 
     @property
-    def __class__(self) -> Any:  # a step may log nothing, or fail, where its logger is of another class
+    def __class__(self) -> Any:  # type: ignore[misc] # a step may log nothing, or fail, where its logger is of another class
         return type(self._logger)
 
     @property

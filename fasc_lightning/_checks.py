@@ -16,12 +16,14 @@ from torch import Tensor
 from fasc_lightning._memory import available_memory
 from fasc_lightning.allocation import ALLOCATIONS
 from fasc_lightning.expert_moments import tokens_behind
+from fasc_lightning.expert_views import split_name
 from fasc_lightning.hsic import MIN_TOKENS
 from fasc_lightning.placement import PlacedStrategy
 from fasc_lightning.quantize import check_quantization
 from fasc_lightning.sharding import check_mesh
 from fasc_lightning.solvers import get_solver
 from fasc_lightning.swap import is_compressed
+from fasc_lightning.taps import Taps
 
 LAYOUTS = ("auto", "pivot", "factors")
 
@@ -298,6 +300,26 @@ def check_memory(needed: int, device: torch.device) -> None:
             f"sketch='projected' or 'range' holds less of each{beside}; or target fewer layers (`targets`, `exclude`) "
             "in several runs. plan() says what fits."
         )
+
+
+def warn_unreached(taps: Taps, batches: int) -> None:
+    """Warn of layers that no gradient has reached by now; of experts a router may still send tokens to some.
+
+    Args:
+        taps: On the layers.
+        batches: How many have run.
+    """
+    missing = [name for name in taps.layers if name not in taps.reached and split_name(name) is None]
+    if not missing:
+        return
+    idle = sum(name not in taps.called for name in missing)
+    end = "The fit will end with an error" if len(missing) == len(taps.layers) else "They will stay dense"
+    rank_zero_warn(
+        f"No gradient has reached {len(missing)} of {len(taps.layers)} targeted layers in the first {batches} batches "
+        f"of the calibration, for example {missing[0]!r}: {idle} of them did not run, {len(missing) - idle} ran and "
+        f"the loss does not depend on them. {end} unless a later batch reaches them. HINT: `exclude` them, or look "
+        "for a `detach` or `no_grad` on the way to the loss."
+    )
 
 
 def warn_few_tokens(tokens: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:

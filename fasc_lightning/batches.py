@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from fasc_lightning.taps import Backwards
 from fasc_lightning.tokens import TokenRows, batch_size, identifying_tensor, sample_seeds
 
 #: How the scalar loss averages its terms, or a callable on the batch that returns their number.
@@ -33,6 +35,15 @@ def batch_label(trainer: pl.Trainer) -> str:
     """Return a name for the batch that runs, for messages."""
     batch_idx = trainer.fit_loop.epoch_loop.batch_idx
     return f"batch {batch_idx} of epoch {trainer.current_epoch} on rank {trainer.global_rank}"
+
+
+def backwards_of(pl_module: pl.LightningModule) -> Backwards:
+    """Return which backward passes of a fit count: those that the Trainer runs, or a step by ``manual_backward``.
+
+    A step that optimises by hand, or a module that overrides ``backward``, may run several through one forward.
+    """
+    several = not pl_module.automatic_optimization or is_overridden("backward", pl_module)
+    return Backwards(announced=True, several=several)
 
 
 def gradient_scale(

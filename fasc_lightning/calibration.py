@@ -11,13 +11,13 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from fasc_lightning import _checks
 from fasc_lightning._distributed import is_distributed, same_everywhere, sum_everywhere
 from fasc_lightning._memory import available_memory, return_freed_memory
 from fasc_lightning._progress import layer_progress
-from fasc_lightning.batches import calibration_rows
+from fasc_lightning.batches import backwards_of, calibration_rows
 from fasc_lightning.calibration_options import CalibrationOptions
 from fasc_lightning.dependence import DependenceScore
 from fasc_lightning.factorize import CompressionResult, build_layers
@@ -48,6 +48,9 @@ from fasc_lightning.taps import Taps, layer_shapes
 #: Where rho decides nothing, a calibration scores every so many batches, on so many tokens: it is a diagnostic then,
 #: and moments are what the time is for.
 SCORE_EVERY, SCORE_TOKENS = 8, 64
+
+#: After so many batches layers that no gradient has reached are named.
+UNREACHED_AFTER = 8
 
 #: Entry of :meth:`Calibration.setting`.
 REPLAYED = "replay of batches (refit, refinement, measured allocation)"
@@ -226,7 +229,7 @@ class Calibration:
         if not self.begun:
             self.origin = loops_before(trainer)
             self._size_sketches()
-        self._taps.begin_batch(rows)
+        self._taps.begin_batch(rows, backwards_of(pl_module))
         self.batches += 1
         # The first process runs its own alone; a further pass has the same ones.
         if self.replays and trainer.is_global_zero and self._factorized is None:
@@ -259,6 +262,22 @@ class Calibration:
         if exact:  # an absolute size was meant for all of them
             (rank_zero_info if options.size == "auto" else rank_zero_warn)(f"FascCallback: {exact}.")
 
+    def begin_backward(self, loss: Tensor) -> None:
+        """Count the backward pass that is about to run; one that reaches no tapped layer brings nothing.
+
+        Args:
+            loss: Of the batch, as the backward pass gets it.
+        """
+        if self._frozen is not None:
+            self._frozen.lend_gradient(loss)
+        self._taps.begin_backward()
+
+    def end_backward(self) -> None:
+        """End the backward pass."""
+        self._taps.end_backward()
+        if self._frozen is not None:
+            self._frozen.take_gradient_back()
+
     def settle_rows(self) -> None:
         """Wait until the statistics hold all that a backward pass has brought.
 
@@ -271,6 +290,8 @@ class Calibration:
         """End a batch, if there is one."""
         if self.running:
             self._taps.end_batch()
+            if self.batches == UNREACHED_AFTER:
+                _checks.warn_unreached(self._taps, self.batches)
 
     def settle(self, trainer: pl.Trainer) -> None:
         """End a batch that has run, for a checkpoint that is saved before this calibration's turn to do so."""

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from fasc_lightning import _checks
-from fasc_lightning.batches import LossTerms, TokenMask, batch_label, observed_rows
+from fasc_lightning.batches import LossTerms, TokenMask, backwards_of, batch_label, observed_rows
 from fasc_lightning.calibration import Calibration
 from fasc_lightning.calibration_options import CalibrationOptions
 from fasc_lightning.checkpoints import match_on_load
@@ -403,12 +403,21 @@ class FascCallback(pl.Callback):
                 loss_terms=self.loss_terms,
                 tokens=self.monitor_tokens,
             )
-            self._monitor.begin_batch(trainer, rows)
+            self._monitor.begin_batch(trainer, rows, backwards_of(pl_module))
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if self._calibrating:
-            _checks.check_loss(loss, len(self._layers), batch_label(trainer))
+        self._monitor.begin_backward()
+        if self._calibration is not None and self._calibration.running:
+            if loss.requires_grad or not self._calibration.frozen:
+                _checks.check_loss(loss, len(self._layers), batch_label(trainer))
+            self._calibration.begin_backward(loss)
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._monitor.end_backward()
+        if self._calibration is not None:
+            self._calibration.end_backward()
 
     @recovery_instead
     @override

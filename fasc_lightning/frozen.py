@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fasc_lightning.sharding import is_sharded, reshard
@@ -30,6 +30,7 @@ class FrozenFit:
         self._requires_grad: dict[nn.Parameter, bool] = {}
         self._grad_sync: bool | None = None
         self._schedulers: list[tuple[Any, type]] = []
+        self._lent: Tensor | None = None
         self.active = False
 
     def enter(self) -> None:
@@ -68,6 +69,7 @@ class FrozenFit:
         if not self.active:
             return
         self.active = False
+        self.take_gradient_back()
         for module, training in self._training.items():
             module.training = training
         for parameter, requires_grad in self._requires_grad.items():
@@ -81,6 +83,26 @@ class FrozenFit:
         if self._grad_sync is not None and isinstance(strategy.model, DistributedDataParallel):
             strategy.model.require_backward_grad_sync = self._grad_sync
         self._training, self._requires_grad, self._schedulers, self._grad_sync = {}, {}, [], None
+
+    def lend_gradient(self, loss: Tensor) -> None:
+        """Give a loss without a graph something for the Trainer's backward pass to do.
+
+        The loss of a frozen module has no graph where it reaches no tapped layer: on some batches of alternating
+        tasks, or for the discriminator of a GAN.
+
+        Args:
+            loss: Of the batch, as the backward pass gets it.
+        """
+        if self.active and not loss.requires_grad:
+            loss.requires_grad_(True)
+            self._lent = loss
+
+    def take_gradient_back(self) -> None:
+        """Undo :meth:`lend_gradient`; safe at any time."""
+        if self._lent is not None:
+            self._lent.grad = None
+            self._lent.requires_grad_(False)
+            self._lent = None
 
     def _optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Stand in for ``Strategy.optimizer_state`` of sharded weights.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.lowrank import linear_weight
-from fasc_lightning.taps import Taps
+from fasc_lightning.taps import Backwards, Taps
 from fasc_lightning.tokens import TokenRows
 from fasc_lightning.untouched import untouched
 
@@ -99,7 +99,7 @@ def measure_losses(
         taps.install()
         try:
             for batch in batches:
-                taps.begin_batch(rows(batch))
+                taps.begin_batch(rows(batch), Backwards(announced=True))  # a step may differentiate by itself
                 with untouched(model):  # around both: a graph may have saved what is put back
                     value = loss(model, batch)
                     if not torch.isfinite(value):
@@ -107,7 +107,10 @@ def measure_losses(
                             f"Expected a finite loss but got {value.item()} in a batch of the calibration, run again "
                             "to measure what layers would lose."
                         )
-                    value.backward()
+                    if value.requires_grad:  # else it reaches no tapped layer
+                        taps.begin_backward()
+                        value.backward()
+                        taps.end_backward()
                 taps.end_batch()
         finally:
             taps.remove()

@@ -18,7 +18,7 @@ from fasc_lightning.dependence import DependenceScore, Grams, all_reduce_scores_
 from fasc_lightning.history import RhoHistory, RhoRow
 from fasc_lightning.lowrank import linear_weight
 from fasc_lightning.pooled import Gradient, input_gradient
-from fasc_lightning.taps import Taps
+from fasc_lightning.taps import Backwards, Taps
 from fasc_lightning.tokens import TokenRows, sample_sequences
 
 
@@ -155,8 +155,8 @@ class RhoMonitor:
         """Tell whether the batch that is about to run belongs to an observation."""
         return self._taps is not None or _position(trainer) >= self._next
 
-    def begin_batch(self, trainer: pl.Trainer, rows: TokenRows) -> None:
-        """Start to look at a batch, as described by ``rows``."""
+    def begin_batch(self, trainer: pl.Trainer, rows: TokenRows, backwards: Backwards | None = None) -> None:
+        """Start to look at a batch, as described by ``rows``, in some of its backward passes."""
         if self._scores is None:
             device = trainer.strategy.root_device
             self._scores = LayerScores(self._layers, self.tokens, self.gradient, self.seed, device)
@@ -164,7 +164,17 @@ class RhoMonitor:
             self._taps = Taps(self._layers, pairs=self._score, anchor=False)
             self._taps.install()
             self._step = _position(trainer)
-        self._taps.begin_batch(rows)
+        self._taps.begin_batch(rows, backwards)
+
+    def begin_backward(self) -> None:
+        """Look at the backward pass that is about to run, if its batch is observed."""
+        if self._taps is not None:
+            self._taps.begin_backward()
+
+    def end_backward(self) -> None:
+        """End the backward pass."""
+        if self._taps is not None:
+            self._taps.end_backward()
 
     def end_batch(self, trainer: pl.Trainer) -> None:
         """End a batch, and with the last one of an optimizer step the observation."""

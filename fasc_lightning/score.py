@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from fasc_lightning import _checks
 from fasc_lightning._fit import run_fit
-from fasc_lightning.batches import LossTerms, TokenMask, observed_rows
+from fasc_lightning.batches import LossTerms, TokenMask, backwards_of, observed_rows
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.history import RhoHistory
 from fasc_lightning.hsic import MIN_TOKENS
@@ -156,7 +156,21 @@ class _ScoreFit(pl.Callback):
         rows = observed_rows(
             trainer, pl_module, batch, token_mask=self._token_mask, loss_terms=self._loss_terms, tokens=self._tokens
         )
-        self._taps.begin_batch(rows)
+        self._taps.begin_batch(rows, backwards_of(pl_module))
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        assert self._taps is not None
+        assert self._frozen is not None
+        self._frozen.lend_gradient(loss)
+        self._taps.begin_backward()
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._taps is not None
+        assert self._frozen is not None
+        self._taps.end_backward()
+        self._frozen.take_gradient_back()
 
     @override
     def on_train_batch_end(

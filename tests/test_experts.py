@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from expert_cases import COMMON, MIXTURES, PLACE, E, H, K, batches, fused, make
+from expert_cases import COMMON, MIXTURES, PLACE, E, H, K, aligned, batches, fused, make
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -150,7 +150,7 @@ def test_compressed_experts_save_reload_and_generate(family, tmp_path):
     assert {row.expert for row in expert_rows(report.layers)} == set(range(E))
 
     model.save_pretrained(tmp_path)
-    again = load_compressed(tmp_path)
+    again = aligned(load_compressed(tmp_path))
     ids = batches(1)[0]["input_ids"]
     assert torch.equal(again(ids).logits, model(ids).logits)
     options = {"max_new_tokens": 4, "do_sample": False}

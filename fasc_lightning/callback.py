@@ -64,6 +64,10 @@ class FascCallback(pl.Callback):
     ``fasc/rho_above_threshold`` go to every logger and into ``trainer.callback_metrics``, for ModelCheckpoint and
     EarlyStopping; the table with intervals is ``callback.rho_history``.
 
+    What decides by losses ("measured" allocation, refit, recovery) runs the training step outside of the loop, again on
+    copies of the batches: told what it was told in training, in the fit's precision, and silenced. The module, its
+    containers, metrics, buffers and generators are then put back; what a step writes elsewhere is written again.
+
     Checkpoints of both kinds, dense and compressed, load in every stage (:mod:`~fasc_lightning.checkpoints`), and a fit
     that is killed while it calibrates goes on from its last one (:mod:`~fasc_lightning.preemption`).
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fasc_lightning._batch_copy import batch_tensors, copy_batch
 from fasc_lightning._distributed import is_distributed
 from fasc_lightning._rng_state import same_rng, seed_rng
-from fasc_lightning.silence import silent
+from fasc_lightning.silence import put_for_a_while, silent
 from fasc_lightning.untouched import untouched
 
 Result = TypeVar("Result")
@@ -160,6 +160,8 @@ class TrainingStep:
 
     def __init__(self, trainer: pl.Trainer, replay: Replay | None = None, device: Any = "cpu") -> None:
         self._trainer = trainer
+        # The calibration's batches are run by the first process; the others wait for its result.
+        self._alone = replay is not None and is_distributed(trainer)
         self.batches: list[Any] = [] if replay is None else replay.on(device)
         kept = [] if replay is None else replay.batches
         self._places = {id(batch): each.place for batch, each in zip(self.batches, kept, strict=True)}
@@ -202,7 +204,9 @@ class TrainingStep:
             self._places[id(batch)] = replace(Place.of(self._trainer), batch_idx=len(self._others))
             self._others.append(batch)
         place = place or self._places[id(batch)]
-        with same_rng(), place.taken(self._trainer), silent(module), self.context():
+        with same_rng(), place.taken(self._trainer), silent(module), self.context(), ExitStack() as undo:
+            if self._alone:
+                put_for_a_while(undo, vars(module), "all_gather", _refuse_to_gather)
             seed_rng(place.batch_idx)
             try:
                 return training_loss(module, copy_batch(batch), place.batch_idx)
@@ -239,6 +243,16 @@ def training_loss(module: pl.LightningModule, batch: Any, batch_idx: int) -> Ten
             f"Expected a training step that returns a loss for every batch but got {type(loss).__name__}."
         )
     return loss
+
+
+def _refuse_to_gather(*args: Any, **kwargs: Any) -> None:
+    """Stand in for ``all_gather`` where only one process runs a step, which would wait for the others for ever.
+
+    Raises:
+        NoLossError: Always.
+    """
+    del args, kwargs
+    raise NoLossError("Expected a training step that one process can run alone but it calls `all_gather`.")
 
 
 def _wants_gradients(error: RuntimeError) -> bool:

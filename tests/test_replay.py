@@ -343,3 +343,19 @@ def test_changing_batches_in_place_makes_the_same_model(make_trainer):
         compressed(make_trainer, module, loader())
         models.append(module.state_dict())
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
+def test_a_process_alone_does_not_wait_for_the_others(monkeypatch):
+    class Contrastive(Blocks):
+        def training_step(self, batch, batch_idx):
+            return self.all_gather(self(batch[0])).sum()
+
+    module = Contrastive()
+    module.trainer = trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    replay = Replay()
+    replay.keep(next(iter(loader())))
+    assert TrainingStep(trainer, replay)(module, replay.batches[0].batch).ndim == 0
+    monkeypatch.setattr("fasc_lightning.replay.is_distributed", lambda trainer: True)
+    with pytest.raises(NoLossError, match="all_gather"):
+        TrainingStep(trainer, replay)(module, replay.batches[0].batch)
+    assert "all_gather" not in vars(module)

@@ -365,6 +365,7 @@ class FascCallback(pl.Callback):
             self._monitor.start(trainer, self._layers)
         check_sharded(trainer, pl_module, self._layers)
         if self._compresses:
+            _checks.check_batches_given(pl_module, self.loss_terms, self.token_mask)
             self._schedule.check(trainer)  # only here is it known that the fit is no recovery
             check_weights((name, linear_weight(layer)) for name, layer in self._layers.items())
             _checks.check_rank_fits(layer_shapes(self._layers), self.rank)

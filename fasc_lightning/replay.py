@@ -133,13 +133,23 @@ class Replay:
 
 
 def check_automatic(pl_module: pl.LightningModule, remedy: str) -> None:
-    """Refuse modules whose training step does its own optimisation: it returns no loss to look at.
+    """Refuse modules whose training step returns no loss of a given batch: it optimises, or fetches batches, by itself.
 
     Raises:
         NoLossError: With the remedy.
     """
     if not pl_module.automatic_optimization:
         raise NoLossError(f"Expected automatic optimization, so that `training_step` returns a batch's loss. {remedy}")
+    if takes_iterator(pl_module):
+        raise NoLossError(
+            "Expected a training step that is given its batch but it has an argument `dataloader_iter`, from which it "
+            "takes batches by itself. HINT: training_step(self, batch, batch_idx)."
+        )
+
+
+def takes_iterator(pl_module: pl.LightningModule) -> bool:
+    """Tell whether a training step takes its batches from the loader's iterator by itself."""
+    return is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)
 
 
 class TrainingStep:
@@ -227,14 +237,9 @@ def training_loss(module: pl.LightningModule, batch: Any, batch_idx: int) -> Ten
     """Return the module's own loss of a batch.
 
     Raises:
-        NoLossError: If the training step skips it, or takes its batches from the loader by itself.
+        NoLossError: If the training step skips it.
     """
     step = module.training_step
-    if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
-        raise NoLossError(
-            "Expected a training step that is given its batch but it has an argument `dataloader_iter`, from which it "
-            "takes batches by itself."
-        )
     indexed = is_param_in_hook_signature(step, "batch_idx", min_args=2)  # as the Trainer asks
     outputs: Any = step(batch, batch_idx) if indexed else step(batch)
     loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs

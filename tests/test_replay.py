@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from replay_cases import Blocks, compressed, loader
 from torch import nn
 from torchmetrics import MeanMetric
@@ -285,15 +286,23 @@ def test_tensors_that_were_on_the_cpu_stay_there():
     assert replay.batches[0].stays == ()  # all of it goes where the fit is
 
 
-def test_a_step_with_an_iterator_is_refused():
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter`")
+def test_a_step_with_an_iterator_is_refused_before_it_runs(make_trainer, caplog):
     class Iterating(Blocks):
         def training_step(self, dataloader_iter):
-            raise AssertionError
+            batch, batch_idx, _ = next(dataloader_iter)
+            return super().training_step(batch, batch_idx) * len(batch)
 
-    module = Iterating()
-    module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    with pytest.raises(NoLossError, match="dataloader_iter"):
-        TrainingStep(module.trainer)(module, [torch.ones(1, 12)])
+    options = {"keep": 0.6, "exclude": ["head"], "update_weights": False}
+    with pytest.raises(MisconfigurationException, match="`dataloader_iter`.* HINT"):
+        make_trainer(FascCallback(**options)).fit(Iterating(), loader())
+    with pytest.raises(NoLossError, match="`dataloader_iter`.* HINT"):
+        make_trainer(FascCallback(**options, loss_terms="sum", refit=True)).fit(Iterating(), loader())
+    callback = FascCallback(**options, loss_terms="sum")
+    with caplog.at_level("INFO"):
+        make_trainer(callback).fit(Iterating(), loader())
+    assert callback.report.refit is None
+    assert "ranks follow predicted losses alone. Expected a training step that is given its batch" in caplog.text
 
 
 def test_modules_are_brought_to_the_device_and_back():

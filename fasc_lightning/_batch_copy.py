@@ -52,17 +52,19 @@ def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
     seen.add(id(value))
     if isinstance(value, (Tensor, *_SHARED)):
         yield value
-    elif isinstance(value, Mapping):
-        for key in value:
-            yield from _parts(value[key], seen)
+        return
+    items: list[Any] = []
+    if isinstance(value, Mapping):
+        items += [value[key] for key in value]
     elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _parts(item, seen)
-    elif isinstance(attributes := getattr(value, "__dict__", None), dict) and not callable(value):
-        for item in list(attributes.values()):
-            yield from _parts(item, seen)
-    else:
+        items += value
+    attributes = getattr(value, "__dict__", None)
+    if isinstance(attributes, dict) and not callable(value):
+        items += attributes.values()
+    elif not isinstance(value, Mapping | list | tuple):
         yield value
+    for item in items:
+        yield from _parts(item, seen)
 
 
 def _copyable(part: Any) -> bool:
@@ -90,5 +92,5 @@ def _copied(tensor: Tensor, device: torch.device, storages: dict[tuple[int, torc
     if key not in storages:
         storages[key] = torch.UntypedStorage(storage.nbytes(), device=device).copy_(storage, False)
     found = torch.empty(0, dtype=tensor.dtype, device=device)
-    found.set_(storages[key], tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
+    found.set_(storages[key], tensor.storage_offset(), tensor.size(), tensor.stride())
     return found.requires_grad_(tensor.requires_grad)

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from fasc_lightning._memory import available_memory
 from fasc_lightning.allocation import ALLOCATIONS
+from fasc_lightning.batches import LossTerms, TokenMask
 from fasc_lightning.expert_moments import tokens_behind
 from fasc_lightning.expert_views import split_name
 from fasc_lightning.hsic import MIN_TOKENS
 from fasc_lightning.placement import PlacedStrategy
 from fasc_lightning.quantize import check_quantization
+from fasc_lightning.replay import takes_iterator
 from fasc_lightning.sharding import check_mesh
 from fasc_lightning.solvers import get_solver
 from fasc_lightning.swap import is_compressed
@@ -225,6 +227,24 @@ def check_module(pl_module: pl.LightningModule, compresses: bool = True) -> None
         raise MisconfigurationException(
             f"{type(pl_module).__name__} holds low-rank layers already, and compressing twice loses quality for "
             "nothing. HINT: start from the dense model. To train the factors, use `recover`, or leave FascCallback out."
+        )
+
+
+def check_batches_given(
+    pl_module: pl.LightningModule, loss_terms: LossTerms | None, token_mask: TokenMask | None
+) -> None:
+    """Refuse steps that take batches by themselves where a batch has to be looked at before.
+
+    Raises:
+        MisconfigurationException: With the remedy.
+    """
+    terms = loss_terms or getattr(pl_module, "loss_terms", "mean")
+    masked = token_mask is not None or getattr(pl_module, "token_mask", None) is not None
+    if takes_iterator(pl_module) and (terms != "sum" or masked):
+        raise MisconfigurationException(
+            "Expected a training step that is given its batch, of which tokens and terms are counted before, but it "
+            "has an argument `dataloader_iter`, from which it takes batches by itself. HINT: "
+            "training_step(self, batch, batch_idx); or loss_terms='sum' without a token mask."
         )
 
 

@@ -68,6 +68,10 @@ class FascCallback(pl.Callback):
     ``fasc/rho_above_threshold`` go to every logger and into ``trainer.callback_metrics``, for ModelCheckpoint and
     EarlyStopping; the table with intervals is ``callback.rho_history``.
 
+    What decides by losses ("measured" allocation, refit, recovery) runs the training step outside of the loop, again on
+    copies of the batches: told what it was told in training, in the fit's precision, and silenced. The module, its
+    containers, metrics, buffers and generators are then put back; what a step writes elsewhere is written again.
+
     Checkpoints of both kinds, dense and compressed, load in every stage (:mod:`~fasc_lightning.checkpoints`), and a fit
     that is killed while it calibrates goes on from its last one (:mod:`~fasc_lightning.preemption`).
 
@@ -372,6 +376,7 @@ class FascCallback(pl.Callback):
             self._monitor.start(trainer, self._layers)
         check_sharded(trainer, pl_module, self._layers)
         if self._compresses:
+            _checks.check_batches_given(pl_module, self.loss_terms, self.token_mask)
             self._schedule.check(trainer)  # only here is it known that the fit is no recovery
             check_weights((name, linear_weight(layer)) for name, layer in self._layers.items())
             _checks.check_rank_fits(layer_shapes(self._layers), self.rank)

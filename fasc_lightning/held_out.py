@@ -201,7 +201,7 @@ def held_out_loss(
                     loss = step.loss(pl_module, batch, place)
             weight = terms(batch, loss)
             if weight > 0:
-                loss = step(pl_module, batch, place) if loss is None else loss
+                loss = step.judge(pl_module, batch, place) if loss is None else loss
                 sums += torch.tensor([float(loss) * weight, weight], dtype=torch.float64, device=device)
     if is_distributed(trainer):
         torch.distributed.all_reduce(sums)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.lowrank import linear_weight
-from fasc_lightning.taps import Taps
+from fasc_lightning.taps import Backwards, Taps
 from fasc_lightning.tokens import TokenRows
 from fasc_lightning.untouched import untouched
 
@@ -100,7 +100,7 @@ def measure_losses(
         try:
             for batch in batches:
                 tokens = rows(batch)
-                taps.begin_batch(tokens)
+                taps.begin_batch(tokens, Backwards(announced=True))  # a step may differentiate by itself
                 with untouched(model):  # around both: a graph may have saved what is put back
                     value = loss(model, batch)
                     tokens.take_loss(value)
@@ -110,7 +110,9 @@ def measure_losses(
                             "to measure what layers would lose."
                         )
                     if value.requires_grad:  # else it reaches no tapped layer
+                        taps.begin_backward()
                         value.backward()
+                        taps.end_backward()
                 taps.end_batch()
         finally:
             taps.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fasc_lightning._batch_copy import batch_tensors, copy_batch
 from fasc_lightning._distributed import is_distributed
 from fasc_lightning._rng_state import same_rng, seed_rng
-from fasc_lightning.silence import silent
+from fasc_lightning.silence import put_for_a_while, silent
 from fasc_lightning.untouched import untouched
 
 Result = TypeVar("Result")
@@ -24,6 +24,10 @@ Result = TypeVar("Result")
 
 class NoLossError(ValueError):
     """A module whose loss of a batch cannot be had outside of the training loop; nothing of it was changed."""
+
+
+class DifferentiatesError(NoLossError):
+    """A training step that differentiates where nothing requires a gradient."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,23 @@ class Replay:
 
 
 def check_automatic(pl_module: pl.LightningModule, remedy: str) -> None:
-    """Refuse modules whose training step does its own optimisation: it returns no loss to look at.
+    """Refuse modules whose training step returns no loss of a given batch: it optimises, or fetches batches, by itself.
 
     Raises:
         NoLossError: With the remedy.
     """
     if not pl_module.automatic_optimization:
         raise NoLossError(f"Expected automatic optimization, so that `training_step` returns a batch's loss. {remedy}")
+    if takes_iterator(pl_module):
+        raise NoLossError(
+            "Expected a training step that is given its batch but it has an argument `dataloader_iter`, from which it "
+            "takes batches by itself. HINT: training_step(self, batch, batch_idx)."
+        )
+
+
+def takes_iterator(pl_module: pl.LightningModule) -> bool:
+    """Tell whether a training step takes its batches from the loader's iterator by itself."""
+    return is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)
 
 
 class TrainingStep:
@@ -149,6 +163,8 @@ class TrainingStep:
 
     def __init__(self, trainer: pl.Trainer, replay: Replay | None = None, device: Any = "cpu") -> None:
         self._trainer = trainer
+        # The calibration's batches are run by the first process; the others wait for its result.
+        self._alone = replay is not None and is_distributed(trainer)
         self.batches: list[Any] = [] if replay is None else replay.on(device)
         kept = [] if replay is None else replay.batches
         self._places = {id(batch): each.place for batch, each in zip(self.batches, kept, strict=True)}
@@ -167,10 +183,22 @@ class TrainingStep:
         """
         # As in training, gradients are enabled, by which physics-informed networks and gradient penalties make their
         # loss. Where no weight requires one, nobody else has a graph, which would cost memory.
-        with untouched(module), torch.enable_grad():
+        with untouched(module, *self._schedules()), torch.enable_grad():
             for parameter in module.parameters():
                 parameter.requires_grad_(False)
             return self.loss(module, batch, place).detach()
+
+    def judge(self, module: nn.Module, batch: Any, place: Place) -> Tensor:
+        """Return what a call does, with gradients disabled as in a validation, unless the step needs them."""
+        with suppress(DifferentiatesError), untouched(module, *self._schedules()), torch.no_grad():
+            return self.loss(module, batch, place)
+        return self(module, batch, place)
+
+    def _schedules(self) -> list[Any]:
+        """Return what a step may change of learning rates, as some do in place of the Trainer."""
+        strategy = self._trainer.strategy
+        groups = [optimizer.param_groups for optimizer in strategy.optimizers]
+        return [*groups, *(vars(config.scheduler) for config in strategy.lr_scheduler_configs)]
 
     def loss(self, module: nn.Module, batch: Any, place: Place | None = None) -> Tensor:
         """Return the module's loss of a batch, with its graph; for those who see to :func:`untouched` themselves."""
@@ -179,13 +207,15 @@ class TrainingStep:
             self._places[id(batch)] = replace(Place.of(self._trainer), batch_idx=len(self._others))
             self._others.append(batch)
         place = place or self._places[id(batch)]
-        with same_rng(), place.taken(self._trainer), silent(module), self.context():
+        with same_rng(), place.taken(self._trainer), silent(module), self.context(), ExitStack() as undo:
+            if self._alone:
+                put_for_a_while(undo, vars(module), "all_gather", _refuse_to_gather)
             seed_rng(place.batch_idx)
             try:
                 return training_loss(module, copy_batch(batch), place.batch_idx)
             except RuntimeError as error:
                 if _wants_gradients(error):
-                    raise NoLossError(
+                    raise DifferentiatesError(
                         "Expected a training step that can run while the weights require no gradient but it "
                         f"differentiates by them ({error})."
                     ) from error
@@ -200,14 +230,9 @@ def training_loss(module: pl.LightningModule, batch: Any, batch_idx: int) -> Ten
     """Return the module's own loss of a batch.
 
     Raises:
-        NoLossError: If the training step skips it, or takes its batches from the loader by itself.
+        NoLossError: If the training step skips it.
     """
     step = module.training_step
-    if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
-        raise NoLossError(
-            "Expected a training step that is given its batch but it has an argument `dataloader_iter`, from which it "
-            "takes batches by itself."
-        )
     indexed = is_param_in_hook_signature(step, "batch_idx", min_args=2)  # as the Trainer asks
     outputs: Any = step(batch, batch_idx) if indexed else step(batch)
     loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
@@ -216,6 +241,16 @@ def training_loss(module: pl.LightningModule, batch: Any, batch_idx: int) -> Ten
             f"Expected a training step that returns a loss for every batch but got {type(loss).__name__}."
         )
     return loss
+
+
+def _refuse_to_gather(*args: Any, **kwargs: Any) -> None:
+    """Stand in for ``all_gather`` where only one process runs a step, which would wait for the others for ever.
+
+    Raises:
+        NoLossError: Always.
+    """
+    del args, kwargs
+    raise NoLossError("Expected a training step that one process can run alone but it calls `all_gather`.")
 
 
 def _wants_gradients(error: RuntimeError) -> bool:

@@ -29,12 +29,12 @@ def silent(module: pl.LightningModule) -> Iterator[None]:
         for part in module.modules():
             if isinstance(part, pl.LightningModule):
                 for name in _REPORTS:
-                    _put(undo, vars(part), name, _say_nothing)
+                    put_for_a_while(undo, vars(part), name, _say_nothing)
             for name, value in list(vars(part).items()):
                 if isinstance(value, Logger):
-                    _put(undo, vars(part), name, MutedLogger(value))
+                    put_for_a_while(undo, vars(part), name, MutedLogger(value))
                 elif isinstance(value, _writers()):
-                    _put(undo, vars(part), name, DummyExperiment())
+                    put_for_a_while(undo, vars(part), name, DummyExperiment())
         trainer: Any = module._trainer  # the property raises where there is none
         if trainer is not None:
             undo.callback(setattr, trainer, "loggers", trainer.loggers)
@@ -54,7 +54,7 @@ class MutedLogger(DummyLogger):
         self._logger = logger
 
     @property
-    def __class__(self) -> Any:  # a step may log nothing, or fail, where its logger is of another class
+    def __class__(self) -> Any:  # type: ignore[misc] # a step may log nothing, or fail, where its logger is of another class
         return type(self._logger)
 
     @property
@@ -83,8 +83,8 @@ class MutedLogger(DummyLogger):
         return getattr(self._logger, "root_dir", None)
 
 
-def _put(undo: ExitStack, attributes: dict[str, Any], name: str, value: Any) -> None:
-    """Put a value into attributes for a while."""
+def put_for_a_while(undo: ExitStack, attributes: dict[str, Any], name: str, value: Any) -> None:
+    """Put a value into attributes until a stack is unwound."""
     if name in attributes:
         undo.callback(attributes.__setitem__, name, attributes[name])
     else:

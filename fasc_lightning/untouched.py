@@ -38,15 +38,16 @@ DEPTH = 8
 
 #: Libraries whose objects are not a module's own state: trainers, loaders, optimizers, loggers, tokenizers.
 _LIBRARIES = frozenset(
-    "torch lightning lightning_fabric lightning_utilities pytorch_lightning torchmetrics transformers tokenizers "
-    "datasets peft accelerate numpy pandas PIL tqdm rich tensorboard tensorboardX wandb mlflow fasc_lightning".split()
+    {"torch", "torchmetrics", "lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"}
+    | {"transformers", "tokenizers", "datasets", "peft", "accelerate", "numpy", "pandas", "PIL", "fasc_lightning"}
+    | {"tqdm", "rich", "tensorboard", "tensorboardX", "wandb", "mlflow"}
 )
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.FunctionType, types.ModuleType)
 _NAMESPACES = (types.SimpleNamespace, Namespace, UserDict, UserList)
 
 
 @contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
+def untouched(module: nn.Module, *beside: Any) -> Iterator[None]:
     """Put a module back as it was, on every way out, whatever runs inside.
 
     Put back, in place and so for all that hold them, are the attributes of all its modules and of objects of the user's
@@ -57,9 +58,11 @@ def untouched(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: The module.
+        *beside: Containers that are put back, too.
     """
     look = _Look(sum(p.nbytes for p in module.parameters() if not is_lazy(p)) <= PARAMETERS)
-    look.at(module, 0)
+    for value in (module, *beside):
+        look.at(value, 0)
     try:
         yield
     finally:
@@ -76,7 +79,7 @@ class _Look:
     def __init__(self, parameters: bool) -> None:
         self._parameters = parameters
         self._empty: list[dict[Any, Any]] = []  # most dicts of a module: it has a dozen for hooks
-        self._steps: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self._steps: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         # Held, so that no id is used again.
         self._seen: dict[int, Any] = {}
 
@@ -94,7 +97,7 @@ class _Look:
         if failed is not None:
             raise failed
 
-    def _undo(self, step: Callable[..., None], *arguments: Any) -> None:
+    def _undo(self, step: Callable[..., Any], *arguments: Any) -> None:
         self._steps.append((step, arguments))
 
     def at(self, value: Any, depth: int) -> None:
@@ -106,7 +109,7 @@ class _Look:
             self._empty.append(value)
             return
         if isinstance(value, Tensor):
-            self._tensor(value, depth)
+            self._tensor(value)
         elif isinstance(value, nn.Module):
             self._inside(self._mapping(vars(value)), depth)
             self._class(type(value), depth)
@@ -160,11 +163,9 @@ class _Look:
         self._undo(_put_attributes, owner, saved)
         self._inside(saved.values(), depth)
 
-    def _tensor(self, value: Tensor, depth: int) -> None:
+    def _tensor(self, value: Tensor) -> None:
         if value.is_leaf:
             self._undo(_put_flags, value, value.requires_grad, value.grad)
-            if value.grad is not None:
-                self.at(value.grad, depth)
         if is_lazy(value) or is_dtensor(value) or value.layout is not torch.strided or value.is_meta:
             return
         data = value.data

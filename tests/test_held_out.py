@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -126,3 +128,22 @@ def test_batches_are_transformed_as_in_training_and_nothing_stays(make_trainer):
     make_trainer(Looking(), limit_train_batches=3).fit(module, loader())
     assert looks[0] == looks[1] == looks[2]  # the same noise at every look
     assert len(set(losses)) == 3  # of other weights
+
+
+def test_a_step_that_differentiates_is_judged(make_trainer):
+    class Physics(Blocks):
+        def training_step(self, batch, batch_idx):
+            x = batch[0].requires_grad_()
+            (slope,) = torch.autograd.grad(self(x).sum(), x, create_graph=True)
+            return slope.square().mean()
+
+    class Looking(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            held = list(loader())
+            found = held_out_loss(trainer, pl_module, held, lambda batch: 1.0)
+            expected = sum(pl_module.training_step(copy.deepcopy(batch), 0).item() for batch in held) / len(held)
+            assert found == pytest.approx(expected)
+            assert not any(x.requires_grad for x, _ in held)
+            assert all(p.requires_grad for p in pl_module.parameters())
+
+    make_trainer(Looking()).fit(Physics(), loader())

@@ -181,3 +181,25 @@ def test_measuring_needs_a_measure(calibrated):
     layers, moments = calibrated
     with pytest.raises(ValueError, match="Expected `measure`"):
         compress_layers(layers, moments, keep=0.5, allocation="measured")
+
+
+def test_only_the_backward_pass_of_the_loss_is_measured():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    layers, data = {"0": model[0]}, [torch.randn(7, 5, dtype=torch.float64) for _ in range(3)]
+    factors = {"0": (torch.randn(6, 2, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64))}
+
+    def loss(model, x):
+        """As a physics-informed network's, which differentiates on its way."""
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return slope.square().sum()
+
+    found = measure_losses(model, layers, factors, data, lambda batch: TokenRows(), loss)
+    outputs, total = [], 0.0
+    model[0].register_forward_hook(lambda module, args, output: outputs.append(output))
+    for x in data:
+        (h,) = torch.autograd.grad(loss(model, x), outputs[-1:])
+        change = model[0].weight - factors["0"][0] @ factors["0"][1]
+        total += ((h @ change) * x).sum(1).square().sum().item()
+    assert found["0"] == pytest.approx(total / 21)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from contextlib import suppress
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from replay_cases import Blocks, compressed, loader
 from torch import nn
 from torchmetrics import MeanMetric
@@ -284,15 +286,23 @@ def test_tensors_that_were_on_the_cpu_stay_there():
     assert replay.batches[0].stays == ()  # all of it goes where the fit is
 
 
-def test_a_step_with_an_iterator_is_refused():
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter`")
+def test_a_step_with_an_iterator_is_refused_before_it_runs(make_trainer, caplog):
     class Iterating(Blocks):
         def training_step(self, dataloader_iter):
-            raise AssertionError
+            batch, batch_idx, _ = next(dataloader_iter)
+            return super().training_step(batch, batch_idx) * len(batch)
 
-    module = Iterating()
-    module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    with pytest.raises(NoLossError, match="dataloader_iter"):
-        TrainingStep(module.trainer)(module, [torch.ones(1, 12)])
+    options = {"keep": 0.6, "exclude": ["head"], "update_weights": False}
+    with pytest.raises(MisconfigurationException, match="`dataloader_iter`.* HINT"):
+        make_trainer(FascCallback(**options)).fit(Iterating(), loader())
+    with pytest.raises(NoLossError, match="`dataloader_iter`.* HINT"):
+        make_trainer(FascCallback(**options, loss_terms="sum", refit=True)).fit(Iterating(), loader())
+    callback = FascCallback(**options, loss_terms="sum")
+    with caplog.at_level("INFO"):
+        make_trainer(callback).fit(Iterating(), loader())
+    assert callback.report.refit is None
+    assert "ranks follow predicted losses alone. Expected a training step that is given its batch" in caplog.text
 
 
 def test_modules_are_brought_to_the_device_and_back():
@@ -306,9 +316,55 @@ def test_modules_are_brought_to_the_device_and_back():
             return self
 
     module, away = Noting(2, 2), nn.Linear(2, 2, device="meta")
-    with pytest.raises(KeyError), brought([module, away], torch.device("cuda", 1)):
+    with suppress(KeyError), brought([module, away], torch.device("cuda", 1)):
         assert module.went == ["cuda:1"]
         raise KeyError
     assert module.went == ["cuda:1", "cpu"]
     with brought([nn.Linear(2, 2)], torch.device("cpu")):
         pass
+
+
+def test_a_step_that_sets_the_learning_rate_does_so_once(make_trainer):
+    class Stepping(Blocks):
+        def training_step(self, batch, batch_idx):
+            self.lr_schedulers().step()
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+    class Running(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            schedule = trainer.lr_scheduler_configs[0].scheduler
+            before = schedule.state_dict(), trainer.optimizers[0].param_groups[0]["lr"]
+            TrainingStep(trainer)(pl_module, next(iter(loader())))
+            assert (schedule.state_dict(), trainer.optimizers[0].param_groups[0]["lr"]) == before
+
+    make_trainer(Running()).fit(Stepping(), loader())
+
+
+def test_changing_batches_in_place_makes_the_same_model(make_trainer):
+    models = []
+    for change in (lambda module, x, i: x * 2 + 1, lambda module, x, i: x.mul_(2).add_(1)):
+        module = Blocks(change)
+        compressed(make_trainer, module, loader())
+        models.append(module.state_dict())
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
+def test_a_process_alone_does_not_wait_for_the_others(monkeypatch):
+    class Contrastive(Blocks):
+        def training_step(self, batch, batch_idx):
+            return self.all_gather(self(batch[0])).sum()
+
+    module = Contrastive()
+    module.trainer = trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    replay = Replay()
+    replay.keep(next(iter(loader())))
+    assert TrainingStep(trainer, replay)(module, replay.batches[0].batch).ndim == 0
+    monkeypatch.setattr("fasc_lightning.replay.is_distributed", lambda trainer: True)
+    with pytest.raises(NoLossError, match="all_gather"):
+        TrainingStep(trainer, replay)(module, replay.batches[0].batch)
+    assert "all_gather" not in vars(module)

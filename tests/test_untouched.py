@@ -60,7 +60,7 @@ class Module(nn.Module):
         self.meter, self.slotted, self.options = Meter(), Slotted(0, []), Namespace(n=1, list=[1])
         self.generator = torch.Generator().manual_seed(1)
         self.python, self.numpy = random.Random(1), np.random.default_rng(1)
-        self.legacy, self.stage = np.random.RandomState(1), Stage.ONE  # noqa: NPY002
+        self.legacy, self.stage = np.random.RandomState(1), Stage.ONE
         self.step = 0
 
     def forward(self, x):
@@ -222,10 +222,15 @@ def test_a_write_into_a_tensor_too_large_to_copy_is_said(monkeypatch):
     monkeypatch.setattr(untouched_module, "COPIED", 64)
     module = nn.Module()
     module.large, module.other, module.small = torch.zeros(100), torch.zeros(100), torch.zeros(2)
-    with pytest.warns(UserWarning, match=r"shape \(100,\).*stays as that step left it"), untouched(module):
-        module.large += 1
-        module.small += 1
-        module.other = torch.ones(1)
+
+    def write():
+        with untouched(module):
+            module.large += 1
+            module.small += 1
+            module.other = torch.ones(1)
+
+    with pytest.warns(UserWarning, match=r"shape \(100,\).*stays as that step left it"):
+        write()
     assert (module.large.sum(), module.other.sum(), module.small.sum()) == (100, 0, 0)
 
 

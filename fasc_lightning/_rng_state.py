@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fasc_lightning._undo import undoing
+
 
 def rng_state() -> dict[str, Any]:
     """Return the state of Python's, NumPy's and torch's own generators, the current CUDA device's among them."""
@@ -39,8 +41,6 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 @contextmanager
 def same_rng() -> Iterator[None]:
     """Give the generators back the state that they have now, whatever is drawn inside."""
-    state = rng_state()
-    try:
+    with undoing() as undo:
+        undo.add(set_rng_state, rng_state())
         yield
-    finally:
-        set_rng_state(state)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fasc_lightning._undo import undoing
 from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.expert_modules import expert_layers
 from fasc_lightning.expert_views import expert_groups
@@ -187,20 +188,17 @@ def refit(
             "batches."
         )
     check_refit(model, dense)
-    saved = {name: layer_state(layer) for name, layer in layers.items()}
-    try:
+    with undoing() as undo:
+        for layer in layers.values():
+            undo.add(layer.load_state_dict, layer_state(layer))
         with evaluating(model):
             runner = BlockRunner(model, dense, batches, loss)
             work = _Refit(runner, layers, dense, gradients, inputs, options, device, progress)
             report = work.run()
-    except BaseException:
-        for name, layer in layers.items():
-            layer.load_state_dict(saved[name])
-        raise
-    if report.reverted:
-        for name, layer in layers.items():
-            layer.load_state_dict(saved[name])
-    return replace(report, seconds=time.perf_counter() - start)
+        done = replace(report, seconds=time.perf_counter() - start)
+        if not report.reverted:
+            undo.forget()
+    return done
 
 
 class _Refit:

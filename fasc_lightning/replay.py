@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from fasc_lightning._distributed import is_distributed
+from fasc_lightning._undo import undoing
 
 Result = TypeVar("Result")
 
@@ -66,13 +67,10 @@ def training_loss(module: nn.Module, batch: Any) -> Tensor:
 @contextmanager
 def silent(module: pl.LightningModule) -> Iterator[None]:
     """Let a training step run outside of the training loop, where ``self.log`` is an error."""
-    names = ("log", "log_dict")
-    vars(module).update(dict.fromkeys(names, lambda *args, **kwargs: None))
-    try:
+    with undoing() as undo:
+        for name in ("log", "log_dict"):
+            undo.set(module, name, lambda *args, **kwargs: None)
         yield
-    finally:
-        for name in names:
-            del vars(module)[name]
 
 
 def on_first_process(trainer: pl.Trainer, work: Callable[[], Result], what: str) -> Result | None:

@@ -11,6 +11,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from fasc_lightning._undo import Undo
+
 
 class CalibrationSchedule:
     """Decides at each batch whether the calibration phase has begun.
@@ -29,8 +31,8 @@ class CalibrationSchedule:
         self.passes = passes
         self.begun = False
         self._last_step: float = math.inf
-        self._holding = False
         self._user_min_steps: int | None = None
+        self._undo = Undo()
 
     def check(self, trainer: pl.Trainer) -> None:
         """Refuse a fit whose end is not known, unless ``calibration_steps`` says how long to calibrate.
@@ -63,9 +65,8 @@ class CalibrationSchedule:
             return
         end = trainer.estimated_stepping_batches
         self._last_step = end if end >= 0 else math.inf
-        self._holding = True
         self._user_min_steps = trainer.fit_loop.min_steps
-        trainer.fit_loop.epoch_loop.min_steps = sys.maxsize
+        self._undo.set(trainer.fit_loop.epoch_loop, "min_steps", sys.maxsize)
 
     def is_whole_fit(self, trainer: pl.Trainer) -> bool:
         """Tell whether the fit is nothing but calibration: one epoch, or one a pass."""
@@ -97,7 +98,7 @@ class CalibrationSchedule:
         self.begun = True
         if state["stopping"]:
             trainer.should_stop = True
-            if self._holding:
+            if self.calibration_steps is not None:
                 trainer.fit_loop.epoch_loop.min_steps = state["min_steps"]
 
     def missed(self, trainer: pl.Trainer) -> int:
@@ -110,11 +111,9 @@ class CalibrationSchedule:
         begun = self._in_last_epoch(trainer) and epochs.started > epochs.processed
         return batches.processed if begun else 0
 
-    def stop(self, trainer: pl.Trainer) -> None:
+    def stop(self) -> None:
         """Give the Trainer its own ``min_steps`` back; safe to call at any time."""
-        if self._holding:
-            trainer.fit_loop.epoch_loop.min_steps = self._user_min_steps
-        self._holding = False
+        self._undo.close()
 
     @staticmethod
     def _position(trainer: pl.Trainer) -> int:

@@ -19,10 +19,10 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from fasc_lightning._dtensor import whole
+from fasc_lightning._undo import Undo
 from fasc_lightning.expert_views import ExpertLinear, ExpertTaps, Routing, expert_views, holds_experts, routers
 from fasc_lightning.lowrank import linear_shape, linear_weight
 from fasc_lightning.offload import MomentSums, RowsRefusedError
@@ -189,8 +189,10 @@ class Taps:
         self.moments = moments
         self.pairs = pairs
         self.anchor = anchor
+        #: Whether hooks are on the model.
+        self.installed = False
         self._experts = ExpertTaps(layers)
-        self._handles: list[RemovableHandle] = []
+        self._undo = Undo()
         self._batch: TokenRows | None = None
         self._calls: list[_Call] = []
         # Weak: a call belongs to the graph whose hooks hold it. The graph that checkpointing recomputes is dropped
@@ -200,26 +202,19 @@ class Taps:
         # this zero, so that autograd carries the gradient down to them without computing any weight's.
         self._anchor = torch.zeros((), requires_grad=True)
 
-    @property
-    def installed(self) -> bool:
-        """Whether hooks are on the model."""
-        return bool(self._handles)
-
     def install(self) -> None:
         """Put the hooks on."""
         if self.installed:
             return
-        self._experts.install()
+        self.installed = True
+        self._experts.install(self._undo)
         for name, module in self.layers.items():
-            hook: Callable[..., Any] = partial(self._on_forward, name)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            self._undo.hook(module.register_forward_hook, partial(self._on_forward, name), with_kwargs=True)
 
     def remove(self) -> None:
         """Take every hook off; safe to call at any time, any number of times."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._experts.remove()
+        self._undo.close()
+        self.installed = False
         if self.moments is not None:
             with suppress(Exception):  # of a batch that was not ended: why has been said, or is about to be
                 self.moments.settle()

@@ -454,8 +454,8 @@ class FascCallback(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._release()
         self._failed.add(setattr, self, "report", self.report)
-        self._failed.keep(pl_module, attributes=True)
         if self._recovering is None:
             self._end_compression(trainer, pl_module)
         else:
@@ -477,6 +477,7 @@ class FascCallback(pl.Callback):
             )
         if not calibration.finished:  # the fit had nothing left to run, so that training neither started nor ended
             calibration.finish(trainer)
+        self._failed.keep(pl_module, attributes=True)
         # After every `on_train_end`, so that averaging callbacks have put their weights in place.
         how = ReplacementOptions(**{f.name: getattr(self, f.name) for f in fields(ReplacementOptions)})
         self._failed.add(calibration.unsharding.undo)
@@ -494,21 +495,17 @@ class FascCallback(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        with undoing() as undo:
-            undo.add(self._keeper.after_exception, trainer, exception, partial(self._end, trainer))
-            undo.add(self._put_back)
-            if self._recovering is not None:
-                undo.add(self._recovering.on_exception, trainer, pl_module, exception)
-            undo.add(self._release)
-            # What went wrong first is what is to be seen.
-            with suppress(Exception):
-                if self._calibration is not None:
-                    self._calibration.settle(trainer)
-            with suppress(OSError):
-                if self._monitors and self._recovering is None:
-                    write_history(
-                        trainer, self.rho_history, self.rho_threshold, self.emergence_observations, figures=False
-                    )
+        end = partial(self._end, trainer)
+        with undoing() as rest:
+            rest.add(end)  # of a Trainer that tears nothing down, should this fail as well
+            with undoing() as undo:
+                undo.add(self._put_back)
+                if self._recovering is not None:
+                    undo.add(self._recovering.on_exception, trainer, pl_module, exception)
+                undo.add(self._release)
+                self._say_what_there_is(trainer)
+            self._keeper.after_exception(trainer, exception, end)
+            rest.forget()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -560,6 +557,15 @@ class FascCallback(pl.Callback):
         attach_config(pl_module, method=report.method, options=report.options, seed=report.seed)
         log_report(trainer.loggers, report, trainer.global_step)
         rank_zero_info(f"\n{report}")
+
+    def _say_what_there_is(self, trainer: pl.Trainer) -> None:
+        """Keep what was gathered before a fit failed; what went wrong first is what is to be seen."""
+        if self._calibration is not None:
+            with suppress(Exception):
+                self._calibration.settle(trainer)
+        if self._monitors and self._recovering is None:
+            with suppress(OSError):
+                write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations, figures=False)
 
     def _release(self) -> None:
         """Take hooks off and put back what was frozen; safe at any time."""

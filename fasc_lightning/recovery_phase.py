@@ -297,6 +297,7 @@ class RecoveryCallback(pl.Callback):
             self._adapters.take_off(merge=best.improved)
         self._undo.close()
         self._initial, self.active = {}, False
+        self._failed.keep(pl_module, attributes=True)
         # They hold adapters that are gone, or moments of values that are not the last ones.
         set_aside_optimizers(trainer, self._failed)
         (rank_zero_info if best.improved else rank_zero_warn)(f"FascCallback: {recovery_line(self.figures)}.")

@@ -11,7 +11,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -216,8 +216,7 @@ class Taps:
         self._undo.close()
         self.installed = False
         if self.moments is not None:
-            with suppress(Exception):  # of a batch that was not ended: why has been said, or is about to be
-                self.moments.settle()
+            self.moments.drop()  # of a batch that was not ended: why has been said, or is about to be
         self._batch = None
         self._calls.clear()
         self._by_input.clear()

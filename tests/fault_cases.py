@@ -229,12 +229,10 @@ def resumed(folder: Path, **options: Any) -> World:
 
     first = folder / "first"
     torch.manual_seed(0)
-    try:
+    with suppress(InterruptedError):
         trainer_with(first, FascCallback(**options), Stop(), every_batch(first), enable_checkpointing=True).fit(
             module_of(), data()
         )
-    except InterruptedError:
-        pass
     world = fit(folder, callbacks=lambda files: [every_batch(files)], trainer={"enable_checkpointing": True}, **options)
     world.run = lambda: world.trainer.fit(world.module, data(), ckpt_path=first / "last.ckpt")
     return world
@@ -336,9 +334,9 @@ def ordinary(folder: Path) -> frozenset[tuple[str, str]]:
     hooks = "none on_fit_start on_train_start on_train_batch_start on_before_backward on_train_batch_end"
     hooks += " on_validation_batch_start on_train_epoch_end on_train_end on_fit_end teardown"
     for hook in hooks.split():
-        last = folder / hook / "last.ckpt"
+        last = folder / "none" / "last.ckpt"
         for options in (
-            {"callbacks": [EarlyStopping("train_loss")], "max_epochs": 2},
+            {"callbacks": [EarlyStopping("train_loss", patience=1)], "max_epochs": 3, "min_steps": 10},
             {"logger": CSVLogger(folder), "log_every_n_steps": 1},
             {"callbacks": [every_batch(folder / hook)], "enable_checkpointing": True},
             {"ckpt_path": last, "max_epochs": 2},
@@ -356,4 +354,4 @@ def ordinary(folder: Path) -> frozenset[tuple[str, str]]:
             with suppress(InterruptedError):
                 made.fit(used, loader(), loader(1), ckpt_path=path if path is not None and path.exists() else None)
             found |= set(differences(before, {**parts_of(used, fingerprint), **trainer_of(made)}))
-    return frozenset(found)
+    return frozenset(key for key in found if key[1] != "training")  # which a validation that fails leaves as it is

@@ -43,11 +43,16 @@ class Lines:
         at: File and line to raise at; None only counts.
         occurrence: How often it is executed before that.
         error: To raise.
+
+    Attributes:
+        note: What it returns is in ``noted`` once the exception has been raised.
     """
 
     def __init__(self, at: Line | None = None, occurrence: int = 0, error: BaseException | None = None) -> None:
         self.counts: Counter[Line] = Counter()
         self.raised = False
+        self.note: Callable[[], Any] = lambda: None
+        self.noted: Any = None
         self._at, self._left, self._error = at, occurrence, error
 
     def __enter__(self) -> Lines:
@@ -74,7 +79,7 @@ class Lines:
     def _raise(self, frame: Any, event: str, arg: Any) -> Any:
         if event == "line" and frame.f_lineno == self._at[1] and not self.raised:
             if self._left == 0:
-                self.raised = True
+                self.raised, self.noted = True, self.note()
                 raise self._error
             self._left -= 1
         return self._raise
@@ -273,7 +278,9 @@ def differences(before: dict[Any, Any], after: dict[Any, Any], ignored: frozense
 
 @contextmanager
 def watched(folder: Path) -> Iterator[list[str]]:
-    """Collect what a run says: warnings, log messages, exceptions that Python could only print. Undo what Lightning does.
+    """Collect what a run says: warnings, log messages, exceptions that Python could only print.
+
+    What Lightning does to the process when it is interrupted is undone.
 
     Yields:
         The messages.
@@ -353,12 +360,13 @@ def attempt(
         kind: Of the exception.
     """
     trial = Trial()
-    world = make(folder)
-    before = Before.of(world)
     error = kind(MARK)
     arrived: BaseException | None = None
     lines = Lines(at, occurrence, error)
     with watched(folder) as said:
+        world = make(folder)
+        before = Before.of(world)
+        lines.note = lambda: world.trainer is not None and world.trainer.validating
         within = process()
         try:
             with lines:
@@ -381,13 +389,15 @@ def attempt(
     # The module: what it was, or what it was to become.
     parts = parts_of(world.module, fingerprint)
     old = [f"{name}.{key}" for name, key in differences(before.parts, parts, ordinary)]
+    if lines.noted:  # Lightning leaves modules in eval mode when a validation fails
+        old = [key for key in old if not key.endswith(".training")]
     if not equal(before.values, values_of(world.module)):
         old.append("values")
     is_new = bool(old) and any(_is(world.module, state, ordinary) for state in done)
     trial.outcome = "new" if is_new else "old" if not old else "broken"
     if trial.outcome == "broken":
         leaks += [f"module: {'.'.join(kinds)}" for kinds in {tuple(o.rsplit(".", 1)[1:]) or (o,) for o in old}]
-    elif _reported(world) != (is_new or before.reported):
+    elif world.callback is not None and _reported(world) != (is_new or before.reported):
         leaks.append(f"report: {_reported(world)} of a module that is {trial.outcome}")
     if world.trainer is not None:
         now = trainer_of(world.trainer)
@@ -410,8 +420,10 @@ def _reasons(world: World) -> list[str]:
 
 
 def _arrives(error: BaseException, arrived: BaseException) -> bool:
-    """Tell whether an exception arrives, itself or as the cause of one; Lightning exits in place of Ctrl-C."""
+    """Tell whether the first exception arrives, itself or as the cause of one; Lightning exits in place of Ctrl-C."""
     if any(found is error for found in chain(arrived, context=False)):
+        return True
+    if isinstance(arrived, InterruptedError):  # with which a scenario has failed before
         return True
     exits = isinstance(error, KeyboardInterrupt) and isinstance(arrived, SystemExit)
     return exits and any(found is error for found in chain(arrived, context=True))
@@ -443,9 +455,11 @@ def record(make: Callable[[Path], World], folder: Path, warm: bool = True) -> tu
         warm: Whether to run it once before, so that what only a first run does (imports, caches) is not counted.
     """
     for number in range(1 + warm):
-        world, lines = make(folder / f"run{number}"), Lines()
-        with watched(folder), lines if number == warm else nullcontext(), suppress(InterruptedError):
-            world.run()
+        lines = Lines()
+        with watched(folder):
+            world = make(folder / f"run{number}")
+            with lines if number == warm else nullcontext(), suppress(InterruptedError):
+                world.run()
     return lines.counts, Done.of(world)
 
 
@@ -464,7 +478,7 @@ class Case:
 
 
 def plan(executed: Mapping[str, Counter[Line]], each: int, seed: int = 0) -> list[Case]:
-    """Return trials of all lines: of each line some, in scenarios drawn at random, at its first and last execution.
+    """Return trials of all lines: of each line some, in scenarios and at executions drawn at random.
 
     Args:
         executed: The lines of each scenario, and how often they are executed.
@@ -475,10 +489,10 @@ def plan(executed: Mapping[str, Counter[Line]], each: int, seed: int = 0) -> lis
     cases = []
     for line in sorted(set().union(*executed.values())):
         names = [name for name, counts in executed.items() if line in counts]
-        for number in range(each):
+        for _ in range(each):
             name = draw.choice(names)
             last = executed[name][line] - 1
-            occurrence = (0, last, draw.randint(0, last))[number % 3]
+            occurrence = draw.choice((0, last, draw.randint(0, last)))
             cases.append(Case(name, line, occurrence, draw.choice(EXCEPTIONS)))
     draw.shuffle(cases)
     return cases

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fasc_lightning._undo import undoing
 from fasc_lightning.dependence import DependenceScore
 from fasc_lightning.history import RhoRow
 from fasc_lightning.lowrank import linear_weight
@@ -104,8 +105,9 @@ def backward_windows(model: PreTrainedModel, taps: Taps, windows: Tensor, progre
     """
     from tqdm.auto import tqdm
 
-    taps.install()
-    try:
+    with undoing() as undo:
+        undo.add(taps.remove)
+        taps.install()
         for i, ids in enumerate(tqdm(windows.to(model.device).split(1), unit="window", disable=not progress)):
             # The model's loss is a mean over the predicted tokens; J and h are those of their sum.
             taps.begin_batch(TokenRows(f"window {i}", scale=ids[:, 1:].numel()))
@@ -115,8 +117,6 @@ def backward_windows(model: PreTrainedModel, taps: Taps, windows: Tensor, progre
             loss.backward()
             taps.end_batch()
             yield (i + 1) * ids.numel()
-    finally:
-        taps.remove()
 
 
 class WindowScores:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from fasc_lightning._undo import undoing
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
@@ -20,11 +22,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with undoing() as undo:
+        undo.add(temporary.unlink, missing_ok=True)
         yield temporary
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -51,23 +52,24 @@ def whole_folder(path: str | Path, stale: Callable[[str], bool]) -> Iterator[Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     unique = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     temporary, old = unique.with_suffix(".tmp"), unique.with_suffix(".old")
-    temporary.mkdir()
-    try:
+    with undoing() as undo:
+        undo.add(shutil.rmtree, temporary, ignore_errors=True)
+        temporary.mkdir()
         yield temporary
         if path.exists():
             _carry_over(path, temporary, stale)
             shutil.copymode(path, temporary)
+            undo.add(_settle, path, temporary, old)
             path.rename(old)
-            try:
-                temporary.rename(path)
-            except BaseException:
-                old.rename(path)
-                raise
-            shutil.rmtree(old, ignore_errors=True)  # what is new is in place: an error would say otherwise
-        else:
-            temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.rename(path)
+
+
+def _settle(path: Path, temporary: Path, old: Path) -> None:
+    """Give a path back its earlier folder where the new one is not there yet, and else remove the earlier one."""
+    if not temporary.exists():
+        shutil.rmtree(old, ignore_errors=True)  # what is new is in place: an error would say otherwise
+    elif old.exists():
+        old.rename(path)
 
 
 def _carry_over(old: Path, new: Path, stale: Callable[[str], bool]) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import nn
 from torch.utils.data import DataLoader
 
+from fasc_lightning._undo import undoing
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.placement import PlacedStrategy, check_weights, is_split
 from fasc_lightning.recovery import Recovery
@@ -64,7 +65,9 @@ def run_fit(
     split = is_split(model)
     check_weights(model.named_parameters())
     where: dict[str, Any] = {"strategy": PlacedStrategy(device)} if split else {}
-    with _quiet_trainer(progress):
+    with _quiet_trainer(progress), undoing() as undo:
+        if not split:
+            undo.add(model.to, device)  # Lightning moves modules to the CPU when a fit ends
         trainer = pl.Trainer(
             **on_device(device),
             **where,
@@ -76,13 +79,9 @@ def run_fit(
             enable_progress_bar=progress,
             callbacks=[callback],
         )
-        try:
-            generator = None if recovery is None else torch.Generator().manual_seed(seed)
-            held = None if held_out is None else as_loader(held_out, model=module)
-            trainer.fit(module, as_loader(batches, generator, module), held)
-        finally:
-            if not split:
-                model.to(device)  # Lightning moves modules to the CPU when a fit ends
+        generator = None if recovery is None else torch.Generator().manual_seed(seed)
+        held = None if held_out is None else as_loader(held_out, model=module)
+        trainer.fit(module, as_loader(batches, generator, module), held)
     return prefix
 
 
@@ -194,13 +193,12 @@ def _quiet_trainer(progress: bool) -> Iterator[None]:
         return progress and record.getMessage().startswith("FascCallback")
 
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(ours)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PossibleUserWarning)
-            # A recovery looks at their loss all the same.
-            warnings.filterwarnings("ignore", message="You passed in a `val_dataloader` but have no `validation_step`")
-            warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec", category=FutureWarning)
-            yield
-    finally:
-        logger.removeFilter(ours)
+    with undoing() as undo:
+        undo.add(logger.removeFilter, ours)
+        logger.addFilter(ours)
+        undo.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", PossibleUserWarning)
+        # A recovery looks at their loss all the same.
+        warnings.filterwarnings("ignore", message="You passed in a `val_dataloader` but have no `validation_step`")
+        warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec", category=FutureWarning)
+        yield

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fasc_lightning._undo import undoing
+
 
 def rng_state() -> dict[str, Any]:
     """Return the state of Python's, NumPy's and torch's own generators, the current CUDA device's among them."""
@@ -40,13 +42,11 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 def same_rng() -> Iterator[None]:
     """Give the generators back the state that they have now, whatever is drawn inside; those of all devices."""
     state = rng_state()
-    cuda = torch.cuda.get_rng_state_all() if "cuda" in state else []
-    try:
+    with undoing() as undo:
+        undo.add(set_rng_state, state)
+        if "cuda" in state:
+            undo.add(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
         yield
-    finally:
-        set_rng_state(state)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 def seed_rng(seed: int) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from fasc_lightning._undo import Undo, undoing
 from fasc_lightning.lowrank import CompressedLinear
 from fasc_lightning.swap import compressed_layers
 from fasc_lightning.taps import matches
@@ -105,30 +105,27 @@ class Adapters:
         for option in ("rank_pattern", "alpha_pattern"):
             setattr(self._config, option, by_factor(getattr(config, option), self.factors, option))
         self._seed = seed
-        self._hook: RemovableHandle | None = None
-
-    @property
-    def on(self) -> bool:
-        """Whether the adapters are on the module."""
-        return self._hook is not None
+        #: Whether the adapters are on the module.
+        self.on = False
+        self._undo = Undo()
 
     def put_on(self) -> None:
         """Put the adapters on, which add nothing as yet; nothing but them requires a gradient then."""
         from peft import inject_adapter_in_model
         from peft.functional import cast_adapter_dtype
 
-        # Not yet any adapter: a failure half-way is undone by taking off what is there.
-        self._hook = self.module.register_state_dict_post_hook(_as_merged)
-        try:
+        with undoing() as undo:
+            undo.add(self._undo.close)
+            self._undo.set(self, "on", True)
+            self._undo.hook(self.module.register_state_dict_post_hook, _as_merged)
+            self._undo.add(_take_off, self.module)
             with torch.random.fork_rng(devices=_cuda_devices(self.module)):
                 torch.manual_seed(self._seed)
                 inject_adapter_in_model(self._config, self.module, ADAPTER)
             # 16-bit adapters would lose most of their updates to rounding.
             cast_adapter_dtype(self.module, ADAPTER)
             self.factors = [name for name, _ in adapted_factors(self.module)]  # `layers_to_transform` selects, too
-        except BaseException:
-            self.take_off(merge=False)
-            raise
+            undo.forget()
 
     @contextmanager
     def as_kept(self) -> Iterator[None]:
@@ -137,20 +134,14 @@ class Adapters:
         That is another function where digits are lost: what was learnt in 32 bits goes into factors of 16.
         """
         found = {n: layer for n, layer in adapted_factors(self.module) if layer.get_base_layer().weight.itemsize < 4}
-        places = {name: _places(self.module, layer) for name, layer in found.items()}
-        bases = {name: layer.get_base_layer() for name, layer in found.items()}
-        originals = {name: base.weight.detach().clone() for name, base in bases.items()}
-        try:
-            for name, base in bases.items():
-                base.weight.data.copy_(_merged(found[name]))
-                for parent, child in places[name]:
+        with undoing() as undo:
+            for layer in found.values():
+                base = layer.get_base_layer()
+                _put(undo, base.weight.data, _merged(layer))
+                for parent, child in _places(self.module, layer):
+                    undo.add(parent._modules.__setitem__, child, layer)
                     parent._modules[child] = base
             yield
-        finally:
-            for name, base in bases.items():
-                base.weight.data.copy_(originals[name])
-                for parent, child in places[name]:
-                    parent._modules[child] = found[name]
 
     def take_off(self, merge: bool) -> None:
         """Take the adapters off; safe at any time.
@@ -167,23 +158,30 @@ class Adapters:
         for name, weight in merged.items():
             if not bool(torch.isfinite(weight).all()):
                 raise ValueError(f"Expected finite adapters but that of {name!r} is not. Take them off unmerged.")
-        for name, layer in found.items():
-            base = layer.get_base_layer()
-            if merge:
-                base.weight.data.copy_(merged[name])
-            for parent, child in _places(self.module, layer):
-                parent._modules[child] = base
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        for module in self.module.modules():
-            vars(module).pop("peft_config", None)
+        with undoing() as undo:
+            for name, weight in merged.items():
+                _put(undo, found[name].get_base_layer().weight.data, weight)
+            self._undo.close()
+            undo.forget()
 
     def bases(self) -> dict[str, Tensor]:
         """Return the factors under the adapters, by the names that their weights have without, not copied."""
         return {
             f"{name}.weight": layer.get_base_layer().weight.detach() for name, layer in adapted_factors(self.module)
         }
+
+
+def _put(undo: Undo, tensor: Tensor, values: Tensor) -> None:
+    undo.add(tensor.copy_, tensor.clone())
+    tensor.copy_(values)
+
+
+def _take_off(module: nn.Module) -> None:
+    for layer in dict(adapted_factors(module)).values():
+        for parent, child in _places(module, layer):
+            parent._modules[child] = layer.get_base_layer()
+    for part in module.modules():
+        vars(part).pop("peft_config", None)
 
 
 def adapted_factors(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -12,17 +12,17 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from fasc_lightning import _checks
 from fasc_lightning._option_types import checks_options
+from fasc_lightning._undo import Undo, undoing
 from fasc_lightning.batches import LossScales, LossTerms, TokenMask, backwards_of, batch_label, observed_rows
 from fasc_lightning.calibration import Calibration
 from fasc_lightning.calibration_options import CalibrationOptions
 from fasc_lightning.checkpoints import match_on_load
 from fasc_lightning.expert_modules import unfuse
-from fasc_lightning.expert_views import split_name, warn_unknown_experts
+from fasc_lightning.expert_views import warn_unknown_experts
 from fasc_lightning.factorize import check_budget_fits
 from fasc_lightning.fit_end import skips_backward
 from fasc_lightning.fit_forecast import layers_forecast
@@ -41,7 +41,7 @@ from fasc_lightning.projection import check_projected
 from fasc_lightning.quantize import quantize_layers
 from fasc_lightning.quantized_layers import Quantization
 from fasc_lightning.recovery import FactorRecovery, LoraRecovery, as_recovery, describe_recovery
-from fasc_lightning.recovery_phase import RecoveryCallback
+from fasc_lightning.recovery_phase import RecoveryCallback, set_aside_optimizers
 from fasc_lightning.refit_phase import Refit
 from fasc_lightning.reparametrised import warn_without_way_back
 from fasc_lightning.replacement import ReplacementOptions, replace_calibrated
@@ -50,7 +50,7 @@ from fasc_lightning.schedule import CalibrationSchedule
 from fasc_lightning.second_fit import SecondFit, recovery_instead
 from fasc_lightning.sharding import check_sharded
 from fasc_lightning.sketch_sizes import SKETCH_ABOVE, ReductionKind, SketchOptions
-from fasc_lightning.swap import is_compressed, swap_modules
+from fasc_lightning.swap import is_compressed
 from fasc_lightning.taps import layer_shapes
 from fasc_lightning.targets import select_layers, warn_other_layers, warn_tied_layers
 
@@ -259,14 +259,14 @@ class FascCallback(pl.Callback):
         self.report: CompressionReport | None = None
         self._schedule = CalibrationSchedule(calibration_steps, passes, freezes=not update_weights)
         self._keeper = CalibrationKeeper(self.state_key)
-        self._load_hook: RemovableHandle | None = None
+        self._undo = Undo()  # when training ends
+        self._failed = Undo()  # where a fit fails
+        self._ended = False
         self._layers: dict[str, nn.Module] = {}
         self._scales = LossScales()
         self._calibration: Calibration | None = None
         self._monitor = RhoMonitor(monitor_every_n_steps or 1, monitor_tokens, rho_threshold, rho_gradient, seed)
-        self._replaced: dict[str, nn.Module] = {}
-        self._set_aside: tuple[list[Any], list[Any]] = [], []
-        self._second = SecondFit(self.recovery, seed, token_mask, loss_terms)
+        self._second = SecondFit(self.recovery, seed, token_mask, loss_terms, self._failed)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -334,13 +334,14 @@ class FascCallback(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._put_back()  # what a fit that failed may have left
+        self._forget()
         if stage == "fit":
             self._second.set_up(trainer, pl_module, self.report, self.state_key)
         # Weights of every kind load, whatever form the layers have; in modules of others nothing else can see to it.
-        self._load_hook = pl_module.register_load_state_dict_pre_hook(match_on_load)
+        self._undo.hook(pl_module.register_load_state_dict_pre_hook, match_on_load)
         if stage != "fit":
             return
-        self._forget()  # what a fit that failed may have left
         self._schedule.set_up(trainer)
         if self._recovering is None:
             self.report = None
@@ -483,7 +484,7 @@ class FascCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._monitor.close(trainer)
         self._release()
-        self._schedule.stop(trainer)
+        self._schedule.stop()
         if self._monitors:
             write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations)
         if self._calibration is not None and self._calibration.begun:
@@ -492,9 +493,15 @@ class FascCallback(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._recovering is not None:
+        self._release()
+        self._failed.add(setattr, self, "report", self.report)
+        if self._recovering is None:
+            self._end_compression(trainer, pl_module)
+        else:
             self._end_recovery(trainer, pl_module, self._recovering)
-            return
+        self._ended = True
+
+    def _end_compression(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._monitors:
             summary = describe(self.rho_history, self.rho_threshold, self.emergence_observations)
             rank_zero_info(f"FascCallback: {summary}")
@@ -508,45 +515,41 @@ class FascCallback(pl.Callback):
             )
         if not calibration.finished:  # the fit had nothing left to run, so that training neither started nor ended
             calibration.finish(trainer)
+        self._failed.keep(pl_module, attributes=True)
         # After every `on_train_end`, so that averaging callbacks have put their weights in place.
         how = ReplacementOptions(**{f.name: getattr(self, f.name) for f in fields(ReplacementOptions)})
-        self.report = replace_calibrated(trainer, pl_module, calibration, how, self._replaced)
-        self._second.keep(self._replaced)
+        self._failed.add(calibration.unsharding.undo)
+        replaced: dict[str, nn.Module] = {}
+        self.report = replace_calibrated(trainer, pl_module, calibration, how, replaced)
+        self._second.keep(replaced)
         if self.recovery is None:
             self._quantize(pl_module)
         log_report(trainer.loggers, self.report, trainer.global_step)
         rank_zero_info(f"\n{self.report}")
         # They hold the dense parameters, which a checkpoint would otherwise store beside the factors.
-        self._set_aside = trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs
-        trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
+        set_aside_optimizers(trainer, self._failed)
         if self.recovery is not None:
             rank_zero_info("FascCallback: the next fit, by a new Trainer with this callback, recovers.")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self._calibration is not None:
-            self._calibration.settle(trainer)
-        self._release()
-        if self._recovering is not None:
-            self._recovering.on_exception(trainer, pl_module, exception)
-            self._keeper.after_exception(trainer, exception, partial(self._end, trainer))
-            return
-        if self._monitors:
-            with suppress(OSError):  # what went wrong first is what is to be seen
-                write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations, figures=False)
-        if self._replaced:  # something failed after the swap, here or in another callback
-            swap_modules(pl_module, self._replaced)
-            attach_config(pl_module)
-            self.report = None
-        if self._calibration is not None:
-            self._calibration.unsharding.undo()
-        if self._set_aside != ([], []):
-            trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = self._set_aside
-        self._keeper.after_exception(trainer, exception, partial(self._end, trainer))
+        end = partial(self._end, trainer)
+        with undoing() as rest:
+            rest.add(end)  # of a Trainer that tears nothing down, should this fail as well
+            with undoing() as undo:
+                undo.add(self._put_back)
+                if self._recovering is not None:
+                    undo.add(self._recovering.on_exception, trainer, pl_module, exception)
+                undo.add(self._release)
+                self._say_what_there_is(trainer)
+            self._keeper.after_exception(trainer, exception, end)
+            rest.forget()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._release()
+        if self._ended:
+            self._failed.forget()
+        self._put_back()
         if self._recovering is not None:
             self._recovering.teardown(trainer, pl_module, stage)
         self._second.forget()
@@ -577,12 +580,8 @@ class FascCallback(pl.Callback):
             return
         assert self.report is not None
         start, layers = time.perf_counter(), [layer.name for layer in self.report.layers]
-        fused = unfuse(pl_module, layers)  # experts that all stayed dense
-        replaced = quantize_layers(pl_module, layers, self.quantize)
-        # Of layers compressed before, what they were at first; of experts, the module that held them all.
-        before = {**fused, **self._replaced}
-        inside = {name for name in replaced if (parts := split_name(name)) is not None and parts[0] in before}
-        self._replaced = {**{name: layer for name, layer in replaced.items() if name not in inside}, **before}
+        unfuse(pl_module, layers)  # experts that all stayed dense
+        quantize_layers(pl_module, layers, self.quantize)
         self.report = self.report.with_quantized(pl_module, self.quantize, layers, time.perf_counter() - start)
 
     def _end_recovery(self, trainer: pl.Trainer, pl_module: pl.LightningModule, done: RecoveryCallback) -> None:
@@ -597,23 +596,36 @@ class FascCallback(pl.Callback):
         log_report(trainer.loggers, report, trainer.global_step)
         rank_zero_info(f"\n{report}")
 
+    def _say_what_there_is(self, trainer: pl.Trainer) -> None:
+        """Keep what was gathered before a fit failed; what went wrong first is what is to be seen."""
+        if self._calibration is not None:
+            with suppress(Exception):
+                self._calibration.settle(trainer)
+        if self._monitors and self._recovering is None:
+            with suppress(OSError):
+                write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations, figures=False)
+
     def _release(self) -> None:
         """Take hooks off and put back what was frozen; safe at any time."""
-        self._monitor.remove()
-        if self._load_hook is not None:
-            self._load_hook.remove()
-        if self._calibration is not None:
-            self._calibration.release()
+        with self._undo:
+            self._monitor.remove()
+            if self._calibration is not None:
+                self._calibration.release()
+
+    def _put_back(self) -> None:
+        """Undo what a fit has changed, but for what stays when it has ended; safe at any time."""
+        with self._failed:
+            self._release()
 
     def _end(self, trainer: pl.Trainer) -> None:
         """Give the Trainer back what is its own, and let go of the fit; safe at any time."""
-        self._schedule.stop(trainer)
-        self._keeper.remove(trainer)
-        self._forget()
+        with undoing() as undo:
+            for step in (self._forget, self._keeper.remove, self._schedule.stop):
+                undo.add(step)
 
     def _forget(self) -> None:
         """Drop statistics and references to the module's layers."""
         self._calibration = None
         self._scales = LossScales()
-        self._layers, self._replaced, self._set_aside = {}, {}, ([], [])
+        self._layers, self._ended = {}, False
         self._monitor.forget()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fasc_lightning._guards import is_guard
 from fasc_lightning._names import some_names
+from fasc_lightning._undo import undoing
 from fasc_lightning.expert_modules import UnfusedExperts
 from fasc_lightning.expert_views import named_layers
 from fasc_lightning.hub import describe_layer, empty_layer
@@ -89,13 +90,12 @@ def match_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], prefix
             new[name] = replacement
     if not new:
         return
-    replaced = swap_layers(module, new)
-    if getattr(module, "strict_loading", True):
-        try:
+    with undoing() as undo:
+        undo.keep(module, attributes=True)
+        swap_layers(module, new)
+        if getattr(module, "strict_loading", True):
             check_fit(module, state_dict, prefix)
-        except BaseException:
-            swap_layers(module, replaced)
-            raise
+        undo.forget()
     vars(module).pop(REMEMBERED, None)
     if before and not compressed:
         setattr(module, REMEMBERED, before)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fasc_lightning._checks import check_budget
 from fasc_lightning._fingerprint import fingerprint
 from fasc_lightning._memory import return_freed_memory
+from fasc_lightning._undo import undoing
 from fasc_lightning.allocation import ALLOCATIONS
 from fasc_lightning.comparison_evaluation import Evaluation, Measured
 from fasc_lightning.comparison_statistics import Calibration
@@ -378,9 +379,10 @@ class Comparison:
         else:  # what an earlier cell did would have been this one's work
             spent += factorized.seconds
         plan = [{**asdict(layer), "shape": list(layer.shape)} for layer in result.layers]  # as JSON gives it back
-        dense = swap_modules(self.model, result.replacements)
-        seconds = {"factorize": spent, "swap": time.perf_counter() - ended}
-        try:
+        with undoing() as undo:
+            undo.keep(self.model)
+            dense = swap_modules(self.model, result.replacements)
+            seconds = {"factorize": spent, "swap": time.perf_counter() - ended}
             if cell.refit and dense:
                 report = refit(
                     self.model,
@@ -392,8 +394,6 @@ class Comparison:
                 )
                 seconds["refit"] = report.seconds
             yield Built(self.model, {**layers, **result.replacements}, seconds, plan)
-        finally:
-            swap_modules(self.model, dense)
 
 
 def _window_rows(batch: Mapping[str, Tensor]) -> TokenRows:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fasc_lightning._fingerprint import fingerprint
+from fasc_lightning._undo import undoing
 from fasc_lightning.evaluation import Fact, MinimalPair, correct_pairs, recalled_facts, token_losses
 from fasc_lightning.evaluation.facts import relation_candidates
 
@@ -104,12 +105,10 @@ class Evaluation:
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
     """Multiply float32 matrices in a precision; what held before holds again afterwards."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
+    with undoing() as undo:
+        undo.add(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision(precision)
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def some_facts(facts: Sequence[Fact], count: int, random: Random) -> list[Fact]:

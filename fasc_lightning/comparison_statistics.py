@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fasc_lightning._fingerprint import fingerprint, tokenizer_fingerprint
+from fasc_lightning._undo import undoing
 from fasc_lightning.data import model_fingerprint
 from fasc_lightning.history import RhoRow
 from fasc_lightning.kronecker import refine_kronecker
@@ -163,14 +164,10 @@ def _timed_needs(moments: CalibrationMoments) -> Iterator[dict[str, float]]:
         sequences: moments.sequences,
     }
     streams: list[tuple[str, StreamedSums]] = [(need, s) for need, group in groups.items() for s in group.values()]
-    updates = [stream.update for _, stream in streams]
-    for (need, stream), update in zip(streams, updates, strict=True):
-        stream.update = partial(_timed, update, f"need {need}", seconds)  # type: ignore[method-assign]
-    try:
+    with undoing() as undo:
+        for need, stream in streams:
+            undo.set(stream, "update", partial(_timed, stream.update, f"need {need}", seconds))
         yield seconds
-    finally:
-        for (_, stream), update in zip(streams, updates, strict=True):
-            stream.update = update  # type: ignore[method-assign]
 
 
 def _timed(update: Callable[..., None], label: str, seconds: dict[str, float], *args: Any) -> None:

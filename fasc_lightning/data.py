@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fasc_lightning._undo import undoing
 from fasc_lightning.bundled import cache_folder
 
 if TYPE_CHECKING:
@@ -374,12 +375,10 @@ def sample_windows(
 
     # All draws are made beforehand, a row a window, so that batches do not change them.
     uniforms = torch.rand(windows, window - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    was_training = model.training
-    model.eval()
-    try:
+    with undoing() as undo:
+        undo.keep_modes(model)
+        model.eval()
         ids = torch.cat([_continue(model, first, part) for part in uniforms.split(batch_size)])
-    finally:
-        model.train(was_training)
     if path is not None:
         _save_atomically(ids, path)
     return ids
@@ -463,11 +462,10 @@ def _save_atomically(ids: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)
-    try:
+    with undoing() as undo:
+        undo.add(Path(scratch).unlink, missing_ok=True)
         save_file({"input_ids": ids.contiguous()}, scratch)
         os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
 
 
 class WindowDataset(Dataset[dict[str, Tensor]]):

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from fasc_lightning._undo import undoing
 from fasc_lightning.hub import attach_config
 from fasc_lightning.swap import is_compressed
 from fasc_lightning.swap import to_dense as swap_to_dense
@@ -38,6 +39,9 @@ def to_dense(model: Model) -> Model:
     """
     if not is_compressed(model):
         raise ValueError(f"Expected a model with compressed layers, but {type(model).__name__} has none: it is dense.")
-    swap_to_dense(model)
-    attach_config(model)
+    with undoing() as undo:
+        undo.keep(model, attributes=True)
+        swap_to_dense(model)
+        attach_config(model)
+        undo.forget()
     return model

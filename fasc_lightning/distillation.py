@@ -15,11 +15,11 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fasc_lightning._forward_hook import ForwardHook
 from fasc_lightning._memory import available_memory
 from fasc_lightning._option_types import check_fields
+from fasc_lightning._undo import Undo, undoing
 from fasc_lightning.divergence import kl_divergence, top_k_divergence
 from fasc_lightning.expert_modules import expert_layers
 from fasc_lightning.refine_steps import relative_error
@@ -305,27 +305,20 @@ class Teacher:
         if self._copy is not None:
             yield self._copy
             return
-        training = [module for module in self._module.modules() if module.training]
-        try:
-            for module in training:
+        with undoing() as undo, self._in_place():
+            undo.keep_modes(self._module)
+            for module in self._module.modules():
                 module.training = False
-            with self._in_place():
-                yield self._module
-        finally:
-            for module in training:
-                module.training = True
+            yield self._module
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         """Put the dense layers, and original parameters, where the student's are."""
-        students = [slots[name] for slots, name, _ in self._slots]
-        try:
+        with undoing() as undo:
             for slots, name, value in self._slots:
+                undo.add(slots.__setitem__, name, slots[name])
                 slots[name] = value
             yield
-        finally:
-            for (slots, name, _), value in zip(self._slots, students, strict=True):
-                slots[name] = value
 
 
 def _places(
@@ -410,13 +403,12 @@ class _BlockOutputs:
 
     def __init__(self) -> None:
         self._found: dict[int, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._undo = Undo()
 
     def watch(self, blocks: nn.ModuleList) -> None:
         """Keep what these blocks give from now on."""
-        self._handles += [
-            block.register_forward_hook(ForwardHook(self._keep, str(i))) for i, block in enumerate(blocks)
-        ]
+        for i, block in enumerate(blocks):
+            self._undo.hook(block.register_forward_hook, ForwardHook(self._keep, str(i)))
 
     def _keep(self, number: str, module: nn.Module, args: Any, output: Any) -> None:
         if torch._C._current_graph_task_id() != -1:  # gradient checkpointing, which runs blocks on the way back
@@ -431,9 +423,8 @@ class _BlockOutputs:
 
     def remove(self) -> None:
         """Stop; safe at any time."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._found = [], {}
+        self._undo.close()
+        self._found = {}
 
 
 def block_error(student: list[Tensor], teacher: list[Tensor], counted: Tensor | None = None) -> Tensor:

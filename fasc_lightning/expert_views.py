@@ -20,6 +20,8 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from fasc_lightning._undo import Undo
+
 #: The projections of an expert, in the order of its work.
 PROJECTIONS = ("w_gate", "w_up", "w_down")
 
@@ -241,30 +243,32 @@ class ExpertTaps:
                 _, views = self._views.setdefault(id(experts), (experts, {}))
                 views[layer.expert, layer.projection] = layer
 
-    def install(self) -> None:
-        """Send forwards through the virtual layers; others may do so at the same time."""
+    def install(self, undo: Undo) -> None:
+        """Send forwards through the virtual layers until that is undone; others may do so at the same time."""
         for experts, views in self._views.values():
             own = vars(experts)
-            if "_fasc_views" not in own:
+            undo.add(_leave, own, views)
+            if "_fasc_before" not in own:
                 own["_fasc_before"] = own.get("forward")  # of its own, as accelerate gives modules
-                own["_fasc_views"] = []
-                # Bound, so that a copy of the module gets a forward of its own.
-                own["forward"] = MethodType(_observed_forward, experts)
-            if not any(known is views for known in own["_fasc_views"]):
+            if not any(known is views for known in own.setdefault("_fasc_views", [])):
                 own["_fasc_views"].append(views)
+            # Bound, so that a copy of the module gets a forward of its own.
+            own["forward"] = MethodType(_observed_forward, experts)
 
-    def remove(self) -> None:
-        """Undo :meth:`install`; safe at any time."""
-        for experts, views in self._views.values():
-            own = vars(experts)
-            if "_fasc_views" not in own:
-                continue
-            own["_fasc_views"] = [known for known in own["_fasc_views"] if known is not views]
-            if own["_fasc_views"]:  # a monitor comes and goes while a calibration observes
-                continue
-            del own["_fasc_views"], own["forward"]
-            if (before := own.pop("_fasc_before")) is not None:
-                own["forward"] = before
+
+def _leave(own: dict[str, Any], views: Mapping[tuple[int, str], ExpertLinear]) -> None:
+    """Let a fused module run as it did once nobody else looks at it: a monitor comes and goes during a calibration."""
+    if "_fasc_before" not in own:  # which comes first and goes last
+        return
+    own["_fasc_views"] = [known for known in own.get("_fasc_views", []) if known is not views]
+    if own["_fasc_views"]:
+        return
+    del own["_fasc_views"]
+    if own["_fasc_before"] is None:
+        own.pop("forward", None)
+    else:
+        own["forward"] = own["_fasc_before"]
+    del own["_fasc_before"]
 
 
 def _observed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fasc_lightning._undo import Undo, undoing
 from fasc_lightning.sharding import is_sharded, reshard
 
 
@@ -26,11 +27,9 @@ class FrozenFit:
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._trainer = trainer
         self._module = pl_module
-        self._training: dict[nn.Module, bool] = {}
         self._requires_grad: dict[nn.Parameter, bool] = {}
-        self._grad_sync: bool | None = None
-        self._schedulers: list[tuple[Any, type]] = []
         self._lent: Tensor | None = None
+        self._undo = Undo()
         self.active = False
 
     def enter(self) -> None:
@@ -39,25 +38,25 @@ class FrozenFit:
             return
         self.active = True
         reshard(self._module)  # of weights still gathered, a flag would not outlast the batch
-        self._training = {module: module.training for module in self._module.modules()}
         self._requires_grad = {p: p.requires_grad for p in self._module.parameters()}
+        self._undo.keep_modes(self._module)
+        self._undo.keep_flags(self._module)
         for parameter in self._requires_grad:
             parameter.requires_grad_(False)
             parameter.grad = None
         self._module.eval()
-        strategy, epoch_loop = self._trainer.strategy, self._trainer.fit_loop.epoch_loop
-        strategy.optimizer_step = _run_closure_only  # type: ignore[method-assign]
-        epoch_loop.update_lr_schedulers = _no_step  # type: ignore[method-assign]
+        strategy, undo = self._trainer.strategy, self._undo
+        undo.set(strategy, "optimizer_step", _run_closure_only)
+        undo.set(self._trainer.fit_loop.epoch_loop, "update_lr_schedulers", _no_step)
         # For those that manual optimisation steps itself. An attribute would go into checkpoints: it is state.
-        self._schedulers = [(c.scheduler, type(c.scheduler)) for c in strategy.lr_scheduler_configs]
-        for scheduler, kind in self._schedulers:
-            scheduler.__class__ = type(kind.__name__, (kind,), {"step": _no_step})
+        for scheduler in [config.scheduler for config in strategy.lr_scheduler_configs]:
+            kind = type(scheduler)
+            undo.set(scheduler, "__class__", type(kind.__name__, (kind,), {"step": _no_step}))
         if isinstance(strategy.model, DistributedDataParallel):
             # No parameter has a gradient to average; DDP's reducer would wait for them.
-            self._grad_sync = strategy.model.require_backward_grad_sync
-            strategy.model.require_backward_grad_sync = False
+            undo.set(strategy.model, "require_backward_grad_sync", False)
         if is_sharded(self._module):
-            strategy.optimizer_state = self._optimizer_state  # type: ignore[method-assign]
+            undo.set(strategy, "optimizer_state", self._optimizer_state)
 
     def hold(self) -> None:
         """Freeze again what a validation loop or the user's own hooks set to training mode."""
@@ -66,23 +65,8 @@ class FrozenFit:
 
     def exit(self) -> None:
         """Put everything back; safe to call at any time, any number of times."""
-        if not self.active:
-            return
-        self.active = False
-        self.take_gradient_back()
-        for module, training in self._training.items():
-            module.training = training
-        for parameter, requires_grad in self._requires_grad.items():
-            parameter.requires_grad_(requires_grad)
-        strategy, epoch_loop = self._trainer.strategy, self._trainer.fit_loop.epoch_loop
-        for name in ("optimizer_step", "optimizer_state"):
-            vars(strategy).pop(name, None)
-        vars(epoch_loop).pop("update_lr_schedulers", None)
-        for scheduler, kind in self._schedulers:
-            scheduler.__class__ = kind
-        if self._grad_sync is not None and isinstance(strategy.model, DistributedDataParallel):
-            strategy.model.require_backward_grad_sync = self._grad_sync
-        self._training, self._requires_grad, self._schedulers, self._grad_sync = {}, {}, [], None
+        self._undo.close()
+        self.active, self._requires_grad = False, {}
 
     def lend_gradient(self, loss: Tensor) -> None:
         """Give a loss without a graph something for the Trainer's backward pass to do.
@@ -94,8 +78,9 @@ class FrozenFit:
             loss: Of the batch, as the backward pass gets it.
         """
         if self.active and not loss.requires_grad:
-            loss.requires_grad_(True)
             self._lent = loss
+            self._undo.add(self.take_gradient_back)
+            loss.requires_grad_(True)
 
     def take_gradient_back(self) -> None:
         """Undo :meth:`lend_gradient`; safe at any time."""
@@ -110,14 +95,12 @@ class FrozenFit:
         Its checkpoints hold what an optimizer keeps of the parameters that require gradients, and reading one asks for
         those that require gradients then: the parameters of a fit that begins.
         """
-        for parameter, requires_grad in self._requires_grad.items():
-            parameter.requires_grad_(requires_grad)
-        try:
-            strategy = self._trainer.strategy
+        strategy = self._trainer.strategy
+        with undoing() as undo:
+            undo.keep_flags(self._module)
+            for parameter, requires_grad in self._requires_grad.items():
+                parameter.requires_grad_(requires_grad)
             return type(strategy).optimizer_state(strategy, optimizer)
-        finally:
-            for parameter in self._requires_grad:
-                parameter.requires_grad_(False)
 
 
 def _run_closure_only(optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from torch.utils.data import RandomSampler, SequentialSampler, SubsetRandomSampl
 
 from fasc_lightning._batch_state import UnsavableBatchError, pack_batch, unpack_batch
 from fasc_lightning._rng_state import rng_state, set_rng_state
+from fasc_lightning._undo import undoing
 
 
 def obstacle(trainer: pl.Trainer) -> str:
@@ -166,15 +167,12 @@ def _drawn(loaders: Sequence[Any], orders: Sequence[Mapping[str, Any] | None]) -
     """Let iterators that are made now have orders drawn in another process."""
     wrappers = [(_dealt_out(loader), order) for loader, order in zip(loaders, orders, strict=True)]
     given = [(own, order, own._sampler) for own, order in wrappers if own is not None and order is not None]
-    try:
-        for own, order, _ in given:
-            own._sampler = order["order"].tolist()
-        yield
-    finally:
+    with undoing() as undo:
         for own, order, sampler in given:
-            own._sampler = sampler
             if order["generator"] is not None:
-                sampler.generator.set_state(order["generator"])
+                undo.add(sampler.generator.set_state, order["generator"])
+            undo.set(own, "_sampler", order["order"].tolist())
+        yield
 
 
 def _dealt_out(loader: Any) -> Any:

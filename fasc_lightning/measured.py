@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasc_lightning._undo import undoing
 from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.lowrank import linear_weight
 from fasc_lightning.taps import Backwards, Taps
@@ -95,27 +96,25 @@ def measure_losses(
     """
     judge = LowRankLosses(layers, factors)
     taps = Taps(layers, pairs=judge)
-    with evaluating(model), _weights_at_rest(model), torch.enable_grad():
+    with evaluating(model), _weights_at_rest(model), torch.enable_grad(), undoing() as undo:
+        undo.add(taps.remove)
         taps.install()
-        try:
-            for batch in batches:
-                tokens = rows(batch)
-                taps.begin_batch(tokens, Backwards(announced=True))  # a step may differentiate by itself
-                with untouched(model):  # around both: a graph may have saved what is put back
-                    value = loss(model, batch)
-                    tokens.take_loss(value)
-                    if not torch.isfinite(value):
-                        raise FloatingPointError(
-                            f"Expected a finite loss but got {value.item()} in a batch of the calibration, run again "
-                            "to measure what layers would lose."
-                        )
-                    if value.requires_grad:  # else it reaches no tapped layer
-                        taps.begin_backward()
-                        value.backward()
-                        taps.end_backward()
-                taps.end_batch()
-        finally:
-            taps.remove()
+        for batch in batches:
+            tokens = rows(batch)
+            taps.begin_batch(tokens, Backwards(announced=True))  # a step may differentiate by itself
+            with untouched(model):  # around both: a graph may have saved what is put back
+                value = loss(model, batch)
+                tokens.take_loss(value)
+                if not torch.isfinite(value):
+                    raise FloatingPointError(
+                        f"Expected a finite loss but got {value.item()} in a batch of the calibration, run again to "
+                        "measure what layers would lose."
+                    )
+                if value.requires_grad:  # else it reaches no tapped layer
+                    taps.begin_backward()
+                    value.backward()
+                    taps.end_backward()
+            taps.end_batch()
     return judge.losses()
 
 
@@ -138,11 +137,8 @@ def correction(predicted: float, measured: float) -> float:
 @contextmanager
 def _weights_at_rest(model: nn.Module) -> Iterator[None]:
     """Let no parameter require a gradient; the taps carry the gradient through."""
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in wanted:
-        parameter.requires_grad_(False)
-    try:
+    with undoing() as undo:
+        undo.keep_flags(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
         yield
-    finally:
-        for parameter, requires_grad in wanted:
-            parameter.requires_grad_(requires_grad)

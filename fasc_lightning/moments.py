@@ -126,6 +126,9 @@ class CalibrationMoments:
     def settle(self) -> None:
         """Nothing waits: what stands in for these where they are not on the batches' device has to."""
 
+    def drop(self) -> None:
+        """Likewise."""
+
     @property
     def takes_pairs(self) -> bool:
         """Whether something is gathered that needs x and h of a token together."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from fasc_lightning._undo import undoing
 from fasc_lightning.moments import CalibrationMoments
 
 #: Where moments can be held beside the device of the fit.
@@ -54,6 +55,9 @@ class MomentSums(Protocol):
         """See there."""
 
     def settle(self) -> None:
+        """See there."""
+
+    def drop(self) -> None:
         """See there."""
 
 
@@ -141,16 +145,21 @@ class OffloadedMoments:
         Raises:
             RowsRefusedError: If some were not finite; those after them are not summed.
         """
+        with self._lock, undoing() as undo:
+            undo.add(self.drop)
+            while self._waiting:
+                self._finish_oldest()
+
+    def drop(self) -> None:
+        """Let go of rows that wait to be summed; safe at any time."""
         with self._lock:
-            try:
-                while self._waiting:
-                    self._finish_oldest()
-            finally:
-                self._copies.clear()
-                if self._thread is not None:
-                    self._thread.shutdown(cancel_futures=True)
-                    self._thread = None
-                self._refused = False
+            self._waiting.clear()
+            self._bytes = 0
+            self._copies.clear()
+            if self._thread is not None:
+                self._thread.shutdown(cancel_futures=True)
+                self._thread = None
+            self._refused = False
 
     def _later(self, what: str, work: Callable[..., None], *rows: Tensor) -> None:
         with self._lock:

@@ -8,6 +8,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from typing_extensions import override
 
+from fasc_lightning._undo import undoing
+
 
 class PlacedStrategy(SingleDeviceStrategy):
     """One process that leaves every layer where it is, before and after the fit; batches go to the first device."""
@@ -18,11 +20,9 @@ class PlacedStrategy(SingleDeviceStrategy):
 
     @override
     def teardown(self) -> None:
-        module, self._lightning_module = self._lightning_module, None  # which it would bring to the CPU
-        try:
+        with undoing() as undo:
+            undo.set(self, "_lightning_module", None)  # which it would bring to the CPU
             super().teardown()
-        finally:
-            self._lightning_module = module
 
 
 def is_split(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fasc_lightning._guards import is_guard
 from fasc_lightning._names import some_names
+from fasc_lightning._undo import undoing
 from fasc_lightning.expert_views import named_layers
 from fasc_lightning.hub import attach_config, checked_layers, describe_layer, empty_layer
 from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank, smaller_side
@@ -84,16 +85,15 @@ def apply_plan(model: nn.Module, plan: Plan, state_dict: Mapping[str, Tensor] | 
         elif not weight.is_meta:
             layer = _nearest(modules[name], spec)
         new[name] = set_trainable(layer, trains_weight(modules[name]))
-    replaced = swap_layers(model, new)
-    if state_dict is not None:
-        try:
+    with undoing() as undo:
+        undo.keep(model, attributes=True)
+        replaced = swap_layers(model, new)
+        if state_dict is not None:
             check_fit(model, state_dict)
             # Copying onto the meta device does nothing, and torch only warns.
             model.load_state_dict(state_dict, assign=any(p.is_meta for p in model.parameters()))
-        except BaseException:
-            swap_layers(model, replaced)
-            raise
-    vars(model).pop(REMEMBERED, None)
+        vars(model).pop(REMEMBERED, None)
+        undo.forget()
     return replaced
 
 
@@ -103,12 +103,11 @@ def swap_layers(model: nn.Module, new: dict[str, nn.Module]) -> dict[str, nn.Mod
     Raises:
         ValueError: If a model carries another quantiser's configuration.
     """
-    replaced = swap_modules(model, new)
-    try:
+    with undoing() as undo:
+        undo.keep(model, attributes=True)
+        replaced = swap_modules(model, new)
         attach_config(model)
-    except BaseException:
-        swap_modules(model, replaced)
-        raise
+        undo.forget()
     return replaced
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fasc_lightning._batch_state import UnsavableBatchError
 from fasc_lightning._distributed import gather_everywhere, is_distributed
+from fasc_lightning._undo import Undo
 from fasc_lightning.calibration import REPLAYED, Calibration
 from fasc_lightning.calibration_state import pack_calibration, unpack_calibration
 from fasc_lightning.fit_end import skips_backward
@@ -65,24 +66,24 @@ class CalibrationKeeper:
         self._state: dict[str, Any] | None = None
         self._place: dict[str, Any] | None = None
         self._stopping = False  # as the fit was before the calibration to which it goes back
+        self._undo = Undo()
         self._alone = False  # whether this process failed and others may be waiting for it
 
     def install(self, trainer: pl.Trainer) -> None:
         """Let the Trainer's checkpoints have sidecars."""
+        self.remove()  # of a fit that failed
         inner = trainer.strategy.checkpoint_io
         if isinstance(inner, SidecarCheckpointIO):  # of a fit that failed
             inner = inner.inner
-        trainer.strategy.checkpoint_io = self._io = SidecarCheckpointIO(inner, self._find)
+        self._io = SidecarCheckpointIO(inner, self._find)
+        self._undo.add(_take_out, trainer, self._io)
+        trainer.strategy.checkpoint_io = self._io
         self._checkpoint = self._state = self._place = None
         self._stopping = self._alone = False
-        vars(trainer.strategy).pop("barrier", None)
 
-    def remove(self, trainer: pl.Trainer) -> None:
+    def remove(self) -> None:
         """Give the Trainer its own plugin back; safe at any time."""
-        if self._io is not None and trainer.strategy.checkpoint_io is self._io:
-            trainer.strategy.checkpoint_io = self._io.inner
-        if self._alone:
-            vars(trainer.strategy).pop("barrier", None)
+        self._undo.close()
         self._io = self._checkpoint = self._state = self._place = None
 
     def after_exception(self, trainer: pl.Trainer, exception: BaseException, end: Callable[[], None]) -> None:
@@ -94,7 +95,7 @@ class CalibrationKeeper:
         if self._alone:
             # Lightning waits for the other processes once it has saved a checkpoint of what went wrong, and they for
             # this one, until it ends.
-            trainer.strategy.barrier = _wait_for_nobody  # type: ignore[method-assign]
+            self._undo.set(trainer.strategy, "barrier", _wait_for_nobody)
         tears_down = not isinstance(trainer.strategy, ModelParallelStrategy)
         if tears_down and self._io is not None and trainer.strategy.checkpoint_io is self._io:
             self._io.on_teardown = end
@@ -268,6 +269,11 @@ class CalibrationKeeper:
             f"FascCallback: the calibration starts again from its first batch and not where the checkpoint was saved. "
             f"Reason: {reason}.{twice} HINT: a stateful loader and the same options, processes and files let it go on."
         )
+
+
+def _take_out(trainer: pl.Trainer, io: SidecarCheckpointIO) -> None:
+    if trainer.strategy.checkpoint_io is io:
+        trainer.strategy.checkpoint_io = io.inner
 
 
 def _wait_for_nobody(*args: Any, **kwargs: Any) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 from fasc_lightning._option_types import checks_options
+from fasc_lightning._undo import undoing
 from fasc_lightning.expert_modules import unfuse
 from fasc_lightning.expert_views import ExpertLinear
 from fasc_lightning.lowrank import CompressedLinear
 from fasc_lightning.plan import swap_layers
 from fasc_lightning.quantized_layers import QUANTIZATIONS, Quantization, quantized_layer
-from fasc_lightning.swap import check_in_memory, compressed_layers, swap_modules
+from fasc_lightning.swap import check_in_memory, compressed_layers
 from fasc_lightning.taps import is_plain_linear, select_layers
 
 
@@ -68,12 +69,11 @@ def quantize(
         return is_plain_linear(module) and id(module) not in inside
 
     layers = select_layers(model, targets, exclude, eligible)
-    fused = unfuse(model, layers)
-    try:
+    with undoing() as undo:
+        undo.keep(model, attributes=True)
+        unfuse(model, layers)
         quantize_layers(model, layers, quantization)
-    except BaseException:
-        swap_modules(model, fused)
-        raise
+        undo.forget()
     return list(layers)
 
 

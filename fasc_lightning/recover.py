@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from fasc_lightning._fit import as_lightning_module, as_lightning_prefix, as_loader, attached, run_fit
 from fasc_lightning._option_types import checks_options
+from fasc_lightning._undo import undoing
 from fasc_lightning.distillation import frozen_copy
 from fasc_lightning.held_out import split_loader
 from fasc_lightning.recovery import Recovery, as_recovery, refine_options
@@ -75,16 +76,15 @@ def recover(
         layers = {prefix + name: layer for name, layer in dense.items()}
     callback = RecoveryCallback(options, layers, seed=seed)
     # A fit that fails undoes its own part, and only its own.
-    before = [(layer, layer_state(layer)) for layer in compressed_layers(model).values() if options.refine_steps]
-    try:
+    with undoing() as undo:
+        for layer in compressed_layers(model).values() if options.refine_steps else ():
+            undo.add(layer.load_state_dict, layer_state(layer))
         refined = _refine_first(model, layers, batches, held_out is None, options, seed)
         run_fit(model, batches, callback, progress, held_out=held_out, recovery=options, seed=seed)
-    except BaseException:
-        for layer, state in before:
-            layer.load_state_dict(state)
-        raise
-    assert callback.figures is not None
-    return {**callback.figures, **refined}
+        assert callback.figures is not None
+        figures = {**callback.figures, **refined}
+        undo.forget()
+    return figures
 
 
 def _refine_first(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -16,13 +16,13 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from fasc_lightning import _checks
 from fasc_lightning._distributed import sum_everywhere
 from fasc_lightning._memory import peak_memory_bytes
 from fasc_lightning._option_types import checks_options
+from fasc_lightning._undo import Undo, undoing
 from fasc_lightning.adapters import Adapters, put_values
 from fasc_lightning.batches import LossTerms, TokenMask, batch_mask, loss_terms_of, reads_loss
 from fasc_lightning.best_state import BestState
@@ -66,6 +66,7 @@ class RecoveryCallback(pl.Callback):
         loss_terms: Likewise.
         key: Of its state in checkpoints.
         teacher: Fingerprint of ``dense``, where it is known.
+        failed: Is given what a fit that fails has to undo, by whoever has more of it; None where nobody has.
 
     Attributes:
         figures: What was done, in plain types, after the fit.
@@ -82,6 +83,7 @@ class RecoveryCallback(pl.Callback):
         loss_terms: LossTerms | None = None,
         key: str | None = None,
         teacher: str | None = None,
+        failed: Undo | None = None,
     ) -> None:
         options = as_recovery(recovery)
         if options is None:
@@ -94,6 +96,8 @@ class RecoveryCallback(pl.Callback):
         self.figures: dict[str, Any] | None = None
         self._key = key
         self._fingerprint = teacher
+        self._undo = Undo()
+        self._failed = Undo() if failed is None else failed
         self._forget()
 
     def _forget(self) -> None:
@@ -101,7 +105,6 @@ class RecoveryCallback(pl.Callback):
         self._adapters: Adapters | None = None
         self._teacher: TeacherPhase | None = None
         self._source: HeldBack | None = None
-        self._flags: list[tuple[nn.Parameter, bool]] = []
         self._initial: dict[str, Tensor] = {}
         self._best = BestState(self.recovery.patience)
         self._start = 0  # global step at which it began
@@ -109,10 +112,9 @@ class RecoveryCallback(pl.Callback):
         self._seconds, self._began = 0.0, time.perf_counter()
         self._diverged: int | None = None
         self._ended = False
-        self._modes: dict[nn.Module, bool] = {}
         self._batch_norms: list[nn.Module] = []
         self._linear: dict[str, nn.Module] = {}
-        self._load_hook: RemovableHandle | None = None
+        self._load_hook = Undo()
         self._snapshot: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
     @property
@@ -125,7 +127,10 @@ class RecoveryCallback(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
+            self._put_back()  # what a fit that failed may have left
+            self._load_hook.close()
             self._forget()
+            self.figures = None
             _checks.check_strategy(trainer)
             _checks.check_module(pl_module, compresses=False)
             if is_compressed(pl_module):
@@ -135,10 +140,10 @@ class RecoveryCallback(pl.Callback):
 
             def undo(loaded: nn.Module, *unused: Any) -> None:
                 if self.active and loaded is pl_module:  # and no copy of it
-                    self._undo(trainer, pl_module)
+                    self._put_back()
 
             # Before a checkpoint is loaded nobody says that one will be. It holds the weights of a plain module.
-            self._load_hook = pl_module.register_load_state_dict_pre_hook(undo)
+            self._load_hook.hook(pl_module.register_load_state_dict_pre_hook, undo)
 
     @override
     def on_load_checkpoint(
@@ -179,31 +184,32 @@ class RecoveryCallback(pl.Callback):
             self._teacher = TeacherPhase(pl_module, self.dense, teacher, self.token_mask)
             expected = self._fingerprint if state is None else state["teacher"]
             self._teacher.check(expected, found=found)
-        if not validates(trainer):
-            self._source = HeldBack(trainer.fit_loop._data_source)
-            trainer.fit_loop._data_source = self._source
-        self._flags = [(p, p.requires_grad) for p in pl_module.parameters()]
-        self._modes = {module: module.training for module in pl_module.modules()}
         self.active = True
-        try:
+        with undoing() as undo:
+            undo.add(self._put_back)
+            if not validates(trainer):
+                self._source = HeldBack(trainer.fit_loop._data_source)
+                self._undo.set(trainer.fit_loop, "_data_source", self._source)
+            self._undo.add(pl_module.zero_grad)
+            self._undo.keep_flags(pl_module)
+            self._undo.keep_modes(pl_module)
             if state is not None:
                 put_values(pl_module, state["initial"])
             self._freeze(pl_module)
             if state is not None:
                 put_values(pl_module, state["current"])
                 self._load(state)
-        except BaseException:
-            self._undo(trainer, pl_module)
-            raise
+            undo.forget()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._linear = {}
-        self._remove_load_hook()
+        self._load_hook.close()
         if not self.active:  # resumed from a checkpoint that has nothing for callbacks
             self.begin(trainer, pl_module)
         check_optimizers(trainer, self._trained(pl_module))
         if self._teacher is not None:
+            self._undo.add(self._teacher.release)
             self._teacher.start(trainer, pl_module, self._initial)
 
     @override
@@ -274,6 +280,7 @@ class RecoveryCallback(pl.Callback):
         best = self._best
         self._put_best(pl_module)  # callbacks that average weights have put in theirs
         trained = sum(p.numel() for p in self._trained(pl_module).values())
+        self._failed.add(setattr, self, "figures", None)
         self.figures = {
             "arm": self.recovery.arm,
             "teacher": self.recovery.distillation is not None,
@@ -289,28 +296,32 @@ class RecoveryCallback(pl.Callback):
             "peak_memory_bytes": peak_memory_bytes(trainer.strategy.root_device),
         }
         if self._adapters is not None:
+            bases = {name: value.clone() for name, value in self._adapters.bases().items()}
+            self._failed.add(put_values, pl_module, bases)
             self._adapters.take_off(merge=best.improved)
-        self._restore(trainer)
+        self._undo.close()
+        self._initial, self.active = {}, False
+        self._failed.keep(pl_module, attributes=True)
         # They hold adapters that are gone, or moments of values that are not the last ones.
-        trainer.strategy.optimizers = []
-        trainer.strategy.lr_scheduler_configs = []
+        set_aside_optimizers(trainer, self._failed)
         (rank_zero_info if best.improved else rank_zero_warn)(f"FascCallback: {recovery_line(self.figures)}.")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._remove_load_hook()
-        if self.active:
-            if saves_on_exception(trainer) and self._best.begun:  # checkpoints are saved after this
+        with undoing() as undo:
+            undo.add(self._put_back)
+            undo.add(self._load_hook.close)
+            if self.active and saves_on_exception(trainer) and self._best.begun:  # checkpoints are saved after this
                 # The others can no longer be asked for theirs.
                 tokens = self._tokens_before + (self._tokens - self._tokens_before) * trainer.world_size
                 self._snapshot = self._saved(pl_module, tokens)
-            self._undo(trainer, pl_module)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._remove_load_hook()
-        if self.active:
-            self._undo(trainer, pl_module)
+        if self.figures is not None:
+            self._failed.forget()
+        self._load_hook.close()
+        self._put_back()
 
     @override
     def on_save_checkpoint(
@@ -329,15 +340,18 @@ class RecoveryCallback(pl.Callback):
 
     def _freeze(self, pl_module: pl.LightningModule) -> None:
         """Let nothing but what is trained require a gradient."""
-        for parameter, _ in self._flags:
+        for parameter in pl_module.parameters():
             parameter.requires_grad_(False)
         if isinstance(self.recovery, LoraRecovery):
             self._adapters = Adapters(pl_module, self.recovery.lora_config(), self.seed)
+            self._undo.add(self._adapters.take_off, merge=False)
             self._adapters.put_on()
         else:
             for parameter in trained_factors(pl_module, self.recovery).values():
                 parameter.requires_grad_(True)
         self._initial = {n: p.detach().clone() for n, p in self._trained(pl_module).items()}
+        if self._adapters is None:
+            self._failed.add(put_values, pl_module, self._initial)
 
     @staticmethod
     def _trained(pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
@@ -423,32 +437,19 @@ class RecoveryCallback(pl.Callback):
         self._start, self._seconds = state["start"], state["seconds"]
         self._tokens = self._tokens_before = state["tokens"]
 
-    def _undo(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the module back as it was before the recovery."""
-        if self._adapters is not None:
-            with suppress(ImportError):
-                self._adapters.take_off(merge=False)
-        elif self._initial:
-            put_values(pl_module, self._initial)
-        self._restore(trainer)
+    def _put_back(self) -> None:
+        """Give the module back as it was before the recovery, unless that is over; safe at any time."""
+        with self._failed, self._undo:
+            self.active = False
+        self._initial = {}
 
-    def _remove_load_hook(self) -> None:
-        if self._load_hook is not None:
-            self._load_hook.remove()
-            self._load_hook = None
 
-    def _restore(self, trainer: pl.Trainer) -> None:
-        """Put back what the recovery held; the module is plain again."""
-        if self._teacher is not None:
-            self._teacher.release()
-        for parameter, requires_grad in self._flags:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = None
-        for module in self._batch_norms:
-            module.training = self._modes.get(module, module.training)
-        if self._source is not None and trainer.fit_loop._data_source is self._source:
-            trainer.fit_loop._data_source = self._source.source
-        self._flags, self._modes, self._initial, self.active = [], {}, {}, False
+def set_aside_optimizers(trainer: pl.Trainer, failed: Undo) -> None:
+    """Let a Trainer's last checkpoint be without optimizers and schedulers, unless its fit fails."""
+    strategy = trainer.strategy
+    failed.add(setattr, strategy, "optimizers", strategy.optimizers)
+    failed.add(setattr, strategy, "lr_scheduler_configs", strategy.lr_scheduler_configs)
+    strategy.optimizers, strategy.lr_scheduler_configs = [], []
 
 
 def saves_on_exception(trainer: pl.Trainer) -> bool:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from fasc_lightning._option_types import check_fields
 from fasc_lightning._rng_state import same_rng
+from fasc_lightning._undo import undoing
 from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.factorized import Progress
 from fasc_lightning.lowrank import CompressedLinear
@@ -173,8 +174,9 @@ def refine(
     options = RefineOptions(steps, lr, target, holdout, tokens, seed)
     layers = checked_layers(model, dense, None, "refine")
     check_refine(model, layers)
-    saved = {name: layer_state(layer) for name, layer in layers.items()}
-    try:
+    with undoing() as undo:
+        for layer in layers.values():
+            undo.add(layer.load_state_dict, layer_state(layer))
         with same_rng(), evaluating(model):
             runner = BlockRunner(model, dense, batches, loss, options.tokens, WITHOUT_REFINEMENT)
             if len(runner.batches) < MIN_BATCHES:
@@ -183,12 +185,10 @@ def refine(
                     f"tokens but got {len(runner.batches)}. Use smaller batches, or more `tokens`."
                 )
             report = _Refinement(runner, layers, options, progress).run()
-    except BaseException:
-        _put_back(layers, saved)
-        raise
-    if report.reverted:
-        _put_back(layers, saved)
-    return replace(report, seconds=time.perf_counter() - start)
+        done = replace(report, seconds=time.perf_counter() - start)
+        if not report.reverted:
+            undo.forget()
+    return done
 
 
 class _Refinement:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fasc_lightning._undo import undoing
 from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.expert_modules import expert_layers
 from fasc_lightning.expert_views import expert_groups
@@ -194,8 +195,9 @@ def refit(
         )
     fit, choose, check = shares(len(batches), options.holdout)
     check_refit(model, dense)
-    saved = {name: layer_state(layer) for name, layer in layers.items()}
-    try:
+    with undoing() as undo:
+        for layer in layers.values():
+            undo.add(layer.load_state_dict, layer_state(layer))
         with evaluating(model):
             before = batch_losses(model, [batches[i] for i in check], loss)
             read = sorted(fit + choose)
@@ -205,15 +207,10 @@ def refit(
             work.run()
             changed = any(layer.accepted for layer in work.reports)
             after = batch_losses(model, [batches[i] for i in check], loss) if changed else before
-    except BaseException:
-        for name, layer in layers.items():
-            layer.load_state_dict(saved[name])
-        raise
-    change = Change.of(before, after)
-    reverted = changed and not change.is_gain
-    if reverted:
-        for name, layer in layers.items():
-            layer.load_state_dict(saved[name])
+        change = Change.of(before, after)
+        reverted = changed and not change.is_gain
+        if not reverted:
+            undo.forget()
     reports = [layer.undone() for layer in work.reports] if reverted else work.reports
     done = {layer.name for layer in reports}
     return RefitReport(

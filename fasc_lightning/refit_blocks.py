@@ -6,13 +6,15 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+
+from fasc_lightning._undo import undoing
 
 #: Sends a batch through the model and returns its mean loss, a scalar.
 BatchLoss = Callable[[nn.Module, Any], Tensor]
@@ -197,12 +199,10 @@ class BlockRunner:
             x = _first(args, kwargs).detach()
             found[module] = x, x._version
 
-        handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
-        try:
+        with undoing() as undo:
+            for layer in layers:
+                undo.hook(layer.register_forward_pre_hook, see, with_kwargs=True)
             output = self.run(block, batch, hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
         inputs = []
         for layer in layers:
             x, version = found[layer]
@@ -218,25 +218,19 @@ class BlockRunner:
             found.append(_first(args, kwargs))
             raise _Reached
 
-        handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
+        with suppress(_Reached), undoing() as undo:
+            undo.hook(layer.register_forward_pre_hook, stop, with_kwargs=True)
             self.run(block, batch, hidden)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
         return found[0]
 
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Put the dense layers in place of the compressed ones."""
-        try:
+        with undoing() as undo:
             for slot in self._slots:
+                undo.add(slot.parent._modules.__setitem__, slot.child, slot.compressed)
                 slot.parent._modules[slot.child] = slot.dense
             yield
-        finally:
-            for slot in self._slots:
-                slot.parent._modules[slot.child] = slot.compressed
 
     @torch.no_grad()
     def groups(self, block: int, hidden: Tensor, layers: Mapping[str, nn.Module]) -> list[list[str]]:
@@ -251,18 +245,14 @@ class BlockRunner:
             layers: Its compressed layers by name.
         """
         calls: list[tuple[str, Tensor]] = []
-        handles: list[RemovableHandle] = []
-        for name, layer in layers.items():
 
-            def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-                calls.append((name, _first(args, kwargs)))
+        def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((name, _first(args, kwargs)))
 
-            handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
-        try:
+        with undoing() as undo:
+            for name, layer in layers.items():
+                undo.hook(layer.register_forward_pre_hook, partial(note, name), with_kwargs=True)
             self.run(block, 0, hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
         tokens = hidden.shape[:-1].numel()
         names = [name for name, _ in calls]
         groups: list[list[str]] = []
@@ -290,15 +280,11 @@ class BlockRunner:
         for number, batch in enumerate(batches):
             calls: list[_BlockCall] = []
             ends: list[Tensor] = []
-            handles = []
-            for i, block in enumerate(self.blocks):
-                handles.append(block.register_forward_pre_hook(self._note_call(i, calls, intern), with_kwargs=True))
-                handles.append(block.register_forward_hook(self._note_output(i, ends)))
-            try:
+            with undoing() as undo:
+                for i, block in enumerate(self.blocks):
+                    undo.hook(block.register_forward_pre_hook, self._note_call(i, calls, intern), with_kwargs=True)
+                    undo.hook(block.register_forward_hook, self._note_output(i, ends))
                 self._loss(self.model, batch)
-            finally:
-                for handle in handles:
-                    handle.remove()
             if len(calls) != len(self.blocks) or len(self.inputs) != number + 1:
                 raise RefitError(
                     f"Expected the model to run the {len(self.blocks)} blocks of {self.name!r} once each but it ran "
@@ -343,11 +329,9 @@ class BlockRunner:
         on the hidden states show.
         """
         ends: list[Tensor] = []
-        handle = self.blocks[-1].register_forward_hook(self._note_output(len(self.blocks) - 1, ends))
-        try:
+        with undoing() as undo:
+            undo.hook(self.blocks[-1].register_forward_hook, self._note_output(len(self.blocks) - 1, ends))
             self.loss(0)
-        finally:
-            handle.remove()
         hidden = self.inputs[0]
         for i in range(len(self.blocks)):
             hidden = self.run(i, 0, hidden)
@@ -362,14 +346,11 @@ class BlockRunner:
     @contextmanager
     def _starting_at(self, block: int, hidden: Tensor) -> Iterator[None]:
         """Skip the blocks before one, whose input is given."""
-        skipped = list(self.blocks[:block])
-        try:
-            for i, original in enumerate(skipped):
+        with undoing() as undo:
+            for i, original in enumerate(list(self.blocks[:block])):
+                undo.add(self.blocks._modules.__setitem__, str(i), original)
                 self.blocks._modules[str(i)] = _Skip(original, hidden, self._tuples[i])
             yield
-        finally:
-            for i, original in enumerate(skipped):
-                self.blocks._modules[str(i)] = original
 
 
 def real_tokens(batch: Any) -> Tensor | None:
@@ -407,27 +388,22 @@ def joins_stream(runner: BlockRunner, block: int, hidden: Tensor, layer: nn.Modu
         noise.append(drawn * output.double().square().mean().sqrt().to(output))
         return output + noise[0]
 
-    modules = [module for module in runner.blocks[block].modules() if module is not runner.blocks[block]]
-    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
-    handles.append(layer.register_forward_hook(keep))
-    usual = _run_once(runner, block, hidden, handles)
+    with undoing() as undo:
+        for module in runner.blocks[block].modules():
+            if module is not runner.blocks[block]:
+                undo.hook(module.register_forward_pre_hook, note, with_kwargs=True)
+        undo.hook(layer.register_forward_hook, keep)
+        usual = runner.run(block, 0, hidden)
     if outputs[0].numel() != hidden.numel():
         return None
     # The difference from the stream rather than the sum, which a small output hardly changes.
     added = hidden + outputs[0].reshape(hidden.shape) - hidden
     if any(_near(x.reshape(hidden.shape).double() - hidden.double(), added) for x in inputs):
         return "start"
-    changed = _run_once(runner, block, hidden, [layer.register_forward_hook(disturb)])
+    with undoing() as undo:
+        undo.hook(layer.register_forward_hook, disturb)
+        changed = runner.run(block, 0, hidden)
     return "end" if _near(changed.double() - usual.double(), noise[0]) else None
-
-
-def _run_once(runner: BlockRunner, block: int, hidden: Tensor, handles: list[RemovableHandle]) -> Tensor:
-    """Run a block on the first batch with hooks that go away."""
-    try:
-        return runner.run(block, 0, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fasc_lightning._batch_copy import batch_tensors, copy_batch
 from fasc_lightning._distributed import is_distributed
 from fasc_lightning._rng_state import same_rng, seed_rng
+from fasc_lightning._undo import undoing
 from fasc_lightning.silence import put_for_a_while, silent
 from fasc_lightning.untouched import untouched
 
@@ -274,10 +275,10 @@ def brought(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None
         device: Of the fit.
     """
     here = [module for module in modules if {p.device.type for p in module.parameters()} == {"cpu"}]
-    with ExitStack() as undo:
+    with undoing() as undo:
         if device.type != "cpu":
             for module in here:
-                undo.callback(module.cpu)
+                undo.add(module.cpu)
                 module.to(device)
         yield
 

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from fasc_lightning._undo import Undo
 from fasc_lightning.fit_end import FitEnd, averages_epochs, batches_done, skips_backward, steps_per_batch
 
 
@@ -43,6 +44,7 @@ class CalibrationSchedule:
         self._extended = False
         self._skipped = False
         self._user_min_steps: int | None = None
+        self._undo = Undo()
 
     def set_up(self, trainer: pl.Trainer) -> None:
         """Read the Trainer's own end, before any callback changes it."""
@@ -81,7 +83,7 @@ class CalibrationSchedule:
         self.end.start(trainer)
         self._holding = True
         self._user_min_steps = trainer.fit_loop.min_steps
-        trainer.fit_loop.epoch_loop.min_steps = sys.maxsize
+        self._undo.set(trainer.fit_loop.epoch_loop, "min_steps", sys.maxsize)
 
     def is_whole_fit(self, trainer: pl.Trainer) -> bool:
         """Tell whether the fit is nothing but calibration: one epoch, or one a pass."""
@@ -170,17 +172,14 @@ class CalibrationSchedule:
             return int(max(0, self.calibration_steps - left))
         return batches_done(trainer) if self._in_last_epoch(trainer) else 0
 
-    def stop(self, trainer: pl.Trainer) -> None:
+    def stop(self) -> None:
         """Give the Trainer its own limits back; safe to call at any time."""
-        if self._holding:
-            trainer.fit_loop.epoch_loop.min_steps = self._user_min_steps
-        if self._extended:
-            trainer.fit_loop.max_epochs = self.end.max_epochs
+        self._undo.close()
         self._holding = self._extended = False
 
     def _extend(self, trainer: pl.Trainer) -> None:
         assert trainer.max_epochs is not None
-        trainer.fit_loop.max_epochs = trainer.max_epochs + 1
+        self._undo.set(trainer.fit_loop, "max_epochs", trainer.max_epochs + 1)
         self._extended = True
 
     def _hold_for_calibration(self, trainer: pl.Trainer) -> None:

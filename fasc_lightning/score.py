@@ -17,6 +17,7 @@ from typing_extensions import override
 from fasc_lightning import _checks
 from fasc_lightning._fit import run_fit
 from fasc_lightning._option_types import checks_options
+from fasc_lightning._undo import undoing
 from fasc_lightning.batches import LossScales, LossTerms, TokenMask, backwards_of, batch_label, observed_rows
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.history import RhoHistory
@@ -105,16 +106,14 @@ def score(
     if checkpoints is None:
         observe(0)
         return history
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    try:
+    with undoing() as undo:
+        undo.add(model.load_state_dict, {name: value.clone() for name, value in model.state_dict().items()})
         for place, checkpoint in enumerate(checkpoints):
             step, state = _read(str(checkpoint), place)
             if step in history.steps:
                 raise ValueError(f"Expected checkpoints of different steps but {checkpoint} is of {step}, as another.")
             _load(model, state, str(checkpoint))
             observe(step)
-    finally:
-        model.load_state_dict(before)
     return history
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import lightning.pytorch as pl
 from torch import nn
 
+from fasc_lightning._undo import Undo
 from fasc_lightning.batches import LossTerms, TokenMask
 from fasc_lightning.distillation import check_distillable
 from fasc_lightning.recovery import Recovery, refine_options
@@ -44,19 +45,26 @@ class SecondFit:
         seed: See :class:`~fasc_lightning.FascCallback`.
         token_mask: Likewise.
         loss_terms: Likewise.
+        failed: Is given what a fit that fails has to undo.
 
     Attributes:
         running: Does the recovery, in a fit that is one.
     """
 
     def __init__(
-        self, recovery: Recovery | None, seed: int, token_mask: TokenMask | None, loss_terms: LossTerms | None
+        self,
+        recovery: Recovery | None,
+        seed: int,
+        token_mask: TokenMask | None,
+        loss_terms: LossTerms | None,
+        failed: Undo,
     ) -> None:
         self.running: RecoveryCallback | None = None
         self._recovery = recovery
         self._seed = seed
         self._token_mask = token_mask
         self._loss_terms = loss_terms
+        self._failed = failed
         self._dense: dict[str, nn.Module] = {}
         self._teacher: str | None = None
         self._linear: dict[str, nn.Module] = {}
@@ -85,10 +93,9 @@ class SecondFit:
 
     def keep(self, replaced: Mapping[str, nn.Module]) -> None:
         """Keep the dense layers that a compression has replaced, if a teacher is to be made of them."""
-        self._dense, self._teacher = {}, None
-        if self._recovery is not None and self._recovery.distillation is not None:
-            self._dense.update(replaced)
-            self._teacher = weights_fingerprint(self._dense)
+        taught = self._recovery is not None and self._recovery.distillation is not None
+        self._failed.set(self, "_dense", dict(replaced) if taught else {})
+        self._failed.set(self, "_teacher", weights_fingerprint(self._dense) if taught else None)
 
     def set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: object, key: str) -> None:
         """Start a fit; if a checkpoint is loaded after this, :meth:`load` starts it once more.
@@ -155,4 +162,5 @@ class SecondFit:
             loss_terms=self._loss_terms,
             key=key,
             teacher=self._teacher,
+            failed=self._failed,
         )

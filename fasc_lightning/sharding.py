@@ -12,7 +12,7 @@ put on modules are taken off. All of it can be put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,6 +24,7 @@ from torch import nn
 from fasc_lightning._distributed import gather_everywhere
 from fasc_lightning._dtensor import is_dtensor, whole
 from fasc_lightning._memory import available_memory
+from fasc_lightning._undo import Undo
 from fasc_lightning.expert_views import expert_groups
 
 #: Of FSDP2's hooks.
@@ -125,7 +126,7 @@ class Unsharding:
     """
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], Any]] = []
+        self._undo = Undo()
 
     def run(self, module: nn.Module) -> None:
         """Make a module whole; nothing happens to one that is. All processes together.
@@ -146,12 +147,11 @@ class Unsharding:
 
     def undo(self) -> None:
         """Put everything back; safe at any time."""
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
 
     def forget(self) -> None:
         """Let go of the shards."""
-        self._undo.clear()
+        self._undo.forget()
 
     def _gather(self, module: nn.Module) -> None:
         """Replace sharded parameters by plain ones, one after the other; tied ones stay tied."""
@@ -186,31 +186,31 @@ class Unsharding:
         self._pop(own[REGISTRY_KEY], "fully_shard")
         self._pop(_module_state_mapping, part)
         sharded: Any = type(part)
-        part.__class__ = sharded.__mro__[getattr(sharded, "_orig_cls_mro_index", 2)]
-        self._undo.append(lambda: setattr(part, "__class__", sharded))
+        self._undo.set(part, "__class__", sharded.__mro__[getattr(sharded, "_orig_cls_mro_index", 2)])
 
     def _set(self, mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
-        old, mapping[key] = mapping[key], value
-        self._undo.append(lambda: mapping.__setitem__(key, old))
+        self._undo.add(mapping.__setitem__, key, mapping[key])
+        mapping[key] = value
 
     def _pop(self, mapping: MutableMapping[Any, Any], key: Any) -> None:
         if key in mapping:
-            old = mapping.pop(key)
-            self._undo.append(lambda: mapping.__setitem__(key, old))
+            self._undo.add(mapping.__setitem__, key, mapping[key])
+            mapping.pop(key)
 
     def _drop(self, hooks: dict[int, Any], keys: list[int]) -> None:
         """Drop some hooks; undone, they are called again in the order in which they were."""
         before = list(hooks.items())
-        for key in keys:
-            hooks.pop(key, None)
 
         def put_back() -> None:
             again = {key: hook for key, hook in before if key in keys or key in hooks}
             since = {key: hook for key, hook in hooks.items() if key not in again}
-            hooks.clear()
-            hooks.update({**again, **since})
+            hooks.update({**again, **since})  # so that nothing is lost where this is interrupted
+            for key in [*again, *since]:
+                hooks[key] = hooks.pop(key)
 
-        self._undo.append(put_back)
+        self._undo.add(put_back)
+        for key in keys:
+            hooks.pop(key, None)
 
 
 def _is_fsdp(module: nn.Module) -> bool:

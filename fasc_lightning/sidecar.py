@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fasc_lightning._files import whole_file
+from fasc_lightning._undo import undoing
 
 #: Bytes of statistics above which a checkpoint gets a sidecar. Lightning makes a checkpoint in memory before it is
 #: written, reads it on every process and copies what it hands to a callback: of a 135M model's statistics (1 GB) that
@@ -89,9 +90,10 @@ class SidecarCheckpointIO(CheckpointIO):
 
     @override
     def teardown(self) -> None:
-        self.inner.teardown()
-        if self.on_teardown is not None:
-            self.on_teardown()
+        with undoing() as undo:
+            if self.on_teardown is not None:
+                undo.add(self.on_teardown)
+            self.inner.teardown()
 
     def clean(self, folders: Iterable[Path]) -> None:
         """Remove the sidecars of the run, those of killed processes included.

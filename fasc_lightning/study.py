@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fasc_lightning._undo import undoing
 from fasc_lightning.dependence import MIN_ROWS
 from fasc_lightning.history import RhoRow
 from fasc_lightning.layer_scores import LayerScores
@@ -112,8 +113,9 @@ def backward_windows(
     """
     from tqdm.auto import tqdm
 
-    taps.install()
-    try:
+    with undoing() as undo:
+        undo.add(taps.remove)
+        taps.install()
         for i, ids in enumerate(tqdm(windows.to(model.device).split(1), unit="window", disable=not progress)):
             # The model's loss is a mean over the predicted tokens; J and h are those of their sum.
             seeds = sample_seeds(ids, seed)
@@ -124,8 +126,6 @@ def backward_windows(
             loss.backward()
             taps.end_batch()
             yield (i + 1) * ids.numel()
-    finally:
-        taps.remove()
 
 
 def _pooled(moments: CalibrationMoments, name: str, layer: nn.Module) -> float:

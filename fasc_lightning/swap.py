@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fasc_lightning._undo import undoing
 from fasc_lightning.expert_modules import fuse_dense, with_experts
 from fasc_lightning.expert_views import ExpertLinear
 from fasc_lightning.lowrank import CompressedLinear, flops_per_token, is_conv1d, linear_shape
@@ -48,13 +49,11 @@ def swap_modules(model: nn.Module, replacements: dict[str, nn.Module]) -> dict[s
     ]
     for name, new in replacements.items():
         _match(new, old_of[name])
-    try:
+    with undoing() as undo:
         for parent, child_name, old in slots:
+            undo.add(parent._modules.__setitem__, child_name, old)
             setattr(parent, child_name, new_of[id(old)])
-    except BaseException:
-        for parent, child_name, old in slots:
-            parent._modules[child_name] = old
-        raise
+        undo.forget()
     return old_of
 
 
@@ -86,8 +85,11 @@ def to_dense(model: nn.Module) -> dict[str, nn.Module]:
     """
     layers = compressed_layers(model)
     check_in_memory(layers)
-    replaced = swap_modules(model, {name: _dense(layer) for name, layer in layers.items()})
-    fuse_dense(model)
+    with undoing() as undo:
+        undo.keep(model)
+        replaced = swap_modules(model, {name: _dense(layer) for name, layer in layers.items()})
+        fuse_dense(model)
+        undo.forget()
     return replaced
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,10 +17,10 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fasc_lightning._dtensor import whole
 from fasc_lightning._forward_hook import ForwardHook
+from fasc_lightning._undo import Undo
 from fasc_lightning.expert_views import ExpertLinear, ExpertTaps, Routing
 from fasc_lightning.linear_probe import is_plain_linear
 from fasc_lightning.lowrank import linear_shape, linear_weight
@@ -186,11 +186,13 @@ class Taps:
         self.moments = moments
         self.pairs = pairs
         self.anchor = anchor
+        #: Whether hooks are on the model.
+        self.installed = False
         self.called: set[str] = set()
         self.reached: set[str] = set()
         self.unannounced = False
         self._experts = ExpertTaps(layers)
-        self._handles: list[RemovableHandle] = []
+        self._undo = Undo()
         self._batch: TokenRows | None = None
         self._backwards = Backwards()
         self._open = False  # whether an announced backward pass goes on
@@ -204,28 +206,21 @@ class Taps:
         # this zero, so that autograd carries the gradient down to them without computing any weight's.
         self._anchor = torch.zeros((), requires_grad=True)
 
-    @property
-    def installed(self) -> bool:
-        """Whether hooks are on the model."""
-        return bool(self._handles)
-
     def install(self) -> None:
         """Put the hooks on."""
         if self.installed:
             return
-        self._experts.install()
+        self.installed = True
+        self._experts.install(self._undo)
         for name, module in self.layers.items():
-            self._handles.append(module.register_forward_hook(ForwardHook(self._on_forward, name), with_kwargs=True))
+            self._undo.hook(module.register_forward_hook, ForwardHook(self._on_forward, name), with_kwargs=True)
 
     def remove(self) -> None:
         """Take every hook off; safe to call at any time, any number of times."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._experts.remove()
+        self._undo.close()
+        self.installed = False
         if self.moments is not None:
-            with suppress(Exception):  # of a batch that was not ended: why has been said, or is about to be
-                self.moments.settle()
+            self.moments.drop()  # of a batch that was not ended: why has been said, or is about to be
         self._forget_batch()
 
     def begin_batch(self, rows: TokenRows, backwards: Backwards | None = None) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from fasc_lightning._undo import undoing
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -120,10 +122,7 @@ def _window_losses(model: PreTrainedModel, windows: Tensor, batch_size: int) -> 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode; every submodule gets back the mode it had, frozen ones included."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with undoing() as undo:
+        undo.keep_modes(model)
+        model.eval()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -16,6 +16,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fasc_lightning._undo import undoing
 from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.lowrank import linear_shape
 
@@ -159,16 +160,12 @@ def mlp_group(block: int, name: str, mlp: nn.Module, linear: dict[str, nn.Module
         linear: Its linear layers by their own names.
     """
     first = next(iter(linear.values()))
-    flags = [(parameter, parameter.requires_grad) for parameter in mlp.parameters()]
-    try:
+    with undoing() as undo, torch.enable_grad(), evaluating(mlp):  # the tracer puts it in eval mode
+        undo.keep_flags(mlp)
         mlp.requires_grad_(True)  # the graph is that of autograd
-        with torch.enable_grad(), evaluating(mlp):  # the tracer puts it in eval mode
-            example = torch.zeros(1, 2, linear_shape(first)[1], dtype=first.weight.dtype, device=first.weight.device)  # type: ignore[arg-type]
-            graph = tp.DependencyGraph().build_dependency(mlp, example, customized_pruners={Conv1D: Conv1DPruner()})
-            groups = list(graph.get_all_groups(root_module_types=[nn.Linear, Conv1D]))
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        example = torch.zeros(1, 2, linear_shape(first)[1], dtype=first.weight.dtype, device=first.weight.device)  # type: ignore[arg-type]
+        graph = tp.DependencyGraph().build_dependency(mlp, example, customized_pruners={Conv1D: Conv1DPruner()})
+        groups = list(graph.get_all_groups(root_module_types=[nn.Linear, Conv1D]))
     # The residual stream makes a group of outputs alone.
     traced = [_members(graph, group, name, linear) for group in groups]
     inner = [members for members in traced if any(member.side == "in" for member in members)]

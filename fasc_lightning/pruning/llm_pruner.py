@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fasc_lightning._names import block_of
+from fasc_lightning._undo import undoing
 from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.pruning._types import TaylorResult, check_keep, count_weights
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 #: Numbers that modules keep of what is cut, where a family's classes have them.
 _SIZES = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size", "intermediate_size")
-_CONFIG_SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "n_inner")
 
 
 def kept_ends(depth: int) -> tuple[int, int]:
@@ -91,7 +91,7 @@ def prune_llm(
     kept = plan_units([(g.kind, g.units, g.unit_cost) for g in groups], before, keep)
     with evaluating(model):
         products, tokens, example = _taylor_products(model, groups, batches)
-        with _undone_on_failure(model, groups):
+        with _undone_on_failure(model):
             for group, count in zip(groups, kept, strict=True):
                 _cut(group, count, products)
             adjusted = _adjust_config(model, groups)
@@ -252,11 +252,11 @@ def _taylor_products(
     from fasc_lightning.pruning._coupling import weights_of
 
     weights = weights_of(groups)
-    flags = {name: weight.requires_grad for name, weight in weights.items()}
     module = CausalLMModule(model)
     totals: dict[str, Tensor] = {}
     tokens, example = 0, None
-    try:
+    with undoing() as undo:
+        undo.keep_flags(model)
         for weight in weights.values():
             weight.requires_grad_(True)
         for number, batch in enumerate(batches):
@@ -275,9 +275,6 @@ def _taylor_products(
                 totals[name] = gradient if name not in totals else totals[name].add_(gradient)
             tokens += terms
             example = batch["input_ids"][:1, :8] if example is None else example
-    finally:
-        for name, weight in weights.items():
-            weight.requires_grad_(flags[name])
     if example is None:
         raise ValueError("Expected at least one batch of calibration data but got none.")
     return {name: total.mul_(weights[name].detach()).abs_() for name, total in totals.items()}, tokens, example
@@ -343,26 +340,12 @@ def _check_usable(model: PreTrainedModel, example: Tensor) -> None:
 
 
 @contextmanager
-def _undone_on_failure(model: PreTrainedModel, groups: list[CoupledGroup]) -> Iterator[None]:
+def _undone_on_failure(model: PreTrainedModel) -> Iterator[None]:
     """Put parameters, sizes and configuration back if anything fails; cutting makes new parameters, so none is lost."""
-    touched = {id(m): m for group in groups for m in (group.owner, *(member.layer for member in group.members))}
-    sizes = (*_SIZES, "in_features", "out_features", "nx", "nf")
-    before = [
-        (m, dict(m._parameters), {size: getattr(m, size) for size in sizes if size in vars(m)})
-        for m in touched.values()
-    ]
-    config = {size: getattr(model.config, size) for size in _CONFIG_SIZES if hasattr(model.config, size)}
-    try:
+    with undoing() as undo:
+        undo.keep(model, attributes=True)
         yield
-    except BaseException:
-        for module, parameters, numbers in before:
-            module._parameters.update(parameters)
-            vars(module).update(numbers)
-        for size, value in config.items():
-            setattr(model.config, size, value)
-        if "head_dim" not in config and hasattr(model.config, "head_dim"):
-            del model.config.head_dim
-        raise
+        undo.forget()
 
 
 def _change(groups: list[CoupledGroup], kept: list[int], kind: str) -> tuple[int, int]:

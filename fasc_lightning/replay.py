@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from fasc_lightning._batch_copy import batch_tensors, copy_batch
 from fasc_lightning._distributed import is_distributed
 from fasc_lightning._rng_state import same_rng, seed_rng
 from fasc_lightning._undo import undoing
-from fasc_lightning.silence import put_for_a_while, silent
+from fasc_lightning.silence import silent
 from fasc_lightning.untouched import untouched
 
 Result = TypeVar("Result")
@@ -60,11 +60,11 @@ class Place:
             (loop.automatic_optimization.optim_progress.optimizer.step.total, "completed", self.step),
             (trainer.state, "stage", pl.trainer.states.RunningStage.TRAINING),
         ]
-        with ExitStack() as undo:
+        with undoing() as undo:
             for owner, name, value in told:
-                undo.callback(setattr, owner, name, getattr(owner, name))
+                undo.add(setattr, owner, name, getattr(owner, name))
                 setattr(owner, name, value)
-            undo.callback(setattr, trainer, "should_stop", trainer.should_stop)
+            undo.add(setattr, trainer, "should_stop", trainer.should_stop)
             yield
 
 
@@ -208,9 +208,9 @@ class TrainingStep:
             self._places[id(batch)] = replace(Place.of(self._trainer), batch_idx=len(self._others))
             self._others.append(batch)
         place = place or self._places[id(batch)]
-        with same_rng(), place.taken(self._trainer), silent(module), self.context(), ExitStack() as undo:
+        with same_rng(), place.taken(self._trainer), silent(module), self.context(), undoing() as undo:
             if self._alone:
-                put_for_a_while(undo, vars(module), "all_gather", _refuse_to_gather)
+                undo.set(module, "all_gather", _refuse_to_gather)
             seed_rng(place.batch_idx)
             try:
                 return training_loss(module, copy_batch(batch), place.batch_idx)

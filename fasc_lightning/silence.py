@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyExperiment, DummyLogger
+
+from fasc_lightning._undo import undoing
 
 #: Methods of a LightningModule that report; those that log are errors outside of the training loop.
 _REPORTS = ("log", "log_dict", "print")
@@ -25,19 +27,19 @@ def silent(module: pl.LightningModule) -> Iterator[None]:
     Args:
         module: Of the step; LightningModules in it are silenced, too.
     """
-    with ExitStack() as undo:
+    with undoing() as undo:
         for part in module.modules():
             if isinstance(part, pl.LightningModule):
                 for name in _REPORTS:
-                    put_for_a_while(undo, vars(part), name, _say_nothing)
+                    undo.set(part, name, _say_nothing)
             for name, value in list(vars(part).items()):
                 if isinstance(value, Logger):
-                    put_for_a_while(undo, vars(part), name, MutedLogger(value))
+                    undo.set(part, name, MutedLogger(value))
                 elif isinstance(value, _writers()):
-                    put_for_a_while(undo, vars(part), name, DummyExperiment())
+                    undo.set(part, name, DummyExperiment())
         trainer: Any = module._trainer  # the property raises where there is none
         if trainer is not None:
-            undo.callback(setattr, trainer, "loggers", trainer.loggers)
+            undo.add(setattr, trainer, "loggers", trainer.loggers)
             trainer.loggers = [MutedLogger(logger) for logger in trainer.loggers]
         yield
 
@@ -81,15 +83,6 @@ class MutedLogger(DummyLogger):
     def root_dir(self) -> str | None:
         """Of the other one, where it has one."""
         return getattr(self._logger, "root_dir", None)
-
-
-def put_for_a_while(undo: ExitStack, attributes: dict[str, Any], name: str, value: Any) -> None:
-    """Put a value into attributes until a stack is unwound."""
-    if name in attributes:
-        undo.callback(attributes.__setitem__, name, attributes[name])
-    else:
-        undo.callback(attributes.pop, name, None)
-    attributes[name] = value
 
 
 def _say_nothing(*args: Any, **kwargs: Any) -> None:

@@ -310,7 +310,7 @@ def _asked_once(pl_module: pl.LightningModule, batch: Any, loss_terms: LossTerms
 def reads_loss(
     pl_module: pl.LightningModule, batch: Any, *, token_mask: TokenMask | None, loss_terms: LossTerms | None
 ) -> bool:
-    """Tell whether a loss's graph alone tells over how many terms it is a mean: nobody said it, of batches of tokens."""
+    """Tell whether only the graph tells how many terms a loss has: nobody said it, and batches are of tokens."""
     if (loss_terms or getattr(pl_module, "loss_terms", "mean")) != "mean":
         return False
     return _tokens_of_a_sample(batch) > 1 or batch_mask(pl_module, batch, token_mask) is not None

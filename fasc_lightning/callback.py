@@ -409,7 +409,7 @@ class FascCallback(pl.Callback):
     ) -> None:
         if self._calibration is not None and self._schedule.begins(trainer):
             self._calibration.begin_batch(trainer, pl_module, batch)
-        elif self._calibrating:
+        elif self._calibration is not None and self._calibration.running:
             self._calibration.pause()
         if skips_backward(trainer):
             return

@@ -23,8 +23,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import override
 
 from fasc_lightning._files import check_json_files
+from fasc_lightning._folder_checks import FILES, check_json_contents, check_weight_files
 from fasc_lightning._guards import expect_guards, guards
+from fasc_lightning._layer_state import check_layer_state
 from fasc_lightning._names import some_names
+from fasc_lightning._schema import check, mapping, naming, text
 from fasc_lightning.expert_modules import unfuse
 from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape
 from fasc_lightning.quantized_layers import QUANTIZATIONS, DenseLinear, make_room_for_int8, quantization_of
@@ -34,6 +37,9 @@ QUANT_METHOD = "fasc"
 
 #: Files of a saved model that are read beside the weights.
 JSON_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+#: What transformers raises in the middle of a configuration that makes no sense.
+_INTERNAL = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError)
 
 #: Of the folders that this version writes, and the newest that it reads.
 FORMAT_VERSION = 1
@@ -49,7 +55,7 @@ class FascConfig(QuantizationConfigMixin):
         format_version: Of the folder.
         provenance: How the model was made (method, budget, ...), of JSON types; never read back into the model.
         quant_method: "fasc".
-        **more: More provenance.
+        **more: More provenance; "files" are the checksums of the weights that :func:`save_compressed` wrote.
 
     Raises:
         ValueError: If the folder was written by a newer format, or a layer's description is not valid.
@@ -72,6 +78,9 @@ class FascConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.layers = checked_layers(layers)
         # By way of JSON, so that it is now what it will be after a reload.
+        if (files := more.pop(FILES, None)) is not None:
+            check(files, mapping(text), "The entry 'files' of quantization_config")
+            self.files = dict(files)  # of the folder that is read, and of no other
         self.provenance: dict[str, Any] = json.loads(json.dumps({**(provenance or {}), **more}, allow_nan=False))
 
 
@@ -83,7 +92,8 @@ class FascQuantizer(HfQuantizer):
 
     @override
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        expect_guards(model, kwargs.get("checkpoint_files") or (), self.quantization_config.layers)
+        files = kwargs.get("checkpoint_files") or ()
+        expect_guards(model, files, self.quantization_config.layers)
         prefix = f"{model.base_model_prefix}."
         names = self.quantization_config.layers
         unfuse(model, {form for name in names for form in (name, name.removeprefix(prefix), prefix + name)})
@@ -92,6 +102,7 @@ class FascQuantizer(HfQuantizer):
             name: empty_layer(name, model.get_submodule(name), spec) for name, spec in layers.items()
         }
         swap_modules(model, empty)
+        check_weight_files(model, files, vars(self.quantization_config).pop(FILES, None))
         # The names of this model are those that it must be saved with.
         self.quantization_config.layers = layers
         _untie(model)
@@ -100,6 +111,9 @@ class FascQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # The weights are plain floats: with the flag set, transformers would refuse `.half()` and `.float()`.
         model.is_quantized = False  # type: ignore[assignment]
+        with naming(f"The folder {getattr(model, 'name_or_path', '')!r}"):
+            for name, layer in compressed_layers(model).items():
+                check_layer_state(name, layer.state_dict())
         return model
 
     @override
@@ -197,7 +211,9 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
         )
     kwargs.setdefault("trust_remote_code", False)
     # transformers passes over a damaged generation_config.json, and does not name an index.
-    check_json_files(Path(path, kwargs.get("subfolder") or "", name) for name in JSON_FILES)
+    folder = Path(path, kwargs.get("subfolder") or "")
+    check_json_files(folder / name for name in JSON_FILES)
+    check_json_contents(folder, JSON_FILES)
     config = _read_config(path, kwargs)
     model_class = model_class or _saved_class(path, config)
     strict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -206,6 +222,13 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
     except SafetensorError as error:
         raise ValueError(
             f"A weights file of {str(path)!r} is truncated or damaged ({error}). Save or download it again."
+        ) from error
+    except _INTERNAL as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"Expected config.json of {str(path)!r} to describe a model, and the arguments to be those of "
+            f"from_pretrained, but they do not: {type(error).__name__}: {error}"
         ) from error
     _check_loaded(path, model, info)
     return model
@@ -230,6 +253,8 @@ def checked_layers(layers: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(layers, Mapping) or not layers:
         raise ValueError(f"Expected `layers` to describe at least one compressed layer by its name, got {layers!r}.")
     for name, spec in layers.items():
+        if not isinstance(name, str):
+            raise ValueError(f"Expected `layers` to have names as keys, got {name!r}.")
         if not _is_valid(spec):
             raise ValueError(
                 f'Expected {{"rank": int, "layout": "factors", "bias": bool}} or {{"rank": int, "layout": "pivot", '
@@ -243,7 +268,7 @@ def _is_valid(spec: Any) -> bool:
     if not isinstance(spec, Mapping) or type(spec.get("rank")) is not int or type(spec.get("bias")) is not bool:
         return False
     layout, keys = spec.get("layout"), set(spec) - {"quantize"}
-    if "quantize" in spec and spec["quantize"] not in QUANTIZATIONS:
+    if "quantize" in spec and not (isinstance(spec["quantize"], str) and spec["quantize"] in QUANTIZATIONS):
         return False
     if layout == "pivot":
         return keys == {"rank", "layout", "bias", "side"} and spec["side"] in ("in", "out")
@@ -431,7 +456,7 @@ def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str
     """Refuse a model whose weights are not exactly the folder's.
 
     Raises:
-        ValueError: If a weight is missing, left over or of another shape, or a pivoted layer's index is no permutation.
+        ValueError: If a weight is missing, left over or of another shape.
     """
     mismatched = [f"{key} {tuple(saved)} instead of {tuple(want)}" for key, saved, want in info["mismatched_keys"]]
     problems = {
@@ -439,11 +464,6 @@ def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str
         "unexpected": info["unexpected_keys"],
         "of another shape": mismatched,
         "errors": info["error_msgs"],
-        "no permutation": [
-            f"{name}.permutation"
-            for name, layer in compressed_layers(model).items()
-            if isinstance(layer, PivotedLinear) and not _is_permutation(layer.permutation)
-        ],
     }
     found = [f"{problem}: {some_names(keys)}" for problem, keys in problems.items() if keys]
     if found:
@@ -452,11 +472,6 @@ def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str
             f"config.json describes ({'; '.join(found)}). The folder was edited or is incomplete, or model_class is "
             "not the class that was saved."
         )
-
-
-def _is_permutation(index: torch.Tensor) -> bool:
-    # An offloaded layer's index is not in memory.
-    return index.is_meta or bool(torch.equal(index.long().sort().values, torch.arange(len(index), device=index.device)))
 
 
 def _register() -> None:

@@ -181,6 +181,11 @@ def _stem(path: Path) -> str:
     return path.name.replace("hpc_ckpt_", "hpc-ckpt-")
 
 
+def is_run(value: Any) -> bool:
+    """Whether a value is the name of a run: file names begin with it."""
+    return isinstance(value, str) and re.fullmatch(rf"[0-9a-f]{{{_RUN}}}", value) is not None
+
+
 def is_local(path: Any) -> bool:
     """Whether a path is of this machine's files: checkpoints elsewhere keep their statistics, of any size."""
     return "://" not in str(path)

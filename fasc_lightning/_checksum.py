@@ -64,7 +64,9 @@ def check_sum(found: str, expected: Any, what: str) -> None:
         SchemaError: If they differ.
     """
     if found != expected:
-        raise SchemaError(f"Expected {what} with the values that were saved but they are others: their checksum differs.")
+        raise SchemaError(
+            f"Expected {what} with the values that were saved but they are others: their checksum differs."
+        )
 
 
 def _digest_of(tensor: Tensor) -> Any:
@@ -72,7 +74,7 @@ def _digest_of(tensor: Tensor) -> Any:
     digest = hashlib.sha256(f"tensor {value.dtype} {tuple(value.shape)}\0".encode())
     if value.numel():
         # Half precision has no NumPy type of its own.
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest
 
 

@@ -83,7 +83,9 @@ def _check_counts(config: Mapping[str, Any], path: Path) -> None:
         for name in _REPEATED:
             value = part.get(name)
             if isinstance(value, int | float) and not 0 <= value <= tensors:
-                raise SchemaError(f"Expected {name} of at most {tensors} in {path}, whose weights are that many, got {value!r:.40}.")
+                raise SchemaError(
+                    f"Expected {name} of at most {tensors} in {path}, whose weights are that many, got {value!r:.40}."
+                )
 
 
 def check_weight_files(model: nn.Module, files: Iterable[str | PathLike[str]], sums: Mapping[str, str] | None) -> None:
@@ -97,7 +99,10 @@ def check_weight_files(model: nn.Module, files: Iterable[str | PathLike[str]], s
     Raises:
         SchemaError: With the file and the tensor.
     """
-    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    state = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for file in map(Path, files):
         if file.suffix != ".safetensors":

@@ -36,7 +36,9 @@ def check_layer_state(name: str, state: Mapping[str, Any]) -> None:
                 raise SchemaError(f"Expected a tensor of bool at {path!r} but got {_form(value)}.")
         elif key.endswith(".weight") and f"{key.removesuffix('weight')}scale" in state:
             if value.dtype != torch.int8:
-                raise SchemaError(f"Expected the weight of a quantised layer in int8 at {path!r} but got {_form(value)}.")
+                raise SchemaError(
+                    f"Expected the weight of a quantised layer in int8 at {path!r} but got {_form(value)}."
+                )
         else:
             check_floats(path, value)
 

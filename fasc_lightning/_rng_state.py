@@ -49,7 +49,7 @@ def check_rng_state(state: Any, path: str) -> None:
     kind, keys, *rest = state["numpy"]
     try:
         random.Random().setstate((version, tuple(internal), gauss))
-        np.random.RandomState().set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+        np.random.RandomState().set_state((kind, keys.numpy().astype(np.uint32), *rest))
         torch.Generator().set_state(state["torch"])
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise SchemaError(f"Expected states of random generators at {path.lstrip('.')!r} but {error}.") from error

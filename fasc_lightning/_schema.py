@@ -1,8 +1,8 @@
 """Declared schemas of what is read back from files: names, types, shapes and ranges, checked before anything is made.
 
 A schema is a function of a value and of the path that leads to it; it raises a :class:`SchemaError` or returns. Small
-ones are put together: ``record({"rank": integer(1), "bias": boolean})``. Tensors that a file holds beside plain data are
-described by :class:`Entry`. No dependency of the package describes tensors inside of plain data.
+ones are put together: ``record({"rank": integer(1), "bias": boolean})``. Tensors are described by :class:`Entry`: no
+dependency of the package describes those inside of plain data.
 """
 
 from __future__ import annotations
@@ -362,7 +362,9 @@ def read_json(path: str | Path, schema: Schema = anything) -> Any:
     """
     path = Path(path)
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise SchemaError(f"{path} has {size:,} bytes, more than the {MAX_JSON_BYTES:,} that a JSON file may have here.")
+        raise SchemaError(
+            f"{path} has {size:,} bytes, more than the {MAX_JSON_BYTES:,} that a JSON file may have here."
+        )
     content = parse_json(path.read_bytes(), str(path))
     check(content, schema, str(path))
     return content

@@ -131,4 +131,6 @@ def open_tensors(path: str | Path, kind: str = "file") -> Iterator[tuple[NamedTe
         with safe_open(path, framework="pt") as file:
             yield NamedTensors.in_file(file, str(path)), file.metadata() or {}
     except SafetensorError as error:
-        raise SchemaError(f"Expected a whole safetensors {kind} but {path} is damaged ({error}): truncated or altered.") from error
+        raise SchemaError(
+            f"Expected a whole safetensors {kind} but {path} is damaged ({error}): truncated or altered."
+        ) from error

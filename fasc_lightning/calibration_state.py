@@ -108,7 +108,7 @@ def unpack_calibration(
 
 
 def _check_same(calibration: Calibration, header: Mapping[str, Any]) -> None:
-    """Refuse moments of other layers, types or statistics than this calibration's, whatever the checkpoint calls them."""
+    """Refuse moments of other layers, types or statistics than this calibration's, whatever the setting says."""
     moments = calibration.moments
     for what, found, wanted in (
         ("shapes", {name: tuple(shape) for name, shape in header["shapes"].items()}, moments.shapes),

@@ -311,7 +311,7 @@ class FascCallback(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._keeper.load(checkpoint)
+        self._keeper.load(trainer, checkpoint)
         if self._calibration is not None:  # as strategies that shard weights load them after `on_fit_start`
             self._keeper.resume(trainer, self._calibration, self._schedule)
         state = checkpoint["callbacks"].get(self.state_key, {})

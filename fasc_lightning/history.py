@@ -264,7 +264,9 @@ class RhoHistory(Sequence[RhoRow]):
         if not isinstance(state, Mapping) or set(state) != expected:
             found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"Expected the state of a RhoHistory, {sorted(expected)}, but got {found}.")
-        lengths = {name: len(state[name]) for name in COLUMNS if isinstance(state[name], torch.Tensor) and state[name].ndim}
+        lengths = {
+            name: len(state[name]) for name in COLUMNS if isinstance(state[name], torch.Tensor) and state[name].ndim
+        }
         if len(set(lengths.values())) > 1:
             raise ValueError(f"Expected columns of one length in the state of a RhoHistory but got {lengths}.")
         check(state, _STATE, "The state of a RhoHistory")

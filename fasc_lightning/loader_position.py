@@ -109,7 +109,9 @@ _POSITION = record(
                 )
             )
         ),
-        "fetched": record({"batches": anything, "tensors": mapping(Entry((*FLOATS, *INTEGERS, torch.bool), finite=False))}),
+        "fetched": record(
+            {"batches": anything, "tensors": mapping(Entry((*FLOATS, *INTEGERS, torch.bool), finite=False))}
+        ),
         "rng": check_rng_state,
     }
 )

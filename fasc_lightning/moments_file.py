@@ -45,9 +45,7 @@ _HEADER = "fasc_lightning.moments"
 _MAX_WIDTH, _MAX_COUNT = 2**31, 2**53
 
 _WIDTH = integer(1, _MAX_WIDTH)
-_SIDE = record(
-    {"features": _WIDTH, "size": _WIDTH}, {"seed": integer(-(2**63), 2**63), "kind": one_of(*SKETCH_KINDS)}
-)
+_SIDE = record({"features": _WIDTH, "size": _WIDTH}, {"seed": integer(-(2**63), 2**63), "kind": one_of(*SKETCH_KINDS)})
 
 #: Of what :func:`pack_moments` returns.
 MOMENTS_HEADER = record(

@@ -159,7 +159,7 @@ class CalibrationKeeper:
             hindered = "it was saved when a process of several failed"
         else:
             hindered = _of_any(trainer, obstacle(trainer) if left else "")
-        state = {
+        state: dict[str, Any] = {
             "format": _FORMAT,
             "end": _end(trainer, schedule),
             "setting": calibration.setting(trainer),
@@ -186,16 +186,20 @@ class CalibrationKeeper:
 
     # Resuming.
 
-    def load(self, checkpoint: dict[str, Any]) -> None:
+    def load(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         """Take a calibration out of a checkpoint, before Lightning copies what it hands to callbacks.
+
+        Args:
+            trainer: That has read it.
+            checkpoint: What was read.
 
         Raises:
             ValueError: If the callbacks' states are not mappings.
         """
-        callbacks = checkpoint.get("callbacks")
-        check(callbacks, mapping(anything, anything), "The entry 'callbacks' of the checkpoint")
+        callbacks: Any = checkpoint.get("callbacks")
+        check(callbacks, mapping(anything, anything), f"The entry 'callbacks' of {trainer.ckpt_path}")
         own = callbacks.get(self._key, {})
-        check(own, mapping(anything), f"The state of {self._key} in the checkpoint")
+        check(own, mapping(anything), f"The state of {self._key} in {trainer.ckpt_path}")
         if _KEY not in own:
             return
         state = own.pop(_KEY)
@@ -220,10 +224,11 @@ class CalibrationKeeper:
         where = f"The calibration in the checkpoint {trainer.ckpt_path}"
         if not isinstance(state, dict):
             self._state = None
+            found = "null" if state is None else f"a {type(state).__name__}"
             rank_zero_warn(
-                f"FascCallback: the checkpoint {trainer.ckpt_path} holds {'null' if state is None else f'a {type(state).__name__}'} in "
-                "place of a calibration, so that none of its statistics are used and the calibration starts again with "
-                "what is left of it. Was the file edited? HINT: resume from a checkpoint of before the calibration."
+                f"FascCallback: {trainer.ckpt_path} holds {found} in place of a calibration, so that none of its "
+                "statistics are used and the calibration starts again with what is left of it. Was the file edited? "
+                "HINT: resume from a checkpoint of before the calibration."
             )
             return
         damage, altered = _damage(state), _alteration(state)

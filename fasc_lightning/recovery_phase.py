@@ -30,8 +30,8 @@ from fasc_lightning.recovery_checks import check_optimizers, check_recoverable
 from fasc_lightning.recovery_teacher import TeacherPhase
 from fasc_lightning.replay import check_automatic
 from fasc_lightning.report import recovery_line
-from fasc_lightning.resumable_loader import restore_loaders
 from fasc_lightning.report_schema import check_recovery_state, sealed
+from fasc_lightning.resumable_loader import restore_loaders
 from fasc_lightning.swap import compressed_layers, is_compressed
 from fasc_lightning.taps import is_plain_linear
 from fasc_lightning.tokens import count_tokens

@@ -9,7 +9,6 @@ from fasc_lightning._checksum import check_sum, checksum
 from fasc_lightning._schema import (
     Entry,
     anything,
-    boolean,
     check,
     integer,
     listed,
@@ -67,9 +66,7 @@ REPORT = record(
     extra=True,
 )
 
-_CALLBACK = record(
-    {"rho_history": mapping(anything)}, {"report": REPORT, "teacher": text, _CHECKSUM: text}, extra=True
-)
+_CALLBACK = record({"rho_history": mapping(anything)}, {"report": REPORT, "teacher": text, _CHECKSUM: text}, extra=True)
 
 _VALUES = mapping(Entry(finite=False))
 _RECOVERY = record(

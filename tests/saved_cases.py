@@ -29,7 +29,14 @@ from fasc_lightning.teacher_cache import LogitCache
 SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
 BATCHES, STOP = 6, 4
 TARGETS = ["q_proj", "k_proj", "down_proj"]
-OPTIONS = {"targets": TARGETS, "keep": 0.6, "update_weights": False, "refit": False, "allocation": "fisher", "monitor_every_n_steps": 2}
+OPTIONS = {
+    "targets": TARGETS,
+    "keep": 0.6,
+    "update_weights": False,
+    "refit": False,
+    "allocation": "fisher",
+    "monitor_every_n_steps": 2,
+}
 TEACHER = {"teacher": "0" * 32, "temperature": 2.0}
 TOP_K = 8
 

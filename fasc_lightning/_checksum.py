@@ -70,6 +70,8 @@ def check_sum(found: str, expected: Any, what: str) -> None:
 
 
 def _digest_of(tensor: Tensor) -> Any:
+    if tensor.is_meta or tensor.layout != torch.strided:  # as only an edited file has them
+        return hashlib.sha256(f"{tensor.layout} tensor on {tensor.device}".encode())
     value = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"tensor {value.dtype} {tuple(value.shape)}\0".encode())
     if value.numel():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,41 @@ _REPEATED = (
 )
 
 _INDEX = record({"weight_map": mapping(text)}, extra=True)
+
+
+#: What transformers raises in the middle of a configuration that makes no sense.
+_INTERNAL = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError)
+
+
+@contextmanager
+def of_folder(path: str | PathLike[str]) -> Iterator[None]:
+    """Let whatever is wrong with a compressed model that is being loaded be a ValueError that names its folder.
+
+    Raises:
+        ValueError: In place of those of safetensors and of transformers.
+        OSError: As it was.
+        torch.OutOfMemoryError: Likewise.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"A weights file of {str(path)!r} is truncated or damaged ({error}). Save or download it again."
+        ) from error
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"The compressed model in {str(path)!r} cannot be loaded. {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (*_INTERNAL, StrictDataclassError) as error:
+        raise ValueError(
+            f"Expected config.json of {str(path)!r} to describe a model, and the arguments to be those of "
+            f"from_pretrained, but they do not: {type(error).__name__}: {error}"
+        ) from error
 
 
 def add_checksums(folder: Path) -> None:

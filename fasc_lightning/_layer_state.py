@@ -25,8 +25,10 @@ def check_layer_state(name: str, state: Mapping[str, Any]) -> None:
     """
     for key, value in state.items():
         path = f"{name}.{key}"
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
             raise refuse("a tensor", value, path)
+        if key.endswith(".weight") and value.ndim != 2:
+            raise SchemaError(f"Expected a matrix at {path!r} but got {_form(value)}.")
         if key == "permutation":
             # An offloaded layer's index is not in memory.
             if not value.is_meta and not is_permutation(value):

@@ -71,7 +71,8 @@ def refuse(expected: str, value: Any, path: str) -> SchemaError:
 
 def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+        form = str(value.layout).removeprefix("torch.") if value.layout != torch.strided else str(value.device)
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)} ({form})"
     if value is None or isinstance(value, str | int | float):
         try:
             return f"{value!r:.80}"
@@ -268,8 +269,7 @@ class Entry:
 
     def __call__(self, value: Any, path: str) -> None:
         """Check a tensor as a schema does."""
-        if not isinstance(value, Tensor):
-            raise refuse("a tensor", value, path)
+        check_has_numbers(value, path)
         self.check_form(value.dtype, tuple(value.shape), path)
         self.check_values(value, path)
 
@@ -307,6 +307,16 @@ class Entry:
                 f"Expected numbers{_range(self.low, self.high)} at {path.lstrip('.')!r} but got some from "
                 f"{least:g} to {greatest:g}."
             )
+
+
+def check_has_numbers(value: Any, path: str) -> None:
+    """Refuse what is no ordinary tensor in memory.
+
+    Raises:
+        SchemaError: If it is none, on the meta device, or sparse.
+    """
+    if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
+        raise refuse("a tensor in memory", value, path)
 
 
 def check_names(found: Iterable[str], wanted: Iterable[str], what: str = "tensor") -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fasc_lightning._checksum import check_sum, tensor_checksum
-from fasc_lightning._schema import Entry, SchemaError, check_names, refuse
+from fasc_lightning._schema import Entry, SchemaError, check_has_numbers, check_names
 
 #: Types of safetensors' headers; none of the others is written here.
 _DTYPES = {
@@ -57,8 +57,7 @@ class NamedTensors:
             SchemaError: If a value is no tensor.
         """
         for name, value in tensors.items():
-            if not isinstance(value, Tensor):
-                raise refuse("a tensor", value, str(name))
+            check_has_numbers(value, str(name))
         return cls({n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, tensors.__getitem__, where)
 
     @classmethod

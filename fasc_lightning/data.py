@@ -76,7 +76,7 @@ def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int | N
         ValueError: If a size is not positive or the text has too few tokens.
     """
     _check_sizes(windows, window)
-    return _windows(lambda length: text[:length], tokenizer, windows, window)
+    return _windows(lambda length: text[:length], "the text", tokenizer, windows, window)
 
 
 def file_windows(path: str | Path, tokenizer: PreTrainedTokenizerBase, windows: int | None, window: int) -> Tensor:
@@ -94,7 +94,7 @@ def file_windows(path: str | Path, tokenizer: PreTrainedTokenizerBase, windows: 
     """
     _check_sizes(windows, window)
     text_ending(path)
-    return _windows(lambda length: read_text(path, length), tokenizer, windows, window)
+    return _windows(lambda length: read_text(path, length), f"the text of {path}", tokenizer, windows, window)
 
 
 def _check_sizes(windows: int | None, window: int) -> None:
@@ -103,14 +103,14 @@ def _check_sizes(windows: int | None, window: int) -> None:
 
 
 def _windows(
-    read: Callable[[int | None], str], tokenizer: PreTrainedTokenizerBase, windows: int | None, window: int
+    read: Callable[[int | None], str], what: str, tokenizer: PreTrainedTokenizerBase, windows: int | None, window: int
 ) -> Tensor:
     needed = None if windows is None else windows * window
-    ids = _leading_ids(read, tokenizer, needed)
+    ids = _leading_ids(read, what, tokenizer, needed)
     supported = len(ids) // window
     if supported < (windows or 1):
         raise ValueError(
-            f"Expected {windows or 1} windows of {window} tokens, but the text has {len(ids)} tokens, enough for "
+            f"Expected {windows or 1} windows of {window} tokens, but {what} has {len(ids)} tokens, enough for "
             f"{supported}. Give a longer text, or ask for fewer or shorter windows."
         )
     kept = supported if windows is None else windows
@@ -118,12 +118,13 @@ def _windows(
 
 
 def _leading_ids(
-    read: Callable[[int | None], str], tokenizer: PreTrainedTokenizerBase, needed: int | None
+    read: Callable[[int | None], str], what: str, tokenizer: PreTrainedTokenizerBase, needed: int | None
 ) -> list[int]:
     """The first ``needed`` ids of a text's tokens (all of them if None or if there are fewer).
 
     Args:
         read: Returns so many characters from the start of the text, or all of it.
+        what: The text, for messages.
         tokenizer: Gives the ids.
         needed: How many.
     """
@@ -140,7 +141,7 @@ def _leading_ids(
             return ids[:needed]
         if length > max(MAX_TEXT, 64 * needed):
             raise ValueError(
-                f"Expected {needed:,} tokens in the first {length:,} characters but got {len(ids):,}: is it a text?"
+                f"Expected {needed:,} tokens in the first {length:,} characters of {what} but got {len(ids):,}. Is it one?"
             )
         length *= 2
 

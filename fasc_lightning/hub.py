@@ -23,9 +23,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import override
 
 from fasc_lightning._files import check_json_files
-from fasc_lightning._folder_checks import FILES, check_json_contents, check_weight_files
+from fasc_lightning._folder_checks import FILES, check_json_contents, check_weight_files, of_folder
 from fasc_lightning._guards import expect_guards, guards
-from fasc_lightning._layer_state import check_layer_state
+from fasc_lightning._layer_state import check_layer_state, check_state
 from fasc_lightning._names import some_names
 from fasc_lightning._schema import check, mapping, naming, text
 from fasc_lightning.expert_modules import unfuse
@@ -37,9 +37,6 @@ QUANT_METHOD = "fasc"
 
 #: Files of a saved model that are read beside the weights.
 JSON_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
-
-#: What transformers raises in the middle of a configuration that makes no sense.
-_INTERNAL = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError)
 
 #: Of the folders that this version writes, and the newest that it reads.
 FORMAT_VERSION = 1
@@ -200,8 +197,6 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
     Example:
         >>> model = load_compressed("compressed/")  # doctest: +SKIP
     """
-    from safetensors import SafetensorError
-
     if kwargs.get("use_safetensors") is False:
         raise ValueError("Expected use_safetensors=True: load_compressed reads no pickled weights.")
     if "output_loading_info" in kwargs or "ignore_mismatched_sizes" in kwargs:
@@ -212,25 +207,14 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
     kwargs.setdefault("trust_remote_code", False)
     # transformers passes over a damaged generation_config.json, and does not name an index.
     folder = Path(path, kwargs.get("subfolder") or "")
-    check_json_files(folder / name for name in JSON_FILES)
-    check_json_contents(folder, JSON_FILES)
-    config = _read_config(path, kwargs)
-    model_class = model_class or _saved_class(path, config)
-    strict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
+    with of_folder(path):
+        check_json_files(folder / name for name in JSON_FILES)
+        check_json_contents(folder, JSON_FILES)
+        config = _read_config(path, kwargs)
+        model_class = model_class or _saved_class(path, config)
+        strict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = model_class.from_pretrained(path, **{**kwargs, **strict})
-    except SafetensorError as error:
-        raise ValueError(
-            f"A weights file of {str(path)!r} is truncated or damaged ({error}). Save or download it again."
-        ) from error
-    except _INTERNAL as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ValueError(
-            f"Expected config.json of {str(path)!r} to describe a model, and the arguments to be those of "
-            f"from_pretrained, but they do not: {type(error).__name__}: {error}"
-        ) from error
-    _check_loaded(path, model, info)
+        _check_loaded(path, model, info)
     return model
 
 
@@ -442,21 +426,22 @@ def _saved_class(path: str | PathLike[str], config: Mapping[str, Any]) -> Any:
     """
     import transformers
 
-    names = config.get("architectures") or [None]
-    found = getattr(transformers, str(names[0]), None)
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+    found = config.get("architectures")
+    names = found if isinstance(found, list) and found else [None]
+    saved = getattr(transformers, str(names[0]), None)
+    if not isinstance(saved, type) or not issubclass(saved, transformers.PreTrainedModel):
         raise ValueError(
             f"Expected config.json of {str(path)!r} to name a model class of transformers {transformers.__version__} "
             f"as its architecture, got {names[0]!r}. Give the class as model_class."
         )
-    return found
+    return saved
 
 
 def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str, Any]) -> None:
     """Refuse a model whose weights are not exactly the folder's.
 
     Raises:
-        ValueError: If a weight is missing, left over or of another shape.
+        ValueError: If a weight is missing, left over, of another shape, or not finite.
     """
     mismatched = [f"{key} {tuple(saved)} instead of {tuple(want)}" for key, saved, want in info["mismatched_keys"]]
     problems = {
@@ -472,6 +457,8 @@ def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str
             f"config.json describes ({'; '.join(found)}). The folder was edited or is incomplete, or model_class is "
             "not the class that was saved."
         )
+    with naming(f"The folder {str(path)!r}"):
+        check_state(model, model.state_dict(), "", compressed_layers(model))
 
 
 def _register() -> None:

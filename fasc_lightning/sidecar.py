@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fasc_lightning._files import whole_file
+from fasc_lightning._schema import anything, check, mapping, record
 
 #: Bytes of statistics above which a checkpoint gets a sidecar. Lightning makes a checkpoint in memory before it is
 #: written, reads it on every process and copies what it hands to a callback: of a 135M model's statistics (1 GB) that
@@ -24,6 +25,8 @@ from fasc_lightning._files import whole_file
 SIDECAR_BYTES = 64 * 2**20
 
 SUFFIX = ".fasc.safetensors"
+
+_CHECKPOINT = record({}, {"callbacks": mapping(anything), "state_dict": mapping(anything)}, extra=True)
 
 _TOKEN = "fasc_lightning.calibration"
 
@@ -77,8 +80,16 @@ class SidecarCheckpointIO(CheckpointIO):
             self._tidy(Path(path), written)
 
     @override
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.inner.load_checkpoint(*args, **kwargs)
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint.
+
+        Raises:
+            ValueError: If it is no mapping of names, or its callbacks' states are none; Lightning takes that on trust.
+        """
+        checkpoint = self.inner.load_checkpoint(path, *args, **kwargs)
+        if isinstance(checkpoint, dict):  # sharded ones are read in other ways
+            check(checkpoint, _CHECKPOINT, f"The checkpoint {path}")
+        return checkpoint
 
     @override
     def remove_checkpoint(self, path: Any) -> None:

@@ -99,10 +99,10 @@ class NamedTensors:
         if name not in self.forms:
             raise SchemaError(f"Expected the tensor {name!r} but it is missing.")
         tensor = self._read(name)
-        if self._checksums is not None:
-            check_sum(tensor_checksum(tensor), self._checksums[name], f"the tensor {name!r}")
         if name in self._wanted:
             self._wanted[name].check_values(tensor, name)
+        if self._checksums is not None:
+            check_sum(tensor_checksum(tensor), self._checksums[name], f"the tensor {name!r}")
         return tensor
 
 

@@ -141,7 +141,8 @@ def _leading_ids(
             return ids[:needed]
         if length > max(MAX_TEXT, 64 * needed):
             raise ValueError(
-                f"Expected {needed:,} tokens in the first {length:,} characters of {what} but got {len(ids):,}. Is it one?"
+                f"Expected {needed:,} tokens in the first {length:,} characters of {what} but got {len(ids):,}. Is it "
+                "a text?"
             )
         length *= 2
 

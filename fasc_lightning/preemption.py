@@ -244,9 +244,9 @@ class CalibrationKeeper:
                 f"{where} cannot be used{f': {damage or altered}' if damage or altered else ''}. It cannot start again "
                 f"either, since where it began is damaged or was edited: {lost} HINT: resume from another checkpoint."
             )
-        # Another setting explains more than a checksum.
-        reason = _of_any(trainer, damage or self._unusable(trainer, calibration, state) or altered)
-        reason = reason or _of_any(trainer, self._read(trainer, calibration, state))
+        # Another setting, and what is not of its kind, explain more than a checksum.
+        reason = _of_any(trainer, damage or self._unusable(trainer, calibration, state))
+        reason = reason or _of_any(trainer, self._read(trainer, calibration, state, altered))
         if reason:
             self._state = None
             self._go_back(trainer, calibration, checkpoint, state, reason)
@@ -286,8 +286,8 @@ class CalibrationKeeper:
         return state["obstacle"] or next((_change(name, was.get(name), now[name]) for name in changed), "")
 
     @staticmethod
-    def _read(trainer: pl.Trainer, calibration: Calibration, state: dict[str, Any]) -> str:
-        """Read the statistics; return why that failed, "" if it did not."""
+    def _read(trainer: pl.Trainer, calibration: Calibration, state: dict[str, Any], altered: str) -> str:
+        """Read the statistics, unless they are known to be altered; return why not, "" if they were read."""
         tensors: dict[str, Tensor] = state.pop("tensors")
         path = Path(str(trainer.ckpt_path))
         beside = "token" in state and trainer.is_global_zero
@@ -296,6 +296,8 @@ class CalibrationKeeper:
             if state["left"]:
                 listed(anything, trainer.world_size)(state.get("positions"), "positions")
                 check_position(state["positions"][trainer.global_rank], f"positions[{trainer.global_rank}]")
+            if altered:
+                return altered
             checksums = state.get("checksums")
             with open_sidecar(state["token"], path) if beside else nullcontext() as handle:
                 where = str(path)
@@ -317,7 +319,7 @@ class CalibrationKeeper:
         calibration.reset()
         go_back(checkpoint, state["origin"])
         self._stopping = state["origin"]["stopping"]
-        twice = ""
+        twice, reason = "", reason.rstrip(".")
         if calibration.options.update_weights:
             twice = " The weights are trained on those batches once more, since update_weights=True."
         rank_zero_warn(

@@ -18,9 +18,12 @@ MAX_LINE = 2**24
 #: Characters of the longest text that is read whole. Tokenising takes some sixty bytes for each.
 MAX_TEXT = 2**26
 
+#: Blank lines in a row; nobody means more.
+MAX_BLANK = 2**20
+
 #: How many times its size a compressed file may unpack to, once that is more than so many bytes. Texts reach ten or
 #: twenty times; files that are made to fill a memory reach thousands.
-MAX_RATIO, FREE_BYTES = 1000, 2**26
+MAX_RATIO, FREE_BYTES = 100, 2**24
 
 #: Memory of the decompressor; ``xz -9`` asks for a quarter of it.
 UNPACKING_BYTES = 2**28
@@ -43,12 +46,15 @@ def open_text(path: str | Path) -> Iterator[str]:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no UTF-8 or is damaged, unpacks to far more than its size, or has a line of more than
-            :data:`MAX_LINE` characters.
+            :data:`MAX_LINE` characters or more than :data:`MAX_BLANK` blank ones in a row.
     """
     with _opened(path) as lines:
-        number = 0
+        number = blank = 0
         while line := lines.readline(MAX_LINE + 1):
             number += 1
+            blank = blank + 1 if line.isspace() else 0
+            if blank > MAX_BLANK:
+                raise ValueError(f"Expected a text or rows in {path} but it has {blank:,} blank lines in a row.")
             if len(line) > MAX_LINE:
                 raise ValueError(
                     f"Expected lines of at most {MAX_LINE:,} characters in {path} but line {number} is longer. Split "

@@ -57,7 +57,7 @@ def test_an_old_compressed_checkpoint_loads():
     assert "checksum" not in state
     callback.load_state_dict(state)
     assert callback.report.kept <= 0.6
-    assert [row.name for row in callback.report.layers] == list(callback.report.plan)
+    assert {row.name for row in callback.report.layers if row.layout != "dense"} == set(callback.report.plan)
 
 
 def test_an_old_folder_loads():

@@ -37,7 +37,7 @@ from fasc_lightning._tables import save_table
 from fasc_lightning.allocation import Candidate, allocate_fisher
 from fasc_lightning.bundled import load_model
 from fasc_lightning.comparison_tables import shown_perplexity
-from fasc_lightning.data import calibration_windows, model_fingerprint, read_text, text_windows
+from fasc_lightning.data import calibration_windows, model_fingerprint, text_windows
 from fasc_lightning.evaluation import token_losses
 from fasc_lightning.factorize import layer_budgets
 from fasc_lightning.lowrank import linear_shape, linear_weight, make_lowrank, pivot_cost
@@ -52,6 +52,7 @@ from fasc_lightning.solvers.fasc import SHRINK_A, SHRINK_COUPLED_G, SHRINK_G, tw
 from fasc_lightning.study import backward_windows
 from fasc_lightning.swap import swap_modules
 from fasc_lightning.taps import Taps, select_layers
+from fasc_lightning.text_files import read_text
 
 CALIBRATION = ("calib_wikitext2_train.txt", "calib_wikipedia_exllama.txt", "calib_c4_realnews.txt")
 #: The texts that judge, and the first window of each that does. The news file calibrates, too, with its first windows.

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fasc_lightning._schema import MAX_DEPTH, SchemaError, anything, listed, one_of, refuse, row, text
+
 
 class UnsavableBatchError(TypeError):
     """A batch holds what neither a tensor nor plain data can stand for."""
@@ -59,23 +61,59 @@ def unpack_batch(plain: Any, tensor: Callable[[str], Tensor]) -> Any:
     """Return the batch of which :func:`pack_batch` made plain data.
 
     Args:
-        plain: The data.
+        plain: The data, as it was read, of any form.
         tensor: Returns a tensor by its name.
+
+    Raises:
+        SchemaError: If the data is not of that form.
     """
+    return _unpack(plain, tensor, 0)
+
+
+def tensor_names(plain: Any) -> set[str]:
+    """Return the names of the tensors that a batch in plain data needs.
+
+    Raises:
+        SchemaError: If the data is not of the form of :func:`pack_batch`.
+    """
+    names: set[str] = set()
+    _unpack(plain, names.add, 0)
+    return names
+
+
+def _unpack(plain: Any, tensor: Callable[[str], Any], depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise SchemaError(f"Expected at most {MAX_DEPTH} levels in a batch but there are more.")
+    _NODE(plain, "a batch")
     kind, content = plain
     if kind == "tensor":
+        text(content, "a batch")
         return tensor(content)
     if kind == "value":
+        if content is not None and type(content) not in (bool, int, float, str):
+            raise refuse("a plain value", content, "a batch")
         return content
+    listed(anything)(content, "a batch")
     if kind in ("list", "tuple"):
-        items = [unpack_batch(item, tensor) for item in content]
+        items = [_unpack(item, tensor, depth + 1) for item in content]
         return items if kind == "list" else tuple(items)
-    mapping = {key: unpack_batch(item, tensor) for key, item in content}
+    listed(_ITEM)(content, "a batch")
+    mapping = {key: _unpack(item, tensor, depth + 1) for key, item in content}
     if kind == "dict":
         return mapping
     from transformers import BatchEncoding
 
     return BatchEncoding(mapping)
+
+
+def _key(value: Any, path: str) -> None:
+    if type(value) not in (str, int):
+        raise refuse("a name or a number as a key", value, path)
+
+
+#: Kind and content; key and content of an item of a mapping.
+_NODE = row(one_of("tensor", "value", "list", "tuple", "dict", "encoding"), anything)
+_ITEM = row(_key, anything)
 
 
 def _batch_encoding() -> Any:

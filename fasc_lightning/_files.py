@@ -101,7 +101,7 @@ def check_json_files(files: Iterable[Path]) -> None:
         try:
             if file.is_file():
                 json.loads(file.read_bytes())
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise ValueError(
                 f"{file} is not valid JSON ({error}): truncated or damaged. Save or copy it again."
             ) from error

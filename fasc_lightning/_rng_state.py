@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fasc_lightning._schema import Entry, SchemaError, integer, listed, number, one_of, optional, record, row
 from fasc_lightning._undo import undoing
 
 
@@ -36,6 +37,40 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def check_rng_state(state: Any, path: str) -> None:
+    """Refuse what :func:`set_rng_state` could not take, before any generator has changed.
+
+    Raises:
+        SchemaError: If it is not a state of these generators.
+    """
+    _STATE(state, path)
+    version, internal, gauss = state["python"]
+    kind, keys, *rest = state["numpy"]
+    try:
+        random.Random().setstate((version, tuple(internal), gauss))
+        np.random.RandomState().set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        torch.Generator().set_state(state["torch"])
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise SchemaError(f"Expected states of random generators at {path.lstrip('.')!r} but {error}.") from error
+
+
+_WORD = 2**32 - 1
+_STATE = record(
+    {
+        "python": row(one_of(3), listed(integer(0, _WORD), 625), optional(number())),
+        "numpy": row(
+            one_of("MT19937"),
+            Entry((torch.int64,), ((624,),), 0, _WORD),
+            integer(0, 624),
+            integer(0, 1),
+            number(),
+        ),
+        "torch": Entry((torch.uint8,), ((None,),)),
+    },
+    {"cuda": Entry((torch.uint8,), ((None,),))},
+)
 
 
 @contextmanager

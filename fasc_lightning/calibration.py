@@ -25,12 +25,12 @@ from fasc_lightning.factorized import FactorizedLayers, Progress, factorize_laye
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.gate import choose_methods, excluded_layers, failure_flags, gate_scores, statistics_needed
 from fasc_lightning.history import RhoHistory, RhoRow
+from fasc_lightning.layer_scores import LayerScores
 from fasc_lightning.layouts import Layout
 from fasc_lightning.loader_position import loops_before
 from fasc_lightning.lockstep import Lockstep, others_present
 from fasc_lightning.measure_phase import MeasurePhase
 from fasc_lightning.moments import CalibrationMoments, LayerSketches, moment_dtype, moments_bytes
-from fasc_lightning.layer_scores import LayerScores
 from fasc_lightning.offload import offloaded
 from fasc_lightning.passes import check_averaging, holds_moments, passes_of, share_units, shares
 from fasc_lightning.refine import RefineOptions

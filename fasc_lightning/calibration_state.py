@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -10,11 +10,32 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from fasc_lightning._batch_state import pack_batch, unpack_batch
+from fasc_lightning._batch_state import pack_batch, tensor_names, unpack_batch
+from fasc_lightning._schema import Entry, SchemaError, anything, integer, listed, number, record
+from fasc_lightning._tensor_file import NamedTensors
 from fasc_lightning.calibration import Calibration
 from fasc_lightning.dependence import SUMS, DependenceScore
-from fasc_lightning.moments_file import empty_moments, pack_moments, unpack_moments
+from fasc_lightning.moments_file import MOMENTS_HEADER, empty_moments, moments_entries, pack_moments, unpack_moments
 from fasc_lightning.replay import Replay
+
+_BATCH = "batch."
+
+#: Largest count that a header may hold.
+_MAX_COUNT = 2**53
+
+#: Sums that are counts.
+_COUNTS = ("tokens", "short", "infinite")
+
+#: Of what :func:`pack_calibration` returns beside the tensors.
+CALIBRATION_HEADER = record(
+    {
+        "moments": MOMENTS_HEADER,
+        "rows": listed(integer(0, _MAX_COUNT)),
+        "kept": anything,  # read by the module that wrote it
+        "batches": integer(0, _MAX_COUNT),
+        "seconds": number(0),
+    }
+)
 
 
 def pack_calibration(trainer: pl.Trainer, calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -35,7 +56,7 @@ def pack_calibration(trainer: pl.Trainer, calibration: Calibration) -> tuple[dic
     calibration.merge(trainer)
     tensors, moments = pack_moments(calibration.moments)
     scores, rows = _pack_scores(calibration.scores.scores)
-    kept, batches = pack_batch(calibration.replay.state_dict(), "batch.")
+    kept, batches = pack_batch(calibration.replay.state_dict(), _BATCH)
     header = {
         "moments": moments,
         "rows": rows,
@@ -47,7 +68,11 @@ def pack_calibration(trainer: pl.Trainer, calibration: Calibration) -> tuple[dic
 
 
 def unpack_calibration(
-    trainer: pl.Trainer, calibration: Calibration, header: Mapping[str, Any], tensor: Callable[[str], Tensor]
+    trainer: pl.Trainer,
+    calibration: Calibration,
+    header: Mapping[str, Any],
+    tensors: NamedTensors,
+    checksums: Mapping[str, str] | None,
 ) -> None:
     """Let a calibration that has not begun go on from what :func:`pack_calibration` returned.
 
@@ -55,20 +80,41 @@ def unpack_calibration(
 
     Args:
         trainer: Of the fit.
-        calibration: Of the same layers and options.
-        header: In plain data.
-        tensor: Returns a tensor by its name.
+        calibration: Of the same layers and options. It changes only once all of the state has been checked.
+        header: In plain data, as it was read.
+        tensors: As they were read.
+        checksums: That were saved of the tensors; None if none were.
+
+    Raises:
+        SchemaError: If the state is damaged, or of another calibration.
     """
+    CALIBRATION_HEADER(header, "header")
+    entries = moments_entries(header["moments"])
+    _check_same(calibration, header["moments"])
     device = calibration.moments.device
     if not trainer.is_global_zero:
         moments = empty_moments(header["moments"], device)
         calibration.restore(moments, None, Replay(), header["batches"], header["seconds"])
         return
-    moments = unpack_moments(header["moments"], lambda name: tensor(name).to(device), device)
     scores = {name: deepcopy(score) for name, score in calibration.scores.scores.items()}
-    _unpack_scores(scores, header["rows"], tensor)
-    kept = Replay.from_state(unpack_batch(header["kept"], tensor))
+    entries |= _score_entries(scores, header["rows"])
+    tensors.expect(entries, checksums, free=tensor_names(header["kept"]))
+    moments = unpack_moments(header["moments"], lambda name: tensors.read(name).to(device), device)
+    _unpack_scores(scores, header["rows"], tensors)
+    kept = Replay.from_state(unpack_batch(header["kept"], tensors.read), "header.kept")
     calibration.restore(moments, scores, kept, header["batches"], header["seconds"])
+
+
+def _check_same(calibration: Calibration, header: Mapping[str, Any]) -> None:
+    """Refuse moments of other layers, types or statistics than this calibration's, whatever the setting says."""
+    moments = calibration.moments
+    for what, found, wanted in (
+        ("shapes", {name: tuple(shape) for name, shape in header["shapes"].items()}, moments.shapes),
+        ("dtype", header["dtype"], str(moments.dtype).removeprefix("torch.")),
+        ("needs", sorted(header["needs"]), sorted(moments.needs)),
+    ):
+        if found != wanted:
+            raise SchemaError(f"Expected moments of this fit's layers and options but their {what} are others.")
 
 
 def _pack_scores(scores: Mapping[str, DependenceScore]) -> tuple[dict[str, Tensor], list[int]]:
@@ -80,9 +126,25 @@ def _pack_scores(scores: Mapping[str, DependenceScore]) -> tuple[dict[str, Tenso
     return tensors, [len(part) for part in rows]
 
 
-def _unpack_scores(scores: Mapping[str, DependenceScore], rows: list[int], tensor: Callable[[str], Tensor]) -> None:
-    sums = {name: tensor(f"scores.{name}") for name in SUMS}
-    parts = tensor("scores.rows").split(rows)
+def _score_entries(scores: Mapping[str, DependenceScore], rows: list[int]) -> dict[str, Entry]:
+    """Return the schema of the states of some scores."""
+    if len(rows) != len(scores):
+        raise SchemaError(f"Expected rows of {len(scores)} scores at 'header.rows' but got {len(rows)}.")
+    entries = {}
+    for name in SUMS:
+        state: Tensor = getattr(next(iter(scores.values())), name)
+        low = 0 if name in _COUNTS else None
+        # What few tokens leave undefined may be NaN; counts never are.
+        entries[f"scores.{name}"] = Entry(
+            (state.dtype,), ((len(scores), *state.shape),), low, None if low is None else _MAX_COUNT, low is not None
+        )
+    entries["scores.rows"] = Entry((torch.float64,), ((sum(rows), None),), finite=False)
+    return entries
+
+
+def _unpack_scores(scores: Mapping[str, DependenceScore], rows: list[int], tensors: NamedTensors) -> None:
+    sums = {name: tensors.read(f"scores.{name}") for name in SUMS}
+    parts = tensors.read("scores.rows").split(rows)
     for i, name in enumerate(sorted(scores)):
         score = scores[name]
         device = score.biased.device

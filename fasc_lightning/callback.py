@@ -46,6 +46,7 @@ from fasc_lightning.refit_phase import Refit
 from fasc_lightning.reparametrised import warn_without_way_back
 from fasc_lightning.replacement import ReplacementOptions, replace_calibrated
 from fasc_lightning.report import CompressionReport, log_report
+from fasc_lightning.report_schema import check_callback_state, sealed
 from fasc_lightning.schedule import CalibrationSchedule
 from fasc_lightning.second_fit import SecondFit, recovery_instead
 from fasc_lightning.sharding import check_sharded
@@ -297,10 +298,11 @@ class FascCallback(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"rho_history": self.rho_history.state_dict(), **self._second.state_dict()}
-        return state if self.report is None else {**state, "report": self.report.to_dict()}
+        return sealed(state if self.report is None else {**state, "report": self.report.to_dict()})
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_callback_state(state_dict)
         self.rho_history.load_state_dict(state_dict["rho_history"])
         if "report" in state_dict:
             self.report = CompressionReport.from_dict(state_dict["report"])
@@ -319,10 +321,12 @@ class FascCallback(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._keeper.load(checkpoint)
+        self._keeper.load(trainer, checkpoint)
         if self._calibration is not None:  # as strategies that shard weights load them after `on_fit_start`
             self._keeper.resume(trainer, self._calibration, self._schedule)
         state = checkpoint["callbacks"].get(self.state_key, {})
+        if state:
+            check_callback_state(state, f"The state of FascCallback in the checkpoint {trainer.ckpt_path}")
         report = state.get("report")
         if report is not None and is_compressed(pl_module):
             attach_config(pl_module, method=report["method"], options=report["options"], seed=report["seed"])

@@ -15,7 +15,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from fasc_lightning._guards import is_guard
+from fasc_lightning._layer_state import check_state
 from fasc_lightning._names import some_names
+from fasc_lightning._schema import anything, check, mapping, naming
 from fasc_lightning._undo import undoing
 from fasc_lightning.expert_modules import UnfusedExperts
 from fasc_lightning.expert_views import named_layers
@@ -47,6 +49,7 @@ def match_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If the checkpoint's compressed layers are not those of the module. It is what it was.
     """
+    check(checkpoint, mapping(anything), "The checkpoint")
     match_state_dict(module, checkpoint.get("state_dict", {}))
 
 
@@ -60,8 +63,10 @@ def match_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], prefix
 
     Raises:
         ValueError: If the state's compressed layers, or with them any of its weights, are not those of the module,
-            which is what it was. (A module with ``strict_loading = False`` may lack weights.)
+            which is what it was. (A module with ``strict_loading = False`` may lack weights.) Or if a compressed
+            layer's part is not what it says: integers where floats are wanted, NaN, an index that is no permutation.
     """
+    check(state_dict, mapping(anything), "The entry 'state_dict' of the checkpoint")
     compressed = _compressed_names(state_dict, prefix)
     every = named_layers(module)
     if missing := compressed - every.keys():
@@ -69,6 +74,8 @@ def match_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], prefix
             f"Expected a checkpoint of {type(module).__name__} but it holds compressed layers that are not there: "
             f"{some_names(missing)}. Is it another model's? The module is what it was."
         )
+    with naming("The entry 'state_dict' of the checkpoint"):
+        check_state(module, state_dict, prefix, compressed)
     before = compression_plan(module)
     new: dict[str, nn.Module] = {}
     once = {id(layer): name for name, layer in reversed(every.items())}

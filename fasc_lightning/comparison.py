@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import re
 import time
@@ -19,6 +18,19 @@ from torch import Tensor, nn
 from fasc_lightning._checks import check_budget
 from fasc_lightning._fingerprint import fingerprint
 from fasc_lightning._memory import return_freed_memory
+from fasc_lightning._schema import (
+    anything,
+    boolean,
+    integer,
+    listed,
+    mapping,
+    number,
+    optional,
+    plain,
+    read_json,
+    record,
+    text,
+)
 from fasc_lightning._undo import undoing
 from fasc_lightning.allocation import ALLOCATIONS
 from fasc_lightning.comparison_evaluation import Evaluation, Measured
@@ -171,6 +183,36 @@ class Outcome:
         )
 
 
+#: Of a file of :class:`CellStore`.
+_CELL = record(
+    {
+        "key": text,
+        "cell": mapping(anything),
+        "outcome": record(
+            {
+                "parameters": integer(0),
+                "kept": optional(number()),
+                "zeros": optional(number()),
+                "measured": optional(
+                    record(
+                        {
+                            "losses": mapping(listed(optional(number()))),
+                            "recalled": listed(boolean),
+                            "preferred": listed(boolean),
+                        }
+                    )
+                ),
+                "seconds": mapping(number(0)),
+                "plan": listed(mapping(plain)),
+                "passes": integer(0),
+                "error": text,
+                "lasting": boolean,
+            }
+        ),
+    }
+)
+
+
 class CellStore:
     """Outcomes of cells as JSON files, one a cell, each written whole as the cell ends.
 
@@ -198,7 +240,7 @@ class CellStore:
         path = self.path(cell)
         if not path.is_file():
             return None
-        content = json.loads(path.read_text())
+        content = read_json(path, _CELL)
         if content.pop("key") != self.key(cell):
             return None
         outcome = Outcome.from_dict(content["outcome"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fasc_lightning._fingerprint import fingerprint, tokenizer_fingerprint
+from fasc_lightning._schema import integer, mapping, number, optional, read_json, record, text
 from fasc_lightning._undo import undoing
 from fasc_lightning.data import model_fingerprint
-from fasc_lightning.history import RhoRow
+from fasc_lightning.history import COLUMNS, RhoRow
 from fasc_lightning.kronecker import refine_kronecker
 from fasc_lightning.moments import CalibrationMoments, moment_dtype
 from fasc_lightning.moments_file import load_moments, moments_needs, save_moments
@@ -30,6 +30,17 @@ from fasc_lightning.taps import Taps, layer_shapes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
+_ROW = record(
+    {
+        **dict.fromkeys(
+            (name for name in COLUMNS if name not in ("step", "layer", "tokens", "reason")), optional(number())
+        ),
+        **dict.fromkeys(("step", "tokens"), integer(0)),
+        **dict.fromkeys(("layer", "reason"), text),
+    }
+)
+_SCORES = record({"rows": mapping(_ROW), "seconds": number(0)})
 
 #: Gathered for whichever methods, so that no cell depends on which others there are: the Fisher metric is that of
 #: "coupled" where it was gathered, else of "plain"; and a refit reads the latter.
@@ -112,7 +123,7 @@ class Calibration:
         """Return rho of each layer on all windows, with its companions: kept ones, or from a pass of their own."""
         path = self.folder / f"scores-{fingerprint(self.source, self.seed)}.json"
         if path.is_file():
-            found = json.loads(path.read_text())
+            found = read_json(path, _SCORES)
             self.seconds["scores"] = found["seconds"]
             return {name: _with_nan(row) for name, row in found["rows"].items()}
         start = time.perf_counter()
@@ -182,7 +193,7 @@ def _needs(methods: Iterable[str]) -> frozenset[str]:
 
 def _read_seconds(path: Path) -> dict[str, float]:
     """Return the seconds that kept moments took."""
-    return json.loads(path.with_suffix(".json").read_text())
+    return read_json(path.with_suffix(".json"), mapping(number(0)))
 
 
 def _with_nan(row: dict[str, Any]) -> RhoRow:

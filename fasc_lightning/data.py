@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import lzma
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,80 +15,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fasc_lightning._checksum import tensor_checksum
+from fasc_lightning._schema import Entry, SchemaError, naming
+from fasc_lightning._tensor_file import open_tensors
 from fasc_lightning._undo import undoing
 from fasc_lightning.bundled import cache_folder
+from fasc_lightning.text_files import MAX_TEXT, read_text, row_text, text_ending
+from fasc_lightning.text_files import open_text as open_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SELF = "self"
-# The fields of a jsonl row that hold its text, in reading order; the first group whose first field is there
-# is used, and its other fields may be missing or empty.
-_TEXT_FIELDS = (
-    ("text",),
-    ("prompt", "completion", "response"),
-    ("instruction", "input", "output"),
-    ("question", "answer"),
-)
 # Changed whenever the sampling below changes what a seed gives.
 _SAMPLER_VERSION = 1
 
-
-def open_text(path: str | Path) -> Iterable[str]:
-    """Lines of a UTF-8 file, decompressed if its name ends in ``.xz``; line ends are kept.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a text file at {path}, but there is none.")
-    opener = lzma.open if path.suffix == ".xz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        yield from lines
-
-
-def read_text(path: str | Path) -> str:
-    """Read the whole text of a ``.txt`` or ``.jsonl`` file, either of them also as ``.xz``.
-
-    The documents of a jsonl file are joined by a blank line. A row's text is its ``text``, or the parts of a
-    question and its answer (``prompt``/``completion``, ``instruction``/``input``/``output``, ...) on lines of
-    their own.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file name has another ending, or a row is no JSON object with a known text field.
-    """
-    path = Path(path)
-    if text_ending(path) == ".txt":
-        return "".join(open_text(path))
-    return "\n\n".join(_row_text(row, where) for where, row in json_rows(path))
-
-
-def text_ending(path: str | Path) -> str:
-    """Return ``".txt"`` or ``".jsonl"``, whichever a file is when decompressed.
-
-    Raises:
-        ValueError: If the file name has another ending.
-    """
-    path = Path(path)
-    ending = Path(path.stem).suffix if path.suffix == ".xz" else path.suffix
-    if ending not in (".txt", ".jsonl"):
-        raise ValueError(f"Expected a file name ending in .txt, .jsonl, .txt.xz or .jsonl.xz, but got {path.name!r}.")
-    return ending
-
-
-def json_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a jsonl file (also ``.xz``), each after its file and line for messages; skips blank lines.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line is no JSON object.
-    """
-    for number, line in enumerate(open_text(path), start=1):
-        if line.strip():
-            where = f"{Path(path).name}, line {number}"
-            yield where, json_row(line, where)
+#: Entry of the metadata of a file of sampled windows; older files have none.
+_CHECKSUM = "fasc_lightning.checksum"
 
 
 def named_files(arguments: Iterable[str], option: str = "--eval-text") -> dict[str, str]:
@@ -119,29 +61,6 @@ def check_file(path: str) -> None:
         raise FileNotFoundError(f"Expected a file to evaluate on but {path} is none.")
 
 
-def json_row(line: str, where: str) -> dict[str, Any]:
-    """Parse one line of a jsonl file.
-
-    Raises:
-        ValueError: If the line is no JSON object; the message begins with ``where``.
-    """
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected one JSON object a line, but got {error}.") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, but got a {type(row).__name__}.")
-    return row
-
-
-def _row_text(row: Mapping[str, Any], where: str) -> str:
-    for fields in _TEXT_FIELDS:
-        if isinstance(row.get(fields[0]), str):
-            return "\n".join(row[field] for field in fields if isinstance(row.get(field), str) and row[field])
-    expected = ", ".join("/".join(fields) for fields in _TEXT_FIELDS)
-    raise ValueError(f"{where}: expected a text in one of the fields {expected}, but got the fields {sorted(row)}.")
-
-
 def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int | None, window: int) -> Tensor:
     """Tokenise a text from its start, without special tokens, and cut it into consecutive windows.
 
@@ -157,34 +76,76 @@ def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int | N
     Raises:
         ValueError: If a size is not positive or the text has too few tokens.
     """
+    _check_sizes(windows, window)
+    return _windows(lambda length: text[:length], "the text", tokenizer, windows, window)
+
+
+def file_windows(path: str | Path, tokenizer: PreTrainedTokenizerBase, windows: int | None, window: int) -> Tensor:
+    """Return the windows of a file's text as :func:`text_windows` does; only as much of it is read as they need.
+
+    Args:
+        path: See :func:`~fasc_lightning.text_files.read_text`.
+        tokenizer: Its ``__call__`` gives the ids.
+        windows: Number of windows wanted, or None for all whole windows.
+        window: Tokens a window.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a size is not positive, the text has too few tokens, or the file cannot be read.
+    """
+    _check_sizes(windows, window)
+    text_ending(path)
+    return _windows(lambda length: read_text(path, length), f"the text of {path}", tokenizer, windows, window)
+
+
+def _check_sizes(windows: int | None, window: int) -> None:
     if window < 2 or (windows is not None and windows < 1):
         raise ValueError(f"Expected at least 1 window of at least 2 tokens, but got {windows=} and {window=}.")
+
+
+def _windows(
+    read: Callable[[int | None], str], what: str, tokenizer: PreTrainedTokenizerBase, windows: int | None, window: int
+) -> Tensor:
     needed = None if windows is None else windows * window
-    ids = _leading_ids(text, tokenizer, needed)
+    ids = _leading_ids(read, what, tokenizer, needed)
     supported = len(ids) // window
     if supported < (windows or 1):
         raise ValueError(
-            f"Expected {windows or 1} windows of {window} tokens, but the text has {len(ids)} tokens, enough for "
+            f"Expected {windows or 1} windows of {window} tokens, but {what} has {len(ids)} tokens, enough for "
             f"{supported}. Give a longer text, or ask for fewer or shorter windows."
         )
     kept = supported if windows is None else windows
     return torch.tensor(ids[: kept * window]).view(kept, window)
 
 
-def _leading_ids(text: str, tokenizer: PreTrainedTokenizerBase, needed: int | None) -> list[int]:
-    """The first ``needed`` ids of the whole text's tokens (all of them if None or if there are fewer)."""
+def _leading_ids(
+    read: Callable[[int | None], str], what: str, tokenizer: PreTrainedTokenizerBase, needed: int | None
+) -> list[int]:
+    """The first ``needed`` ids of a text's tokens (all of them if None or if there are fewer).
+
+    Args:
+        read: Returns so many characters from the start of the text, or all of it.
+        what: The text, for messages.
+        tokenizer: Gives the ids.
+        needed: How many.
+    """
     if needed is None:
-        return _ids(text, tokenizer)
+        return _ids(read(None), tokenizer)
     # Byte-pair merges reach no further than a word or a line, so a cut leaves all but the last few tokens of
     # the part before it as they are in the whole text; the margin drops those.
     margin = 64
     length = 8 * needed + 1000
-    while length < len(text):
-        ids = _ids(text[:length], tokenizer)
-        if len(ids) >= needed + margin:
+    while True:
+        text = read(length)
+        ids = _ids(text, tokenizer) if text else []
+        if len(text) < length or len(ids) >= needed + margin:
             return ids[:needed]
+        if length > max(MAX_TEXT, 64 * needed):
+            raise ValueError(
+                f"Expected {needed:,} tokens in the first {length:,} characters of {what} but got {len(ids):,}. Is it "
+                "a text?"
+            )
         length *= 2
-    return _ids(text, tokenizer)[:needed] if len(text) else []
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -250,21 +211,22 @@ def calibration_windows(
             )
             continue
         try:
-            parts.append(text_windows(_source_text(source, share * window), tokenizer, share, window))
+            if is_file(source, "calibration"):
+                parts.append(file_windows(source, tokenizer, share, window))
+            else:
+                parts.append(text_windows(_hub_text(source, share * window), tokenizer, share, window))
         except ValueError as error:
             raise ValueError(f"Calibration source {source!r}: {error}") from error
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
     return torch.cat(parts)[order]
 
 
-def _source_text(source: str, tokens: int) -> str:
-    """Text of a file, or at least ``tokens`` tokens' worth from the start of a hub data set."""
-    if is_file(source, "calibration"):
-        return read_text(source)
+def _hub_text(source: str, tokens: int) -> str:
+    """At least ``tokens`` tokens' worth of text from the start of a hub data set."""
     documents: list[str] = []
     length = 0
     for where, row in hub_rows(source):
-        documents.append(_row_text(row, where))
+        documents.append(row_text(row, where))
         length += len(documents[-1])
         # No tokenizer in use spends more than a dozen characters on a token over a whole text.
         if length > 12 * tokens + 1000:
@@ -306,6 +268,8 @@ def hub_rows(source: str, streaming: bool = True) -> Iterator[tuple[str, Mapping
 
     Raises:
         ModuleNotFoundError: If ``datasets`` is not installed.
+        OSError: If the data set cannot be found or fetched.
+        ValueError: If it cannot be read, naming the source.
     """
     name, config, split = [*source.split(":"), None, None][:3]
     try:
@@ -315,9 +279,14 @@ def hub_rows(source: str, streaming: bool = True) -> Iterator[tuple[str, Mapping
             f"{source!r} is no file, and reading a hub data set needs the extra `eval`. "
             "Run `pip install 'fasc-lightning[eval]'`."
         ) from None
-    rows = load_dataset(name, config or None, split=split or "train", streaming=streaming)
-    for number, row in enumerate(rows):
-        yield f"{source}, row {number}", row
+    try:
+        rows = load_dataset(name, config or None, split=split or "train", streaming=streaming)
+        for number, row in enumerate(rows):
+            yield f"{source}, row {number}", row
+    except OSError:
+        raise  # names what cannot be found or fetched
+    except Exception as error:  # of the reader of whatever format the data set has
+        raise ValueError(f"{source}: the data set cannot be read: {type(error).__name__}: {error}") from error
 
 
 def sample_windows(
@@ -365,13 +334,11 @@ def sample_windows(
 
     path = None
     if cache_dir is not None:
-        from safetensors.torch import load_file
-
         settings = [_SAMPLER_VERSION, windows, window, seed, first, model_fingerprint(model)]
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         path = Path(cache_dir) / f"samples-{windows}x{window}-{key}.safetensors"
         if path.is_file():
-            return load_file(path)["input_ids"]
+            return _kept_windows(path, windows, window, first, model)
 
     # All draws are made beforehand, a row a window, so that batches do not change them.
     uniforms = torch.rand(windows, window - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -456,6 +423,25 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def _kept_windows(path: Path, windows: int, window: int, first: int, model: PreTrainedModel) -> Tensor:
+    """Return windows that an earlier run has sampled.
+
+    Raises:
+        ValueError: If the file is damaged or was altered.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    last = len(embeddings.weight) - 1
+    where = f"Delete {path} to sample again: the file"
+    with open_tensors(path, "file of sampled windows") as (tensors, metadata), naming(where):
+        saved = metadata.get(_CHECKSUM)
+        entry = Entry((torch.int64,), ((windows, window),), 0, last)
+        tensors.expect({"input_ids": entry}, None if saved is None else {"input_ids": saved})
+        ids = tensors.read("input_ids")
+        if not bool((ids[:, 0] == first).all()):
+            raise SchemaError(f"Expected windows that begin with the token {first} but some do not.")
+        return ids
+
+
 def _save_atomically(ids: Tensor, path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -464,7 +450,7 @@ def _save_atomically(ids: Tensor, path: Path) -> None:
     os.close(handle)
     with undoing() as undo:
         undo.add(Path(scratch).unlink, missing_ok=True)
-        save_file({"input_ids": ids.contiguous()}, scratch)
+        save_file({"input_ids": ids.contiguous()}, scratch, metadata={_CHECKSUM: tensor_checksum(ids)})
         os.replace(scratch, path)
 
 

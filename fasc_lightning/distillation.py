@@ -282,6 +282,12 @@ class Teacher:
                 "this one, and the teacher is gone: are samples made anew each time (cropped, masked)? HINT: leave "
                 "out `cache`."
             )
+        if found[1].numel() and int(found[1].max()) >= student.shape[-1]:
+            raise ValueError(
+                f"Expected the teacher's predictions in {self.options.cache!r} to be of the student's "
+                f"{student.shape[-1]} classes but some are of others. Delete the folder: it is damaged or another "
+                "model's."
+            )
         log_p, index = (x.to(student.device) for x in found)
         return top_k_divergence(log_p, index, student, rows, temperature)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasc_lightning.data import read_text, text_windows
+from fasc_lightning.data import file_windows, text_windows
 from fasc_lightning.evaluation import (
     Fact,
     FactsResult,
@@ -83,11 +83,9 @@ class Questions:
             seed: Of the choice of built-in facts.
         """
         if texts or facts:
-            contents = {name: read_text(path) for name, path in texts.items()}
             asked = load_facts(facts) if facts else []
-        else:
-            contents, asked = {BUILTIN_TEXT: builtin_text()}, builtin_facts(seed)
-        return cls({name: text_windows(text, tokenizer, windows, window) for name, text in contents.items()}, asked)
+            return cls({name: file_windows(path, tokenizer, windows, window) for name, path in texts.items()}, asked)
+        return cls({BUILTIN_TEXT: text_windows(builtin_text(), tokenizer, windows, window)}, builtin_facts(seed))
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Measured:
         """Ask a model; its training mode is restored.

@@ -255,12 +255,13 @@ def _encoded(
     """Yield the examples of a source until they have so many tokens; documents are joined and cut into windows."""
     joined: list[int] = []
     seen = 0
-    for record in read_records(source, streaming):
+    # No tokenizer in use spends more than a dozen characters on a token over a whole text.
+    characters = None if tokens is None else 12 * tokens + 1000
+    for record in read_records(source, streaming, characters):
         if tokens is not None and seen + len(joined) >= tokens:
             break
         if isinstance(record, Document):
-            text = record.text if tokens is None else record.text[: 12 * tokens + 1000]
-            joined += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+            joined += tokenizer(record.text[:characters] + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
             if tokens is not None:
                 joined = joined[: tokens - seen]
             whole = len(joined) // window * window

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fasc_lightning.data import hub_rows, is_file, json_rows, read_text, text_ending
+from fasc_lightning.data import hub_rows, is_file
+from fasc_lightning.text_files import json_rows, read_text, text_ending
 
 #: Names of an instruction, of what it is about (may be missing or empty) and of its answer, in rows of several kinds.
 #: A row is of the first kind whose first field it has.
@@ -50,21 +51,23 @@ class Instruction:
 Record = Document | Instruction
 
 
-def read_records(source: str, streaming: bool = True) -> Iterator[Record]:
+def read_records(source: str, streaming: bool = True, characters: int | None = None) -> Iterator[Record]:
     """Yield what a source holds, in its order; blank documents are left out.
 
     Args:
         source: A ``.txt`` file (one document), a ``.jsonl`` file (a row is a document, or an instruction), either of
             them also as ``.xz``, or a hub data set as in :func:`~fasc_lightning.data.hub_rows`.
         streaming: Whether a hub data set is read row by row, as far as it is needed, or fetched whole.
+        characters: Of a ``.txt`` file, read so many from its start; None: all of it.
 
     Raises:
         FileNotFoundError: If the source reads like a file and there is none.
-        ValueError: If a row is of no known kind, or lacks a field; the message begins with its file and line.
+        ValueError: If a row is of no known kind, or lacks a field (the message begins with its file and line), or the
+            file cannot be read.
     """
     if is_file(source):
         if text_ending(source) == ".txt":
-            records: Iterator[Record] = iter([Document(read_text(source), source)])
+            records: Iterator[Record] = iter([Document(read_text(source, characters), source)])
         else:
             records = (parse_row(row, where) for where, row in json_rows(source))
     else:

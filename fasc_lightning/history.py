@@ -6,7 +6,8 @@ import csv
 import operator
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any, Final, TypedDict, cast, overload
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from fasc_lightning._files import whole_file
+from fasc_lightning._schema import Entry, SchemaError, check, listed, naming, record, text
 
 
 class RhoRow(TypedDict):
@@ -205,7 +207,7 @@ class RhoHistory(Sequence[RhoRow]):
             ValueError: If the columns or a value are not those of such a table.
         """
         history = cls()
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with Path(path).open(newline="", encoding="utf-8") as file, _as_table(path):
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise ValueError(f"Expected the columns {', '.join(COLUMNS)} in {path} but got {reader.fieldnames}.")
@@ -259,22 +261,41 @@ class RhoHistory(Sequence[RhoRow]):
             ValueError: If the state is not that of a history; this one is then unchanged.
         """
         expected = {*COLUMNS, *(f"{name}s" for name in _TEXTS)}
-        if set(state) != expected:
-            raise ValueError(f"Expected the state of a RhoHistory, {sorted(expected)}, but got {sorted(state)}.")
-        lengths = {name: len(state[name]) for name in COLUMNS}
+        if not isinstance(state, Mapping) or set(state) != expected:
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"Expected the state of a RhoHistory, {sorted(expected)}, but got {found}.")
+        lengths = {
+            name: len(state[name]) for name in COLUMNS if isinstance(state[name], torch.Tensor) and state[name].ndim
+        }
         if len(set(lengths.values())) > 1:
             raise ValueError(f"Expected columns of one length in the state of a RhoHistory but got {lengths}.")
+        check(state, _STATE, "The state of a RhoHistory")
+        with naming("The state of a RhoHistory"):
+            for name in _TEXTS:
+                Entry((torch.int32,), low=0, high=len(state[f"{name}s"]) - 1)(state[name], name)
         numbers = {name: _number_column(name, state[name].tolist()) for name in NUMBERS}
         texts = {name: _TextColumn(state[f"{name}s"], state[name].tolist()) for name in _TEXTS}
         positions: dict[int, dict[str, int]] = {}
         for position, step in enumerate(numbers["step"]):
             positions.setdefault(step, {})[texts["layer"][position]] = position
+        if sum(map(len, positions.values())) < len(numbers["step"]):
+            raise SchemaError("Expected one observation of a layer at a step in a RhoHistory but there are several.")
         self._numbers, self._texts, self._positions = numbers, texts, positions
 
 
 _TYPES: Final[dict[str, type]] = {
     name: str if name in _TEXTS else int if name in _INTEGERS else float for name in COLUMNS
 }
+
+#: Of :meth:`RhoHistory.state_dict`.
+_STATE: Final = record(
+    {
+        **{name: Entry((torch.int64,), ((None,),), 0) for name in _INTEGERS},
+        **{name: Entry((torch.float64,), ((None,),), finite=False) for name in NUMBERS if name not in _INTEGERS},
+        **{name: Entry((torch.int32,), ((None,),), 0) for name in _TEXTS},
+        **{f"{name}s": listed(text, distinct=True) for name in _TEXTS},
+    }
+)
 
 
 def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,6 +312,15 @@ def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"Expected {name} to be of type {kind.__name__} but got {value!r}.") from error
     return checked
+
+
+@contextmanager
+def _as_table(path: str | Path) -> Iterator[None]:
+    """Let errors of the file's encoding and of its form name the file."""
+    try:
+        yield
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"Expected a table of rho in {path} but it is none, or is damaged: {error}.") from error
 
 
 def _check_number_column(name: str, allowed: Sequence[str]) -> None:

@@ -30,9 +30,12 @@ from fasc_lightning._file_names import (
     save_module_names,
 )
 from fasc_lightning._files import check_json_files
+from fasc_lightning._folder_checks import FILES, check_json_contents, check_weight_files, of_folder
 from fasc_lightning._guards import expect_guards, guards, saved_guards
 from fasc_lightning._initialisation import spare_compressed, spare_no_more
+from fasc_lightning._layer_state import check_layer_state, check_state
 from fasc_lightning._names import some_names
+from fasc_lightning._schema import check, mapping, naming, text
 from fasc_lightning.expert_modules import unfuse
 from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape, linear_weight
 from fasc_lightning.quantized_layers import QUANTIZATIONS, DenseLinear, make_room_for_int8, quantization_of
@@ -57,7 +60,7 @@ class FascConfig(QuantizationConfigMixin):
         format_version: Of the folder.
         provenance: How the model was made (method, budget, ...), of JSON types; never read back into the model.
         quant_method: "fasc".
-        **more: More provenance.
+        **more: More provenance; "files" are the checksums of the weights that :func:`save_compressed` wrote.
 
     Raises:
         ValueError: If the folder was written by a newer format, or a layer's description is not valid.
@@ -80,6 +83,9 @@ class FascConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.layers = checked_layers(layers)
         # By way of JSON, so that it is now what it will be after a reload.
+        if (files := more.pop(FILES, None)) is not None:
+            check(files, mapping(text), "The entry 'files' of quantization_config")
+            self.files = dict(files)  # of the folder that is read, and of no other
         self.provenance: dict[str, Any] = json.loads(json.dumps({**(provenance or {}), **more}, allow_nan=False))
 
 
@@ -95,6 +101,7 @@ class FascQuantizer(HfQuantizer):
 
     @override
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files") or ()
         forms = name_forms(model, self.quantization_config.layers)
         unfuse(model, {form for every in forms.values() for form in every})
         layers = _resolve_names(model, self.quantization_config.layers, forms)
@@ -102,10 +109,11 @@ class FascQuantizer(HfQuantizer):
             name: empty_layer(name, model.get_submodule(name), spec) for name, spec in layers.items()
         }
         swap_modules(model, empty)
-        keys, guarded = saved_guards(kwargs.get("checkpoint_files") or ())
+        keys, guarded = saved_guards(files)
         self._reads_module_names = holds_module_names(model, keys)
         found = {key: (key,) for key in guarded} if self._reads_module_names else converted_names(model, guarded)
         expect_guards(model, found, {form for every in forms.values() for form in every})
+        check_weight_files(model, files, vars(self.quantization_config).pop(FILES, None))
         # The names of this model are those that it must be saved with.
         self.quantization_config.layers = layers
         _untie(model)
@@ -128,6 +136,9 @@ class FascQuantizer(HfQuantizer):
         save_module_names(model)
         # The weights are plain floats: with the flag set, transformers would refuse `.half()` and `.float()`.
         model.is_quantized = False  # type: ignore[assignment]
+        with naming(f"The folder {getattr(model, 'name_or_path', '')!r}"):
+            for name, layer in compressed_layers(model).items():
+                check_layer_state(name, layer.state_dict())
         return model
 
     @override
@@ -214,8 +225,6 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
     Example:
         >>> model = load_compressed("compressed/")  # doctest: +SKIP
     """
-    from safetensors import SafetensorError
-
     if kwargs.get("use_safetensors") is False:
         raise ValueError("Expected use_safetensors=True: load_compressed reads no pickled weights.")
     if "output_loading_info" in kwargs or "ignore_mismatched_sizes" in kwargs:
@@ -225,17 +234,15 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
         )
     kwargs.setdefault("trust_remote_code", False)
     # transformers passes over a damaged generation_config.json, and does not name an index.
-    check_json_files(Path(path, kwargs.get("subfolder") or "", name) for name in JSON_FILES)
-    config = _read_config(path, kwargs)
-    model_class = model_class or _saved_class(path, config)
-    strict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
+    folder = Path(path, kwargs.get("subfolder") or "")
+    with of_folder(path):
+        check_json_files(folder / name for name in JSON_FILES)
+        check_json_contents(folder, JSON_FILES)
+        config = _read_config(path, kwargs)
+        model_class = model_class or _saved_class(path, config)
+        strict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = model_class.from_pretrained(path, **{**kwargs, **strict})
-    except SafetensorError as error:
-        raise ValueError(
-            f"A weights file of {str(path)!r} is truncated or damaged ({error}). Save or download it again."
-        ) from error
-    _check_loaded(path, model, info)
+        _check_loaded(path, model, info)
     return model
 
 
@@ -258,6 +265,8 @@ def checked_layers(layers: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(layers, Mapping) or not layers:
         raise ValueError(f"Expected `layers` to describe at least one compressed layer by its name, got {layers!r}.")
     for name, spec in layers.items():
+        if not isinstance(name, str):
+            raise ValueError(f"Expected `layers` to have names as keys, got {name!r}.")
         if not _is_valid(spec):
             raise ValueError(
                 f'Expected {{"rank": int, "layout": "factors", "bias": bool}} or {{"rank": int, "layout": "pivot", '
@@ -271,7 +280,7 @@ def _is_valid(spec: Any) -> bool:
     if not isinstance(spec, Mapping) or type(spec.get("rank")) is not int or type(spec.get("bias")) is not bool:
         return False
     layout, keys = spec.get("layout"), set(spec) - {"quantize"}
-    if "quantize" in spec and spec["quantize"] not in QUANTIZATIONS:
+    if "quantize" in spec and not (isinstance(spec["quantize"], str) and spec["quantize"] in QUANTIZATIONS):
         return False
     if layout == "pivot":
         return keys == {"rank", "layout", "bias", "side"} and spec["side"] in ("in", "out")
@@ -457,21 +466,22 @@ def _saved_class(path: str | PathLike[str], config: Mapping[str, Any]) -> Any:
     """
     import transformers
 
-    names = config.get("architectures") or [None]
-    found = getattr(transformers, str(names[0]), None)
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+    found = config.get("architectures")
+    names = found if isinstance(found, list) and found else [None]
+    saved = getattr(transformers, str(names[0]), None)
+    if not isinstance(saved, type) or not issubclass(saved, transformers.PreTrainedModel):
         raise ValueError(
             f"Expected config.json of {str(path)!r} to name a model class of transformers {transformers.__version__} "
             f"as its architecture, got {names[0]!r}. Give the class as model_class."
         )
-    return found
+    return saved
 
 
 def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str, Any]) -> None:
     """Refuse a model whose weights are not exactly the folder's.
 
     Raises:
-        ValueError: If a weight is missing, left over or of another shape, or a pivoted layer's index is no permutation.
+        ValueError: If a weight is missing, left over, of another shape, or not finite.
     """
     mismatched = [f"{key} {tuple(saved)} instead of {tuple(want)}" for key, saved, want in info["mismatched_keys"]]
     problems = {
@@ -479,11 +489,6 @@ def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str
         "unexpected": info["unexpected_keys"],
         "of another shape": mismatched,
         "errors": info["error_msgs"],
-        "no permutation": [
-            f"{name}.permutation"
-            for name, layer in compressed_layers(model).items()
-            if isinstance(layer, PivotedLinear) and not _is_permutation(layer.permutation)
-        ],
     }
     found = [f"{problem}: {some_names(keys)}" for problem, keys in problems.items() if keys]
     if found:
@@ -492,11 +497,8 @@ def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str
             f"config.json describes ({'; '.join(found)}). The folder was edited or is incomplete, or model_class is "
             "not the class that was saved."
         )
-
-
-def _is_permutation(index: torch.Tensor) -> bool:
-    # An offloaded layer's index is not in memory.
-    return index.is_meta or bool(torch.equal(index.long().sort().values, torch.arange(len(index), device=index.device)))
+    with naming(f"The folder {str(path)!r}"):
+        check_state(model, model.state_dict(), "", compressed_layers(model))
 
 
 def _register() -> None:

@@ -18,8 +18,22 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from torch.utils.data import RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from fasc_lightning._batch_state import UnsavableBatchError, pack_batch, unpack_batch
-from fasc_lightning._rng_state import rng_state, set_rng_state
+from fasc_lightning._batch_state import UnsavableBatchError, pack_batch, tensor_names, unpack_batch
+from fasc_lightning._rng_state import check_rng_state, rng_state, set_rng_state
+from fasc_lightning._schema import (
+    FLOATS,
+    INTEGERS,
+    Entry,
+    SchemaError,
+    anything,
+    boolean,
+    check_names,
+    integer,
+    listed,
+    mapping,
+    optional,
+    record,
+)
 from fasc_lightning._undo import undoing
 
 
@@ -64,13 +78,69 @@ def position(trainer: pl.Trainer) -> dict[str, Any]:
     }
 
 
+def check_position(state: Any, path: str) -> None:
+    """Refuse what is not a :func:`position`; what loaders keep only they can judge.
+
+    Raises:
+        SchemaError: With the entry.
+    """
+    _POSITION(state, path)
+    fetched = state["fetched"]
+    check_names(fetched["tensors"], tensor_names(fetched["batches"]))
+    if not isinstance(unpack_batch(fetched["batches"], fetched["tensors"].__getitem__), list):
+        raise SchemaError(f"Expected a list of batches at '{path}.fetched' but got something else.")
+    for order in state["orders"]:
+        if order is not None and order["generator"] is not None:
+            try:
+                torch.Generator().set_state(order["generator"])
+            except RuntimeError as error:
+                raise SchemaError(f"Expected a generator's state at '{path}.orders' but {error}.") from error
+
+
+_POSITION = record(
+    {
+        "loaders": listed(anything),
+        "orders": listed(
+            optional(
+                record(
+                    {
+                        "order": Entry((torch.int64,), ((None,),), 0),
+                        "generator": optional(Entry((torch.uint8,), ((None,),))),
+                    }
+                )
+            )
+        ),
+        "fetched": record(
+            {"batches": anything, "tensors": mapping(Entry((*FLOATS, *INTEGERS, torch.bool), finite=False))}
+        ),
+        "rng": check_rng_state,
+    }
+)
+
+
 def restore_position(trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
-    """Continue from a position, as training starts: after Lightning has made the loaders, before the first batch."""
+    """Continue from a position, as training starts: after Lightning has made the loaders, before the first batch.
+
+    Raises:
+        ValueError: If the loaders are others, or do not take their states.
+    """
+    found, expected = len(train_loaders(trainer)), len(state["loaders"])
+    if found != expected or found != len(state["orders"]):
+        raise ValueError(
+            f"Expected {expected} loaders, whose states the checkpoint {trainer.ckpt_path} holds, but the fit has "
+            f"{found}. HINT: the same loaders, or another checkpoint."
+        )
     loop = trainer.fit_loop
     combined, fetcher = loop._combined_loader, loop._data_fetcher
     assert combined is not None
     assert isinstance(fetcher, _PrefetchDataFetcher)
-    combined._load_state_dicts(state["loaders"])
+    try:
+        combined._load_state_dicts(state["loaders"])
+    except Exception as error:  # whatever a loader makes of a state that is not its own
+        raise ValueError(
+            f"Expected the loaders to take the states that the checkpoint {trainer.ckpt_path} holds of them, but they "
+            f"did not: {type(error).__name__}: {error}. HINT: the same loaders, or another checkpoint."
+        ) from error
     with _drawn(train_loaders(trainer), state["orders"]):
         _iterate(trainer)
     fetched = unpack_batch(state["fetched"]["batches"], state["fetched"]["tensors"].__getitem__)
@@ -135,6 +205,31 @@ def loops_before(trainer: pl.Trainer) -> dict[str, Any]:
             for optimizer in trainer.optimizers
         ],
     }
+
+
+_COUNT = integer(0)
+_PROGRESS = record({name: mapping(_COUNT) for name in ("total", "current")}, extra=True)
+
+#: Of what :func:`loops_before` returns. Further entries of the loops are Lightning's.
+LOOPS_BEFORE = record(
+    {
+        "loops": record(
+            {
+                "epoch_loop.batch_progress": record(
+                    {**{name: mapping(_COUNT) for name in ("total", "current")}, "is_last_batch": boolean}, extra=True
+                ),
+                "epoch_progress": _PROGRESS,
+                "epoch_loop.state_dict": mapping(anything),
+                "epoch_loop.scheduler_progress": _PROGRESS,
+                "state_dict": mapping(anything),
+            },
+            extra=True,
+        ),
+        "stopping": boolean,
+        "lr_schedulers": listed(mapping(anything, anything)),
+        "param_groups": listed(listed(mapping(anything))),
+    }
+)
 
 
 def go_back(checkpoint: dict[str, Any], before: Mapping[str, Any]) -> None:

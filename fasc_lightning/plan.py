@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fasc_lightning._guards import is_guard
+from fasc_lightning._layer_state import check_state
 from fasc_lightning._names import some_names
+from fasc_lightning._schema import anything, check, mapping, naming
 from fasc_lightning._undo import undoing
 from fasc_lightning.expert_views import named_layers
 from fasc_lightning.hub import attach_config, checked_layers, describe_layer, empty_layer
@@ -85,11 +87,15 @@ def apply_plan(model: nn.Module, plan: Plan, state_dict: Mapping[str, Tensor] | 
         elif not weight.is_meta:
             layer = _nearest(modules[name], spec)
         new[name] = set_trainable(layer, trains_weight(modules[name]))
+    if state_dict is not None:
+        check(state_dict, mapping(anything), "The state dict of the compressed model")
     with undoing() as undo:
         undo.keep(model, attributes=True)
         replaced = swap_layers(model, new)
         if state_dict is not None:
             check_fit(model, state_dict)
+            with naming("The state dict of the compressed model"):
+                check_state(model, state_dict, "", compressed_layers(model))
             # Copying onto the meta device does nothing, and torch only warns.
             model.load_state_dict(state_dict, assign=any(p.is_meta for p in model.parameters()))
         vars(model).pop(REMEMBERED, None)

@@ -25,13 +25,30 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fasc_lightning._batch_state import UnsavableBatchError
+from fasc_lightning._checksum import check_sum, checksum, tensor_checksums
 from fasc_lightning._distributed import gather_everywhere, is_distributed
+from fasc_lightning._schema import (
+    SchemaError,
+    anything,
+    boolean,
+    check,
+    integer,
+    listed,
+    mapping,
+    optional,
+    record,
+    row,
+    text,
+)
+from fasc_lightning._tensor_file import NamedTensors
 from fasc_lightning._undo import Undo
 from fasc_lightning.calibration import REPLAYED, Calibration
-from fasc_lightning.calibration_state import pack_calibration, unpack_calibration
+from fasc_lightning.calibration_state import CALIBRATION_HEADER, pack_calibration, unpack_calibration
 from fasc_lightning.fit_end import skips_backward
 from fasc_lightning.loader_position import (
+    LOOPS_BEFORE,
     begin_epoch,
+    check_position,
     go_back,
     is_stateful,
     obstacle,
@@ -40,16 +57,45 @@ from fasc_lightning.loader_position import (
     train_loaders,
 )
 from fasc_lightning.schedule import CalibrationSchedule
-from fasc_lightning.sidecar import SidecarCheckpointIO, is_local, open_sidecar
+from fasc_lightning.sidecar import SidecarCheckpointIO, is_local, is_run, open_sidecar
 
-#: Of what a checkpoint keeps; of another one nothing is used.
-_FORMAT = 1
+#: Of what a checkpoint keeps. Those of format 1 have no checksums, and are used, too; of others nothing is.
+_FORMAT = 2
 
 #: Where it is in the callback's state; and where, of a fit whose calibration has not begun, its place in the data is.
 _KEY, _PLACE = "calibration", "place"
 
 #: Bytes of an order of samples above which no place is kept: every checkpoint of a training would hold it.
 _ORDER_BYTES = 64 * 2**20
+
+#: What the checksum leaves out: the plugin that writes the file adds some of it, and the rest has checksums of its own.
+_UNSUMMED = ("checksum", "origin", "origin_checksum", "tensors", "obstacle", "run", "token")
+
+_STATE = record(
+    {
+        "format": integer(1, _FORMAT),
+        "end": row(optional(integer()), integer(), optional(integer(0))),
+        "setting": mapping(anything),  # compared with the fit's own
+        "origin": anything,  # of a schema of its own
+        "schedule": record({"stopping": boolean, "min_steps": optional(integer(0))}, {"extended": boolean}),
+        "left": boolean,
+        "obstacle": text,
+        "accumulated": boolean,
+        "tensors": mapping(anything),
+    },
+    {
+        "positions": listed(anything),
+        "header": CALIBRATION_HEADER,
+        "run": text,
+        "token": text,
+        "checksum": text,
+        "checksums": mapping(text),
+        "origin_checksum": text,
+    },
+)
+
+#: Of what a checkpoint of before the calibration keeps.
+_PLACES = record({"format": integer(1, _FORMAT), "positions": listed(anything)})
 
 
 class CalibrationKeeper:
@@ -124,7 +170,7 @@ class CalibrationKeeper:
             hindered = "it was saved when a process of several failed"
         else:
             hindered = _of_any(trainer, obstacle(trainer) if left else "")
-        state = {
+        state: dict[str, Any] = {
             "format": _FORMAT,
             "end": _end(trainer, schedule),
             "setting": calibration.setting(trainer),
@@ -146,6 +192,9 @@ class CalibrationKeeper:
                 state["tensors"], state["header"] = pack_calibration(trainer, calibration)
             except UnsavableBatchError as error:
                 state["obstacle"] = f"its batches, which are to be replayed, hold {error}, which a file cannot"
+        state["checksums"] = tensor_checksums(state["tensors"])
+        state["origin_checksum"] = checksum(state["origin"])
+        state["checksum"] = _checksum(state)
         checkpoint["callbacks"].setdefault(self._key, {})[_KEY] = state
 
     def save_place(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
@@ -167,35 +216,73 @@ class CalibrationKeeper:
 
     # Resuming.
 
-    def load(self, checkpoint: dict[str, Any]) -> None:
-        """Take a calibration out of a checkpoint, before Lightning copies what it hands to callbacks."""
-        place = checkpoint["callbacks"].get(self._key, {}).pop(_PLACE, None)
-        if self._io is not None and place is not None and place["format"] == _FORMAT:
+    def load(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Take a calibration out of a checkpoint, before Lightning copies what it hands to callbacks.
+
+        Args:
+            trainer: That has read it.
+            checkpoint: What was read.
+
+        Raises:
+            ValueError: If the callbacks' states are not mappings, or a place in the data is damaged.
+        """
+        callbacks: Any = checkpoint.get("callbacks")
+        check(callbacks, mapping(anything, anything), f"The entry 'callbacks' of {trainer.ckpt_path}")
+        own = callbacks.get(self._key, {})
+        check(own, mapping(anything), f"The state of {self._key} in {trainer.ckpt_path}")
+        place = own.pop(_PLACE, None)
+        if self._io is not None and place is not None:
+            check(place, _PLACES, f"The place in the data that {trainer.ckpt_path} holds")
             self._place = place
-        state = checkpoint["callbacks"].get(self._key, {}).pop(_KEY, None)
-        if self._io is not None and state is not None and state["format"] == _FORMAT:  # in a fit
+        if _KEY not in own:
+            return
+        state = own.pop(_KEY)
+        if self._io is not None:  # in a fit
             self._checkpoint, self._state = checkpoint, state
-            self._io.run = state.get("run", self._io.run)  # sharded checkpoints are not written by plugins
+            if isinstance(state, dict) and is_run(state.get("run")):  # sharded checkpoints are not written by plugins
+                self._io.run = state["run"]
 
     def resume(self, trainer: pl.Trainer, calibration: Calibration, schedule: CalibrationSchedule) -> None:
         """Give a new calibration the statistics of the checkpoint; before Lightning restores its loops.
 
         If they cannot be had, the loops will be where the calibration began, whose statistics then start from nothing.
+
+        Raises:
+            ValueError: If the checkpoint is damaged or was edited, so that the calibration can neither go on nor start
+                again.
         """
         state, checkpoint = self._state, self._checkpoint
         self._checkpoint = None
-        if state is None or checkpoint is None:
+        if checkpoint is None:
             return
-        if state["end"] != _end(trainer, schedule):
+        where = f"The calibration in the checkpoint {trainer.ckpt_path}"
+        if not isinstance(state, dict):
+            self._state = None
+            found = "null" if state is None else f"a {type(state).__name__}"
+            rank_zero_warn(
+                f"FascCallback: {trainer.ckpt_path} holds {found} in place of a calibration, so that none of its "
+                "statistics are used and the calibration starts again with what is left of it. Was the file edited? "
+                "HINT: resume from a checkpoint of before the calibration."
+            )
+            return
+        damage, altered = _damage(state), _alteration(state)
+        if not (damage or altered) and list(state["end"]) != _end(trainer, schedule):
             self._state = None
             rank_zero_info(
                 "FascCallback: the statistics of the checkpoint are not used, since the fit now ends at another time "
                 f"({_described(_end(trainer, schedule))}; it was {_described(state['end'])})."
             )
             return
-        schedule.prepare(trainer, state["schedule"])
-        reason = _of_any(trainer, self._unusable(trainer, calibration, state))
-        reason = reason or _of_any(trainer, self._read(trainer, calibration, state))
+        if lost := _damage_of_origin(state):
+            raise ValueError(
+                f"{where} cannot be used{f': {damage or altered}' if damage or altered else ''}. It cannot start again "
+                f"either, since where it began is damaged or was edited: {lost} HINT: resume from another checkpoint."
+            )
+        if not (damage or altered):
+            schedule.prepare(trainer, state["schedule"])
+        # Another setting, and what is not of its kind, explain more than a checksum.
+        reason = _of_any(trainer, damage or self._unusable(trainer, calibration, state))
+        reason = reason or _of_any(trainer, self._read(trainer, calibration, state, altered))
         if reason:
             self._state = None
             self._go_back(trainer, calibration, checkpoint, state, reason)
@@ -234,19 +321,28 @@ class CalibrationKeeper:
         """Return why the statistics of a checkpoint are not to be had, or not this fit's; "" if nothing hinders."""
         was, now = state["setting"], calibration.setting(trainer)
         # Batches that were kept do no harm where nothing replays them.
-        changed = [name for name in now if was[name] != now[name] and not (name == REPLAYED and was[name])]
-        return state["obstacle"] or next((_change(name, was[name], now[name]) for name in changed), "")
+        changed = [name for name in now if was.get(name) != now[name] and not (name == REPLAYED and was.get(name))]
+        return state["obstacle"] or next((_change(name, was.get(name), now[name]) for name in changed), "")
 
     @staticmethod
-    def _read(trainer: pl.Trainer, calibration: Calibration, state: dict[str, Any]) -> str:
-        """Read the statistics; return why that failed, "" if it did not."""
+    def _read(trainer: pl.Trainer, calibration: Calibration, state: dict[str, Any], altered: str) -> str:
+        """Read the statistics, unless they are known to be altered; return why not, "" if they were read."""
         tensors: dict[str, Tensor] = state.pop("tensors")
+        path = Path(str(trainer.ckpt_path))
         beside = "token" in state and trainer.is_global_zero
         try:
-            with open_sidecar(state["token"], Path(str(trainer.ckpt_path))) if beside else nullcontext() as handle:
-                tensor: Callable[[str], Tensor] = tensors.__getitem__ if handle is None else handle.get_tensor
-                unpack_calibration(trainer, calibration, state["header"], tensor)
-        except (OSError, KeyError, SafetensorError) as error:
+            record({"header": anything}, extra=True)(state, "")
+            if state["left"]:
+                listed(anything, trainer.world_size)(state.get("positions"), "positions")
+                check_position(state["positions"][trainer.global_rank], f"positions[{trainer.global_rank}]")
+            if altered:
+                return altered
+            checksums = state.get("checksums")
+            with open_sidecar(state["token"], path) if beside else nullcontext() as handle:
+                where = str(path)
+                named = NamedTensors.of(tensors, where) if handle is None else NamedTensors.in_file(handle, where)
+                unpack_calibration(trainer, calibration, state["header"], named, checksums)
+        except (OSError, ValueError, SafetensorError) as error:
             return f"its statistics cannot be read: {error}"
         return ""
 
@@ -262,7 +358,7 @@ class CalibrationKeeper:
         calibration.reset()
         go_back(checkpoint, state["origin"])
         self._stopping = state["origin"]["stopping"]
-        twice = ""
+        twice, reason = "", reason.rstrip(".")
         if calibration.options.update_weights:
             twice = " The weights are trained on those batches once more, since update_weights=True."
         rank_zero_warn(
@@ -274,6 +370,45 @@ class CalibrationKeeper:
 def _take_out(trainer: pl.Trainer, io: SidecarCheckpointIO) -> None:
     if trainer.strategy.checkpoint_io is io:
         trainer.strategy.checkpoint_io = io.inner
+
+
+def _checksum(state: Mapping[str, Any]) -> str:
+    return checksum({key: value for key, value in state.items() if key not in _UNSUMMED})
+
+
+def _damage(state: Mapping[str, Any]) -> str:
+    """Return what is wrong with a calibration that was read; "" if nothing is. Its tensors are looked at later."""
+    found = state.get("format")
+    if type(found) is not int or not 1 <= found <= _FORMAT:
+        return f"its format is {found!r:.40}, of which this version knows nothing"
+    try:
+        _STATE(state, "")
+        if found > 1:
+            record(dict.fromkeys(("checksum", "checksums", "origin_checksum"), anything), extra=True)(state, "")
+    except SchemaError as error:
+        return f"the checkpoint is damaged or was edited. {error}"
+    return ""
+
+
+def _alteration(state: Mapping[str, Any]) -> str:
+    """Return how the checksum of a calibration tells that it was altered; "" if it does not, or there is none."""
+    try:
+        if "checksum" in state:
+            check_sum(_checksum(state), state["checksum"], "a calibration")
+    except SchemaError as error:
+        return f"the checkpoint is damaged or was edited. {error}"
+    return ""
+
+
+def _damage_of_origin(state: Mapping[str, Any]) -> str:
+    """Return what is wrong with where a calibration began; "" if it can start again from there."""
+    try:
+        LOOPS_BEFORE(state.get("origin"), "origin")
+        if "origin_checksum" in state:
+            check_sum(checksum(state["origin"]), state["origin_checksum"], "'origin'")
+    except SchemaError as error:
+        return str(error)
+    return ""
 
 
 def _wait_for_nobody(*args: Any, **kwargs: Any) -> None:

@@ -32,6 +32,7 @@ from fasc_lightning.recovery_checks import check_optimizers, check_recoverable
 from fasc_lightning.recovery_teacher import TeacherPhase
 from fasc_lightning.replay import check_automatic
 from fasc_lightning.report import recovery_line
+from fasc_lightning.report_schema import check_recovery_state, sealed
 from fasc_lightning.resumable_loader import restore_loaders
 from fasc_lightning.swap import compressed_layers, is_compressed
 from fasc_lightning.taps import is_plain_linear
@@ -175,6 +176,8 @@ class RecoveryCallback(pl.Callback):
         """
         check_recoverable(pl_module, self.recovery)
         check_automatic(pl_module, REMEDY)
+        if state is not None:
+            check_recovery_state(state)
         if state is not None and state["arm"] != self.recovery.arm:
             raise ValueError(
                 f"Expected a checkpoint of a recovery of {self.recovery.arm!r} but it is one of {state['arm']!r}."
@@ -410,7 +413,7 @@ class RecoveryCallback(pl.Callback):
 
     def _state(self, pl_module: pl.LightningModule, tokens: int) -> dict[str, Any]:
         """Return what a resumed fit needs, in plain data and tensors."""
-        return {
+        state = {
             "arm": self.recovery.arm,
             "initial": self._initial if self._adapters is None else self._adapters.bases(),
             "current": {name: p.detach() for name, p in self._trained(pl_module).items()},
@@ -420,6 +423,7 @@ class RecoveryCallback(pl.Callback):
             "seconds": self._seconds + time.perf_counter() - self._began,
             "teacher": None if self._teacher is None else self._teacher.fingerprint,
         }
+        return sealed(state)
 
     def _saved(self, pl_module: pl.LightningModule, tokens: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the weights and the state for a checkpoint that is saved once all is undone."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fasc_lightning._batch_copy import batch_tensors, copy_batch
 from fasc_lightning._distributed import is_distributed
 from fasc_lightning._rng_state import same_rng, seed_rng
+from fasc_lightning._schema import anything, integer, listed, record, row
 from fasc_lightning._undo import undoing
 from fasc_lightning.silence import silent
 from fasc_lightning.untouched import untouched
@@ -83,6 +84,15 @@ class KeptBatch:
     stays: tuple[int, ...] = ()
 
 
+_STATE = record(
+    {
+        "batches": listed(anything),
+        "places": listed(row(integer(0), integer(0), integer(0))),
+        "stays": listed(listed(integer(0))),
+    }
+)
+
+
 class Replay:
     """Batches of a calibration, on the CPU: copies, whatever becomes of the batches themselves."""
 
@@ -120,8 +130,19 @@ class Replay:
         }
 
     @staticmethod
-    def from_state(state: Mapping[str, Any]) -> Replay:
-        """Return the replay of which :meth:`state_dict` returned the state."""
+    def from_state(state: Any, path: str = "") -> Replay:
+        """Return the replay of which :meth:`state_dict` returned the state.
+
+        Args:
+            state: As it was read. Checkpoints of version 0.1.0 before batches had places hold the list of batches.
+            path: Of the state in what was read, for messages.
+
+        Raises:
+            SchemaError: If it is something else.
+        """
+        if isinstance(state, list):
+            return Replay([KeptBatch(batch, Place(batch_idx=i)) for i, batch in enumerate(state)])
+        _STATE(state, path)
         parts = zip(state["batches"], state["places"], state["stays"], strict=True)
         return Replay([KeptBatch(batch, Place(*place), tuple(stays)) for batch, place, stays in parts])
 

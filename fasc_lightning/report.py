@@ -14,11 +14,13 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from fasc_lightning._files import whole_file
+from fasc_lightning._schema import check
 from fasc_lightning.expert_report import expert_summary
 from fasc_lightning.expert_views import PROJECTIONS, ExpertLinear, is_fused_experts
 from fasc_lightning.factorize import LayerPlan
 from fasc_lightning.history import RhoRow
 from fasc_lightning.lowrank import flops_per_token
+from fasc_lightning.report_schema import REPORT
 from fasc_lightning.sketch_sizes import SketchFigures
 
 
@@ -163,7 +165,12 @@ class CompressionReport:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> CompressionReport:
-        """Return the report of which :meth:`to_dict` made ``content``."""
+        """Return the report of which :meth:`to_dict` made ``content``.
+
+        Raises:
+            ValueError: If it is no such content, naming the entry.
+        """
+        check(content, REPORT, "The report")
         figures = {field.name: content[field.name] for field in fields(cls) if field.name in content}
         for name in ("targeted", "whole"):
             sizes = content[name]
@@ -199,6 +206,8 @@ def _layer_report(row: Mapping[str, Any]) -> LayerReport:
         side: SketchFigures(size=of["size"], error=float("nan") if of["error"] is None else of["error"])
         for side, of in row.get("sketches", {}).items()
     }
+    known = {field.name for field in fields(LayerReport)}
+    figures = {name: value for name, value in figures.items() if name in known}
     return LayerReport(**{**figures, "shape": tuple(row["shape"]), "flags": tuple(row["flags"]), "sketches": sketches})
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fasc_lightning._files import whole_folder
+from fasc_lightning._folder_checks import add_checksums
 from fasc_lightning.hub import attach_config
 from fasc_lightning.model_card import model_card
 from fasc_lightning.report import CompressionReport
@@ -81,6 +82,7 @@ def save_compressed(
     try:
         with whole_folder(Path(path), lambda name: OLD_WEIGHTS.fullmatch(name) is not None) as folder:
             model.save_pretrained(folder, **sharding)
+            add_checksums(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             card.save(folder / "README.md")

@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fasc_lightning._files import whole_file
+from fasc_lightning._schema import anything, check, mapping, record
 from fasc_lightning._undo import undoing
 
 #: Bytes of statistics above which a checkpoint gets a sidecar. Lightning makes a checkpoint in memory before it is
@@ -25,6 +26,8 @@ from fasc_lightning._undo import undoing
 SIDECAR_BYTES = 64 * 2**20
 
 SUFFIX = ".fasc.safetensors"
+
+_CHECKPOINT = record({}, {"callbacks": mapping(anything), "state_dict": mapping(anything)}, extra=True)
 
 _TOKEN = "fasc_lightning.calibration"
 
@@ -78,8 +81,16 @@ class SidecarCheckpointIO(CheckpointIO):
             self._tidy(Path(path), written)
 
     @override
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.inner.load_checkpoint(*args, **kwargs)
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint.
+
+        Raises:
+            ValueError: If it is no mapping of names, or its callbacks' states are none; Lightning takes that on trust.
+        """
+        checkpoint = self.inner.load_checkpoint(path, *args, **kwargs)
+        if isinstance(checkpoint, dict):  # sharded ones are read in other ways
+            check(checkpoint, _CHECKPOINT, f"The checkpoint {path}")
+        return checkpoint
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
@@ -181,6 +192,11 @@ def _name(path: Path, token: str) -> str:
 def _stem(path: Path) -> str:
     # Lightning finds the newest checkpoint of a cluster job by what follows this in any file's name.
     return path.name.replace("hpc_ckpt_", "hpc-ckpt-")
+
+
+def is_run(value: Any) -> bool:
+    """Whether a value is the name of a run: file names begin with it."""
+    return isinstance(value, str) and re.fullmatch(rf"[0-9a-f]{{{_RUN}}}", value) is not None
 
 
 def is_local(path: Any) -> bool:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fasc_lightning._checksum import tensor_checksums
 from fasc_lightning._files import whole_file
+from fasc_lightning._schema import Entry, SchemaError, integer, mapping, naming, parse_json, read_json, record, text
+from fasc_lightning._tensor_file import NamedTensors
 from fasc_lightning.tokens import identifying_tensor
 
 #: Of the folder that this version writes and reads.
@@ -21,6 +24,14 @@ FORMAT = 1
 
 #: The file that says whose predictions a folder holds.
 DESCRIPTION = "teacher.json"
+
+_DESCRIPTION = record({"format": integer(1), "teacher": text, "top_k": integer(1)}, extra=True)
+
+#: Entry of a file's metadata: the checksum of each of its tensors. Files without are read, too.
+_CHECKSUMS = "fasc_lightning.checksums"
+
+#: What rounding may leave a log probability above zero.
+_ROUNDING = 1e-4
 
 #: Bytes that are held before they are written.
 BUFFER_BYTES = 64_000_000
@@ -39,7 +50,8 @@ class LogitCache:
         top_k: k.
 
     Raises:
-        ValueError: If the folder holds the predictions of another teacher, or other ones.
+        ValueError: If the folder holds the predictions of another teacher, or other ones, or is damaged: now, or as
+            predictions are read.
     """
 
     def __init__(
@@ -53,7 +65,7 @@ class LogitCache:
         self._mask = mask
         self._k = top_k
         self._new: dict[str, Tensor] = {}
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, NamedTensors] = {}
         self._opened: set[Path] = set()
         self._check({"format": FORMAT, "top_k": top_k, **description})
         self.refresh()
@@ -61,7 +73,7 @@ class LogitCache:
     def _check(self, description: dict[str, Any]) -> None:
         path = self.folder / DESCRIPTION
         if path.is_file():
-            found = json.loads(path.read_text())
+            found = read_json(path, _DESCRIPTION)
             if found != description:
                 other = [key for key in description if found.get(key) != description[key]]
                 raise ValueError(
@@ -77,10 +89,38 @@ class LogitCache:
         """Look for files that other processes have written."""
         for path in sorted(self.folder.glob("logits-*.safetensors")):
             if path not in self._opened:
+                named = self._open(path)
                 self._opened.add(path)
-                opened = safe_open(path, framework="pt")
-                keys: list[str] = list(opened.keys())
-                self._files.update(dict.fromkeys((key for key in keys if key.endswith(".index")), opened))
+                self._files.update(dict.fromkeys((name for name in named.forms if name.endswith(".index")), named))
+
+    def _open(self, path: Path) -> NamedTensors:
+        """Open a file that another run or process has written; its tensors are checked as they are read.
+
+        Raises:
+            ValueError: If it is damaged, or not of this cache.
+        """
+        try:
+            handle = safe_open(path, framework="pt")
+            named = NamedTensors.in_file(handle, str(path))
+        except SafetensorError as error:
+            raise ValueError(f"{_damaged(path)} is truncated or damaged ({error}).") from error
+        with naming(_damaged(path)):
+            saved = (handle.metadata() or {}).get(_CHECKSUMS)
+            checksums = None if saved is None else parse_json(saved, "The list of checksums")
+            if checksums is not None:
+                mapping(text)(checksums, "checksums")
+            index = Entry((torch.int32,), ((None, None),), 0, 2**31)
+            values = Entry((torch.float32,), ((None, None),), None, _ROUNDING)
+            samples = {name.rpartition(".")[0] for name in named.forms}
+            wanted = {f"{key}.index": index for key in samples} | {f"{key}.values": values for key in samples}
+            named.expect(wanted, checksums)
+            for key in samples:
+                (_, shape), (_, other) = (named.forms[f"{key}.{part}"] for part in ("index", "values"))
+                if shape != other or shape[1] > self._k:
+                    raise SchemaError(
+                        f"Expected at most {self._k} classes of each prediction of {key!r}, alike in both."
+                    )
+        return named
 
     def has(self, batch: Any) -> bool:
         """Whether there are predictions of every sample of a batch."""
@@ -118,8 +158,8 @@ class LogitCache:
         for i, key in enumerate(sample_keys(batch, self._mask(batch))):
             if key not in self:
                 return None
-            values.append(self._read(f"{key}.values"))
-            indices.append(self._read(f"{key}.index"))
+            values.append(self._read(key, "values"))
+            indices.append(self._read(key, "index"))
             if counted is not None and len(values[-1]) != int(counted[i].sum()):
                 return None  # made of a sample that was padded on the other side
         return torch.cat(values), torch.cat(indices)
@@ -127,10 +167,13 @@ class LogitCache:
     def __contains__(self, key: str) -> bool:
         return f"{key}.index" in self._new or f"{key}.index" in self._files
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, key: str, part: str) -> Tensor:
+        name = f"{key}.{part}"
         if name in self._new:
             return self._new[name]
-        return self._files[f"{name.partition('.')[0]}.index"].get_tensor(name)
+        named = self._files[f"{key}.index"]
+        with naming(_damaged(named.where)):
+            return named.read(name)
 
     def flush(self) -> None:
         """Write what is held."""
@@ -138,7 +181,8 @@ class LogitCache:
             return
         digest = hashlib.blake2b("".join(sorted(self._new)).encode(), digest_size=8).hexdigest()
         with whole_file(self.folder / f"logits-{digest}.safetensors") as temporary:
-            save_file(self._new, temporary)
+            sums = json.dumps(tensor_checksums(self._new))
+            save_file(self._new, temporary, metadata={_CHECKSUMS: sums})
         self._new = {}
         self.refresh()
 
@@ -183,6 +227,14 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def teacher_of(folder: str | Path) -> str | None:
-    """Return the fingerprint of the teacher whose predictions a folder holds; None if it holds none."""
+    """Return the fingerprint of the teacher whose predictions a folder holds; None if it holds none.
+
+    Raises:
+        ValueError: If what says so is damaged.
+    """
     path = Path(folder) / DESCRIPTION
-    return json.loads(path.read_text()).get("teacher") if path.is_file() else None
+    return read_json(path, _DESCRIPTION)["teacher"] if path.is_file() else None
+
+
+def _damaged(path: str | Path) -> str:
+    return f"Delete the folder of the teacher's predictions with {path}, which"

@@ -52,7 +52,7 @@ from fasc_lightning.comparison_layers import gate_cells, group_cells, sensitivit
 from fasc_lightning.comparison_report import Report
 from fasc_lightning.comparison_statistics import Calibration
 from fasc_lightning.comparison_tables import metrics_of
-from fasc_lightning.data import check_file, named_files, read_text, text_windows
+from fasc_lightning.data import check_file, file_windows, named_files, text_windows
 from fasc_lightning.evaluation import builtin_facts, builtin_text, load_facts, load_minimal_pairs
 from fasc_lightning.gate import CHEAP_METHOD, check_gate
 from fasc_lightning.report import library_versions
@@ -201,13 +201,12 @@ def grid_cells(options: Namespace) -> list[Cell]:
 def evaluation_of(options: Namespace, tokenizer: Any) -> Evaluation:
     """Return the questions: the user's, or the built-in text and facts if there are none."""
     builtin = not (options.eval_text or options.eval_facts or options.minimal_pairs)
-    texts = {name: read_text(path) for name, path in options.eval_text.items()}
+    sizes = options.eval_windows, options.window
+    windows = {name: file_windows(path, tokenizer, *sizes) for name, path in options.eval_text.items()}
     facts = load_facts(options.eval_facts) if options.eval_facts else []
     if builtin:
-        texts, facts = {"python-reference": builtin_text()}, builtin_facts(options.seed)
-    windows = {
-        name: text_windows(text, tokenizer, options.eval_windows, options.window) for name, text in texts.items()
-    }
+        windows = {"python-reference": text_windows(builtin_text(), tokenizer, *sizes)}
+        facts = builtin_facts(options.seed)
     pairs = load_minimal_pairs(options.minimal_pairs) if options.minimal_pairs else []
     return Evaluation(windows, facts, pairs, options.eval_precision)
 

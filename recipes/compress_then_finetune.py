@@ -20,7 +20,6 @@ given as `--config FILE`; some are in recipes/configs.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
@@ -55,6 +54,7 @@ from fasc_lightning._recipe import (
     questions_of,
     save_results,
 )
+from fasc_lightning._schema import mapping, plain, read_json
 from fasc_lightning.bundled import load_model
 from fasc_lightning.data import check_sources, window_loader
 from fasc_lightning.distillation import Distillation
@@ -266,7 +266,7 @@ def check_checkpoints(options: Namespace) -> None:
         return
     expected, found = _resumed_options(options), {}
     if _options_file(options).is_file():
-        found = json.loads(_options_file(options).read_text())
+        found = read_json(_options_file(options), mapping(plain))
     if other := [name for name in expected if name not in found or found[name] != expected[name]]:
         values = (f"--{_dashed(name)} {found.get(name)} and not {expected[name]}" for name in other[:3])
         raise ValueError(

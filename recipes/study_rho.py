@@ -34,7 +34,7 @@ from fasc_lightning._options import add_source_options, add_text_options
 from fasc_lightning._tables import Row, save_table, table_text
 from fasc_lightning.allocation import resolve_rank
 from fasc_lightning.bundled import load_model
-from fasc_lightning.data import calibration_windows, named_files, read_text, text_windows
+from fasc_lightning.data import calibration_windows, file_windows, named_files, text_windows
 from fasc_lightning.evaluation import builtin_text, perplexity
 from fasc_lightning.factorize import compress_layers
 from fasc_lightning.figures import angles_figure, rho_gain_scatter, rho_profile, save_figure
@@ -191,9 +191,9 @@ def uniform_ranks(layers: dict[str, nn.Module], rank: float) -> dict[str, int]:
 
 def evaluation_texts(options: Namespace, tokenizer: Any) -> dict[str, Tensor]:
     """Return texts as windows: the user's, or the built-in one if none is given."""
-    texts = {name: read_text(path) for name, path in options.eval_text.items()}
-    texts = texts or {"python-reference": builtin_text()}
-    return {name: text_windows(text, tokenizer, options.eval_windows, options.window) for name, text in texts.items()}
+    sizes = options.eval_windows, options.window
+    texts = {name: file_windows(path, tokenizer, *sizes) for name, path in options.eval_text.items()}
+    return texts or {"python-reference": text_windows(builtin_text(), tokenizer, *sizes)}
 
 
 def compare_layers(

@@ -17,7 +17,6 @@ The output folder holds `training.png` (loss, recall, rho), `heatmap.png` and `p
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -37,9 +36,10 @@ from torch import Tensor
 
 from fasc_lightning import CausalLMModule, FascCallback
 from fasc_lightning._files import whole_file
+from fasc_lightning._schema import mapping, plain, read_json
 from fasc_lightning._tables import Row
 from fasc_lightning.bundled import load_model
-from fasc_lightning.data import read_text, text_windows
+from fasc_lightning.data import file_windows
 from fasc_lightning.evaluation import Fact, FactsResult, factual_recall, load_facts
 from fasc_lightning.report import write_json
 
@@ -217,7 +217,7 @@ def biography_windows(
 def text_task(options: Namespace) -> Task:
     """Return the fine-tuning of a model on a text."""
     model, tokenizer = load_model(options.model)
-    windows = text_windows(read_text(options.text), tokenizer, None, options.window)
+    windows = file_windows(options.text, tokenizer, None, options.window)
     facts = load_facts(options.eval_facts) if options.eval_facts else []
     if options.steps is None:
         options.steps = -(-len(windows) // options.batch_size)
@@ -471,7 +471,7 @@ def prepare_folder(options: Namespace, runs: Sequence[str]) -> None:
     immaterial = ("config", "output", "report", "resume")
     ours = {name: value for name, value in options.as_dict().items() if name not in immaterial}
     if options.resume == "true" and path.is_file():
-        theirs = json.loads(path.read_text())
+        theirs = read_json(path, mapping(plain))
         if changed := [name for name in ours if theirs.get(name) != ours[name]]:
             was = ", ".join(f"--{name.replace('_', '-')} {theirs.get(name)}" for name in changed)
             raise ValueError(

@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what takes an hour, unless ``-m exhaustive`` asks for it."""
+    """Leave out what the suite samples elsewhere, unless ``-m exhaustive`` asks for it."""
     if "exhaustive" not in config.option.markexpr:
         left = [item for item in items if item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fasc_lightning.data import json_row, open_text
+from fasc_lightning.text_files import json_row, open_text
 
 T = TypeVar("T")
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,7 +64,7 @@ def test_independence_gives_a_debiased_value_around_zero(tokens):
     assert min(plain) > 0.05  # the plain score never tells
 
 
-@pytest.mark.parametrize("shape", [(1, 1024), (4, 128), (8, 128), (24, 42)])
+@pytest.mark.parametrize("shape", [(8, 128), (16, 64), (24, 42)])
 def test_autocorrelated_but_independent_series_stay_inside_the_sequence_null(shape):
     generator = torch.Generator().manual_seed(1)
     inside = covered = 0
@@ -75,6 +78,93 @@ def test_autocorrelated_but_independent_series_stay_inside_the_sequence_null(sha
     assert inside >= 34  # 38 expected
     assert covered >= 34
     assert min(floors) > 1.5  # what takes tokens for independent is far off
+
+
+@pytest.mark.parametrize(("sequences", "updates"), [(4, 1), (4, 3), (8, 1)])
+def test_the_null_is_exceeded_by_chance_as_often_as_it_says(sequences, updates):
+    generator = torch.Generator().manual_seed(3)
+    shape, above, ratios = (sequences, 24), 0, []
+    for _ in range(200):
+        pairs = [tuple(autocorrelated(*shape, 4, generator) for _ in "xg") for _ in range(updates)]
+        score = scored(*pairs)
+        above += bool(score.compute() > score.null)
+        debiased = score.debiased.item()
+        if not math.isnan(debiased):
+            ratios.append(math.copysign(debiased**2, debiased))
+    assert 2 <= above <= 20  # 10, or 8.3 of four sequences; both ends are beyond three standard deviations
+    assert len(ratios) > 150
+    assert abs(np.mean(ratios)) < 4 * np.std(ratios) / math.sqrt(len(ratios))
+
+
+@pytest.mark.parametrize("sequences", [4, 5])
+def test_the_null_of_few_sequences_is_the_rank_among_all_orders(sequences):
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(20):
+        x = torch.randn(sequences, 6, 3, generator=generator).double()
+        g = torch.randn(sequences, 6, 3, generator=generator).double() + 0.3 * x
+        score = scored((x, g))
+        values = np.array([rho(x.flatten(0, 1), g[list(o)].flatten(0, 1)) for o in permutations(range(sequences))])
+        share = (values >= values[0] * (1 - 1e-9)).mean()  # of all orders, the one as it is among them
+        assert bool(score.compute() > score.null) == (share <= 0.05)
+
+
+@pytest.mark.parametrize("updates", [1, 5])
+@pytest.mark.parametrize("sequences", [1, 2, 3])
+def test_fewer_than_four_sequences_have_rho_and_nothing_else(sequences, updates):
+    pairs = [(torch.randn(sequences, 50, 3), torch.randn(sequences, 50, 3)) for _ in range(updates)]
+    score = scored(*pairs)
+    assert "fewer than 4 sequences" in score.reason
+    assert all(math.isnan(value.item()) for value in (score.null, score.debiased, *score.interval))
+    assert score.observed == updates * sequences * 50
+    if updates == 1:
+        x, g = (values.flatten(0, 1) for values in pairs[0])
+        assert score.compute().item() == pytest.approx(rho(x, g).item(), abs=1e-5)
+        assert score.iid_floor.item() == pytest.approx(iid_floor(x, g).item(), rel=1e-4)
+    enough = torch.randn(8, 5, 3), torch.randn(8, 5, 3)
+    score.update(*enough)
+    alone = scored(enough)
+    assert (score.reason, score.observed) == ("", 40)
+    for name in ("null", "debiased", "interval", "iid_floor"):
+        assert torch.equal(getattr(score, name), getattr(alone, name))
+    assert score.compute() == alone.compute()
+
+
+def test_fewer_than_eight_sequences_have_no_interval():
+    score = scored((torch.randn(7, 20, 3), torch.randn(7, 20, 3)))
+    assert score.reason == "fewer than 8 sequences, too few for an interval"
+    assert all(math.isfinite(value.item()) for value in (score.compute(), score.null, score.debiased))
+    assert all(math.isnan(value.item()) for value in score.interval)
+
+
+def test_the_interval_is_the_jackknife_over_sequences():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(12, 10, 4, generator=generator).double()
+    g = torch.randn(12, 10, 4, generator=generator).double() + 0.7 * x
+    score = scored((x, g))
+    squares = []
+    for i in range(12):  # the ratio without each sequence, from scores of the others
+        kept = [j for j in range(12) if j != i]
+        squares.append(scored((x[kept], g[kept])).debiased.item() ** 2)
+    squares = np.array(squares)
+    error = math.sqrt(11 / 12 * ((squares - squares.mean()) ** 2).sum())
+    middle, reach = score.debiased.item() ** 2, scipy.stats.t.ppf(0.975, 11) * error
+    low, high = score.interval.tolist()
+    assert math.copysign(low**2, low) == pytest.approx(middle - reach, abs=0.15 * reach)
+    assert math.copysign(high**2, high) == pytest.approx(middle + reach, abs=0.15 * reach)
+
+
+def test_tokens_of_long_sequences_are_cut_across_all_of_them():
+    x, g = torch.randn(8, 600, 3), torch.randn(8, 600, 3)
+    x[:, :, 0] += torch.randn(8, 1)
+    score = scored((x, g))
+    parts = [(x[:, first::3], g[:, first::3]) for first in range(3)]
+    together = scored(*parts)
+    assert score.observed == 4800
+    for name in ("null", "debiased", "iid_floor"):
+        torch.testing.assert_close(getattr(score, name), getattr(together, name))
+    assert score.compute() == together.compute()
+    assert sum(len(rows) for rows in score.rows) == 8  # one a sequence, not one a part
+    assert sum(len(rows) for rows in together.rows) == 24
 
 
 def test_the_interval_covers_the_truth_of_autocorrelated_dependent_series():
@@ -200,4 +290,4 @@ def test_results_are_the_same_again():
     first, second, other = scored(batch), scored(batch), scored(batch, seed=1)
     assert torch.equal(first.interval, second.interval)
     assert torch.equal(first.null, second.null)
-    assert not torch.equal(first.interval, other.interval)
+    assert not torch.equal(first.null, other.null)

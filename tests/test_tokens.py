@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from fasc_lightning.tokens import TokenRows, batch_size, identifying_tensor, sample_seeds, sample_sequences
+from fasc_lightning.tokens import (
+    TokenRows,
+    batch_size,
+    identifying_tensor,
+    sample_seeds,
+    sample_sequences,
+    token_order,
+)
 
 CPU = torch.device("cpu")
 
@@ -71,13 +79,19 @@ def test_samples_are_found_in_any_nesting():
         batch_size(["text"])
 
 
+def everything(lengths):
+    return torch.ones(sum(lengths), dtype=torch.bool)
+
+
 @pytest.mark.parametrize(
     ("lengths", "tokens", "shape"),
     [
         ([16] * 8, 512, (8, 16)),  # all of them
         ([16] * 8, 40, (8, 5)),
-        ([512], 100, (1, 100)),
+        ([512], 100, (1, 25)),  # leaves room for other sequences
+        ([512] * 3, 512, (3, 128)),
         ([16] * 100, 512, (24, 16)),  # no more sequences than permutations can bear
+        ([1] * 100, 64, (64, 1)),  # samples of one token, though, are many
         ([2, 30, 40], 1000, (2, 30)),  # a short sequence would cost more than it gives
         ([20, 30, 40], 1000, (3, 20)),
         ([0, 0, 5], 512, (1, 5)),
@@ -86,7 +100,7 @@ def test_samples_are_found_in_any_nesting():
     ],
 )
 def test_samples_are_equally_many_tokens_of_each_sequence(lengths, tokens, shape):
-    chosen = sample_sequences(lengths, tokens)
+    chosen = sample_sequences(everything(lengths), lengths, tokens, range(len(lengths)))
     assert tuple(chosen.shape) == shape
     assert len(chosen.flatten().unique()) == chosen.numel()
     starts = torch.tensor([0, *lengths]).cumsum(0)
@@ -94,15 +108,125 @@ def test_samples_are_equally_many_tokens_of_each_sequence(lengths, tokens, shape
         assert len(torch.bucketize(row, starts, right=True).unique()) == 1
 
 
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 511, 2048])
+def test_an_order_of_tokens_is_a_permutation_spread_evenly(length):
+    order = token_order(length, 3)
+    assert sorted(order) == list(range(length))
+    for count in (length // 8, length // 3):
+        if count > 1:
+            gaps = np.diff(np.sort(order[:count]), append=order[:count].min() + length)
+            assert gaps.max() <= 3 * length / count
+
+
+@pytest.mark.parametrize("count", [1, 5, 16])
+def test_every_position_is_as_likely_as_any_other(count):
+    drawn = np.concatenate([token_order(40, seed)[:count] for seed in range(4000)])
+    frequencies = np.bincount(drawn, minlength=40) / 4000
+    spread = np.sqrt(count / 40 * (1 - count / 40) / 4000)
+    assert np.abs(frequencies - count / 40).max() < 4.5 * spread
+
+
+def test_distances_between_the_tokens_chosen_are_those_of_other_sequences():
+    first, second = (token_order(500, seed)[:60] for seed in (1, 2))
+    ours, theirs = (np.abs(order[:, None] - order[None, :]) for order in (first, second))
+    near = ours <= 20
+    assert (ours == theirs)[near].mean() > 0.9  # but for those that the ends part
+    assert not np.array_equal(first, second)
+
+
+def test_tokens_without_a_gradient_give_way_and_the_others_stay():
+    lengths = [20, 20]
+    alive = everything(lengths)
+    alive[torch.tensor([19, 39])] = False
+    for seed in range(20):
+        chosen = sample_sequences(alive, lengths, 76, [seed, seed + 1])
+        assert chosen.shape == (2, 19)
+        assert alive[chosen].all()
+    whole = sample_sequences(everything(lengths), lengths, 40, [0, 1], ordered=True)
+    assert torch.equal(whole, torch.arange(10) + torch.tensor([[0], [20]]))
+    alive = everything(lengths)
+    alive[torch.tensor([3, 24, 25])] = False
+    chosen = sample_sequences(alive, lengths, 40, [0, 1], ordered=True)
+    assert chosen[0].tolist() == [0, 1, 2, 10, 4, 5, 6, 7, 8, 9]
+    assert chosen[1].tolist() == [20, 21, 22, 23, 30, 31, 26, 27, 28, 29]
+    few = torch.zeros(40, dtype=torch.bool)
+    few[torch.tensor([4, 7])] = True
+    assert sample_sequences(few, lengths, 40, [0, 1], ordered=True).tolist() == [[4, 7]]
+
+
+def chosen_tokens(ids, mask=None, sample=None, tokens=64, seed=0):
+    """What is scored of each sample: the ids of its tokens."""
+    rows = TokenRows(mask=mask, sample_seeds=sample_seeds({"input_ids": ids}, seed, mask), sample=sample)
+    index = rows.index(tuple(ids.shape), CPU)
+    index = torch.arange(ids.numel()) if index is None else index
+    alive = torch.ones(len(index), dtype=torch.bool)
+    return [ids.flatten()[index[row]].tolist() for row in rows.choose(alive, rows.lengths(tuple(ids.shape)), tokens)]
+
+
+@pytest.mark.parametrize("sample", [None, 64])
+def test_a_sample_has_the_same_tokens_in_any_batch(sample):
+    ids = torch.arange(8 * 100).view(8, 100)[:, torch.randperm(100)]
+    together = chosen_tokens(ids, sample=sample)
+    assert [len(tokens) for tokens in together] == [8] * 8
+    others = torch.arange(8000, 8400).view(4, 100)
+    apart = chosen_tokens(torch.cat([ids[[5, 2]], others]), sample=sample)[:2]
+    assert [tokens[:8] for tokens in apart] == [together[5], together[2]]  # two more of each, since they are fewer
+    padded = torch.cat([torch.full((8, 9), -1), ids], 1)
+    assert chosen_tokens(padded, padded >= 0, sample) == together
+    assert chosen_tokens(ids, sample=sample, seed=1) != together
+    assert chosen_tokens(ids, sample=None) == chosen_tokens(ids, sample=64)  # monitoring looks where calibration does
+
+
 def test_a_batch_can_be_sampled_and_knows_its_sequences():
     mask = torch.arange(8)[None] < torch.tensor([[8], [6], [1]])
-    rows = TokenRows(mask=mask, sample=8)
+    rows = TokenRows(mask=mask, sample=12)
     index = rows.index((3, 8), CPU)
-    assert index.tolist() == [0, 2, 4, 7, 8, 9, 11, 13]
-    assert rows.lengths((3, 8)) == [4, 4]
+    assert rows.lengths((3, 8)) == [4, 4, 0]  # three to score, and one in place of any without a gradient
+    assert len(set(index.tolist())) == 8
+    assert set(index[:4].tolist()) <= set(range(8))
+    assert set(index[4:].tolist()) <= set(range(8, 14))
+    assert rows.choose(torch.ones(8).bool(), [4, 4, 0], 12).tolist() == [[0, 1, 2], [4, 5, 6]]
     counted = TokenRows(mask=mask)
     assert counted.index((3, 8), CPU).numel() == 15
     assert counted.lengths((3, 8)) == [8, 6, 1]
+
+
+@pytest.mark.parametrize("sample", [None, 24])
+@pytest.mark.parametrize("masked", [True, False])
+def test_sequences_are_told_apart_where_they_come_last(sample, masked):
+    ids = torch.arange(5 * 20).view(5, 20)
+    mask = ids % 20 < torch.tensor([[20], [20], [15], [12], [20]]) if masked else None
+    seeds = sample_seeds(ids, 0, mask)
+    rows = TokenRows(mask=mask, sample_seeds=seeds, sample=sample)
+    rows.note(ids)
+    index = rows.index((20, 5), CPU)
+    flat = ids.T.flatten() if index is None else ids.T.flatten()[index]  # what a layer sees, sequence first
+    chosen = flat[rows.choose(torch.ones(len(flat)).bool(), rows.lengths((20, 5)), 24)]
+    assert chosen.tolist() == chosen_tokens(ids, mask, tokens=24)
+
+
+@pytest.mark.parametrize("sample", [None, 16])
+def test_samples_without_a_length_are_sequences_of_one(sample):
+    rows = TokenRows(sample_seeds=sample_seeds(torch.randn(40, 3), 0), sample=sample)
+    index = rows.index((40,), CPU)
+    kept = 40 if index is None else len(index)
+    assert rows.lengths((40,)) == [kept]
+    assert rows.choose(torch.ones(kept).bool(), [kept], 16).shape == (16, 1)
+
+
+@pytest.mark.parametrize("sample", [None, 24])
+def test_rows_of_an_expert_are_sampled_within_its_sequences(sample):
+    rows = TokenRows(sample_seeds=[11, 12, 13, 14], sample=sample)
+    rows.note(torch.zeros(4, 30, dtype=torch.long))
+    tokens = torch.arange(120)[torch.randperm(120)][:100]
+    order, lengths = rows.routed(tokens, 120)
+    counted = rows.index((120,), CPU)
+    seen = tokens[order]
+    assert set(seen.tolist()) == set(tokens.tolist()) & set(range(120) if counted is None else counted.tolist())
+    assert lengths == (seen // 30).bincount(minlength=4).tolist()
+    assert torch.equal(seen // 30, torch.arange(4).repeat_interleave(torch.tensor(lengths)))
+    chosen = seen[rows.choose(torch.ones(len(seen)).bool(), lengths, 24)]
+    assert all(len(set((row // 30).tolist())) == 1 for row in chosen)
 
 
 def test_lengths_go_by_shape_and_flattened_tokens_are_still_sequences():

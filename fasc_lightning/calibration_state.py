@@ -15,6 +15,7 @@ from fasc_lightning._schema import Entry, SchemaError, anything, integer, listed
 from fasc_lightning._tensor_file import NamedTensors
 from fasc_lightning.calibration import Calibration
 from fasc_lightning.dependence import SUMS, DependenceScore
+from fasc_lightning.layer_scores import LayerScores, Sample
 from fasc_lightning.moments_file import MOMENTS_HEADER, empty_moments, moments_entries, pack_moments, unpack_moments
 from fasc_lightning.replay import Replay
 
@@ -34,7 +35,8 @@ CALIBRATION_HEADER = record(
         "kept": anything,  # read by the module that wrote it
         "batches": integer(0, _MAX_COUNT),
         "seconds": number(0),
-    }
+    },
+    {"waiting": listed(integer(0, _MAX_COUNT))},  # none in checkpoints of before samples could wait
 )
 
 
@@ -56,15 +58,17 @@ def pack_calibration(trainer: pl.Trainer, calibration: Calibration) -> tuple[dic
     calibration.merge(trainer)
     tensors, moments = pack_moments(calibration.moments)
     scores, rows = _pack_scores(calibration.scores.scores)
+    waiting, samples = _pack_waiting(calibration.scores)
     kept, batches = pack_batch(calibration.replay.state_dict(), _BATCH)
     header = {
         "moments": moments,
         "rows": rows,
+        "waiting": samples,
         "kept": kept,
         "batches": calibration.batches,
         "seconds": calibration.seconds,
     }
-    return ({**tensors, **scores, **batches} if trainer.is_global_zero else {}), header
+    return ({**tensors, **scores, **waiting, **batches} if trainer.is_global_zero else {}), header
 
 
 def unpack_calibration(
@@ -97,12 +101,14 @@ def unpack_calibration(
         calibration.restore(moments, None, Replay(), header["batches"], header["seconds"])
         return
     scores = {name: deepcopy(score) for name, score in calibration.scores.scores.items()}
-    entries |= _score_entries(scores, header["rows"])
+    entries |= _score_entries(scores, header["rows"]) | _waiting_entries(scores, header.get("waiting", []))
     tensors.expect(entries, checksums, free=tensor_names(header["kept"]))
     moments = unpack_moments(header["moments"], lambda name: tensors.read(name).to(device), device)
     _unpack_scores(scores, header["rows"], tensors)
     kept = Replay.from_state(unpack_batch(header["kept"], tensors.read), "header.kept")
+    waiting = _unpack_waiting(scores, header.get("waiting", []), tensors, calibration.scores.device)
     calibration.restore(moments, scores, kept, header["batches"], header["seconds"])
+    calibration.scores.waiting = waiting
 
 
 def _check_same(calibration: Calibration, header: Mapping[str, Any]) -> None:
@@ -124,6 +130,43 @@ def _pack_scores(scores: Mapping[str, DependenceScore]) -> tuple[dict[str, Tenso
     rows = [torch.cat([score.biased.new_zeros(0, 3), *score.rows]) for score in ordered]
     tensors["scores.rows"] = torch.cat(rows)
     return tensors, [len(part) for part in rows]
+
+
+def _pack_waiting(scores: LayerScores) -> tuple[dict[str, Tensor], list[int]]:
+    """Return the samples that wait to be scored, and how many each layer has, in the order of their names."""
+    waiting = [scores.waiting.get(name, []) for name in sorted(scores.scores)]
+    tensors = {  # copies: layers share inputs, which files of tensors do not
+        name: values.clone()
+        for i, samples in enumerate(waiting)
+        for j, pair in enumerate(samples)
+        for name, values in zip(_waiting_names(i, j), pair, strict=True)
+    }
+    return tensors, [len(samples) for samples in waiting]
+
+
+def _waiting_names(layer: int, sample: int) -> tuple[str, str]:
+    return f"waiting.{layer}.{sample}.inputs", f"waiting.{layer}.{sample}.gradients"
+
+
+def _waiting_entries(scores: Mapping[str, DependenceScore], counts: list[int]) -> dict[str, Entry]:
+    """Return the schema of the samples that wait."""
+    if counts and len(counts) != len(scores):
+        raise SchemaError(f"Expected samples of {len(scores)} layers at 'header.waiting' but got {len(counts)}.")
+    names = [name for i, count in enumerate(counts) for j in range(count) for name in _waiting_names(i, j)]
+    return {name: Entry(shapes=((None, None, None),)) for name in names}
+
+
+def _unpack_waiting(
+    scores: Mapping[str, DependenceScore], counts: list[int], tensors: NamedTensors, device: torch.device
+) -> dict[str, list[Sample]]:
+    found: dict[str, list[Sample]] = {}
+    for i, (name, count) in enumerate(zip(sorted(scores), counts, strict=False)):
+        for j in range(count):
+            x, g = (tensors.read(part).to(device) for part in _waiting_names(i, j))
+            if x.shape[:2] != g.shape[:2]:
+                raise SchemaError(f"Expected inputs and gradients of the same tokens at '{_waiting_names(i, j)[0]}'.")
+            found.setdefault(name, []).append((x, g))
+    return found
 
 
 def _score_entries(scores: Mapping[str, DependenceScore], rows: list[int]) -> dict[str, Entry]:

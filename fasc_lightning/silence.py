@@ -55,8 +55,8 @@ class MutedLogger(DummyLogger):
         super().__init__()
         self._logger = logger
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc] # a step may log nothing, or fail, where its logger is of another class
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # a step may log nothing, or fail, where its logger is of another class
         return type(self._logger)
 
     @property

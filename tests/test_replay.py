@@ -294,9 +294,9 @@ def test_a_step_with_an_iterator_is_refused_before_it_runs(make_trainer, caplog)
             return super().training_step(batch, batch_idx) * len(batch)
 
     options = {"keep": 0.6, "exclude": ["head"], "update_weights": False}
-    with pytest.raises(MisconfigurationException, match="`dataloader_iter`.* HINT"):
+    with pytest.raises(MisconfigurationException, match=r"`dataloader_iter`.* HINT"):
         make_trainer(FascCallback(**options)).fit(Iterating(), loader())
-    with pytest.raises(NoLossError, match="`dataloader_iter`.* HINT"):
+    with pytest.raises(NoLossError, match=r"`dataloader_iter`.* HINT"):
         make_trainer(FascCallback(**options, loss_terms="sum", refit=True)).fit(Iterating(), loader())
     callback = FascCallback(**options, loss_terms="sum")
     with caplog.at_level("INFO"):

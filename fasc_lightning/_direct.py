@@ -158,14 +158,15 @@ def is_eager(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or (type(x) is Tensor and not torch._C._is_tracing())
 
 
-def permute_features(x: Tensor, index: Tensor) -> Tensor:
+def permute_features(x: Tensor, index: Tensor, eager: bool) -> Tensor:
     """Return the features of x (..., d) in the order of index (d,), as a new tensor.
 
     What is traced or scripted must not depend on the sizes of an example: then it is the same operations for all, and
-    for any number of dimensions. Otherwise x has two, and the operations are those of :func:`permute_columns`.
+    for any number of dimensions. Where they are run as they are called (``eager``), x has two, and the operations are
+    those of :func:`permute_columns`.
     """
     if not is_scripting():  # noqa: SIM102 # TorchScript would compile what is beside it in one condition
-        if is_eager(x):
+        if eager:
             return permute_columns(x, index)
     # In two dimensions it takes a sixth of the time that it takes in three.
     return x.reshape(-1, index.shape[0]).index_select(1, index).view_as(x)

@@ -303,14 +303,14 @@ class PivotedLinear(CompressedLinear):
                 return pivot_rows(x, W, T, self.pivot_bias, rest_bias, permutation)
             if is_eager(x):
                 # On the CPU an index along the last of two dimensions is 3 times faster than along the last of three.
-                y = self._composed(x.reshape(-1, self.in_features))
+                y = self._composed(x.reshape(-1, self.in_features), True)
                 return y.view(*x.shape[:-1], self.out_features)
-        return self._composed(x)
+        return self._composed(x, False)
 
-    def _composed(self, x: Tensor) -> Tensor:
+    def _composed(self, x: Tensor, eager: bool) -> Tensor:
         """(N, n) to (N, m) by calls of the children: for autograd, hooks, adapters, compilers; (..., n) for tracers."""
         if self.side == "in":
-            permuted = permute_features(x, self.permutation)
+            permuted = permute_features(x, self.permutation, eager)
             # Slices would be traced as those of a numbered dimension.
             rest = permuted.narrow(-1, self.rank, self.in_features - self.rank)
             return self.basis(permuted.narrow(-1, 0, self.rank) + self.coefficients(rest))
@@ -319,7 +319,7 @@ class PivotedLinear(CompressedLinear):
         pivot_bias = self.pivot_bias
         # Autocast leaves the bias in float32, which would promote the output.
         pivots = z if pivot_bias is None else z + pivot_bias.to(z.dtype)
-        return permute_features(torch.cat([pivots, rest], dim=-1), self.permutation)
+        return permute_features(torch.cat([pivots, rest], dim=-1), self.permutation, eager)
 
     @property
     @override

@@ -116,7 +116,7 @@ def small_model(model_class: type[PreTrainedModel], kind: str, limit: int = 40_0
             if not any(isinstance(each, nn.Linear) for each in model.modules()):
                 raise ValueError("no linear layers")
             torch.manual_seed(0)
-            return model_class(copy.deepcopy(config)).eval()
+            return model_class(copy.deepcopy(config)).float().eval()
         except Exception as error:  # whatever a configuration that was changed blindly leads to
             reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:90]}")
     raise NotSmallError("; ".join(dict.fromkeys(reasons)))

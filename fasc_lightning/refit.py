@@ -154,7 +154,7 @@ def refit(
     an anchor (:mod:`~fasc_lightning.refit_solve`). Batches are in three shares
     (:func:`~fasc_lightning.refit_shares.shares`). Factors are fitted to the first. The second chooses lambda and
     decides layer by layer; new factors that a layer takes are then fitted to both. No step reads the third. The model's
-    loss there is the last check, of all layers together: it has to fall by more than the standard error of its change
+    loss there is the last check, of all layers together: it has to fall by more than two standard errors of its change
     over the batches. What is not accepted stays as it was, as does everything if anything fails. Shapes, ranks, layouts
     and the layers' identities stay.
 

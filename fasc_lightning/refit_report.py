@@ -59,7 +59,8 @@ class RefitReport:
         skipped: Layers that could not be refitted: not reached, run more than once, or on other tokens than the block.
         loss_before: The model's mean loss before, in nats, on batches that nothing was fitted to or chosen by.
         loss_after: And after.
-        loss_error: Standard error of the change over those batches. Factors are kept where it falls by more.
+        loss_error: Standard error of the change over those batches. Factors are kept if it falls by two of
+            these.
         reverted: Whether the last check put everything back.
         fit_batches: How many batches factors were fitted to or chosen by.
         held_batches: How many only the last check read.

@@ -7,11 +7,17 @@ import pytest
 import scipy.stats
 import torch
 from refit_cases import compressed_case
-from tiny import token_loader
+from tiny import Tokens, causal_model, token_loader
 from torch import nn
 
+from fasc_lightning.factorize import compress_layers
+from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.refit import RefitOptions, causal_loss, refit
 from fasc_lightning.refit_shares import Change, shares
+from fasc_lightning.solvers import solver_needs
+from fasc_lightning.study import backward_windows
+from fasc_lightning.swap import swap_modules
+from fasc_lightning.taps import Taps, layer_shapes, select_layers
 
 #: Of 12 batches with one of four held out for either end.
 CHOOSE, CHECK = [3, 7, 11], [1, 5, 9]
@@ -61,8 +67,9 @@ def test_the_error_is_that_of_the_mean_of_paired_differences():
     ("after", "gain"),
     [
         ([1.9, 1.9], True),
-        ([1.5, 1.99], True),
-        ([1.5, 2.01], False),  # lower on average, but not on both
+        ([1.5, 1.83], True),
+        ([1.5, 1.84], False),  # lower on both, by a third of what it is on the other
+        ([1.5, 2.01], False),
         ([2.0, 2.0], False),
         ([2.1, 2.1], False),
         ([math.nan, 1.0], False),
@@ -98,7 +105,7 @@ def test_the_reported_gain_is_measured_on_batches_that_only_check():
     assert report.loss_after == pytest.approx(sum(after) / 3, rel=1e-5)
     differences = [new - old for old, new in zip(before, after, strict=True)]
     assert report.loss_error == pytest.approx(scipy.stats.sem(differences), rel=1e-2)
-    assert report.loss_before - report.loss_after > report.loss_error
+    assert report.loss_before - report.loss_after > 2 * report.loss_error
 
 
 def test_each_batch_that_checks_is_read_before_and_after_and_no_more():
@@ -131,6 +138,43 @@ def test_what_a_verdict_is_read_from_is_not_fitted_to(monkeypatch):
     assert name == judged_name
     assert not torch.equal(first, other)
     assert torch.equal(judged, judged_other)
+
+
+@pytest.fixture(scope="module")
+def memorised():
+    """A model that knows 48 texts by heart: few of them say little of the others."""
+    model = causal_model()
+    texts = Tokens(48, 24, seed=7).input_ids
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(250):
+        ids = texts[torch.arange(16) + 16 * (step % 3)]
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return model.eval().requires_grad_(False), texts
+
+
+@pytest.mark.parametrize("rank", [0.3, 0.5])
+def test_few_windows_do_no_harm_elsewhere(memorised, rank):
+    """Without a share that only checks, seven or eight of eight are accepted and raise this loss by up to 0.14."""
+    model, texts = memorised
+    layers = select_layers(model)
+    everything = {"input_ids": texts, "attention_mask": torch.ones_like(texts)}
+    for seed in range(8):
+        windows = texts[torch.randperm(48, generator=torch.Generator().manual_seed(seed))[:4]]
+        moments = CalibrationMoments(layer_shapes(layers), needs=solver_needs("fasc"))
+        for _ in backward_windows(model, Taps(layers, moments), windows):
+            pass
+        gradients, inputs = (
+            {name: metric(name) for name in layers} for metric in (moments.gradient_metric, moments.input_metric)
+        )
+        compressed = copy.deepcopy(model)
+        dense = swap_modules(compressed, compress_layers(layers, moments, rank=rank).replacements)
+        before = mean_loss(compressed, everything)
+        batches = [{"input_ids": ids} for ids in windows.split(1)]
+        report = refit(compressed, dense, gradients, batches, inputs=inputs)
+        after = mean_loss(compressed, everything)
+        assert after == before if report.reverted or not report.accepted else after < before + 0.01
 
 
 def test_what_only_the_batches_that_check_tell_is_put_back():

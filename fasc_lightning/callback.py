@@ -252,8 +252,8 @@ class FascCallback(pl.Callback):
         self.report: CompressionReport | None = None
         self._schedule = CalibrationSchedule(calibration_steps, passes)
         self._keeper = CalibrationKeeper(self.state_key)
-        self._undo = Undo()  # when training ends
-        self._failed = Undo()  # where a fit fails
+        self._undo = Undo()  # hooks and what is frozen, when training ends
+        self._failed = Undo()  # all else, where a fit fails
         self._ended = False
         self._layers: dict[str, nn.Module] = {}
         self._calibration: Calibration | None = None
@@ -359,6 +359,7 @@ class FascCallback(pl.Callback):
         if self.targets in (None, "all-linear"):
             warn_unknown_experts(pl_module)
         if self._monitors:
+            self._undo.add(self._monitor.remove)
             self._monitor.start(trainer, self._layers)
         check_sharded(trainer, pl_module, self._layers)
         if self._compresses:
@@ -371,6 +372,7 @@ class FascCallback(pl.Callback):
             self._calibration = found = Calibration(
                 trainer, pl_module, self._layers, options, refinement, self.rho_history
             )
+            self._undo.add(found.release)
             device, keeps = trainer.strategy.root_device, found.refit is not None
             planned = layers_forecast(pl_module, self._layers, self, device, keeps, found.sketches, found.passes)
             rank_zero_info(f"FascCallback: {planned}")
@@ -444,7 +446,7 @@ class FascCallback(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._monitor.close(trainer)
-        self._release()
+        self._undo.close()
         self._schedule.stop()
         if self._monitors:
             write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations)
@@ -454,7 +456,7 @@ class FascCallback(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._release()
+        self._undo.close()
         self._failed.add(setattr, self, "report", self.report)
         if self._recovering is None:
             self._end_compression(trainer, pl_module)
@@ -502,7 +504,7 @@ class FascCallback(pl.Callback):
                 undo.add(self._put_back)
                 if self._recovering is not None:
                     undo.add(self._recovering.on_exception, trainer, pl_module, exception)
-                undo.add(self._release)
+                undo.add(self._undo.close)
                 self._say_what_there_is(trainer)
             self._keeper.after_exception(trainer, exception, end)
             rest.forget()
@@ -567,17 +569,10 @@ class FascCallback(pl.Callback):
             with suppress(OSError):
                 write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations, figures=False)
 
-    def _release(self) -> None:
-        """Take hooks off and put back what was frozen; safe at any time."""
-        with self._undo:
-            self._monitor.remove()
-            if self._calibration is not None:
-                self._calibration.release()
-
     def _put_back(self) -> None:
         """Undo what a fit has changed, but for what stays when it has ended; safe at any time."""
         with self._failed:
-            self._release()
+            self._undo.close()
 
     def _end(self, trainer: pl.Trainer) -> None:
         """Give the Trainer back what is its own, and let go of the fit; safe at any time."""

@@ -505,7 +505,7 @@ class FascCallback(pl.Callback):
                 if self._recovering is not None:
                     undo.add(self._recovering.on_exception, trainer, pl_module, exception)
                 undo.add(self._undo.close)
-                self._say_what_there_is(trainer)
+                self._keep_what_there_is(trainer)
             self._keeper.after_exception(trainer, exception, end)
             rest.forget()
 
@@ -560,7 +560,7 @@ class FascCallback(pl.Callback):
         log_report(trainer.loggers, report, trainer.global_step)
         rank_zero_info(f"\n{report}")
 
-    def _say_what_there_is(self, trainer: pl.Trainer) -> None:
+    def _keep_what_there_is(self, trainer: pl.Trainer) -> None:
         """Keep what was gathered before a fit failed; what went wrong first is what is to be seen."""
         if self._calibration is not None:
             with suppress(Exception):

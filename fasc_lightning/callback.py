@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from typing import Any, Literal
@@ -497,17 +498,11 @@ class FascCallback(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        end = partial(self._end, trainer)
-        with undoing() as rest:
-            rest.add(end)  # of a Trainer that tears nothing down, should this fail as well
-            with undoing() as undo:
-                undo.add(self._put_back)
-                if self._recovering is not None:
-                    undo.add(self._recovering.on_exception, trainer, pl_module, exception)
-                undo.add(self._undo.close)
-                self._keep_what_there_is(trainer)
-            self._keeper.after_exception(trainer, exception, end)
-            rest.forget()
+        # All in one line, and some twice, since nobody calls this again should it fail as well.
+        with self._failed, self._undo, self._ending(trainer, exception), self._failed, self._undo:
+            if self._recovering is not None:
+                self._recovering.on_exception(trainer, pl_module, exception)
+            self._keep_what_there_is(trainer)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -568,6 +563,16 @@ class FascCallback(pl.Callback):
         if self._monitors and self._recovering is None:
             with suppress(OSError):
                 write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations, figures=False)
+
+    @contextmanager
+    def _ending(self, trainer: pl.Trainer, exception: BaseException) -> Iterator[None]:
+        """End a fit that has failed after what its other callbacks save; at once if even that fails."""
+        end = partial(self._end, trainer)
+        with undoing() as undo:
+            undo.add(end)
+            yield
+            self._keeper.after_exception(trainer, exception, end)
+            undo.forget()
 
     def _put_back(self) -> None:
         """Undo what a fit has changed, but for what stays when it has ended; safe at any time."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from typing import Any, Literal
@@ -260,8 +261,8 @@ class FascCallback(pl.Callback):
         self.report: CompressionReport | None = None
         self._schedule = CalibrationSchedule(calibration_steps, passes, freezes=not update_weights)
         self._keeper = CalibrationKeeper(self.state_key)
-        self._undo = Undo()  # when training ends
-        self._failed = Undo()  # where a fit fails
+        self._undo = Undo()  # hooks and what is frozen, when training ends
+        self._failed = Undo()  # all else, where a fit fails
         self._ended = False
         self._layers: dict[str, nn.Module] = {}
         self._scales = LossScales()
@@ -378,6 +379,7 @@ class FascCallback(pl.Callback):
             warn_tied_layers(pl_module, self._layers)
             warn_without_way_back(self._layers)
         if self._monitors:
+            self._undo.add(self._monitor.remove)
             self._monitor.start(trainer, self._layers)
         check_sharded(trainer, pl_module, self._layers)
         if self._compresses:
@@ -391,6 +393,7 @@ class FascCallback(pl.Callback):
             self._calibration = found = Calibration(
                 trainer, pl_module, self._layers, options, refinement, self.rho_history
             )
+            self._undo.add(found.release)
             device, keeps = trainer.strategy.root_device, found.refit is not None
             planned = layers_forecast(pl_module, self._layers, self, device, keeps, found.sketches, found.passes)
             rank_zero_info(f"FascCallback: {planned}")
@@ -487,7 +490,7 @@ class FascCallback(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._monitor.close(trainer)
-        self._release()
+        self._undo.close()
         self._schedule.stop()
         if self._monitors:
             write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations)
@@ -497,7 +500,7 @@ class FascCallback(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._release()
+        self._undo.close()
         self._failed.add(setattr, self, "report", self.report)
         if self._recovering is None:
             self._end_compression(trainer, pl_module)
@@ -537,17 +540,11 @@ class FascCallback(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        end = partial(self._end, trainer)
-        with undoing() as rest:
-            rest.add(end)  # of a Trainer that tears nothing down, should this fail as well
-            with undoing() as undo:
-                undo.add(self._put_back)
-                if self._recovering is not None:
-                    undo.add(self._recovering.on_exception, trainer, pl_module, exception)
-                undo.add(self._release)
-                self._say_what_there_is(trainer)
-            self._keeper.after_exception(trainer, exception, end)
-            rest.forget()
+        # All in one line, and some twice, since nobody calls this again should it fail as well.
+        with self._failed, self._undo, self._ending(trainer, exception), self._failed, self._undo:
+            if self._recovering is not None:
+                self._recovering.on_exception(trainer, pl_module, exception)
+            self._keep_what_there_is(trainer)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -600,7 +597,7 @@ class FascCallback(pl.Callback):
         log_report(trainer.loggers, report, trainer.global_step)
         rank_zero_info(f"\n{report}")
 
-    def _say_what_there_is(self, trainer: pl.Trainer) -> None:
+    def _keep_what_there_is(self, trainer: pl.Trainer) -> None:
         """Keep what was gathered before a fit failed; what went wrong first is what is to be seen."""
         if self._calibration is not None:
             with suppress(Exception):
@@ -609,17 +606,20 @@ class FascCallback(pl.Callback):
             with suppress(OSError):
                 write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations, figures=False)
 
-    def _release(self) -> None:
-        """Take hooks off and put back what was frozen; safe at any time."""
-        with self._undo:
-            self._monitor.remove()
-            if self._calibration is not None:
-                self._calibration.release()
+    @contextmanager
+    def _ending(self, trainer: pl.Trainer, exception: BaseException) -> Iterator[None]:
+        """End a fit that has failed after what its other callbacks save; at once if even that fails."""
+        end = partial(self._end, trainer)
+        with undoing() as undo:
+            undo.add(end)
+            yield
+            self._keeper.after_exception(trainer, exception, end)
+            undo.forget()
 
     def _put_back(self) -> None:
         """Undo what a fit has changed, but for what stays when it has ended; safe at any time."""
         with self._failed:
-            self._release()
+            self._undo.close()
 
     def _end(self, trainer: pl.Trainer) -> None:
         """Give the Trainer back what is its own, and let go of the fit; safe at any time."""

@@ -190,6 +190,7 @@ class RecoveryCallback(pl.Callback):
         self.active = True
         with undoing() as undo:
             undo.add(self._put_back)
+            self._failed.add(self._undo.close)
             if not validates(trainer):
                 self._source = HeldBack(trainer.fit_loop._data_source)
                 self._undo.set(trainer.fit_loop, "_data_source", self._source)

@@ -53,6 +53,7 @@ class Lines:
         self.raised = False
         self.note: Callable[[], Any] = lambda: None
         self.noted: Any = None
+        self._entered: Any = None
         self._at, self._left, self._error = at, occurrence, error
 
     def __enter__(self) -> Lines:
@@ -69,6 +70,8 @@ class Lines:
         file = frame.f_code.co_filename
         if self._at is None:
             return self._count if file.startswith(PACKAGE) else None
+        if frame.f_code.co_name == "on_exception":
+            self._entered = frame
         return self._raise if file == self._at[0] and not self.raised else None
 
     def _count(self, frame: Any, event: str, arg: Any) -> Any:
@@ -77,6 +80,10 @@ class Lines:
         return self._count
 
     def _raise(self, frame: Any, event: str, arg: Any) -> Any:
+        if event == "line" and frame is self._entered:
+            # Before that line a callback can do nothing of what it is told to do, and nobody tells it once more.
+            self._entered = None
+            return self._raise
         if event == "line" and frame.f_lineno == self._at[1] and not self.raised:
             if self._left == 0:
                 self.raised, self.noted = True, self.note()

@@ -5,8 +5,13 @@ from __future__ import annotations
 import shutil
 
 import fault_cases
+import lightning.pytorch as pl
 import pytest
 from faults import Lines, attempt, plan, record, watched
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from watching import assert_untouched, state
+
+from fasc_lightning import FascCallback
 
 MAKES = {**fault_cases.SCENARIOS, **fault_cases.FAILED}
 
@@ -66,6 +71,30 @@ def test_an_exception_at_every_line_leaves_nothing_behind(tmp_path, ordinary):
             leaks.append(f"{case}: {trial.leaks}")
     assert reached > 1000
     assert not leaks, "\n".join([f"{len(leaks)} of {reached} trials left something behind", *leaks])
+
+
+def test_what_a_failed_clean_up_leaves_goes_with_the_next_fit(make_trainer, monkeypatch):
+    module, callback = fault_cases.module_of(), FascCallback(rank=0.5, update_weights=False)
+    before, flags = state(module), {name: p.requires_grad for name, p in module.named_parameters()}
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, *args):
+            raise InterruptedError
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(callback, "on_exception", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(callback, Stop()).fit(module, fault_cases.loader())
+    monkeypatch.undo()
+    assert not module.training
+    with pytest.raises(MisconfigurationException, match="max_epochs=0"):
+        make_trainer(callback, max_epochs=0).fit(module, fault_cases.loader())
+    assert_untouched(module, before, flags)
+    assert module.training
+    make_trainer(callback).fit(module, fault_cases.loader())
+    assert callback.report is not None
 
 
 def wrapped(make, around):

@@ -55,13 +55,3 @@ PLACE = "model.layers.0.mlp.experts"
 def batches(count=4):
     torch.manual_seed(2)
     return [{"input_ids": torch.randint(1, 64, (4, 24))} for _ in range(count)]
-
-
-def aligned(model):
-    """Copy a loaded model's weights off the file that they are mapped from, and return the model.
-
-    A weight starts there at any byte, and on some processors the last bit of a product depends on where it starts.
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model

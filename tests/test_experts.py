@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from expert_cases import COMMON, MIXTURES, PLACE, E, H, K, aligned, batches, fused, make
+from expert_cases import COMMON, MIXTURES, PLACE, E, H, K, batches, fused, make
+from tiny import aligned
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 

@@ -122,7 +122,7 @@ def test_merged_adapters_compute_what_they_did_beside_the_factors(make_trainer):
 
 @pytest.mark.parametrize("arm", ["lora", "factors"])
 def test_nothing_worse_than_without_recovery_is_kept(make_trainer, arm):
-    module, callback = compressed(make_trainer, arm, learning_rate=30.0)
+    module, callback = compressed(make_trainer, arm, learning_rate=0.5)
     before = values(module)
     with pytest.warns(UserWarning, match="nothing lowered the held-out loss .* the factors are what they were"):
         make_trainer(callback, max_epochs=1).fit(module, training_loader())
@@ -146,7 +146,7 @@ def test_the_best_state_is_kept_and_not_the_last(make_trainer, arm):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             seen[trainer.global_step] = values(pl_module)
             if trainer.global_step == 10:
-                trainer.optimizers[0].param_groups[0]["lr"] = 10.0
+                trainer.optimizers[0].param_groups[0]["lr"] = 1.0
 
     make_trainer(callback, Worse(), max_epochs=2).fit(module, training_loader())
     figures = callback.report.recovery
@@ -158,7 +158,7 @@ def test_the_best_state_is_kept_and_not_the_last(make_trainer, arm):
 
 
 def test_patience_ends_the_fit(make_trainer):
-    module, callback = compressed(make_trainer, LoraRecovery(validate_every=2, patience=2), learning_rate=30.0)
+    module, callback = compressed(make_trainer, LoraRecovery(validate_every=2, patience=2), learning_rate=0.5)
     trainer = make_trainer(callback, max_epochs=50)
     with pytest.warns(UserWarning, match="nothing lowered"):
         trainer.fit(module, training_loader())

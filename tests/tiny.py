@@ -85,6 +85,16 @@ def causal_model(family: str = "llama", **settings) -> transformers.PreTrainedMo
     return getattr(transformers, model_class)(config)
 
 
+def aligned(model):
+    """Copy a loaded model's weights off the file that they are mapped from, and return the model.
+
+    A weight starts there at any byte, and on some processors the last bit of a product depends on where it starts.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 class Tokens(Dataset):
     """Random token sequences with structure to learn: each token follows from the one before."""
 

@@ -120,7 +120,7 @@ class FascQuantizer(HfQuantizer):
         spare_compressed(model)
 
     @override
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         if not self._reads_module_names:
             return weight_conversions
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -453,7 +453,7 @@ def linear_weight(module: nn.Module) -> Tensor:
     """
     if isinstance(module, nn.Linear) or is_conv1d(module):
         weight: Any = computed_weight(module) if is_reparametrised(module) else module.weight
-        return weight if isinstance(module, nn.Linear) else weight.T  # type: ignore[no-any-return]
+        return weight if isinstance(module, nn.Linear) else weight.T
     raise TypeError(f"Expected an nn.Linear or a transformers Conv1D, got {type(module).__name__}.")
 
 

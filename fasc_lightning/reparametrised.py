@@ -48,12 +48,12 @@ def computed_weight(layer: Any) -> Tensor:
                 module.training = training
     hook = _weight_hook(layer)
     if isinstance(hook, WeightNorm):
-        return hook.compute_weight(layer)  # type: ignore[no-any-return]
+        return hook.compute_weight(layer)
     if isinstance(hook, SpectralNorm):
         return hook.compute_weight(layer, do_power_iteration=False)
     if isinstance(hook, BasePruningMethod):
-        return hook.apply_mask(layer)  # type: ignore[no-any-return]
-    return layer.weight  # type: ignore[no-any-return]
+        return hook.apply_mask(layer)
+    return layer.weight
 
 
 def trains_weight(layer: nn.Module) -> bool:

@@ -118,7 +118,7 @@ def test_a_traced_model_of_transformers(layout):
     from transformers import ViTConfig, ViTForImageClassification
 
     settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    model = ViTForImageClassification(ViTConfig(**settings, image_size=8, patch_size=4), attn_implementation="eager")
+    model = ViTForImageClassification(ViTConfig(**settings, image_size=8, patch_size=4))
     new = {
         name: LowRankLinear(m.in_features, m.out_features, 3)
         if layout == "factors"

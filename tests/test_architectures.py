@@ -83,7 +83,7 @@ def test_folders_of_some_architectures(kind, tmp_path, monkeypatch):
     check_folder(model, tmp_path, monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", model_types())
 def test_folders_of_every_architecture_that_converts(kind, tmp_path, monkeypatch):
     reasons = ["there is no class"]

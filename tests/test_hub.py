@@ -10,7 +10,7 @@ import transformers
 from hub_cases import IDS, assert_complete, assert_same, compressed, logits, make_truncated
 from safetensors.torch import load_file
 from tiny import FAMILIES as ALL_FAMILIES
-from tiny import causal_model, causal_module, mlp
+from tiny import aligned, causal_model, causal_module, mlp
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -54,7 +54,7 @@ def test_every_family_and_every_auto_class(tmp_path, family):
     model = compressed(family)
     model.save_pretrained(tmp_path / "causal")
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "causal"), model)
-    base = AutoModel.from_pretrained(tmp_path / "causal")
+    base = aligned(AutoModel.from_pretrained(tmp_path / "causal"))
     with torch.no_grad():
         assert torch.equal(base(IDS).last_hidden_state, model.base_model(IDS).last_hidden_state)
     # A classifier starts from the compressed layers with a new head, as it does from dense ones; then it is its own.

@@ -106,7 +106,7 @@ def test_accepts_every_batch_shape(layout, m, n, shape):
     y.sum().backward()
     assert x.grad.shape == x.shape
     with torch.no_grad():
-        assert torch.equal(layer(x), y)
+        assert torch.allclose(layer(x), y, rtol=0, atol=1e-12)  # by other kernels
 
 
 def test_accepts_non_contiguous_input():

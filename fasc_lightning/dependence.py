@@ -344,7 +344,8 @@ def _minibatches(values: Tensor) -> list[list[Tensor]]:
 
     Returns:
         For each set of whole sequences its minibatches, shape (sequences, tokens, n): every k-th token of each of the
-        sequences, where their tokens are too many. Tokens without a sequence are sequences of one token.
+        sequences, where their tokens are too many, up to a multiple of k. They begin at other tokens in each sequence,
+        so that no minibatch has the first tokens of all. Tokens without a sequence are sequences of one token.
     """
     if values.ndim == 2:
         values = values[:, None]
@@ -352,4 +353,11 @@ def _minibatches(values: Tensor) -> list[list[Tensor]]:
     most = MAX_SEQUENCES if length > 1 else MAX_TOKENS
     sets = values.tensor_split(max(1, -(-sequences // most)))
     cuts = max(1, -(-length * len(sets[0]) // MAX_TOKENS))
-    return [[part[:, first::cuts] for first in range(cuts)] for part in sets]
+    if cuts == 1:
+        return [[part] for part in sets]
+    found = []
+    for part in sets:
+        turns = part[:, : length // cuts * cuts].unflatten(1, (-1, cuts))  # (sequences, tokens, cuts, n)
+        place = torch.arange(len(part), device=part.device)
+        found.append([turns[place, :, (place + first) % cuts] for first in range(cuts)])
+    return found

@@ -149,8 +149,8 @@ def _joined(samples: list[Tensor]) -> Tensor:
         return samples[0]
     sizes = sorted({sample.shape[1] for sample in samples})
     tokens = max(sizes, key=lambda size: size * sum(len(sample) for sample in samples if sample.shape[1] >= size))
-    # The first ones are spread over a sequence as all of them are.
-    return torch.cat([sample[:, :tokens] for sample in samples if sample.shape[1] >= tokens])
+    kept = [sample for sample in samples if sample.shape[1] >= tokens]
+    return torch.cat([sample[:, torch.arange(tokens) * sample.shape[1] // tokens] for sample in kept])
 
 
 def score_row(score: DependenceScore, layer: str, step: int) -> RhoRow:

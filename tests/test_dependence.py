@@ -157,7 +157,9 @@ def test_tokens_of_long_sequences_are_cut_across_all_of_them():
     x, g = torch.randn(8, 600, 3), torch.randn(8, 600, 3)
     x[:, :, 0] += torch.randn(8, 1)
     score = scored((x, g))
-    parts = [(x[:, first::3], g[:, first::3]) for first in range(3)]
+    places = [torch.arange(200) * 3 + (torch.arange(8)[:, None] + first) % 3 for first in range(3)]
+    sequence = torch.arange(8)[:, None]
+    parts = [(x[sequence, place], g[sequence, place]) for place in places]
     together = scored(*parts)
     assert score.observed == 4800
     for name in ("null", "debiased", "iid_floor"):
@@ -165,6 +167,14 @@ def test_tokens_of_long_sequences_are_cut_across_all_of_them():
     assert score.compute() == together.compute()
     assert sum(len(rows) for rows in score.rows) == 8  # one a sequence, not one a part
     assert sum(len(rows) for rows in together.rows) == 24
+
+
+def test_first_tokens_that_are_unlike_the_others_weigh_as_much_in_minibatches():
+    generator = torch.Generator().manual_seed(7)
+    x, g = torch.randn(16, 512, 4, generator=generator), torch.randn(16, 512, 4, generator=generator)
+    x[:, 0], g[:, 0] = 8.0, 100.0
+    values = scored((x, g)).debiased.item(), debiased_rho(x.flatten(0, 1), g.flatten(0, 1)).item()
+    assert values[0] == pytest.approx(values[1], rel=0.1)
 
 
 def test_the_interval_covers_the_truth_of_autocorrelated_dependent_series():

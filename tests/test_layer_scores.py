@@ -45,7 +45,7 @@ def test_an_attention_sink_weighs_no_more_in_a_sample_than_in_all_tokens():
     biased = scored((x[:, both_ends], h[:, both_ends])).debiased.item()
     assert biased > everything + 0.15
     values = [only(fed([(x, h)], tokens=24 * 32, seed=seed))["debiased"] for seed in range(12)]
-    assert abs(np.mean(values) - everything) < 0.3 * (biased - everything)
+    assert abs(np.mean(values) - everything) < 0.25 * (biased - everything)
 
 
 def test_samples_of_an_ordinary_sequence_have_the_rho_of_all_tokens():

@@ -27,8 +27,8 @@ class LayerScores:
 
     A sample of each batch's tokens is scored (:func:`~fasc_lightning.tokens.sample_sequences`). Tokens whose gradient
     at a layer is zero are left out there: the last token of a causal language model has none by construction.
-    Samples of fewer than eight sequences are kept until as many have come together, since pairs of sequences are what the
-    score is made of.
+    Samples of fewer than eight sequences are kept until as many have come together, since pairs of sequences are what
+    the score is made of.
 
     Args:
         layers: The tapped layers by name.
@@ -117,7 +117,7 @@ class LayerScores:
         """Add samples to a score as one."""
         inputs, gradients = ([pair[i] for pair in samples] for i in (0, 1))
         known = self._scored
-        if known is None or len(known[0]) != len(inputs) or any(a is not b for a, b in zip(*(known[0], inputs))):
+        if known is None or len(known[0]) != len(inputs) or any(a is not b for a, b in zip(known[0], inputs, strict=True)):
             known = self._scored = inputs, Grams.of(_joined(inputs))
         score.add(known[1], Grams.of(_joined(gradients)))
 

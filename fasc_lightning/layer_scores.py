@@ -117,7 +117,11 @@ class LayerScores:
         """Add samples to a score as one."""
         inputs, gradients = ([pair[i] for pair in samples] for i in (0, 1))
         known = self._scored
-        if known is None or len(known[0]) != len(inputs) or any(a is not b for a, b in zip(known[0], inputs, strict=True)):
+        if (
+            known is None
+            or len(known[0]) != len(inputs)
+            or any(a is not b for a, b in zip(known[0], inputs, strict=True))
+        ):
             known = self._scored = inputs, Grams.of(_joined(inputs))
         score.add(known[1], Grams.of(_joined(gradients)))
 

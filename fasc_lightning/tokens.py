@@ -288,9 +288,7 @@ def sample_sequences(alive: Tensor, lengths: Sequence[int], tokens: int, seeds: 
     places = [part.nonzero().squeeze(1) for part in alive.split(list(lengths))]
     each, members = _allotted([len(part) for part in places], tokens, seeds)
     starts = np.cumsum([0, *lengths]).tolist()
-    rows = [
-        starts[i] + places[i][torch.from_numpy(spread_tokens(len(places[i]), each, seeds[i]))] for i in members
-    ]
+    rows = [starts[i] + places[i][torch.from_numpy(spread_tokens(len(places[i]), each, seeds[i]))] for i in members]
     return torch.stack(rows) if rows else torch.zeros(0, 0, dtype=torch.long)
 
 

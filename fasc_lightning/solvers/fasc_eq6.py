@@ -11,7 +11,6 @@ from fasc_lightning.solvers._registry import register_solver
 from fasc_lightning.solvers._types import Factorization
 from fasc_lightning.solvers.fasc import SHRINK_A
 
-
 #: What the paper adds to the diagonal of Sigma_xx.
 PRINTED_EPSILON = 1e-8
 

@@ -15,7 +15,7 @@ also knows what it needs of the moments besides the means.
 | svd | E of the squared norm of (I - P) x, W' = W P | squared inputs |
 | asvd | the squared norm of D diag(E abs(x))^alpha | weights, scaled |
 | weight-svd | the squared norm of D | squared weights |
-| fasc-eq6, -centred, -literal | nothing: the printed eigenproblem, for comparison | sums of its eigenvalues |
+| fasc-eq6, fasc-eq6-centred, fasc-eq6-literal | nothing: the printed eigenproblem | sums of its eigenvalues |
 """
 
 from fasc_lightning.solvers._registry import available_methods as available_methods

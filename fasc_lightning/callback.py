@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -263,6 +263,7 @@ class FascCallback(pl.Callback):
         self._keeper = CalibrationKeeper(self.state_key)
         self._undo = Undo()  # hooks and what is frozen, when training ends
         self._failed = Undo()  # all else, where a fit fails
+        self._last = Undo()  # what is the Trainer's own, after that
         self._ended = False
         self._layers: dict[str, nn.Module] = {}
         self._scales = LossScales()
@@ -339,8 +340,11 @@ class FascCallback(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._put_back()  # what a fit that failed may have left
+        with self._last:  # what a fit that failed may have left
+            self._put_back()
         self._forget()
+        self._last.add(self._end, trainer)
+        self._failed.add(torch.set_grad_enabled, torch.is_grad_enabled())
         if stage == "fit":
             self._second.set_up(trainer, pl_module, self.report, self.state_key)
         # Weights of every kind load, whatever form the layers have; in modules of others nothing else can see to it.
@@ -540,11 +544,14 @@ class FascCallback(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # All in one line, and some twice, since nobody calls this again should it fail as well.
-        with self._failed, self._undo, self._ending(trainer, exception), self._failed, self._undo:
-            if self._recovering is not None:
-                self._recovering.on_exception(trainer, pl_module, exception)
-            self._keep_what_there_is(trainer)
+        # Nobody calls this again, or tears anything down, should it fail as well.
+        with self._last, self._failed, self._undo:
+            with self._failed, self._undo:
+                if self._recovering is not None:
+                    self._recovering.on_exception(trainer, pl_module, exception)
+                self._keep_what_there_is(trainer)
+            self._keeper.after_exception(trainer, exception, partial(self._end, trainer))
+            self._last.forget()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -556,7 +563,7 @@ class FascCallback(pl.Callback):
         self._second.forget()
         if self._calibration is not None and self.report is not None:
             self._keeper.clean(trainer)
-        self._end(trainer)
+        self._last.close()
 
     # Parts of the phases.
 
@@ -605,16 +612,6 @@ class FascCallback(pl.Callback):
         if self._monitors and self._recovering is None:
             with suppress(OSError):
                 write_history(trainer, self.rho_history, self.rho_threshold, self.emergence_observations, figures=False)
-
-    @contextmanager
-    def _ending(self, trainer: pl.Trainer, exception: BaseException) -> Iterator[None]:
-        """End a fit that has failed after what its other callbacks save; at once if even that fails."""
-        end = partial(self._end, trainer)
-        with undoing() as undo:
-            undo.add(end)
-            yield
-            self._keeper.after_exception(trainer, exception, end)
-            undo.forget()
 
     def _put_back(self) -> None:
         """Undo what a fit has changed, but for what stays when it has ended; safe at any time."""

@@ -144,7 +144,7 @@ class CalibrationKeeper:
             self._undo.set(trainer.strategy, "barrier", _wait_for_nobody)
         tears_down = not isinstance(trainer.strategy, ModelParallelStrategy)
         if tears_down and self._io is not None and trainer.strategy.checkpoint_io is self._io:
-            self._io.on_teardown = end
+            self._io.ending.add(end)
         else:
             end()
 

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from fasc_lightning._files import whole_file
 from fasc_lightning._schema import anything, check, mapping, record
-from fasc_lightning._undo import undoing
+from fasc_lightning._undo import Undo
 
 #: Bytes of statistics above which a checkpoint gets a sidecar. Lightning makes a checkpoint in memory before it is
 #: written, reads it on every process and copies what it hands to a callback: of a 135M model's statistics (1 GB) that
@@ -49,14 +49,14 @@ class SidecarCheckpointIO(CheckpointIO):
 
     Attributes:
         run: Of this fit; that of the checkpoint where it goes on from one.
-        on_teardown: Called when Lightning tears the plugin down.
+        ending: Steps for when Lightning tears the plugin down.
     """
 
     def __init__(self, inner: CheckpointIO, find: Callable[[Mapping[str, Any]], dict[str, Any] | None]) -> None:
         self.inner = inner
         self._find = find
         self.run = uuid.uuid4().hex[:_RUN]
-        self.on_teardown: Callable[[], None] | None = None
+        self.ending = Undo()
         self._kept: dict[Path, list[Path]] = {}
 
     @override
@@ -101,9 +101,7 @@ class SidecarCheckpointIO(CheckpointIO):
 
     @override
     def teardown(self) -> None:
-        with undoing() as undo:
-            if self.on_teardown is not None:
-                undo.add(self.on_teardown)
+        with self.ending:
             self.inner.teardown()
 
     def clean(self, folders: Iterable[Path]) -> None:

@@ -332,7 +332,7 @@ def ordinary(folder: Path) -> frozenset[tuple[str, str]]:
     """Return which attributes of a module and a Trainer fits without the package change, failing or not."""
     found: set[tuple[str, str]] = set()
     hooks = "none on_fit_start on_train_start on_train_batch_start on_before_backward on_train_batch_end"
-    hooks += " on_validation_batch_start on_train_epoch_end on_train_end on_fit_end teardown"
+    hooks += " on_validation_batch_start on_validation_epoch_end on_train_epoch_end on_train_end on_fit_end teardown"
     for hook in hooks.split():
         last = folder / "none" / "last.ckpt"
         for options in (

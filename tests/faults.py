@@ -306,7 +306,7 @@ def watched(folder: Path) -> Iterator[list[str]]:
     signals = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     scratch, tempfile.tempdir = tempfile.tempdir, str(folder / "scratch")
     (folder / "scratch").mkdir(parents=True, exist_ok=True)
-    filters = list(warnings.filters)
+    filters, gradients = list(warnings.filters), torch.is_grad_enabled()
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
     try:
@@ -316,6 +316,7 @@ def watched(folder: Path) -> Iterator[list[str]]:
         said += [str(w.message) for w in caught]
     finally:
         warnings.filters[:] = filters
+        torch.set_grad_enabled(gradients)
         for logger, handlers, propagates in usual:
             logger.handlers, logger.propagate = handlers, propagates
         sys.unraisablehook, threading.excepthook = unraisable, hook

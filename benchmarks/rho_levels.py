@@ -61,7 +61,7 @@ def observe(sequences: int, batches: int, rho: float, repeats: int, seed: int) -
     try:
         from fasc_lightning.layer_scores import LayerScores
     except ModuleNotFoundError:  # where it was before, so that older versions can be measured
-        from fasc_lightning.monitor import LayerScores  # type: ignore[attr-defined, no-redef]
+        from fasc_lightning.monitor import LayerScores
 
     generator = torch.Generator().manual_seed(seed)
     mix = coupling(rho, generator)

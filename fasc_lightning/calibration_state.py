@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -14,6 +14,7 @@ from fasc_lightning._batch_state import pack_batch, unpack_batch
 from fasc_lightning._distributed import is_distributed
 from fasc_lightning.calibration import Calibration
 from fasc_lightning.dependence import SUMS, DependenceScore, all_reduce_scores_
+from fasc_lightning.layer_scores import LayerScores
 from fasc_lightning.moments_file import empty_moments, pack_moments, unpack_moments
 
 
@@ -34,11 +35,12 @@ def pack_calibration(trainer: pl.Trainer, calibration: Calibration) -> tuple[dic
     """
     distributed = is_distributed(trainer) and not calibration.finished  # else they are summed already
     tensors, moments = pack_moments(calibration.moments, distributed)
-    scores, rows = _pack_scores(calibration.scores.scores, distributed)
+    scores, rows, waiting = _pack_scores(calibration.scores, distributed)
     kept, batches = pack_batch(calibration.replay.batches, "batch.")
     header = {
         "moments": moments,
         "rows": rows,
+        "waiting": waiting,
         "kept": kept,
         "batches": calibration.batches,
         "seconds": calibration.seconds,
@@ -69,10 +71,20 @@ def unpack_calibration(
     _unpack_scores(scores, header["rows"], tensor)
     kept = unpack_batch(header["kept"], tensor)
     calibration.restore(moments, scores, kept, header["batches"], header["seconds"])
+    calibration.scores.waiting = {
+        name: [(tensor(f"{place}.x").to(device), tensor(f"{place}.g").to(device)) for place in places]
+        for name, places in _places_of_waiting(header["waiting"])
+    }
 
 
-def _pack_scores(scores: Mapping[str, DependenceScore], distributed: bool) -> tuple[dict[str, Tensor], list[int]]:
-    """Return the states of all scores, stacked in the order of their names, and how many rows each has."""
+def _pack_scores(
+    layer_scores: LayerScores, distributed: bool
+) -> tuple[dict[str, Tensor], list[int], list[tuple[str, int]]]:
+    """Return the states of all scores as tensors; how many rows each has; and how many samples of a layer wait.
+
+    The states are stacked in the order of the layers' names. Samples that wait on several processes are scored.
+    """
+    scores = layer_scores.complete() if distributed else layer_scores.scores
     ordered = [scores[name] for name in sorted(scores)]
     if distributed:
         ordered = deepcopy(ordered)
@@ -80,7 +92,21 @@ def _pack_scores(scores: Mapping[str, DependenceScore], distributed: bool) -> tu
     tensors = {f"scores.{name}": torch.stack([getattr(score, name) for score in ordered]) for name in SUMS}
     rows = [torch.cat([score.biased.new_zeros(0, 3), *score.rows]) for score in ordered]
     tensors["scores.rows"] = torch.cat(rows)
-    return tensors, [len(part) for part in rows]
+    waiting = {} if distributed else layer_scores.waiting
+    counts = [(name, len(samples)) for name, samples in waiting.items()]
+    for name, places in _places_of_waiting(counts):
+        for place, (x, g) in zip(places, waiting[name], strict=True):
+            # Layers of one input share x, and a file of tensors has none of that.
+            tensors |= {f"{place}.x": x.clone(), f"{place}.g": g}
+    return tensors, [len(part) for part in rows], counts
+
+
+def _places_of_waiting(counts: Iterable[tuple[str, int]]) -> list[tuple[str, list[str]]]:
+    """Return under which names the samples of each layer are kept."""
+    return [
+        (name, [f"scores.waiting.{layer}.{number}" for number in range(count)])
+        for layer, (name, count) in enumerate(counts)
+    ]
 
 
 def _unpack_scores(scores: Mapping[str, DependenceScore], rows: list[int], tensor: Callable[[str], Tensor]) -> None:

@@ -55,8 +55,8 @@ class Grams:
     """Centred Gram matrices of one variable on a sample of tokens, cut into minibatches.
 
     Attributes:
-        parts: For each set of sequences its minibatches, of different tokens of the same sequences; each is the matrix in
-            units of the variance, shape (sequences, tokens, sequences, tokens), and the variance.
+        parts: For each set of sequences its minibatches, of different tokens of the same sequences; each is the matrix
+            in units of the variance, shape (sequences, tokens, sequences, tokens), and the variance.
     """
 
     parts: list[list[tuple[Tensor, Tensor]]]
@@ -171,7 +171,7 @@ class DependenceScore(Metric):
 
     @property
     def interval(self) -> Tensor:
-        """95 % interval of :attr:`debiased` by the jackknife over sequences, shape (2,); NaN for fewer than eight."""
+        """95 % interval of :attr:`debiased` by the jackknife over sequences, shape (2,); NaN for fewer than 8."""
         return self._synchronized(self._interval)
 
     @property

@@ -33,7 +33,7 @@ from fasc_lightning.schedule import CalibrationSchedule
 from fasc_lightning.sidecar import SidecarCheckpointIO, is_local, open_sidecar
 
 #: Of what a checkpoint keeps; of another one nothing is used.
-_FORMAT = 1
+_FORMAT = 2
 
 #: Where it is in the callback's state.
 _KEY = "calibration"

@@ -252,9 +252,7 @@ def sample_sequences(alive: Tensor, lengths: Sequence[int], tokens: int, seeds: 
     places = [part.nonzero().squeeze(1) for part in alive.split(list(lengths))]
     each, members = _allotted([len(part) for part in places], tokens, seeds)
     starts = np.cumsum([0, *lengths]).tolist()
-    rows = [
-        starts[i] + places[i][torch.from_numpy(spread_tokens(len(places[i]), each, seeds[i]))] for i in members
-    ]
+    rows = [starts[i] + places[i][torch.from_numpy(spread_tokens(len(places[i]), each, seeds[i]))] for i in members]
     return torch.stack(rows) if rows else torch.zeros(0, 0, dtype=torch.long)
 
 
@@ -275,10 +273,9 @@ def spread_tokens(length: int, count: int, seed: int) -> NDArray[np.int64]:
     """Choose tokens of a sequence, evenly spaced from a random start: systematic sampling.
 
     Any token is as likely to be chosen as any other, the first and the last included. The distance from the i-th to the
-    j-th is the same in all sequences of a length, but for rounding: the null of rho needs that, since it takes gradients
-    from one sequence to the activations of another, and two tokens of a text are the more alike the nearer they are.
-    Where tokens were drawn one by one, rho of unrelated sequences was above its null in 13 to 21 of 100 cases in place
-    of 5.
+    j-th is the same in all sequences of a length, but for rounding. The null of rho needs that: it takes gradients from
+    one sequence to the activations of another, and two tokens of a text are the more alike the nearer they are. Where
+    tokens were drawn one by one, rho of unrelated sequences was above its null in 13 to 21 of 100 cases in place of 5.
 
     Args:
         length: Number of tokens, at least ``count``.

@@ -171,7 +171,7 @@ class DependenceScore(Metric):
 
     @property
     def interval(self) -> Tensor:
-        """95 % interval of :attr:`debiased` by the jackknife over sequences, shape (2,); NaN for fewer than 8."""
+        """95 % interval of :attr:`debiased` by a jackknife over sequences, shape (2,); NaN for less than 8."""
         return self._synchronized(self._interval)
 
     @property

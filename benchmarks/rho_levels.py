@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fasc_lightning._tables import Row, save_table
 
-WIDTH, LENGTH, MEMORY, TOKENS = 8, 512, 0.9, 512
+WIDTH, MEMORY, TOKENS = 8, 0.9, 512
 #: Sequences a batch, and batches.
 SHAPES = ((1, 1), (1, 8), (1, 16), (2, 8), (3, 8), (4, 1), (4, 8), (5, 1), (8, 1), (8, 4), (24, 1))
 
@@ -31,14 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Run the benchmark; returns the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repeats", type=int, default=400, help="observations of each shape")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="folder for rho_levels.csv")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = []
     for sequences, batches in SHAPES:
-        chance = list(observe(sequences, batches, 0.0, options.repeats, options.seed))
-        coupled = list(observe(sequences, batches, 0.3, options.repeats, options.seed + 1))
+        shape = sequences, batches, options.length
+        chance = list(observe(*shape, 0.0, options.repeats, options.seed))
+        coupled = list(observe(*shape, 0.3, options.repeats, options.seed + 1))
         rows.append({"sequences a batch": sequences, "batches": batches, **levels(chance), **coverage(coupled, 0.3)})
         print(", ".join(f"{key} {value:.3g}" for key, value in rows[-1].items()), flush=True)
     if options.output:
@@ -46,12 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     return rows
 
 
-def observe(sequences: int, batches: int, rho: float, repeats: int, seed: int) -> Iterator[Row]:
+def observe(sequences: int, batches: int, length: int, rho: float, repeats: int, seed: int) -> Iterator[Row]:
     """Yield observations of one layer whose x and g are coupled with this rho.
 
     Args:
         sequences: Of each batch.
         batches: Of an observation.
+        length: Tokens of a sequence.
         rho: The truth.
         repeats: Number of observations.
         seed: Of the data.
@@ -69,19 +72,20 @@ def observe(sequences: int, batches: int, rho: float, repeats: int, seed: int) -
     for _ in range(repeats):
         scores = LayerScores({"layer": layer}, TOKENS, gradient="output")
         for _ in range(batches):
-            x, noise = (series(sequences, generator) for _ in range(2))
+            x, noise = (series(sequences, length, generator) for _ in range(2))
             seeds = torch.randint(2**62, (sequences,), generator=generator).tolist()
-            lengths = [LENGTH] * sequences
             g = x @ mix + noise
-            scores("layer", x.flatten(0, 1), g.flatten(0, 1), TokenRows(sample_seeds=seeds), lengths)
+            g[:, -1] = 0  # as of a text's last token
+            rows = TokenRows(sample_seeds=seeds)
+            scores("layer", x.flatten(0, 1), g.flatten(0, 1), rows, [length] * sequences)
         yield dict(scores.rows(0)[0])
 
 
-def series(sequences: int, generator: torch.Generator) -> Tensor:
-    """Return stationary AR(1) series of unit variance, shape (sequences, LENGTH, WIDTH)."""
+def series(sequences: int, length: int, generator: torch.Generator) -> Tensor:
+    """Return stationary AR(1) series of unit variance, shape (sequences, length, WIDTH)."""
     from scipy.signal import lfilter
 
-    steps = torch.randn(sequences, LENGTH, WIDTH, generator=generator).double().numpy()
+    steps = torch.randn(sequences, length, WIDTH, generator=generator).double().numpy()
     steps[:, 1:] *= math.sqrt(1 - MEMORY**2)
     return torch.from_numpy(lfilter([1.0], [1.0, -MEMORY], steps, axis=1)).float()
 

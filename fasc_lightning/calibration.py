@@ -24,7 +24,7 @@ from fasc_lightning.factorize import CompressionResult, build_layers
 from fasc_lightning.factorized import FactorizedLayers, Progress, factorize_layers
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.gate import choose_methods, excluded_layers, failure_flags, gate_scores, statistics_needed
-from fasc_lightning.history import RhoHistory, RhoRow
+from fasc_lightning.history import RhoHistory, RhoRow, reasons
 from fasc_lightning.layer_scores import LayerScores
 from fasc_lightning.layouts import Layout
 from fasc_lightning.loader_position import loops_before
@@ -508,12 +508,21 @@ class Calibration:
         options, moments, share = self.options, self.moments, self._shares[0]
         rows = {row["layer"]: row for row in self.scores.rows(trainer.global_step)}
         scores = gate_scores(options.gate_by, rows, share, moments)
+        undecided = [rows[name] for name in share if math.isnan(scores[name])]
+        if options.gate is not None and undecided:
+            rank_zero_info(
+                f"FascCallback: {options.gate_by} rho of {len(undecided)} layers is undefined, so that the gate leaves "
+                f"them to {options.method}: {reasons(undecided)}."
+            )
         # Of all layers, since the last block and what an exclusion matches may be in another pass.
         flags = failure_flags(self.layers, moments)
         methods = choose_methods(
             {**dict.fromkeys(self.layers, math.nan), **scores}, options.gate, options.method, options.gate_exclude
         )
-        self._rows |= {name: (rows[name], flags[name]) for name in share}
+        for name in share:
+            # Why debiased is NaN; that its interval alone is, which a report does not have, is no matter.
+            undefined = (rows[name]["reason"],) if math.isnan(rows[name]["debiased"]) else ()
+            self._rows[name] = rows[name], flags[name] + undefined
         found = factorize_layers(
             share,
             moments,

@@ -120,7 +120,7 @@ class FascCallback(pl.Callback):
             the module's ``token_mask`` method, else every token counts.
         monitor_every_n_steps: Observe rho at optimizer steps 0, n, 2n, ... (batches in manual optimisation); None
             does not.
-        monitor_tokens: Tokens of each batch that an observation looks at.
+        monitor_tokens: Tokens of each batch that an observation looks at, a quarter of them from one sequence at most.
         rho_threshold: Plain rho above which a layer counts as high, in logs and summaries. Chance alone reaches it
             where ``monitor_tokens`` are few, so compare with the null.
         emergence_observations: A layer emerges where rho stays above the threshold and above its null for so many

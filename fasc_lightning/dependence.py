@@ -171,7 +171,7 @@ class DependenceScore(Metric):
 
     @property
     def interval(self) -> Tensor:
-        """95 % interval of :attr:`debiased` by the jackknife over sequences, shape (2,); NaN for fewer than eight."""
+        """95 % interval of :attr:`debiased` by a jackknife over sequences, shape (2,); NaN for less than 8."""
         return self._synchronized(self._interval)
 
     @property
@@ -230,7 +230,7 @@ class DependenceScore(Metric):
         return values[:, [0, 0, 1], [0, 1, 1]] / blocks
 
     def _permuted(self, grams: Tensor, blocks: int, biased: Tensor) -> Tensor:
-        """Return HSIC with g's blocks in other orders, shape (PERMUTATIONS,), in units where it is ``biased`` now."""
+        """Return HSIC with g's blocks in other orders, shape (PERMUTATIONS,), in units in which it is ``biased``."""
         groups = next((n for n in range(MIN_GROUPS, blocks) if blocks % n == 0), blocks)
         orders = random_orders(groups, PERMUTATIONS, self.seed)
         same = (orders == torch.arange(groups)).all(1).to(biased.device)

@@ -27,13 +27,14 @@ class RhoRow(TypedDict):
         step: Optimizer steps done before the observation.
         layer: Name of the module.
         rho: Plain score in [0, 1]; NaN where it is undefined.
-        null: What rho reaches by chance in 95 of 100 permutations of whole sequences.
+        null: What rho exceeds by chance in at most 5 of 100 cases, by permutations of whole sequences. NaN, as the
+            following, for fewer than four sequences.
         debiased: Signed root of the debiased rho^2; may be negative.
-        low: Lower end of the 95 % bootstrap interval of ``debiased``.
+        low: Lower end of the 95 % interval of ``debiased``, by the jackknife over sequences. NaN for fewer than eight.
         high: Its upper end.
         iid_floor: What as many independent tokens would give.
         tokens: Tokens observed.
-        reason: Why rho, or only its debiased value, is undefined; "" where both are defined.
+        reason: Why rho, or only its null, its debiased value or its interval, is undefined; "" where all are defined.
     """
 
     step: int
@@ -410,11 +411,18 @@ def describe(history: RhoHistory, threshold: float = 0.3, observations: int = 3)
     else:
         lines.append(f"at step {steps[-1]} rho is defined for no layer")
     lines.append(_emerged(history, threshold, observations))
-    undefined = Counter(row["reason"] or "no reason given" for row in last.values() if np.isnan(row["rho"]))
-    if undefined:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in undefined.most_common())
-        lines.append(f"undefined at step {steps[-1]}: {counted(undefined.total(), 'layer')}: {reasons}")
+    undefined = [row for row in last.values() if np.isnan(row["rho"])]
+    partly = [row for row in last.values() if not np.isnan(row["rho"]) and row["reason"]]
+    for what, rows in (("undefined", undefined), ("undefined in part", partly)):
+        if rows:
+            lines.append(f"{what} at step {steps[-1]}: {counted(len(rows), 'layer')}: {reasons(rows)}")
     return "\n".join(lines)
+
+
+def reasons(rows: Iterable[RhoRow]) -> str:
+    """Return the reasons of undefined values as text, each with how many rows have it."""
+    found = Counter(row["reason"] or "no reason given" for row in rows)
+    return ", ".join(f"{reason} ({count})" for reason, count in found.most_common())
 
 
 def counted(number: int, noun: str) -> str:

@@ -28,7 +28,7 @@ class LayerScores:
     A sample of each batch's tokens is scored (:func:`~fasc_lightning.tokens.sample_sequences`). Tokens whose gradient
     at a layer is zero are left out there: the last token of a causal language model has none by construction.
     Samples of fewer than eight sequences are kept until as many have come together, since pairs of sequences are what
-    the score is made of.
+    the score is made of; what waits is less than twice the largest sample.
 
     Args:
         layers: The tapped layers by name.
@@ -98,32 +98,29 @@ class LayerScores:
             self._add(self.scores[name], samples)
         self.waiting.clear()
 
+    def complete(self) -> dict[str, DependenceScore]:
+        """Return the scores with what waits in them; it goes on waiting, and looking changes nothing."""
+        scores = dict(self.scores)
+        for name, samples in self.waiting.items():
+            scores[name] = deepcopy(scores[name])
+            self._add(scores[name], samples)
+        return scores
+
     def all_reduce_(self) -> None:
         """Merge with the other processes' scores of the same layers; what waits is scored."""
         self.flush()
         all_reduce_scores_(self.scores[name] for name in sorted(self.scores))
 
     def rows(self, step: int = 0) -> list[RhoRow]:
-        """Return the table of one observation. What waits enters, but goes on waiting: looking changes nothing."""
-        rows = []
-        for name, score in self.scores.items():
-            if name in self.waiting:
-                score = deepcopy(score)
-                self._add(score, self.waiting[name])
-            rows.append(score_row(score, name, step))
-        return rows
+        """Return the table of one observation, of all tokens so far."""
+        return [score_row(score, name, step) for name, score in self.complete().items()]
 
     def _add(self, score: DependenceScore, samples: list[Sample]) -> None:
         """Add samples to a score as one."""
         inputs, gradients = ([pair[i] for pair in samples] for i in (0, 1))
-        known = self._scored
-        if (
-            known is None
-            or len(known[0]) != len(inputs)
-            or any(a is not b for a, b in zip(known[0], inputs, strict=True))
-        ):
-            known = self._scored = inputs, Grams.of(_joined(inputs))
-        score.add(known[1], Grams.of(_joined(gradients)))
+        if self._scored is None or [id(x) for x in self._scored[0]] != [id(x) for x in inputs]:
+            self._scored = inputs, Grams.of(_joined(inputs))
+        score.add(self._scored[1], Grams.of(_joined(gradients)))
 
 
 def _has_gradient(h: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from fasc_lightning._distributed import is_distributed
-from fasc_lightning.history import RhoHistory, RhoRow
+from fasc_lightning.history import RhoHistory, RhoRow, reasons
 from fasc_lightning.layer_scores import LayerScores
 from fasc_lightning.pooled import Gradient
 from fasc_lightning.taps import Backwards, Taps
@@ -52,6 +52,7 @@ class RhoMonitor:
         self._next = 0
         self._published: dict[str, Tensor] = {}
         self._stale: set[str] = set()
+        self._told = False
 
     def start(self, trainer: pl.Trainer, layers: dict[str, nn.Module]) -> None:
         """Take the layers of a fit; steps that a checkpoint's history holds are not observed again."""
@@ -114,9 +115,20 @@ class RhoMonitor:
         for row in rows:
             row["reason"] = self._failures.get(row["layer"], row["reason"])
         self._failures.clear()
+        self._tell(rows)
         self.history.extend(rows)
         self._next = (self._step // self.every_n_steps + 1) * self.every_n_steps
         self._log(trainer, rows)
+
+    def _tell(self, rows: list[RhoRow]) -> None:
+        """Log once why values are undefined in part: the loggers leave them out without a word."""
+        partly = [row for row in rows if row["reason"] and row["rho"] == row["rho"]]
+        if partly and not self._told:
+            self._told = True
+            rank_zero_info(
+                f"FascCallback: rho of {len(partly)} of {len(rows)} layers lacks companions at step {self._step}, "
+                f"which are NaN: {reasons(partly)}. HINT: larger batches, or `accumulate_grad_batches`."
+            )
 
     def _score(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int]) -> None:
         """Feed a layer's score; a failure becomes the layer's reason, since a training is worth more than a score."""

@@ -44,8 +44,9 @@ class Size:
 class LayerReport:
     """One targeted layer; ``rho`` and its companions are NaN where they were not measured.
 
-    ``method`` is the solver that served it, and ``flags`` say why its rho may mislead. ``sketches`` has the size and
-    the estimated error of the sides whose moments were sketched, "inputs" and "outputs"; it is empty for exact ones.
+    ``method`` is the solver that served it, and ``flags`` say why its rho may mislead or is undefined. ``sketches`` has
+    the size and the estimated error of the sides whose moments were sketched, "inputs" and "outputs"; it is empty for
+    exact ones.
     """
 
     name: str

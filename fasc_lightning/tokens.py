@@ -310,9 +310,8 @@ def spread_tokens(length: int, count: int, seed: int) -> NDArray[np.int64]:
 
     Any token is as likely to be chosen as any other, the first and the last included. The distance from the i-th to the
     j-th is the same in all sequences of a length, but for rounding. The null of rho needs that: it takes gradients from
-    one sequence to the activations of another, and two tokens of a text are the more alike the nearer they are.
-    Where tokens were drawn one by one, rho of unrelated sequences was above its null in 13 to 21 of 100 cases in place
-    of 5.
+    one sequence to the activations of another, and two tokens of a text are the more alike the nearer they are. Where
+    tokens were drawn one by one, rho of unrelated sequences was above its null in 13 to 21 of 100 cases in place of 5.
 
     Args:
         length: Number of tokens, at least ``count``.

@@ -87,7 +87,7 @@ def build_parser() -> ArgumentParser:
     add("--study-windows", type=int, default=4, help="windows of each text when one layer is compressed")
     add("--study-facts", type=int, default=100, help="facts at least when one layer is compressed, by relations")
     add("--thresholds", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.3], help="of debiased rho")
-    add("--seed", type=int, default=0, help="of sampling, shuffling, permutations and resamples")
+    add("--seed", type=int, default=0, help="of sampling, shuffling and permutations")
     add("--output", default="comparison", help="folder for cells, tables and figures")
     add("--statistics", help="folder for statistics; by default one in the output folder")
     add("--device", help="default: cuda if there is one")

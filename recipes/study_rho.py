@@ -80,7 +80,7 @@ def build_parser() -> ArgumentParser:
     add("--gate-exclude", help="layers that svd serves whatever their score: a regular expression, or paper")
     add("--rho-threshold", type=float, default=0.3, help="divides high from low rho in figures and angles")
     add_text_options(parser, windows=32)
-    add("--seed", type=int, default=0, help="of sampling, shuffling, permutations and resamples")
+    add("--seed", type=int, default=0, help="of sampling, shuffling and permutations")
     add("--output", default="rho_study", help="folder for tables and figures")
     add("--report", help="JSON file with all results; by default report.json in the output folder")
     add("--device", help="default: cuda if there is one")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import lightning.pytorch as pl
 import pytest
@@ -374,6 +375,17 @@ def test_the_gate_chooses_the_solver_of_each_layer(make_trainer, by):
     assert methods == {"fasc", "svd"}
     assert callback.report.kept <= 0.8
     assert "layers on svd" in str(callback.report)
+
+
+def test_layers_whose_rho_is_undefined_keep_the_method(make_trainer, caplog):
+    caplog.set_level("INFO")
+    callback = FascCallback(keep=0.8, gate=0.99, update_weights=False)
+    make_trainer(callback).fit(causal_module(), token_loader(samples=3, batch_size=1))
+    assert {row.method for row in callback.report.layers} == {"fasc"}
+    assert all("fewer than 4 sequences, too few for all but rho" in row.flags for row in callback.report.layers)
+    assert all(math.isnan(row.rho_debiased) and math.isfinite(row.rho) for row in callback.report.layers)
+    assert "debiased rho of 14 layers is undefined, so that the gate leaves them to fasc" in caplog.text
+    assert "fewer than 4 sequences" in str(callback.report)
 
 
 def test_a_gate_that_selects_nothing_says_so_and_the_papers_rho_is_pooled(make_trainer):

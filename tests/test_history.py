@@ -310,6 +310,15 @@ def test_options_out_of_range_are_refused(function):
         function(series(0.5), 0.3, 0)
 
 
+def test_the_summary_says_what_is_undefined_and_why():
+    few = {"null": NAN, "debiased": NAN, "low": NAN, "high": NAN, "reason": "too few"}
+    history = RhoHistory([row(0, "a"), row(0, "b", **few), row(0, "c", **few), row(0, "d", NAN)])
+    lines = describe(history).splitlines()
+    assert "undefined at step 0: 1 layer: g does not vary (1)" in lines
+    assert "undefined in part at step 0: 2 layers: too few (2)" in lines
+    assert emergence(history, 0.3, 1) == {"a": 0, "b": None, "c": None, "d": None}
+
+
 def test_the_summary_gives_the_figures_of_the_last_step():
     history = RhoHistory()
     rhos = np.linspace(0.05, 0.6, 8)

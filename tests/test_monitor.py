@@ -386,6 +386,40 @@ def test_input_and_output_gradients_can_be_watched_side_by_side(make_trainer):
     assert list(both[0].rho_history) != list(both[1].rho_history)
 
 
+def test_too_few_sequences_leave_companions_undefined_and_say_so_once(make_trainer, tmp_path, caplog):
+    caplog.set_level("INFO")
+    logger = CSVLogger(tmp_path, name="run")
+    callback = FascCallback(monitor_every_n_steps=1)
+    trainer = make_trainer(callback, logger=logger, log_every_n_steps=1)
+    trainer.fit(causal_module(), token_loader(samples=6, batch_size=2))
+    assert {row["reason"] for row in callback.rho_history} == {"fewer than 4 sequences, too few for all but rho"}
+    for row in callback.rho_history:
+        assert math.isfinite(row["rho"])
+        assert all(math.isnan(row[name]) for name in ("null", "debiased", "low", "high"))
+    assert caplog.text.count("lacks companions") == 1
+    assert not any(name.startswith("rho_") for name in trainer.callback_metrics)
+    assert "fasc/rho_mean" in trainer.callback_metrics
+    files = tmp_path / "run" / "version_0"
+    assert {"rho_heatmap.png", "rho_profile.png"} <= {path.name for path in files.iterdir()}
+    reread = type(callback.rho_history).from_csv(files / "rho_history.csv")
+    assert repr(list(reread)) == repr(list(callback.rho_history))
+
+
+def test_small_batches_of_one_step_are_scored_together(make_trainer):
+    callback = FascCallback(monitor_every_n_steps=1)
+    make_trainer(callback, accumulate_grad_batches=4).fit(causal_module(), token_loader(samples=16, batch_size=2))
+    assert callback.rho_history.steps == [0, 1]
+    for row in callback.rho_history:
+        assert row["reason"] == ""
+        assert row["low"] < row["debiased"] < row["high"]
+    whole = FascCallback(monitor_every_n_steps=1)
+    make_trainer(whole).fit(causal_module(), token_loader(samples=16, batch_size=8))
+    first, at_once = callback.rho_history.at(0), whole.rho_history.at(0)
+    for name, row in at_once.items():
+        assert first[name]["tokens"] == row["tokens"]
+        assert first[name]["debiased"] == pytest.approx(row["debiased"], abs=1e-3)
+
+
 def test_undefined_values_are_not_logged():
     row = {"step": 0, "layer": "a", "rho": 0.5, "null": 0.2, "debiased": math.nan, "low": math.nan, "high": math.nan}
     undefined = {**row, "layer": "b", "rho": math.nan, "null": math.nan}

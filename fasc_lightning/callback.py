@@ -269,6 +269,7 @@ class FascCallback(pl.Callback):
         self._scales = LossScales()
         self._calibration: Calibration | None = None
         self._monitor = RhoMonitor(monitor_every_n_steps or 1, monitor_tokens, rho_threshold, rho_gradient, seed)
+        self._replaced: dict[str, nn.Module] = {}
         self._second = SecondFit(self.recovery, seed, token_mask, loss_terms, self._failed)
 
     @property
@@ -530,9 +531,8 @@ class FascCallback(pl.Callback):
         # After every `on_train_end`, so that averaging callbacks have put their weights in place.
         how = ReplacementOptions(**{f.name: getattr(self, f.name) for f in fields(ReplacementOptions)})
         self._failed.add(calibration.unsharding.undo)
-        replaced: dict[str, nn.Module] = {}
-        self.report = replace_calibrated(trainer, pl_module, calibration, how, replaced)
-        self._second.keep(replaced)
+        self.report = replace_calibrated(trainer, pl_module, calibration, how, self._replaced)
+        self._second.keep(self._replaced)
         if self.recovery is None:
             self._quantize(pl_module)
         log_report(trainer.loggers, self.report, trainer.global_step)
@@ -628,5 +628,5 @@ class FascCallback(pl.Callback):
         """Drop statistics and references to the module's layers."""
         self._calibration = None
         self._scales = LossScales()
-        self._layers, self._ended = {}, False
+        self._layers, self._replaced, self._ended = {}, {}, False
         self._monitor.forget()

@@ -249,6 +249,7 @@ def carries_adapters(module: nn.Module) -> str | None:
     return None
 
 
+@torch.no_grad()
 def put_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Copy values into a module's parameters by name.
 
@@ -262,6 +263,5 @@ def put_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
             f"Expected the parameters of {type(module).__name__} but {len(wrong)} are not there or of another shape, "
             f"{wrong[0]!r} for example. Is the checkpoint of a recovery with other options?"
         )
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value)
+    for name, value in values.items():
+        parameters[name].copy_(value)

@@ -345,9 +345,9 @@ class FascCallback(pl.Callback):
             self._put_back()
         self._forget()
         self._last.add(self._end, trainer)
-        self._failed.add(torch.set_grad_enabled, torch.is_grad_enabled())
         if stage == "fit":
             self._second.set_up(trainer, pl_module, self.report, self.state_key)
+            self._failed.add(torch.set_grad_enabled, torch.is_grad_enabled())
         # Weights of every kind load, whatever form the layers have; in modules of others nothing else can see to it.
         self._undo.hook(pl_module.register_load_state_dict_pre_hook, match_on_load)
         if stage != "fit":

@@ -155,10 +155,8 @@ def refit(
     (:func:`~fasc_lightning.refit_shares.shares`). Factors are fitted to the first. The second chooses lambda and
     decides layer by layer; new factors that a layer takes are then fitted to both. No step reads the third. The model's
     loss there is the last check, of all layers together: it has to fall by more than two standard errors of its change
-    over the batches. What is not accepted stays as it was, as does everything if anything fails. Shapes, ranks, layouts
-    and the layers' identities stay.
-
-    The calibration's G and, in the anchor, A are of all batches; they are what the factors before were made with, too.
+    over the batches. G and, in the anchor, A are of all batches, as in the factors before. What is not accepted stays
+    as it was, as does everything if anything fails. Shapes, ranks, layouts and the layers' identities stay.
 
     Memory: the hidden states of the first two shares at one block's input, twice, the inputs of its layers in the dense
     model, and the moments of one group of layers that share an input.

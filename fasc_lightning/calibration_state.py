@@ -101,10 +101,12 @@ def unpack_calibration(
         calibration.restore(moments, None, Replay(), header["batches"], header["seconds"])
         return
     scores = {name: deepcopy(score) for name, score in calibration.scores.scores.items()}
-    entries |= _score_entries(scores, header["rows"]) | _waiting_entries(scores, header.get("waiting", []))
+    # Earlier versions had fewer sums, and no samples that wait: what is new is 0.
+    sums = [name for name in SUMS if "waiting" in header or f"scores.{name}" in tensors.forms]
+    entries |= _score_entries(scores, header["rows"], sums) | _waiting_entries(scores, header.get("waiting", []))
     tensors.expect(entries, checksums, free=tensor_names(header["kept"]))
     moments = unpack_moments(header["moments"], lambda name: tensors.read(name).to(device), device)
-    _unpack_scores(scores, header["rows"], tensors)
+    _unpack_scores(scores, header["rows"], sums, tensors)
     kept = Replay.from_state(unpack_batch(header["kept"], tensors.read), "header.kept")
     waiting = _unpack_waiting(scores, header.get("waiting", []), tensors, calibration.scores.device)
     calibration.restore(moments, scores, kept, header["batches"], header["seconds"])
@@ -169,12 +171,12 @@ def _unpack_waiting(
     return found
 
 
-def _score_entries(scores: Mapping[str, DependenceScore], rows: list[int]) -> dict[str, Entry]:
+def _score_entries(scores: Mapping[str, DependenceScore], rows: list[int], sums: list[str]) -> dict[str, Entry]:
     """Return the schema of the states of some scores."""
     if len(rows) != len(scores):
         raise SchemaError(f"Expected rows of {len(scores)} scores at 'header.rows' but got {len(rows)}.")
     entries = {}
-    for name in SUMS:
+    for name in sums:
         state: Tensor = getattr(next(iter(scores.values())), name)
         low = 0 if name in _COUNTS else None
         # What few tokens leave undefined may be NaN; counts never are.
@@ -185,8 +187,10 @@ def _score_entries(scores: Mapping[str, DependenceScore], rows: list[int]) -> di
     return entries
 
 
-def _unpack_scores(scores: Mapping[str, DependenceScore], rows: list[int], tensors: NamedTensors) -> None:
-    sums = {name: tensors.read(f"scores.{name}") for name in SUMS}
+def _unpack_scores(
+    scores: Mapping[str, DependenceScore], rows: list[int], names: list[str], tensors: NamedTensors
+) -> None:
+    sums = {name: tensors.read(f"scores.{name}") for name in names}
     parts = tensors.read("scores.rows").split(rows)
     for i, name in enumerate(sorted(scores)):
         score = scores[name]

@@ -86,8 +86,10 @@ class CausalLMModule(pl.LightningModule):
         match_checkpoint(self, checkpoint)
 
     @override
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return as_token_batch(batch)
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        # Before the hook of that name, and not in it: of a module with that hook and a LightningDataModule without,
+        # Lightning warns.
+        return super()._on_before_batch_transfer(as_token_batch(batch), dataloader_idx)
 
     def token_mask(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Return True for the tokens that are not padding, shape (samples, length)."""

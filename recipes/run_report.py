@@ -144,7 +144,9 @@ def compare_runs(facts: Run, control: Run) -> dict[str, Any]:
     return {
         "debiased_difference_last": float(difference[-1]),
         "debiased_difference_second_half": mean(late),
-        "debiased_difference_second_half_deviation": float(np.nanstd(late)),
+        "debiased_difference_second_half_deviation": float(np.std(known))
+        if (known := late[np.isfinite(late)]).size
+        else math.nan,
         "debiased_difference_by_layer": {
             layer: mean(defined(row)) for layer, row in zip(facts.history.layers, by_layer, strict=True)
         },

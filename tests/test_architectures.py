@@ -185,7 +185,7 @@ def test_folders_under_the_names_of_dense_files_are_read(vit, tmp_path):
 
 
 def test_a_key_mapping_is_followed(vit, tmp_path):
-    save_compressed(vit, tmp_path)
+    vit.save_pretrained(tmp_path)  # without checksums: the file is edited
 
     def rename(weights):
         for key in [key for key, value in weights.items() if key.startswith("classifier.") and not is_guard(value)]:

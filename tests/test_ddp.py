@@ -47,7 +47,7 @@ def test_two_processes_end_as_one_does(tmp_path, fraction, allocation):
             scale = expected[key].abs().max().item()
             torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-4 * scale)
         assert abs(first["ranks"][name] - one["ranks"][name]) <= 1
-        assert first["rhos"][name] == second["rhos"][name]
+        assert first["rhos"][name] == pytest.approx(second["rhos"][name], rel=0, abs=0, nan_ok=True)
 
     compared = 0
     weights = dense_weights(first["state"])
@@ -84,11 +84,11 @@ def test_two_processes_observe_what_one_does(tmp_path):
     run_script("ddp_monitor.py", 2, "two", tmp_path)
     one, first, second = (RhoHistory.from_csv(tmp_path / f"{name}.csv") for name in ("one-0", "two-0", "two-1"))
     assert one.steps == first.steps == [0, 2, 4]
-    assert list(first) == list(second)
+    assert list(map(repr, first)) == list(map(repr, second))  # of which some is undefined: NaN
     for expected, found in zip(one.at(0).values(), first.at(0).values(), strict=True):
-        assert found["tokens"] == expected["tokens"] == 48
+        assert found["tokens"] == expected["tokens"] == 44  # the last of each of four texts has no gradient
         for column in ("rho", "null", "debiased", "low", "high", "iid_floor"):
-            assert found[column] == pytest.approx(expected[column], abs=1e-5)
+            assert found[column] == pytest.approx(expected[column], abs=1e-5, nan_ok=True)
     # Later steps differ by the rounding of the optimizer.
     for expected, found in zip(one, first, strict=True):
         assert found["rho"] == pytest.approx(expected["rho"], abs=0.05)

@@ -140,7 +140,7 @@ def test_a_step_that_differentiates_is_judged(make_trainer):
     class Looking(pl.Callback):
         def on_train_start(self, trainer, pl_module):
             held = list(loader())
-            found = held_out_loss(trainer, pl_module, held, lambda batch: 1.0)
+            found = held_out_loss(trainer, pl_module, held, lambda batch, loss: 1.0)
             expected = sum(pl_module.training_step(copy.deepcopy(batch), 0).item() for batch in held) / len(held)
             assert found == pytest.approx(expected)
             assert not any(x.requires_grad for x, _ in held)

@@ -133,7 +133,7 @@ def test_a_compression_by_way_of_the_thread_is_the_same(monkeypatch):
     monkeypatch.setattr("fasc_lightning.calibration.offloaded", always)
     threaded, second = compressed()
     assert made
-    assert first.layers == second.layers
+    assert repr(first.layers) == repr(second.layers)  # with NaN, which equals nothing
     assert all(torch.equal(direct[name], value) for name, value in threaded.items())
     assert not [t for t in threading.enumerate() if t.name.startswith("fasc-moments")]
 

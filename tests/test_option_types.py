@@ -46,7 +46,7 @@ DATA = {"model", "model_or_config", "batches", "data", "checkpoints", "dense", "
 DATA |= {"held_out", "options"}
 
 #: What the callback of a compression hands to that of its recovery.
-INTERNAL = {(RecoveryCallback, "key"), (RecoveryCallback, "teacher")}
+INTERNAL = {(RecoveryCallback, "key"), (RecoveryCallback, "teacher"), (RecoveryCallback, "failed")}
 
 #: What options are called in what is said of them.
 SAID = {"quantization": "quantize"}

@@ -28,7 +28,7 @@ def test_a_split_model_is_compressed_where_it_is(monkeypatch):
     assert report.refit is None
     whole = causal_model().eval()
     expected = compress(whole, token_loader(), keep=0.6, refit=False, progress=False)
-    assert report.layers == expected.layers
+    assert repr(report.layers) == repr(expected.layers)  # with NaN, which equals nothing
     ids = torch.arange(3, 19)[None]
     torch.testing.assert_close(model(ids).logits, whole(ids).logits)
 

@@ -312,7 +312,10 @@ def edit_config(folder, change):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda layers: layers[UP].pop("quantize"), r"unexpected: model\.layers\.0\.mlp\.up_proj\.\w+\.scale"),
+        (
+            lambda layers: layers[UP].pop("quantize"),
+            r"Expected floats as 'model\.layers\.0\.mlp\.up_proj.* but got torch\.int8",
+        ),
         (lambda layers: layers[UP].update(quantize="int4"), r'a quantised layer "quantize": "int8" or "int8-dynamic"'),
         (lambda layers: layers[UP].update(rank=1), r"of another shape: model\.layers\.0\.mlp\.up_proj"),
         (lambda layers: layers.pop(UP), r"of another shape: model\.layers\.0\.mlp\.up_proj\.weight"),

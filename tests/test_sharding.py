@@ -51,7 +51,7 @@ def test_sharded_fits_end_as_those_of_replicas_do(compared, case):
     for name, moments in expected["moments"].items():
         for field in ("A", "G", "mean_x", "mean_h", "tokens"):
             torch.testing.assert_close(first["moments"][name][field], moments[field], rtol=1e-9, atol=1e-12)
-        assert first["rhos"][name] == pytest.approx(expected["rhos"][name], abs=1e-9)
+        assert first["rhos"][name] == pytest.approx(expected["rhos"][name], abs=1e-9, nan_ok=True)
 
 
 def test_a_sharded_fit_ends_with_the_factors_of_one_process(compared, make_trainer):

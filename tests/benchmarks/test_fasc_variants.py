@@ -201,7 +201,8 @@ def test_a_layer_goes_to_plain_where_heldout_tokens_prefer_it(bench, monkeypatch
     assert torch.equal(chosen[first].left, plain[first].left)
     assert chosen[second] is factorizations[second]
     # In the metric of fasc, no factors lose less than its own.
-    assert (losses[first] >= factorizations[first].losses * (1 - 1e-4) - 1e-12).all()
+    least = factorizations[first].losses
+    assert (losses[first] >= least * (1 - 1e-4) - 1e-6 * least[0]).all()
     assert losses[first][0] == pytest.approx(factorizations[first].losses[0].item(), rel=1e-4)
 
 

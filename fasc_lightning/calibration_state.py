@@ -27,6 +27,9 @@ _MAX_COUNT = 2**53
 #: Sums that are counts.
 _COUNTS = ("tokens", "short", "infinite")
 
+#: Sums of the scores in checkpoints without samples that wait.
+OLD_SUMS = tuple(name for name in SUMS if not name.startswith("few_"))
+
 #: Of what :func:`pack_calibration` returns beside the tensors.
 CALIBRATION_HEADER = record(
     {
@@ -101,12 +104,15 @@ def unpack_calibration(
         calibration.restore(moments, None, Replay(), header["batches"], header["seconds"])
         return
     scores = {name: deepcopy(score) for name, score in calibration.scores.scores.items()}
-    # Earlier versions had fewer sums, and no samples that wait: what is new is 0.
-    sums = [name for name in SUMS if "waiting" in header or f"scores.{name}" in tensors.forms]
-    entries |= _score_entries(scores, header["rows"], sums) | _waiting_entries(scores, header.get("waiting", []))
+    # Scores of versions without samples that wait are of other tokens and permutations: they begin anew.
+    scored = "waiting" in header
+    if not scored and calibration.options.gate is not None:
+        raise SchemaError("Expected scores of this version, by which the gate chooses, but an earlier one wrote them.")
+    entries |= _score_entries(scores, header["rows"], scored) | _waiting_entries(scores, header.get("waiting", []))
     tensors.expect(entries, checksums, free=tensor_names(header["kept"]))
     moments = unpack_moments(header["moments"], lambda name: tensors.read(name).to(device), device)
-    _unpack_scores(scores, header["rows"], sums, tensors)
+    if scored:
+        _unpack_scores(scores, header["rows"], tensors)
     kept = Replay.from_state(unpack_batch(header["kept"], tensors.read), "header.kept")
     waiting = _unpack_waiting(scores, header.get("waiting", []), tensors, calibration.scores.device)
     calibration.restore(moments, scores, kept, header["batches"], header["seconds"])
@@ -171,26 +177,28 @@ def _unpack_waiting(
     return found
 
 
-def _score_entries(scores: Mapping[str, DependenceScore], rows: list[int], sums: list[str]) -> dict[str, Entry]:
-    """Return the schema of the states of some scores."""
+def _score_entries(scores: Mapping[str, DependenceScore], rows: list[int], current: bool) -> dict[str, Entry]:
+    """Return the schema of the states of some scores; those of earlier versions are fewer and of other sizes."""
     if len(rows) != len(scores):
         raise SchemaError(f"Expected rows of {len(scores)} scores at 'header.rows' but got {len(rows)}.")
     entries = {}
-    for name in sums:
+    for name in SUMS if current else OLD_SUMS:
         state: Tensor = getattr(next(iter(scores.values())), name)
         low = 0 if name in _COUNTS else None
         # What few tokens leave undefined may be NaN; counts never are.
         entries[f"scores.{name}"] = Entry(
-            (state.dtype,), ((len(scores), *state.shape),), low, None if low is None else _MAX_COUNT, low is not None
+            (state.dtype,),
+            ((len(scores), *(state.shape if current else [None] * state.ndim)),),
+            low,
+            None if low is None else _MAX_COUNT,
+            low is not None,
         )
     entries["scores.rows"] = Entry((torch.float64,), ((sum(rows), None),), finite=False)
     return entries
 
 
-def _unpack_scores(
-    scores: Mapping[str, DependenceScore], rows: list[int], names: list[str], tensors: NamedTensors
-) -> None:
-    sums = {name: tensors.read(f"scores.{name}") for name in names}
+def _unpack_scores(scores: Mapping[str, DependenceScore], rows: list[int], tensors: NamedTensors) -> None:
+    sums = {name: tensors.read(f"scores.{name}") for name in SUMS}
     parts = tensors.read("scores.rows").split(rows)
     for i, name in enumerate(sorted(scores)):
         score = scores[name]

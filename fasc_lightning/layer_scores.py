@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from itertools import zip_longest
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasc_lightning._dtensor import whole
@@ -107,8 +110,15 @@ class LayerScores:
         return scores
 
     def all_reduce_(self) -> None:
-        """Merge with the other processes' scores of the same layers; what waits is scored."""
-        self.flush()
+        """Merge with the other processes' scores of the same layers; samples that wait are scored with theirs."""
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, {name: _moved(samples, "cpu") for name, samples in self.waiting.items()})
+        self.waiting.clear()
+        for name, score in self.scores.items() if dist.get_rank() == 0 else ():
+            # A sample of each process in turn, as one process would meet them.
+            turns = zip_longest(*(waiting.get(name, []) for waiting in everywhere))
+            for samples in _grouped([sample for turn in turns for sample in turn if sample is not None]):
+                self._add(score, _moved(samples, self.device))
         all_reduce_scores_(self.scores[name] for name in sorted(self.scores))
 
     def rows(self, step: int = 0) -> list[RhoRow]:
@@ -121,6 +131,22 @@ class LayerScores:
         if self._scored is None or [id(x) for x in self._scored[0]] != [id(x) for x in inputs]:
             self._scored = inputs, Grams.of(_joined(inputs))
         score.add(self._scored[1], Grams.of(_joined(gradients)))
+
+
+def _moved(samples: list[Sample], device: torch.device | str) -> list[Sample]:
+    return [(x.to(device), g.to(device)) for x, g in samples]
+
+
+def _grouped(samples: list[Sample]) -> Iterator[list[Sample]]:
+    """Yield runs of samples that have enough sequences together; the last may have fewer."""
+    group: list[Sample] = []
+    for sample in samples:
+        group.append(sample)
+        if sum(len(x) for x, _ in group) >= MIN_ROWS:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def _has_gradient(h: Tensor) -> Tensor:

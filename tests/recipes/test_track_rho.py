@@ -103,9 +103,10 @@ def test_the_report_is_what_the_tables_say(whole):
         assert run["rho"]["step"] == 8
         assert run["rho"]["layers"] == 7
         assert run["rho"]["mean"] == pytest.approx(np.mean([row["rho"] for row in rows]))
-        assert run["rho"]["debiased_median"] == pytest.approx(np.median([row["debiased"] for row in rows]))
+        assert run["rho"]["debiased_median"] == pytest.approx(np.median([row["debiased"] for row in rows]), nan_ok=True)
         assert run["rho"]["above_threshold"] == np.mean([row["rho"] > 0.3 for row in rows])
-        assert run["rho"]["above_null"] == np.mean([row["rho"] > row["null"] for row in rows])
+        above = [row["rho"] > row["null"] for row in rows if row["null"] == row["null"]]  # few texts have no null
+        assert run["rho"]["above_null"] == pytest.approx(np.mean(above) if above else np.nan, nan_ok=True)
         assert run["emergence"].keys() == {row["layer"] for row in rows}
         with (folder / f"{prefix}training.csv").open() as file:
             last = list(csv.DictReader(file))[-1]
@@ -132,7 +133,7 @@ def test_runs_start_alike_and_part(whole):
     assert not same(weights(folder, "facts"), weights(folder, "control"))
     last = report["comparison"]["debiased_difference_last"]
     means = [report["runs"][name]["rho"]["debiased_mean"] for name in ("facts", "control")]
-    assert last == pytest.approx(means[0] - means[1])
+    assert last == pytest.approx(means[0] - means[1], nan_ok=True)
 
 
 def test_the_saved_model_is_the_one_trained_on_facts(whole):
@@ -154,7 +155,7 @@ def test_without_resume_nothing_of_an_earlier_run_is_used(whole, tmp_path, capsy
     assert "facts, step 2 of 9" in printed
     assert "control, step 2 of 9" in printed
     assert content(tmp_path) == content(folder)
-    assert without_seconds(again) == without_seconds(report)
+    assert repr(without_seconds(again)) == repr(without_seconds(report))  # with NaN, which equals nothing
 
 
 def test_another_seed_is_another_run(whole, tmp_path):
@@ -202,7 +203,7 @@ def test_a_resumed_run_is_an_uninterrupted_one(whole, tmp_path, monkeypatch, mea
     for run in ("facts", "control"):
         assert same(weights(tmp_path, run), weights(folder, run))
     assert content(tmp_path) == content(folder)
-    assert without_seconds(resumed) == without_seconds(report)
+    assert repr(without_seconds(resumed)) == repr(without_seconds(report))
 
 
 def test_a_finished_run_is_not_trained_again(whole, tmp_path, monkeypatch):
@@ -211,7 +212,7 @@ def test_a_finished_run_is_not_trained_again(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe.Training, "training_step", lambda *args: pytest.fail("trained again"))
     resumed = recipe.main(arguments(tmp_path, "--resume", "true"))
     assert content(tmp_path) == content(folder)
-    assert without_seconds(resumed) == without_seconds(report)
+    assert repr(without_seconds(resumed)) == repr(without_seconds(report))
 
 
 def test_nothing_to_resume_is_a_start(whole, tmp_path, capsys):

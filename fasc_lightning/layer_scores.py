@@ -95,12 +95,6 @@ class LayerScores:
         for score in self.scores.values():
             score.reset()
 
-    def flush(self) -> None:
-        """Score the samples that wait for others."""
-        for name, samples in self.waiting.items():
-            self._add(self.scores[name], samples)
-        self.waiting.clear()
-
     def complete(self) -> dict[str, DependenceScore]:
         """Return the scores with what waits in them; it goes on waiting, and looking changes nothing."""
         scores = dict(self.scores)

@@ -97,9 +97,6 @@ def test_small_batches_are_scored_together(size):
     assert row["debiased"] == pytest.approx(scored((x, h)).debiased.item(), abs=0.05)
     assert row["low"] < row["debiased"] < row["high"]
     assert repr(only(scores)) == repr(row)  # looking changes nothing
-    scores.flush()
-    assert repr(only(scores)) == repr(row)
-    assert not scores.waiting
     scores.reset()
     assert only(scores)["reason"] == "no tokens"
 

@@ -15,16 +15,18 @@ from torch.utils.data import DataLoader, Sampler
 
 from fasc_lightning import FascCallback
 
+SAMPLES = 40
+
 
 class Interleaved(Sampler):
     """Every process takes its own of each round of samples; Lightning's own sampler would shuffle."""
 
     def __iter__(self):
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return iter(range(rank, 12, world))
+        return iter(range(rank, SAMPLES, world))
 
     def __len__(self) -> int:
-        return 12 // (dist.get_world_size() if dist.is_initialized() else 1)
+        return SAMPLES // (dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def main() -> None:
@@ -34,8 +36,8 @@ def main() -> None:
         accelerator="cpu",
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
-        # The same samples in an optimizer step: accumulated by one process, or one from each of two.
-        accumulate_grad_batches=2 if devices == 1 else 1,
+        # The same eight samples in an optimizer step: accumulated by one process, or half of them by each of two.
+        accumulate_grad_batches=8 // devices,
         use_distributed_sampler=False,
         max_epochs=1,
         logger=False,
@@ -44,7 +46,7 @@ def main() -> None:
         enable_model_summary=False,
         callbacks=[callback],
     )
-    trainer.fit(causal_module(), DataLoader(Tokens(samples=12, length=24), batch_size=1, sampler=Interleaved()))
+    trainer.fit(causal_module(), DataLoader(Tokens(samples=SAMPLES, length=24), batch_size=1, sampler=Interleaved()))
     assert trainer.callback_metrics["fasc/rho_mean"] > 0
     callback.rho_history.to_csv(Path(sys.argv[3]) / f"{sys.argv[2]}-{trainer.global_rank}.csv")
 

@@ -24,10 +24,11 @@ from inference_models import KINDS, random_layer
 from interleaved import interleave, speed_ups
 from torch import Tensor, nn
 
-from fasc_lightning import layouts
+from fasc_lightning._json_files import write_json
 from fasc_lightning._tables import Row, markdown_table, save_table
-from fasc_lightning.lowrank import CompressedLinear
-from fasc_lightning.report import library_versions, write_json
+from fasc_lightning._versions import library_versions
+from fasc_lightning.compressed_linear import CompressedLinear
+from fasc_lightning.layouts import BREAK_EVEN
 
 #: (m, n) of q and o, k and v, gate and up, down.
 SHAPES = (
@@ -144,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows += cell["rows"]
     save_table(rows, options.output / "break_even.csv")
     if options.write:
-        save_table(rows, Path(layouts.__file__).with_name("break_even.csv"))
+        save_table(rows, BREAK_EVEN)
     print(
         f"Share of the parameters up to which a layer is as fast as a dense one ({torch.get_num_threads()} threads):\n"
     )

@@ -41,10 +41,12 @@ from interleaved import Spread, interleave, speed_ups
 from torch import nn
 
 from fasc_lightning._files import whole_file
+from fasc_lightning._json_files import write_json
 from fasc_lightning._tables import save_table
+from fasc_lightning._versions import library_versions
 from fasc_lightning.quantize import quantize
 from fasc_lightning.quantized_layers import QUANTIZATIONS
-from fasc_lightning.report import library_versions, measure_layers, write_json
+from fasc_lightning.size import measure_layers
 
 #: Of activations; the kinds of int8 are those of :func:`fasc_lightning.quantize`, and are compared with dense int8.
 DTYPES: dict[str, torch.dtype] = {

@@ -15,8 +15,11 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from fasc_lightning._memory import return_freed_memory
 from fasc_lightning.allocation import Candidate, allocate_uniform
+from fasc_lightning.compressed_linear import CompressedLinear
 from fasc_lightning.layouts import Stored
-from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_shape, linear_weight
+from fasc_lightning.linear import linear_shape, linear_weight
+from fasc_lightning.lowrank import LowRankLinear
+from fasc_lightning.pivoted import PivotedLinear
 from fasc_lightning.swap import swap_modules, to_dense
 
 

@@ -20,10 +20,10 @@ from memory import resident, run_alone, warm_up
 from pages import write_part
 
 from fasc_lightning import compress
+from fasc_lightning._json_files import write_json
 from fasc_lightning._tables import markdown_table
 from fasc_lightning.bundled import load_model
 from fasc_lightning.forecast import CompressionForecast
-from fasc_lightning.report import write_json
 
 #: Options of each row. Without a refit, which a plan does not count.
 ROWS: dict[str, dict[str, Any]] = {

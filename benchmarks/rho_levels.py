@@ -64,7 +64,7 @@ def observe(sequences: int, batches: int, length: int, rho: float, repeats: int,
     try:
         from fasc_lightning.layer_scores import LayerScores
     except ModuleNotFoundError:  # where it was before, so that older versions can be measured
-        from fasc_lightning.monitor import LayerScores
+        from fasc_lightning.layer_scores import LayerScores
 
     generator = torch.Generator().manual_seed(seed)
     mix = coupling(rho, generator)

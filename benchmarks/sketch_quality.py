@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fasc_lightning._fingerprint import fingerprint
 from fasc_lightning.bundled import load_model
+from fasc_lightning.calibration_options import ReductionKind
 from fasc_lightning.comparison import Budget, Cell, CellStore, Comparison, Outcome, Setting
 from fasc_lightning.comparison_evaluation import Evaluation
 from fasc_lightning.comparison_statistics import Calibration
@@ -34,9 +35,10 @@ from fasc_lightning.evaluation import load_facts
 from fasc_lightning.moments import CalibrationMoments, LayerSketches
 from fasc_lightning.moments_file import load_moments, save_moments
 from fasc_lightning.sketch import Sketch
-from fasc_lightning.sketch_sizes import ReductionKind, expected_rank, projected
+from fasc_lightning.sketch_sizes import expected_rank, projected
 from fasc_lightning.study import backward_windows
-from fasc_lightning.taps import Taps, layer_shapes, select_layers
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import layer_shapes, select_layers
 from fasc_lightning.text_files import read_text
 
 WINDOWS, WINDOW, EVAL_WINDOWS = 64, 512, 32

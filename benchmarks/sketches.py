@@ -34,11 +34,12 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from fasc_lightning import FascCallback, compress
+from fasc_lightning._json_files import write_json
 from fasc_lightning._tables import markdown_table
 from fasc_lightning.fit_forecast import fit_forecast
 from fasc_lightning.packed import packed_size
 from fasc_lightning.projection import Projection
-from fasc_lightning.report import CompressionReport, write_json
+from fasc_lightning.report import CompressionReport
 from fasc_lightning.sketch import Sketch
 from fasc_lightning.streams import Moments
 

@@ -20,17 +20,18 @@ from typing import Any
 import torch
 from interleaved import timed
 
+from fasc_lightning._json_files import write_json
 from fasc_lightning.bundled import load_model
 from fasc_lightning.calibration import SCORE_EVERY, SCORE_TOKENS
 from fasc_lightning.data import text_windows
 from fasc_lightning.evaluation import builtin_text
 from fasc_lightning.factorize import compress_layers
 from fasc_lightning.layer_scores import LayerScores
-from fasc_lightning.lowrank import linear_weight
+from fasc_lightning.linear import linear_weight
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.moments import CalibrationMoments
-from fasc_lightning.report import write_json
-from fasc_lightning.taps import Taps, layer_shapes, select_layers
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import layer_shapes, select_layers
 from fasc_lightning.tokens import TokenRows, sample_seeds
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fasc_lightning._files import whole_file
-from fasc_lightning.lowrank import linear_shape
+from fasc_lightning.linear import linear_shape
 from fasc_lightning.moments import moment_dtype
 from fasc_lightning.packed import add_gram_
 from fasc_lightning.sequence_fisher import SequenceFisher

@@ -5,7 +5,7 @@ from fasc_lightning.checkpoints import match_checkpoint
 from fasc_lightning.compress import compress
 from fasc_lightning.dense import to_dense
 from fasc_lightning.dependence import DependenceScore
-from fasc_lightning.distillation import Distillation
+from fasc_lightning.distillation_options import Distillation
 from fasc_lightning.expert_report import expert_table
 from fasc_lightning.forecast import CompressionForecast
 from fasc_lightning.history import RhoHistory, emergence

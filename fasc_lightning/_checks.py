@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
-from fasc_lightning._memory import available_memory
-from fasc_lightning.allocation import ALLOCATIONS
-from fasc_lightning.batches import LossTerms, TokenMask
-from fasc_lightning.expert_moments import tokens_behind
-from fasc_lightning.expert_views import split_name
+from fasc_lightning._option_types import checks_options
 from fasc_lightning.hsic import MIN_TOKENS
-from fasc_lightning.placement import PlacedStrategy
-from fasc_lightning.quantize import check_quantization
-from fasc_lightning.replay import takes_iterator
-from fasc_lightning.sharding import check_mesh
+from fasc_lightning.quantized_layers import check_quantization
 from fasc_lightning.solvers import get_solver
-from fasc_lightning.swap import is_compressed
-from fasc_lightning.taps import Taps
 
 LAYOUTS = ("auto", "pivot", "factors")
 
@@ -145,209 +130,42 @@ def check_moments_device(device: object) -> None:
         )
 
 
-def check_strategy(trainer: pl.Trainer, recovers: bool = False) -> None:
-    """Refuse strategies under which layers cannot be read or replaced.
-
-    Args:
-        trainer: Of a fit.
-        recovers: Whether the fit trains a compressed module.
-
-    Raises:
-        MisconfigurationException: With the strategy and the remedy.
-    """
-    strategy, name = trainer.strategy, type(trainer.strategy).__name__
-    launcher = strategy.launcher
-    if isinstance(launcher, _MultiProcessingLauncher):
-        raise MisconfigurationException(
-            f"Expected a fit in this process or in processes of the same script but {name} (ddp_"
-            f"{launcher._start_method}) is launched by {type(launcher).__name__}: the layers would be swapped in the "
-            "workers and lost with them. HINT: use strategy='ddp' from a script (not a notebook), or one device."
-        )
-    # By exact type: DeepSpeedStrategy is a DDPStrategy.
-    if type(strategy) not in (SingleDeviceStrategy, PlacedStrategy, DDPStrategy, ModelParallelStrategy):
-        raise MisconfigurationException(
-            f"Expected a single device, strategy='ddp' or ModelParallelStrategy with FSDP2 but got {name}, which "
-            "shards or wraps the layers in a way of its own. HINT: compress on one device or under 'ddp' (a "
-            "calibration epoch needs no optimizer state with update_weights=False), then train the compressed model "
-            "under the strategy of your choice."
-        )
-    if isinstance(strategy, ModelParallelStrategy):
-        if recovers:
-            raise MisconfigurationException(
-                f"Expected a single device or strategy='ddp' for a recovery but got {name}, which shards the "
-                "low-rank layers. HINT: they are a fraction of the dense ones; recover under 'ddp', or without "
-                "`recovery` train them under the strategy of your choice."
-            )
-        check_mesh(strategy)
+#: "fisher" spends one budget by predicted losses, "measured" by losses corrected on tokens, "uniform" layer by layer.
+ALLOCATIONS = ("measured", "fisher", "uniform")
 
 
-def check_single(callbacks: Sequence[pl.Callback]) -> None:
-    """Refuse several callbacks that each have a budget.
-
-    Raises:
-        MisconfigurationException: If there is more than one.
-    """
-    if len(callbacks) > 1:
-        raise MisconfigurationException(
-            "Expected one FascCallback with a budget in a fit but got several: each would freeze and restore what "
-            "the other holds. HINT: one callback spends one budget over all its `targets`."
-        )
+#: Serves the layers below the gate: the activation covariance alone.
+CHEAP_METHOD = "svd"
+#: The scores that can decide: signed and around 0 for unrelated x and g; rho of all tokens, the paper's Eq. 2; rho of
+#: minibatches, which is above it by chance.
+GATE_BY = ("debiased", "pooled", "rho")
+#: ``gate_exclude="paper"``: early attention and the last projections.
+PAPER = "paper"
 
 
-def check_module(pl_module: pl.LightningModule, compresses: bool = True) -> None:
-    """Refuse compiled modules, and to compress modules that carry adapters or are compressed already.
-
-    Args:
-        pl_module: The module of the fit.
-        compresses: Whether it is to be compressed, or only watched.
-
-    Raises:
-        MisconfigurationException: With the remedy.
-    """
-    compiled = [
-        name
-        for name, m in pl_module.named_modules()
-        if isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None
-    ]
-    if compiled or pl_module._compiler_ctx is not None:
-        raise MisconfigurationException(
-            f"Expected a module that is not compiled but {compiled[0] if compiled else 'the LightningModule'!r} is: "
-            "hooks added after compilation are ignored silently. HINT: fit the original module and compile the "
-            "compressed one."
-        )
-    if not compresses:
-        return
-    adapters = [name for name, m in pl_module.named_modules() if hasattr(m, "lora_A") or hasattr(m, "base_layer")]
-    if adapters:
-        raise MisconfigurationException(
-            f"Expected a module without adapters but {adapters[0]!r} carries some: its base layer and the adapter "
-            "would be compressed apart. HINT: merge them first (`merge_and_unload()` of peft)."
-        )
-    if is_compressed(pl_module):
-        raise MisconfigurationException(
-            f"{type(pl_module).__name__} holds low-rank layers already, and compressing twice loses quality for "
-            "nothing. HINT: start from the dense model. To train the factors, use `recover`, or leave FascCallback out."
-        )
-
-
-def check_batches_given(
-    pl_module: pl.LightningModule, loss_terms: LossTerms | None, token_mask: TokenMask | None
+@checks_options
+def check_gate(
+    gate: float | None, gate_by: str = "debiased", gate_exclude: str | Sequence[str] | None = None, method: str = "fasc"
 ) -> None:
-    """Refuse steps that take batches by themselves where a batch has to be looked at before.
+    """Check the options of the gate.
 
     Raises:
-        MisconfigurationException: With the remedy.
+        ValueError: If an option is out of range, or there is nothing for it to decide.
     """
-    terms = loss_terms or getattr(pl_module, "loss_terms", "mean")
-    masked = token_mask is not None or getattr(pl_module, "token_mask", None) is not None
-    if takes_iterator(pl_module) and (terms != "sum" or masked):
-        raise MisconfigurationException(
-            "Expected a training step that is given its batch, of which tokens and terms are counted before, but it "
-            "has an argument `dataloader_iter`, from which it takes batches by itself. HINT: "
-            "training_step(self, batch, batch_idx); or loss_terms='sum' without a token mask."
-        )
-
-
-def check_rank_fits(shapes: Mapping[str, tuple[int, int]], rank: float | None) -> None:
-    """Refuse an absolute rank that some layer cannot have.
-
-    Raises:
-        ValueError: With the layers.
-    """
-    if isinstance(rank, int):
-        small = [f"{name} {shape}" for name, shape in shapes.items() if min(shape) < rank]
-        if small:
+    if gate_by not in GATE_BY:
+        raise ValueError(f"Expected `gate_by` to be one of {', '.join(GATE_BY)} but got {gate_by!r}.")
+    if gate is None:
+        if gate_exclude is not None:
             raise ValueError(
-                f"Expected `rank` to be at most min(m, n) of every layer but rank={rank} is larger than "
-                f"{len(small)} of {len(shapes)} (for example {small[0]}). Lower it, give a fraction, or exclude them."
+                f"Expected `gate_exclude` together with a `gate` but got {gate_exclude=} alone: without a gate every "
+                "layer gets the same solver. HINT: gate=0.3, or `exclude` to leave layers alone altogether."
             )
-
-
-def check_loss(loss: Tensor, layers: int, label: str) -> None:
-    """Refuse a calibration batch whose loss says nothing, before it reaches the statistics.
-
-    Args:
-        loss: Of the batch.
-        layers: How many layers are tapped.
-        label: Names the batch.
-
-    Raises:
-        RuntimeError: If the loss is detached.
-        FloatingPointError: If it is not finite.
-    """
-    if not loss.requires_grad:
-        raise RuntimeError(
-            f"No gradient reached any of the {layers} tapped layers: the loss of {label} is detached. Was it computed "
-            "under no_grad or inference mode?"
-        )
-    if not torch.isfinite(loss).all():
-        raise FloatingPointError(
-            f"Expected a finite loss but got {loss.item()} in {label}. The batch was refused before it reached the "
-            "statistics. Check the batch, or the learning rate of the training before it."
-        )
-
-
-def check_memory(needed: int, device: torch.device, passes: int = 1, sketch: str | None = None) -> None:
-    """Refuse moments that do not fit.
-
-    Args:
-        needed: Bytes.
-        device: That is to hold them.
-        passes: Of the calibration, as they are.
-        sketch: How moments are held, as it is.
-
-    Raises:
-        MemoryError: With the estimate.
-    """
-    free = available_memory(device)
-    if needed > free:
-        beside = "" if device.type == "cpu" else ", moments_device='cpu' holds them there"
-        kinds = {None: ", sketch='projected' or 'range' holds less of each", "range": ", sketch='projected' holds less"}
-        raise MemoryError(
-            f"Expected the moments of the tapped layers to fit but they need up to {needed / 1e9:.2f} GB and "
-            f"{free / 1e9:.2f} GB is free on {device}. HINT: passes={passes + 1} or more gathers a share of them at a "
-            f"time{kinds.get(sketch, '')}{beside}; or target fewer layers (`targets`, `exclude`) "
-            "in several runs. plan() says what fits."
-        )
-
-
-def warn_unannounced() -> None:
-    """Warn of a training step whose backward passes, and so whose loss, nobody is told of."""
-    rank_zero_warn(
-        "FascCallback: the training step calls `loss.backward()` by itself, so that its loss is not known. All "
-        "gradients that arrive are counted, those of `torch.autograd.grad` among them, and the scale of the loss is a "
-        "guess. HINT: call `self.manual_backward(loss)`."
-    )
-
-
-def warn_unreached(taps: Taps, batches: int) -> None:
-    """Warn of layers that no gradient has reached by now; of experts a router may still send tokens to some.
-
-    Args:
-        taps: On the layers.
-        batches: How many have run.
-    """
-    missing = [name for name in taps.layers if name not in taps.reached and split_name(name) is None]
-    if not missing:
         return
-    idle = sum(name not in taps.called for name in missing)
-    end = "The fit will end with an error" if len(missing) == len(taps.layers) else "They will stay dense"
-    rank_zero_warn(
-        f"No gradient has reached {len(missing)} of {len(taps.layers)} targeted layers in the first {batches} batches "
-        f"of the calibration, for example {missing[0]!r}: {idle} of them did not run, {len(missing) - idle} ran and "
-        f"the loss does not depend on them. {end} unless a later batch reaches them. HINT: `exclude` them, or look "
-        "for a `detach` or `no_grad` on the way to the loss."
-    )
-
-
-def warn_few_tokens(tokens: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Warn when layers saw fewer tokens than they have features; experts, with those that they borrow."""
-    short = {name: t for name, t in tokens_behind(tokens, shapes).items() if 0 < t < max(shapes[name])}
-    if short:
-        name, t = min(short.items(), key=lambda item: item[1] / max(shapes[item[0]]))
-        together = " together with all experts of its block" if t != tokens[name] else ""
-        rank_zero_warn(
-            f"{len(short)} of {len(shapes)} layers saw fewer tokens than they have features: {name!r} "
-            f"{shapes[name]} saw {t}{together}, which supports ranks up to {min(t, *shapes[name])}. Directions that "
-            "were not seen are judged by the shrinkage alone; calibrate on more tokens."
+    if not 0 <= gate <= 1:
+        raise ValueError(f"Expected `gate` to be in [0, 1], as rho is, but got {gate}.")
+    if method == CHEAP_METHOD:
+        raise ValueError(
+            f"Expected a `method` that costs more than {CHEAP_METHOD!r} but got {method!r}, which serves the layers "
+            f"below the gate, too: there is nothing to decide. HINT: method='fasc', or gate=None."
         )
+    get_solver(method)

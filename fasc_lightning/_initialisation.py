@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from fasc_lightning.compressed_linear import CompressedLinear
 from fasc_lightning.expert_modules import UnfusedExperts
-from fasc_lightning.lowrank import CompressedLinear
 
 
 def spare_compressed(model: nn.Module) -> None:

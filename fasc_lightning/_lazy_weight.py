@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
-    from fasc_lightning.lowrank import CompressedLinear
+    from fasc_lightning.compressed_linear import CompressedLinear
 
 
 class LazyWeight(Tensor):

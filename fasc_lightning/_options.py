@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
-from fasc_lightning.allocation import ALLOCATIONS
+from fasc_lightning._checks import ALLOCATIONS
+from fasc_lightning.calibration_options import ReductionKind
 from fasc_lightning.callback import FascCallback
 from fasc_lightning.data import check_file, check_sources, named_files
 from fasc_lightning.saving import check_folder
-from fasc_lightning.sketch_sizes import ReductionKind
 from fasc_lightning.solvers import available_methods
 
 if TYPE_CHECKING:

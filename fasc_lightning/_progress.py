@@ -29,3 +29,7 @@ def terminal_progress(names: Sequence[str], description: str) -> Iterable[str]:
     from tqdm.auto import tqdm
 
     return tqdm(names, desc=description, unit="layer", disable=None, leave=False)
+
+
+#: Wraps the loop over layers, for a progress bar: ``progress(names, description)``.
+Progress = Callable[[Sequence[str], str], Iterable[str]]

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fasc_lightning._json_files import write_json
 from fasc_lightning.bundled import SMOLLM2, SMOLLM2_LICENCE, SMOLLM2_SOURCE
 from fasc_lightning.data import calibration_windows
 from fasc_lightning.drift import Questions
-from fasc_lightning.report import write_json
 from fasc_lightning.saving import save_compressed
 
 if TYPE_CHECKING:

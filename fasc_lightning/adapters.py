@@ -13,9 +13,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from fasc_lightning._undo import Undo, undoing
-from fasc_lightning.lowrank import CompressedLinear
+from fasc_lightning.compressed_linear import CompressedLinear
 from fasc_lightning.swap import compressed_layers
-from fasc_lightning.taps import matches
+from fasc_lightning.targets import matches
 
 #: peft's own name of the only adapter.
 ADAPTER = "default"

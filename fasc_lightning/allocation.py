@@ -12,9 +12,6 @@ from numpy.typing import NDArray
 #: Number of parameters of a rank-k (m, n) matrix in a layout: cost(m, n, k).
 Cost: TypeAlias = Callable[[int, int, int], int]
 
-#: "fisher" spends one budget by predicted losses, "measured" by losses corrected on tokens, "uniform" layer by layer.
-ALLOCATIONS = ("measured", "fisher", "uniform")
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -170,20 +167,3 @@ def allocate_uniform(
             )
         ranks.append(int(o.ranks[fitting[-1]]) or None)
     return ranks
-
-
-def rank_budget(m: int, n: int, rank: int) -> int:
-    """Degrees of freedom of a rank-k (m, n) matrix, k(m + n - k)."""
-    return rank * (m + n - rank)
-
-
-def resolve_rank(m: int, n: int, rank: float) -> int:
-    """Return the absolute rank that an option means for a layer: a fraction of full rank, or itself.
-
-    Args:
-        m: Outputs.
-        n: Inputs.
-        rank: float in (0, 1]: fraction of min(m, n); int: the rank.
-    """
-    full = min(m, n)
-    return rank if isinstance(rank, int) else max(1, round(rank * full))

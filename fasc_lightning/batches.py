@@ -13,8 +13,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from fasc_lightning.backwards import Backwards
 from fasc_lightning.loss_graph import count_terms
-from fasc_lightning.taps import Backwards
 from fasc_lightning.tokens import LossScale, TokenRows, batch_size, identifying_tensor, sample_seeds
 
 #: How the scalar loss averages its terms, or a callable on the batch that returns their number.

@@ -13,18 +13,19 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from fasc_lightning import _checks
-from fasc_lightning._distributed import is_distributed, same_everywhere, sum_everywhere
+from fasc_lightning._distributed import is_distributed, sum_everywhere
 from fasc_lightning._memory import available_memory, return_freed_memory
-from fasc_lightning._progress import layer_progress
+from fasc_lightning._progress import Progress, layer_progress
 from fasc_lightning.batches import backwards_of, calibration_rows
-from fasc_lightning.calibration_options import CalibrationOptions
+from fasc_lightning.calibration_checks import check_memory, warn_few_tokens, warn_unannounced, warn_unreached
+from fasc_lightning.calibration_options import CalibrationOptions, holds_moments
 from fasc_lightning.dependence import DependenceScore
-from fasc_lightning.factorize import CompressionResult, build_layers
-from fasc_lightning.factorized import FactorizedLayers, Progress, factorize_layers
+from fasc_lightning.factorize import CompressionResult, build_layers, same_everywhere
+from fasc_lightning.factorized import FactorizedLayers, factorize_layers
 from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.gate import choose_methods, excluded_layers, failure_flags, gate_scores, statistics_needed
 from fasc_lightning.history import RhoHistory, RhoRow, reasons
+from fasc_lightning.layer_report import LayerReport
 from fasc_lightning.layer_scores import LayerScores
 from fasc_lightning.layouts import Layout
 from fasc_lightning.loader_position import loops_before
@@ -32,18 +33,18 @@ from fasc_lightning.lockstep import Lockstep, others_present
 from fasc_lightning.measure_phase import MeasurePhase
 from fasc_lightning.moments import CalibrationMoments, LayerSketches, moment_dtype, moments_bytes
 from fasc_lightning.offload import offloaded
-from fasc_lightning.passes import check_averaging, holds_moments, passes_of, share_units, shares
-from fasc_lightning.refine import RefineOptions
+from fasc_lightning.passes import check_averaging, passes_of, share_units, shares
+from fasc_lightning.refine_options import RefineOptions
 from fasc_lightning.refine_phase import RefinePhase
 from fasc_lightning.refine_report import RefineReport
-from fasc_lightning.refit import RefitReport
 from fasc_lightning.refit_phase import RefitPhase
+from fasc_lightning.refit_report import RefitReport
 from fasc_lightning.replay import Place, Replay
-from fasc_lightning.report import LayerReport
 from fasc_lightning.sharding import Unsharding, is_sharded, lacks_room
-from fasc_lightning.sketch_sizes import describe_sketches
+from fasc_lightning.sketch_sizes import describe_sketches, sketches_for_budget
 from fasc_lightning.spill import spilled
-from fasc_lightning.taps import Taps, layer_shapes
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import layer_shapes
 from fasc_lightning.tokens import TokenRows
 
 #: Where rho decides nothing, a calibration scores every so many batches, on so many tokens: it is a diagnostic then,
@@ -117,7 +118,8 @@ class Calibration:
         check_averaging(trainer, self.passes, options.sketch)
         self._device = trainer.strategy.root_device
         shapes, needs = layer_shapes(layers), statistics_needed(options.method, options.gate, options.gate_by)
-        sketches, dtype = options.sketches(shapes), moment_dtype(layers.values())
+        sketches = sketches_for_budget(shapes, options.sketching, options.rank, options.keep)
+        dtype = moment_dtype(layers.values())
         self._empty = partial(CalibrationMoments, dtype=dtype, device=options.place(self._device), needs=needs)
         self.sketches = sketches
         exact = LayerSketches()
@@ -126,7 +128,7 @@ class Calibration:
         parts = shares(sizes, self.passes, share_units(names))
         self._shares = [{names[i]: layers[names[i]] for i in part} for part in parts]
         needed, place = max(sum(sizes[i] for i in part) for part in parts), options.place(self._device)
-        _checks.check_memory(needed, place, self.passes, options.sketch)
+        check_memory(needed, place, self.passes, options.sketch)
         rank_zero_info(
             f"FascCallback: {len(shapes)} layers with {sum(m * n for m, n in shapes.values()):,} weights; their "
             f"moments need at most {needed / 1e9:.2f} GB ({dtype}) of the {available_memory(place) / 1e9:.2f} GB free "
@@ -255,7 +257,8 @@ class Calibration:
         Every process has the same history, so that all choose alike.
         """
         known = {name: row["rho"] for name, row in self._history.at().items() if not math.isnan(row["rho"])}
-        sized = self.options.sketches(layer_shapes(self.layers), known)
+        options = self.options
+        sized = sketches_for_budget(layer_shapes(self.layers), options.sketching, options.rank, options.keep, known)
         if sized != self._sized:
             self._sized = sized
             installed = self._taps.installed
@@ -306,9 +309,9 @@ class Calibration:
         if self.running:
             self._taps.end_batch()
             if self.batches == 1 and self._taps.unannounced:
-                _checks.warn_unannounced()
+                warn_unannounced()
             if self.batches == UNREACHED_AFTER:
-                _checks.warn_unreached(self._taps, self.batches)
+                warn_unreached(self._taps, self.batches)
 
     def settle(self, trainer: pl.Trainer) -> None:
         """End a batch that has run, for a checkpoint that is saved before this calibration's turn to do so."""
@@ -471,7 +474,7 @@ class Calibration:
         factorized = self._factorized
         assert factorized is not None
         return_freed_memory()  # of the moments, on top of which the batches of a measuring would be put
-        _checks.warn_few_tokens(factorized.tokens, layer_shapes(self.layers))
+        warn_few_tokens(factorized.tokens, layer_shapes(self.layers))
         result = build_layers(
             self.layers,
             factorized,

@@ -15,46 +15,58 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fasc_lightning import _checks
+from fasc_lightning._checks import (
+    check_budget,
+    check_gate,
+    check_moments_device,
+    check_monitor,
+    check_monitor_only,
+    check_options,
+)
 from fasc_lightning._option_types import checks_options
 from fasc_lightning._undo import Undo, undoing
 from fasc_lightning.batches import LossScales, LossTerms, TokenMask, backwards_of, batch_label, observed_rows
+from fasc_lightning.budget import check_budget_fits, check_rank_fits
 from fasc_lightning.calibration import Calibration
-from fasc_lightning.calibration_options import CalibrationOptions
+from fasc_lightning.calibration_checks import check_batches_given, check_loss
+from fasc_lightning.calibration_options import (
+    SKETCH_ABOVE,
+    CalibrationOptions,
+    ReductionKind,
+    Refit,
+    SketchOptions,
+    check_passes,
+    check_projected,
+)
 from fasc_lightning.checkpoints import match_on_load
 from fasc_lightning.expert_modules import unfuse
 from fasc_lightning.expert_views import warn_unknown_experts
-from fasc_lightning.factorize import check_budget_fits
 from fasc_lightning.fit_end import skips_backward
 from fasc_lightning.fit_forecast import layers_forecast
-from fasc_lightning.gate import check_gate
 from fasc_lightning.history import RhoHistory, describe
 from fasc_lightning.hub import attach_config
 from fasc_lightning.layouts import Layout
-from fasc_lightning.lowrank import linear_weight
+from fasc_lightning.linear import Gradient, linear_weight
 from fasc_lightning.monitor import RhoMonitor, write_history
 from fasc_lightning.offload import MomentsDevice
-from fasc_lightning.passes import check_epochs_left, check_passes
+from fasc_lightning.passes import check_epochs_left
 from fasc_lightning.placement import check_weights
-from fasc_lightning.pooled import Gradient
+from fasc_lightning.preconditions import check_module, check_single, check_strategy
 from fasc_lightning.preemption import CalibrationKeeper
-from fasc_lightning.projection import check_projected
 from fasc_lightning.quantize import quantize_layers
 from fasc_lightning.quantized_layers import Quantization
 from fasc_lightning.recovery import FactorRecovery, LoraRecovery, as_recovery, describe_recovery
 from fasc_lightning.recovery_phase import RecoveryCallback, set_aside_optimizers
-from fasc_lightning.refit_phase import Refit
 from fasc_lightning.reparametrised import warn_without_way_back
-from fasc_lightning.replacement import ReplacementOptions, replace_calibrated
+from fasc_lightning.replacement import replace_calibrated
+from fasc_lightning.replacement_options import ReplacementOptions
 from fasc_lightning.report import CompressionReport, log_report
 from fasc_lightning.report_schema import check_callback_state, sealed
 from fasc_lightning.schedule import CalibrationSchedule
 from fasc_lightning.second_fit import SecondFit, recovery_instead
 from fasc_lightning.sharding import check_sharded
-from fasc_lightning.sketch_sizes import SKETCH_ABOVE, ReductionKind, SketchOptions
 from fasc_lightning.swap import is_compressed
-from fasc_lightning.taps import layer_shapes
-from fasc_lightning.targets import select_layers, warn_other_layers, warn_tied_layers
+from fasc_lightning.targets import layer_shapes, select_layers, warn_other_layers, warn_tied_layers
 
 
 class FascCallback(pl.Callback):
@@ -206,15 +218,13 @@ class FascCallback(pl.Callback):
         moments_device: MomentsDevice | None = None,
         passes: int = 1,
     ) -> None:
-        _checks.check_monitor(
-            monitor_every_n_steps, monitor_tokens, rho_threshold, emergence_observations, rho_gradient
-        )
+        check_monitor(monitor_every_n_steps, monitor_tokens, rho_threshold, emergence_observations, rho_gradient)
         if rank is None and keep is None and monitor_every_n_steps is not None:
-            _checks.check_monitor_only(calibration_steps, update_weights, gate, quantize, recovery)
+            check_monitor_only(calibration_steps, update_weights, gate, quantize, recovery)
         else:
-            _checks.check_budget(rank, keep)
+            check_budget(rank, keep)
         check_gate(gate, gate_by, gate_exclude, method)
-        _checks.check_options(
+        check_options(
             method,
             allocation,
             layout,
@@ -225,7 +235,7 @@ class FascCallback(pl.Callback):
             quantize,
         )
         SketchOptions(sketch or "range", sketch_size, sketch_above)  # refuses what is out of range
-        _checks.check_moments_device(moments_device)
+        check_moments_device(moments_device)
         check_passes(passes, update_weights, refit, calibration_steps)
         check_projected(sketch, method, gate, update_weights, refit)
         self.rank = rank
@@ -355,11 +365,11 @@ class FascCallback(pl.Callback):
         self._schedule.set_up(trainer)
         if self._recovering is None:
             self.report = None
-        _checks.check_strategy(trainer, recovers=self._recovering is not None)
-        _checks.check_module(pl_module, compresses=False)  # a checkpoint may make a compressed module dense
+        check_strategy(trainer, recovers=self._recovering is not None)
+        check_module(pl_module, compresses=False)  # a checkpoint may make a compressed module dense
         if self._compresses:
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            _checks.check_single([c for c in callbacks if isinstance(c, FascCallback) and c._compresses])
+            check_single([c for c in callbacks if isinstance(c, FascCallback) and c._compresses])
             self._keeper.install(trainer)
         if trainer.global_step == 0:  # a checkpoint brings its own history, after this
             self._monitor.history = RhoHistory()
@@ -375,7 +385,7 @@ class FascCallback(pl.Callback):
             return
         self.report = None
         # Only here do modules made in `configure_model` exist.
-        _checks.check_module(pl_module, compresses=self._compresses)
+        check_module(pl_module, compresses=self._compresses)
         self._layers = select_layers(pl_module, self.targets, self.exclude)
         if self.targets in (None, "all-linear"):
             warn_unknown_experts(pl_module)
@@ -388,10 +398,10 @@ class FascCallback(pl.Callback):
             self._monitor.start(trainer, self._layers)
         check_sharded(trainer, pl_module, self._layers)
         if self._compresses:
-            _checks.check_batches_given(pl_module, self.loss_terms, self.token_mask)
+            check_batches_given(pl_module, self.loss_terms, self.token_mask)
             self._schedule.check(trainer)  # only here is it known that the fit is no recovery
             check_weights((name, linear_weight(layer)) for name, layer in self._layers.items())
-            _checks.check_rank_fits(layer_shapes(self._layers), self.rank)
+            check_rank_fits(layer_shapes(self._layers), self.rank)
             self._second.check(pl_module, self._layers)
             check_budget_fits(self._layers, self.rank, self.keep, self.allocation, self.layout, self.align)
             options, refinement = CalibrationOptions.of(self), self._second.refinement
@@ -450,7 +460,7 @@ class FascCallback(pl.Callback):
         if not counts:
             calibration.leave_out()
         elif loss.requires_grad or not calibration.frozen:
-            _checks.check_loss(loss, len(self._layers), label)
+            check_loss(loss, len(self._layers), label)
         calibration.begin_backward(loss)
 
     @override

@@ -19,11 +19,12 @@ from fasc_lightning._layer_state import check_state
 from fasc_lightning._names import some_names
 from fasc_lightning._schema import anything, check, mapping, naming
 from fasc_lightning._undo import undoing
+from fasc_lightning.compressed_linear import CompressedLinear
 from fasc_lightning.expert_modules import UnfusedExperts
 from fasc_lightning.expert_views import named_layers
-from fasc_lightning.hub import describe_layer, empty_layer
-from fasc_lightning.lowrank import CompressedLinear, is_conv1d, linear_shape
-from fasc_lightning.plan import REMEMBERED, check_fit, compression_plan, place, set_trainable, swap_layers
+from fasc_lightning.layer_spec import describe_layer, empty_layer, place, set_trainable
+from fasc_lightning.linear import is_conv1d, linear_shape
+from fasc_lightning.plan import REMEMBERED, check_fit, compression_plan, swap_layers
 from fasc_lightning.quantized_layers import quantization_of
 from fasc_lightning.reparametrised import DENSE_FORM, DenseForm
 from fasc_lightning.swap import empty_dense

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from fasc_lightning._checks import check_budget
+from fasc_lightning._checks import ALLOCATIONS, check_budget
 from fasc_lightning._fingerprint import fingerprint
+from fasc_lightning._json_files import write_json
 from fasc_lightning._memory import return_freed_memory
+from fasc_lightning._progress import Progress
 from fasc_lightning._schema import (
     anything,
     boolean,
@@ -32,17 +34,17 @@ from fasc_lightning._schema import (
     text,
 )
 from fasc_lightning._undo import undoing
-from fasc_lightning.allocation import ALLOCATIONS
+from fasc_lightning.budget import layer_budgets
 from fasc_lightning.comparison_evaluation import Evaluation, Measured
 from fasc_lightning.comparison_statistics import Calibration
-from fasc_lightning.factorize import compress_layers, layer_budgets
-from fasc_lightning.factorized import Progress, Unit
+from fasc_lightning.factorize import compress_layers
+from fasc_lightning.factorized import Unit
 from fasc_lightning.layouts import Layout
 from fasc_lightning.measured import measure_losses, spread
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.refit import causal_loss, refit
 from fasc_lightning.refit_phase import ByLayer
-from fasc_lightning.report import measure_layers, write_json
+from fasc_lightning.size import measure_layers
 from fasc_lightning.solvers import Factorization
 from fasc_lightning.swap import swap_modules
 from fasc_lightning.tokens import TokenRows

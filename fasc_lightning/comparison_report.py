@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fasc_lightning._files import whole_file
+from fasc_lightning._json_files import write_json
 from fasc_lightning._tables import Row, markdown_table, save_table
 from fasc_lightning.comparison import Budget, Cell, Outcome
 from fasc_lightning.comparison_evaluation import Evaluation
@@ -24,7 +25,6 @@ from fasc_lightning.comparison_tables import (
 )
 from fasc_lightning.figures import rho_gain_scatter, save_figure
 from fasc_lightning.history import RhoRow
-from fasc_lightning.report import write_json
 
 MARKS = (
     "In the tables, **bold** is the best of a column. ≈ ties with it: over the same windows, facts or sentence pairs, "

@@ -14,18 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from fasc_lightning._fingerprint import fingerprint, tokenizer_fingerprint
+from fasc_lightning._json_files import write_json
 from fasc_lightning._schema import integer, mapping, number, optional, read_json, record, text
 from fasc_lightning._undo import undoing
+from fasc_lightning._versions import library_versions
 from fasc_lightning.data import model_fingerprint
 from fasc_lightning.history import COLUMNS, RhoRow
 from fasc_lightning.kronecker import refine_kronecker
 from fasc_lightning.moments import CalibrationMoments, moment_dtype
 from fasc_lightning.moments_file import load_moments, moments_needs, save_moments
-from fasc_lightning.report import library_versions, write_json
 from fasc_lightning.solvers import solver_needs
 from fasc_lightning.streams import StreamedSums
 from fasc_lightning.study import backward_windows, window_scores
-from fasc_lightning.taps import Taps, layer_shapes
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import layer_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -176,7 +176,7 @@ class DependenceScore(Metric):
 
     @property
     def iid_floor(self) -> Tensor:
-        """What rho would be about if x, g and tokens were independent (:func:`~fasc_lightning.pooled.iid_floor`)."""
+        """What rho is of independent x, g and tokens, about (:func:`~fasc_lightning.pooled.iid_floor`)."""
         return self._synchronized(lambda: normalized(self._sum("biased"), self._sum("floor")).sqrt())
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fasc_lightning._eval_mode import evaluating
 from fasc_lightning.data import file_windows, text_windows
 from fasc_lightning.evaluation import (
     Fact,
@@ -21,7 +22,6 @@ from fasc_lightning.evaluation import (
     load_facts,
     perplexity,
 )
-from fasc_lightning.evaluation.perplexity import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ from fasc_lightning.expert_views import (
     routed,
     split_name,
 )
-from fasc_lightning.lowrank import linear_shape
+from fasc_lightning.linear import linear_shape
 
 
 class UnfusedExperts(nn.Module):

@@ -14,7 +14,7 @@ from fasc_lightning.expert_moments import borrows
 from fasc_lightning.expert_views import split_name
 
 if TYPE_CHECKING:
-    from fasc_lightning.report import LayerReport
+    from fasc_lightning.layer_report import LayerReport
 
 #: Experts that a report's summary shows.
 SHOWN = 5

@@ -5,31 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from fasc_lightning._distributed import is_distributed
 from fasc_lightning._dtensor import whole
-from fasc_lightning.allocation import (
-    Candidate,
-    Cost,
-    allocate_fisher,
-    allocate_uniform,
-    least_cost,
-    rank_budget,
-    resolve_rank,
-)
-from fasc_lightning.expert_views import ExpertLinear
-from fasc_lightning.factorized import FactorizedLayers, Progress, Unit, factorize_layers
-from fasc_lightning.layouts import Layout, auto_cost, auto_layout, factors_cost, pivot_cost
-from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
+from fasc_lightning._progress import Progress
+from fasc_lightning.allocation import Candidate, Cost, allocate_fisher, allocate_uniform, least_cost
+from fasc_lightning.budget import layer_budgets, layers_dtype, layout_cost
+from fasc_lightning.compressed_linear import CompressedLinear
+from fasc_lightning.factorized import FactorizedLayers, Unit, factorize_layers
+from fasc_lightning.layouts import Layout, auto_layout
+from fasc_lightning.linear import linear_shape, linear_weight
+from fasc_lightning.make_lowrank import make_lowrank
 from fasc_lightning.measured import Measure, correction
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.reparametrised import trains_weight
-from fasc_lightning.sketch_sizes import SketchFigures
+from fasc_lightning.sketch_error import SketchFigures
 from fasc_lightning.solvers import Factorization
 
 
@@ -65,69 +62,6 @@ class CompressionResult:
 
     replacements: dict[str, nn.Module]
     layers: list[LayerPlan]
-
-
-def layer_budgets(layers: dict[str, nn.Module], rank: float | None, keep: float | None) -> dict[str, int]:
-    """Return how many weights each layer may keep under a uniform treatment; their sum is the whole budget.
-
-    ``rank`` spends the degrees of freedom of uniform rank-k matrices, k (m + n - k). ``keep`` is a fraction of the
-    layers' parameters; biases are kept whole and count, so that the total holds whether they are counted or not.
-
-    Args:
-        layers: The targeted layers.
-        rank: Fraction of full rank (float) or absolute rank (int), or None.
-        keep: Fraction of parameters, or None.
-    """
-    budgets = {}
-    for name, module in layers.items():
-        m, n = linear_shape(module)
-        if keep is None:
-            assert rank is not None
-            budgets[name] = rank_budget(m, n, resolve_rank(m, n, rank))
-        else:
-            bias = m if getattr(module, "bias", None) is not None else 0
-            budgets[name] = math.floor(keep * (m * n + bias)) - bias
-    return budgets
-
-
-def check_budget_fits(
-    layers: dict[str, nn.Module],
-    rank: float | None,
-    keep: float | None,
-    allocation: str,
-    layout: Layout,
-    align: int = 1,
-) -> None:
-    """Refuse a budget that does not hold the lowest rank in every layer.
-
-    Raises:
-        ValueError: With the least budget that would do.
-    """
-    cost, budgets = layout_cost(layout, layers_dtype(layers)), layer_budgets(layers, rank, keep)
-    least = {name: least_cost(*linear_shape(module), cost, align) for name, module in layers.items()}
-    short = [name for name in layers if budgets[name] < least[name]]
-    if (allocation == "uniform" and short) or sum(budgets.values()) < sum(least.values()):
-        raise ValueError(
-            f"Expected a budget of at least {sum(least.values()):,} parameters (rank {align} in each of {len(layers)} "
-            f"layers) but {f'{rank=}' if keep is None else f'{keep=}'} gives {sum(budgets.values()):,}"
-            f"{f' and {short[0]!r} too few' if short else ''}. Raise it{'' if align == 1 else ', lower `align`'}, or "
-            "exclude small layers."
-        )
-
-
-def layout_cost(layout: Layout, dtype: torch.dtype = torch.float32) -> Cost:
-    """Return the number of parameters a layout needs, as a function of (m, n, k)."""
-    if layout == "auto":
-        return partial(auto_cost, dtype=dtype)
-    return factors_cost if layout == "factors" else pivot_cost
-
-
-def layers_dtype(layers: Mapping[str, nn.Module]) -> torch.dtype:
-    """Return the dtype that the layers have in common; float32 if they have none."""
-    found = {
-        module.dtype if isinstance(module, ExpertLinear) else linear_weight(module).dtype for module in layers.values()
-    }
-    return found.pop() if len(found) == 1 else torch.float32
 
 
 def compress_layers(
@@ -361,3 +295,28 @@ def _warn_unreached(names: Sequence[str], total: int) -> None:
 def parameter_tensors(replacements: dict[str, nn.Module]) -> list[Tensor]:
     """Return every tensor of the replacements in a fixed order, for broadcasting."""
     return [t for name in sorted(replacements) for t in replacements[name].state_dict().values()]
+
+
+def same_everywhere(trainer: pl.Trainer, result: CompressionResult) -> CompressionResult:
+    """Give every process the factors of the first: rounding must not make replicas differ.
+
+    The moments are the same everywhere, but a tie in the allocation may fall differently on other hardware.
+
+    Raises:
+        RuntimeError: If the processes did not even choose the same ranks.
+    """
+    if not is_distributed(trainer):
+        return result
+    plans: list[Any] = [[(p.name, p.rank, p.layout) for p in result.layers]]
+    dist.broadcast_object_list(plans, src=0)
+    if plans[0] != [(p.name, p.rank, p.layout) for p in result.layers]:
+        raise RuntimeError(
+            "The processes chose different ranks from the same moments, which different hardware or libraries on "
+            "the ranks can cause. Compress on one process instead. The model is unchanged."
+        )
+    device = trainer.strategy.root_device
+    for tensor in parameter_tensors(result.replacements):
+        shared = tensor.to(device).contiguous()
+        dist.broadcast(shared, src=0)
+        tensor.copy_(shared)
+    return result

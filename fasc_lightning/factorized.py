@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from fasc_lightning._dtensor import whole
+from fasc_lightning._progress import Progress
 from fasc_lightning.expert_moments import BorrowedMoments
 from fasc_lightning.layer_moments import LayerMoments, not_gathered
-from fasc_lightning.lowrank import linear_weight
+from fasc_lightning.linear import linear_weight
 from fasc_lightning.moments import CalibrationMoments, LayerSketches
 from fasc_lightning.objective import fisher_losses, fisher_metric
-from fasc_lightning.sketch_sizes import SketchFigures, sketch_figures
+from fasc_lightning.sketch_error import SketchFigures, sketch_figures
 from fasc_lightning.solvers import Factorization, get_solver, solver_needs
 
 #: Solvers whose own losses are J in the metric of :func:`~fasc_lightning.objective.fisher_metric`.
@@ -24,9 +25,6 @@ FISHER_METHODS = frozenset({"fasc"})
 #: What losses are stated and allocated in: each solver's own unit, or J of the Fisher metric for all of them.
 Unit = Literal["own", "fisher"]
 UNITS: tuple[Unit, ...] = ("own", "fisher")
-
-#: Wraps the loop over layers, for a progress bar: ``progress(names, description)``.
-Progress = Callable[[Sequence[str], str], Iterable[str]]
 
 
 @dataclass

@@ -9,21 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fasc_lightning import _checks
-from fasc_lightning.calibration_options import CalibrationOptions
-from fasc_lightning.factorize import check_budget_fits
+from fasc_lightning.budget import check_budget_fits, check_rank_fits
+from fasc_lightning.calibration_options import CalibrationOptions, ReductionKind, Refit, SketchSize, holds_moments
 from fasc_lightning.forecast import CompressionForecast
 from fasc_lightning.gate import statistics_needed
 from fasc_lightning.layouts import Layout
 from fasc_lightning.moments import LayerSketches
 from fasc_lightning.offload import MomentsDevice
-from fasc_lightning.passes import holds_moments
 from fasc_lightning.placement import is_split
 from fasc_lightning.planned_layers import PlannedLayers, planned_layers
 from fasc_lightning.planning import Tiers, forecast, stored_layers
-from fasc_lightning.refit_phase import Refit
-from fasc_lightning.sketch_sizes import ReductionKind, SketchSize
-from fasc_lightning.taps import layer_shapes
+from fasc_lightning.sketch_sizes import sketches_for_budget
+from fasc_lightning.targets import layer_shapes
 
 
 class FitOptions(Protocol):
@@ -115,12 +112,13 @@ def fit_forecast(model: nn.Module, options: FitOptions, batch_tokens: int = 0, t
     """
     is_split(model)  # refuses parameters on several devices that nothing brings together, as a fit does
     layers = planned_layers(model, options.targets, options.exclude).layers
-    _checks.check_rank_fits(layer_shapes(layers), options.rank)
+    check_rank_fits(layer_shapes(layers), options.rank)
     check_budget_fits(layers, options.rank, options.keep, options.allocation, options.layout, options.align)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     # "auto" refits where the model allows it, which only a fit finds out.
     refits = bool(options.refit) and holds_moments(options.passes, options.sketch)
-    sketches = CalibrationOptions.of(options).sketches(layer_shapes(layers))
+    sketching = CalibrationOptions.of(options).sketching
+    sketches = sketches_for_budget(layer_shapes(layers), sketching, options.rank, options.keep)
     return layers_forecast(model, layers, options, device, refits, sketches, options.passes, batch_tokens, tokens)
 
 

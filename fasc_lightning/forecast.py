@@ -8,7 +8,7 @@ from typing import Any, Literal
 from fasc_lightning._tables import table_text
 from fasc_lightning.planned_storage import Peak
 from fasc_lightning.planned_time import Seconds
-from fasc_lightning.report import Size
+from fasc_lightning.size import Size
 
 
 @dataclass(frozen=True)

@@ -12,24 +12,16 @@ from typing import Literal
 
 from torch import nn
 
+from fasc_lightning._checks import CHEAP_METHOD, PAPER
 from fasc_lightning._dtensor import whole
 from fasc_lightning._names import block_of
-from fasc_lightning._option_types import checks_options
 from fasc_lightning.history import RhoRow
-from fasc_lightning.lowrank import linear_weight
+from fasc_lightning.linear import linear_weight
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.pooled import pooled_rho
-from fasc_lightning.solvers import get_solver, solver_needs
+from fasc_lightning.solvers import solver_needs
 from fasc_lightning.streams import Moments
-from fasc_lightning.taps import matches
-
-#: Serves the layers below the gate: the activation covariance alone.
-CHEAP_METHOD = "svd"
-#: The scores that can decide: signed and around 0 for unrelated x and g; rho of all tokens, the paper's Eq. 2; rho of
-#: minibatches, which is above it by chance.
-GATE_BY = ("debiased", "pooled", "rho")
-#: ``gate_exclude="paper"``: early attention and the last projections.
-PAPER = "paper"
+from fasc_lightning.targets import matches
 
 #: Blocks whose attention the paper excludes: their index is below this.
 EARLY_BLOCKS = 3
@@ -41,34 +33,6 @@ OUTPUT_PROJECTIONS = frozenset(
 #: for |Sigma_gg|_F < 1e-4, but gradients have no scale of their own: another loss unit, another answer. At 1 % their
 #: mean is ten times as long as their typical deviation from it, and rho, which is centred, rests on the small rest.
 NEAR_CONSTANT = 0.01
-
-
-@checks_options
-def check_gate(
-    gate: float | None, gate_by: str = "debiased", gate_exclude: str | Sequence[str] | None = None, method: str = "fasc"
-) -> None:
-    """Check the options of the gate.
-
-    Raises:
-        ValueError: If an option is out of range, or there is nothing for it to decide.
-    """
-    if gate_by not in GATE_BY:
-        raise ValueError(f"Expected `gate_by` to be one of {', '.join(GATE_BY)} but got {gate_by!r}.")
-    if gate is None:
-        if gate_exclude is not None:
-            raise ValueError(
-                f"Expected `gate_exclude` together with a `gate` but got {gate_exclude=} alone: without a gate every "
-                "layer gets the same solver. HINT: gate=0.3, or `exclude` to leave layers alone altogether."
-            )
-        return
-    if not 0 <= gate <= 1:
-        raise ValueError(f"Expected `gate` to be in [0, 1], as rho is, but got {gate}.")
-    if method == CHEAP_METHOD:
-        raise ValueError(
-            f"Expected a `method` that costs more than {CHEAP_METHOD!r} but got {method!r}, which serves the layers "
-            f"below the gate, too: there is nothing to decide. HINT: method='fasc', or gate=None."
-        )
-    get_solver(method)
 
 
 def choose_methods(

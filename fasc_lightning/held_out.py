@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subse
 from typing_extensions import override
 
 from fasc_lightning._distributed import is_distributed
+from fasc_lightning._eval_mode import evaluating
 from fasc_lightning._rng_state import same_rng, seed_rng
-from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.loss_graph import graph_alone
 from fasc_lightning.replay import Place, TrainingStep, as_trained_on
 from fasc_lightning.untouched import untouched

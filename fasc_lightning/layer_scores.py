@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from fasc_lightning._dtensor import whole
 from fasc_lightning.dependence import MIN_ROWS, DependenceScore, Grams, all_reduce_scores_
 from fasc_lightning.history import RhoRow
-from fasc_lightning.lowrank import linear_weight
-from fasc_lightning.pooled import Gradient, input_gradient
+from fasc_lightning.linear import Gradient, input_gradient, linear_weight
 from fasc_lightning.tokens import TokenRows
 
 #: Gradients of at most this share of a batch's largest are zero but for rounding: some units of float32's last place.

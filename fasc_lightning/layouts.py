@@ -25,6 +25,9 @@ Layout = Literal["auto", "pivot", "factors"]
 #: A layout that a layer can have.
 Stored = Literal["pivot", "factors"]
 
+#: The table of measured times.
+BREAK_EVEN = Path(__file__).with_name("break_even.csv")
+
 #: Shares of a dense layer's parameters, ascending, and the time of a layer that keeps them, dense layers taking 1.
 _Curve: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -133,7 +136,7 @@ def _curve(points: list[tuple[float, float]]) -> _Curve:
 
 
 def _rows() -> Iterator[tuple[str, str, int, int, int, float, float]]:
-    with Path(__file__).with_name("break_even.csv").open(newline="", encoding="utf-8") as file:
+    with BREAK_EVEN.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             yield (
                 row["dtype"],

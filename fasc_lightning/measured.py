@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasc_lightning._eval_mode import evaluating
 from fasc_lightning._undo import undoing
-from fasc_lightning.evaluation.perplexity import evaluating
-from fasc_lightning.lowrank import linear_weight
-from fasc_lightning.taps import Backwards, Taps
+from fasc_lightning.backwards import Backwards
+from fasc_lightning.linear import linear_weight
+from fasc_lightning.taps import Taps
 from fasc_lightning.tokens import TokenRows
 from fasc_lightning.untouched import untouched
 

@@ -8,17 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasc_lightning._tables import Row, markdown_table
+from fasc_lightning._versions import library_versions
 from fasc_lightning.hub import provenance_of
 from fasc_lightning.quantized_layers import quantization_of
-from fasc_lightning.report import (
-    CompressionReport,
-    Size,
-    library_versions,
-    measure_layers,
-    measure_model,
-    outcome,
-    recovery_line,
-)
+from fasc_lightning.report import CompressionReport
+from fasc_lightning.size import Size, measure_layers, measure_model
+from fasc_lightning.summary import outcome, recovery_line
 from fasc_lightning.swap import compressed_layers
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from fasc_lightning._distributed import is_distributed
+from fasc_lightning.backwards import Backwards
 from fasc_lightning.history import RhoHistory, RhoRow, reasons
 from fasc_lightning.layer_scores import LayerScores
-from fasc_lightning.pooled import Gradient
-from fasc_lightning.taps import Backwards, Taps
+from fasc_lightning.linear import Gradient
+from fasc_lightning.taps import Taps
 from fasc_lightning.tokens import TokenRows
 
 

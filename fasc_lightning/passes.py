@@ -16,38 +16,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from fasc_lightning.expert_views import split_name
 
 
-def check_passes(passes: int, update_weights: bool, refit: object, calibration_steps: int | None) -> None:
-    """Check the number of passes against the options that it rules out.
-
-    Raises:
-        ValueError: With the remedy.
-    """
-    if type(passes) is not int or passes < 1:
-        raise ValueError(f"Expected `passes` to be a positive int but got {passes!r}.")
-    if passes == 1:
-        return
-    if update_weights:
-        raise ValueError(
-            f"Expected update_weights=False with {passes=}: every pass has to see the same weights. HINT: "
-            "FascCallback(..., update_weights=False) freezes them, as compress() does."
-        )
-    if refit is True:
-        raise ValueError(
-            f"Expected refit=False or 'auto' with {passes=} but got True: a refit reads the moments of all layers in "
-            "the end, and several passes are for moments that are not there together."
-        )
-    if calibration_steps is not None:
-        raise ValueError(
-            f"Expected either `passes` or `calibration_steps` but got {passes=} and {calibration_steps=}: a pass is "
-            "an epoch."
-        )
-
-
-def holds_moments(passes: int, sketch: str | None) -> bool:
-    """Tell whether the whole moments of all layers are there in the end, as a refit reads them."""
-    return passes == 1 and sketch != "projected"
-
-
 def passes_of(trainer: pl.Trainer, passes: int) -> int:
     """Return how many passes a fit makes: those asked for, but no more than a fast development run has epochs.
 

@@ -8,7 +8,7 @@ layer and the layout imply, "bias" (bool) and "side" ("out" or "in"). It holds n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,16 @@ from fasc_lightning._layer_state import check_state
 from fasc_lightning._names import some_names
 from fasc_lightning._schema import anything, check, mapping, naming
 from fasc_lightning._undo import undoing
+from fasc_lightning.compressed_linear import CompressedLinear
 from fasc_lightning.expert_views import named_layers
-from fasc_lightning.hub import attach_config, checked_layers, describe_layer, empty_layer
-from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank, smaller_side
+from fasc_lightning.hub import attach_config
+from fasc_lightning.layer_spec import checked_layers, describe_layer, empty_layer, place, set_trainable
+from fasc_lightning.linear import linear_shape, linear_weight
+from fasc_lightning.make_lowrank import make_lowrank
+from fasc_lightning.pivoted import smaller_side
 from fasc_lightning.quantized_layers import quantized_layer
 from fasc_lightning.reparametrised import trains_weight
 from fasc_lightning.swap import compressed_layers, swap_modules
-
-Layer = TypeVar("Layer", bound=nn.Module)
 
 #: Of a layer by its name.
 Plan = Mapping[str, Mapping[str, Any]]
@@ -117,16 +119,6 @@ def swap_layers(model: nn.Module, new: dict[str, nn.Module]) -> dict[str, nn.Mod
     return replaced
 
 
-def place(layer: Layer, device: torch.device) -> Layer:
-    """Give a layer that is on the meta device memory on another one, and zeros, until its values are loaded."""
-    if device.type == "meta":
-        return layer
-    layer = layer.to_empty(device=device)
-    for value in layer.state_dict().values():
-        value.zero_()
-    return layer
-
-
 def check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
     """Refuse weights that are not exactly those of a model, before any of them is loaded.
 
@@ -156,13 +148,6 @@ def check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = 
             f"Expected the weights of {type(model).__name__} with the compressed layers of the checkpoint or plan, but "
             f"some are not: {listed}. Is it another model's? The module is what it was."
         )
-
-
-def set_trainable(layer: Layer, trainable: bool) -> Layer:
-    """Set whether a layer's parameters are trained; those of int8 never are."""
-    for parameter in layer.parameters():
-        parameter.requires_grad_(trainable and parameter.is_floating_point())
-    return layer
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from fasc_lightning.calibration_options import ReductionKind
 from fasc_lightning.planned_storage import LayerMemory, Peak, Storage, choose_storage, gigabytes
-from fasc_lightning.sketch_sizes import ReductionKind
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

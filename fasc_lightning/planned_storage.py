@@ -13,10 +13,10 @@ from itertools import product
 
 import torch
 
+from fasc_lightning.calibration_options import ReductionKind
 from fasc_lightning.moments import LayerSketches, moments_bytes
 from fasc_lightning.passes import shares
 from fasc_lightning.sketch import Sketch
-from fasc_lightning.sketch_sizes import ReductionKind
 
 
 @dataclass(frozen=True)

@@ -11,27 +11,34 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fasc_lightning import _checks
+from fasc_lightning._checks import check_budget, check_gate, check_options
 from fasc_lightning._memory import available_memory
 from fasc_lightning._option_types import checks_options
 from fasc_lightning.allocation import Candidate, allocate_uniform, least_cost
-from fasc_lightning.factorize import check_budget_fits, layer_budgets, layers_dtype, layout_cost
+from fasc_lightning.budget import check_budget_fits, check_rank_fits, layer_budgets, layers_dtype, layout_cost
+from fasc_lightning.calibration_options import (
+    SKETCH_ABOVE,
+    ReductionKind,
+    SketchOptions,
+    SketchSize,
+    check_passes,
+    check_projected,
+)
 from fasc_lightning.forecast import CompressionForecast, PlannedLayer
-from fasc_lightning.gate import check_gate, statistics_needed
-from fasc_lightning.hub import empty_layer
+from fasc_lightning.gate import statistics_needed
+from fasc_lightning.layer_spec import empty_layer
 from fasc_lightning.layouts import Layout, auto_layout
-from fasc_lightning.lowrank import smaller_side
 from fasc_lightning.moments import LayerSketches, moment_dtype
-from fasc_lightning.passes import check_passes, share_units, shares
+from fasc_lightning.passes import share_units, shares
+from fasc_lightning.pivoted import smaller_side
 from fasc_lightning.placement import is_split
 from fasc_lightning.planned_layers import PlannedLayers, model_on_meta, planned_layers
 from fasc_lightning.planned_refusal import bytes_of, refusal
 from fasc_lightning.planned_storage import LayerMemory, Peak, Storage, choose_storage, layer_memory, peak_memory
 from fasc_lightning.planned_time import Rates, Seconds, estimate, model_work, moments_work, probe, solver_work
-from fasc_lightning.projection import check_projected
-from fasc_lightning.report import Size, measure_layers, measure_model
-from fasc_lightning.sketch_sizes import SKETCH_ABOVE, ReductionKind, SketchOptions, SketchSize, sketches_for_budget
-from fasc_lightning.taps import layer_shapes
+from fasc_lightning.size import Size, measure_layers, measure_model
+from fasc_lightning.sketch_sizes import sketches_for_budget
+from fasc_lightning.targets import layer_shapes
 
 #: Of the options of FascCallback that hold moments in a certain way.
 _DEFAULTS: dict[str, Any] = {
@@ -121,8 +128,8 @@ def plan(
         >>> plan(config, keep=0.8, memory="1GB", probed=False).passes
         1
     """
-    _checks.check_budget(rank, keep)
-    _checks.check_options(method, allocation, layout, align, "auto", 1.0, None, None)
+    check_budget(rank, keep)
+    check_options(method, allocation, layout, align, "auto", 1.0, None, None)
     check_gate(gate, gate_by, None, method)
     _check_counts(passes, batch_tokens, tokens)
     if not isinstance(dtype, torch.dtype | None):
@@ -139,7 +146,7 @@ def plan(
     room, beside = bytes_of(memory, "memory"), bytes_of(host_memory, "host_memory")
     model = model_on_meta(model_or_config, dtype)
     chosen = planned_layers(model, targets, exclude)
-    _checks.check_rank_fits(layer_shapes(chosen.layers), rank)
+    check_rank_fits(layer_shapes(chosen.layers), rank)
     check_budget_fits(chosen.layers, rank, keep, allocation, layout, align)
     shapes = layer_shapes(chosen.layers)
     where = torch.device(device) if device is not None else _device(model)

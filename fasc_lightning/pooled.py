@@ -16,7 +16,7 @@ way, and agree in their debiased form.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,6 @@ from torchmetrics import Metric
 
 from fasc_lightning.hsic import MIN_TOKENS, normalized, signed_root
 from fasc_lightning.layer_moments import LayerMoments
-from fasc_lightning.packed import PANEL
-
-#: Which gradient rho couples with x: g = W^T h as in the paper, or h itself.
-Gradient = Literal["input", "output"]
 
 
 def rho(x: Tensor, g: Tensor) -> Tensor:
@@ -118,23 +114,6 @@ def pooled_rho(moments: LayerMoments, W: Tensor) -> Tensor:
         return W.new_tensor(float("nan"))
     ratio = norm(sigma_xg) / (norm(sigma_xx) * norm(W.T @ sigma_hh @ W)).sqrt()
     return ratio.clamp(max=1)
-
-
-def input_gradient(h: Tensor, W: Tensor) -> Tensor:
-    """Return g = W^T h for each token, the gradient at a layer's input, in float32 at least.
-
-    Args:
-        h: Gradients at the output, shape (tokens, m).
-        W: Weight, shape (m, n); converted in panels where it is of half precision, so that it is never held twice.
-    """
-    dtype = torch.promote_types(W.dtype, torch.float32)
-    with torch.autocast(h.device.type, enabled=False):
-        if W.dtype == dtype:
-            return h.to(dtype) @ W
-        g = h.new_zeros(len(h), W.shape[1], dtype=dtype)
-        for rows, weights in zip(h.split(PANEL, dim=1), W.split(PANEL), strict=True):
-            g.addmm_(rows.to(dtype), weights.to(dtype))
-    return g
 
 
 class PooledDependenceScore(Metric):

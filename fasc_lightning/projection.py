@@ -9,7 +9,7 @@ two matrices of width 4096. A sketch of the same memory is both larger in error 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -131,24 +131,3 @@ class Projection:
     def form(self, sums: Tensor) -> ProjectedMoment:
         """Return what was summed."""
         return ProjectedMoment(unpack(sums[:-1], self.size), sums[-1] / self.features, self.features)
-
-
-def check_projected(sketch: object, method: str, gate: float | None, update_weights: bool, refit: object) -> None:
-    """Check ``sketch="projected"`` against the options that it does not serve.
-
-    Raises:
-        ValueError: With the remedy.
-    """
-    if sketch != "projected":
-        return
-    wanted: dict[str, tuple[bool, Any, str]] = {
-        "update_weights": (update_weights, False, "it sums what the weights let through, which have to stay the same"),
-        "method": (method != "fasc", "fasc", "the other solvers read whole moments"),
-        "gate": (gate is not None, None, "the cheap solver reads whole moments"),
-        "refit": (refit is True, "auto", "a refit reads whole moments"),
-    }
-    for name, (wrong, value, reason) in wanted.items():
-        if wrong:
-            raise ValueError(
-                f"Expected {name}={value!r} with sketch='projected', since {reason}. HINT: that, or sketch='range'."
-            )

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
 from fasc_lightning._option_types import checks_options
 from fasc_lightning._undo import undoing
+from fasc_lightning.compressed_linear import CompressedLinear
 from fasc_lightning.expert_modules import unfuse
 from fasc_lightning.expert_views import ExpertLinear
-from fasc_lightning.lowrank import CompressedLinear
+from fasc_lightning.linear_probe import is_plain_linear
 from fasc_lightning.plan import swap_layers
-from fasc_lightning.quantized_layers import QUANTIZATIONS, Quantization, quantized_layer
+from fasc_lightning.quantized_layers import Quantization, check_quantization, quantized_layer
 from fasc_lightning.swap import check_in_memory, compressed_layers
-from fasc_lightning.taps import is_plain_linear, select_layers
+from fasc_lightning.targets import select_layers
 
 
 @checks_options
@@ -96,15 +96,3 @@ def quantize_layers(model: nn.Module, names: Iterable[str], quantization: Quanti
         except (TypeError, ValueError) as error:
             raise type(error)(f"Layer {name!r} cannot be quantised. {error}") from error
     return swap_layers(model, new)
-
-
-def check_quantization(quantization: Any) -> None:
-    """Check the option.
-
-    Raises:
-        ValueError: If it is unknown.
-    """
-    if quantization not in QUANTIZATIONS:
-        raise ValueError(
-            f"Expected `quantize` to be one of {', '.join(map(repr, QUANTIZATIONS))} but got {quantization!r}."
-        )

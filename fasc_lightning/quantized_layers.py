@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from fasc_lightning.compressed_linear import CompressedLinear, matrix_of
 from fasc_lightning.int8 import InputBits, Int8Linear
-from fasc_lightning.lowrank import CompressedLinear, LowRankLinear, PivotedLinear, linear_weight, matrix_of
+from fasc_lightning.linear import linear_weight
+from fasc_lightning.lowrank import LowRankLinear
+from fasc_lightning.pivoted import PivotedLinear
 
 #: "int8": weights of int8, products in floating point. "int8-dynamic": inputs are rounded, too, and products are those
 #: of integers. What passes from one matrix to the other is rounded to 16 bits: few of these features are far larger
@@ -161,3 +164,15 @@ def _empty_copy(layer: nn.Module) -> CompressedLinear:
         new = LowRankLinear(n, m, k, bias, device="meta")
     new.from_conv1d = layer.from_conv1d
     return new
+
+
+def check_quantization(quantization: Any) -> None:
+    """Check the option.
+
+    Raises:
+        ValueError: If it is unknown.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(
+            f"Expected `quantize` to be one of {', '.join(map(repr, QUANTIZATIONS))} but got {quantization!r}."
+        )

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import nn
 
 from fasc_lightning._option_types import check_fields
-from fasc_lightning.distillation import Distillation
-from fasc_lightning.refine import RefineOptions
+from fasc_lightning.distillation_options import Distillation
+from fasc_lightning.refine_options import RefineOptions
 from fasc_lightning.swap import compressed_layers
 
 #: Where the loss comes from: the labels alone, the dense model, or the dense model by given options.

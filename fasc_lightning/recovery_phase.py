@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from fasc_lightning import _checks
 from fasc_lightning._distributed import sum_everywhere
 from fasc_lightning._memory import peak_memory_bytes
 from fasc_lightning._option_types import checks_options
@@ -27,15 +26,16 @@ from fasc_lightning.adapters import Adapters, put_values
 from fasc_lightning.batches import LossTerms, TokenMask, batch_mask, loss_terms_of, reads_loss
 from fasc_lightning.best_state import BestState
 from fasc_lightning.held_out import HeldBack, held_out_batches, held_out_loss, validates
+from fasc_lightning.linear_probe import is_plain_linear
+from fasc_lightning.preconditions import check_module, check_strategy
 from fasc_lightning.recovery import LoraRecovery, Recovery, as_recovery, trained_factors
 from fasc_lightning.recovery_checks import check_optimizers, check_recoverable
 from fasc_lightning.recovery_teacher import TeacherPhase
 from fasc_lightning.replay import check_automatic
-from fasc_lightning.report import recovery_line
 from fasc_lightning.report_schema import check_recovery_state, sealed
 from fasc_lightning.resumable_loader import restore_loaders
+from fasc_lightning.summary import recovery_line
 from fasc_lightning.swap import compressed_layers, is_compressed
-from fasc_lightning.taps import is_plain_linear
 from fasc_lightning.tokens import count_tokens
 
 #: Where nothing else is asked for, so many looks at the held-out loss in a fit.
@@ -132,8 +132,8 @@ class RecoveryCallback(pl.Callback):
             self._load_hook.close()
             self._forget()
             self.figures = None
-            _checks.check_strategy(trainer)
-            _checks.check_module(pl_module, compresses=False)
+            check_strategy(trainer)
+            check_module(pl_module, compresses=False)
             if is_compressed(pl_module):
                 self.begin(trainer, pl_module)
             elif not self.dense:  # which a checkpoint may be about to replace

@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader, Subset
 from fasc_lightning._fingerprint import fingerprint
 from fasc_lightning._rng_state import same_rng
 from fasc_lightning.batches import TokenMask, batch_mask
-from fasc_lightning.distillation import Distillation, Teacher
-from fasc_lightning.lowrank import linear_shape, linear_weight
+from fasc_lightning.distillation import Teacher
+from fasc_lightning.distillation_options import Distillation
+from fasc_lightning.linear import linear_shape, linear_weight
+from fasc_lightning.linear_probe import is_plain_linear
 from fasc_lightning.replay import as_trained_on
 from fasc_lightning.resumable_loader import ResumableLoader
 from fasc_lightning.silence import silent
 from fasc_lightning.swap import compressed_layers
-from fasc_lightning.taps import is_plain_linear
 from fasc_lightning.teacher_cache import LogitCache, teacher_of
 from fasc_lightning.untouched import untouched
 

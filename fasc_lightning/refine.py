@@ -22,64 +22,25 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fasc_lightning._option_types import check_fields
+from fasc_lightning._eval_mode import evaluating
+from fasc_lightning._progress import Progress
 from fasc_lightning._rng_state import same_rng
 from fasc_lightning._undo import undoing
-from fasc_lightning.evaluation.perplexity import evaluating
-from fasc_lightning.factorized import Progress
-from fasc_lightning.lowrank import CompressedLinear
+from fasc_lightning.compressed_linear import CompressedLinear
+from fasc_lightning.refine_options import RefineOptions, Target
 from fasc_lightning.refine_report import BlockRefine, RefineReport
 from fasc_lightning.refine_steps import FactorCopies, relative_error, train_copies
 from fasc_lightning.refit import MIN_BATCHES, causal_loss, check_refit, checked_layers, layer_state
 from fasc_lightning.refit_blocks import BatchLoss, BlockRunner, RefitError, real_tokens
 
-#: What a block is to give: "dense", what the dense block makes of the dense model's hidden states; "drifted", what it
-#: makes of the compressed model's.
-Target = Literal["dense", "drifted"]
-
 #: What to do with a model whose blocks cannot be run one by one.
 WITHOUT_REFINEMENT = "Recover it without refinement (refine_steps=0)."
-
-
-@dataclass(frozen=True)
-class RefineOptions:
-    """How a refinement goes about it.
-
-    Attributes:
-        steps: Optimizer steps of each block, each on one batch.
-        lr: First learning rate, relative to the root mean square of each tensor; it falls to zero.
-        target: See :data:`Target`.
-        holdout: Every so many-th batch is held out; the last one, where there are fewer.
-        tokens: Hidden states of at most so many tokens, padding included, are held: the first batches that have no
-            more are used.
-        seed: Of the order in which batches are taken.
-    """
-
-    steps: int = 64
-    lr: float = 1e-2
-    target: Target = "dense"
-    holdout: int = 8
-    tokens: int = 65_536
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        check_fields(self)
-        least = {"steps": 1, "holdout": 2, "tokens": 1, "seed": 0}
-        for name, value in least.items():
-            given = getattr(self, name)
-            if type(given) is not int or given < value:
-                raise ValueError(f"Expected `{name}` to be an int of at least {value} but got {given!r}.")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"Expected `lr` to be a positive finite number but got {self.lr!r}.")
-        if self.target not in ("dense", "drifted"):
-            raise ValueError(f'Expected `target` to be "dense" or "drifted" but got {self.target!r}.')
 
 
 def check_refine(model: nn.Module, layers: Iterable[str]) -> None:

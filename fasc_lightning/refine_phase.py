@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 from torch import nn
 
 from fasc_lightning._distributed import share_layers
-from fasc_lightning._progress import layer_progress
-from fasc_lightning.factorized import Progress
-from fasc_lightning.refine import RefineOptions, check_refine, refine
+from fasc_lightning._progress import Progress, layer_progress
+from fasc_lightning.refine import check_refine, refine
+from fasc_lightning.refine_options import RefineOptions
 from fasc_lightning.refine_report import RefineReport
 from fasc_lightning.replay import Replay, TrainingStep, brought, check_automatic, on_first_process
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from fasc_lightning.lowrank import CompressedLinear
+from fasc_lightning.compressed_linear import CompressedLinear
 
 #: Least length of a tensor, as a root mean square, that a learning rate is relative to: biases may start at zero.
 MIN_LENGTH = 1e-3

@@ -11,12 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fasc_lightning._eval_mode import evaluating
+from fasc_lightning._progress import Progress
 from fasc_lightning._undo import undoing
-from fasc_lightning.evaluation.perplexity import evaluating
+from fasc_lightning.compressed_linear import CompressedLinear
 from fasc_lightning.expert_modules import expert_layers
 from fasc_lightning.expert_views import expert_groups
-from fasc_lightning.factorized import Progress
-from fasc_lightning.lowrank import CompressedLinear, linear_shape, linear_weight, make_lowrank
+from fasc_lightning.linear import linear_shape, linear_weight
+from fasc_lightning.make_lowrank import make_lowrank
 from fasc_lightning.moments import moment_dtype
 from fasc_lightning.refit_blocks import (
     WITHOUT_REFIT,

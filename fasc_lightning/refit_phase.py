@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from fasc_lightning._distributed import share_layers
 from fasc_lightning._progress import layer_progress
+from fasc_lightning.calibration_options import Refit
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.placement import is_split
-from fasc_lightning.refit import MIN_BATCHES, RefitOptions, RefitReport, check_refit, refit
+from fasc_lightning.refit import MIN_BATCHES, RefitOptions, check_refit, refit
 from fasc_lightning.refit_blocks import RefitError
+from fasc_lightning.refit_report import RefitReport
 from fasc_lightning.replay import NoLossError, Replay, TrainingStep, brought, check_automatic, on_first_process
-
-#: "auto" refits where a module allows it and says why where not; True insists.
-Refit = bool | Literal["auto"]
 
 _NOT_REFITTED = "FascCallback: the factors will not be refitted. {}"
 

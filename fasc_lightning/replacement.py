@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import lightning.pytorch as pl
 from torch import nn
 
@@ -12,34 +9,12 @@ from fasc_lightning._clock import Clock
 from fasc_lightning._memory import peak_memory_bytes, return_freed_memory
 from fasc_lightning.calibration import Calibration
 from fasc_lightning.hub import attach_config
-from fasc_lightning.layouts import Layout
 from fasc_lightning.refine_phase import refine_figures
 from fasc_lightning.refit_phase import refit_figures
-from fasc_lightning.report import CompressionReport, measure_layers, measure_model
+from fasc_lightning.replacement_options import ReplacementOptions
+from fasc_lightning.report import CompressionReport
+from fasc_lightning.size import measure_layers, measure_model
 from fasc_lightning.swap import swap_modules
-
-
-@dataclass(frozen=True)
-class ReplacementOptions:
-    """What a :class:`~fasc_lightning.FascCallback` makes of a calibration, its options under the same names.
-
-    Attributes:
-        rank: See there.
-        keep: Likewise.
-        layout: Likewise.
-        align: Likewise.
-        method: Likewise.
-        seed: Likewise.
-        options: All that decide the result, for reports.
-    """
-
-    rank: int | float | None
-    keep: float | None
-    layout: Layout
-    align: int
-    method: str
-    seed: int
-    options: dict[str, Any]
 
 
 def replace_calibrated(

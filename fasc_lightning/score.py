@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from fasc_lightning import _checks
 from fasc_lightning._fit import run_fit
 from fasc_lightning._option_types import checks_options
 from fasc_lightning._undo import undoing
@@ -23,7 +22,8 @@ from fasc_lightning.frozen import FrozenFit
 from fasc_lightning.history import RhoHistory
 from fasc_lightning.hsic import MIN_TOKENS
 from fasc_lightning.layer_scores import LayerScores
-from fasc_lightning.pooled import Gradient
+from fasc_lightning.linear import Gradient
+from fasc_lightning.preconditions import check_module
 from fasc_lightning.taps import Taps
 from fasc_lightning.targets import select_layers, warn_other_layers
 from fasc_lightning.token_batches import is_hf_dataset
@@ -141,7 +141,7 @@ class _ScoreFit(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _checks.check_module(pl_module, compresses=False)
+        check_module(pl_module, compresses=False)
         layers = select_layers(pl_module, self._targets, self._exclude)
         warn_other_layers(pl_module, self._targets, self._exclude)
         self._scores = LayerScores(layers, self._tokens, self._gradient, self._seed, trainer.strategy.root_device)

@@ -12,13 +12,13 @@ from torch import nn
 from fasc_lightning._undo import Undo
 from fasc_lightning.batches import LossTerms, TokenMask
 from fasc_lightning.distillation import check_distillable
+from fasc_lightning.linear_probe import is_plain_linear
 from fasc_lightning.recovery import Recovery, refine_options
 from fasc_lightning.recovery_phase import REMEDY, RecoveryCallback
 from fasc_lightning.recovery_teacher import weights_fingerprint
-from fasc_lightning.refine import RefineOptions
+from fasc_lightning.refine_options import RefineOptions
 from fasc_lightning.replay import check_automatic
 from fasc_lightning.swap import is_compressed
-from fasc_lightning.taps import is_plain_linear
 
 Hook = TypeVar("Hook", bound=Callable[..., None])
 

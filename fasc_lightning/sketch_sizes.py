@@ -5,58 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, TypedDict, get_args
 
-from torch import Tensor
-
-from fasc_lightning.allocation import resolve_rank
-from fasc_lightning.layer_moments import LayerMoments
+from fasc_lightning.calibration_options import SketchOptions
 from fasc_lightning.moments import LayerSketches
 from fasc_lightning.projection import Projection
+from fasc_lightning.ranks import resolve_rank
 from fasc_lightning.sketch import Sketch
-
-#: Width above which the paper sketches (Shihab et al., section 2.3).
-SKETCH_ABOVE = 4096
-
-#: How second moments can be held that are too large.
-ReductionKind = Literal["projected", "range", "gaussian"]
-
-#: An absolute size, or "auto" (:func:`auto_size`).
-SketchSize = int | Literal["auto"]
-
-
-@dataclass(frozen=True)
-class SketchOptions:
-    """What is to be sketched, and how.
-
-    Attributes:
-        kind: "projected" holds wider sides as the layer's weight sees them (:mod:`~fasc_lightning.projection`), for
-            which no other option counts; "range", or for comparison "gaussian", sketches
-            (:mod:`~fasc_lightning.sketch`).
-        size: Columns of the sketch, or "auto".
-        above: Sides of layers no wider than this stay exact.
-        seed: Of the random matrices.
-        threshold: rho up to which "auto" takes the smaller size.
-
-    Raises:
-        ValueError: If one is out of range.
-    """
-
-    kind: ReductionKind = "range"
-    size: SketchSize = "auto"
-    above: int = SKETCH_ABOVE
-    seed: int = 0
-    threshold: float = 0.3
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(ReductionKind):
-            kinds = ", ".join(get_args(ReductionKind))
-            raise ValueError(f"Expected `sketch` to be one of {kinds}, or None, but got {self.kind!r}.")
-        if self.size != "auto" and (not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1):
-            raise ValueError(f'Expected `sketch_size` to be "auto" or an int of at least 1 but got {self.size!r}.')
-        if self.above < 0:
-            raise ValueError(f"Expected `sketch_above` to be a width of at least 0 but got {self.above}.")
 
 
 def expected_rank(m: int, n: int, rank: float | None, keep: float | None) -> int:
@@ -199,36 +153,3 @@ def describe_sketches(
         f"{held}: {parts}" if parts else "",
         f"moments that stay exact, since sketches ({size}) would not be clearly smaller: {stay}" if stay else "",
     )
-
-
-class SketchFigures(TypedDict):
-    """What a report says of one sketched side.
-
-    Attributes:
-        size: Columns.
-        error: Estimated |A - S|_F / |A|_F of the rebuilt moment S, the largest where there are a plain and a coupled
-            one; NaN where it cannot be told.
-    """
-
-    size: int
-    error: float
-
-
-def sketch_figures(sketches: LayerSketches, moments: LayerMoments) -> dict[str, SketchFigures]:
-    """Return the figures of a layer's sketched sides, "inputs" and "outputs".
-
-    Args:
-        sketches: Of the layer.
-        moments: Its moments, as the solver was given them.
-    """
-    forms = [moments.plain_forms(), *([moments.coupled_forms()] if moments.is_coupled else [])]
-    figures: dict[str, SketchFigures] = {}
-    for side, sketch, found in zip(
-        ("inputs", "outputs"), (sketches.inputs, sketches.outputs), zip(*forms, strict=True), strict=True
-    ):
-        if sketch is not None:
-            errors = [math.nan if isinstance(form, Tensor) else form.error for form in found]
-            figures[side] = SketchFigures(
-                size=sketch.size, error=math.nan if any(map(math.isnan, errors)) else max(errors)
-            )
-    return figures

@@ -14,10 +14,11 @@ from fasc_lightning._undo import undoing
 from fasc_lightning.dependence import MIN_ROWS
 from fasc_lightning.history import RhoRow
 from fasc_lightning.layer_scores import LayerScores
-from fasc_lightning.lowrank import linear_weight
+from fasc_lightning.linear import linear_weight
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.pooled import pooled_rho
-from fasc_lightning.taps import Taps, layer_shapes
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import layer_shapes
 from fasc_lightning.tokens import MIN_SEQUENCES, TokenRows, sample_seeds
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from fasc_lightning._undo import undoing
+from fasc_lightning.compressed_linear import CompressedLinear
 from fasc_lightning.expert_modules import fuse_dense, with_experts
 from fasc_lightning.expert_views import ExpertLinear
-from fasc_lightning.lowrank import CompressedLinear, flops_per_token, is_conv1d, linear_shape
+from fasc_lightning.linear import flops_per_token, is_conv1d, linear_shape
 from fasc_lightning.module_shell import own_class, shell
 from fasc_lightning.reparametrised import remember_form
 

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from fasc_lightning._dtensor import whole
 from fasc_lightning._forward_hook import ForwardHook
 from fasc_lightning._undo import Undo
-from fasc_lightning.expert_views import ExpertLinear, ExpertTaps, Routing
+from fasc_lightning.backwards import Backwards
+from fasc_lightning.expert_taps import ExpertTaps
+from fasc_lightning.expert_views import ExpertLinear, Routing
+from fasc_lightning.linear import input_gradient, linear_weight
 from fasc_lightning.linear_probe import is_plain_linear
-from fasc_lightning.lowrank import linear_shape, linear_weight
 from fasc_lightning.offload import MomentSums, RowsRefusedError
-from fasc_lightning.pooled import input_gradient
-from fasc_lightning.targets import matches, select_layers
+from fasc_lightning.targets import layer_shapes, matches, select_layers
 from fasc_lightning.tokens import TokenRows
 
 __all__ = ["Pairs", "Taps", "is_plain_linear", "layer_shapes", "matches", "select_layers"]
@@ -64,20 +65,6 @@ def _save(x: Tensor, anchor: Tensor) -> Callable[[], Tensor]:
         return lambda: x
     node: Any = _SavedInput.apply(x.detach(), anchor).grad_fn
     return lambda: node.saved_tensors[0]
-
-
-@dataclass(frozen=True)
-class Backwards:
-    """Which backward passes through the layers are those of a batch's loss.
-
-    Attributes:
-        announced: Whether only those are that :meth:`Taps.begin_backward` announces, and not every one.
-        several: Whether several of them may go through one call of a layer, which is then counted at the end of the
-            batch with the sum of its gradients. Rows of all layers are held until then.
-    """
-
-    announced: bool = False
-    several: bool = False
 
 
 @dataclass(eq=False)
@@ -414,8 +401,3 @@ def _rows(values: Tensor, rows: TokenRows) -> Tensor:
     index = rows.index(tuple(values.shape[:-1]), values.device)
     flat = values.detach().reshape(-1, values.shape[-1])
     return flat if index is None else flat.index_select(0, index)
-
-
-def layer_shapes(layers: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """Return (m, n) = (outputs, inputs) of each layer."""
-    return {name: linear_shape(module) for name, module in layers.items()}

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fasc_lightning._names import some_names
 from fasc_lightning.expert_views import ExpertLinear, expert_views, holds_experts, routers
+from fasc_lightning.linear import linear_shape
 from fasc_lightning.linear_probe import holds_dense_weight, is_plain_linear
 
 
@@ -170,3 +171,8 @@ def warn_tied_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
             f"then holds up to {len(replaced) * numbers:,} numbers {'more' if kept else 'in its place'}. HINT: leave "
             f"{some_names(replaced)} out of `targets`."
         )
+
+
+def layer_shapes(layers: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Return (m, n) = (outputs, inputs) of each layer."""
+    return {name: linear_shape(module) for name, module in layers.items()}

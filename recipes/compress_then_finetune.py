@@ -38,6 +38,7 @@ from torch import Tensor
 from fasc_lightning import CausalLMModule, FascCallback
 from fasc_lightning._clock import Clock
 from fasc_lightning._fit import on_device, run_fit
+from fasc_lightning._json_files import write_json
 from fasc_lightning._options import (
     add_compression_options,
     add_evaluation_options,
@@ -57,7 +58,7 @@ from fasc_lightning._recipe import (
 from fasc_lightning._schema import mapping, plain, read_json
 from fasc_lightning.bundled import load_model
 from fasc_lightning.data import check_sources, window_loader
-from fasc_lightning.distillation import Distillation
+from fasc_lightning.distillation_options import Distillation
 from fasc_lightning.drift import (
     BUILTIN_TEXT,
     HELD_OUT,
@@ -76,7 +77,6 @@ from fasc_lightning.finetune_data import (
     finetune_data,
 )
 from fasc_lightning.recovery import RATES, FactorRecovery, LoraRecovery, Precision
-from fasc_lightning.report import write_json
 
 ARMS = {"lora": LoraRecovery, "factors": FactorRecovery}
 #: Options that mean nothing beside others.

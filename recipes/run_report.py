@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from fasc_lightning import RhoHistory, emergence
 from fasc_lightning._tables import Row, save_table
+from fasc_lightning._versions import library_versions
 from fasc_lightning.evaluation import FactsResult
 from fasc_lightning.figures import Metrics, rho_heatmap, rho_profile, save_figure, training_figure
-from fasc_lightning.report import library_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

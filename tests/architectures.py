@@ -14,9 +14,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from fasc_lightning.expert_views import named_layers
-from fasc_lightning.hub import attach_config, empty_layer
-from fasc_lightning.lowrank import PivotedLinear
-from fasc_lightning.plan import place
+from fasc_lightning.hub import attach_config
+from fasc_lightning.layer_spec import empty_layer, place
+from fasc_lightning.pivoted import PivotedLinear
 from fasc_lightning.swap import swap_modules
 
 WIDTH = 32

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from tiny import token_loader
 
 from fasc_lightning import FascCallback
-from fasc_lightning.refine import RefineOptions
+from fasc_lightning.refine_options import RefineOptions
 from fasc_lightning.refine_phase import RefinePhase
 from fasc_lightning.replay import Replay
 

@@ -22,7 +22,8 @@ from fasc_lightning import CausalLMModule, FascCallback, save_compressed, sideca
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.moments_file import save_moments
 from fasc_lightning.study import backward_windows
-from fasc_lightning.taps import Taps, layer_shapes, select_layers
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import layer_shapes, select_layers
 from fasc_lightning.teacher_cache import LogitCache
 
 #: Of a model whose files are a few kilobytes.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from fasc_lightning.moments import CalibrationMoments
-from fasc_lightning.taps import Taps, layer_shapes
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import layer_shapes
 
 
 def tapped(layers, dtype=torch.float64):

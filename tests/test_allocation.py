@@ -7,15 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasc_lightning.allocation import (
-    Candidate,
-    allocate_fisher,
-    allocate_uniform,
-    least_cost,
-    rank_budget,
-    resolve_rank,
-)
+from fasc_lightning.allocation import Candidate, allocate_fisher, allocate_uniform, least_cost
 from fasc_lightning.layouts import auto_cost
+from fasc_lightning.ranks import rank_budget, resolve_rank
 
 
 def pivot(m, n, k):

@@ -16,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from fasc_lightning import FascCallback, score
+from fasc_lightning.backwards import Backwards
 from fasc_lightning.layer_moments import NEEDS
 from fasc_lightning.moments import CalibrationMoments
-from fasc_lightning.taps import Backwards, Taps, layer_shapes, select_layers
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import layer_shapes, select_layers
 from fasc_lightning.tokens import TokenRows
 
 BY_HAND = Backwards(announced=True, several=True)

@@ -12,7 +12,7 @@ from fasc_lightning import FascCallback, compress
 from fasc_lightning.gate import statistics_needed
 from fasc_lightning.layer_moments import NEEDS
 from fasc_lightning.solvers import available_methods, solver_needs
-from fasc_lightning.taps import select_layers
+from fasc_lightning.targets import select_layers
 
 
 def pairs_by_hand(module, loader, name):

@@ -278,7 +278,7 @@ def test_launchers_that_lose_the_layers_are_refused(make_trainer, strategy):
 def test_sharded_strategies_are_refused(name):
     from lightning.pytorch import strategies
 
-    from fasc_lightning._checks import check_strategy
+    from fasc_lightning.preconditions import check_strategy
 
     class FakeTrainer:
         strategy = object.__new__(getattr(strategies, name))

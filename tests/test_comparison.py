@@ -25,12 +25,13 @@ from fasc_lightning.comparison_layers import (
 )
 from fasc_lightning.comparison_statistics import Calibration, gather_moments
 from fasc_lightning.evaluation import Fact, MinimalPair, perplexity
-from fasc_lightning.lowrank import LowRankLinear, PivotedLinear
+from fasc_lightning.lowrank import LowRankLinear
 from fasc_lightning.measured import measure_losses
-from fasc_lightning.report import measure_layers
+from fasc_lightning.pivoted import PivotedLinear
+from fasc_lightning.size import measure_layers
 from fasc_lightning.solvers import available_methods
 from fasc_lightning.swap import compressed_layers
-from fasc_lightning.taps import select_layers
+from fasc_lightning.targets import select_layers
 
 FACTORS = Setting("uniform", "factors")
 BEST = Setting("fisher", "pivot")

@@ -6,7 +6,8 @@ from tiny import causal_model, feature_loader, mlp, token_loader
 from torch import nn
 
 from fasc_lightning import compress, load_compressed
-from fasc_lightning.lowrank import LowRankLinear, PivotedLinear
+from fasc_lightning.lowrank import LowRankLinear
+from fasc_lightning.pivoted import PivotedLinear
 from fasc_lightning.swap import compressed_layers, is_compressed
 
 

@@ -25,11 +25,11 @@ from fasc_lightning.data import (
     WindowDataset,
     calibration_windows,
     model_fingerprint,
-    read_text,
     sample_windows,
     text_windows,
     window_loader,
 )
+from fasc_lightning.text_files import read_text
 
 VOCABULARY = 24
 

@@ -8,22 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import FOLDER, run_script
 
 from fasc_lightning import RhoHistory
-
-FOLDER = Path(__file__).parent
-
-
-def run_script(script: str, *arguments: object) -> None:
-    paths = os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, str(FOLDER / script), *map(str, arguments)],
-        check=True,
-        env=environment,
-        timeout=300,
-        capture_output=True,
-    )
 
 
 def run(devices: int, name: str, folder: Path, fraction: float, allocation: str, refit: bool = False) -> list[dict]:

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fasc_lightning import CausalLMModule, load_compressed, to_dense
-from fasc_lightning.lowrank import make_lowrank
-from fasc_lightning.report import measure_model
+from fasc_lightning.make_lowrank import make_lowrank
+from fasc_lightning.size import measure_model
 from fasc_lightning.swap import is_compressed
 
 

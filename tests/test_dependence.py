@@ -7,27 +7,12 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from dependence_cases import autocorrelated, scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasc_lightning import DependenceScore, debiased_rho, iid_floor, rho
 from fasc_lightning.dependence import MAX_ROWS, MAX_TOKENS
-
-
-def autocorrelated(sequences, length, n, generator, memory=0.9):
-    """Stationary AR(1) series, independent of each other."""
-    noise = torch.randn(sequences, length, n, generator=generator)
-    series = [noise[:, 0]]
-    for t in range(1, length):
-        series.append(memory * series[-1] + math.sqrt(1 - memory**2) * noise[:, t])
-    return torch.stack(series, 1)
-
-
-def scored(*pairs, **settings):
-    score = DependenceScore(**settings)
-    for x, g in pairs:
-        score.update(x, g)
-    return score
 
 
 @settings(deadline=None, max_examples=30)

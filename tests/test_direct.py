@@ -10,7 +10,7 @@ from torch import nn
 
 from fasc_lightning import _direct
 from fasc_lightning._direct import MANY_TOKENS, may_be_direct
-from fasc_lightning.lowrank import PivotedLinear
+from fasc_lightning.pivoted import PivotedLinear
 
 # The pivot layout permutes the smaller side: outputs, inputs.
 CASES = [("factors", 12, 20), ("pivot", 12, 20), ("pivot", 20, 12)]

@@ -31,7 +31,7 @@ from fasc_lightning import (
 from fasc_lightning.expert_views import is_fused_experts, split_name
 from fasc_lightning.pruning.magnitude import prune_magnitude
 from fasc_lightning.refit_blocks import RefitError
-from fasc_lightning.report import measure_model
+from fasc_lightning.size import measure_model
 from fasc_lightning.swap import to_dense
 
 OPTIONS = {"keep": 0.6, "refit": False, "allocation": "fisher", "progress": False}

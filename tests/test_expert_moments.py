@@ -10,7 +10,7 @@ from layer_moments import full_moments
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from fasc_lightning._checks import warn_few_tokens
+from fasc_lightning.calibration_checks import warn_few_tokens
 from fasc_lightning.completion import CompletedMoment
 from fasc_lightning.expert_moments import BorrowedMoments, borrows, tokens_behind, tokens_needed
 from fasc_lightning.expert_views import expert_views

@@ -9,8 +9,9 @@ import pytest
 
 from fasc_lightning import CompressionReport, expert_table
 from fasc_lightning.expert_report import expert_rows, expert_summary
-from fasc_lightning.report import LayerReport, Size
-from fasc_lightning.sketch_sizes import SketchFigures
+from fasc_lightning.layer_report import LayerReport
+from fasc_lightning.size import Size
+from fasc_lightning.sketch_error import SketchFigures
 
 NAN = math.nan
 

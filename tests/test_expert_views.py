@@ -11,7 +11,7 @@ from fasc_lightning.expert_modules import UnfusedExperts, expert_layers, unfuse
 from fasc_lightning.expert_views import holds_experts, is_fused_experts, routers, split_name
 from fasc_lightning.quantize import quantize
 from fasc_lightning.refit import check_refit
-from fasc_lightning.taps import select_layers
+from fasc_lightning.targets import select_layers
 
 
 class Block(nn.Module):

@@ -15,12 +15,14 @@ from fasc_lightning.checkpoints import match_state_dict
 from fasc_lightning.expert_modules import UnfusedExperts, unfuse
 from fasc_lightning.expert_report import expert_rows
 from fasc_lightning.expert_views import is_fused_experts, named_layers, split_name, unknown_experts
-from fasc_lightning.lowrank import LowRankLinear, linear_shape
+from fasc_lightning.linear import linear_shape
+from fasc_lightning.lowrank import LowRankLinear
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.refit_blocks import RefitError
-from fasc_lightning.report import measure_model
+from fasc_lightning.size import measure_model
 from fasc_lightning.swap import swap_modules, to_dense
-from fasc_lightning.taps import Taps, layer_shapes, select_layers
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import layer_shapes, select_layers
 from fasc_lightning.tokens import TokenRows
 
 

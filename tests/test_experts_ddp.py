@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from test_ddp import run_script
+from processes import run_script
 
 
 def run(devices, folder):

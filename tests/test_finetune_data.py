@@ -12,7 +12,7 @@ from fasc_lightning.data import calibration_windows, sample_windows, text_window
 from fasc_lightning.finetune_data import encode_instruction, finetune_data, fit_example, prompt_texts
 from fasc_lightning.finetune_examples import IGNORED, Example
 from fasc_lightning.finetune_records import Instruction
-from fasc_lightning.replay import silent
+from fasc_lightning.silence import silent
 
 # The form of many: turns between marks, a default turn of the system, an opened turn to generate.
 CHAT = (

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import causal_model
 
+from fasc_lightning._checks import check_gate
 from fasc_lightning.gate import (
-    check_gate,
     choose_methods,
     early_attention,
     excluded_layers,
@@ -16,8 +16,9 @@ from fasc_lightning.gate import (
     last_projections,
     variation,
 )
-from fasc_lightning.moments import CalibrationMoments, Moments
-from fasc_lightning.taps import select_layers
+from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.streams import Moments
+from fasc_lightning.targets import select_layers
 
 
 def test_layers_above_the_gate_get_the_method_and_the_others_the_cheap_one():

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.pytorch_utils import Conv1D
 
 from fasc_lightning.hub import attach_config, load_compressed, provenance_of
-from fasc_lightning.lowrank import PivotedLinear
+from fasc_lightning.pivoted import PivotedLinear
 from fasc_lightning.swap import compressed_layers, swap_modules, to_dense
 
 FAMILIES = ("llama", "gpt2", "opt")

@@ -10,7 +10,8 @@ from tiny import Tokens, causal_model
 from fasc_lightning.kronecker import KroneckerStep, refine_kronecker
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.study import backward_windows
-from fasc_lightning.taps import Taps, layer_shapes, select_layers
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import layer_shapes, select_layers
 from fasc_lightning.tokens import TokenRows
 
 NAMES = ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"]

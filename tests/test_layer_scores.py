@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_dependence import autocorrelated, scored
+from dependence_cases import autocorrelated, scored
 from torch import nn
 
 from fasc_lightning.layer_scores import LayerScores

@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import math
 from itertools import product
-from pathlib import Path
 from statistics import geometric_mean
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from fasc_lightning import layouts
 from fasc_lightning.layouts import auto_cost, auto_layout, factors_cost, pivot_cost, relative_time
 
-TABLE = list(csv.DictReader(Path(layouts.__file__).with_name("break_even.csv").read_text().splitlines()))
+TABLE = list(csv.DictReader(layouts.BREAK_EVEN.read_text().splitlines()))
 COSTS = {"pivot": pivot_cost, "factors": factors_cost}
 SHAPES = sorted({(int(row["m"]), int(row["n"])) for row in TABLE})
 

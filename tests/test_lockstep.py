@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 from sharded_fit import make_module, make_trainer
-from test_ddp import run_script
 from uneven_fit import SHARES, Keeping, loader
 
 FOLDER = Path(__file__).parent

@@ -8,17 +8,12 @@ from hypothesis import strategies as st
 from lowrank_cases import case, conv1d, random
 from torch import nn
 
-from fasc_lightning.lowrank import (
-    CompressedLinear,
-    LowRankLinear,
-    PivotedLinear,
-    factors_cost,
-    flops_per_token,
-    linear_shape,
-    linear_weight,
-    make_lowrank,
-    pivot_cost,
-)
+from fasc_lightning.compressed_linear import CompressedLinear
+from fasc_lightning.layouts import factors_cost, pivot_cost
+from fasc_lightning.linear import flops_per_token, linear_shape, linear_weight
+from fasc_lightning.lowrank import LowRankLinear
+from fasc_lightning.make_lowrank import make_lowrank
+from fasc_lightning.pivoted import PivotedLinear
 from fasc_lightning.swap import swap_modules
 
 # (layout, m, n): the pivot layout permutes the smaller side, so both sides are here.

@@ -8,11 +8,12 @@ from tiny import causal_model
 from torch import nn
 
 from fasc_lightning.factorize import compress_layers
+from fasc_lightning.held_out_losses import HeldoutLosses
 from fasc_lightning.measured import LEAST, SHARE, LowRankLosses, correction, measure_losses, spread
 from fasc_lightning.moments import CalibrationMoments
-from fasc_lightning.objective import HeldoutLosses
 from fasc_lightning.refit import causal_loss
-from fasc_lightning.taps import Taps, layer_shapes, select_layers
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import layer_shapes, select_layers
 from fasc_lightning.tokens import TokenRows
 
 

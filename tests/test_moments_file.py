@@ -9,7 +9,8 @@ from fasc_lightning.layer_moments import NEEDS
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.moments_file import load_moments, moments_needs, save_moments
 from fasc_lightning.study import backward_windows
-from fasc_lightning.taps import Taps, layer_shapes, select_layers
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import layer_shapes, select_layers
 
 
 def gathered(needs=(), dtype=torch.float32):

@@ -8,7 +8,8 @@ import torch
 from layer_moments import random_moments
 from torch import nn
 
-from fasc_lightning.objective import HeldoutLosses, fisher_losses, fisher_metric
+from fasc_lightning.held_out_losses import HeldoutLosses
+from fasc_lightning.objective import fisher_losses, fisher_metric
 from fasc_lightning.solvers import available_methods, fasc, get_solver
 from fasc_lightning.solvers._types import Factorization
 from fasc_lightning.tokens import TokenRows

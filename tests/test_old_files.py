@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import saved_cases
 import torch
+from old_files import OLD, Counting
 from saved_cases import BATCHES, STOP, TEACHER, TOP_K, batch, fit, no_mask, small_module, small_moments
 
 from fasc_lightning import FascCallback, load_compressed
@@ -20,15 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
 ]
-
-OLD = Path(__file__).parent / "data" / "format1"
-
-
-class Counting(pl.Callback):
-    batches = 0
-
-    def on_train_batch_start(self, *args):
-        self.batches += 1
 
 
 @pytest.mark.parametrize("folder", ["calibration", "beside"])

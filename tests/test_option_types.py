@@ -24,7 +24,7 @@ from fasc_lightning import (
     score,
 )
 from fasc_lightning._option_types import CHECKS, checks_options
-from fasc_lightning.refine import RefineOptions
+from fasc_lightning.refine_options import RefineOptions
 
 #: What options are given beside those that are wrong.
 CALLS = {

@@ -8,7 +8,8 @@ from tiny import causal_model, token_loader
 
 from fasc_lightning import CausalLMModule, compress, load_compressed, quantize
 from fasc_lightning.int8 import Int8Linear
-from fasc_lightning.lowrank import LowRankLinear, PivotedLinear
+from fasc_lightning.lowrank import LowRankLinear
+from fasc_lightning.pivoted import PivotedLinear
 from fasc_lightning.quantized_layers import QUANTIZATIONS
 from fasc_lightning.swap import compressed_layers, to_dense
 

@@ -10,7 +10,8 @@ from torch import nn
 from watching import assert_untouched, state
 
 from fasc_lightning import CompressionReport, FascCallback, apply_plan, compress, compression_plan, load_compressed
-from fasc_lightning.lowrank import LowRankLinear, PivotedLinear
+from fasc_lightning.lowrank import LowRankLinear
+from fasc_lightning.pivoted import PivotedLinear
 from fasc_lightning.quantized_layers import quantization_of
 from fasc_lightning.swap import compressed_layers, is_compressed, swap_modules, to_dense
 

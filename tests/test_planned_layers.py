@@ -6,7 +6,7 @@ from tiny import FAMILIES, causal_model, mlp
 from transformers import GptOssConfig, LlamaConfig, MixtralConfig, PreTrainedConfig, T5Config
 
 from fasc_lightning.planned_layers import model_on_meta, planned_layers
-from fasc_lightning.taps import layer_shapes, select_layers
+from fasc_lightning.targets import layer_shapes, select_layers
 
 MIXTRAL = {
     "vocab_size": 64,

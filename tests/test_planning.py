@@ -10,8 +10,8 @@ from transformers import GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfi
 from fasc_lightning import FascCallback, compress, expert_views, plan
 from fasc_lightning.planned_time import Rates
 from fasc_lightning.planning import stored_layers
-from fasc_lightning.report import measure_model
-from fasc_lightning.taps import select_layers
+from fasc_lightning.size import measure_model
+from fasc_lightning.targets import select_layers
 
 WIDE = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4)
 RATES = Rates(1e9, 1e9, 1e9)

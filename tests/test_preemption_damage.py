@@ -8,10 +8,10 @@ import warnings
 import pytest
 import saved_cases
 import torch
+from old_files import OLD, Counting
 from safetensors import safe_open
 from safetensors.torch import save_file
 from saved_cases import BATCHES, STOP, fit
-from test_old_files import OLD, Counting
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),

@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from watching import RecordingCallback, assert_untouched, state
 
 from fasc_lightning import CausalLMModule, FascCallback
-from fasc_lightning.report import measure_model
+from fasc_lightning.size import measure_model
 from fasc_lightning.swap import is_compressed
 
 # Lightning's notice of a folder in which an interrupted fit has left its checkpoints.

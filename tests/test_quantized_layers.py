@@ -6,7 +6,10 @@ from lowrank_cases import case, conv1d, random
 from torch import nn
 
 from fasc_lightning.int8 import Int8Linear
-from fasc_lightning.lowrank import LowRankLinear, PivotedLinear, linear_weight, make_lowrank
+from fasc_lightning.linear import linear_weight
+from fasc_lightning.lowrank import LowRankLinear
+from fasc_lightning.make_lowrank import make_lowrank
+from fasc_lightning.pivoted import PivotedLinear
 from fasc_lightning.quantized_layers import (
     QUANTIZATIONS,
     DenseLinear,

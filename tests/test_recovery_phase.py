@@ -16,7 +16,7 @@ from watching import assert_no_hooks
 from fasc_lightning import CausalLMModule, FactorRecovery, FascCallback, LoraRecovery, RecoveryCallback
 from fasc_lightning.adapters import carries_adapters
 from fasc_lightning.int8 import Int8Linear
-from fasc_lightning.lowrank import PivotedLinear
+from fasc_lightning.pivoted import PivotedLinear
 from fasc_lightning.swap import compressed_layers
 
 pytest.importorskip("peft", reason="peft is not installed")

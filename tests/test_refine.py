@@ -13,9 +13,12 @@ from tiny import FAMILIES
 from torch import nn
 
 from fasc_lightning import refine as refine_module
-from fasc_lightning.lowrank import LowRankLinear, PivotedLinear, make_lowrank
+from fasc_lightning.lowrank import LowRankLinear
+from fasc_lightning.make_lowrank import make_lowrank
+from fasc_lightning.pivoted import PivotedLinear
 from fasc_lightning.quantize import quantize_layers
-from fasc_lightning.refine import RefineOptions, check_refine, refine
+from fasc_lightning.refine import check_refine, refine
+from fasc_lightning.refine_options import RefineOptions
 from fasc_lightning.refine_steps import FactorCopies
 from fasc_lightning.refit import RefitOptions, causal_loss, refit
 from fasc_lightning.refit_blocks import RefitError

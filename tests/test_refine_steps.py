@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasc_lightning.lowrank import make_lowrank
+from fasc_lightning.make_lowrank import make_lowrank
 from fasc_lightning.refine_steps import MIN_LENGTH, FactorCopies, relative_error, train_copies
 
 

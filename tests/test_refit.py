@@ -10,7 +10,9 @@ from tiny import FAMILIES, causal_model
 from torch import nn
 
 from fasc_lightning import refit as refit_module
-from fasc_lightning.lowrank import LowRankLinear, PivotedLinear, make_lowrank
+from fasc_lightning.lowrank import LowRankLinear
+from fasc_lightning.make_lowrank import make_lowrank
+from fasc_lightning.pivoted import PivotedLinear
 from fasc_lightning.refit import RefitOptions, causal_loss, check_refit, refit
 from fasc_lightning.refit_blocks import RefitError
 from fasc_lightning.refit_shares import Change, shares

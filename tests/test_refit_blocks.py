@@ -6,11 +6,11 @@ from refit_cases import Stack, compressed_case, stack_loss
 from tiny import FAMILIES, causal_model, mlp
 from torch import nn
 
-from fasc_lightning.lowrank import make_lowrank
+from fasc_lightning.make_lowrank import make_lowrank
 from fasc_lightning.refit import causal_loss
 from fasc_lightning.refit_blocks import BlockRunner, RefitError, find_blocks, joins_stream
 from fasc_lightning.swap import swap_modules
-from fasc_lightning.taps import select_layers
+from fasc_lightning.targets import select_layers
 
 
 def test_blocks_are_the_list_that_holds_all_layers():

@@ -17,7 +17,8 @@ from fasc_lightning.refit_shares import Change, shares
 from fasc_lightning.solvers import solver_needs
 from fasc_lightning.study import backward_windows
 from fasc_lightning.swap import swap_modules
-from fasc_lightning.taps import Taps, layer_shapes, select_layers
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import layer_shapes, select_layers
 
 #: Of 12 batches with one of four held out for either end.
 CHOOSE, CHECK = [3, 7, 11], [1, 5, 9]

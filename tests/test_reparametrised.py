@@ -15,7 +15,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from fasc_lightning import FascCallback, apply_plan, compress, match_checkpoint
-from fasc_lightning.lowrank import CompressedLinear, linear_weight
+from fasc_lightning.compressed_linear import CompressedLinear
+from fasc_lightning.linear import linear_weight
 from fasc_lightning.quantize import quantize
 from fasc_lightning.reparametrised import DenseForm, computed_weight, is_reparametrised, trains_weight
 from fasc_lightning.swap import compressed_layers, swap_modules, to_dense

@@ -16,7 +16,7 @@ from tiny import byte_tokenizer, causal_model, causal_module, mlp, token_loader
 from transformers import AutoTokenizer
 
 from fasc_lightning import FascCallback, compress, load_compressed, save_compressed, to_dense
-from fasc_lightning.report import write_json
+from fasc_lightning._json_files import write_json
 from fasc_lightning.swap import swap_modules
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "README.md"}

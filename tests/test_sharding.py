@@ -8,15 +8,15 @@ import torch.distributed as dist
 from expert_cases import make
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from processes import run_script
 from sharded_fit import CASES, ShardedModule, is_plain, make_module
-from test_ddp import run_script
 from torch import nn
 
 from fasc_lightning import load_compressed, sharding
 from fasc_lightning._dtensor import whole
 from fasc_lightning.sharding import Unsharding, is_sharded
 from fasc_lightning.swap import is_compressed
-from fasc_lightning.taps import select_layers
+from fasc_lightning.targets import select_layers
 
 
 def run(what: str, folder) -> list[dict]:

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from fasc_lightning.calibration_options import SketchOptions
 from fasc_lightning.moments import CalibrationMoments, LayerSketches
 from fasc_lightning.sketch import SKETCH_KINDS, Sketch
 from fasc_lightning.sketch_sizes import (
-    SketchOptions,
     auto_size,
     choose_sketches,
     describe_sketches,

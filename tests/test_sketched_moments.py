@@ -16,7 +16,7 @@ from fasc_lightning.moments import CalibrationMoments, LayerSketches, moments_by
 from fasc_lightning.moments_file import empty_moments, load_moments, pack_moments, save_moments, unpack_moments
 from fasc_lightning.objective import fisher_losses, fisher_metric
 from fasc_lightning.sketch import Sketch
-from fasc_lightning.sketch_sizes import sketch_figures
+from fasc_lightning.sketch_error import sketch_figures
 from fasc_lightning.solvers import available_methods, get_solver, solver_needs
 
 M, N = 24, 40

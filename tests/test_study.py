@@ -7,9 +7,10 @@ import torch
 from tiny import Tokens, causal_model
 
 from fasc_lightning.dependence import DependenceScore
-from fasc_lightning.lowrank import linear_weight
+from fasc_lightning.linear import linear_weight
 from fasc_lightning.study import backward_windows, gather
-from fasc_lightning.taps import Taps, select_layers
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import select_layers
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@ import torch
 from lowrank_cases import case, conv1d, random
 from torch import nn
 
-from fasc_lightning.lowrank import LowRankLinear, PivotedLinear
+from fasc_lightning.lowrank import LowRankLinear
+from fasc_lightning.pivoted import PivotedLinear
 from fasc_lightning.swap import compressed_layers, is_compressed, swap_modules, to_dense
 
 

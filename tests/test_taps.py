@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fasc_lightning.layer_moments import NEEDS
-from fasc_lightning.lowrank import linear_weight
+from fasc_lightning.linear import linear_weight
 from fasc_lightning.moments import CalibrationMoments
 from fasc_lightning.pooled import pooled_rho
-from fasc_lightning.taps import Taps, layer_shapes, matches, select_layers
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import layer_shapes, matches, select_layers
 from fasc_lightning.tokens import TokenRows
 
 

@@ -6,7 +6,7 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
-from test_linear_probe import Counting, Masked, Product, Transposed, variants
+from probe_cases import Counting, Masked, Product, Transposed, variants
 from tiny import VOCABULARY, Classifier, Tokens, causal_model, feature_loader
 from torch import nn
 from transformers import FalconConfig, FalconForCausalLM

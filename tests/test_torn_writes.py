@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from interrupted import Fits, assert_same, sidecars, stateful_loader
-from test_ddp import run_script
+from processes import run_script
 from torn_fit import TORN
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fasc_lightning.lowrank import LowRankLinear, PivotedLinear
+from fasc_lightning.lowrank import LowRankLinear
+from fasc_lightning.pivoted import PivotedLinear
 from fasc_lightning.quantized_layers import quantized_layer
 from fasc_lightning.swap import swap_modules
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from fasc_lightning._undo import undoing
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+from fasc_lightning._eval_mode import evaluating
 
 
 class MeanTokenLoss(Metric):
@@ -117,12 +115,3 @@ def _window_losses(model: PreTrainedModel, windows: Tensor, batch_size: int) -> 
                 )
             done += 1
             yield window_loss
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode; every submodule gets back the mode it had, frozen ones included."""
-    with undoing() as undo:
-        undo.keep_modes(model)
-        model.eval()
-        yield

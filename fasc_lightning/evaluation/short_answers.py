@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fasc_lightning._eval_mode import evaluating
 from fasc_lightning.evaluation.continuations import check_finite, is_key_value_cache, last_logits_only
 from fasc_lightning.evaluation.grouped import ByGroup, grouped_percent, plain_groups
 from fasc_lightning.evaluation.items import load_items, text_fields
-from fasc_lightning.evaluation.perplexity import evaluating
 from fasc_lightning.evaluation.prompts import context_length, count_shortened, fit_prompt
 
 if TYPE_CHECKING:

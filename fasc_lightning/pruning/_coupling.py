@@ -16,9 +16,9 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fasc_lightning._eval_mode import evaluating
 from fasc_lightning._undo import undoing
-from fasc_lightning.evaluation.perplexity import evaluating
-from fasc_lightning.lowrank import linear_shape
+from fasc_lightning.linear import linear_shape
 
 #: Names that families give the projection which writes the heads back to the residual stream.
 _OUTPUTS = ("o_proj", "out_proj", "dense")

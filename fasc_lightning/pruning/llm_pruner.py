@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fasc_lightning._eval_mode import evaluating
 from fasc_lightning._names import block_of
 from fasc_lightning._undo import undoing
-from fasc_lightning.evaluation.perplexity import evaluating
+from fasc_lightning.linear_probe import is_plain_linear
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.pruning._types import TaylorResult, check_keep, count_weights
 from fasc_lightning.swap import is_compressed
-from fasc_lightning.taps import is_plain_linear, select_layers
+from fasc_lightning.targets import select_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -299,7 +300,7 @@ def _cut(group: CoupledGroup, count: int, products: dict[str, Tensor]) -> None:
 
 def _adjust_config(model: PreTrainedModel, groups: list[CoupledGroup]) -> bool:
     """Write the new sizes into the configuration where it can say them, and tell whether it does."""
-    from fasc_lightning.lowrank import linear_shape
+    from fasc_lightning.linear import linear_shape
 
     config = model.config
     sizes: dict[str, set[Any]] = {}

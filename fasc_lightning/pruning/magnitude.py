@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import L1Unstructured
 
 from fasc_lightning.pruning._types import PruningResult, check_keep, count_weights
-from fasc_lightning.taps import select_layers
+from fasc_lightning.targets import select_layers
 
 
 @torch.no_grad()

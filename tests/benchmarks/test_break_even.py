@@ -9,7 +9,8 @@ import torch
 from break_even import break_even_table, copies, crossing, main, rank_for
 from torch import nn
 
-from fasc_lightning.lowrank import LowRankLinear, PivotedLinear
+from fasc_lightning.lowrank import LowRankLinear
+from fasc_lightning.pivoted import PivotedLinear
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def test_measures_each_shape_once_and_writes_the_table(tmp_path, monkeypatch, ca
 
 def test_the_packages_table_is_replaced_only_when_asked(tmp_path, monkeypatch):
     package = tmp_path / "package"
-    monkeypatch.setattr(break_even.layouts, "__file__", str(package / "layouts.py"))
+    monkeypatch.setattr(break_even, "BREAK_EVEN", package / "break_even.csv")
     monkeypatch.setattr(break_even, "SHAPES", ((16, 24),))
     options = ["--output", str(tmp_path / "out"), "--seconds", "0"]
     main(options)

@@ -22,7 +22,8 @@ from fasc_lightning.refit import refit
 from fasc_lightning.solvers import solver_needs
 from fasc_lightning.study import backward_windows
 from fasc_lightning.swap import swap_modules
-from fasc_lightning.taps import Taps, layer_shapes
+from fasc_lightning.taps import Taps
+from fasc_lightning.targets import layer_shapes
 
 FEW = [
     "fasc",

@@ -24,8 +24,10 @@ from inference_models import (
 from tiny import causal_model
 from torch import nn
 
+from fasc_lightning.compressed_linear import CompressedLinear
 from fasc_lightning.hub import attach_config
-from fasc_lightning.lowrank import CompressedLinear, PivotedLinear, make_lowrank
+from fasc_lightning.make_lowrank import make_lowrank
+from fasc_lightning.pivoted import PivotedLinear
 from fasc_lightning.quantized_layers import quantization_of
 from fasc_lightning.swap import compressed_layers, swap_modules
 

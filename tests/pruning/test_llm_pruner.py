@@ -12,7 +12,7 @@ from tiny import Tokens, causal_model
 from fasc_lightning import compress
 from fasc_lightning.pruning import kept_ends, llm_pruner, prune_llm
 from fasc_lightning.pruning.llm_pruner import plan_units
-from fasc_lightning.taps import select_layers
+from fasc_lightning.targets import select_layers
 
 HEAD = 8
 PRUNABLE = ["llama", "mistral", "qwen2", "gemma2", "gpt2"]

@@ -9,7 +9,7 @@ import torch
 from tiny import causal_model
 
 from fasc_lightning.pruning import prune_magnitude
-from fasc_lightning.taps import select_layers
+from fasc_lightning.targets import select_layers
 
 
 def weights(model):

@@ -16,7 +16,7 @@ from tiny import save_model_folder
 from fasc_lightning import load_compressed
 from fasc_lightning.bundled import load_model
 from fasc_lightning.data import text_windows
-from fasc_lightning.distillation import Distillation
+from fasc_lightning.distillation_options import Distillation
 from fasc_lightning.evaluation import perplexity
 from fasc_lightning.recovery import FactorRecovery, LoraRecovery
 

@@ -1,0 +1,16 @@
+"""Versions of the libraries that a result depends on."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of this package and of what its results depend on."""
+    versions = {}
+    for package in ("fasc-lightning", "torch", "lightning", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

@@ -24,11 +24,8 @@ from inference_models import KINDS, random_layer
 from interleaved import interleave, speed_ups
 from torch import Tensor, nn
 
-from fasc_lightning._json_files import write_json
-from fasc_lightning._tables import Row, markdown_table, save_table
-from fasc_lightning._versions import library_versions
-from fasc_lightning.compressed_linear import CompressedLinear
-from fasc_lightning.layouts import BREAK_EVEN
+from fasc_lightning._utils import Row, library_versions, markdown_table, save_table, write_json
+from fasc_lightning.layers import BREAK_EVEN, CompressedLinear
 
 #: (m, n) of q and o, k and v, gate and up, down.
 SHAPES = (

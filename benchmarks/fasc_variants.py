@@ -31,34 +31,23 @@ from torch import Tensor, nn
 from variant_statistics import WINDOW_COUNTS, Statistics, nested_windows
 from variant_tables import REFERENCES, markdown, result_rows
 
-from fasc_lightning._files import whole_file
-from fasc_lightning._fingerprint import fingerprint, tokenizer_fingerprint
-from fasc_lightning._json_files import write_json
-from fasc_lightning._tables import save_table
-from fasc_lightning._versions import library_versions
-from fasc_lightning.allocation import Candidate, allocate_fisher
-from fasc_lightning.budget import layer_budgets
-from fasc_lightning.bundled import load_model
-from fasc_lightning.comparison_tables import shown_perplexity
-from fasc_lightning.data import calibration_windows, model_fingerprint, text_windows
+from fasc_lightning._utils import (
+    fingerprint,
+    library_versions,
+    save_table,
+    tokenizer_fingerprint,
+    whole_file,
+    write_json,
+)
+from fasc_lightning.compression import Candidate, allocate_fisher, fisher_losses, layer_budgets, spread
+from fasc_lightning.data import calibration_windows, load_model, model_fingerprint, read_text, text_windows
 from fasc_lightning.evaluation import token_losses
-from fasc_lightning.held_out_losses import HeldoutLosses
-from fasc_lightning.layouts import pivot_cost
-from fasc_lightning.linear import linear_shape, linear_weight
-from fasc_lightning.make_lowrank import make_lowrank
-from fasc_lightning.measured import spread
-from fasc_lightning.objective import fisher_losses
-from fasc_lightning.refit import RefitOptions, refit
-from fasc_lightning.refit_phase import refit_figures
-from fasc_lightning.refit_report import RefitReport
-from fasc_lightning.solvers import Factorization
-from fasc_lightning.solvers._linalg import shrink
-from fasc_lightning.solvers.fasc import SHRINK_A, SHRINK_COUPLED_G, SHRINK_G, two_sided
-from fasc_lightning.study import backward_windows
-from fasc_lightning.swap import swap_modules
-from fasc_lightning.taps import Taps
-from fasc_lightning.targets import select_layers
-from fasc_lightning.text_files import read_text
+from fasc_lightning.hooks import Taps
+from fasc_lightning.layers import linear_shape, linear_weight, make_lowrank, pivot_cost, select_layers, swap_modules
+from fasc_lightning.refit import RefitOptions, RefitReport, refit, refit_figures
+from fasc_lightning.solvers import SHRINK_A, SHRINK_COUPLED_G, SHRINK_G, Factorization, shrink, two_sided
+from fasc_lightning.studies.comparison import shown_perplexity
+from fasc_lightning.studies.rho import HeldoutLosses, backward_windows
 
 CALIBRATION = ("calib_wikitext2_train.txt", "calib_wikipedia_exllama.txt", "calib_c4_realnews.txt")
 #: The texts that judge, and the first window of each that does. The news file calibrates, too, with its first windows.

@@ -40,13 +40,9 @@ from inference_tables import markdown, result_rows, speed_up_figure
 from interleaved import Spread, interleave, speed_ups
 from torch import nn
 
-from fasc_lightning._files import whole_file
-from fasc_lightning._json_files import write_json
-from fasc_lightning._tables import save_table
-from fasc_lightning._versions import library_versions
-from fasc_lightning.quantize import quantize
-from fasc_lightning.quantized_layers import QUANTIZATIONS
-from fasc_lightning.size import measure_layers
+from fasc_lightning._utils import library_versions, save_table, whole_file, write_json
+from fasc_lightning.layers import QUANTIZATIONS, measure_layers
+from fasc_lightning.models import quantize
 
 #: Of activations; the kinds of int8 are those of :func:`fasc_lightning.quantize`, and are compared with dense int8.
 DTYPES: dict[str, torch.dtype] = {

@@ -13,14 +13,18 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from fasc_lightning._memory import return_freed_memory
-from fasc_lightning.allocation import Candidate, allocate_uniform
-from fasc_lightning.compressed_linear import CompressedLinear
-from fasc_lightning.layouts import Stored
-from fasc_lightning.linear import linear_shape, linear_weight
-from fasc_lightning.lowrank import LowRankLinear
-from fasc_lightning.pivoted import PivotedLinear
-from fasc_lightning.swap import swap_modules, to_dense
+from fasc_lightning._utils import return_freed_memory
+from fasc_lightning.compression import Candidate, allocate_uniform
+from fasc_lightning.layers import (
+    CompressedLinear,
+    LowRankLinear,
+    PivotedLinear,
+    Stored,
+    linear_shape,
+    linear_weight,
+    swap_modules,
+    to_dense,
+)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fasc_lightning._plotting import COLOURS, DASHES, GREY, MARKERS, new_figure
-from fasc_lightning._tables import Row, markdown_table
+from fasc_lightning._utils import COLOURS, DASHES, GREY, MARKERS, Row, markdown_table, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

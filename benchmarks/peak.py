@@ -20,10 +20,9 @@ from memory import resident, run_alone, warm_up
 from pages import write_part
 
 from fasc_lightning import compress
-from fasc_lightning._json_files import write_json
-from fasc_lightning._tables import markdown_table
-from fasc_lightning.bundled import load_model
-from fasc_lightning.forecast import CompressionForecast
+from fasc_lightning._utils import markdown_table, write_json
+from fasc_lightning.data import load_model
+from fasc_lightning.planning import CompressionForecast
 
 #: Options of each row. Without a refit, which a plan does not count.
 ROWS: dict[str, dict[str, Any]] = {

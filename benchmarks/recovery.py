@@ -25,13 +25,12 @@ import torch
 from p1 import CALIBRATION, FACTS, TEXTS, run_row
 
 from fasc_lightning import CausalLMModule, FactorRecovery, LoraRecovery, load_compressed, recover
-from fasc_lightning._json_files import write_json
-from fasc_lightning._recipe import KERNEL_CACHE
-from fasc_lightning.bundled import load_model
-from fasc_lightning.data import calibration_windows, window_loader
-from fasc_lightning.drift import Questions
-from fasc_lightning.recovery import Precision
-from fasc_lightning.targets import select_layers
+from fasc_lightning._utils import write_json
+from fasc_lightning.cli import KERNEL_CACHE
+from fasc_lightning.data import calibration_windows, load_model, window_loader
+from fasc_lightning.evaluation import Questions
+from fasc_lightning.layers import select_layers
+from fasc_lightning.options import Precision
 
 WINDOW = 512
 BATCH = 1

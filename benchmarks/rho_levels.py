@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fasc_lightning._tables import Row, save_table
+from fasc_lightning._utils import Row, save_table
 
 WIDTH, MEMORY, TOKENS = 8, 0.9, 512
 #: Sequences a batch, and batches.
@@ -59,12 +59,12 @@ def observe(sequences: int, batches: int, length: int, rho: float, repeats: int,
         repeats: Number of observations.
         seed: Of the data.
     """
-    from fasc_lightning.tokens import TokenRows
+    from fasc_lightning.batches import TokenRows
 
     try:
-        from fasc_lightning.layer_scores import LayerScores
+        from fasc_lightning.dependence import LayerScores
     except ModuleNotFoundError:  # where it was before, so that older versions can be measured
-        from fasc_lightning.layer_scores import LayerScores
+        from fasc_lightning.dependence import LayerScores
 
     generator = torch.Generator().manual_seed(seed)
     mix = coupling(rho, generator)

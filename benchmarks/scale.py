@@ -18,12 +18,9 @@ from pages import write_part
 from torch import nn
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, MixtralConfig, PreTrainedConfig, Qwen2Config
 
-from fasc_lightning._tables import markdown_table
-from fasc_lightning.calibration_options import ReductionKind
-from fasc_lightning.forecast import CompressionForecast
-from fasc_lightning.planned_layers import model_on_meta
-from fasc_lightning.planned_refusal import bytes_of
-from fasc_lightning.planning import plan
+from fasc_lightning._utils import markdown_table
+from fasc_lightning.options import ReductionKind
+from fasc_lightning.planning import CompressionForecast, bytes_of, model_on_meta, plan
 
 #: Budgets, as options of :func:`~fasc_lightning.planning.plan`.
 BUDGETS: list[dict[str, Any]] = [{"rank": 0.5}, {"keep": 0.8}, {"keep": 0.6}]

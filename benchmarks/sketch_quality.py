@@ -24,22 +24,25 @@ from p1 import CALIBRATION, FACTS, TEXTS
 from pages import write_part
 from torch import Tensor
 
-from fasc_lightning._fingerprint import fingerprint
-from fasc_lightning.bundled import load_model
-from fasc_lightning.calibration_options import ReductionKind
-from fasc_lightning.comparison import Budget, Cell, CellStore, Comparison, Outcome, Setting
-from fasc_lightning.comparison_evaluation import Evaluation
-from fasc_lightning.comparison_statistics import Calibration
-from fasc_lightning.data import calibration_windows, text_windows
+from fasc_lightning._utils import fingerprint
+from fasc_lightning.calibration import expected_rank, projected
+from fasc_lightning.data import calibration_windows, load_model, read_text, text_windows
 from fasc_lightning.evaluation import load_facts
-from fasc_lightning.moments import CalibrationMoments, LayerSketches
-from fasc_lightning.moments_file import load_moments, save_moments
-from fasc_lightning.sketch import Sketch
-from fasc_lightning.sketch_sizes import expected_rank, projected
-from fasc_lightning.study import backward_windows
-from fasc_lightning.taps import Taps
-from fasc_lightning.targets import layer_shapes, select_layers
-from fasc_lightning.text_files import read_text
+from fasc_lightning.hooks import Taps
+from fasc_lightning.layers import layer_shapes, select_layers
+from fasc_lightning.options import ReductionKind
+from fasc_lightning.statistics import CalibrationMoments, LayerSketches, Sketch, load_moments, save_moments
+from fasc_lightning.studies.comparison import (
+    Budget,
+    Calibration,
+    Cell,
+    CellStore,
+    Comparison,
+    Evaluation,
+    Outcome,
+    Setting,
+)
+from fasc_lightning.studies.rho import backward_windows
 
 WINDOWS, WINDOW, EVAL_WINDOWS = 64, 512, 32
 #: Wider sides are sketched.
@@ -87,7 +90,7 @@ class Together:
         self.needs, self.takes_pairs = self.moments[0].needs, self.moments[0].takes_pairs
 
     def add_inputs(self, members: Iterable[str], x: Tensor) -> None:
-        """See :class:`~fasc_lightning.moments.CalibrationMoments`."""
+        """See :class:`~fasc_lightning.statistics.CalibrationMoments`."""
         for moments in self.moments:
             moments.add_inputs(members, x)
 

@@ -34,14 +34,10 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from fasc_lightning import FascCallback, compress
-from fasc_lightning._json_files import write_json
-from fasc_lightning._tables import markdown_table
-from fasc_lightning.fit_forecast import fit_forecast
-from fasc_lightning.packed import packed_size
-from fasc_lightning.projection import Projection
-from fasc_lightning.report import CompressionReport
-from fasc_lightning.sketch import Sketch
-from fasc_lightning.streams import Moments
+from fasc_lightning._utils import markdown_table, write_json
+from fasc_lightning.compression import CompressionReport
+from fasc_lightning.planning import fit_forecast
+from fasc_lightning.statistics import Moments, Projection, Sketch, packed_size
 
 #: Sketches hold the width over so many columns.
 SHARES = (16, 8, 4, 2)

@@ -20,19 +20,17 @@ from typing import Any
 import torch
 from interleaved import timed
 
-from fasc_lightning._json_files import write_json
-from fasc_lightning.bundled import load_model
+from fasc_lightning._utils import write_json
+from fasc_lightning.batches import TokenRows, sample_seeds
 from fasc_lightning.calibration import SCORE_EVERY, SCORE_TOKENS
-from fasc_lightning.data import text_windows
+from fasc_lightning.compression import compress_layers
+from fasc_lightning.data import load_model, text_windows
+from fasc_lightning.dependence import LayerScores
 from fasc_lightning.evaluation import builtin_text
-from fasc_lightning.factorize import compress_layers
-from fasc_lightning.layer_scores import LayerScores
-from fasc_lightning.linear import linear_weight
+from fasc_lightning.hooks import Taps
+from fasc_lightning.layers import layer_shapes, linear_weight, select_layers
 from fasc_lightning.module import CausalLMModule
-from fasc_lightning.moments import CalibrationMoments
-from fasc_lightning.taps import Taps
-from fasc_lightning.targets import layer_shapes, select_layers
-from fasc_lightning.tokens import TokenRows, sample_seeds
+from fasc_lightning.statistics import CalibrationMoments
 
 
 def bare_step(model: Any, batch: dict[str, torch.Tensor]) -> None:

@@ -20,16 +20,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fasc_lightning._files import whole_file
-from fasc_lightning.linear import linear_shape
-from fasc_lightning.moments import moment_dtype
-from fasc_lightning.packed import add_gram_
-from fasc_lightning.sequence_fisher import SequenceFisher
-from fasc_lightning.solvers._linalg import shrink, square_root
-from fasc_lightning.streams import CoupledMoments
-from fasc_lightning.study import backward_windows
-from fasc_lightning.taps import Taps
-from fasc_lightning.tokens import TokenRows
+from fasc_lightning._utils import whole_file
+from fasc_lightning.batches import TokenRows
+from fasc_lightning.hooks import Taps
+from fasc_lightning.layers import linear_shape
+from fasc_lightning.solvers import shrink, square_root
+from fasc_lightning.statistics import CoupledMoments, SequenceFisher, add_gram_, moment_dtype
+from fasc_lightning.studies.rho import backward_windows
 
 #: Weights of tokens in A (tokens,) and in G (tokens,), from x (tokens, n) and h (tokens, m).
 TokenWeights: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

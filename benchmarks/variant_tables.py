@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fasc_lightning._tables import Row, markdown_table
-from fasc_lightning.comparison_tables import shown_perplexity
+from fasc_lightning._utils import Row, markdown_table
 from fasc_lightning.evaluation import PairedInterval, paired_interval
+from fasc_lightning.studies.comparison import shown_perplexity
 
 #: What changes are stated against; the first is always measured.
 REFERENCES = ("plain", "fasc")

@@ -1,26 +1,32 @@
 """fasc-lightning: knowledge-aware low-rank compression inside PyTorch Lightning."""
 
 from fasc_lightning.callback import FascCallback
-from fasc_lightning.checkpoints import match_checkpoint
 from fasc_lightning.compress import compress
-from fasc_lightning.dense import to_dense
-from fasc_lightning.dependence import DependenceScore
-from fasc_lightning.distillation_options import Distillation
-from fasc_lightning.expert_report import expert_table
-from fasc_lightning.forecast import CompressionForecast
-from fasc_lightning.history import RhoHistory, emergence
-from fasc_lightning.hub import load_compressed
-from fasc_lightning.model_card import model_card
+from fasc_lightning.compression import CompressionReport, expert_table
+from fasc_lightning.dependence import (
+    DependenceScore,
+    PooledDependenceScore,
+    RhoHistory,
+    debiased_rho,
+    emergence,
+    iid_floor,
+    rho,
+)
+from fasc_lightning.models import (
+    apply_plan,
+    compression_plan,
+    load_compressed,
+    match_checkpoint,
+    model_card,
+    quantize,
+    save_compressed,
+    to_dense,
+)
 from fasc_lightning.module import CausalLMModule
-from fasc_lightning.plan import apply_plan, compression_plan
-from fasc_lightning.planning import plan
-from fasc_lightning.pooled import PooledDependenceScore, debiased_rho, iid_floor, rho
-from fasc_lightning.quantize import quantize
+from fasc_lightning.options import Distillation, FactorRecovery, LoraRecovery
+from fasc_lightning.planning import CompressionForecast, plan
 from fasc_lightning.recover import recover
-from fasc_lightning.recovery import FactorRecovery, LoraRecovery
-from fasc_lightning.recovery_phase import RecoveryCallback
-from fasc_lightning.report import CompressionReport
-from fasc_lightning.saving import save_compressed
+from fasc_lightning.recovery import RecoveryCallback
 from fasc_lightning.score import score
 
 __all__ = [

@@ -15,58 +15,67 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fasc_lightning._checks import (
+from fasc_lightning._utils import Undo, undoing
+from fasc_lightning.batches import LossScales, LossTerms, TokenMask, backwards_of, batch_label, observed_rows
+from fasc_lightning.calibration import (
+    Calibration,
+    CalibrationKeeper,
+    CalibrationSchedule,
+    check_batches_given,
+    check_epochs_left,
+    check_loss,
+    replace_calibrated,
+    skips_backward,
+)
+from fasc_lightning.compression import (
+    CompressionReport,
+    check_budget_fits,
+    check_callback_state,
+    check_rank_fits,
+    log_report,
+    sealed,
+)
+from fasc_lightning.dependence import RhoHistory, RhoMonitor, describe, write_history
+from fasc_lightning.distributed import check_module, check_sharded, check_single, check_strategy, check_weights
+from fasc_lightning.layers import (
+    Gradient,
+    Layout,
+    Quantization,
+    is_compressed,
+    layer_shapes,
+    linear_weight,
+    select_layers,
+    unfuse,
+    warn_other_layers,
+    warn_tied_layers,
+    warn_unknown_experts,
+    warn_without_way_back,
+)
+from fasc_lightning.models import attach_config, match_on_load, quantize_layers
+from fasc_lightning.options import (
+    SKETCH_ABOVE,
+    CalibrationOptions,
+    FactorRecovery,
+    LoraRecovery,
+    ReductionKind,
+    Refit,
+    ReplacementOptions,
+    SketchOptions,
+    as_recovery,
     check_budget,
     check_gate,
     check_moments_device,
     check_monitor,
     check_monitor_only,
     check_options,
-)
-from fasc_lightning._option_types import checks_options
-from fasc_lightning._undo import Undo, undoing
-from fasc_lightning.batches import LossScales, LossTerms, TokenMask, backwards_of, batch_label, observed_rows
-from fasc_lightning.budget import check_budget_fits, check_rank_fits
-from fasc_lightning.calibration import Calibration
-from fasc_lightning.calibration_checks import check_batches_given, check_loss
-from fasc_lightning.calibration_options import (
-    SKETCH_ABOVE,
-    CalibrationOptions,
-    ReductionKind,
-    Refit,
-    SketchOptions,
     check_passes,
     check_projected,
+    checks_options,
+    describe_recovery,
 )
-from fasc_lightning.checkpoints import match_on_load
-from fasc_lightning.expert_modules import unfuse
-from fasc_lightning.expert_views import warn_unknown_experts
-from fasc_lightning.fit_end import skips_backward
-from fasc_lightning.fit_forecast import layers_forecast
-from fasc_lightning.history import RhoHistory, describe
-from fasc_lightning.hub import attach_config
-from fasc_lightning.layouts import Layout
-from fasc_lightning.linear import Gradient, linear_weight
-from fasc_lightning.monitor import RhoMonitor, write_history
-from fasc_lightning.offload import MomentsDevice
-from fasc_lightning.passes import check_epochs_left
-from fasc_lightning.placement import check_weights
-from fasc_lightning.preconditions import check_module, check_single, check_strategy
-from fasc_lightning.preemption import CalibrationKeeper
-from fasc_lightning.quantize import quantize_layers
-from fasc_lightning.quantized_layers import Quantization
-from fasc_lightning.recovery import FactorRecovery, LoraRecovery, as_recovery, describe_recovery
-from fasc_lightning.recovery_phase import RecoveryCallback, set_aside_optimizers
-from fasc_lightning.reparametrised import warn_without_way_back
-from fasc_lightning.replacement import replace_calibrated
-from fasc_lightning.replacement_options import ReplacementOptions
-from fasc_lightning.report import CompressionReport, log_report
-from fasc_lightning.report_schema import check_callback_state, sealed
-from fasc_lightning.schedule import CalibrationSchedule
-from fasc_lightning.second_fit import SecondFit, recovery_instead
-from fasc_lightning.sharding import check_sharded
-from fasc_lightning.swap import is_compressed
-from fasc_lightning.targets import layer_shapes, select_layers, warn_other_layers, warn_tied_layers
+from fasc_lightning.planning import layers_forecast
+from fasc_lightning.recovery import RecoveryCallback, SecondFit, recovery_instead, set_aside_optimizers
+from fasc_lightning.statistics import MomentsDevice
 
 
 class FascCallback(pl.Callback):
@@ -86,8 +95,8 @@ class FascCallback(pl.Callback):
     copies of the batches: told what it was told in training, in the fit's precision, and silenced. The module, its
     containers, metrics, buffers and generators are then put back; what a step writes elsewhere is written again.
 
-    Checkpoints of both kinds, dense and compressed, load in every stage (:mod:`~fasc_lightning.checkpoints`), and a fit
-    that is killed while it calibrates goes on from its last one (:mod:`~fasc_lightning.preemption`).
+    Checkpoints of both kinds, dense and compressed, load in every stage (``models/_checkpoints.py``), and a fit
+    that is killed while it calibrates goes on from its last one (``calibration/_resume.py``).
 
     Example:
         >>> import lightning as L
@@ -105,15 +114,15 @@ class FascCallback(pl.Callback):
             comparison only, "fasc-eq6" and its "-centred" and "-literal", the eigenproblem as printed. See
             :mod:`fasc_lightning.solvers`.
         allocation: "measured" spends the budget over all layers, by losses that are corrected on an eighth of the
-            calibration's batches (:mod:`~fasc_lightning.measured`); "fisher" by predicted losses alone; "uniform" gives
-            each layer its own share.
+            calibration's batches (``compression/_loss_correction.py``); "fisher" by predicted losses alone; "uniform"
+            gives each layer its own share.
         layout: "pivot" stores a rank-k (m, n) matrix in k (m + n - k) numbers, "factors" in k (m + n); "auto" is
             pivot, but for ranks so low that nothing is saved by it and those so high that dense layers are faster and
-            as small (:mod:`~fasc_lightning.layouts`, by times measured on a CPU).
+            as small (``layers/_layouts.py``, by times measured on a CPU).
         align: Ranks are multiples of this number (layers may stay dense); matrix products like 8 or more. Within the
             same budget.
         refit: Whether factors are refitted to the inputs that the compressed model gives them, block by block, on the
-            calibration's batches (:mod:`~fasc_lightning.refit`). "auto" does so where the model's blocks can be run
+            calibration's batches (``refit/_anchored.py``). "auto" does so where the model's blocks can be run
             one by one, and says why where not; True insists. It keeps the moments for it.
         targets: Patterns of the layers to compress, as in peft; by default every linear layer but output embeddings
             and tied weights.
@@ -126,7 +135,7 @@ class FascCallback(pl.Callback):
         seed: Of the choice of those tokens, and of rho's tokens and permutations.
         loss_terms: "mean" if the loss is a mean, "sum", or a callable that returns the number of averaged terms of a
             batch. By default the module's ``loss_terms`` method (CausalLMModule has one), else "mean". Of a mean, the
-            loss's autograd graph tells the number of its terms (:mod:`~fasc_lightning.loss_graph`); where it does not
+            loss's autograd graph tells the number of its terms (``batches/_loss_graph.py``); where it does not
             (fused losses), they are the tokens of ``token_mask``, else the samples, and a batch of tokens warns.
         token_mask: Callable that returns True for a batch's real tokens, shape (samples, length), or None. By default
             the module's ``token_mask`` method, else every token counts.
@@ -155,8 +164,8 @@ class FascCallback(pl.Callback):
             fit is not ours.
         sketch: "projected" holds the moment of a layer's wider side as its weight sees it, W A W^T or W^T G W: exact
             for method="fasc" and as small as the narrower side, with update_weights=False and without a refit
-            (:mod:`~fasc_lightning.projection`). "range" holds a sketch of second moments that are too wide
-            (:mod:`~fasc_lightning.sketch`) in place of them; "gaussian", for comparison only, the paper's projection
+            (``statistics/_projected.py``). "range" holds a sketch of second moments that are too wide
+            (``statistics/_sketch.py``) in place of them; "gaussian", for comparison only, the paper's projection
             with lifting, whose span is random. None: all are held whole.
         sketch_size: Columns of a sketch, or "auto": four times the rank that the budget means for a layer; twice where
             this fit, with ``monitor_every_n_steps``, has observed a rho of at most ``rho_threshold`` by the time the
@@ -164,14 +173,14 @@ class FascCallback(pl.Callback):
         sketch_above: Sides of layers no wider than this stay exact, and so do those of which a sketch would not be
             clearly smaller.
         moments_device: "cpu" holds moments and factors there, beside the device of the fit: rows are copied while the
-            backward pass goes on (:mod:`~fasc_lightning.offload`). None: on the device.
+            backward pass goes on (``statistics/_cpu_offload.py``). None: on the device.
         passes: How many of the last epochs calibrate, each for a share of the layers, so that so much less memory is
             needed; with update_weights=False. Factors are the same and wait on the disk; a refit, which needs all
             moments together, is not done.
 
     Attributes:
-        report: The :class:`~fasc_lightning.report.CompressionReport`, after the fit.
-        rho_history: The :class:`~fasc_lightning.history.RhoHistory` of what was observed; kept in checkpoints.
+        report: The :class:`~fasc_lightning.compression.CompressionReport`, after the fit.
+        rho_history: The :class:`~fasc_lightning.dependence.RhoHistory` of what was observed; kept in checkpoints.
 
     Raises:
         ValueError: If an option is out of range.
@@ -180,7 +189,7 @@ class FascCallback(pl.Callback):
     Note:
         The weights compressed are those at the end of the fit, after any averaging callback has put its own in.
         Supported strategies are a single device, script-launched DDP, and ModelParallelStrategy with FSDP2 alone
-        (:mod:`~fasc_lightning.sharding`), under which the fit ends with a module that is whole on every process; others
+        (``distributed/_fsdp.py``), under which the fit ends with a module that is whole on every process; others
         are refused in ``setup``.
     """
 

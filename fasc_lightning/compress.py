@@ -12,14 +12,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fasc_lightning._fit import as_loader, run_fit
-from fasc_lightning._option_types import checks_options
+from fasc_lightning._run_fit import as_loader, run_fit
 from fasc_lightning.callback import FascCallback
-from fasc_lightning.fit_forecast import batch_tokens, fit_forecast
-from fasc_lightning.forecast import CompressionForecast
-from fasc_lightning.held_out import split_loader
-from fasc_lightning.recovery import Recovery
-from fasc_lightning.report import CompressionReport
+from fasc_lightning.compression import CompressionReport
+from fasc_lightning.options import Recovery, checks_options
+from fasc_lightning.planning import CompressionForecast, batch_tokens, fit_forecast
+from fasc_lightning.recovery import split_loader
 
 
 @overload

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fasc_lightning.checkpoints import match_checkpoint
-from fasc_lightning.distillation import Teacher
-from fasc_lightning.token_batches import as_token_batch
+from fasc_lightning.batches import as_token_batch
+from fasc_lightning.models import match_checkpoint
+from fasc_lightning.recovery import Teacher
 
 
 class CausalLMModule(pl.LightningModule):
@@ -22,7 +22,7 @@ class CausalLMModule(pl.LightningModule):
 
     Batches are mappings with "input_ids" (samples, length) and optionally "attention_mask" and "labels" of the same
     shape; without labels the inputs are predicted, padding left out. Labels are shifted by the model. Lists,
-    arrays and single sequences become such tensors (:func:`~fasc_lightning.token_batches.as_token_batch`).
+    arrays and single sequences become such tensors (:func:`~fasc_lightning.batches.as_token_batch`).
 
     Args:
         model: A causal language model, for example ``AutoModelForCausalLM.from_pretrained(...)``.

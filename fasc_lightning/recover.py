@@ -9,18 +9,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fasc_lightning._fit import as_lightning_module, as_lightning_prefix, as_loader, attached, run_fit
-from fasc_lightning._option_types import checks_options
-from fasc_lightning._undo import undoing
-from fasc_lightning.distillation import frozen_copy
-from fasc_lightning.held_out import split_loader
-from fasc_lightning.recovery import Recovery, as_recovery, refine_options
-from fasc_lightning.recovery_checks import check_recoverable
-from fasc_lightning.recovery_phase import RecoveryCallback
-from fasc_lightning.refine_phase import RefinePhase, refine_figures, refine_module
-from fasc_lightning.refit import layer_state
-from fasc_lightning.replay import TrainingStep, as_trained_on
-from fasc_lightning.swap import compressed_layers
+from fasc_lightning._run_fit import as_lightning_module, as_lightning_prefix, as_loader, attached, run_fit
+from fasc_lightning._utils import undoing
+from fasc_lightning.batches import TrainingStep, as_trained_on
+from fasc_lightning.layers import compressed_layers
+from fasc_lightning.options import Recovery, as_recovery, checks_options, refine_options
+from fasc_lightning.recovery import RecoveryCallback, check_recoverable, frozen_copy, split_loader
+from fasc_lightning.refit import RefinePhase, layer_state, refine_figures, refine_module
 
 
 @checks_options

@@ -14,20 +14,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from fasc_lightning._fit import run_fit
-from fasc_lightning._option_types import checks_options
-from fasc_lightning._undo import undoing
-from fasc_lightning.batches import LossScales, LossTerms, TokenMask, backwards_of, batch_label, observed_rows
-from fasc_lightning.frozen import FrozenFit
-from fasc_lightning.history import RhoHistory
-from fasc_lightning.hsic import MIN_TOKENS
-from fasc_lightning.layer_scores import LayerScores
-from fasc_lightning.linear import Gradient
-from fasc_lightning.preconditions import check_module
-from fasc_lightning.taps import Taps
-from fasc_lightning.targets import select_layers, warn_other_layers
-from fasc_lightning.token_batches import is_hf_dataset
-from fasc_lightning.tokens import TokenRows
+from fasc_lightning._run_fit import run_fit
+from fasc_lightning._utils import undoing
+from fasc_lightning.batches import (
+    LossScales,
+    LossTerms,
+    TokenMask,
+    TokenRows,
+    backwards_of,
+    batch_label,
+    is_hf_dataset,
+    observed_rows,
+)
+from fasc_lightning.calibration import FrozenFit
+from fasc_lightning.dependence import MIN_TOKENS, LayerScores, RhoHistory
+from fasc_lightning.distributed import check_module
+from fasc_lightning.hooks import Taps
+from fasc_lightning.layers import Gradient, select_layers, warn_other_layers
+from fasc_lightning.options import checks_options
 
 
 @checks_options
@@ -51,7 +55,7 @@ def score(
 
     Args:
         model: A transformers causal language model, or any LightningModule with a ``training_step``; or the name of
-            one for :func:`~fasc_lightning.bundled.load_model`: a folder, a hub id, "smollm2".
+            one for :func:`~fasc_lightning.data.load_model`: a folder, a hub id, "smollm2".
         data: A DataLoader, or batches: for a language model mappings with "input_ids" and optionally
             "attention_mask" and "labels". The same data serve every checkpoint.
         checkpoints: Lightning ``.ckpt`` files, folders or hub ids ("name" or "name@revision") whose weights are put
@@ -88,7 +92,7 @@ def score(
     if gradient not in ("input", "output"):
         raise ValueError(f"Expected `gradient` to be 'input' or 'output' but got {gradient!r}.")
     if isinstance(model, str):
-        from fasc_lightning.bundled import load_model
+        from fasc_lightning.data import load_model
 
         model = load_model(model)[0]
     if not isinstance(data, DataLoader | Mapping | Tensor | str) and not is_hf_dataset(data):

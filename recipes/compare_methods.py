@@ -40,24 +40,32 @@ from typing import Any, get_args
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from fasc_lightning._checks import CHEAP_METHOD, check_gate
-from fasc_lightning._fingerprint import fingerprint
-from fasc_lightning._memory import peak_memory_bytes
-from fasc_lightning._options import add_source_options, add_text_options
-from fasc_lightning._progress import terminal_progress
-from fasc_lightning._recipe import calibration_of
-from fasc_lightning._versions import library_versions
-from fasc_lightning.bundled import load_model
-from fasc_lightning.comparison import DENSE, PRUNERS, Budget, Cell, CellStore, Comparison, Outcome, Setting
-from fasc_lightning.comparison_evaluation import Evaluation, Precision, some_facts
-from fasc_lightning.comparison_layers import gate_cells, group_cells, sensitivity_cells
-from fasc_lightning.comparison_report import Report
-from fasc_lightning.comparison_statistics import Calibration
-from fasc_lightning.comparison_tables import metrics_of
-from fasc_lightning.data import check_file, file_windows, named_files, text_windows
+from fasc_lightning._utils import fingerprint, library_versions, peak_memory_bytes, terminal_progress
+from fasc_lightning.cli import add_source_options, add_text_options, calibration_of
+from fasc_lightning.data import check_file, file_windows, load_model, named_files, text_windows
 from fasc_lightning.evaluation import builtin_facts, builtin_text, load_facts, load_minimal_pairs
+from fasc_lightning.layers import select_layers
+from fasc_lightning.options import CHEAP_METHOD, check_gate
 from fasc_lightning.solvers import available_methods
-from fasc_lightning.targets import select_layers
+from fasc_lightning.studies.comparison import (
+    DENSE,
+    PRUNERS,
+    Budget,
+    Calibration,
+    Cell,
+    CellStore,
+    Comparison,
+    Evaluation,
+    Outcome,
+    Precision,
+    Report,
+    Setting,
+    gate_cells,
+    group_cells,
+    metrics_of,
+    sensitivity_cells,
+    some_facts,
+)
 
 STUDIES = ("grid", "kinds", "sensitivity", "layers", "thresholds")
 RHO_STUDIES = frozenset({"layers", "thresholds"})

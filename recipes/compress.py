@@ -23,20 +23,22 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from fasc_lightning import CompressionReport, compress
-from fasc_lightning._clock import Clock
-from fasc_lightning._options import (
+from fasc_lightning._utils import Clock
+from fasc_lightning.cli import (
     add_compression_options,
     add_evaluation_options,
     add_output_options,
     add_source_options,
+    calibration_of,
     check_run,
     compression_options,
+    measurement_lines,
+    questions_of,
+    save_results,
 )
-from fasc_lightning._recipe import calibration_of, measurement_lines, questions_of, save_results
-from fasc_lightning.bundled import load_model
-from fasc_lightning.data import window_loader
-from fasc_lightning.drift import Measured, compare_facts, compare_perplexity
-from fasc_lightning.quantized_layers import QUANTIZATIONS
+from fasc_lightning.data import load_model, window_loader
+from fasc_lightning.evaluation import Measured, compare_facts, compare_perplexity
+from fasc_lightning.layers import QUANTIZATIONS
 
 
 def build_parser() -> ArgumentParser:

@@ -36,30 +36,34 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import Tensor
 
 from fasc_lightning import CausalLMModule, FascCallback
-from fasc_lightning._clock import Clock
-from fasc_lightning._fit import on_device, run_fit
-from fasc_lightning._json_files import write_json
-from fasc_lightning._options import (
+from fasc_lightning._run_fit import on_device, run_fit
+from fasc_lightning._utils import Clock, mapping, plain, read_json, write_json
+from fasc_lightning.cli import (
+    KERNEL_CACHE,
     add_compression_options,
     add_evaluation_options,
     add_output_options,
     add_source_options,
+    calibration_of,
     check_run,
     compression_options,
-)
-from fasc_lightning._recipe import (
-    KERNEL_CACHE,
-    calibration_of,
     measurement_lines,
     perplexity_line,
     questions_of,
     save_results,
 )
-from fasc_lightning._schema import mapping, plain, read_json
-from fasc_lightning.bundled import load_model
-from fasc_lightning.data import check_sources, window_loader
-from fasc_lightning.distillation_options import Distillation
-from fasc_lightning.drift import (
+from fasc_lightning.data import (
+    EMPTY,
+    OVERLONG,
+    FinetuneData,
+    check_data_options,
+    check_sources,
+    check_window,
+    finetune_data,
+    load_model,
+    window_loader,
+)
+from fasc_lightning.evaluation import (
     BUILTIN_TEXT,
     HELD_OUT,
     Measured,
@@ -68,15 +72,7 @@ from fasc_lightning.drift import (
     compare_perplexity,
     drift,
 )
-from fasc_lightning.finetune_data import (
-    EMPTY,
-    OVERLONG,
-    FinetuneData,
-    check_data_options,
-    check_window,
-    finetune_data,
-)
-from fasc_lightning.recovery import RATES, FactorRecovery, LoraRecovery, Precision
+from fasc_lightning.options import RATES, Distillation, FactorRecovery, LoraRecovery, Precision
 
 ARMS = {"lora": LoraRecovery, "factors": FactorRecovery}
 #: Options that mean nothing beside others.

@@ -21,9 +21,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from fasc_lightning import CausalLMModule, FascCallback, save_compressed
-from fasc_lightning.bundled import load_model
-from fasc_lightning.finetune_data import FinetuneData, finetune_data
-from fasc_lightning.saving import check_folder
+from fasc_lightning.data import FinetuneData, finetune_data, load_model
+from fasc_lightning.models import check_folder
 
 
 class NamedModel(CausalLMModule):

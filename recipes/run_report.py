@@ -13,10 +13,9 @@ from jsonargparse import Namespace
 from numpy.typing import NDArray
 
 from fasc_lightning import RhoHistory, emergence
-from fasc_lightning._tables import Row, save_table
-from fasc_lightning._versions import library_versions
+from fasc_lightning._utils import Row, library_versions, save_table
+from fasc_lightning.dependence import Metrics, rho_heatmap, rho_profile, save_figure, training_figure
 from fasc_lightning.evaluation import FactsResult
-from fasc_lightning.figures import Metrics, rho_heatmap, rho_profile, save_figure, training_figure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -29,40 +29,49 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor, nn
 
 from fasc_lightning import FascCallback
-from fasc_lightning._checks import CHEAP_METHOD, GATE_BY, check_gate
-from fasc_lightning._json_files import write_json
-from fasc_lightning._memory import peak_memory_bytes, return_freed_memory
-from fasc_lightning._options import add_source_options, add_text_options
-from fasc_lightning._tables import Row, save_table, table_text
-from fasc_lightning._versions import library_versions
-from fasc_lightning.bundled import load_model
-from fasc_lightning.data import calibration_windows, file_windows, named_files, text_windows
+from fasc_lightning._utils import (
+    Row,
+    library_versions,
+    peak_memory_bytes,
+    return_freed_memory,
+    save_table,
+    table_text,
+    write_json,
+)
+from fasc_lightning.cli import add_source_options, add_text_options
+from fasc_lightning.compression import choose_methods, compress_layers, failure_flags
+from fasc_lightning.data import calibration_windows, file_windows, load_model, named_files, text_windows
+from fasc_lightning.dependence import (
+    RhoHistory,
+    angles_figure,
+    check_emergence_options,
+    rho_gain_scatter,
+    rho_profile,
+    save_figure,
+)
 from fasc_lightning.evaluation import builtin_text, perplexity
-from fasc_lightning.factorize import compress_layers
-from fasc_lightning.figures import angles_figure, rho_gain_scatter, rho_profile, save_figure
-from fasc_lightning.gate import choose_methods, failure_flags
-from fasc_lightning.held_out_losses import HeldoutLosses
-from fasc_lightning.history import RhoHistory, check_emergence_options
-from fasc_lightning.linear import linear_weight
-from fasc_lightning.moments import CalibrationMoments
-from fasc_lightning.ranks import resolve_rank
-from fasc_lightning.size import measure_layers
-from fasc_lightning.study import Observation, backward_windows, gather
-from fasc_lightning.study_tables import (
+from fasc_lightning.hooks import Taps
+from fasc_lightning.layers import layer_shapes, linear_weight, measure_layers, resolve_rank, select_layers, swap_modules
+from fasc_lightning.options import CHEAP_METHOD, GATE_BY, check_gate
+from fasc_lightning.statistics import CalibrationMoments
+from fasc_lightning.studies.rho import (
     SCORES,
+    HeldoutLosses,
+    LayerComparison,
+    Observation,
     angles_table,
+    backward_windows,
+    compare_layer,
     correlations_table,
     divisions,
     gains_table,
+    gather,
     layer_row,
+    log_ratio,
     profile_table,
     size_correlations,
     sizes_table,
 )
-from fasc_lightning.subspaces import LayerComparison, compare_layer, log_ratio
-from fasc_lightning.swap import swap_modules
-from fasc_lightning.taps import Taps
-from fasc_lightning.targets import layer_shapes, select_layers
 
 STUDIES = ("profile", "gains", "angles", "sizes", "gate")
 SIZES = (1024, 2048, 4096, 8192, 16384)

@@ -35,12 +35,8 @@ from run_report import Run, full_report, over_layers, write_outputs
 from torch import Tensor
 
 from fasc_lightning import CausalLMModule, FascCallback
-from fasc_lightning._files import whole_file
-from fasc_lightning._json_files import write_json
-from fasc_lightning._schema import mapping, plain, read_json
-from fasc_lightning._tables import Row
-from fasc_lightning.bundled import load_model
-from fasc_lightning.data import file_windows
+from fasc_lightning._utils import Row, mapping, plain, read_json, whole_file, write_json
+from fasc_lightning.data import file_windows, load_model
 from fasc_lightning.evaluation import Fact, FactsResult, factual_recall, load_facts
 
 if TYPE_CHECKING:

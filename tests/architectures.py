@@ -13,11 +13,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from fasc_lightning.expert_views import named_layers
-from fasc_lightning.hub import attach_config
-from fasc_lightning.layer_spec import empty_layer, place
-from fasc_lightning.pivoted import PivotedLinear
-from fasc_lightning.swap import swap_modules
+from fasc_lightning.layers import PivotedLinear, empty_layer, named_layers, place, swap_modules
+from fasc_lightning.models import attach_config
 
 WIDTH = 32
 

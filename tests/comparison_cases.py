@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from fasc_lightning.comparison import Budget, Cell, Outcome, Setting
-from fasc_lightning.comparison_evaluation import Measured
+from fasc_lightning.studies.comparison import Budget, Cell, Outcome, Setting
+from fasc_lightning.studies.comparison._questions import Measured
 
 KEEP = Budget(keep=0.8)
 HALF = Budget(rank=0.5)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from fasc_lightning import CausalLMModule, FascCallback
-from fasc_lightning.expert_views import split_name
+from fasc_lightning.layers import split_name
 
 #: Of four experts. Samples of even number, the first process's, go to 0 and 1, the others to 1 and 2, and none to 3.
 LOW, HIGH = (0, 1), (1, 2)

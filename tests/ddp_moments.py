@@ -9,10 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fasc_lightning.layer_moments import NEEDS
-from fasc_lightning.moments import CalibrationMoments, LayerSketches
-from fasc_lightning.sketch import Sketch
-from fasc_lightning.streams import StreamedSums
+from fasc_lightning.statistics import CalibrationMoments, LayerSketches, Sketch, StreamedSums
+from fasc_lightning.statistics._layer_moments import NEEDS
 
 SHAPES = {"q": (3, 4), "k": (2, 4)}
 SKETCHES = {"q": LayerSketches(Sketch(4, 2), Sketch(3, 1)), "k": LayerSketches(Sketch(4, 2))}

@@ -14,8 +14,8 @@ from refine_cases import Refining
 from tiny import causal_module, token_loader
 
 from fasc_lightning import FascCallback
-from fasc_lightning.refine_phase import refine_figures
-from fasc_lightning.swap import compressed_layers
+from fasc_lightning.layers import compressed_layers
+from fasc_lightning.refit import refine_figures
 
 
 def make_trainer(*callbacks, **options) -> pl.Trainer:

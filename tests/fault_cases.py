@@ -20,10 +20,9 @@ from tiny import VOCABULARY, Tokens, causal_model
 from torch import nn
 from torch.utils.data import DataLoader
 
-import fasc_lightning.calibration
-import fasc_lightning.sidecar
 from fasc_lightning import CausalLMModule, Distillation, FascCallback, LoraRecovery, compress, quantize, recover, score
-from fasc_lightning.offload import OffloadedMoments
+from fasc_lightning.calibration import _calibration, _sidecar
+from fasc_lightning.statistics._cpu_offload import OffloadedMoments
 
 BATCHES = 4
 
@@ -185,7 +184,7 @@ def quantized(folder: Path) -> World:
 def offloading(folder: Path, **options: Any) -> World:
     """As if the batches were on another device."""
     world = fit(folder, moments_device="cpu", **options)
-    run, module = world.run, fasc_lightning.calibration
+    run, module = world.run, _calibration
 
     def patched() -> None:
         before = module.offloaded
@@ -205,11 +204,11 @@ def with_sidecars(folder: Path, **options: Any) -> World:
     run = world.run
 
     def patched() -> None:
-        before, fasc_lightning.sidecar.SIDECAR_BYTES = fasc_lightning.sidecar.SIDECAR_BYTES, 0
+        before, _sidecar.SIDECAR_BYTES = _sidecar.SIDECAR_BYTES, 0
         try:
             run()
         finally:
-            fasc_lightning.sidecar.SIDECAR_BYTES = before
+            _sidecar.SIDECAR_BYTES = before
 
     world.run = patched
     return world

@@ -12,7 +12,7 @@ from tiny import aligned, causal_model, token_loader
 from transformers import PreTrainedModel
 
 from fasc_lightning import CompressionReport, compress
-from fasc_lightning.make_lowrank import make_lowrank
+from fasc_lightning.layers import make_lowrank
 
 IDS = torch.arange(3, 17).reshape(2, 7)
 

@@ -13,8 +13,8 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from watching import RecordingCallback
 
-from fasc_lightning.completion import CompletedMoment
-from fasc_lightning.sidecar import SUFFIX
+from fasc_lightning.calibration._sidecar import SUFFIX
+from fasc_lightning.statistics._nystrom import CompletedMoment
 
 #: Batches of two in the training data.
 BATCHES = 8

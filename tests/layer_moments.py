@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fasc_lightning.layer_moments import LayerMoments
+from fasc_lightning.statistics import LayerMoments
 
 
 def gradients_of_sequences(x, h, lengths):

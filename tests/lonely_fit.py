@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from sharded_fit import ShardedModule, make_loader, make_module, make_trainer
 
 from fasc_lightning import FascCallback
-from fasc_lightning.swap import is_compressed
+from fasc_lightning.layers import is_compressed
 
 #: How long a fit may take, in seconds.
 LIMIT = 60

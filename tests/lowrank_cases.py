@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fasc_lightning.make_lowrank import make_lowrank
+from fasc_lightning.layers import make_lowrank
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -18,7 +18,7 @@ from tiny import Tokens, causal_module
 from torchdata.stateful_dataloader import StatefulDataLoader
 from watching import RecordingCallback
 
-from fasc_lightning import sidecar
+from fasc_lightning.calibration import _sidecar as sidecar
 
 
 class Watch(pl.Callback):

@@ -7,7 +7,7 @@ from tiny import Tokens, causal_module
 from torch.utils.data import DataLoader
 
 from fasc_lightning import CausalLMModule, FascCallback
-from fasc_lightning.swap import compressed_layers
+from fasc_lightning.layers import compressed_layers
 
 #: Options of a compression that is fast and loses much.
 FAST = {"rank": 0.25, "allocation": "uniform", "refit": False, "update_weights": False}

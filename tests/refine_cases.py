@@ -6,9 +6,9 @@ import lightning.pytorch as pl
 from tiny import token_loader
 
 from fasc_lightning import FascCallback
-from fasc_lightning.refine_options import RefineOptions
-from fasc_lightning.refine_phase import RefinePhase
-from fasc_lightning.replay import Replay
+from fasc_lightning.batches import Replay
+from fasc_lightning.options import RefineOptions
+from fasc_lightning.refit import RefinePhase
 
 OPTIONS = RefineOptions(steps=30, lr=3e-3)
 

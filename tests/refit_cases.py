@@ -8,14 +8,13 @@ import torch
 from tiny import causal_model, token_loader
 from torch import Tensor, nn
 
-from fasc_lightning.factorize import compress_layers
-from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.compression import compress_layers
+from fasc_lightning.hooks import Taps
+from fasc_lightning.layers import layer_shapes, select_layers, swap_modules
 from fasc_lightning.refit import causal_loss
 from fasc_lightning.solvers import solver_needs
-from fasc_lightning.study import backward_windows
-from fasc_lightning.swap import swap_modules
-from fasc_lightning.taps import Taps
-from fasc_lightning.targets import layer_shapes, select_layers
+from fasc_lightning.statistics import CalibrationMoments
+from fasc_lightning.studies.rho import backward_windows
 
 
 @dataclass

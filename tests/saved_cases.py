@@ -18,13 +18,13 @@ from interrupted import every_batch
 from tiny import Tokens, causal_model
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from fasc_lightning import CausalLMModule, FascCallback, save_compressed, sidecar
-from fasc_lightning.moments import CalibrationMoments
-from fasc_lightning.moments_file import save_moments
-from fasc_lightning.study import backward_windows
-from fasc_lightning.taps import Taps
-from fasc_lightning.targets import layer_shapes, select_layers
-from fasc_lightning.teacher_cache import LogitCache
+from fasc_lightning import CausalLMModule, FascCallback, save_compressed
+from fasc_lightning.calibration import _sidecar as sidecar
+from fasc_lightning.hooks import Taps
+from fasc_lightning.layers import layer_shapes, select_layers
+from fasc_lightning.recovery._logit_cache import LogitCache
+from fasc_lightning.statistics import CalibrationMoments, save_moments
+from fasc_lightning.studies.rho import backward_windows
 
 #: Of a model whose files are a few kilobytes.
 SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}

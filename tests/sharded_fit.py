@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 from watching import RecordingCallback
 
-from fasc_lightning import CausalLMModule, FascCallback, sharding
+from fasc_lightning import CausalLMModule, FascCallback
+from fasc_lightning.distributed import _fsdp as sharding
 
 FROZEN: dict[str, Any] = {"update_weights": False}
 PREDICTED: dict[str, Any] = {"allocation": "fisher", "refit": False}

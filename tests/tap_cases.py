@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fasc_lightning.moments import CalibrationMoments
-from fasc_lightning.taps import Taps
-from fasc_lightning.targets import layer_shapes
+from fasc_lightning.hooks import Taps
+from fasc_lightning.layers import layer_shapes
+from fasc_lightning.statistics import CalibrationMoments
 
 
 def tapped(layers, dtype=torch.float64):

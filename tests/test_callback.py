@@ -21,9 +21,8 @@ from torch import nn
 from watching import RecordingCallback, assert_no_hooks, state
 
 from fasc_lightning import CausalLMModule, FascCallback
-from fasc_lightning.make_lowrank import make_lowrank
-from fasc_lightning.solvers import fasc
-from fasc_lightning.swap import compressed_layers, is_compressed, swap_modules
+from fasc_lightning.layers import compressed_layers, is_compressed, make_lowrank, swap_modules
+from fasc_lightning.solvers import _fasc as fasc
 
 # The phases.
 

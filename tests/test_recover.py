@@ -13,10 +13,10 @@ from tiny import Classifier, causal_model, feature_loader, mlp
 from torch.utils.data import DataLoader, IterableDataset
 
 from fasc_lightning import FactorRecovery, LoraRecovery, compress, load_compressed, recover, save_compressed
-from fasc_lightning.held_out import split_loader
-from fasc_lightning.refine import refine
-from fasc_lightning.refit_blocks import RefitError
-from fasc_lightning.swap import compressed_layers, is_compressed
+from fasc_lightning.layers import compressed_layers, is_compressed
+from fasc_lightning.recovery import split_loader
+from fasc_lightning.refit import RefitError
+from fasc_lightning.refit._block_training import refine
 
 recover_module = sys.modules["fasc_lightning.recover"]
 

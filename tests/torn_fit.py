@@ -18,7 +18,7 @@ from tiny import Tokens, causal_module
 from torchdata.stateful_dataloader import StatefulDataLoader
 from watching import RecordingCallback
 
-from fasc_lightning import sidecar
+from fasc_lightning.calibration import _sidecar as sidecar
 
 #: Writes that are torn: in the epoch before the calibration, the first one of the calibration, one in it, the last.
 TORN = (4, 9, 11, 16)

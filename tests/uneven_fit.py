@@ -18,7 +18,7 @@ from tiny import Tokens
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from fasc_lightning import FascCallback
-from fasc_lightning.swap import is_compressed
+from fasc_lightning.layers import is_compressed
 
 #: First and last sample of each process; two samples a batch.
 SHARES = {"fewer on the second": ((0, 10), (10, 16)), "fewer on the first": ((0, 4), (4, 16))}

@@ -7,7 +7,7 @@ import copy
 import torch
 
 from fasc_lightning import FascCallback
-from fasc_lightning.swap import is_compressed
+from fasc_lightning.layers import is_compressed
 
 
 def state(module):

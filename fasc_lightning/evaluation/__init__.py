@@ -1,31 +1,31 @@
 """What a compressed model still does: perplexity, facts, grammar, choices and short answers."""
 
-from fasc_lightning.evaluation.builtin import builtin_facts, builtin_text
-from fasc_lightning.evaluation.facts import (
+from fasc_lightning.evaluation._builtin import builtin_facts, builtin_text
+from fasc_lightning.evaluation._facts import (
     Fact,
     FactsResult,
     FactualRecall,
     factual_recall,
     load_facts,
     recalled_facts,
+    relation_candidates,
 )
-from fasc_lightning.evaluation.grouped import GroupedPercent
-from fasc_lightning.evaluation.harness import HarnessResult, HarnessScore, harness_model, run_harness
-from fasc_lightning.evaluation.intervals import PairedInterval, paired_interval
-from fasc_lightning.evaluation.minimal_pairs import (
+from fasc_lightning.evaluation._grouped import GroupedPercent
+from fasc_lightning.evaluation._intervals import PairedInterval, paired_interval
+from fasc_lightning.evaluation._minimal_pairs import (
     MinimalPair,
     PairsResult,
     correct_pairs,
     load_minimal_pairs,
     minimal_pairs,
 )
-from fasc_lightning.evaluation.multilingual import (
+from fasc_lightning.evaluation._multilingual import (
     MultilingualResult,
     load_multilingual_facts,
     multilingual_recall,
     recalled_multilingual,
 )
-from fasc_lightning.evaluation.multiple_choice import (
+from fasc_lightning.evaluation._multiple_choice import (
     AnsweredQuestions,
     ChoiceQuestion,
     ChoicesResult,
@@ -33,9 +33,19 @@ from fasc_lightning.evaluation.multiple_choice import (
     load_choice_questions,
     multiple_choice,
 )
-from fasc_lightning.evaluation.numbers import NumberFact, load_number_facts, number_recall, recalled_numbers
-from fasc_lightning.evaluation.perplexity import MeanTokenLoss, perplexity, token_losses
-from fasc_lightning.evaluation.short_answers import (
+from fasc_lightning.evaluation._numbers import NumberFact, load_number_facts, number_recall, recalled_numbers
+from fasc_lightning.evaluation._perplexity import MeanTokenLoss, perplexity, token_losses
+from fasc_lightning.evaluation._retention import (
+    BUILTIN_TEXT,
+    HELD_OUT,
+    Measured,
+    Questions,
+    compare_facts,
+    compare_heldout,
+    compare_perplexity,
+    drift,
+)
+from fasc_lightning.evaluation._short_answers import (
     GivenAnswers,
     ShortAnswerItem,
     ShortAnswersResult,
@@ -43,6 +53,7 @@ from fasc_lightning.evaluation.short_answers import (
     load_short_answers,
     short_answers,
 )
+from fasc_lightning.evaluation.harness import HarnessResult, HarnessScore, harness_model, run_harness
 
 __all__ = [
     # tasks of lm-eval
@@ -97,4 +108,13 @@ __all__ = [
     "GroupedPercent",
     "PairedInterval",
     "paired_interval",
+    "BUILTIN_TEXT",
+    "HELD_OUT",
+    "Measured",
+    "Questions",
+    "compare_facts",
+    "compare_heldout",
+    "compare_perplexity",
+    "drift",
+    "relation_candidates",
 ]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fasc_lightning._eval_mode import evaluating
+from fasc_lightning._utils import evaluating
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM

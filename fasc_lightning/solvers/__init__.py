@@ -18,25 +18,27 @@ also knows what it needs of the moments besides the means.
 | fasc-eq6, fasc-eq6-centred, fasc-eq6-literal | nothing: the printed eigenproblem | sums of its eigenvalues |
 """
 
+from fasc_lightning.solvers._asvd import asvd as asvd
+from fasc_lightning.solvers._fasc import SHRINK_A, SHRINK_COUPLED_G, SHRINK_G, coupled_metric, plain_metric, two_sided
+from fasc_lightning.solvers._fasc import fasc as fasc
+from fasc_lightning.solvers._fasc import fasc_plain as fasc_plain
+from fasc_lightning.solvers._fasc_eq6 import fasc_eq6 as fasc_eq6
+from fasc_lightning.solvers._fasc_eq6 import fasc_eq6_centred as fasc_eq6_centred
+from fasc_lightning.solvers._fasc_eq6 import fasc_eq6_literal as fasc_eq6_literal
+from fasc_lightning.solvers._fisher_diag import fisher_diag as fisher_diag
+from fasc_lightning.solvers._fwsvd import fwsvd as fwsvd
+from fasc_lightning.solvers._gfwsvd import gfwsvd as gfwsvd
+from fasc_lightning.solvers._grad_svd import grad_svd as grad_svd
+from fasc_lightning.solvers._linalg import shrink, square_root
 from fasc_lightning.solvers._registry import available_methods as available_methods
 from fasc_lightning.solvers._registry import get_solver as get_solver
 from fasc_lightning.solvers._registry import register_solver as register_solver
 from fasc_lightning.solvers._registry import solver_needs as solver_needs
+from fasc_lightning.solvers._svd import svd as svd
+from fasc_lightning.solvers._svd_llm import svd_llm as svd_llm
 from fasc_lightning.solvers._types import Factorization as Factorization
 from fasc_lightning.solvers._types import Solver as Solver
-from fasc_lightning.solvers.asvd import asvd as asvd
-from fasc_lightning.solvers.fasc import fasc as fasc
-from fasc_lightning.solvers.fasc import fasc_plain as fasc_plain
-from fasc_lightning.solvers.fasc_eq6 import fasc_eq6 as fasc_eq6
-from fasc_lightning.solvers.fasc_eq6 import fasc_eq6_centred as fasc_eq6_centred
-from fasc_lightning.solvers.fasc_eq6 import fasc_eq6_literal as fasc_eq6_literal
-from fasc_lightning.solvers.fisher_diag import fisher_diag as fisher_diag
-from fasc_lightning.solvers.fwsvd import fwsvd as fwsvd
-from fasc_lightning.solvers.gfwsvd import gfwsvd as gfwsvd
-from fasc_lightning.solvers.grad_svd import grad_svd as grad_svd
-from fasc_lightning.solvers.svd import svd as svd
-from fasc_lightning.solvers.svd_llm import svd_llm as svd_llm
-from fasc_lightning.solvers.weight_svd import weight_svd as weight_svd
+from fasc_lightning.solvers._weight_svd import weight_svd as weight_svd
 
 __all__ = [
     # methods
@@ -60,4 +62,12 @@ __all__ = [
     "get_solver",
     "register_solver",
     "solver_needs",
+    "SHRINK_A",
+    "SHRINK_COUPLED_G",
+    "SHRINK_G",
+    "coupled_metric",
+    "plain_metric",
+    "shrink",
+    "square_root",
+    "two_sided",
 ]

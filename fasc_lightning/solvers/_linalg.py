@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from fasc_lightning.forms import Form
+from fasc_lightning.statistics import Form
 
 #: Smallest eigenvalue that the rank-revealing fallback lets stand, relative to the largest. A direction that the
 #: calibration tokens do not show is then cheap to lose, not free, and no inverse blows up.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from fasc_lightning.layer_moments import check_needs
 from fasc_lightning.solvers._types import Solver
+from fasc_lightning.statistics import check_needs
 
 _SOLVERS: dict[str, Solver] = {}
 _NEEDS: dict[str, frozenset[str]] = {}
@@ -16,7 +16,7 @@ def register_solver(name: str, needs: Iterable[str] = ()) -> Callable[[Solver], 
 
     Args:
         name: The method.
-        needs: Statistics that it reads besides the means (:data:`~fasc_lightning.layer_moments.NEEDS`); plain A and G
+        needs: Statistics that it reads besides the means (``NEEDS``); plain A and G
             are among them unless "coupled" is.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fasc_lightning.layer_moments import LayerMoments
+from fasc_lightning.statistics import LayerMoments
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Factorization:
         right: Shape (r, n).
         losses: The solver's objective at ranks 0, 1, ..., r, shape (r + 1,), float64, never increasing. In a unit of
             its own, which the solver's docstring states: not comparable between methods, and between layers only
-            where it estimates a squared change of the loss. :func:`~fasc_lightning.objective.fisher_losses` puts any
+            where it estimates a squared change of the loss. :func:`~fasc_lightning.compression.fisher_losses` puts any
             solver's factors into one unit.
     """
 

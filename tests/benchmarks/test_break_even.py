@@ -9,8 +9,7 @@ import torch
 from break_even import break_even_table, copies, crossing, main, rank_for
 from torch import nn
 
-from fasc_lightning.lowrank import LowRankLinear
-from fasc_lightning.pivoted import PivotedLinear
+from fasc_lightning.layers import LowRankLinear, PivotedLinear
 
 
 @pytest.fixture(autouse=True)

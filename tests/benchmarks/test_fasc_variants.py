@@ -15,15 +15,14 @@ from tiny import byte_tokenizer, causal_model
 from variant_statistics import Statistics
 from variant_tables import markdown, result_rows, verdict
 
+from fasc_lightning.compression import compress_layers
 from fasc_lightning.evaluation import PairedInterval, perplexity, token_losses
-from fasc_lightning.factorize import compress_layers
-from fasc_lightning.moments import CalibrationMoments
+from fasc_lightning.hooks import Taps
+from fasc_lightning.layers import layer_shapes, swap_modules
 from fasc_lightning.refit import refit
 from fasc_lightning.solvers import solver_needs
-from fasc_lightning.study import backward_windows
-from fasc_lightning.swap import swap_modules
-from fasc_lightning.taps import Taps
-from fasc_lightning.targets import layer_shapes
+from fasc_lightning.statistics import CalibrationMoments
+from fasc_lightning.studies.rho import backward_windows
 
 FEW = [
     "fasc",

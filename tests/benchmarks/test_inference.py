@@ -24,12 +24,15 @@ from inference_models import (
 from tiny import causal_model
 from torch import nn
 
-from fasc_lightning.compressed_linear import CompressedLinear
-from fasc_lightning.hub import attach_config
-from fasc_lightning.make_lowrank import make_lowrank
-from fasc_lightning.pivoted import PivotedLinear
-from fasc_lightning.quantized_layers import quantization_of
-from fasc_lightning.swap import compressed_layers, swap_modules
+from fasc_lightning.layers import (
+    CompressedLinear,
+    PivotedLinear,
+    compressed_layers,
+    make_lowrank,
+    quantization_of,
+    swap_modules,
+)
+from fasc_lightning.models import attach_config
 
 TINY = {"deep": Shape(32, 64, 2, 1, layers=2), "wide block": Shape(48, 64, 4, 2)}
 

@@ -8,8 +8,7 @@ import torch
 from tiny import save_model_folder
 
 from fasc_lightning import compress, save_compressed
-from fasc_lightning.bundled import load_model
-from fasc_lightning.data import text_windows, window_loader
+from fasc_lightning.data import load_model, text_windows, window_loader
 
 pytest.importorskip("peft", reason="peft is not installed")
 

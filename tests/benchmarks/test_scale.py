@@ -6,7 +6,7 @@ from pages import markers
 from scale import BUDGETS, configs, main, table_5
 from transformers import LlamaConfig
 
-from fasc_lightning.planned_layers import model_on_meta
+from fasc_lightning.planning import model_on_meta
 
 #: Parameters of the published checkpoints.
 PUBLISHED = {

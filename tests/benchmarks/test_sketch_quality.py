@@ -4,8 +4,7 @@ import torch
 from peak import table as peak_table
 from sketch_quality import Statistic, Together, statistics_of, table
 
-from fasc_lightning.moments import CalibrationMoments, LayerSketches
-from fasc_lightning.sketch import Sketch
+from fasc_lightning.statistics import CalibrationMoments, LayerSketches, Sketch
 
 
 def test_sizes_go_by_the_rank_of_the_budget_and_end_at_half_the_width():

@@ -7,7 +7,7 @@ import sketches
 from pages import markers
 from sketches import PROJECTED, SHARES, block_batches, main, width_rows
 
-from fasc_lightning.moments import moments_bytes
+from fasc_lightning.statistics import moments_bytes
 
 
 def test_the_memory_of_sketches_grows_linearly_and_that_of_exact_moments_with_the_square():

@@ -14,8 +14,8 @@ from variant_statistics import (
     sampled_labels,
 )
 
-from fasc_lightning.streams import CoupledMoments
-from fasc_lightning.targets import select_layers
+from fasc_lightning.layers import select_layers
+from fasc_lightning.statistics import CoupledMoments
 
 WINDOWS = Tokens(samples=12, length=16).input_ids
 NAMES = ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tiny import byte_tokenizer, causal_model
 
-from fasc_lightning.evaluation.multiple_choice import ChoiceQuestion
+from fasc_lightning.evaluation._multiple_choice import ChoiceQuestion
 
 #: What the fixture ``knowing_model`` has read. The pairs stand after a beginning token, as they are scored.
 HOMES = {"ada": "rome", "bob": "oslo", "cid": "bern", "dan": "riga", "eve": "rome"}

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from fasc_lightning.evaluation.builtin import builtin_facts, builtin_text
-from fasc_lightning.evaluation.facts import relation_candidates
+from fasc_lightning.evaluation import relation_candidates
+from fasc_lightning.evaluation._builtin import builtin_facts, builtin_text
 
 
 def test_builtin_text_is_prose():

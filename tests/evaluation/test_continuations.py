@@ -7,7 +7,7 @@ import pytest
 import torch
 from evaluation_cases import random_model
 
-from fasc_lightning.evaluation.continuations import (
+from fasc_lightning.evaluation._continuations import (
     ContinuationTrie,
     _score_batch,
     check_finite,

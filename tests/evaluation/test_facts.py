@@ -19,14 +19,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fasc_lightning.evaluation.facts import (
+from fasc_lightning.evaluation import relation_candidates
+from fasc_lightning.evaluation._facts import (
     Fact,
     FactualRecall,
     candidate_scores,
     factual_recall,
     load_facts,
     recalled_facts,
-    relation_candidates,
 )
 
 OBJECTS = ("a", "ab", "abc", "abd", "bcd", "cc", "dab cab", "abcabd")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fasc_lightning.evaluation.grouped import GroupedPercent, grouped_percent
+from fasc_lightning.evaluation._grouped import GroupedPercent, grouped_percent
 
 SCORES = torch.tensor([1.0, 0.0, 0.5, 1.0])
 GROUPS = ["b", "a", "a", "b"]

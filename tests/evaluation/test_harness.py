@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fasc_lightning import compress, load_compressed
 from fasc_lightning.evaluation.harness import harness_model, run_harness
-from fasc_lightning.swap import is_compressed
+from fasc_lightning.layers import is_compressed
 
 ITEMS = [
     {"question": f"Is {word}?", "choices": choices}

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fasc_lightning._eval_mode import evaluating
-from fasc_lightning.evaluation.perplexity import MeanTokenLoss, perplexity, token_losses
+from fasc_lightning._utils import evaluating
+from fasc_lightning.evaluation._perplexity import MeanTokenLoss, perplexity, token_losses
 
 
 @pytest.fixture

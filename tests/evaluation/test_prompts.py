@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from evaluation_cases import random_model
 
-from fasc_lightning.evaluation.prompts import Prompt, context_length, count_shortened, fit_prompt
+from fasc_lightning.evaluation._prompts import Prompt, context_length, count_shortened, fit_prompt
 
 
 def texts(tokenizer, **options):

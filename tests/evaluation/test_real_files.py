@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fasc_lightning.data import open_text
 from fasc_lightning.evaluation import (
     load_choice_questions,
     load_facts,
@@ -15,9 +16,8 @@ from fasc_lightning.evaluation import (
     load_multilingual_facts,
     load_number_facts,
     load_short_answers,
+    relation_candidates,
 )
-from fasc_lightning.evaluation.facts import relation_candidates
-from fasc_lightning.text_files import open_text
 
 NUMBERS = {"no", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"}
 pytestmark = pytest.mark.skipif(

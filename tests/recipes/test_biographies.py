@@ -152,7 +152,7 @@ def test_questions_ask_everybodys_facts_in_held_out_words():
 
 
 def test_chance_is_about_one_in_twenty():
-    from fasc_lightning.evaluation.facts import relation_candidates
+    from fasc_lightning.evaluation import relation_candidates
 
     questions = corpus.recall_facts(corpus.make_people(100, 0))
     candidates = relation_candidates(questions)

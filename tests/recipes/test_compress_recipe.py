@@ -101,8 +101,7 @@ def test_the_report_is_what_the_contract_says(recipe, folder, capsys):
 
 
 def test_the_saved_model_computes_what_was_measured(recipe, folder):
-    from fasc_lightning.bundled import load_model
-    from fasc_lightning.data import text_windows
+    from fasc_lightning.data import load_model, text_windows
     from fasc_lightning.evaluation import perplexity
 
     report = recipe.main(arguments(folder, "--rank", "0.5", "--output", str(folder / "compressed")))
@@ -113,8 +112,7 @@ def test_the_saved_model_computes_what_was_measured(recipe, folder):
 
 @pytest.mark.parametrize("quantization", ["int8", "int8-dynamic"])
 def test_int8_is_measured_saved_and_reloaded(recipe, folder, quantization, capsys):
-    from fasc_lightning.bundled import load_model
-    from fasc_lightning.data import text_windows
+    from fasc_lightning.data import load_model, text_windows
     from fasc_lightning.evaluation import perplexity
 
     path = folder / "compressed"
@@ -190,7 +188,7 @@ def test_a_save_that_fails_does_not_cost_the_report(recipe, folder, monkeypatch)
     def fail(*args, **options):
         raise OSError("no space left")
 
-    monkeypatch.setattr("fasc_lightning._recipe.save_compressed", fail)
+    monkeypatch.setattr("fasc_lightning.cli._run.save_compressed", fail)
     with pytest.raises(OSError, match="no space left"):
         recipe.main(arguments(folder, "--output", str(folder / "out"), "--report", str(folder / "r.json")))
     assert json.loads((folder / "r.json").read_text())["perplexity"]
@@ -206,8 +204,7 @@ def test_as_a_script_with_a_config_file(folder):
 
 def test_factors_learn_nothing_new_but_lose_little(recipe, folder):
     """A model that has learned the text loses more at a smaller budget, and hardly anything at a large one."""
-    from fasc_lightning.bundled import load_model
-    from fasc_lightning.data import text_windows
+    from fasc_lightning.data import load_model, text_windows
 
     model, tokenizer = load_model(str(folder / "model"))
     windows = text_windows(TEXT, tokenizer, 16, 64)

@@ -14,11 +14,9 @@ import yaml
 from tiny import save_model_folder
 
 from fasc_lightning import load_compressed
-from fasc_lightning.bundled import load_model
-from fasc_lightning.data import text_windows
-from fasc_lightning.distillation_options import Distillation
+from fasc_lightning.data import load_model, text_windows
 from fasc_lightning.evaluation import perplexity
-from fasc_lightning.recovery import FactorRecovery, LoraRecovery
+from fasc_lightning.options import Distillation, FactorRecovery, LoraRecovery
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RECIPE = RECIPES / "compress_then_finetune.py"

@@ -12,8 +12,8 @@ import yaml
 from tiny import save_model_folder
 
 from fasc_lightning import FascCallback, load_compressed
-from fasc_lightning.recovery import FactorRecovery, LoraRecovery
-from fasc_lightning.swap import is_compressed
+from fasc_lightning.layers import is_compressed
+from fasc_lightning.options import FactorRecovery, LoraRecovery
 
 # Lightning's word on arguments that do not come from the command line, which here is pytest's.
 pytestmark = [
@@ -87,7 +87,7 @@ def test_the_example_compresses_recovers_and_saves(recipe, folder):
     ],
 )
 def test_the_command_line_changes_the_callback(recipe, folder, value, expected):
-    from fasc_lightning.recovery import as_recovery
+    from fasc_lightning.options import as_recovery
 
     options = ["--trainer.callbacks.keep", "0.6", "--trainer.callbacks.recovery", value]
     callback = callback_of(recipe.main(arguments(folder, *options)))

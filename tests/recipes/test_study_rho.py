@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny import save_model_folder
 
-from fasc_lightning.history import RhoHistory
+from fasc_lightning.dependence import RhoHistory
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "study_rho.py"
 TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. " * 60
@@ -95,8 +95,7 @@ def test_all_studies_from_one_pass(recipe, folder, capsys):
 
 
 def test_the_dense_layers_are_back_after_each_gate(recipe, folder):
-    from fasc_lightning.bundled import load_model
-    from fasc_lightning.data import text_windows
+    from fasc_lightning.data import load_model, text_windows
     from fasc_lightning.evaluation import perplexity
 
     report = recipe.main(arguments(folder, "--studies", "gate", "--thresholds", "0.2"))

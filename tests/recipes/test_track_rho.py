@@ -141,7 +141,7 @@ def test_the_saved_model_is_the_one_trained_on_facts(whole):
     saved = load_file(folder / "model" / "model.safetensors")
     trained = weights(folder, "facts")
     assert all(torch.equal(tensor, trained[f"model.{name}"]) for name, tensor in saved.items())
-    from fasc_lightning.bundled import load_model
+    from fasc_lightning.data import load_model
 
     model, tokenizer = load_model(str(folder / "model"))
     assert model.config.vocab_size == len(tokenizer)

@@ -10,9 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_moments import full_moments, random_moments
 
-from fasc_lightning.layer_moments import LayerMoments
-from fasc_lightning.solvers import available_methods, fasc, fasc_plain, get_solver, register_solver, solver_needs
-from fasc_lightning.solvers._linalg import shrink, square_root, tail_sums
+from fasc_lightning.solvers import _fasc as fasc
+from fasc_lightning.solvers import (
+    available_methods,
+    fasc_plain,
+    get_solver,
+    register_solver,
+    shrink,
+    solver_needs,
+    square_root,
+)
+from fasc_lightning.solvers._linalg import tail_sums
+from fasc_lightning.statistics import LayerMoments
 
 #: Methods whose metric is the whole second moment of the inputs.
 SEES_EVERY_TOKEN = {"fasc", "fasc-plain", "svd", "svd-llm"}

@@ -1,0 +1,204 @@
+"""One pass over batches by a Trainer that nobody asked for: the fits behind ``compress`` and ``score``."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
+from torch import nn
+from torch.utils.data import DataLoader
+
+from fasc_lightning._utils import undoing
+from fasc_lightning.batches import is_hf_dataset, token_batches
+from fasc_lightning.distributed import PlacedStrategy, check_weights, is_split
+from fasc_lightning.module import CausalLMModule
+from fasc_lightning.options import Recovery
+
+
+def run_fit(
+    model: nn.Module,
+    batches: DataLoader[Any] | Iterable[Any],
+    callback: pl.Callback,
+    progress: bool,
+    *,
+    held_out: DataLoader[Any] | Iterable[Any] | None = None,
+    recovery: Recovery | None = None,
+    seed: int = 0,
+    epochs: int = 1,
+) -> str:
+    """Fit a model with a callback, for some epochs or as a recovery asks, on the model's own device, which it keeps.
+
+    Args:
+        model: A LightningModule, or a causal language model of transformers.
+        batches: A DataLoader, or batches.
+        callback: Does the work.
+        progress: Whether to show progress bars and the callback's messages.
+        held_out: For validation.
+        recovery: Says how long and how fast a language model is trained, where it is; batches that are no DataLoader
+            are then shuffled.
+        seed: Of that order.
+        epochs: Of a fit that is no recovery.
+
+    Returns:
+        What the fit puts before the model's own names: "" or "model.".
+
+    Raises:
+        TypeError: If the model is of no kind that has a loss.
+        ValueError: If its parameters are on several devices without a ``device_map``, or nowhere.
+    """
+    module, prefix = as_lightning_module(model, recovery)
+    training: dict[str, Any] = {"max_epochs": epochs}
+    if recovery is not None:
+        training = {
+            "max_epochs": recovery.epochs,
+            "precision": recovery.precision,
+            "gradient_clip_val": 1.0 if module.automatic_optimization else None,
+        }
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    split = is_split(model)
+    check_weights(model.named_parameters())
+    where: dict[str, Any] = {"strategy": PlacedStrategy(device)} if split else {}
+    with _quiet_trainer(progress), undoing() as undo:
+        if not split:
+            undo.add(model.to, device)  # Lightning moves modules to the CPU when a fit ends
+        trainer = pl.Trainer(
+            **on_device(device),
+            **where,
+            **training,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=progress,
+            callbacks=[callback],
+        )
+        generator = None if recovery is None else torch.Generator().manual_seed(seed)
+        held = None if held_out is None else as_loader(held_out, model=module)
+        trainer.fit(module, as_loader(batches, generator, module), held)
+    return prefix
+
+
+@contextmanager
+def attached(module: pl.LightningModule, device: torch.device) -> Iterator[pl.Trainer]:
+    """Give a module a Trainer as in a fit, which its step and its hooks may ask, without a fit.
+
+    Args:
+        module: Which keeps what it has in the end.
+        device: Its own.
+    """
+    before = module._trainer
+    with _quiet_trainer(False):
+        trainer = pl.Trainer(
+            **on_device(device),
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+    trainer.state.fn = TrainerFn.FITTING
+    trainer.training = True
+    try:
+        trainer._data_connector.attach_data(module)
+        trainer.strategy._lightning_module = module
+        yield trainer
+    finally:
+        module.trainer = before
+
+
+def on_device(device: torch.device) -> dict[str, Any]:
+    """Return the options of a Trainer on one device."""
+    cuda = device.type == "cuda"
+    return {"accelerator": "gpu" if cuda else device.type, "devices": [device.index or 0] if cuda else 1}
+
+
+def as_lightning_prefix(model: nn.Module) -> str:
+    """Return what a fit puts before the model's own names."""
+    return "" if isinstance(model, pl.LightningModule) else "model."
+
+
+def as_lightning_module(model: nn.Module, recovery: Recovery | None) -> tuple[pl.LightningModule, str]:
+    """Return a module to fit, and the prefix that it puts before the model's own names.
+
+    Raises:
+        TypeError: If the model is of no kind that has a loss.
+    """
+    if isinstance(model, pl.LightningModule):
+        return model, ""
+    from transformers import PreTrainedModel
+
+    causal = isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
+    if causal and recovery is not None:
+        return CausalLMModule(model, recovery.rate, schedule="cosine"), "model."
+    if causal:
+        return CausalLMModule(model), "model."
+    raise TypeError(
+        f"Expected a LightningModule or a causal language model of transformers but got {type(model).__name__}, whose "
+        "loss is not known. Wrap it in a LightningModule with a `training_step` that returns the loss."
+    )
+
+
+def as_loader(
+    batches: DataLoader[Any] | Iterable[Any],
+    generator: torch.Generator | None = None,
+    model: nn.Module | None = None,
+) -> DataLoader[Any]:
+    """Return a loader that passes batches on; Trainer takes a plain list for several loaders.
+
+    Args:
+        batches: A loader, or batches. Those of a language model may be of any form that
+            :func:`~fasc_lightning.batches.token_batches` understands; those of others stay as they are.
+        generator: To shuffle batches with; None leaves them in order.
+        model: What they are for.
+
+    Raises:
+        TypeError: If they are one batch, or cannot be understood.
+        ValueError: If token ids are of a shape that a language model does not take.
+    """
+    if isinstance(batches, DataLoader):
+        return batches
+    if isinstance(batches, Mapping) and is_hf_dataset(batches):
+        raise TypeError(
+            f"Expected batches but got a {type(batches).__name__} of {', '.join(map(repr, batches))}. HINT: give one "
+            "of its splits."
+        )
+    if isinstance(batches, Mapping | torch.Tensor | str):
+        raise TypeError(
+            f"Expected a DataLoader or a list of batches but got one {type(batches).__name__}: write [batch]."
+        )
+    language = _language_model(model)
+    data: Any = list(batches) if language is None else token_batches(batches, language)
+    shuffled: Any = {} if generator is None else {"shuffle": True, "generator": generator}
+    return DataLoader(data, batch_size=None, **shuffled)
+
+
+def _language_model(model: nn.Module | None) -> nn.Module | None:
+    """Return the transformers model that batches go to as they are; None where a module of others takes them."""
+    if isinstance(model, CausalLMModule):
+        return model.model
+    return None if model is None or isinstance(model, pl.LightningModule) else model
+
+
+@contextmanager
+def _quiet_trainer(progress: bool) -> Iterator[None]:
+    """Hold back what a Trainer says of devices, workers and modes, which the caller did not ask about."""
+
+    def ours(record: logging.LogRecord) -> bool:
+        return progress and record.getMessage().startswith("FascCallback")
+
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    with undoing() as undo:
+        undo.add(logger.removeFilter, ours)
+        logger.addFilter(ours)
+        undo.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", PossibleUserWarning)
+        # A recovery looks at their loss all the same.
+        warnings.filterwarnings("ignore", message="You passed in a `val_dataloader` but have no `validation_step`")
+        warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec", category=FutureWarning)
+        yield

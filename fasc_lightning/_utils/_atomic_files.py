@@ -1,0 +1,107 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from fasc_lightning._utils._undo import undoing
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path``, made if needed; it becomes ``path`` when the block succeeds.
+
+    A block that fails leaves what was at ``path`` before, and no temporary file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with undoing() as undo:
+        undo.add(temporary.unlink, missing_ok=True)
+        yield temporary
+        temporary.replace(path)
+
+
+@contextmanager
+def whole_folder(path: str | Path, stale: Callable[[str], bool]) -> Iterator[Path]:
+    """Yield an empty temporary folder beside ``path``; it becomes ``path`` when the block succeeds.
+
+    What an earlier folder holds beside the new files stays in it, as it does where files are written one by one. A
+    block that fails leaves the earlier folder as it was, and no temporary one. Only between two renames is there no
+    folder at ``path``; a process killed just there leaves the earlier one beside it, its name ending in ".old".
+
+    Args:
+        path: Of the folder; a link is followed.
+        stale: Whether an entry of the earlier folder, by its name, must not stay.
+
+    Raises:
+        NotADirectoryError: If there is a file at ``path``.
+        OSError: If something cannot be written, or the folder is a mount point.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"Expected {path} to be a folder, or not to exist, but it is a file.")
+    if os.path.ismount(path):
+        raise OSError(f"Expected a folder that can be renamed but {path} is a mount point. Use a folder inside of it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unique = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    temporary, old = unique.with_suffix(".tmp"), unique.with_suffix(".old")
+    with undoing() as undo:
+        undo.add(shutil.rmtree, temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            _carry_over(path, temporary, stale)
+            shutil.copymode(path, temporary)
+            undo.add(_settle, path, temporary, old)
+            path.rename(old)
+        temporary.rename(path)
+
+
+def _settle(path: Path, temporary: Path, old: Path) -> None:
+    """Give a path back its earlier folder where the new one is not there yet, and else remove the earlier one."""
+    if not temporary.exists():
+        shutil.rmtree(old, ignore_errors=True)  # what is new is in place: an error would say otherwise
+    elif old.exists():
+        old.rename(path)
+
+
+def _carry_over(old: Path, new: Path, stale: Callable[[str], bool]) -> None:
+    """Put what is in an old folder alone into the new one too; links to files cost neither time nor space."""
+    for entry in old.iterdir():
+        target = new / entry.name
+        if target.exists() or stale(entry.name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, target, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def check_json_files(files: Iterable[Path]) -> None:
+    """Refuse JSON files that are cut short or damaged; those that do not exist are passed over.
+
+    Raises:
+        ValueError: With the file.
+    """
+    for file in files:
+        try:
+            if file.is_file():
+                json.loads(file.read_bytes())
+        except (RecursionError, ValueError) as error:
+            raise ValueError(
+                f"{file} is not valid JSON ({error}): truncated or damaged. Save or copy it again."
+            ) from error

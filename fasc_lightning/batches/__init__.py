@@ -1,0 +1,105 @@
+"""Batches: which of their tokens count, how their losses scale, and how they are kept and run again."""
+
+from fasc_lightning.batches._backwards import Backwards
+from fasc_lightning.batches._codec import UnsavableBatchError, pack_batch, tensor_names, unpack_batch
+from fasc_lightning.batches._loader_state import (
+    LOOPS_BEFORE,
+    begin_epoch,
+    check_position,
+    go_back,
+    is_stateful,
+    loops_before,
+    obstacle,
+    position,
+    restore_position,
+    train_loaders,
+)
+from fasc_lightning.batches._loss_graph import graph_alone
+from fasc_lightning.batches._replay import (
+    NoLossError,
+    Place,
+    Replay,
+    TrainingStep,
+    as_trained_on,
+    brought,
+    check_automatic,
+    on_first_process,
+    takes_iterator,
+)
+from fasc_lightning.batches._resumable_loader import ResumableLoader, restore_loaders
+from fasc_lightning.batches._scaling import (
+    LossScales,
+    LossTerms,
+    TokenMask,
+    backwards_of,
+    batch_label,
+    batch_mask,
+    calibration_rows,
+    loss_terms_of,
+    observed_rows,
+    reads_loss,
+    replayed_rows,
+)
+from fasc_lightning.batches._silence import silent
+from fasc_lightning.batches._token_batches import as_token_batch, is_hf_dataset, token_batches
+from fasc_lightning.batches._tokens import (
+    MAX_SEQUENCES,
+    MIN_SEQUENCES,
+    TokenRows,
+    count_tokens,
+    identifying_tensor,
+    sample_seeds,
+)
+from fasc_lightning.batches._untouched import untouched
+
+__all__ = [
+    "Backwards",
+    "LOOPS_BEFORE",
+    "LossScales",
+    "LossTerms",
+    "MAX_SEQUENCES",
+    "MIN_SEQUENCES",
+    "NoLossError",
+    "Place",
+    "Replay",
+    "ResumableLoader",
+    "TokenMask",
+    "TokenRows",
+    "TrainingStep",
+    "UnsavableBatchError",
+    "as_token_batch",
+    "as_trained_on",
+    "backwards_of",
+    "batch_label",
+    "batch_mask",
+    "begin_epoch",
+    "brought",
+    "calibration_rows",
+    "check_automatic",
+    "check_position",
+    "count_tokens",
+    "go_back",
+    "graph_alone",
+    "identifying_tensor",
+    "is_hf_dataset",
+    "is_stateful",
+    "loops_before",
+    "loss_terms_of",
+    "observed_rows",
+    "obstacle",
+    "on_first_process",
+    "pack_batch",
+    "position",
+    "reads_loss",
+    "replayed_rows",
+    "restore_loaders",
+    "restore_position",
+    "sample_seeds",
+    "silent",
+    "takes_iterator",
+    "tensor_names",
+    "token_batches",
+    "train_loaders",
+    "unpack_batch",
+    "untouched",
+]

@@ -1,0 +1,296 @@
+"""Where a training stands in its data and its random numbers, so that it can go on from there in another process.
+
+Lightning keeps the state of stateful loaders, but of the first process only, without the order that a sampler drew
+before Lightning dealt it out to several, as of the batch that it has fetched ahead where the loader has no length; and
+it restores the state before samplers know their epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
+from torch.utils.data import RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from fasc_lightning._utils import (
+    FLOATS,
+    INTEGERS,
+    Entry,
+    SchemaError,
+    anything,
+    boolean,
+    check_names,
+    check_rng_state,
+    integer,
+    listed,
+    mapping,
+    optional,
+    record,
+    rng_state,
+    set_rng_state,
+    undoing,
+)
+from fasc_lightning.batches._codec import UnsavableBatchError, pack_batch, tensor_names, unpack_batch
+
+
+def obstacle(trainer: pl.Trainer) -> str:
+    """Return why another process could not go on with the next batch of a fit; "" if it can."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    if progress.processed != progress.ready:
+        return "it was saved in the middle of a batch"
+    fetcher = trainer.fit_loop._data_fetcher
+    if not isinstance(fetcher, _PrefetchDataFetcher):
+        return "`training_step` takes batches from the loader's iterator by itself"
+    for loader in train_loaders(trainer):
+        name = type(loader).__name__
+        if not is_stateful(loader):
+            return f"its {name} is not stateful, as torchdata's StatefulDataLoader is"
+        # torchdata has its own, which keeps the order; an order drawn anew would repeat batches and leave others out.
+        for sampler in _samplers(loader):
+            drawn = isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler)
+            if drawn and not is_stateful(sampler):
+                return f"the {type(sampler).__name__} of its {name} is not stateful, as that of shuffle=True is"
+        own = _dealt_out(loader)
+        if own is not None and not all(type(index) is int for index in own._sampler_list):
+            return f"the {type(own._sampler).__name__} of its {name} draws what is not a number"
+    try:
+        pack_batch(list(fetcher.batches))
+    except UnsavableBatchError as error:
+        return f"its loader has no length, and the batch fetched ahead holds {error}, which a file cannot"
+    return ""
+
+
+def position(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return this process's position: its loaders' states, batches fetched ahead and random generators.
+
+    In plain data and tensors. There must be no :func:`obstacle`.
+    """
+    fetched, tensors = pack_batch(list(trainer.fit_loop._data_fetcher.batches))  # type: ignore[union-attr]
+    return {
+        "loaders": [loader.state_dict() for loader in train_loaders(trainer)],
+        "orders": [_order(loader) for loader in train_loaders(trainer)],
+        "fetched": {"batches": fetched, "tensors": tensors},
+        "rng": rng_state(),
+    }
+
+
+def check_position(state: Any, path: str) -> None:
+    """Refuse what is not a :func:`position`; what loaders keep only they can judge.
+
+    Raises:
+        SchemaError: With the entry.
+    """
+    _POSITION(state, path)
+    fetched = state["fetched"]
+    check_names(fetched["tensors"], tensor_names(fetched["batches"]))
+    if not isinstance(unpack_batch(fetched["batches"], fetched["tensors"].__getitem__), list):
+        raise SchemaError(f"Expected a list of batches at '{path}.fetched' but got something else.")
+    for order in state["orders"]:
+        if order is not None and order["generator"] is not None:
+            try:
+                torch.Generator().set_state(order["generator"])
+            except RuntimeError as error:
+                raise SchemaError(f"Expected a generator's state at '{path}.orders' but {error}.") from error
+
+
+_POSITION = record(
+    {
+        "loaders": listed(anything),
+        "orders": listed(
+            optional(
+                record(
+                    {
+                        "order": Entry((torch.int64,), ((None,),), 0),
+                        "generator": optional(Entry((torch.uint8,), ((None,),))),
+                    }
+                )
+            )
+        ),
+        "fetched": record(
+            {"batches": anything, "tensors": mapping(Entry((*FLOATS, *INTEGERS, torch.bool), finite=False))}
+        ),
+        "rng": check_rng_state,
+    }
+)
+
+
+def restore_position(trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
+    """Continue from a position, as training starts: after Lightning has made the loaders, before the first batch.
+
+    Raises:
+        ValueError: If the loaders are others, or do not take their states.
+    """
+    found, expected = len(train_loaders(trainer)), len(state["loaders"])
+    if found != expected or found != len(state["orders"]):
+        raise ValueError(
+            f"Expected {expected} loaders, whose states the checkpoint {trainer.ckpt_path} holds, but the fit has "
+            f"{found}. HINT: the same loaders, or another checkpoint."
+        )
+    loop = trainer.fit_loop
+    combined, fetcher = loop._combined_loader, loop._data_fetcher
+    assert combined is not None
+    assert isinstance(fetcher, _PrefetchDataFetcher)
+    try:
+        combined._load_state_dicts(state["loaders"])
+    except Exception as error:  # whatever a loader makes of a state that is not its own
+        raise ValueError(
+            f"Expected the loaders to take the states that the checkpoint {trainer.ckpt_path} holds of them, but they "
+            f"did not: {type(error).__name__}: {error}. HINT: the same loaders, or another checkpoint."
+        ) from error
+    with _drawn(train_loaders(trainer), state["orders"]):
+        _iterate(trainer)
+    fetched = unpack_batch(state["fetched"]["batches"], state["fetched"]["tensors"].__getitem__)
+    if fetched:
+        fetcher.batches[:0] = [tuple(item) for item in fetched]
+        fetcher.done = False
+    set_rng_state(state["rng"])
+
+
+def begin_epoch(trainer: pl.Trainer) -> None:
+    """Let a resumed training begin a new epoch if that of its checkpoint had ended; as training starts.
+
+    Lightning would go on with stateful loaders where they had nothing left, and miscount epochs, some of them empty,
+    after a checkpoint of an epoch's last batch or, with `max_steps`, of its end. What is left of an epoch after its
+    validation it runs by itself.
+    """
+    loop = trainer.fit_loop
+    epoch_loop, epochs = loop.epoch_loop, loop.epoch_progress
+    current: Any = epochs.current
+    if not (loop.is_resuming and epoch_loop.batch_progress.is_last_batch and current.started == current.processed):
+        return
+    if epoch_loop.restarted_on_train_batch_end:
+        epoch_loop.batch_progress.increment_completed()
+        epoch_loop._batches_that_stepped += 1
+    for counts in (epochs.total, epochs.current):
+        counts.ready = counts.started = counts.completed = counts.processed  # type: ignore[attr-defined]
+    for inner in (loop, epoch_loop, epoch_loop.val_loop):  # what begins is no restart
+        inner._restarting = False
+        inner.reset_restart_stage()
+    _iterate(trainer)
+
+
+def _iterate(trainer: pl.Trainer) -> None:
+    """Make new iterators of the loaders, whose samplers know the epoch."""
+    loop = trainer.fit_loop
+    epochs: Any = loop.epoch_progress.current
+    for loader in train_loaders(trainer):
+        _set_sampler_epoch(loader, epochs.processed)
+    assert loop._data_fetcher is not None
+    iter(loop._data_fetcher)
+
+
+def loops_before(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return Lightning's loops, its schedulers and what they set, and whether it is told to stop, before a batch.
+
+    That is the batch that starts now.
+
+    Loaders are left out: that batch has been taken from them. They start from the beginning then.
+    """
+    loops = trainer.fit_loop.state_dict()
+    loops["state_dict"].pop("combined_loader", None)
+    progress = loops["epoch_loop.batch_progress"]
+    progress["is_last_batch"] = False
+    for counts in (progress["total"], progress["current"]):
+        counts["ready"] = counts["completed"]
+    return {
+        "loops": loops,
+        "stopping": bool(trainer.should_stop),
+        "lr_schedulers": [c.scheduler.state_dict() for c in trainer.strategy.lr_scheduler_configs],
+        "param_groups": [
+            [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+            for optimizer in trainer.optimizers
+        ],
+    }
+
+
+_COUNT = integer(0)
+_PROGRESS = record({name: mapping(_COUNT) for name in ("total", "current")}, extra=True)
+
+#: Of what :func:`loops_before` returns. Further entries of the loops are Lightning's.
+LOOPS_BEFORE = record(
+    {
+        "loops": record(
+            {
+                "epoch_loop.batch_progress": record(
+                    {**{name: mapping(_COUNT) for name in ("total", "current")}, "is_last_batch": boolean}, extra=True
+                ),
+                "epoch_progress": _PROGRESS,
+                "epoch_loop.state_dict": mapping(anything),
+                "epoch_loop.scheduler_progress": _PROGRESS,
+                "state_dict": mapping(anything),
+            },
+            extra=True,
+        ),
+        "stopping": boolean,
+        "lr_schedulers": listed(mapping(anything, anything)),
+        "param_groups": listed(listed(mapping(anything))),
+    }
+)
+
+
+def go_back(checkpoint: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Let Lightning restore a checkpoint's training as it was :func:`loops_before` a batch, with later weights.
+
+    Args:
+        checkpoint: That Lightning has read and is going to restore its loops from.
+        before: From an earlier time of the same fit.
+    """
+    checkpoint["loops"]["fit_loop"] = before["loops"]
+    checkpoint["lr_schedulers"] = before["lr_schedulers"]
+    # Neither is strict: the checkpoint may be of other optimizers, which is for Lightning to say.
+    for state, groups in zip(checkpoint.get("optimizer_states", ()), before["param_groups"], strict=False):
+        for group, settings in zip(state["param_groups"], groups, strict=False):
+            group.update(settings)
+
+
+def _order(loader: Any) -> dict[str, Any] | None:
+    """Return the order that a loader's own sampler drew before Lightning dealt it out, and the sampler's generator."""
+    own = _dealt_out(loader)
+    if own is None:
+        return None
+    generator = getattr(own._sampler, "generator", None)
+    state = generator.get_state() if isinstance(generator, torch.Generator) else None
+    return {"order": torch.tensor(own._sampler_list), "generator": state}
+
+
+@contextmanager
+def _drawn(loaders: Sequence[Any], orders: Sequence[Mapping[str, Any] | None]) -> Iterator[None]:
+    """Let iterators that are made now have orders drawn in another process."""
+    wrappers = [(_dealt_out(loader), order) for loader, order in zip(loaders, orders, strict=True)]
+    given = [(own, order, own._sampler) for own, order in wrappers if own is not None and order is not None]
+    with undoing() as undo:
+        for own, order, sampler in given:
+            if order["generator"] is not None:
+                undo.add(sampler.generator.set_state, order["generator"])
+            undo.set(own, "_sampler", order["order"].tolist())
+        yield
+
+
+def _dealt_out(loader: Any) -> Any:
+    """Return what holds a loader's own sampler where Lightning deals it out to processes and it has an order."""
+    for sampler in _samplers(loader):
+        if isinstance(sampler, DistributedSamplerWrapper):
+            own: Any = sampler.dataset
+            return None if isinstance(own._sampler, SequentialSampler) else own
+    return None
+
+
+def _samplers(loader: Any) -> list[Any]:
+    return [getattr(holder, "sampler", None) for holder in (loader, getattr(loader, "batch_sampler", None))]
+
+
+def train_loaders(trainer: pl.Trainer) -> Sequence[Any]:
+    """Return the loaders of a fit; none before Lightning has made them."""
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else combined.flattened
+
+
+def is_stateful(value: Any) -> bool:
+    """Tell whether a loader or sampler can say where it is, and go on from there."""
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))

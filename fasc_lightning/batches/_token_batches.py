@@ -1,0 +1,162 @@
+"""Batches of a language model, in the forms that people have them in: made tensors of (samples, length), or refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fasc_lightning._utils import some_names
+
+
+def as_token_batch(batch: Any, label: str = "a batch") -> Mapping[str, Any]:
+    """Return a batch as a mapping of tensors; the batch itself if it is one.
+
+    Lists of numbers and NumPy arrays become tensors; one sequence without a dimension of samples becomes a batch of
+    one. Text and None are left out.
+
+    Args:
+        batch: As a loader made it.
+        label: Names it in messages.
+
+    Returns:
+        With "input_ids" of shape (samples, length).
+
+    Raises:
+        TypeError: If it does not hold token ids, or their meaning cannot be told.
+        ValueError: If sequences are of unequal lengths, or shapes disagree.
+    """
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise TypeError(
+            f"Expected batches that are mappings with 'input_ids' but got {type(batch).__name__}"
+            f"{f' of {some_names(map(str, batch))}' if isinstance(batch, Mapping) else ''} ({label}). {_remedy(batch)}"
+        )
+    kept = {key: value for key, value in batch.items() if key == "input_ids" or not (value is None or _is_text(value))}
+    found = {key: _as_tensor(value, key, label) for key, value in kept.items()}
+    ids = found["input_ids"]
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool or ids.is_complex():
+        what = f"{ids.dtype}" if isinstance(ids, Tensor) else f"{type(ids).__name__}"
+        raise TypeError(
+            f"Expected 'input_ids' of integers, of shape (samples, length), but got {what} ({label}). HINT: tokenise "
+            "text first, tokenizer(text, return_tensors='pt')."
+        )
+    if ids.ndim == 1 and ids.numel():
+        found = {key: _one_sample(value, len(ids)) for key, value in found.items()}
+        ids = found["input_ids"]
+    if ids.ndim != 2 or not ids.numel():
+        raise ValueError(
+            f"Expected 'input_ids' of shape (samples, length) but got {tuple(ids.shape)} ({label}). HINT: one batch "
+            "has two dimensions and at least one token."
+        )
+    for key in ("attention_mask", "labels"):
+        other = found.get(key)
+        flat = isinstance(other, Tensor) and (key == "labels" or other.ndim < 3)  # masks of four dimensions are whole
+        if other is not None and (not isinstance(other, Tensor) or (flat and other.shape != ids.shape)):
+            got = tuple(other.shape) if isinstance(other, Tensor) else f"a {type(other).__name__}"
+            raise ValueError(
+                f"Expected {key!r} of the shape of 'input_ids', {tuple(ids.shape)}, but got {got} ({label}). HINT: "
+                "labels are not shifted by the loader; the model does it."
+            )
+    same = len(found) == len(batch) and all(found[key] is batch[key] for key in found)
+    return batch if same else found
+
+
+def _remedy(batch: Any) -> str:
+    """Return what to do with a batch without token ids."""
+    if _is_text(batch) or (isinstance(batch, Mapping) and any(map(_is_text, batch.values()))):
+        return "HINT: tokenise text first, tokenizer(text, return_tensors='pt')."
+    if isinstance(batch, Mapping):
+        return "HINT: wrap the model in a LightningModule of your own, whose `training_step` takes such batches."
+    return "HINT: collate them as {'input_ids': ids}, of shape (samples, length), one mapping a batch."
+
+
+def _as_tensor(value: Any, key: str, label: str) -> Any:
+    """Return numbers as a tensor; anything else as it is."""
+    if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
+        raise TypeError(
+            f"Expected {key!r} as a tensor but got a list of {len(value)} tensors ({label}): sequences, or, as "
+            "PyTorch's default collation makes of lists, tokens? HINT: stack them; with the datasets library, "
+            "dataset.set_format('torch') before the DataLoader, or a collate_fn of transformers."
+        )
+    if not isinstance(value, np.ndarray | list | tuple) or _is_text(value):
+        return value
+    try:
+        array = np.array(value)
+    except ValueError:  # of unequal lengths
+        array = np.array(None)
+    if array.dtype == object:
+        raise ValueError(
+            f"Expected {key!r} of shape (samples, length) but got sequences of unequal lengths, or no numbers "
+            f"({label}). HINT: pad them, tokenizer.pad(..., return_tensors='pt'), or give one sequence a batch."
+        )
+    # Token files are often unsigned, for which torch has few operations.
+    return torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iu" else array)
+
+
+def _is_text(value: Any) -> bool:
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, str | bytes)
+
+
+def _one_sample(value: Any, length: int) -> Any:
+    return value[None] if isinstance(value, Tensor) and value.ndim == 1 and len(value) == length else value
+
+
+def is_hf_dataset(data: Any) -> bool:
+    """Tell whether data is a data set of the datasets library, or several by the names of their splits."""
+    return type(data).__module__.partition(".")[0] == "datasets"
+
+
+class TokenSamples(Dataset[Mapping[str, Any]]):
+    """The rows of a tokenised data set of the datasets library, each a batch of one sequence.
+
+    Args:
+        rows: The data set; whichever format is set.
+        model: Whose forward says which columns are for it.
+
+    Raises:
+        TypeError: If it holds no token ids.
+    """
+
+    def __init__(self, rows: Any, model: nn.Module) -> None:
+        taken = set(inspect.signature(model.forward).parameters) | {"labels"}
+        columns = list(rows.column_names)
+        if "input_ids" not in columns:
+            raise TypeError(
+                f"Expected a tokenised data set, with a column 'input_ids', but got one of {some_names(columns)}. "
+                "HINT: dataset.map(lambda row: tokenizer(row['text'], truncation=True))."
+            )
+        self.rows = rows.select_columns([column for column in columns if column in taken])
+        if len(self.rows):
+            self[0]  # refuses rows that cannot be read before anything runs
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return as_token_batch(self.rows[index], f"row {index}")
+
+
+def token_batches(data: Iterable[Any], model: nn.Module) -> Any:
+    """Return data as batches of a language model, each checked before anything runs.
+
+    Args:
+        data: Batches of any form, or a data set of the datasets library.
+        model: The language model.
+
+    Raises:
+        TypeError: As :func:`as_token_batch`.
+        ValueError: Likewise.
+    """
+    if is_hf_dataset(data) and hasattr(data, "select_columns") and hasattr(data, "__len__"):
+        return TokenSamples(data, model)
+    taken = set(inspect.signature(model.forward).parameters) | {"labels"}
+    if is_hf_dataset(data):  # a stream
+        data = [{key: value for key, value in row.items() if key in taken} for row in data]
+    return [as_token_batch(batch, f"batch {i}") for i, batch in enumerate(data)]

@@ -1,0 +1,465 @@
+"""Calibrations that outlive their process: what checkpoints keep of one, and how a fit goes on from it, or cannot.
+
+A checkpoint that is saved while a calibration goes on holds its statistics, summed over all processes, and where each
+process stands in its data. A fit that is resumed from it ends as it would have without the interruption. Where that
+cannot be had (a loader that is not stateful, a file that is missing, another number of processes, a fit that failed
+while it compressed), the fit goes back to where the calibration began, and says why.
+
+A checkpoint of an exception is saved as things stood when it was raised: what is to be given back to the Trainer and
+let go of then waits until Lightning tears down the plugin that saves checkpoints, which it does last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fasc_lightning._utils import (
+    NamedTensors,
+    SchemaError,
+    Undo,
+    anything,
+    boolean,
+    check,
+    check_sum,
+    checksum,
+    integer,
+    listed,
+    mapping,
+    optional,
+    record,
+    row,
+    tensor_checksums,
+    text,
+)
+from fasc_lightning.batches import (
+    LOOPS_BEFORE,
+    UnsavableBatchError,
+    begin_epoch,
+    check_position,
+    go_back,
+    is_stateful,
+    obstacle,
+    position,
+    restore_position,
+    train_loaders,
+)
+from fasc_lightning.calibration._calibration import REPLAYED, Calibration
+from fasc_lightning.calibration._fit_end import skips_backward
+from fasc_lightning.calibration._saved_state import CALIBRATION_HEADER, pack_calibration, unpack_calibration
+from fasc_lightning.calibration._schedule import CalibrationSchedule
+from fasc_lightning.calibration._sidecar import SidecarCheckpointIO, is_local, is_run, open_sidecar
+from fasc_lightning.distributed import gather_everywhere, is_distributed
+
+#: Of what a checkpoint keeps. Those of format 1 have no checksums, and are used, too; of others nothing is.
+_FORMAT = 2
+
+#: Where it is in the callback's state; and where, of a fit whose calibration has not begun, its place in the data is.
+_KEY, _PLACE = "calibration", "place"
+
+#: Bytes of an order of samples above which no place is kept: every checkpoint of a training would hold it.
+_ORDER_BYTES = 64 * 2**20
+
+#: What the checksum leaves out: the plugin that writes the file adds some of it, and the rest has checksums of its own.
+_UNSUMMED = ("checksum", "origin", "origin_checksum", "tensors", "obstacle", "run", "token")
+
+_STATE = record(
+    {
+        "format": integer(1, _FORMAT),
+        "end": row(optional(integer()), integer(), optional(integer(0))),
+        "setting": mapping(anything),  # compared with the fit's own
+        "origin": anything,  # of a schema of its own
+        "schedule": record({"stopping": boolean, "min_steps": optional(integer(0))}, {"extended": boolean}),
+        "left": boolean,
+        "obstacle": text,
+        "accumulated": boolean,
+        "tensors": mapping(anything),
+    },
+    {
+        "positions": listed(anything),
+        "header": CALIBRATION_HEADER,
+        "run": text,
+        "token": text,
+        "checksum": text,
+        "checksums": mapping(text),
+        "origin_checksum": text,
+    },
+)
+
+#: Of what a checkpoint of before the calibration keeps.
+_PLACES = record({"format": integer(1, _FORMAT), "positions": listed(anything)})
+
+
+class CalibrationKeeper:
+    """Puts a fit's calibration into its checkpoints, and takes it out of the one that the fit is resumed from.
+
+    Args:
+        key: The callback's key in checkpoints.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._io: SidecarCheckpointIO | None = None
+        self._checkpoint: dict[str, Any] | None = None  # that the fit is resumed from, while it is read
+        self._state: dict[str, Any] | None = None
+        self._place: dict[str, Any] | None = None
+        self._stopping = False  # as the fit was before the calibration to which it goes back
+        self._undo = Undo()
+        self._alone = False  # whether this process failed and others may be waiting for it
+
+    def install(self, trainer: pl.Trainer) -> None:
+        """Let the Trainer's checkpoints have sidecars."""
+        self.remove()  # of a fit that failed
+        inner = trainer.strategy.checkpoint_io
+        if isinstance(inner, SidecarCheckpointIO):  # of a fit that failed
+            inner = inner.inner
+        self._io = SidecarCheckpointIO(inner, self._find)
+        self._undo.add(_take_out, trainer, self._io)
+        trainer.strategy.checkpoint_io = self._io
+        self._checkpoint = self._state = self._place = None
+        self._stopping = self._alone = False
+
+    def remove(self) -> None:
+        """Give the Trainer its own plugin back; safe at any time."""
+        self._undo.close()
+        self._io = self._checkpoint = self._state = self._place = None
+
+    def after_exception(self, trainer: pl.Trainer, exception: BaseException, end: Callable[[], None]) -> None:
+        """Call something once other callbacks have saved their checkpoints of what went wrong.
+
+        Lightning tears nothing down after an exception but its strategy, and with that the plugin.
+        """
+        self._alone = is_distributed(trainer) and not isinstance(exception, SIGTERMException)
+        if self._alone:
+            # Lightning waits for the other processes once it has saved a checkpoint of what went wrong, and they for
+            # this one, until it ends.
+            self._undo.set(trainer.strategy, "barrier", _wait_for_nobody)
+        tears_down = not isinstance(trainer.strategy, ModelParallelStrategy)
+        if tears_down and self._io is not None and trainer.strategy.checkpoint_io is self._io:
+            self._io.ending.add(end)
+        else:
+            end()
+
+    def clean(self, trainer: pl.Trainer) -> None:
+        """Remove the sidecars where the fit saves checkpoints: it has ended, and others may be in use elsewhere."""
+        if self._io is not None and trainer.is_global_zero:
+            folders = [getattr(c, "dirpath", None) for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
+            self._io.clean(Path(folder) for folder in folders if folder is not None and is_local(folder))
+
+    # Saving.
+
+    def save(
+        self, trainer: pl.Trainer, calibration: Calibration, schedule: CalibrationSchedule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put a calibration that has begun into a checkpoint; on all processes together unless one of them failed."""
+        calibration.settle(trainer)
+        left = _batches_are_left(trainer)
+        if calibration.passes > 1:
+            hindered = "a calibration of several passes is not kept, and starts again from the first"
+        elif calibration.spent:
+            hindered = "the fit failed while it compressed the model"
+        elif self._alone:
+            hindered = "it was saved when a process of several failed"
+        else:
+            hindered = _of_any(trainer, obstacle(trainer) if left else "")
+        state: dict[str, Any] = {
+            "format": _FORMAT,
+            "end": _end(trainer, schedule),
+            "setting": calibration.setting(trainer),
+            "origin": calibration.origin,
+            "schedule": schedule.state_dict(trainer),
+            "left": left,
+            "obstacle": hindered,
+            "accumulated": (
+                calibration.options.update_weights
+                and left
+                and not skips_backward(trainer)
+                and trainer.fit_loop._should_accumulate()
+            ),
+            "tensors": {},
+        }
+        if not hindered:
+            state["positions"] = gather_everywhere(trainer, position(trainer)) if left else []
+            try:
+                state["tensors"], state["header"] = pack_calibration(trainer, calibration)
+            except UnsavableBatchError as error:
+                state["obstacle"] = f"its batches, which are to be replayed, hold {error}, which a file cannot"
+        state["checksums"] = tensor_checksums(state["tensors"])
+        state["origin_checksum"] = checksum(state["origin"])
+        state["checksum"] = _checksum(state)
+        checkpoint["callbacks"].setdefault(self._key, {})[_KEY] = state
+
+    def save_place(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Put where every process stands in its data into a checkpoint of before the calibration; on all together.
+
+        Without it Lightning goes on with an order drawn anew, of which it gives every process the first one's place:
+        some samples would be trained on and calibrated twice, and others not at all.
+        """
+        if self._alone or not _batches_are_left(trainer) or _of_any(trainer, obstacle(trainer)):
+            return
+        place = position(trainer)
+        sizes = [order["order"].nbytes for order in place["orders"] if order is not None]
+        if not _of_any(trainer, "too large" if sum(sizes) > _ORDER_BYTES else ""):
+            state = {"format": _FORMAT, "positions": gather_everywhere(trainer, place)}
+            checkpoint["callbacks"].setdefault(self._key, {})[_PLACE] = state
+
+    def _find(self, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+        return checkpoint.get("callbacks", {}).get(self._key, {}).get(_KEY)
+
+    # Resuming.
+
+    def load(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Take a calibration out of a checkpoint, before Lightning copies what it hands to callbacks.
+
+        Args:
+            trainer: That has read it.
+            checkpoint: What was read.
+
+        Raises:
+            ValueError: If the callbacks' states are not mappings, or a place in the data is damaged.
+        """
+        callbacks: Any = checkpoint.get("callbacks")
+        check(callbacks, mapping(anything, anything), f"The entry 'callbacks' of {trainer.ckpt_path}")
+        own = callbacks.get(self._key, {})
+        check(own, mapping(anything), f"The state of {self._key} in {trainer.ckpt_path}")
+        place = own.pop(_PLACE, None)
+        if self._io is not None and place is not None:
+            check(place, _PLACES, f"The place in the data that {trainer.ckpt_path} holds")
+            self._place = place
+        if _KEY not in own:
+            return
+        state = own.pop(_KEY)
+        if self._io is not None:  # in a fit
+            self._checkpoint, self._state = checkpoint, state
+            if isinstance(state, dict) and is_run(state.get("run")):  # sharded checkpoints are not written by plugins
+                self._io.run = state["run"]
+
+    def resume(self, trainer: pl.Trainer, calibration: Calibration, schedule: CalibrationSchedule) -> None:
+        """Give a new calibration the statistics of the checkpoint; before Lightning restores its loops.
+
+        If they cannot be had, the loops will be where the calibration began, whose statistics then start from nothing.
+
+        Raises:
+            ValueError: If the checkpoint is damaged or was edited, so that the calibration can neither go on nor start
+                again.
+        """
+        state, checkpoint = self._state, self._checkpoint
+        self._checkpoint = None
+        if checkpoint is None:
+            return
+        where = f"The calibration in the checkpoint {trainer.ckpt_path}"
+        if not isinstance(state, dict):
+            self._state = None
+            found = "null" if state is None else f"a {type(state).__name__}"
+            rank_zero_warn(
+                f"FascCallback: {trainer.ckpt_path} holds {found} in place of a calibration, so that none of its "
+                "statistics are used and the calibration starts again with what is left of it. Was the file edited? "
+                "HINT: resume from a checkpoint of before the calibration."
+            )
+            return
+        damage, altered = _damage(state), _alteration(state)
+        if not (damage or altered) and list(state["end"]) != _end(trainer, schedule):
+            self._state = None
+            rank_zero_info(
+                "FascCallback: the statistics of the checkpoint are not used, since the fit now ends at another time "
+                f"({_described(_end(trainer, schedule))}; it was {_described(state['end'])})."
+            )
+            return
+        if lost := _damage_of_origin(state):
+            raise ValueError(
+                f"{where} cannot be used{f': {damage or altered}' if damage or altered else ''}. It cannot start again "
+                f"either, since where it began is damaged or was edited: {lost} HINT: resume from another checkpoint."
+            )
+        if not (damage or altered):
+            schedule.prepare(trainer, state["schedule"])
+        # Another setting, and what is not of its kind, explain more than a checksum.
+        reason = _of_any(trainer, damage or self._unusable(trainer, calibration, state))
+        reason = reason or _of_any(trainer, self._read(trainer, calibration, state, altered))
+        if reason:
+            self._state = None
+            self._go_back(trainer, calibration, checkpoint, state, reason)
+            return
+        calibration.origin = state["origin"]
+        rank_zero_info(f"FascCallback: the calibration goes on after {calibration.batches} batches.")
+        if state["accumulated"]:
+            rank_zero_warn(
+                "FascCallback: the checkpoint was saved while gradients were accumulated, which none holds, so "
+                "that the next optimizer step lacks those of some batches. The statistics are whole. HINT: "
+                "ModelCheckpoint(every_n_train_steps=...) saves right after a step."
+            )
+
+    def start(self, trainer: pl.Trainer, schedule: CalibrationSchedule) -> None:
+        """Go on where the checkpoint was saved, once the schedule and Lightning's loops have started."""
+        state, self._state = self._state, None
+        if state is not None and state["left"]:
+            restore_position(trainer, state["positions"][trainer.global_rank])
+        place, self._place = self._place, None
+        if place is not None and not _of_any(trainer, _elsewhere(trainer, place["positions"])):
+            restore_position(trainer, place["positions"][trainer.global_rank])
+        begin_epoch(trainer)
+        if state is not None:
+            schedule.load_state_dict(trainer, state["schedule"])
+        elif self._stopping:
+            trainer.should_stop = True
+        elif trainer.ckpt_path is not None and (missed := schedule.missed(trainer)):
+            rank_zero_warn(
+                f"FascCallback: the calibration starts again with what is left of it, since the checkpoint holds no "
+                f"statistics of its first {missed} {'batches' if schedule.calibration_steps is None else 'steps'}. "
+                "HINT: resume from a checkpoint of before the calibration."
+            )
+
+    @staticmethod
+    def _unusable(trainer: pl.Trainer, calibration: Calibration, state: Mapping[str, Any]) -> str:
+        """Return why the statistics of a checkpoint are not to be had, or not this fit's; "" if nothing hinders."""
+        was, now = state["setting"], calibration.setting(trainer)
+        # Batches that were kept do no harm where nothing replays them.
+        changed = [name for name in now if was.get(name) != now[name] and not (name == REPLAYED and was.get(name))]
+        return state["obstacle"] or next((_change(name, was.get(name), now[name]) for name in changed), "")
+
+    @staticmethod
+    def _read(trainer: pl.Trainer, calibration: Calibration, state: dict[str, Any], altered: str) -> str:
+        """Read the statistics, unless they are known to be altered; return why not, "" if they were read."""
+        tensors: dict[str, Tensor] = state.pop("tensors")
+        path = Path(str(trainer.ckpt_path))
+        beside = "token" in state and trainer.is_global_zero
+        try:
+            record({"header": anything}, extra=True)(state, "")
+            if state["left"]:
+                listed(anything, trainer.world_size)(state.get("positions"), "positions")
+                check_position(state["positions"][trainer.global_rank], f"positions[{trainer.global_rank}]")
+            if altered:
+                return altered
+            checksums = state.get("checksums")
+            with open_sidecar(state["token"], path) if beside else nullcontext() as handle:
+                where = str(path)
+                named = NamedTensors.of(tensors, where) if handle is None else NamedTensors.in_file(handle, where)
+                unpack_calibration(trainer, calibration, state["header"], named, checksums)
+        except (OSError, ValueError, SafetensorError) as error:
+            return f"its statistics cannot be read: {error}"
+        return ""
+
+    def _go_back(
+        self,
+        trainer: pl.Trainer,
+        calibration: Calibration,
+        checkpoint: dict[str, Any],
+        state: Mapping[str, Any],
+        reason: str,
+    ) -> None:
+        """Let Lightning restore its loops as they were before the first batch of the calibration."""
+        calibration.reset()
+        go_back(checkpoint, state["origin"])
+        self._stopping = state["origin"]["stopping"]
+        twice, reason = "", reason.rstrip(".")
+        if calibration.options.update_weights:
+            twice = " The weights are trained on those batches once more, since update_weights=True."
+        rank_zero_warn(
+            f"FascCallback: the calibration starts again from its first batch and not where the checkpoint was saved. "
+            f"Reason: {reason}.{twice} HINT: a stateful loader and the same options, processes and files let it go on."
+        )
+
+
+def _take_out(trainer: pl.Trainer, io: SidecarCheckpointIO) -> None:
+    if trainer.strategy.checkpoint_io is io:
+        trainer.strategy.checkpoint_io = io.inner
+
+
+def _checksum(state: Mapping[str, Any]) -> str:
+    return checksum({key: value for key, value in state.items() if key not in _UNSUMMED})
+
+
+def _damage(state: Mapping[str, Any]) -> str:
+    """Return what is wrong with a calibration that was read; "" if nothing is. Its tensors are looked at later."""
+    found = state.get("format")
+    if type(found) is not int or not 1 <= found <= _FORMAT:
+        return f"its format is {found!r:.40}, of which this version knows nothing"
+    try:
+        _STATE(state, "")
+        if found > 1:
+            record(dict.fromkeys(("checksum", "checksums", "origin_checksum"), anything), extra=True)(state, "")
+    except SchemaError as error:
+        return f"the checkpoint is damaged or was edited. {error}"
+    return ""
+
+
+def _alteration(state: Mapping[str, Any]) -> str:
+    """Return how the checksum of a calibration tells that it was altered; "" if it does not, or there is none."""
+    try:
+        if "checksum" in state:
+            check_sum(_checksum(state), state["checksum"], "a calibration")
+    except SchemaError as error:
+        return f"the checkpoint is damaged or was edited. {error}"
+    return ""
+
+
+def _damage_of_origin(state: Mapping[str, Any]) -> str:
+    """Return what is wrong with where a calibration began; "" if it can start again from there."""
+    try:
+        LOOPS_BEFORE(state.get("origin"), "origin")
+        if "origin_checksum" in state:
+            check_sum(checksum(state["origin"]), state["origin_checksum"], "'origin'")
+    except SchemaError as error:
+        return str(error)
+    return ""
+
+
+def _wait_for_nobody(*args: Any, **kwargs: Any) -> None:
+    """Stand in for ``Strategy.barrier``."""
+    del args, kwargs
+
+
+def _of_any(trainer: pl.Trainer, reason: str) -> str:
+    """Return the reason of the first process that has one, the same on every process; "" if none has."""
+    return next(filter(None, gather_everywhere(trainer, reason)), "")
+
+
+def _elsewhere(trainer: pl.Trainer, positions: list[Any]) -> str:
+    """Return why a fit cannot go on from the places of an earlier one; "" if it can."""
+    if len(positions) != trainer.world_size:
+        return "another number of processes"
+    loaders = train_loaders(trainer)
+    if len(loaders) != len(positions[0]["loaders"]) or not all(is_stateful(loader) for loader in loaders):
+        return "other loaders"
+    return obstacle(trainer)
+
+
+def _batches_are_left(trainer: pl.Trainer) -> bool:
+    """Tell whether the fit has another batch to run."""
+    loop = trainer.fit_loop
+    if 0 <= trainer.max_steps <= trainer.global_step or (trainer.should_stop and loop._can_stop_early):
+        return False
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        return True
+    epochs: Any = loop.epoch_progress.current
+    batches: Any = loop.epoch_loop.batch_progress.current
+    ended = loop.epoch_loop.batch_progress.is_last_batch and batches.processed == batches.ready
+    # An epoch counts as processed before the hooks at its end, where most checkpoints are saved.
+    done = epochs.processed + int(ended and epochs.started > epochs.processed)
+    return done < trainer.max_epochs
+
+
+def _end(trainer: pl.Trainer, schedule: CalibrationSchedule) -> list[Any]:
+    """Return what decides when the calibration takes place."""
+    return [schedule.end.max_epochs, trainer.max_steps, schedule.calibration_steps]
+
+
+def _described(end: list[Any]) -> str:
+    names = ("max_epochs", "max_steps", "calibration_steps")
+    return ", ".join(f"{name}={value}" for name, value in zip(names, end, strict=True))
+
+
+def _change(name: str, was: Any, now: Any) -> str:
+    if isinstance(was, dict) and isinstance(now, dict):  # of layers, of which there may be hundreds
+        key = next(key for key in [*was, *now] if was.get(key) != now.get(key))
+        name, was, now = f"{name}: {key!r}", was.get(key, "not there"), now.get(key, "not there")
+    return f"{name} was {was} and is {now} now"

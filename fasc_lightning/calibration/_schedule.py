@@ -1,0 +1,198 @@
+"""When calibration begins, given how the fit is going to end."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from fasc_lightning._utils import Undo
+from fasc_lightning.calibration._fit_end import FitEnd, averages_epochs, batches_done, skips_backward, steps_per_batch
+
+
+class CalibrationSchedule:
+    """Decides at each batch whether the calibration phase has begun.
+
+    Without ``calibration_steps`` it is the last epoch of ``max_epochs``. With them it is the last so many optimizer
+    steps; where something may end the fit at any moment (EarlyStopping, ``max_time``, ``trainer.should_stop``), the end
+    is put off until the calibration steps have been taken, through the Trainer's own ``min_steps``.
+
+    Where the loader does not say how many batches it has, or fewer come than it says, an epoch that ended tells. In a
+    last epoch of which nothing is known the calibration begins at once; one that freezes the weights would then leave
+    no step to the training, and waits for the end. A fit whose last epoch ends before the calibration has begun goes
+    on for ``calibration_steps`` more, in one epoch more.
+
+    Args:
+        calibration_steps: Optimizer steps to calibrate on (batches, with manual optimisation), or None.
+        passes: How many of the last epochs serve, where no steps are given.
+        freezes: Whether the weights stand still in a calibration.
+    """
+
+    def __init__(self, calibration_steps: int | None = None, passes: int = 1, freezes: bool = False) -> None:
+        self.calibration_steps = calibration_steps
+        self.passes = passes
+        self.begun = False
+        self.end = FitEnd()
+        self._freezes = freezes
+        self._holding = False
+        self._extended = False
+        self._skipped = False
+        self._user_min_steps: int | None = None
+        self._undo = Undo()
+
+    def set_up(self, trainer: pl.Trainer) -> None:
+        """Read the Trainer's own end, before any callback changes it."""
+        self.end.set_up(trainer)
+        self.begun = self._skipped = self._extended = False
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """Refuse a fit whose end is not known, unless ``calibration_steps`` says how long to calibrate.
+
+        Raises:
+            MisconfigurationException: With the option that is missing.
+        """
+        if self.calibration_steps is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        reason = None
+        if trainer.max_steps != -1:
+            reason = f"max_steps={trainer.max_steps}"
+        elif any(isinstance(c, Timer) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            reason = "max_time"
+        elif any(isinstance(c, EarlyStopping) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            reason = "an EarlyStopping callback"
+        elif trainer.max_epochs == -1:
+            reason = "max_epochs=-1"
+        if reason:
+            raise MisconfigurationException(
+                f"Expected `calibration_steps` with {reason}, since the last epoch is not known in advance. HINT: "
+                "FascCallback(..., calibration_steps=64) calibrates on the last 64 steps; with `max_epochs` alone the "
+                "last epoch serves."
+            )
+
+    def start(self, trainer: pl.Trainer) -> None:
+        """Look at how the fit will end; at the start of training."""
+        self.begun = False
+        if self.calibration_steps is None:
+            return
+        self.end.start(trainer)
+        self._holding = True
+        self._user_min_steps = trainer.fit_loop.min_steps
+        self._undo.set(trainer.fit_loop.epoch_loop, "min_steps", sys.maxsize)
+
+    def is_whole_fit(self, trainer: pl.Trainer) -> bool:
+        """Tell whether the fit is nothing but calibration: one epoch, or one a pass."""
+        alone = self.calibration_steps is None and self._in_last_epoch(trainer)
+        return alone and trainer.max_epochs == self.end.training_epochs(trainer)
+
+    def begins(self, trainer: pl.Trainer) -> bool:
+        """Tell whether the batch that is about to run belongs to the calibration."""
+        if skips_backward(trainer) or self.end.epochs_left(trainer) <= 0:
+            self._skipped = True
+            return False
+        if self.begun:
+            return True
+        if self.calibration_steps is None:
+            self.begun = self._in_last_epoch(trainer)
+        elif (
+            self._extended
+            or self.end.steps_left(trainer, self.calibration_steps) <= self.calibration_steps
+            or (trainer.should_stop and self._may_stop(trainer))
+        ):
+            self.begun = True
+        elif not self.end.is_length_known(trainer) and self.end.epochs_left(trainer) == 1:
+            self.begun = not self._freezes or averages_epochs(trainer)
+        if self.begun and self._holding:
+            self._hold_for_calibration(trainer)
+        return self.begun
+
+    def end_epoch(self, trainer: pl.Trainer) -> None:
+        """Learn from an epoch, and let a fit go on that would end before its calibration has begun."""
+        if self.calibration_steps is None or self.begun:
+            return
+        self.end.end_epoch(trainer)
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        is_last = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs.processed
+        # What a callback does with its epochs is not for more steps to spoil.
+        if not is_last or self._extended or self._skipped or averages_epochs(trainer):
+            return
+        rank_zero_info(
+            "FascCallback: the last epoch ended before the calibration had begun, since its loader gave fewer batches "
+            f"than were to be expected. The fit goes on for {self.calibration_steps} more steps."
+        )
+        self._extend(trainer)
+        trainer.should_stop = True
+
+    def end_unmet(self) -> str:
+        """Return why a fit ended without a calibration, and the remedy."""
+        if self._skipped:
+            return (
+                "a callback let its last batches run without backward passes (as averaging of weights does for batch "
+                "norm). HINT: compress() the trained model."
+            )
+        if self.calibration_steps is not None:
+            return (
+                "the Trainer had finished before, or the loader gave no more batches. HINT: a loader that can be gone "
+                "through again; or compress() the trained model."
+            )
+        return (
+            "is the dataloader empty, or had the Trainer finished before, or was it stopped early (then give "
+            "`calibration_steps`)?"
+        )
+
+    def state_dict(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Return what a calibration that has begun needs to end where it would have, in another process."""
+        return {
+            "stopping": bool(trainer.should_stop),
+            "min_steps": trainer.fit_loop.epoch_loop.min_steps,
+            "extended": self._extended,
+        }
+
+    def prepare(self, trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
+        """Let a Trainer go into the epoch that was added, before it finds that it has none left."""
+        if state.get("extended"):
+            self._extend(trainer)
+
+    def load_state_dict(self, trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
+        """Go on with a calibration, after :meth:`start`."""
+        self.begun = True
+        trainer.should_stop = trainer.should_stop or state["stopping"]
+        if self._holding:
+            trainer.fit_loop.epoch_loop.min_steps = state["min_steps"]
+
+    def missed(self, trainer: pl.Trainer) -> int:
+        """Return how many steps (batches, of a last epoch) the calibration has missed as a resumed training starts."""
+        if self.calibration_steps is not None:
+            left = self.end.steps_left(trainer, self.calibration_steps)
+            return int(max(0, self.calibration_steps - left))
+        return batches_done(trainer) if self._in_last_epoch(trainer) else 0
+
+    def stop(self) -> None:
+        """Give the Trainer its own limits back; safe to call at any time."""
+        self._undo.close()
+        self._holding = self._extended = False
+
+    def _extend(self, trainer: pl.Trainer) -> None:
+        assert trainer.max_epochs is not None
+        self._undo.set(trainer.fit_loop, "max_epochs", trainer.max_epochs + 1)
+        self._extended = True
+
+    def _hold_for_calibration(self, trainer: pl.Trainer) -> None:
+        """Let the fit be stopped once the calibration has had its steps."""
+        assert self.calibration_steps is not None
+        steps = math.ceil(self.calibration_steps * steps_per_batch(trainer))
+        least = 0 if self._extended else self._user_min_steps or 0
+        trainer.fit_loop.epoch_loop.min_steps = max(least, trainer.global_step + steps)
+
+    def _may_stop(self, trainer: pl.Trainer) -> bool:
+        """Tell whether the user's own minimum has been met."""
+        epochs_met = trainer.current_epoch >= (trainer.min_epochs or 0)
+        return epochs_met and trainer.global_step >= (self._user_min_steps or 0)
+
+    def _in_last_epoch(self, trainer: pl.Trainer) -> bool:
+        return 0 < self.end.epochs_left(trainer) <= self.passes

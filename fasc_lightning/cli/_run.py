@@ -1,0 +1,104 @@
+"""What the recipes do alike: read what their options name, save the model, say what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fasc_lightning._utils import write_json
+from fasc_lightning.data import SMOLLM2, SMOLLM2_LICENCE, SMOLLM2_SOURCE, calibration_windows
+from fasc_lightning.evaluation import Questions
+from fasc_lightning.models import save_compressed
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: For processes that train or run compressed models in bfloat16 on a CPU, before their first product: every layer has
+#: ranks of its own, and a step takes more kernels than the 1,024 that oneDNN caches, which would compile each of them
+#: whenever it comes up.
+KERNEL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384"}
+
+#: What a model is measured as, in this order.
+STATES = ("dense", "compressed", "recovered")
+
+
+def questions_of(options: Namespace, tokenizer: PreTrainedTokenizerBase) -> Questions:
+    """Return what the options of a recipe ask a model."""
+    return Questions.load(
+        options.eval_text,
+        options.eval_facts,
+        tokenizer,
+        windows=options.eval_windows,
+        window=options.window,
+        seed=options.seed,
+    )
+
+
+def calibration_of(options: Namespace, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tensor:
+    """Return the calibration windows of a recipe's options, (windows, window)."""
+    return calibration_windows(
+        options.calibration,
+        tokenizer,
+        windows=options.windows,
+        window=options.window,
+        seed=options.seed,
+        model=model,
+    )
+
+
+def save_results(options: Namespace, model: Any, tokenizer: Any, content: dict[str, Any]) -> str:
+    """Write what --output and --report ask for: the compressed model with its tokenizer and card, and the report.
+
+    Args:
+        options: Of the recipe.
+        model: What to save.
+        tokenizer: Of the model.
+        content: The report, which learns the bytes of the weights' files.
+
+    Returns:
+        What was saved, for people.
+    """
+    saved = "No model was saved: --output names a folder for it."
+    bundled = options.model == SMOLLM2
+    try:
+        if options.output:
+            save_compressed(
+                model,
+                options.output,
+                report=content,
+                tokenizer=tokenizer,
+                base_model=SMOLLM2_SOURCE if bundled else options.model,
+                licence=options.licence or (SMOLLM2_LICENCE if bundled else None),
+            )
+            content["saved_bytes"] = sum(file.stat().st_size for file in Path(options.output).glob("*.safetensors"))
+            saved = f"Saved to {options.output}: {content['saved_bytes'] / 1e6:.1f} MB of weights"
+    finally:  # a full disk must not cost the figures as well
+        if options.report:
+            write_json(content, options.report)
+    return saved
+
+
+def measurement_lines(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a report says of perplexity, facts and time, state by state, a line each."""
+    for name, values in content["perplexity"].items():
+        yield perplexity_line(name, values)
+    if facts := content["facts"]:
+        states = [state for state in STATES if state in facts]
+        yield f"facts recalled: {_percentages(facts, states)} of {facts['count']} (chance {facts['chance']:.1f} %)"
+        for kind, values in facts["by_kind"].items():
+            yield f"  {kind}: {_percentages(values, states)} of {values['count']}"
+    yield "seconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in content["seconds"].items())
+
+
+def perplexity_line(name: str, values: Mapping[str, float]) -> str:
+    """Return the perplexity of a text by state, and in times that of the first state."""
+    first, *others = values.values()
+    times = ", ".join(f"{value / first:.2f}" for value in others)
+    return f"perplexity of {name}: " + " -> ".join(f"{value:.2f}" for value in values.values()) + f" ({times} times)"
+
+
+def _percentages(values: Mapping[str, float], states: list[str]) -> str:
+    return " -> ".join(f"{values[state]:.1f} %" for state in states)

@@ -1,0 +1,65 @@
+"""Factorise layers, spend a budget over them, build the compressed ones, and report."""
+
+from fasc_lightning.compression._allocation import Candidate, allocate_fisher, allocate_uniform, least_cost
+from fasc_lightning.compression._budget import (
+    check_budget_fits,
+    check_rank_fits,
+    layer_budgets,
+    layers_dtype,
+    layout_cost,
+)
+from fasc_lightning.compression._build import CompressionResult, build_layers, compress_layers, same_everywhere
+from fasc_lightning.compression._disk_factors import spilled
+from fasc_lightning.compression._expert_report import expert_table
+from fasc_lightning.compression._factorize import FactorizedLayers, Unit, factorize_layers
+from fasc_lightning.compression._gate import (
+    choose_methods,
+    excluded_layers,
+    failure_flags,
+    gate_scores,
+    statistics_needed,
+)
+from fasc_lightning.compression._layer_report import LayerReport
+from fasc_lightning.compression._loss_correction import measure_losses, spread
+from fasc_lightning.compression._objective import fisher_losses, fisher_metric
+from fasc_lightning.compression._report import CompressionReport, log_report
+from fasc_lightning.compression._report_schema import check_callback_state, check_recovery_state, sealed
+from fasc_lightning.compression._summary import outcome, recovery_line
+
+__all__ = [
+    "Candidate",
+    "CompressionReport",
+    "CompressionResult",
+    "FactorizedLayers",
+    "LayerReport",
+    "Unit",
+    "allocate_fisher",
+    "allocate_uniform",
+    "build_layers",
+    "check_budget_fits",
+    "check_callback_state",
+    "check_rank_fits",
+    "check_recovery_state",
+    "choose_methods",
+    "compress_layers",
+    "excluded_layers",
+    "expert_table",
+    "factorize_layers",
+    "failure_flags",
+    "fisher_losses",
+    "fisher_metric",
+    "gate_scores",
+    "layer_budgets",
+    "layers_dtype",
+    "layout_cost",
+    "least_cost",
+    "log_report",
+    "measure_losses",
+    "outcome",
+    "recovery_line",
+    "same_everywhere",
+    "sealed",
+    "spilled",
+    "spread",
+    "statistics_needed",
+]

@@ -1,0 +1,101 @@
+"""The parameters that a compression may keep, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import nn
+
+from fasc_lightning.compression._allocation import Cost, least_cost
+from fasc_lightning.layers import (
+    ExpertLinear,
+    Layout,
+    auto_cost,
+    factors_cost,
+    linear_shape,
+    linear_weight,
+    pivot_cost,
+    rank_budget,
+    resolve_rank,
+)
+
+
+def layer_budgets(layers: dict[str, nn.Module], rank: float | None, keep: float | None) -> dict[str, int]:
+    """Return how many weights each layer may keep under a uniform treatment; their sum is the whole budget.
+
+    ``rank`` spends the degrees of freedom of uniform rank-k matrices, k (m + n - k). ``keep`` is a fraction of the
+    layers' parameters; biases are kept whole and count, so that the total holds whether they are counted or not.
+
+    Args:
+        layers: The targeted layers.
+        rank: Fraction of full rank (float) or absolute rank (int), or None.
+        keep: Fraction of parameters, or None.
+    """
+    budgets = {}
+    for name, module in layers.items():
+        m, n = linear_shape(module)
+        if keep is None:
+            assert rank is not None
+            budgets[name] = rank_budget(m, n, resolve_rank(m, n, rank))
+        else:
+            bias = m if getattr(module, "bias", None) is not None else 0
+            budgets[name] = math.floor(keep * (m * n + bias)) - bias
+    return budgets
+
+
+def check_budget_fits(
+    layers: dict[str, nn.Module],
+    rank: float | None,
+    keep: float | None,
+    allocation: str,
+    layout: Layout,
+    align: int = 1,
+) -> None:
+    """Refuse a budget that does not hold the lowest rank in every layer.
+
+    Raises:
+        ValueError: With the least budget that would do.
+    """
+    cost, budgets = layout_cost(layout, layers_dtype(layers)), layer_budgets(layers, rank, keep)
+    least = {name: least_cost(*linear_shape(module), cost, align) for name, module in layers.items()}
+    short = [name for name in layers if budgets[name] < least[name]]
+    if (allocation == "uniform" and short) or sum(budgets.values()) < sum(least.values()):
+        raise ValueError(
+            f"Expected a budget of at least {sum(least.values()):,} parameters (rank {align} in each of {len(layers)} "
+            f"layers) but {f'{rank=}' if keep is None else f'{keep=}'} gives {sum(budgets.values()):,}"
+            f"{f' and {short[0]!r} too few' if short else ''}. Raise it{'' if align == 1 else ', lower `align`'}, or "
+            "exclude small layers."
+        )
+
+
+def layout_cost(layout: Layout, dtype: torch.dtype = torch.float32) -> Cost:
+    """Return the number of parameters a layout needs, as a function of (m, n, k)."""
+    if layout == "auto":
+        return partial(auto_cost, dtype=dtype)
+    return factors_cost if layout == "factors" else pivot_cost
+
+
+def layers_dtype(layers: Mapping[str, nn.Module]) -> torch.dtype:
+    """Return the dtype that the layers have in common; float32 if they have none."""
+    found = {
+        module.dtype if isinstance(module, ExpertLinear) else linear_weight(module).dtype for module in layers.values()
+    }
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def check_rank_fits(shapes: Mapping[str, tuple[int, int]], rank: float | None) -> None:
+    """Refuse an absolute rank that some layer cannot have.
+
+    Raises:
+        ValueError: With the layers.
+    """
+    if isinstance(rank, int):
+        small = [f"{name} {shape}" for name, shape in shapes.items() if min(shape) < rank]
+        if small:
+            raise ValueError(
+                f"Expected `rank` to be at most min(m, n) of every layer but rank={rank} is larger than "
+                f"{len(small)} of {len(shapes)} (for example {small[0]}). Lower it, give a fraction, or exclude them."
+            )

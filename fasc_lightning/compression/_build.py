@@ -1,0 +1,324 @@
+"""From layers and moments to low-rank modules under one budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from fasc_lightning._utils import Progress
+from fasc_lightning.compression._allocation import Candidate, Cost, allocate_fisher, allocate_uniform, least_cost
+from fasc_lightning.compression._budget import layer_budgets, layers_dtype, layout_cost
+from fasc_lightning.compression._factorize import FactorizedLayers, Unit, factorize_layers
+from fasc_lightning.compression._loss_correction import Measure, correction
+from fasc_lightning.distributed import is_distributed, whole
+from fasc_lightning.layers import (
+    CompressedLinear,
+    Layout,
+    auto_layout,
+    linear_shape,
+    linear_weight,
+    make_lowrank,
+    trains_weight,
+)
+from fasc_lightning.solvers import Factorization
+from fasc_lightning.statistics import CalibrationMoments, SketchFigures
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer.
+
+    Attributes:
+        name: Dotted name in the module.
+        shape: (m, n) = (outputs, inputs).
+        rank: Rank kept; min(m, n) if the layer stays dense.
+        layout: "pivot", "factors" or "dense".
+        tokens: Tokens behind its statistics.
+        loss: What the solver's objective says is lost; 0 for a dense layer. Where solvers are mixed, or the unit is
+            "fisher", J of the Fisher metric whatever the solver.
+        method: The solver that served it, or would have if it stays dense.
+        sketches: Of its sketched sides (``sketch_figures``); empty for exact moments.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    layout: str
+    tokens: int
+    loss: float
+    method: str
+    sketches: dict[str, SketchFigures] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """Replacements for the layers that do not stay dense, and the plan of all of them."""
+
+    replacements: dict[str, nn.Module]
+    layers: list[LayerPlan]
+
+
+def compress_layers(
+    layers: dict[str, nn.Module],
+    moments: CalibrationMoments,
+    *,
+    rank: float | None = None,
+    keep: float | None = None,
+    method: str = "fasc",
+    allocation: str = "fisher",
+    layout: Layout = "auto",
+    align: int = 1,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    methods: Mapping[str, str] | None = None,
+    consume: bool = True,
+    unit: Unit = "own",
+    measure: Measure | None = None,
+    known: MutableMapping[str, Factorization] | None = None,
+) -> CompressionResult:
+    """Factorise the layers and build their replacements; the layers themselves are only read.
+
+    :func:`factorize_layers` and :func:`build_layers`, one after the other: see there.
+
+    Args:
+        layers: The targeted layers by name.
+        moments: Their moments.
+        rank: See :func:`layer_budgets`.
+        keep: See :func:`layer_budgets`.
+        method: Solver.
+        allocation: See :func:`build_layers`.
+        layout: Likewise.
+        align: Likewise.
+        device: Where to factorise.
+        progress: Wraps the loops over layers.
+        methods: See :func:`factorize_layers`.
+        consume: Likewise.
+        unit: Likewise.
+        measure: See :func:`build_layers`.
+        known: See :func:`factorize_layers`.
+
+    Raises:
+        RuntimeError: If no gradient reached any layer.
+        ValueError: If the budget cannot be met, the unit is unknown, ``methods`` names a layer or a solver that there
+            is not, or a solver needs statistics that were not gathered.
+    """
+    _check_measure(allocation, measure)
+    factorized = factorize_layers(
+        layers,
+        moments,
+        method=method,
+        device=device,
+        progress=progress,
+        methods=methods,
+        consume=consume,
+        unit=unit,
+        known=known,
+    )
+    return build_layers(
+        layers,
+        factorized,
+        rank=rank,
+        keep=keep,
+        allocation=allocation,
+        layout=layout,
+        align=align,
+        device=device,
+        progress=progress,
+        measure=measure,
+    )
+
+
+def build_layers(
+    layers: dict[str, nn.Module],
+    factorized: FactorizedLayers,
+    *,
+    rank: float | None = None,
+    keep: float | None = None,
+    allocation: str = "fisher",
+    layout: Layout = "auto",
+    align: int = 1,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    measure: Measure | None = None,
+) -> CompressionResult:
+    """Spend one budget over factorised layers and build what replaces them; the layers themselves are only read.
+
+    Layers that were not factorised stay dense: nothing is known of what they may lose.
+
+    With "measured" the ranks that "fisher" gives are measured on tokens, each layer's losses are corrected by what
+    comes out (``correction``), and the budget is spent anew. Only J can be measured:
+    losses in other units are spent as "fisher" does.
+
+    Args:
+        layers: The targeted layers by name.
+        factorized: The same, factorised; the factorisations are used up.
+        rank: See :func:`layer_budgets`.
+        keep: See :func:`layer_budgets`.
+        allocation: "measured" or "fisher" (one budget, spent where it matters most), or "uniform".
+        layout: "auto" (:func:`~fasc_lightning.layers.auto_layout` for each layer), "pivot" or "factors".
+        align: What ranks are multiples of; layers that stay dense have full rank.
+        device: Of the compression.
+        progress: Wraps the loop over layers.
+        measure: Measures J of low-rank layers on tokens; needed for "measured".
+
+    Raises:
+        RuntimeError: If no gradient reached any layer.
+        ValueError: If the budget cannot be met.
+    """
+    _check_measure(allocation, measure)
+    progress = progress or (lambda names, description: names)
+    budgets = layer_budgets(layers, rank, keep)
+    factorizations, tokens = factorized.factorizations, factorized.tokens
+    _check_reached(factorized)
+    _warn_unreached([name for name in layers if name not in factorizations], len(layers))
+
+    dtype = layers_dtype(layers)
+    if layout == "auto" and torch.device(device).type != "cpu":
+        rank_zero_info(f"FascCallback: layout='auto' chooses layouts by times measured on a CPU, not on {device}.")
+    cost = layout_cost(layout, dtype)
+    ranks = _allocate(layers, factorizations, tokens, budgets, allocation, cost, align)
+    if allocation == "measured" and measure is not None and factorized.compare:
+        factorizations = _corrected(factorizations, ranks, measure)
+        ranks = _allocate(layers, factorizations, tokens, budgets, allocation, cost, align)
+    replacements: dict[str, nn.Module] = {}
+    plans = []
+    for name in progress(list(layers), "Building"):
+        module, solver, sketches = layers[name], factorized.solvers[name], factorized.sketches.get(name, {})
+        shape = linear_shape(module)
+        k = ranks.get(name)
+        if k is None:
+            plans.append(LayerPlan(name, shape, min(shape), "dense", tokens[name], 0.0, solver, sketches))
+            continue
+        factorization = factorizations.pop(name)
+        # As the budget was told: a layer of another dtype than the rest may not choose for itself.
+        stored: Any = auto_layout(*shape, k, dtype) if layout == "auto" else layout
+        replacements[name] = built = _build(module, factorization, k, stored)
+        loss = float(factorization.losses[k])
+        plans.append(LayerPlan(name, shape, k, built.layout, tokens[name], loss, solver, sketches))
+    return CompressionResult(replacements, plans)
+
+
+def _check_measure(allocation: str, measure: Measure | None) -> None:
+    if allocation == "measured" and measure is None:
+        raise ValueError('Expected `measure` for allocation="measured" but got None. Or allocate by "fisher".')
+
+
+def _check_reached(factorized: FactorizedLayers) -> None:
+    """Refuse to compress what no gradient tells anything of."""
+    reached = sum(count > 0 for count in factorized.tokens.values())
+    if not reached:
+        raise RuntimeError(
+            f"No gradient reached any of the {len(factorized.tokens)} tapped layers in calibration. Is the loss "
+            "detached, the forward run under no_grad or inference mode, or was `manual_backward` never called?"
+        )
+    if not factorized.factorizations:
+        raise RuntimeError(
+            f"Every gradient that reached the {reached} tapped layers was zero, so nothing tells what they may lose. "
+            "Is the loss a constant?"
+        )
+
+
+def _allocate(
+    layers: dict[str, nn.Module],
+    factorizations: dict[str, Factorization],
+    tokens: dict[str, int],
+    budgets: dict[str, int],
+    allocation: str,
+    cost: Cost,
+    align: int,
+) -> dict[str, int | None]:
+    most = max(tokens.values())
+    candidates = []
+    for name, factorization in factorizations.items():
+        m, n = linear_shape(layers[name])
+        # Losses are per token of the layer; layers that see fewer tokens weigh less in the model's loss.
+        weighted = factorization.losses.double().numpy() * (tokens[name] / most)
+        candidates.append(Candidate(name, m, n, weighted))
+    unreached = [name for name in layers if name not in factorizations]
+    dense = sum(math.prod(linear_shape(layers[name])) for name in unreached)
+    budget = sum(budgets.values()) - dense
+    least = sum(least_cost(c.m, c.n, cost, align) for c in candidates)
+    if budget < least and unreached:
+        raise ValueError(
+            f"Expected a budget that holds the layers that no gradient reached, which stay dense, and rank {align} "
+            f"elsewhere: {dense + least:,} parameters; but it is {sum(budgets.values()):,}. Exclude "
+            f"{', '.join(unreached[:3])}{' ...' if len(unreached) > 3 else ''}, or raise `rank` or `keep`."
+        )
+    if allocation == "uniform":
+        # What stays dense for want of a gradient is paid for by the others, in proportion.
+        share = min(1.0, budget / sum(budgets[c.name] for c in candidates))
+        ranks = allocate_uniform(candidates, [math.floor(share * budgets[c.name]) for c in candidates], cost, align)
+    else:
+        ranks = allocate_fisher(candidates, budget, cost, align)
+    return {c.name: k for c, k in zip(candidates, ranks, strict=True)}
+
+
+def _corrected(
+    factorizations: dict[str, Factorization], ranks: Mapping[str, int | None], measure: Measure
+) -> dict[str, Factorization]:
+    """Return the factorisations with losses corrected by what they are at some ranks, on tokens."""
+    chosen = {name: k for name, k in ranks.items() if k is not None}
+    measured = measure({name: factorizations[name].truncate(k) for name, k in chosen.items()})
+    corrected = dict(factorizations)
+    for name, k in chosen.items():
+        losses = factorizations[name].losses
+        corrected[name] = replace(
+            factorizations[name], losses=losses * correction(float(losses[k]), measured.get(name, math.nan))
+        )
+    return corrected
+
+
+def _build(module: nn.Module, factorization: Factorization, rank: int, layout: Layout) -> CompressedLinear:
+    B, C = factorization.truncate(rank)
+    weight: Any = linear_weight(module)
+    bias: Any = getattr(module, "bias", None)
+    built = make_lowrank(
+        B, C, None if bias is None else whole(bias.detach()), layout, dtype=weight.dtype, device=weight.device
+    )
+    return built.train(module.training).requires_grad_(trains_weight(module))
+
+
+def _warn_unreached(names: Sequence[str], total: int) -> None:
+    if names:
+        rank_zero_warn(
+            f"{len(names)} of {total} layers stay dense because no gradient (or only zeros) reached them in "
+            f"calibration: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}."
+        )
+
+
+def parameter_tensors(replacements: dict[str, nn.Module]) -> list[Tensor]:
+    """Return every tensor of the replacements in a fixed order, for broadcasting."""
+    return [t for name in sorted(replacements) for t in replacements[name].state_dict().values()]
+
+
+def same_everywhere(trainer: pl.Trainer, result: CompressionResult) -> CompressionResult:
+    """Give every process the factors of the first: rounding must not make replicas differ.
+
+    The moments are the same everywhere, but a tie in the allocation may fall differently on other hardware.
+
+    Raises:
+        RuntimeError: If the processes did not even choose the same ranks.
+    """
+    if not is_distributed(trainer):
+        return result
+    plans: list[Any] = [[(p.name, p.rank, p.layout) for p in result.layers]]
+    dist.broadcast_object_list(plans, src=0)
+    if plans[0] != [(p.name, p.rank, p.layout) for p in result.layers]:
+        raise RuntimeError(
+            "The processes chose different ranks from the same moments, which different hardware or libraries on "
+            "the ranks can cause. Compress on one process instead. The model is unchanged."
+        )
+    device = trainer.strategy.root_device
+    for tensor in parameter_tensors(result.replacements):
+        shared = tensor.to(device).contiguous()
+        dist.broadcast(shared, src=0)
+        tensor.copy_(shared)
+    return result

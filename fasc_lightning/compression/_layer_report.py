@@ -1,0 +1,64 @@
+"""What a compression did to one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from fasc_lightning.compression._build import LayerPlan
+from fasc_lightning.dependence import RhoRow
+from fasc_lightning.statistics import SketchFigures
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One targeted layer; ``rho`` and its companions are NaN where they were not measured.
+
+    ``method`` is the solver that served it, and ``flags`` say why its rho may mislead or is undefined. ``sketches`` has
+    the size and the estimated error of the sides whose moments were sketched, "inputs" and "outputs"; it is empty for
+    exact ones.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    layout: str
+    tokens: int
+    rho: float
+    rho_null: float
+    rho_debiased: float
+    loss: float
+    method: str
+    flags: tuple[str, ...] = ()
+    sketches: dict[str, SketchFigures] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: LayerPlan, rho: RhoRow, flags: tuple[str, ...]) -> LayerReport:
+        """Put together what became of a layer and what was measured on it."""
+        return cls(
+            name=plan.name,
+            shape=plan.shape,
+            rank=plan.rank,
+            layout=plan.layout,
+            tokens=plan.tokens,
+            rho=rho["rho"],
+            rho_null=rho["null"],
+            rho_debiased=rho["debiased"],
+            loss=plan.loss,
+            method=plan.method,
+            flags=flags,
+            sketches=plan.sketches,
+        )
+
+
+def _layer_report(row: Mapping[str, Any]) -> LayerReport:
+    """Return a row as it was before JSON: tuples are no lists, and NaN is not None."""
+    figures: dict[str, Any] = {name: float("nan") if value is None else value for name, value in row.items()}
+    sketches = {
+        side: SketchFigures(size=of["size"], error=float("nan") if of["error"] is None else of["error"])
+        for side, of in row.get("sketches", {}).items()
+    }
+    known = {field.name for field in fields(LayerReport)}
+    figures = {name: value for name, value in figures.items() if name in known}
+    return LayerReport(**{**figures, "shape": tuple(row["shape"]), "flags": tuple(row["flags"]), "sketches": sketches})

@@ -1,0 +1,156 @@
+"""What a compression did: figures, JSON, a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from fasc_lightning._utils import check, library_versions, plain_values, write_json
+from fasc_lightning.compression._layer_report import LayerReport, _layer_report
+from fasc_lightning.compression._report_schema import REPORT
+from fasc_lightning.compression._summary import summary_table
+from fasc_lightning.layers import Size, measure_layers, measure_model
+
+
+@dataclass
+class CompressionReport:
+    """What was done and what it cost; ``str()`` is a table, :meth:`to_dict` is the JSON form.
+
+    Attributes:
+        method: Solver.
+        options: The options of the compression.
+        seed: Of token subsampling.
+        targeted: Sizes of the targeted layers, "dense" and "compressed"; if they were quantised, too, then also
+            "unquantized", just before that.
+        whole: Sizes of the whole model, alike.
+        seconds: By phase: calibrate, factorize, swap, and refit, refine, recover and quantize if there were such.
+        moments_bytes: Memory of the statistics.
+        peak_memory_bytes: Largest memory of the process (on CUDA: of the device) so far.
+        layers: One row a targeted layer.
+        refit: What a refit did: layers changed, loss before and after on held-out batches, how many batches there
+            were, whether all was put back; None if there was none.
+        refine: What a refinement of the blocks did, likewise, in blocks.
+        recovery: What a recovery did, the figures of :class:`~fasc_lightning.RecoveryCallback`; None if there was none.
+        versions: Of the libraries.
+    """
+
+    method: str
+    options: dict[str, Any]
+    seed: int
+    targeted: dict[str, Size]
+    whole: dict[str, Size]
+    seconds: dict[str, float]
+    moments_bytes: int
+    peak_memory_bytes: int
+    layers: list[LayerReport] = field(repr=False)
+    refit: dict[str, Any] | None = None
+    refine: dict[str, Any] | None = None
+    recovery: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types only; sizes are grouped by figure, NaN becomes None."""
+        result = asdict(self)
+        for row in result["layers"]:
+            if not row["sketches"]:  # the rows of exact moments are as they were before there were sketches
+                del row["sketches"]
+        for name in ("targeted", "whole"):
+            sizes: Mapping[str, Size] = getattr(self, name)
+            result[name] = {
+                figure: {state: getattr(size, figure) for state, size in sizes.items()}
+                for figure in ("parameters", "bytes", "flops_per_token")
+            }
+        return plain_values(result)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        write_json(self.to_dict(), path)
+
+    def with_quantized(
+        self, model: nn.Module, quantization: str, layers: Iterable[str], seconds: float
+    ) -> CompressionReport:
+        """Return the report with the sizes of the model as it is now, its layers quantised.
+
+        Args:
+            model: The quantised model.
+            quantization: How.
+            layers: Names of the quantised layers in the model, which are the targeted ones.
+            seconds: That it took.
+        """
+        targeted = measure_layers({name: model.get_submodule(name) for name in layers})
+        return replace(
+            self,
+            options={**self.options, "quantize": quantization},
+            targeted={**self.targeted, "unquantized": self.targeted["compressed"], "compressed": targeted},
+            whole={**self.whole, "unquantized": self.whole["compressed"], "compressed": measure_model(model)},
+            seconds={**self.seconds, "quantize": seconds},
+        )
+
+    def with_recovered(self, figures: dict[str, Any]) -> CompressionReport:
+        """Return the report with what a recovery did."""
+        return replace(
+            self,
+            recovery=figures,
+            seconds={**self.seconds, "recover": figures["seconds"]},
+            peak_memory_bytes=max(self.peak_memory_bytes, figures.get("peak_memory_bytes", 0)),
+        )
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> CompressionReport:
+        """Return the report of which :meth:`to_dict` made ``content``.
+
+        Raises:
+            ValueError: If it is no such content, naming the entry.
+        """
+        check(content, REPORT, "The report")
+        figures = {field.name: content[field.name] for field in fields(cls) if field.name in content}
+        for name in ("targeted", "whole"):
+            sizes = content[name]
+            states = next(iter(sizes.values()))
+            figures[name] = {state: Size(**{figure: sizes[figure][state] for figure in sizes}) for state in states}
+        figures["layers"] = [_layer_report(row) for row in content["layers"]]
+        return cls(**figures)
+
+    @property
+    def plan(self) -> dict[str, dict[str, Any]]:
+        """The plan of the compressed model, for :func:`~fasc_lightning.apply_plan`."""
+        quantize = self.options.get("quantize")
+        form = {} if quantize is None else {"quantize": quantize}
+        return {
+            layer.name: {"rank": layer.rank, "layout": layer.layout, **form}
+            for layer in self.layers
+            if layer.layout != "dense" or quantize is not None
+        }
+
+    @property
+    def kept(self) -> float:
+        """Fraction of the targeted layers' parameters that is kept."""
+        return self.targeted["compressed"].parameters / self.targeted["dense"].parameters
+
+    def __str__(self) -> str:
+        return summary_table(self)
+
+
+def log_report(loggers: Iterable[Logger], report: CompressionReport, step: int) -> None:
+    """Send a report's figures to loggers; ``self.log`` is not allowed at the end of a fit."""
+    for logger in loggers:
+        separator = logger.group_separator
+        figures: dict[str, float] = {
+            f"fasc{separator}kept": report.kept,
+            f"fasc{separator}parameters": report.targeted["compressed"].parameters,
+            f"fasc{separator}bytes": report.targeted["compressed"].bytes,
+            f"fasc{separator}loss": sum(layer.loss for layer in report.layers),
+        }
+        for layer in report.layers:
+            figures[f"fasc_rank{separator}{layer.name}"] = layer.rank
+            figures[f"fasc_loss{separator}{layer.name}"] = layer.loss
+            if layer.rho == layer.rho:
+                # Under a name of its own: monitoring logs rho of other tokens.
+                figures[f"fasc_rho{separator}{layer.name}"] = layer.rho
+        logger.log_metrics(figures, step=step)
+        logger.save()

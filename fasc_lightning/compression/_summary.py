@@ -1,0 +1,123 @@
+"""The summary of a compression as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fasc_lightning.compression._expert_report import expert_summary
+from fasc_lightning.compression._layer_report import LayerReport
+
+if TYPE_CHECKING:
+    from fasc_lightning.compression._report import CompressionReport
+
+
+def summary_table(report: CompressionReport) -> str:
+    """Return the report as text: one row a kind of layer (the last part of its name), then totals."""
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report.method}: {report.kept:.1%} of the targeted parameters kept")
+    for column in ("layers", "count", "dense", "rank / full", "parameters", "kept", "loss share", "rho debiased"):
+        table.add_column(column, justify="left" if column == "layers" else "right")
+    kinds: dict[str, list[LayerReport]] = {}
+    for layer in report.layers:
+        kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
+    total_loss = sum(layer.loss for layer in report.layers) or 1.0
+    for kind, rows in kinds.items():
+        before = sum(r.shape[0] * r.shape[1] for r in rows)
+        after = sum(_weights(r) for r in rows)
+        ranks = sorted(r.rank / min(r.shape) for r in rows)
+        rhos = sorted(r.rho_debiased for r in rows if r.rho_debiased == r.rho_debiased)
+        table.add_row(
+            kind,
+            str(len(rows)),
+            str(sum(r.layout == "dense" for r in rows)),
+            f"{ranks[0]:.2f}-{ranks[-1]:.2f}",
+            f"{before:,}",
+            f"{after / before:.1%}",
+            f"{sum(r.loss for r in rows) / total_loss:.1%}",
+            f"{rhos[len(rhos) // 2]:.3f}" if rhos else "-",
+        )
+    console = Console(width=110, file=(text := StringIO()))
+    console.print(table)
+    lines = [text.getvalue().rstrip()]
+    solvers = Counter(layer.method for layer in report.layers)
+    gate, by = (report.options.get(name) for name in ("gate", "gate_by"))
+    if gate is not None:
+        served = ", ".join(f"{solvers[name]} layers" + f" on {name}" for name in sorted({report.method, *solvers}))
+        lines.append(f"gate {gate:g} on {by} rho: {served}")
+    flags = Counter(flag for layer in report.layers for flag in layer.flags)
+    if flags and gate is not None:
+        lines.append("rho may mislead: " + ", ".join(f"{flag} ({count} layers)" for flag, count in flags.items()))
+    if sketched := sketch_line(report.layers):
+        lines.append(sketched)
+    for title, sizes in (("targeted layers", report.targeted), ("whole model", report.whole)):
+        before_size, after_size = sizes["dense"], sizes["compressed"]
+        stages = [sizes[state] for state in ("dense", "unquantized", "compressed") if state in sizes]
+        megabytes = " -> ".join(f"{size.bytes / 1e6:.1f}" for size in stages)
+        lines.append(
+            f"{title}: {before_size.parameters:,} -> {after_size.parameters:,} parameters "
+            f"({after_size.parameters / before_size.parameters:.1%}), {megabytes} MB, "
+            f"{before_size.flops_per_token / 1e6:.1f} -> {after_size.flops_per_token / 1e6:.1f} MFLOPs a token"
+        )
+    lines += expert_summary(report.layers)
+    if "unquantized" in report.targeted:
+        lines.append(f"the last of these sizes is with the targeted layers in {report.options['quantize']}")
+    for phase, parts in (("refit", "layers"), ("refine", "blocks")):
+        figures = getattr(report, phase)
+        if figures is not None:
+            loss = figures["loss"]
+            lines.append(
+                f"{phase}: {outcome(figures, parts)}; held-out loss {loss['before']:.4f} -> {loss['after']:.4f}"
+            )
+    if report.recovery is not None:
+        lines.append(recovery_line(report.recovery))
+    seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())
+    lines.append(f"{seconds}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
+    return "\n".join(lines)
+
+
+def sketch_line(layers: Sequence[LayerReport]) -> str:
+    """Return what was sketched and how far off it is thought to be, in a line; "" if nothing was."""
+    sides = [side for layer in layers for side in layer.sketches.values()]
+    if not sides:
+        return ""
+    sizes = sorted({side["size"] for side in sides})
+    errors = sorted(side["error"] for side in sides if side["error"] == side["error"])
+    columns = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    off = f"{errors[len(errors) // 2]:.2%} in the middle, {errors[-1]:.2%} at most" if errors else "not known"
+    return (
+        f"sketched moments: {len(sides)} sides of {sum(bool(layer.sketches) for layer in layers)} layers in {columns} "
+        f"columns; estimated error {off}"
+    )
+
+
+def outcome(figures: Mapping[str, Any], parts: str) -> str:
+    """Return what a refit or a refinement did to layers or blocks, in a few words."""
+    return "put back" if figures["reverted"] else f"{figures[parts]} {parts} changed"
+
+
+def recovery_line(figures: Mapping[str, Any]) -> str:
+    """Return what a recovery did, in a line."""
+    loss = figures["held_out_loss"]
+    what = f"recovery ({figures['arm']}{', distilled' if figures['teacher'] else ''}, "
+    what += f"{figures['trained_parameters']:,} parameters, {figures['tokens']:,} tokens)"
+    diverged = figures.get("diverged_at")
+    end = "" if diverged is None else f"; stopped after {diverged} steps, as the numbers were no longer finite"
+    if figures["reverted"]:
+        return f"{what}: nothing lowered the held-out loss of {loss['before']:.4f}; the factors are what they were{end}"
+    return (
+        f"{what}: held-out loss {loss['before']:.4f} -> {loss['after']:.4f}, at step {figures['best_step']} of "
+        f"{figures['steps']}{end}"
+    )
+
+
+def _weights(layer: LayerReport) -> int:
+    m, n = layer.shape
+    if layer.layout == "dense":
+        return m * n
+    return layer.rank * (m + n) - (layer.rank**2 if layer.layout == "pivot" else 0)

@@ -1,0 +1,39 @@
+"""Texts, windows of tokens, data to fine-tune on, and models by name."""
+
+from fasc_lightning.data._finetune import EMPTY, OVERLONG, FinetuneData, check_data_options, check_window, finetune_data
+from fasc_lightning.data._pretrained import SMOLLM2, SMOLLM2_LICENCE, SMOLLM2_SOURCE, load_model
+from fasc_lightning.data._text import (
+    calibration_windows,
+    check_file,
+    check_sources,
+    file_windows,
+    model_fingerprint,
+    named_files,
+    text_windows,
+    window_loader,
+)
+from fasc_lightning.data._text_files import json_row, open_text, read_text
+
+__all__ = [
+    "EMPTY",
+    "FinetuneData",
+    "OVERLONG",
+    "SMOLLM2",
+    "SMOLLM2_LICENCE",
+    "SMOLLM2_SOURCE",
+    "calibration_windows",
+    "check_data_options",
+    "check_file",
+    "check_sources",
+    "check_window",
+    "file_windows",
+    "finetune_data",
+    "json_row",
+    "load_model",
+    "model_fingerprint",
+    "named_files",
+    "open_text",
+    "read_text",
+    "text_windows",
+    "window_loader",
+]

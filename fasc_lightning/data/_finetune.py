@@ -1,0 +1,383 @@
+"""Data to fine-tune on: sources read, records written as token ids and labels, and made into loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fasc_lightning.batches import ResumableLoader
+from fasc_lightning.data._finetune_examples import IGNORED, Example, collate, pack_examples, split_examples
+from fasc_lightning.data._finetune_records import Document, Instruction, read_records
+from fasc_lightning.data._pretrained import cache_folder
+from fasc_lightning.data._text import SELF, check_sources, sample_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: What becomes of instructions that are longer than a window.
+Overlong = Literal["cut", "skip", "error"]
+OVERLONG: tuple[Overlong, ...] = ("cut", "skip", "error")
+#: What becomes of instructions whose answer is empty.
+Empty = Literal["error", "skip"]
+EMPTY: tuple[Empty, ...] = ("error", "skip")
+# Tokens that a tokenizer's `model_max_length` of "no limit" is beyond.
+_NO_LIMIT = 10**9
+
+
+@dataclass
+class DataSummary:
+    """What was read and what became of it; ``str()`` is a line for people.
+
+    Attributes:
+        examples: Examples kept: instructions, and windows of plain text.
+        heldout: How many of them are held out.
+        calibrated: How many of those are windows of text that the compression was calibrated on.
+        tokens: Their tokens.
+        learnt: The tokens that a loss is taken of.
+        cut: Examples whose answer's end was cut off at the window.
+        skipped: Examples left out, since they are longer than the window.
+        empty: Examples left out, since their answer is empty.
+        windows: Rows of the training batches.
+    """
+
+    examples: int = 0
+    heldout: int = 0
+    calibrated: int = 0
+    tokens: int = 0
+    learnt: int = 0
+    cut: int = 0
+    skipped: int = 0
+    empty: int = 0
+    windows: int = 0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.examples:,} examples, {self.heldout:,} of them held out: {self.tokens:,} tokens, {self.learnt:,} "
+            f"of them learnt, in {self.windows:,} rows to train on"
+        ]
+        if self.calibrated:
+            lines.append(f"{self.calibrated:,} of those held out were calibrated on")
+        if self.cut:
+            lines.append(f"{self.cut:,} answers were cut at the end of the window")
+        if self.skipped:
+            lines.append(f"{self.skipped:,} examples were left out, as they do not fit into the window")
+        if self.empty:
+            lines.append(f"{self.empty:,} examples were left out, as their answer is empty")
+        return "; ".join(lines)
+
+
+@dataclass(frozen=True)
+class FinetuneData:
+    """Batches of "input_ids", "attention_mask" and "labels", each (samples, length).
+
+    Attributes:
+        train: To train on, in a shuffled order that is the same in each epoch; a resumed fit goes on in its middle.
+        heldout: To judge by: no example of it, nor a copy of one, is in ``train``. None if nothing is held out.
+        summary: Counts.
+    """
+
+    train: DataLoader[Any]
+    heldout: DataLoader[Any] | None
+    summary: DataSummary
+
+
+def finetune_data(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window: int,
+    tokens: int | None = None,
+    heldout: float = 0.1,
+    batch_size: int = 1,
+    pack: bool = True,
+    answers_only: bool = True,
+    overlong: Overlong = "cut",
+    empty: Empty = "error",
+    streaming: bool = True,
+    seed: int = 0,
+    model: PreTrainedModel | None = None,
+    cache: bool = True,
+    calibrated: Tensor | None = None,
+) -> FinetuneData:
+    """Read data to fine-tune on and make batches of it.
+
+    Instructions are written with the tokenizer's chat template, or plainly where it has none (:func:`prompt_texts`).
+    Plain texts are cut into consecutive windows without special tokens, as they are for calibration.
+
+    Args:
+        sources: Files and hub data sets (``read_records``), or ``"self"``: text
+            sampled from ``model``.
+        tokenizer: Of the model.
+        window: Most tokens of an example, and of a row.
+        tokens: Read about so many in all, equally many of each source and from its start; None: everything.
+        heldout: Share of the examples that is held out; 0: none.
+        batch_size: Rows a batch.
+        pack: Whether several examples share a row, as in pre-training: a token then sees the examples before its own,
+            which stand at earlier positions; no example's first token is learnt from them. Otherwise every example is
+            padded on its own.
+        answers_only: Whether the loss leaves out what is asked; plain texts are learnt as a whole either way.
+        overlong: Instructions of more than ``window`` tokens: "cut" the end of the answer (and leave out those whose
+            answer does not begin before it), "skip" them, or "error". All are counted in the summary.
+        empty: Instructions whose answer is empty: "error", or "skip" and count them.
+        streaming: Whether hub data sets are read row by row; else they are fetched whole.
+        seed: Of what is sampled, of what is held out, and of the order.
+        model: To sample from, and to check the window against; ``"self"`` needs it.
+        cache: Whether sampled text is kept in (and taken from) the cache folder.
+        calibrated: Windows that the model was or will be compressed by, (windows, window). Examples among them are
+            held out only where there are too few others; how many is in the summary.
+
+    Raises:
+        FileNotFoundError: If a source reads like a file and there is none.
+        ValueError: If an option is out of range, the window is longer than the model's context, a row is of no known
+            kind or has an empty answer (naming file and line), or too little is left to train on.
+    """
+    check_data_options(sources, tokens, heldout, batch_size, overlong, empty)
+    check_window(window, tokenizer, model)
+    check_sources(sources)
+    share = None if tokens is None else -(-tokens // len(sources))
+    summary = DataSummary()
+    examples: list[Example] = []
+    for source in sources:
+        if source == SELF:
+            examples += _sampled(model, tokenizer, share, window, seed, cache)
+            continue
+        found = list(_encoded(source, tokenizer, window, share, answers_only, overlong, empty, streaming, summary))
+        if not found:
+            raise ValueError(
+                f"Expected examples in {source} but none was left: {summary.skipped} are too long, {summary.empty} "
+                "have an empty answer."
+            )
+        examples += found
+    summary.examples, summary.tokens = len(examples), sum(map(len, examples))
+    summary.learnt = sum(example.learnt for example in examples)
+    seen = () if calibrated is None else list(calibrated.cpu())
+    train, held = split_examples(examples, heldout, seed, seen)
+    summary.heldout = len(held)
+    known = {tuple(ids.tolist()) for ids in seen}
+    summary.calibrated = sum(tuple(example.ids.tolist()) in known for example in held)
+    if pack:
+        train, held = pack_examples(train, window), pack_examples(held, window)
+    summary.windows = len(train)
+    loader = partial(_loader, batch_size=batch_size, padding=_padding(tokenizer))
+    return FinetuneData(loader(_shuffled(train, seed)), loader(held) if held else None, summary)
+
+
+def check_window(window: int, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> None:
+    """Refuse windows that are no windows, or longer than the model's context.
+
+    Raises:
+        ValueError: If so.
+    """
+    if window < 2:
+        raise ValueError(f"Expected windows of at least 2 tokens but got {window}.")
+    config = getattr(model, "config", None)
+    limits = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+    context = min((limit for limit in limits if isinstance(limit, int) and limit < _NO_LIMIT), default=window)
+    if window > context:
+        raise ValueError(f"Expected windows of at most {context} tokens, the model's context, but got {window}.")
+
+
+# From records to examples.
+
+
+def prompt_texts(record: Instruction, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return what the model is given, and the same with the answer and the token that ends it.
+
+    With a chat template, that is a turn of a user and one of the assistant; without one, Alpaca's headings.
+
+    Raises:
+        ValueError: If the template does not put the answer after what was asked.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        parts = [f"### Instruction:\n{record.instruction}"]
+        parts += [f"### Input:\n{record.input}"] if record.input else []
+        prompt = _beginning(tokenizer) + "\n\n".join([*parts, "### Response:\n"])
+        return prompt, prompt + record.answer + (tokenizer.eos_token or "")
+    question = [{"role": "user", "content": record.request}]
+    answer = [{"role": "assistant", "content": record.answer}]
+    asked = str(tokenizer.apply_chat_template(question, tokenize=False))
+    prompt = str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
+    whole = str(tokenizer.apply_chat_template(question + answer, tokenize=False))
+    if not whole.startswith(asked):
+        raise ValueError(
+            f"{record.where}: expected a chat template that puts the assistant's turn after the user's, but its text "
+            f"of both does not begin with its text of the user's turn. Set `tokenizer.chat_template` to another, or to "
+            "None for plain headings."
+        )
+    return prompt, whole
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the token that the tokenizer puts before every text, if it does."""
+    first = tokenizer("")["input_ids"][:1]
+    return tokenizer.bos_token if tokenizer.bos_token is not None and first == [tokenizer.bos_token_id] else ""
+
+
+def encode_instruction(record: Instruction, tokenizer: PreTrainedTokenizerBase, answers_only: bool = True) -> Example:
+    """Return an instruction as tokens; labels are those of the answer and of what ends it.
+
+    The text is tokenised as a whole, as a model meets it, and the answer begins where the tokens of the prompt alone
+    part from it: a token that holds the end of the prompt and the beginning of the answer is learnt.
+
+    Raises:
+        ValueError: If the chat template does not put the answer after what was asked, or leaves it out.
+    """
+    prompt, whole = prompt_texts(record, tokenizer)
+    given, ids = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (prompt, whole))
+    pairs = zip(given, ids, strict=False)
+    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(given), len(ids)))
+    example = _example(ids, shared if answers_only else 0)
+    if not example.learnt:  # its loss would be a mean over nothing
+        raise ValueError(
+            f"{record.where}: expected a chat template that writes the answer but nothing of it is left. Set "
+            "`tokenizer.chat_template` to another, or to None for plain headings."
+        )
+    return example
+
+
+def _encoded(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    tokens: int | None,
+    answers_only: bool,
+    overlong: Overlong,
+    empty: Empty,
+    streaming: bool,
+    summary: DataSummary,
+) -> Iterator[Example]:
+    """Yield the examples of a source until they have so many tokens; documents are joined and cut into windows."""
+    joined: list[int] = []
+    seen = 0
+    # No tokenizer in use spends more than a dozen characters on a token over a whole text.
+    characters = None if tokens is None else 12 * tokens + 1000
+    for record in read_records(source, streaming, characters):
+        if tokens is not None and seen + len(joined) >= tokens:
+            break
+        if isinstance(record, Document):
+            joined += tokenizer(record.text[:characters] + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+            if tokens is not None:
+                joined = joined[: tokens - seen]
+            whole = len(joined) // window * window
+            for start in range(0, whole, window):
+                yield _example(joined[start : start + window])
+            joined, seen = joined[whole:], seen + whole
+            continue
+        if not record.answer.strip():
+            if empty == "error":
+                raise ValueError(
+                    f"{record.where}: expected an answer but it is empty. Leave the row out of the data, or let empty "
+                    'answers be left out: empty="skip" (--empty skip).'
+                )
+            summary.empty += 1
+            continue
+        example = encode_instruction(record, tokenizer, answers_only)
+        if (fitting := fit_example(example, window, overlong, record.where)) is None:
+            summary.skipped += 1
+            continue
+        summary.cut += fitting is not example
+        seen += len(fitting)
+        yield fitting
+    if len(joined) > 1:
+        yield _example(joined)
+
+
+def fit_example(example: Example, window: int, overlong: Overlong, where: str) -> Example | None:
+    """Return an example as it is if it fits into the window; else cut, or None to leave it out.
+
+    Raises:
+        ValueError: If it does not fit and that is an error, beginning with ``where``.
+    """
+    if len(example) <= window:
+        return example
+    if overlong == "error":
+        raise ValueError(
+            f"{where}: expected at most {window} tokens but got {len(example)}. Use a longer window, "
+            'or overlong="cut" or "skip".'
+        )
+    cut = Example(example.ids[:window], example.labels[:window])
+    return cut if overlong == "cut" and cut.learnt else None
+
+
+def _example(ids: Sequence[int], given: int = 0) -> Example:
+    """Return ids as an example, the first ``given`` of which, and always the first, are not learnt."""
+    tokens = torch.tensor(ids, dtype=torch.long)
+    labels = tokens.clone()
+    labels[: max(1, given)] = IGNORED
+    return Example(tokens, labels)
+
+
+def _sampled(
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int | None,
+    window: int,
+    seed: int,
+    cache: bool,
+) -> list[Example]:
+    if model is None or tokens is None:
+        raise ValueError(
+            f"Expected `model=` and `tokens=` for the source {SELF!r}, which samples so many tokens from the model."
+        )
+    windows = sample_windows(
+        model,
+        tokenizer,
+        windows=-(-tokens // window),
+        window=window,
+        seed=seed,
+        cache_dir=cache_folder() if cache else None,
+    )
+    return [_example(ids) for ids in windows.tolist()]
+
+
+# From examples to batches.
+
+
+def _shuffled(examples: list[Example], seed: int) -> list[Example]:
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+    return [examples[i] for i in order.tolist()]
+
+
+def _loader(examples: list[Example], batch_size: int, padding: int) -> DataLoader[Any]:
+    # A list is all that a loader asks of a data set with indices.
+    dataset: Any = examples
+    return ResumableLoader(dataset, batch_size=batch_size, collate_fn=partial(collate, padding=padding))
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return an id to pad with; masked and not learnt, any will do."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in ids if token is not None), 0)
+
+
+def check_data_options(
+    sources: Sequence[str],
+    tokens: int | None,
+    heldout: float,
+    batch_size: int = 1,
+    overlong: str = "cut",
+    empty: str = "error",
+) -> None:
+    """Refuse options of :func:`finetune_data` that are out of range.
+
+    Raises:
+        ValueError: With the option.
+    """
+    if not sources or isinstance(sources, str) or len(set(sources)) < len(sources):
+        raise ValueError(f"Expected a list of one or more distinct sources but got {sources!r}.")
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"Expected at least 1 token but got {tokens=}.")
+    if not 0 <= heldout < 1:
+        raise ValueError(f"Expected `heldout` to be a share in [0, 1) but got {heldout}.")
+    if batch_size < 1:
+        raise ValueError(f"Expected at least 1 row a batch but got {batch_size=}.")
+    if overlong not in OVERLONG:
+        raise ValueError(f"Expected `overlong` to be one of {OVERLONG} but got {overlong!r}.")
+    if empty not in EMPTY:
+        raise ValueError(f"Expected `empty` to be one of {EMPTY} but got {empty!r}.")

@@ -1,0 +1,57 @@
+"""rho, the dependence violation score: estimators, a streaming metric, its history, a monitor, figures."""
+
+from fasc_lightning.dependence._figures import (
+    Metrics,
+    angles_figure,
+    rho_gain_scatter,
+    rho_heatmap,
+    rho_profile,
+    save_figure,
+    training_figure,
+)
+from fasc_lightning.dependence._history import (
+    COLUMNS,
+    RhoHistory,
+    RhoRow,
+    check_emergence_options,
+    counted,
+    describe,
+    emergence,
+    reasons,
+)
+from fasc_lightning.dependence._hsic import MIN_TOKENS
+from fasc_lightning.dependence._layer_scores import LayerScores, Sample
+from fasc_lightning.dependence._monitor import RhoMonitor, write_history
+from fasc_lightning.dependence._rho import PooledDependenceScore, debiased_rho, iid_floor, pooled_rho, rho
+from fasc_lightning.dependence._streaming import MIN_ROWS, SUMS, DependenceScore
+
+__all__ = [
+    "COLUMNS",
+    "DependenceScore",
+    "LayerScores",
+    "MIN_ROWS",
+    "MIN_TOKENS",
+    "Metrics",
+    "PooledDependenceScore",
+    "RhoHistory",
+    "RhoMonitor",
+    "RhoRow",
+    "SUMS",
+    "Sample",
+    "angles_figure",
+    "check_emergence_options",
+    "counted",
+    "debiased_rho",
+    "describe",
+    "emergence",
+    "iid_floor",
+    "pooled_rho",
+    "reasons",
+    "rho",
+    "rho_gain_scatter",
+    "rho_heatmap",
+    "rho_profile",
+    "save_figure",
+    "training_figure",
+    "write_history",
+]

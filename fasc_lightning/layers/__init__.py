@@ -1,0 +1,106 @@
+"""Linear layers: dense, low-rank, pivoted, int8, experts; found, swapped, described."""
+
+from fasc_lightning.layers._compressed_linear import CompressedLinear
+from fasc_lightning.layers._fused_experts import (
+    ExpertLinear,
+    Routing,
+    expert_groups,
+    named_layers,
+    routed,
+    split_name,
+    warn_unknown_experts,
+)
+from fasc_lightning.layers._guards import GUARD_SHAPE, expect_guards, guards, is_guard, saved_guards
+from fasc_lightning.layers._int8_layers import (
+    QUANTIZATIONS,
+    Quantization,
+    check_quantization,
+    quantization_of,
+    quantized_layer,
+)
+from fasc_lightning.layers._layouts import BREAK_EVEN, Layout, Stored, auto_cost, auto_layout, factors_cost, pivot_cost
+from fasc_lightning.layers._linear import Gradient, input_gradient, is_conv1d, linear_shape, linear_weight
+from fasc_lightning.layers._lowrank import LowRankLinear
+from fasc_lightning.layers._make_lowrank import make_lowrank
+from fasc_lightning.layers._pivoted import PivotedLinear, smaller_side
+from fasc_lightning.layers._probe import is_plain_linear
+from fasc_lightning.layers._ranks import rank_budget, resolve_rank
+from fasc_lightning.layers._reparametrised import DENSE_FORM, DenseForm, trains_weight, warn_without_way_back
+from fasc_lightning.layers._size import Size, measure_layers, measure_model
+from fasc_lightning.layers._spec import checked_layers, describe_layer, empty_layer, place, set_trainable
+from fasc_lightning.layers._swap import (
+    check_in_memory,
+    compressed_layers,
+    empty_dense,
+    is_compressed,
+    swap_modules,
+    to_dense,
+)
+from fasc_lightning.layers._targets import layer_shapes, matches, select_layers, warn_other_layers, warn_tied_layers
+from fasc_lightning.layers._unfused_experts import UnfusedExperts, expert_layers, unfuse
+
+__all__ = [
+    "BREAK_EVEN",
+    "CompressedLinear",
+    "DENSE_FORM",
+    "DenseForm",
+    "ExpertLinear",
+    "GUARD_SHAPE",
+    "Gradient",
+    "Layout",
+    "LowRankLinear",
+    "PivotedLinear",
+    "QUANTIZATIONS",
+    "Quantization",
+    "Routing",
+    "Size",
+    "Stored",
+    "UnfusedExperts",
+    "auto_cost",
+    "auto_layout",
+    "check_in_memory",
+    "check_quantization",
+    "checked_layers",
+    "compressed_layers",
+    "describe_layer",
+    "empty_dense",
+    "empty_layer",
+    "expect_guards",
+    "expert_groups",
+    "expert_layers",
+    "factors_cost",
+    "guards",
+    "input_gradient",
+    "is_compressed",
+    "is_conv1d",
+    "is_guard",
+    "is_plain_linear",
+    "layer_shapes",
+    "linear_shape",
+    "linear_weight",
+    "make_lowrank",
+    "matches",
+    "measure_layers",
+    "measure_model",
+    "named_layers",
+    "pivot_cost",
+    "place",
+    "quantization_of",
+    "quantized_layer",
+    "rank_budget",
+    "resolve_rank",
+    "routed",
+    "saved_guards",
+    "select_layers",
+    "set_trainable",
+    "smaller_side",
+    "split_name",
+    "swap_modules",
+    "to_dense",
+    "trains_weight",
+    "unfuse",
+    "warn_other_layers",
+    "warn_tied_layers",
+    "warn_unknown_experts",
+    "warn_without_way_back",
+]

@@ -1,0 +1,67 @@
+"""What layers and models hold and cost: parameters, bytes and operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fasc_lightning.layers._fused_experts import PROJECTIONS, ExpertLinear, is_fused_experts
+from fasc_lightning.layers._linear import flops_per_token
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters, bytes and FLOPs of a set of layers.
+
+    Attributes:
+        parameters: Numbers that are trained; the index of a pivoted layer is not one of them.
+        bytes: Memory of parameters and buffers, indices included.
+        flops_per_token: Two for each multiply-add of a linear layer, of experts the share that works on a token;
+            attention and element-wise work are not counted.
+    """
+
+    parameters: int
+    bytes: int
+    flops_per_token: int
+
+
+def measure_layers(layers: Mapping[str, nn.Module]) -> Size:
+    """Return the size of some layers, dense or compressed."""
+    modules = list({id(m): m for m in layers.values()}.values())
+    counts = [_counts(m) for m in modules]
+    return Size(
+        parameters=sum(parameters for parameters, _ in counts),
+        bytes=sum(size for _, size in counts),
+        flops_per_token=_flops(modules),
+    )
+
+
+def measure_model(model: nn.Module) -> Size:
+    """Return the size of a whole model; shared parameters count once."""
+    parameters, size = _counts(model)
+    return Size(parameters=parameters, bytes=size, flops_per_token=_flops(_outermost_linear(model)))
+
+
+def _outermost_linear(model: nn.Module) -> list[nn.Module]:
+    """Return linear and low-rank layers, not looking inside the latter."""
+    if flops_per_token(model) > 0:
+        return [model]
+    if is_fused_experts(model):
+        one = [ExpertLinear(model, 0, projection) for projection in PROJECTIONS]
+        count: Any = model.num_experts  # all of one shape
+        return one * count
+    return [layer for child in model.children() for layer in _outermost_linear(child)]
+
+
+def _flops(layers: Iterable[nn.Module]) -> int:
+    return round(sum(flops_per_token(layer) * getattr(layer, "expert_share", 1.0) for layer in layers))
+
+
+def _counts(module: nn.Module) -> tuple[int, int]:
+    """Return parameters, and bytes of these and of buffers; each is asked for once, as an expert's is a slice."""
+    parameters = list(module.parameters())
+    size = sum(t.numel() * t.element_size() for t in (*parameters, *module.buffers()))
+    return sum(p.numel() for p in parameters), size

@@ -1,0 +1,98 @@
+"""The description of one compressed layer, as files and plans hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fasc_lightning.layers._compressed_linear import CompressedLinear
+from fasc_lightning.layers._int8_layers import QUANTIZATIONS, DenseLinear, make_room_for_int8, quantization_of
+from fasc_lightning.layers._linear import linear_shape, linear_weight
+from fasc_lightning.layers._lowrank import LowRankLinear
+from fasc_lightning.layers._pivoted import PivotedLinear
+
+
+def checked_layers(layers: Any) -> dict[str, dict[str, Any]]:
+    """Plain copies of the layers' descriptions (see :class:`FascConfig`).
+
+    Raises:
+        ValueError: If there are none, or one is not valid.
+    """
+    if not isinstance(layers, Mapping) or not layers:
+        raise ValueError(f"Expected `layers` to describe at least one compressed layer by its name, got {layers!r}.")
+    for name, spec in layers.items():
+        if not isinstance(name, str):
+            raise ValueError(f"Expected `layers` to have names as keys, got {name!r}.")
+        if not _is_valid(spec):
+            raise ValueError(
+                f'Expected {{"rank": int, "layout": "factors", "bias": bool}} or {{"rank": int, "layout": "pivot", '
+                f'"side": "in" or "out", "bias": bool}}, and of a quantised layer "quantize": "int8" or '
+                f'"int8-dynamic" ("layout" may then be "dense"), of layer {name!r}, got {spec!r}.'
+            )
+    return {name: dict(spec) for name, spec in layers.items()}
+
+
+def _is_valid(spec: Any) -> bool:
+    if not isinstance(spec, Mapping) or type(spec.get("rank")) is not int or type(spec.get("bias")) is not bool:
+        return False
+    layout, keys = spec.get("layout"), set(spec) - {"quantize"}
+    if "quantize" in spec and not (isinstance(spec["quantize"], str) and spec["quantize"] in QUANTIZATIONS):
+        return False
+    if layout == "pivot":
+        return keys == {"rank", "layout", "bias", "side"} and spec["side"] in ("in", "out")
+    return keys == {"rank", "layout", "bias"} and (layout == "factors" or (layout == "dense" and "quantize" in spec))
+
+
+def describe_layer(layer: CompressedLinear) -> dict[str, Any]:
+    """What a plan and a :class:`FascConfig` say of a layer."""
+    spec: dict[str, Any] = {"rank": layer.rank, "layout": layer.layout, "bias": layer.bias is not None}
+    if isinstance(layer, PivotedLinear):
+        spec["side"] = layer.side
+    if (quantization := quantization_of(layer)) is not None:
+        spec["quantize"] = quantization
+    return spec
+
+
+def empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> CompressedLinear:
+    """Compressed layer on the meta device that takes the place of a dense one, or of another compressed one.
+
+    Raises:
+        ValueError: If the description does not fit the dense layer.
+    """
+    try:
+        m, n = linear_shape(dense)
+        weight: Any = dense.weight if isinstance(dense, CompressedLinear) else linear_weight(dense)
+        options: dict[str, Any] = {"bias": spec["bias"], "device": "meta", "dtype": weight.dtype}
+        layer: CompressedLinear
+        if spec["layout"] == "pivot":
+            layer = PivotedLinear(n, m, spec["rank"], side=spec["side"], **options)
+        elif spec["layout"] == "factors":
+            layer = LowRankLinear(n, m, spec["rank"], **options)
+        else:
+            layer = DenseLinear(n, m, **options)
+        return make_room_for_int8(layer, spec["quantize"]) if "quantize" in spec else layer
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The configuration of compressed layer {name!r} does not fit the model: {error}") from error
+
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def place(layer: Layer, device: torch.device) -> Layer:
+    """Give a layer that is on the meta device memory on another one, and zeros, until its values are loaded."""
+    if device.type == "meta":
+        return layer
+    layer = layer.to_empty(device=device)
+    for value in layer.state_dict().values():
+        value.zero_()
+    return layer
+
+
+def set_trainable(layer: Layer, trainable: bool) -> Layer:
+    """Set whether a layer's parameters are trained; those of int8 never are."""
+    for parameter in layer.parameters():
+        parameter.requires_grad_(trainable and parameter.is_floating_point())
+    return layer

@@ -1,0 +1,178 @@
+"""Which layers of a model are compressed: by patterns, by what can be replaced, and what is said of the others."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fasc_lightning._utils import some_names
+from fasc_lightning.layers._fused_experts import ExpertLinear, expert_views, holds_experts, routers
+from fasc_lightning.layers._linear import linear_shape
+from fasc_lightning.layers._probe import holds_dense_weight, is_plain_linear
+
+
+def matches(name: str, patterns: str | Iterable[str]) -> bool:
+    """Tell whether a module name is selected, by the rules of peft's ``target_modules``.
+
+    Args:
+        name: Dotted module name.
+        patterns: A string is a regular expression for the whole name; a list holds names or their last parts.
+    """
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def select_layers(
+    model: nn.Module,
+    targets: str | list[str] | None = None,
+    exclude: str | list[str] | None = None,
+    eligible: Callable[[nn.Module], bool] | None = None,
+) -> dict[str, nn.Module]:
+    """Return the linear layers to compress, by dotted name, in the model's order.
+
+    Args:
+        model: Any module.
+        targets: Patterns as in peft (see :func:`matches`). None or "all-linear" takes every ``nn.Linear`` and
+            transformers ``Conv1D``, subclasses that compute the same map included, and every projection of fused
+            experts (``layers/_fused_experts.py``) except output embeddings, routers and layers whose weight is
+            tied to another module's; those are only taken when a pattern names them.
+        exclude: Patterns of layers to leave alone.
+        eligible: What is a layer to select from; by default
+            :func:`~fasc_lightning.layers.is_plain_linear`, and experts.
+
+    Raises:
+        ValueError: If nothing is selected.
+    """
+    eligible = eligible or (lambda module: isinstance(module, ExpertLinear) or is_plain_linear(module))
+    linear: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if eligible(module):
+            linear[name] = module
+        elif holds_experts(name, module):
+            linear |= {place: view for place, view in expert_views(name, module).items() if eligible(view)}
+    wanted = _wanted(model, targets, exclude)
+    layers = {name: module for name, module in linear.items() if wanted(name, module)}
+    if not layers:
+        known = ", ".join(list(linear)[:8]) or "none"
+        others = other_layers(model, targets, exclude)
+        raise ValueError(
+            f"Expected `targets` to select linear layers but {targets=} with {exclude=} matches none of the "
+            f"{len(linear)} in {type(model).__name__} (for example: {known}). A string is a regular expression for "
+            f"the whole name, a list holds names or their last parts.{f' {_described(others)}' if others else ''}"
+        )
+    return layers
+
+
+def _wanted(
+    model: nn.Module, targets: str | list[str] | None, exclude: str | list[str] | None
+) -> Callable[[str, nn.Module], bool]:
+    """Return what tells whether options ask for a linear layer, by its name and itself."""
+    everything = targets is None or targets == "all-linear"
+    protected = _protected(model) if everything else set()
+
+    def wanted(name: str, module: nn.Module) -> bool:
+        if everything:
+            selected = id(module) not in protected
+        else:
+            assert targets is not None
+            selected = matches(name, targets)
+        return selected and not (exclude is not None and matches(name, exclude))
+
+    return wanted
+
+
+def _protected(model: nn.Module) -> set[int]:
+    """Ids of the layers that "all linear" does not mean: output embeddings, routers and tied weights."""
+    protected = routers(model)
+    owners: Counter[int] = Counter()
+    for module in model.modules():
+        get_output = getattr(module, "get_output_embeddings", None)
+        if callable(get_output) and (output := get_output()) is not None:
+            protected.add(id(output))
+        owners.update(id(parameter) for parameter in module.parameters(recurse=False))
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and owners[id(module._parameters.get("weight"))] > 1:
+            protected.add(id(module))
+    return protected
+
+
+def other_layers(
+    model: nn.Module, targets: str | list[str] | None = None, exclude: str | list[str] | None = None
+) -> dict[str, list[str]]:
+    """Return the linear layers that options ask for and that cannot be replaced, names by class.
+
+    Those are subclasses of ``nn.Linear`` and ``Conv1D`` that compute something else, or that do not show what they
+    compute. Without patterns, routers and layers of packed numbers (quantised by another library) are not among them:
+    nobody expects them to be compressed.
+    """
+    everything = targets is None or targets == "all-linear"
+    wanted = _wanted(model, targets, exclude)
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or not wanted(name, module) or is_plain_linear(module):
+            continue
+        kind = type(module).__name__
+        routes = "router" in kind.lower() or "gating" in kind.lower()
+        if everything and (routes or not holds_dense_weight(module) or module.weight.dtype.itemsize < 2):
+            continue
+        found.setdefault(kind, []).append(name)
+    return found
+
+
+def warn_other_layers(
+    model: nn.Module, targets: str | list[str] | None = None, exclude: str | list[str] | None = None
+) -> None:
+    """Say which linear layers stay as they are because their forward is not known to be the plain one."""
+    if found := other_layers(model, targets, exclude):
+        rank_zero_warn(f"FascCallback: {_described(found)}")
+
+
+def _described(others: Mapping[str, list[str]]) -> str:
+    count = sum(map(len, others.values()))
+    listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in others.items())
+    return (
+        f"{count} linear layer{'s' if count > 1 else ''} of {'other classes' if len(others) > 1 else 'another class'} "
+        f"than nn.Linear cannot be replaced, since a trial of the forward did not give x W^T + b and nothing else, in "
+        f"training and in eval mode ({listed}). HINT: let the class hold an nn.Linear and do the rest around it, so "
+        "that the nn.Linear is compressed; or name the layers in `exclude`."
+    )
+
+
+def warn_tied_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Say which selected layers share their weight with another module, so that the model may grow.
+
+    Args:
+        model: The model.
+        layers: Those selected, by name.
+    """
+    owners: dict[int, dict[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), {})[name] = module
+    selected = {id(layer) for layer in layers.values()}
+    weights = {id(layer._parameters.get("weight")) for layer in layers.values()}
+    for parameter in model.parameters():
+        shared, numbers = owners.get(id(parameter), {}), parameter.numel()
+        if len(shared) < 2 or id(parameter) not in weights:
+            continue
+        replaced = {name for name, module in shared.items() if id(module) in selected}
+        kept = shared.keys() - replaced
+        fate = f"{some_names(kept)} keep{'' if len(kept) > 1 else 's'} it" if kept else "each gets its own factors"
+        rank_zero_warn(
+            f"FascCallback: {some_names(shared)} share one weight of {numbers:,} numbers, which the model holds once. "
+            f"{some_names(replaced)} {'is' if len(replaced) == 1 else 'are'} to be compressed and {fate}: the model "
+            f"then holds up to {len(replaced) * numbers:,} numbers {'more' if kept else 'in its place'}. HINT: leave "
+            f"{some_names(replaced)} out of `targets`."
+        )
+
+
+def layer_shapes(layers: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Return (m, n) = (outputs, inputs) of each layer."""
+    return {name: linear_shape(module) for name, module in layers.items()}

@@ -1,0 +1,24 @@
+"""A compressed model as a whole: save, load, plan, make dense, quantise, checkpoints."""
+
+from fasc_lightning.models._card import model_card
+from fasc_lightning.models._checkpoints import match_checkpoint, match_on_load
+from fasc_lightning.models._densify import to_dense
+from fasc_lightning.models._format import attach_config, load_compressed
+from fasc_lightning.models._layer_plan import apply_plan, compression_plan
+from fasc_lightning.models._quantize import quantize, quantize_layers
+from fasc_lightning.models._save import check_folder, save_compressed
+
+__all__ = [
+    "apply_plan",
+    "attach_config",
+    "check_folder",
+    "compression_plan",
+    "load_compressed",
+    "match_checkpoint",
+    "match_on_load",
+    "model_card",
+    "quantize",
+    "quantize_layers",
+    "save_compressed",
+    "to_dense",
+]

@@ -1,0 +1,363 @@
+"""The model card of a compressed model: what was done to it, what that cost, and how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fasc_lightning._utils import Row, library_versions, markdown_table
+from fasc_lightning.compression import CompressionReport, outcome, recovery_line
+from fasc_lightning.layers import Size, compressed_layers, measure_layers, measure_model, quantization_of
+from fasc_lightning.models._format import provenance_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+    from transformers import PreTrainedModel
+
+#: The task on the hub and the auto class of a model class, by the table of transformers that names it.
+TASKS = {
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": ("text-generation", "AutoModelForCausalLM"),
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": ("text-classification", "AutoModelForSequenceClassification"),
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": ("token-classification", "AutoModelForTokenClassification"),
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": ("fill-mask", "AutoModelForMaskedLM"),
+}
+
+#: Heading of each figure of a size.
+FIGURES = {"parameters": "parameters", "bytes": "MB", "flops_per_token": "MFLOPs a token"}
+
+#: Columns of the rho table: what follows "rho" there and in the report.
+RHO = {"": "", " null": "_null", " debiased": "_debiased"}
+
+
+def model_card(
+    model: PreTrainedModel,
+    report: CompressionReport | Mapping[str, Any] | None = None,
+    *,
+    base_model: str | None = None,
+    licence: str | None = None,
+    calibration: str | Sequence[str] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> ModelCard:
+    """Describe a compressed model in the form that the hub reads: a YAML header and Markdown.
+
+    Args:
+        model: The compressed model.
+        report: Of its compression, as an object or as the JSON that ``recipes/compress.py`` writes. Without it the
+            card says what the model itself knows: method, options and ranks, but no rho and no sizes before.
+        base_model: Hub id or folder of the model that was compressed. By default what was given to ``from_pretrained``
+            before the compression.
+        licence: Of the base model, which holds for this one too: an identifier of the hub ("apache-2.0"). By default
+            what the README.md of a base model's folder says.
+        calibration: What the model was calibrated on. By default what the report says.
+        evaluation: Results before and after, as the recipe's report has them: ``{"perplexity": {name: {"dense": ...,
+            "compressed": ...}}, "facts": {"dense": ..., "compressed": ..., "by_kind": ...}}``. By default the report's.
+
+    Raises:
+        ValueError: If the model holds no compressed layers, or the report is another model's.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    content = report.to_dict() if isinstance(report, CompressionReport) else dict(report or {})
+    provenance = provenance_of(model)
+    _check_report(model, content)
+    if content:
+        content = _as_quantized(model, _own_names(model, content))
+    results = {**{name: content.get(name) for name in ("perplexity", "facts")}, **(evaluation or {})}
+    results = {name: value for name, value in results.items() if value}
+    base = base_model or provenance.get("base_model")
+    licence = licence or _stated_licence(base_model or model.config._name_or_path)
+    task, auto_class = _task(model)
+    data = ModelCardData(
+        base_model=base if base and _is_hub_id(base) else None,
+        library_name="transformers",
+        license=licence,
+        metrics=["perplexity"] if "perplexity" in results else None,
+        pipeline_tag=task,
+        tags=["fasc", "low-rank", "compression"],
+    )
+    options = {**provenance.get("options", {}), **content.get("options", {})}
+    made = {**provenance, **content, "options": options, "base": _short(base), "licence": licence}
+    made["quantization"] = _quantization(model)
+    sections = [
+        _introduction(model, made),
+        _loading(auto_class),
+        *_costs(results),
+        *_sizes(content),
+        _making(made, calibration),
+        *_layers(model, content),
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _check_report(model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Refuse a report of layers that the model does not have.
+
+    Raises:
+        ValueError: With the first that differs; or if the model is not compressed.
+    """
+    layers = compressed_layers(model)
+    if not layers:
+        raise ValueError(
+            f"Expected a compressed model, but {type(model).__name__} is dense. Compress it first, or use its own "
+            "save_pretrained."
+        )
+    if not report:
+        return
+    # Dense layers that were quantised are compressed layers, too, but have no rank of their own.
+    held = {name: layer.rank for name, layer in layers.items() if layer.layout != "dense"}
+    told = {row["name"]: row["rank"] for row in _own_names(model, report)["layers"] if row["layout"] != "dense"}
+    different = sorted(name for name in held.keys() | told.keys() if held.get(name) != told.get(name))
+    if different:
+        ranks = (f"rank {ranks[different[0]]}" if different[0] in ranks else "no such layer" for ranks in (held, told))
+        raise ValueError(
+            f"Expected the report of this model, but {different[0]!r} and {len(different) - 1} other layers differ: "
+            f"{' in the model, '.join(ranks)} in the report. Give the report of this compression."
+        )
+
+
+def _own_names(model: PreTrainedModel, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a report with the model's own names: a fit's begin with that of the model inside the LightningModule."""
+    known = {name for name, _ in model.named_modules()}
+
+    def own(name: str) -> str:
+        parts = name.split(".")
+        return next((tail for i in range(len(parts)) if (tail := ".".join(parts[i:])) in known), name)
+
+    return {**report, "layers": [{**row, "name": own(row["name"])} for row in report["layers"]]}
+
+
+def _as_quantized(model: PreTrainedModel, report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report with the sizes of the model as it is, where it was quantised after the report was made."""
+    if _quantization(model) is None or report["options"].get("quantize") is not None:
+        return report
+    targeted = {row["name"]: model.get_submodule(row["name"]) for row in report["layers"]}
+    return {
+        **report,
+        "targeted": _with_compressed(report["targeted"], measure_layers(targeted)),
+        "whole": _with_compressed(report["whole"], measure_model(model)),
+    }
+
+
+def _with_compressed(sizes: Mapping[str, Mapping[str, int]], found: Size) -> dict[str, dict[str, int]]:
+    return {
+        figure: {**states, "unquantized": states["compressed"], "compressed": getattr(found, figure)}
+        for figure, states in sizes.items()
+    }
+
+
+def _quantization(model: PreTrainedModel) -> str | None:
+    """How the model's compressed layers are quantised, all or some of them."""
+    found = sorted({kind for layer in compressed_layers(model).values() if (kind := quantization_of(layer))})
+    return ", ".join(found) or None
+
+
+def _stated_licence(folder: str | None) -> str | None:
+    """The licence in the header of a local folder's README.md, if there is one."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    readme = Path(folder or "") / "README.md"
+    if not folder or not readme.is_file():
+        return None
+    try:
+        return ModelCard.load(readme, ignore_metadata_errors=True).data.license
+    except (ValueError, OSError, YAMLError):  # somebody's README: the header need not be one
+        return None
+
+
+def _is_hub_id(name: str) -> bool:
+    return not Path(name).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def _short(name: str | None) -> str | None:
+    """A hub id as it is, of a path the last part: a card is read by people who do not have that folder."""
+    return name if name is None or _is_hub_id(name) else Path(name).name
+
+
+def _task(model: PreTrainedModel) -> tuple[str | None, str]:
+    from transformers.models.auto import modeling_auto
+
+    for table, task in TASKS.items():
+        if type(model).__name__ in getattr(modeling_auto, table).values():
+            return task
+    return None, "AutoModel"
+
+
+def _introduction(model: PreTrainedModel, made: Mapping[str, Any]) -> str:
+    base = made["base"]
+    title = f"{base}, compressed" if base else f"A compressed {type(model).__name__}"
+    of = f"{base} with" if base else f"A {type(model).__name__} with"
+    return (
+        f"# {title}\n\n{of} {len(compressed_layers(model))} of its linear layers held as matrices of low rank, made by "
+        "fasc-lightning. It is an ordinary transformers model in every other respect: it generates, trains and is "
+        "saved as before."
+    )
+
+
+def _loading(auto_class: str) -> str:
+    return f"""## How to load it
+
+```python
+import fasc_lightning  # pip install fasc-lightning; it tells transformers how to read this folder
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("...")  # this folder, or its hub id
+```
+
+Without that import transformers says "Unknown quantization type, got fasc" and fails on weights of another size.
+Nothing in the folder is pickled, and no code is loaded from it. `fasc_lightning.load_compressed(...)` also
+refuses a folder that lacks weights or has others. `fasc_lightning.to_dense(model)` makes the model dense, for tools
+that know no low-rank layers: as large as before, as good as it is now."""
+
+
+def _costs(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the section on perplexity and facts, if either was measured."""
+    rows: list[Row] = [
+        {"": f"perplexity of {name}", **{state: f"{value:.2f}" for state, value in values.items()}}
+        for name, values in results.get("perplexity", {}).items()
+    ]
+    facts = results.get("facts", {})
+    states = [name for name, value in facts.items() if isinstance(value, float) and name != "chance"]
+    if facts:
+        chance = f", chance {facts['chance']:.1f} %" if "chance" in facts else ""
+        rows.append({"": f"facts recalled{chance}", **{state: f"{facts[state]:.1f} %" for state in states}})
+        rows += [
+            {"": f"facts: {kind}", **{state: f"{value[state]:.1f} %" for state in states}}
+            for kind, value in facts.get("by_kind", {}).items()
+        ]
+    if rows:
+        columns = {name: "" for row in rows for name in row}
+        yield "## What it costs\n\n" + markdown_table([{**columns, **row} for row in rows])
+
+
+def _sizes(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the section on sizes, if the report has them."""
+    rows = [
+        {
+            "": f"{part}, {heading}",
+            **{
+                state: f"{value:,}" if figure == "parameters" else f"{value / 1e6:,.1f}"
+                for state, value in values.items()
+            },
+            "kept": f"{values['compressed'] / values['dense']:.1%}",
+        }
+        for part, sizes in (("targeted layers", report.get("targeted")), ("whole model", report.get("whole")))
+        if sizes
+        for figure, heading in FIGURES.items()
+        for values in [sizes[figure]]
+    ]
+    if rows:
+        yield "## What it saves\n\n" + markdown_table(rows)
+
+
+def _making(made: Mapping[str, Any], calibration: str | Sequence[str] | None) -> str:
+    options = made["options"]
+    versions = made.get("versions") or library_versions()
+    lines = {
+        "base model": made["base"] or "not stated",
+        "licence": f"{made['licence'] or 'not stated'}; the base model's holds for this one",
+        "method": made.get("method", "not stated"),
+        "budget": _budget(options),
+        "allocation, layout": ", ".join(str(options[name]) for name in ("allocation", "layout") if name in options),
+        "refit": _outcome(made, "refit", "layers"),
+        "refinement": _outcome(made, "refine", "blocks"),
+        "recovery": _recovery(made),
+        "quantised": made["quantization"] or "no",
+        "calibration data": _calibration(made, calibration),
+        "seed": made.get("seed", "not stated"),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    return "## How it was made\n\n" + "\n".join(f"* {name}: {value}" for name, value in lines.items() if value != "")
+
+
+def _budget(options: Mapping[str, Any]) -> str:
+    if options.get("keep") is not None:
+        return f"keep {options['keep']:g}, the fraction of the targeted layers' parameters"
+    if options.get("rank") is not None:
+        kind = "absolute" if isinstance(options["rank"], int) else "as a fraction of full rank"
+        return f"rank {options['rank']:g} ({kind}), the parameters of uniform matrices of that rank"
+    return "not stated"
+
+
+def _outcome(made: Mapping[str, Any], phase: str, parts: str) -> str:
+    """Return what a refit or a refinement did; of one that was not asked for "none", or what is known."""
+    figures = made.get(phase)
+    if figures is None:
+        return "none" if "layers" in made else f"{made['options'].get(phase, 'not stated')}"
+    before, after = (figures["loss"][when] for when in ("before", "after"))
+    return f"{outcome(figures, parts)}, loss on held-out batches {before:.4f} before and {after:.4f} after"
+
+
+def _recovery(made: Mapping[str, Any]) -> str:
+    """Return what a recovery did; nothing if there was none."""
+    figures, options = made.get("recovery"), made["options"].get("recovery")
+    if figures is not None:
+        return recovery_line(figures)
+    if options is None or "layers" in made:  # a report knows of one that has been done
+        return ""
+    return f"{options['arm']}, by {'a teacher' if options['teacher'] else 'labels'}"
+
+
+def _calibration(made: Mapping[str, Any], stated: str | Sequence[str] | None) -> str:
+    options = made["options"]
+    given = [stated] if isinstance(stated, str) else list(stated or options.get("calibration") or [])
+    names = [
+        "text sampled from the model itself" if name == "self" else _short(name) if stated is None else name
+        for name in given
+    ]
+    tokens = max((row["tokens"] for row in made.get("layers", [])), default=0)
+    parts = [", ".join(map(str, names)) or "not stated"]
+    if {"windows", "window"} <= options.keys():
+        parts.append(f"{options['windows']} windows of {options['window']} tokens")
+    if tokens:
+        parts.append(f"{tokens:,} tokens seen by a layer")
+    return "; ".join(parts)
+
+
+def _layers(model: PreTrainedModel, report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the section on single layers: those kept dense, ranks, and rho where the report has it."""
+    if "layers" not in report:
+        rows: list[Row] = [
+            {"layer": name, "shape": _shape((layer.out_features, layer.in_features)), "rank": layer.rank}
+            | {"stored as": layer.layout}
+            for name, layer in compressed_layers(model).items()
+        ]
+        yield "## Layers\n\n" + _folded(f"Ranks of all {len(rows)} compressed layers", rows)
+        return
+    dense = [row["name"] for row in report["layers"] if row["layout"] == "dense"]
+    rows = [
+        {
+            "layer": row["name"],
+            "shape": _shape(row["shape"]),
+            "rank": row["rank"],
+            "stored as": row["layout"],
+            "tokens": row["tokens"],
+            **{f"rho{name}": _number(row[f"rho{key}"]) for name, key in RHO.items()},
+            "loss": _number(row["loss"]),
+        }
+        for row in report["layers"]
+    ]
+    kept = f"Targeted, but kept dense: {', '.join(f'`{name}`' for name in dense) if dense else 'none'}."
+    yield f"## Layers\n\n{kept}\n\n" + _folded(
+        f"Ranks, rho and predicted loss of all {len(rows)} targeted layers", rows
+    )
+    yield (
+        "rho says how strongly a layer's inputs and the gradients there are coupled (0 to 1); *null* is what shuffled "
+        "sequences reach, *debiased* is around 0 where there is no coupling. The loss is what the method's own "
+        "objective says was lost in the layer."
+    )
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _number(value: float | None) -> str:
+    """A figure that may not have been measured."""
+    return "-" if value is None else f"{value:.3f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
+
+
+def _folded(summary: str, rows: Sequence[Row]) -> str:
+    return f"<details>\n<summary>{summary}</summary>\n\n{markdown_table(rows)}\n\n</details>"

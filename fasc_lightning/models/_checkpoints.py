@@ -1,0 +1,245 @@
+"""Checkpoints of dense and of compressed modules, each loaded over the other: the layers follow the weights.
+
+A Lightning checkpoint holds weights by name and no structure, so that the module must have the form of its weights
+before they load. Where they load through a Trainer with a FascCallback, the callback's hook sees to it; elsewhere the
+module's own ``on_load_checkpoint``, which a Trainer and ``load_from_checkpoint`` call at the right moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from fasc_lightning._utils import anything, check, mapping, naming, some_names, undoing
+from fasc_lightning.layers import (
+    DENSE_FORM,
+    CompressedLinear,
+    DenseForm,
+    UnfusedExperts,
+    describe_layer,
+    empty_dense,
+    empty_layer,
+    is_conv1d,
+    is_guard,
+    linear_shape,
+    named_layers,
+    place,
+    quantization_of,
+    set_trainable,
+)
+from fasc_lightning.models._layer_plan import REMEMBERED, check_fit, compression_plan, swap_layers
+from fasc_lightning.models._layer_state import check_state
+
+
+def match_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Give a module the layers of a checkpoint, compressed or dense, so that its weights load strictly.
+
+    :class:`~fasc_lightning.CausalLMModule` and any fit, validation or test with a :class:`~fasc_lightning.FascCallback`
+    do it by themselves. For ``load_from_checkpoint`` of a LightningModule of your own, and for Trainers without the
+    callback, call it from the module::
+
+        def on_load_checkpoint(self, checkpoint):
+            match_checkpoint(self, checkpoint)
+
+    A compressed module that is given a dense checkpoint becomes dense. It says so, and remembers its plan:
+    ``apply_plan(module, module.fasc_plan)``.
+
+    Args:
+        module: Any module.
+        checkpoint: A Lightning checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint's compressed layers are not those of the module. It is what it was.
+    """
+    check(checkpoint, mapping(anything), "The checkpoint")
+    match_state_dict(module, checkpoint.get("state_dict", {}))
+
+
+def match_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Give a module's linear layers the form in which a state dict holds them, and those that change their values.
+
+    Args:
+        module: Any module.
+        state_dict: Weights by name.
+        prefix: Of the module's names in it.
+
+    Raises:
+        ValueError: If the state's compressed layers, or with them any of its weights, are not those of the module,
+            which is what it was. (A module with ``strict_loading = False`` may lack weights.) Or if a compressed
+            layer's part is not what it says: integers where floats are wanted, NaN, an index that is no permutation.
+    """
+    check(state_dict, mapping(anything), "The entry 'state_dict' of the checkpoint")
+    compressed = _compressed_names(state_dict, prefix)
+    every = named_layers(module)
+    if missing := compressed - every.keys():
+        raise ValueError(
+            f"Expected a checkpoint of {type(module).__name__} but it holds compressed layers that are not there: "
+            f"{some_names(missing)}. Is it another model's? The module is what it was."
+        )
+    with naming("The entry 'state_dict' of the checkpoint"):
+        check_state(module, state_dict, prefix, compressed)
+    before = compression_plan(module)
+    new: dict[str, nn.Module] = {}
+    once = {id(layer): name for name, layer in reversed(every.items())}
+    for name, layer in every.items():
+        if once[id(layer)] != name:
+            continue
+        replacement: nn.Module | None = None
+        form = vars(layer).get(DENSE_FORM)
+        if name in compressed and (isinstance(layer, CompressedLinear | nn.Linear) or is_conv1d(layer)):
+            replacement = _compressed_layer(name, layer, _part(state_dict, f"{prefix}{name}."))
+        elif form is not None and form.fits(part := _part(state_dict, f"{prefix}{name}.")):
+            replacement = _reparametrised_layer(name, layer, form, part)
+        elif isinstance(layer, CompressedLinear) and f"{prefix}{name}.weight" in state_dict:
+            replacement = _dense_layer(name, layer, _part(state_dict, f"{prefix}{name}."))
+        elif isinstance(layer, UnfusedExperts) and f"{prefix}{name}.gate_up_proj" in state_dict:
+            parameter = next(p for p in layer.parameters() if p.is_floating_point())
+            replacement = set_trainable(place(layer.empty(), parameter.device), parameter.requires_grad)
+        if replacement is not None:
+            new[name] = replacement
+    if not new:
+        return
+    with undoing() as undo:
+        undo.keep(module, attributes=True)
+        swap_layers(module, new)
+        if getattr(module, "strict_loading", True):
+            check_fit(module, state_dict, prefix)
+        undo.forget()
+    vars(module).pop(REMEMBERED, None)
+    if before and not compressed:
+        setattr(module, REMEMBERED, before)
+        rank_zero_warn(
+            f"{type(module).__name__} had {len(before)} compressed layers and is dense now, as the weights are that "
+            "were loaded into it. HINT: load a compressed checkpoint to have the factors again; "
+            f"`apply_plan(module, module.{REMEMBERED})` gives the dense weights the same ranks."
+        )
+
+
+def match_on_load(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *unused: Any) -> None:
+    """As a hook of ``register_load_state_dict_pre_hook``; a function of no one's, so that modules can be copied."""
+    del unused
+    match_state_dict(module, state_dict, prefix)
+
+
+def _compressed_names(state_dict: Mapping[str, Tensor], prefix: str) -> set[str]:
+    """Return the names of the layers that a state dict holds in a compressed form."""
+    forms = (
+        (".factor_in.weight", (".factor_out.weight",)),
+        (".basis.weight", (".coefficients.weight", ".permutation")),
+        (".matrix.weight", (".matrix.scale",)),
+    )
+    names = set()
+    for first, others in forms:
+        for key in state_dict:
+            name = key.removesuffix(first)
+            if key.endswith(first) and key.startswith(prefix) and all(name + other in state_dict for other in others):
+                names.add(name.removeprefix(prefix))
+    return names
+
+
+def _part(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    here = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    return {key: value for key, value in here.items() if not is_guard(value)}
+
+
+def _compressed_layer(name: str, layer: nn.Module, state: Mapping[str, Tensor]) -> nn.Module | None:
+    """Return the compressed layer that a part of a state dict describes; None if there is one already.
+
+    Raises:
+        ValueError: If the layer that it is to replace is of another shape.
+    """
+    m, n = linear_shape(layer)
+    spec = _describe(state, m, n)
+    if spec is None:
+        shapes = {key: tuple(value.shape) for key, value in state.items()}
+        raise ValueError(
+            f"Expected the checkpoint's layer {name!r} to be compressed from a weight of shape ({m}, {n}), as the "
+            f"module's is, but it holds {shapes}. Is it another model's? The module is what it was."
+        )
+    if isinstance(layer, CompressedLinear) and describe_layer(layer) == spec:
+        return None
+    new = empty_layer(name, layer, spec)
+    new.from_conv1d = is_conv1d(layer) or getattr(layer, "from_conv1d", False)
+    return _filled(name, place(new, _device(layer)), layer, state)
+
+
+def _describe(state: Mapping[str, Tensor], m: int, n: int) -> dict[str, Any] | None:
+    """Return the description of a compressed (m, n) layer by the names and shapes of its parts; None if of no such."""
+    spec = _describe_form(state, m, n)
+    if spec is not None and any(key.endswith(".scale") for key in state):
+        spec["quantize"] = "int8-dynamic" if any(key.endswith(".rounds_inputs") for key in state) else "int8"
+    return spec
+
+
+def _describe_form(state: Mapping[str, Tensor], m: int, n: int) -> dict[str, Any] | None:
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    if "matrix.weight" in state:
+        if shapes["matrix.weight"] != (m, n):
+            return None
+        return {"rank": min(m, n), "layout": "dense", "bias": "matrix.bias" in state}
+    if "factor_in.weight" in state:
+        k = shapes["factor_in.weight"][0]
+        if (shapes["factor_in.weight"], shapes["factor_out.weight"]) != ((k, n), (m, k)):
+            return None
+        return {"rank": k, "layout": "factors", "bias": "factor_out.bias" in state}
+    basis, coefficients = shapes["basis.weight"], shapes["coefficients.weight"]
+    if basis[1] == n and coefficients == (m - basis[0], basis[0]):
+        return {"rank": basis[0], "layout": "pivot", "bias": "pivot_bias" in state, "side": "out"}
+    if basis[0] == m and coefficients == (basis[1], n - basis[1]):
+        return {"rank": basis[1], "layout": "pivot", "bias": "basis.bias" in state, "side": "in"}
+    return None
+
+
+def _dense_layer(name: str, layer: CompressedLinear, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return the dense layer that a part of a state dict holds in place of a compressed one."""
+    new = empty_dense(layer, "bias" in state, layer.weight.dtype)
+    device = _device(layer)
+    for key, parameter in new.named_parameters():  # and not its buffers, which have their values
+        new._parameters[key] = nn.Parameter(torch.zeros_like(parameter, device=device))
+    return _filled(name, new, layer, state)
+
+
+def _reparametrised_layer(name: str, layer: nn.Module, form: DenseForm, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return the layer whose weight is computed from other tensors that a part of a state dict holds.
+
+    Raises:
+        ValueError: If the state is not the layer's.
+    """
+    try:
+        new = form.filled(state, _device(layer), layer.weight.dtype)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise ValueError(_others(name, error)) from error
+    return new if _trains(layer) else new.requires_grad_(False)
+
+
+def _filled(name: str, new: nn.Module, old: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Give a layer its values at once, so that nothing unset is ever in a module.
+
+    Raises:
+        ValueError: If the state is not the layer's.
+    """
+    if _device(old).type != "meta":
+        try:
+            new.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(_others(name, error)) from error
+    return set_trainable(new, _trains(old))
+
+
+def _others(name: str, error: RuntimeError) -> str:
+    return (
+        f"Expected the weights of layer {name!r} but the checkpoint's are others: {error}. The module is what it was."
+    )
+
+
+def _trains(layer: nn.Module) -> bool:
+    # Of int8 alone nobody can tell whether its floats would be trained.
+    return quantization_of(layer) is not None or any(p.requires_grad for p in layer.parameters())
+
+
+def _device(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device

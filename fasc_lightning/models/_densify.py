@@ -1,0 +1,47 @@
+"""A compressed model made dense again."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from fasc_lightning._utils import undoing
+from fasc_lightning.layers import is_compressed
+from fasc_lightning.layers import to_dense as swap_to_dense
+from fasc_lightning.models._format import attach_config
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def to_dense(model: Model) -> Model:
+    """Make a compressed model an ordinary dense one of the same function, in place.
+
+    For tools that know no low-rank layers. ``save_pretrained`` then writes an ordinary folder, which loads without
+    this package. What compression saved is given back, and what it lost stays lost: a layer of shape (m, n) is m n
+    numbers again, in place of k (m + n - k) (pivot) or k (m + n) (factors), so that the targeted layers of a model
+    that kept 60 % of them grow by two thirds, on disk and in memory, and take as many FLOPs a token as before. While
+    it runs, both forms of all these layers are in memory.
+
+    Args:
+        model: A transformers model, a LightningModule or any other module that holds compressed layers.
+
+    Returns:
+        The same model. Outputs agree with the compressed model's to rounding, not bit by bit.
+
+    Raises:
+        ValueError: If nothing in the model is compressed, or weights are offloaded. Nothing is changed.
+        TypeError: If a factor carries adapters, or another library's quantisation. Nothing is changed.
+
+    Example:
+        >>> model = load_compressed("compressed")  # doctest: +SKIP
+        >>> to_dense(model).save_pretrained("dense")  # doctest: +SKIP
+    """
+    if not is_compressed(model):
+        raise ValueError(f"Expected a model with compressed layers, but {type(model).__name__} has none: it is dense.")
+    with undoing() as undo:
+        undo.keep(model, attributes=True)
+        swap_to_dense(model)
+        attach_config(model)
+        undo.forget()
+    return model

@@ -1,0 +1,152 @@
+"""A compressed model written to a folder: whole or not at all, with its model card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fasc_lightning._utils import whole_folder
+from fasc_lightning.compression import CompressionReport
+from fasc_lightning.models._card import model_card
+from fasc_lightning.models._folder_checks import add_checksums
+from fasc_lightning.models._format import attach_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Weights of an earlier save. Left beside new ones they would be loaded in their place: transformers prefers a single
+#: file to shards, and does not remove it when it writes shards.
+OLD_WEIGHTS = re.compile(r"(model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?)")
+
+
+def save_compressed(
+    model: PreTrainedModel,
+    path: str | PathLike[str],
+    *,
+    report: CompressionReport | Mapping[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    base_model: str | None = None,
+    licence: str | None = None,
+    calibration: str | Sequence[str] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    max_shard_size: int | str | None = None,
+) -> Path:
+    """Save a compressed model with its tokenizer and its model card, whole or not at all.
+
+    ``model.save_pretrained(path)`` writes the same weights and configuration, but straight into ``path``, and no card.
+    Here everything is written beside it first, so that whatever fails (a full disk, a folder that may not be written)
+    leaves an earlier folder as it was. What an earlier folder holds beside the files of a saved model stays in it.
+
+    Where several processes hold the model, one of them saves it. The folder can be uploaded as it is, by
+    ``huggingface_hub.upload_folder(folder_path=path, repo_id=...)``.
+
+    Args:
+        model: The compressed model.
+        path: The folder: new, empty, or of an earlier saved model.
+        report: See :func:`~fasc_lightning.models.model_card`, as for the next arguments.
+        tokenizer: Saved beside the model.
+        base_model: Hub id or folder of the model that was compressed.
+        licence: Of the base model.
+        calibration: What the model was calibrated on.
+        evaluation: Perplexity and facts before and after.
+        max_shard_size: Of a file of weights, in bytes or as "5GB"; by default that of ``save_pretrained``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: If the model is not a transformers model.
+        ValueError: If it holds no compressed layers, or adapters that are not merged, or its floating-point types are
+            mixed, or the report is another model's.
+        FileExistsError: If the folder holds files, but no saved model.
+        OSError: If something could not be written.
+
+    Example:
+        >>> report = compress(model, batches, keep=0.8)  # doctest: +SKIP
+        >>> save_compressed(model, "compressed", report=report, tokenizer=tokenizer)  # doctest: +SKIP
+    """
+    from safetensors import SafetensorError
+
+    check_model(model)
+    check_folder(path)
+    attach_config(model)  # the layers may have been changed by hand
+    card = model_card(
+        model, report, base_model=base_model, licence=licence, calibration=calibration, evaluation=evaluation
+    )
+    sharding: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    try:
+        with whole_folder(Path(path), lambda name: OLD_WEIGHTS.fullmatch(name) is not None) as folder:
+            model.save_pretrained(folder, **sharding)
+            add_checksums(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            card.save(folder / "README.md")
+    except SafetensorError as error:
+        raise OSError(f"Could not write the weights to {path}: {error}. What was there before is unchanged.") from error
+    return Path(path)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what a folder cannot hold.
+
+    Raises:
+        TypeError: If the model is not of transformers.
+        ValueError: If its floating-point types are mixed, or it carries adapters.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"Expected a transformers model but got {type(model).__name__}. Of a LightningModule save the model inside "
+            "(`module.model`), or the module itself with `trainer.save_checkpoint`."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "Expected a model without adapters but it carries some, which transformers would save in its place. Merge "
+            "them, or save them with `model.save_pretrained` to a folder of their own and `model.delete_adapter` them."
+        )
+    example: dict[torch.dtype, str] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not _stays_float32(model, name):
+            example.setdefault(tensor.dtype, name)
+    if len(example) > 1:
+        held = " and ".join(f"{dtype} ({name!r})" for dtype, name in example.items())
+        raise ValueError(
+            f"Expected a model of one floating-point type but got {held}. A folder has one, and a reload would round "
+            "what has another: convert the model first, `model.to(torch.bfloat16)`."
+        )
+
+
+def _stays_float32(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers loads a weight in float32 whatever the model's type."""
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    if model.dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    return not kept.isdisjoint(name.split("."))
+
+
+def check_folder(path: str | PathLike[str]) -> None:
+    """Refuse a folder whose files are no saved model's: they are not for this package to move about.
+
+    Raises:
+        NotADirectoryError: If it is a file.
+        FileExistsError: With the remedy.
+        ValueError: If the process works inside of it.
+    """
+    folder = Path(path).resolve()
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise NotADirectoryError(f"Expected a folder to save to, but {path} is a file.")
+    if any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise FileExistsError(
+            f"Expected a new or an empty folder, or one with a saved model, but {path} holds other files. Save to a "
+            "folder inside of it."
+        )
+    if Path.cwd().is_relative_to(folder):
+        raise ValueError(f"Expected a folder to replace, but {path} is the working directory, or holds it. Leave it.")

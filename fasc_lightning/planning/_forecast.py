@@ -1,0 +1,117 @@
+"""What a plan says of a compression that has not begun, and how it is printed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from fasc_lightning._utils import table_text
+from fasc_lightning.layers import Size
+from fasc_lightning.planning._memory import Peak
+from fasc_lightning.planning._time import Seconds
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer of a plan.
+
+    Attributes:
+        name: Dotted name.
+        shape: (m, n) = (outputs, inputs).
+        moments: "exact" for whole ones, else the option ``sketch``: "projected", "range" or "gaussian".
+        place: Of the moments, "device" or "cpu".
+        bytes: Of the moments.
+        rank: Under a uniform allocation of the same budget; min(m, n) where the layer would stay dense.
+        layout: "pivot", "factors" or "dense", likewise.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    moments: str
+    place: Literal["device", "cpu"]
+    bytes: int
+    rank: int
+    layout: str
+
+
+@dataclass(frozen=True)
+class CompressionForecast:
+    """What a compression will take and leave; ``str()`` is a table, :meth:`to_dict` plain data.
+
+    Attributes:
+        layers: One row a targeted layer.
+        device: What the moments are gathered on.
+        memory: Bytes that it has.
+        host_memory: Bytes that moments and factors may take beside it, on the CPU.
+        peak: Bytes that the compression takes of both, at most.
+        parts: Bytes of what makes up the peak: "weights", "training", "activations", "moments", "factors" and
+            "workspace". They are not all there at one time, so the peak is less than their sum.
+        factors_place: Where finished factors wait for the rest, "device", "cpu" or, in several passes, "disk".
+        passes: How often the data are gone through.
+        options: Those of :class:`~fasc_lightning.FascCallback` that hold moments as planned.
+        targeted: Sizes of the targeted layers, "dense" and "compressed".
+        whole: Sizes of the whole model, alike.
+        seconds: Estimated; None without a probe.
+    """
+
+    layers: list[PlannedLayer] = field(repr=False)
+    device: str
+    memory: int
+    host_memory: int
+    peak: Peak
+    parts: dict[str, int]
+    factors_place: Literal["device", "cpu", "disk"]
+    passes: int
+    options: dict[str, Any]
+    targeted: dict[str, Size]
+    whole: dict[str, Size]
+    seconds: Seconds | None = None
+
+    @property
+    def moments_bytes(self) -> int:
+        """Bytes of the moments of all layers, wherever they are."""
+        return sum(layer.bytes for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the forecast as plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        kinds: dict[tuple[Any, ...], list[PlannedLayer]] = {}
+        for layer in self.layers:
+            key = layer.name.rpartition(".")[2], layer.shape, layer.moments, layer.place
+            kinds.setdefault(key, []).append(layer)
+        rows = [
+            {
+                "layers": name,
+                "count": len(rows),
+                "outputs": shape[0],
+                "inputs": shape[1],
+                "moments": moments,
+                "place": place,
+                "GB": sum(row.bytes for row in rows) / 1e9,
+                "rank": rows[0].rank,
+                "layout": rows[0].layout,
+            }
+            for (name, shape, moments, place), rows in kinds.items()
+        ]
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts.items() if size)
+        beside = f" and {self.peak.host / 1e9:.2f} GB beside it on the CPU" if self.peak.host else ""
+        lines = [
+            table_text("Plan of a compression; ranks are those of a uniform allocation", rows),
+            f"peak memory: {self.peak.device / 1e9:.2f} of {self.memory / 1e9:.2f} GB on {self.device}{beside} "
+            f"({parts}; factors on the {self.factors_place}), {self.passes} pass{'' if self.passes == 1 else 'es'}",
+        ]
+        if self.options:
+            lines.append(f"options: {', '.join(f'{name}={value!r}' for name, value in self.options.items())}")
+        for title, sizes in (("targeted layers", self.targeted), ("whole model", self.whole)):
+            before, after = sizes["dense"], sizes["compressed"]
+            lines.append(
+                f"{title}: {before.parameters:,} -> {after.parameters:,} parameters "
+                f"({after.parameters / before.parameters:.1%}), {before.bytes / 1e9:.2f} -> {after.bytes / 1e9:.2f} GB"
+            )
+        if self.seconds is not None:
+            known = self.seconds.calibrate
+            calibrate = f"{self.seconds.per_1000_tokens:.2g} s per 1,000 tokens" if known is None else f"{known:,.1f} s"
+            lines.append(f"about {calibrate} to calibrate, {self.seconds.factorize:,.1f} s to factorise")
+        return "\n".join(lines)

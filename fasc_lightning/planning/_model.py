@@ -1,0 +1,103 @@
+"""The layers of a model that may not exist yet: of a module on any device, or of a transformers config alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from fasc_lightning.layers import select_layers, warn_other_layers, warn_unknown_experts
+
+
+@dataclass(frozen=True)
+class PlannedLayers:
+    """What is to be compressed.
+
+    Attributes:
+        layers: Linear layers by name, those of experts (``layers/_fused_experts.py``) among them.
+    """
+
+    layers: dict[str, nn.Module]
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """Share of the tokens that each layer sees if a router spreads them evenly; 1 for what is no expert's."""
+        return {name: getattr(layer, "expert_share", 1.0) for name, layer in self.layers.items()}
+
+
+def model_on_meta(model_or_config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return a module as it is, or the causal language model of a config, without weights.
+
+    Args:
+        model_or_config: Any module, on any device; or a transformers config.
+        dtype: Of the weights that a config's model would have; None for the config's own, else float32.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If the config lacks shapes, has shapes that no model can have, or is not of a causal language model.
+    """
+    if isinstance(model_or_config, nn.Module):
+        return model_or_config
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+    if not isinstance(model_or_config, PreTrainedConfig):
+        raise TypeError(
+            "Expected a module or a transformers config but got "
+            f"{type(model_or_config).__name__}. HINT: AutoConfig.from_pretrained(folder) reads a folder's config."
+        )
+    name = type(model_or_config).__name__
+    if type(model_or_config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"Expected the config of a causal language model but got {name}, of which AutoModelForCausalLM makes none. "
+            "HINT: AutoConfig.from_pretrained(folder), one like LlamaConfig(hidden_size=..., ...), or, of a model of "
+            "another kind, itself, made under torch.device('meta')."
+        )
+    dtype = dtype or getattr(model_or_config, "dtype", None) or torch.float32
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_or_config, dtype=dtype)
+        _check_shapes(model)
+    except Exception as error:  # each family fails in its own way: None times a number, a division by no heads, ...
+        raise ValueError(
+            f"Expected a {name} with the shapes of a model but no model can be made of it: {error}. HINT: check "
+            "hidden_size, intermediate_size, num_hidden_layers and the numbers of heads and experts."
+        ) from error
+    return model
+
+
+def _check_shapes(model: nn.Module) -> None:
+    """Refuse what can be built of zeros, and is no model.
+
+    Raises:
+        ValueError: If a weight is empty, or there is not one block.
+    """
+    empty = [f"{name!r} is of shape {tuple(p.shape)}" for name, p in model.named_parameters() if p.numel() == 0]
+    if empty:
+        raise ValueError(empty[0])
+    config: Any = model.config
+    if getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1) < 1:
+        raise ValueError("it has no layers")
+
+
+def planned_layers(
+    model: nn.Module, targets: str | list[str] | None = None, exclude: str | list[str] | None = None
+) -> PlannedLayers:
+    """Return what a compression of a model takes: the layers of ``select_layers``.
+
+    Says which experts stay dense because nothing here understands them.
+
+    Args:
+        model: Any module; no weight is read.
+        targets: See ``select_layers``.
+        exclude: Likewise.
+
+    Raises:
+        ValueError: If nothing is selected.
+    """
+    if targets in (None, "all-linear"):
+        warn_unknown_experts(model)
+    warn_other_layers(model, targets, exclude)
+    return PlannedLayers(select_layers(model, targets, exclude))

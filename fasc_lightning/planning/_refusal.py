@@ -1,0 +1,97 @@
+"""Amounts of memory as people write them, and the refusal of a plan that does not fit."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from fasc_lightning.options import ReductionKind
+from fasc_lightning.planning._memory import LayerMemory, Peak, Storage, choose_storage, gigabytes
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def bytes_of(amount: int | float | str | None, option: str) -> int | None:
+    """Return an amount of memory in bytes.
+
+    Args:
+        amount: A number of bytes, or one with a unit: "80GB" (10^9 bytes each), "24GiB" (2^30).
+        option: Names it in messages.
+
+    Raises:
+        ValueError: If it is no positive amount.
+    """
+    if amount is None:
+        return None
+    value = math.nan
+    if isinstance(amount, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", amount)
+        if found is not None and found[2].upper() in _UNITS:
+            value = float(found[1]) * _UNITS[found[2].upper()]
+    elif not isinstance(amount, bool):
+        value = float(amount)
+    if not (math.isfinite(value) and value >= 1):
+        raise ValueError(
+            f"Expected `{option}` to be a number of bytes, or a text like '80GB' or '24GiB', but got {amount!r}."
+        )
+    return int(value)
+
+
+def refusal(
+    memories: Mapping[ReductionKind | None, Sequence[LayerMemory]],
+    shapes: Mapping[str, tuple[int, int]],
+    peak: Callable[[Storage], Peak],
+    have: Peak,
+    device: torch.device,
+    weights: int,
+    passes: int,
+    most: int,
+) -> str:
+    """Return the message that nothing fits: what is short, and what would do.
+
+    Args:
+        memories: What each layer takes, by how moments may be held.
+        shapes: (m, n) of each, by name.
+        peak: Largest memory of a storage.
+        have: Memory that there is.
+        device: What it is planned for.
+        weights: Bytes of the whole model.
+        passes: How many were asked for, or the first that were tried.
+        most: How many there can be.
+    """
+    first, *others = memories
+    asked = peak(Storage(first, passes=passes)).device
+    remedies = [f"{asked / 1e9:.3g} GB on {device} hold {_held(first)} moments"]
+    less = ((kind, peak(Storage(kind, passes=passes)).device) for kind in others)
+    remedies += [f"{least / 1e9:.3g} GB hold {_held(kind)} ones" for kind, least in less if least < asked]
+    if device.type != "cpu" and (aside := peak(Storage(first, True, passes))).device <= have.device:
+        remedies.append(f"moments_device='cpu' with {gigabytes(aside.host)} there (`host_memory` of a plan)")
+    fewer = choose_storage(peak, have, kinds=list(memories), offloaded=(False,), passes=None, most=most)
+    if fewer is None:
+        least = min(peak(Storage(kind, passes=most)).device for kind in memories)
+        remedies.append(f"a pass for every layer takes {least / 1e9:.3g} GB")
+    elif fewer.passes > 1:
+        held = "" if fewer.kind is None else f", sketch={fewer.kind!r}"
+        remedies.append(f"{fewer.passes} passes over the data fit (passes={fewer.passes}{held}, update_weights=False)")
+    taken = list(memories.values())
+    largest = max(range(len(shapes)), key=lambda i: taken[0][i].workspace)
+    name = list(shapes)[largest]
+    alone = min(layers[largest].moments + layers[largest].workspace for layers in taken)
+    one = (
+        f" Not even one layer fits: the weights take {weights / 1e9:.3g} GB, and {name!r} {shapes[name]} "
+        f"{alone / 1e9:.3g} GB to gather and factorise."
+        if weights + alone + taken[0][largest].factors > have.device
+        else ""
+    )
+    return (
+        f"Expected a compression of {len(shapes)} layers to fit into {have.device / 1e9:.3g} GB on {device} but it "
+        f"needs {asked / 1e9:.3g} GB.{one} What would do: {'; '.join(remedies)}; or target fewer layers (`targets`, "
+        "`exclude`) in several runs."
+    )
+
+
+def _held(kind: ReductionKind | None) -> str:
+    return "whole" if kind is None else kind

@@ -1,0 +1,74 @@
+"""Early, named refusals of recoveries that cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from fasc_lightning.layers import compressed_layers, quantization_of
+from fasc_lightning.options import LoraRecovery, Recovery
+from fasc_lightning.recovery._adapters import carries_adapters, factor_names
+from fasc_lightning.recovery._distillation import check_distillable
+
+
+def check_recoverable(pl_module: pl.LightningModule, recovery: Recovery) -> None:
+    """Refuse modules that recovery cannot train, before anything is changed.
+
+    Raises:
+        MisconfigurationException: With the remedy.
+        ValueError: If the patterns of a LoraConfig match no compressed layer.
+    """
+    layers = compressed_layers(pl_module)
+    if not layers:
+        raise MisconfigurationException(
+            f"Expected a compressed module to recover but {type(pl_module).__name__} has no low-rank layers. HINT: "
+            "compress it first."
+        )
+    if (name := carries_adapters(pl_module)) is not None:
+        raise MisconfigurationException(
+            f"Expected a module without adapters but {name!r} carries some, which would be lost or merged "
+            "with those of the recovery. HINT: merge them first (`merge_and_unload()` of peft)."
+        )
+    quantized = [name for name, layer in layers.items() if quantization_of(layer) is not None]
+    if quantized:
+        raise MisconfigurationException(
+            f"Expected layers that can be trained but {quantized[0]!r} is in int8. HINT: recover first and quantise "
+            "last, as FascCallback(recovery=..., quantize=...) does."
+        )
+    if isinstance(recovery, LoraRecovery):
+        config = recovery.lora_config()
+        factor_names(pl_module, config.target_modules, config.exclude_modules)
+    if recovery.distillation is not None:
+        check_distillable(pl_module, recovery.distillation, list(layers))
+
+
+def check_optimizers(trainer: pl.Trainer, trained: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a fit whose optimizers have nothing of what is to be trained.
+
+    Raises:
+        MisconfigurationException: With the remedy.
+    """
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.values()):
+        rank_zero_warn(
+            "FascCallback: what recovery trains is in 16 bits, in which small steps round to nothing. HINT: "
+            "LoraRecovery in a Trainer that does not convert the module (precision='bf16-mixed' does not), whose "
+            "adapters are float32; or recover in float32 and convert then."
+        )
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in trained.items() if id(p) not in held]
+    if len(missing) == len(trained):
+        raise MisconfigurationException(
+            f"Expected optimizers over what recovery trains but none of the {len(trained)} parameters (for example "
+            f"{missing[0]!r}) is in one. HINT: let `configure_optimizers` take "
+            "`[p for p in self.parameters() if p.requires_grad]` whenever it is called."
+        )
+    if missing:
+        rank_zero_warn(
+            f"FascCallback: {len(missing)} of the {len(trained)} parameters that recovery trains are in no optimizer "
+            f"(for example {missing[0]!r}) and stay what they are."
+        )

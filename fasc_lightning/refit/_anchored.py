@@ -1,0 +1,441 @@
+"""Anchored refit: compressed layers made to fit the inputs that the compressed model really gives them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fasc_lightning._utils import Progress, evaluating, undoing
+from fasc_lightning.layers import (
+    CompressedLinear,
+    expert_groups,
+    expert_layers,
+    linear_shape,
+    linear_weight,
+    make_lowrank,
+)
+from fasc_lightning.refit._blocks import (
+    WITHOUT_REFIT,
+    BatchLoss,
+    BlockRunner,
+    Joins,
+    RefitError,
+    find_blocks,
+    joins_stream,
+    real_tokens,
+)
+from fasc_lightning.refit._reports import BlockRefit, LayerRefit, RefitReport
+from fasc_lightning.refit._shares import Change, batch_losses, shares
+from fasc_lightning.refit._solve import DriftMoments, DriftRows, Factors, Variant, drift_loss, solve_refit
+from fasc_lightning.solvers import SHRINK_A, SHRINK_COUPLED_G, shrink
+from fasc_lightning.statistics import moment_dtype
+
+#: What a layer is to reproduce: "layer", the dense layer's output; "stream", in layers whose output is added to the
+#: stream of hidden states, besides what that has gone wrong so far.
+Target = Literal["layer", "stream"]
+
+
+#: What a refit is drawn to: "dense", the dense layer, in the moments that the factors were made with (layers whose bias
+#: moves, and refits without those moments, cannot); "factors", the factors there were.
+Anchor = Literal["dense", "factors"]
+
+#: Fewer batches leave too little to fit to once one chooses and one checks.
+MIN_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class RefitOptions:
+    """How a refit chooses.
+
+    Attributes:
+        anchors: Values of lambda to choose from, layer by layer, by the error on the batches that choose.
+        towards: See :data:`Anchor`.
+        variants: Which factors may move, chosen in the same way.
+        target: See :data:`Target`.
+        bias: Whether biases that are there move along.
+        holdout: One of so many batches chooses, and another one checks, but no fewer than one and two
+            (``shares``).
+        judge_batches: How many of those that choose the judge looks at after each block. They are then not fitted to.
+            0 leaves out the verdicts on blocks, and only the last check is made.
+    """
+
+    anchors: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
+    towards: Anchor = "dense"
+    variants: tuple[Variant, ...] = ("factors",)
+    target: Target = "stream"
+    bias: bool = True
+    holdout: int = 8
+    judge_batches: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if not self.anchors or not all(0 <= anchor < math.inf for anchor in self.anchors):
+            raise ValueError(f"Expected `anchors` to be finite numbers of at least 0 but got {self.anchors}.")
+        if not self.variants or not set(self.variants) <= {"factors", "right"}:
+            raise ValueError(f'Expected `variants` out of "factors" and "right" but got {self.variants}.')
+        if self.towards not in ("dense", "factors"):
+            raise ValueError(f'Expected `towards` to be "dense" or "factors" but got {self.towards!r}.')
+        if self.target not in ("layer", "stream"):
+            raise ValueError(f'Expected `target` to be "layer" or "stream" but got {self.target!r}.')
+        if self.holdout < 3 or self.judge_batches < 0:
+            raise ValueError(
+                f"Expected `holdout` of at least 3 and `judge_batches` of at least 0 but got {self.holdout} and "
+                f"{self.judge_batches}."
+            )
+
+
+def check_refit(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_REFIT) -> None:
+    """Refuse models whose layers cannot be refitted block by block; changes nothing and computes nothing.
+
+    Args:
+        model: The model, dense or compressed.
+        layers: Names of the layers that are or will be compressed.
+        remedy: What to do then; ends the error.
+
+    Raises:
+        RefitError: Saying why.
+    """
+    layers = list(layers)
+    if groups := expert_groups(expert_layers(model, layers)):
+        raise RefitError(
+            f"The experts of {len({experts for experts, _ in groups})} modules are compressed, and blocks that run one "
+            f"by one do not show what goes into each expert. {remedy} Or exclude the experts."
+        )
+    find_blocks(model, layers, remedy)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[int, str] = {}
+    wanted = {id(modules[name]): name for name in layers}
+    for name, module in modules.items():
+        if id(module) in wanted and places.setdefault(id(module), name) != name:
+            raise RefitError(
+                f"Expected layers of their own but {name!r} and {places[id(module)]!r} are one: new factors for "
+                f"one place would change the other. {remedy} Or exclude it."
+            )
+
+
+def causal_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean token loss of a causal language model; without labels, those are the real tokens themselves."""
+    labels = batch.get("labels")
+    if labels is None:
+        labels = batch["input_ids"]
+        if batch.get("attention_mask") is not None:
+            labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    return model(
+        input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), labels=labels, use_cache=False
+    ).loss
+
+
+def refit(
+    model: nn.Module,
+    dense: Mapping[str, nn.Module],
+    gradients: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    options: RefitOptions | None = None,
+    loss: BatchLoss = causal_loss,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> RefitReport:
+    """Refit the factors of a compressed model, block by block in order of execution, in place.
+
+    Each layer is fitted to what the model compressed so far gives it, with the dense model's outputs as the target and
+    an anchor (``refit/_solve.py``). Batches are in three shares
+    (``shares``). Factors are fitted to the first. The second chooses lambda and
+    decides layer by layer; new factors that a layer takes are then fitted to both. No step reads the third. The model's
+    loss there is the last check, of all layers together: it has to fall by more than two standard errors of its change
+    over the batches. G and, in the anchor, A are of all batches, as in the factors before. What is not accepted stays
+    as it was, as does everything if anything fails. Shapes, ranks, layouts and the layers' identities stay.
+
+    Memory: the hidden states of the first two shares at one block's input, twice, the inputs of its layers in the dense
+    model, and the moments of one group of layers that share an input.
+
+    Args:
+        model: The compressed model.
+        dense: The dense layer of each compressed one by name, on the model's device, as
+            :func:`~fasc_lightning.layers.swap_modules` returns them.
+        gradients: G = E[h h^T] of each of them (m, m), from the calibration. Shrunk here, by as much as "fasc" does.
+        batches: What to fit to, to choose by and to check by: the calibration's batches, moved to the model's device.
+            Tokens whose "attention_mask" is 0 do not count.
+        inputs: A = E[x x^T] of each of them (n, n), as the factors were made with, from the calibration. Shrunk here,
+            by as much as "fasc" does.
+        options: How to choose.
+        loss: Sends a batch through the model and returns its mean loss.
+        device: Where to solve; by default where the layers are.
+        progress: Wraps the loop over blocks.
+
+    Returns:
+        What was done.
+
+    Raises:
+        RefitError: If the model's blocks cannot be run one by one.
+        ValueError: If there are too few batches, or layers do not match.
+    """
+    start = time.perf_counter()
+    options = options or RefitOptions()
+    batches = list(batches)
+    layers = checked_layers(model, dense, gradients, "refit")
+    if len(batches) < MIN_BATCHES:
+        raise ValueError(
+            f"Expected at least {MIN_BATCHES} batches, some of which are held out, but got {len(batches)}. Use smaller "
+            "batches."
+        )
+    fit, choose, check = shares(len(batches), options.holdout)
+    check_refit(model, dense)
+    with undoing() as undo:
+        for layer in layers.values():
+            undo.add(layer.load_state_dict, layer_state(layer))
+        with evaluating(model):
+            before = batch_losses(model, [batches[i] for i in check], loss)
+            read = sorted(fit + choose)
+            runner = BlockRunner(model, dense, [batches[i] for i in read], loss)
+            held = [read.index(i) for i in choose]
+            work = _Refit(runner, layers, dense, gradients, inputs, options, device, progress, held)
+            work.run()
+            changed = any(layer.accepted for layer in work.reports)
+            after = batch_losses(model, [batches[i] for i in check], loss) if changed else before
+        change = Change.of(before, after)
+        reverted = changed and not change.is_gain
+        if not reverted:
+            undo.forget()
+    reports = [layer.undone() for layer in work.reports] if reverted else work.reports
+    done = {layer.name for layer in reports}
+    return RefitReport(
+        layers=reports,
+        blocks=work.blocks,
+        skipped=[name for name in layers if name not in done],
+        loss_before=change.before,
+        loss_after=change.after,
+        loss_error=change.error,
+        reverted=reverted,
+        fit_batches=len(read),
+        held_batches=len(check),
+        seconds=time.perf_counter() - start,
+    )
+
+
+class _Refit:
+    """One refit: the two streams of hidden states, and the loop over blocks."""
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        layers: Mapping[str, CompressedLinear],
+        dense: Mapping[str, nn.Module],
+        gradients: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor] | None,
+        options: RefitOptions,
+        device: torch.device | str | None,
+        progress: Progress | None,
+        held: Sequence[int],
+    ) -> None:
+        self.runner = runner
+        self.layers = layers
+        self.dense = dense
+        self.gradients = gradients
+        self.inputs = inputs
+        self.options = options
+        self.device = device
+        self.progress = progress or (lambda names, description: names)
+        self.held = held
+        # Spread over all held-out batches, which may come from several sources in turn.
+        count = min(options.judge_batches, len(self.held))
+        self.judged = [self.held[i * len(self.held) // count] for i in range(count)]
+        self.rows = [real_tokens(batch) for batch in runner.batches]
+        # Both streams start from the same embeddings.
+        self.exact = list(runner.inputs)
+        self.drifted = list(runner.inputs)
+        self.reports: list[LayerRefit] = []
+        self.blocks: list[BlockRefit] = []
+
+    def run(self) -> None:
+        """Go through all blocks."""
+        current = self._judge(0)
+        numbers = [str(i) for i in range(len(self.runner.blocks))]
+        for number in self.progress(numbers, "Refitting"):
+            current = self._block(int(number), current)
+
+    def _block(self, block: int, current: float) -> float:
+        """Refit one block and push both streams past it; returns the judged loss."""
+        prefix = self.runner.prefix(block)
+        inside = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
+        groups = self.runner.groups(block, self.drifted[0], inside) if inside else []
+        first = [self.dense[group[0]] for group in groups]
+        with self.runner.dense():
+            seen = [self.runner.run_and_see(block, i, hidden, first) for i, hidden in enumerate(self.exact)]
+        exact, inputs = [output for _, output in seen], [inputs for inputs, _ in seen]
+        del seen
+        saved = {name: layer_state(inside[name]) for group in groups for name in group}
+        reports = []
+        for group in groups:  # the inputs of a group are let go with it
+            reports += self._group(block, group, exact, [batch.pop(0) for batch in inputs])
+        drifted = self._push(block, self.drifted)
+        if any(report.accepted for report in reports) and self.judged:
+            judged = self._judge(block + 1, drifted)
+            accepted = judged < current
+            self.blocks.append(BlockRefit(block, current, judged, accepted))
+            if accepted:
+                current = judged
+            else:
+                for name, state in saved.items():
+                    inside[name].load_state_dict(state)
+                reports = [report.undone() for report in reports]
+                drifted = self._push(block, self.drifted)
+        self.reports += reports
+        self.exact, self.drifted = exact, drifted
+        return current
+
+    def _group(
+        self, block: int, group: Sequence[str], exact: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> list[LayerRefit]:
+        """Refit layers that share an input, whose dense values are given."""
+        first = group[0]
+        joins: Joins = None
+        if self.options.target == "stream" and len(group) == 1:
+            joins = joins_stream(self.runner, block, self.drifted[0], self.layers[first])
+        fit, held = self._moments(block, first, joins, exact, inputs)
+        return [self._layer(block, name, fit, held) for name in group]
+
+    def _layer(self, block: int, name: str, fit: DriftRows, held: DriftRows) -> LayerRefit:
+        """Try all candidates on one layer and keep the best if it beats what is there."""
+        layer, options = self.layers[name], self.options
+        device = self.device or next(layer.parameters()).device
+        W = linear_weight(self.dense[name]).detach().to(device).double()
+        G = shrink(self.gradients[name].to(device).double(), SHRINK_COUPLED_G)
+        own, judged = fit.moments(W), held.moments(W)
+        fitted = own.shrunk(W, SHRINK_A)
+        left, right = (factor.detach().to(device).double() for factor in layer.factors())
+        start = Factors(left, right)
+        scale = float((G * judged.V).sum()) or 1.0
+        before = drift_loss(judged, G, left @ right) / scale
+        bias = options.bias and layer.bias is not None
+        towards = None if bias else self._anchor(name, W, fitted)
+        best, choice = math.inf, None
+        for variant in options.variants:
+            for anchor in options.anchors:
+                found = solve_refit(fitted, G, start, anchor, variant, bias, towards)
+                error = drift_loss(judged, G, found.B @ found.C, found.shift) / scale
+                if error < best:
+                    best, choice = error, (anchor, variant)
+        if choice is None or not best < before:
+            return LayerRefit(name, block, before, before, math.nan, "", False)
+        anchor, variant = choice
+        if not self.judged:  # what a verdict is read from is not fitted to
+            fitted = own.mixed(judged, held.count / (fit.count + held.count)).shrunk(W, SHRINK_A)
+        _store(layer, solve_refit(fitted, G, start, anchor, variant, bias, towards))
+        return LayerRefit(name, block, before, best, anchor, variant, True)
+
+    def _anchor(self, name: str, W: Tensor, moments: DriftMoments) -> tuple[Tensor, Tensor] | None:
+        """Return the dense layer and the calibration's A, in the unit of the tokens' own."""
+        if self.inputs is None or self.options.towards == "factors":
+            return None
+        A = shrink(self.inputs[name].to(W.device).double(), SHRINK_A)
+        return W, A * (moments.A.diagonal().sum() / A.diagonal().sum())
+
+    def _moments(
+        self, block: int, name: str, joins: Joins, exact: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> tuple[DriftRows, DriftRows]:
+        """Return the moments of a layer's tokens, of both shares of batches.
+
+        Args:
+            block: Which block.
+            name: A layer in it.
+            joins: Where the layer's output joins the stream, whose error it is then to make good.
+            exact: The dense block's outputs.
+            inputs: The dense layer's inputs.
+        """
+        layer, original = self.layers[name], self.dense[name]
+        m, n = linear_shape(layer)
+        dtype, device = moment_dtype([layer]), next(layer.parameters()).device
+        fit, held = (DriftRows((m, n), joins is not None, dtype, device) for _ in range(2))
+        W, W_low = (weight.detach().to(dtype) for weight in (linear_weight(original), layer.to_weight()))
+        for i, rows in enumerate(self.rows):
+            x, v = inputs[i].reshape(-1, n).to(dtype), None
+            if joins == "end":
+                (x_hat,), drifted = self.runner.run_and_see(block, i, self.drifted[i], [layer])
+                missing = exact[i] - drifted
+            else:
+                x_hat = self.runner.layer_input(block, i, self.drifted[i], layer)
+                missing = self.exact[i] - self.drifted[i]
+            x_hat = x_hat.reshape(-1, n).to(dtype)
+            if joins is not None:
+                # At the end of the block, the drifted stream holds what this layer adds to it now.
+                added = x_hat @ W_low.T if joins == "end" else x @ W.T
+                v = added + missing.reshape(-1, m).to(dtype)
+            if rows is not None:
+                real = rows.to(device)
+                x, x_hat, v = x[real], x_hat[real], None if v is None else v[real]
+            (held if i in self.held else fit).update(x, x_hat, v)
+        return fit, held
+
+    def _push(self, block: int, stream: Sequence[Tensor]) -> list[Tensor]:
+        return [self.runner.run(block, i, hidden) for i, hidden in enumerate(stream)]
+
+    def _judge(self, block: int, hidden: Sequence[Tensor] | None = None) -> float:
+        """Return the mean loss of the judged batches from a block's input on; a NaN counts as the worst."""
+        if not self.judged:
+            return math.inf
+        stream = self.drifted if hidden is None else hidden
+        losses = [self.runner.loss_from(block, i, stream[i]) for i in self.judged]
+        return sum(losses) / len(losses)
+
+
+def checked_layers(
+    model: nn.Module, dense: Mapping[str, nn.Module], gradients: Mapping[str, Tensor] | None, caller: str
+) -> dict[str, CompressedLinear]:
+    """Return the compressed layers by name, once each has a dense layer and, if they are needed, a G of its shape.
+
+    Raises:
+        ValueError: If one does not, or there are none.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers: dict[str, CompressedLinear] = {}
+    for name, original in dense.items():
+        layer = modules.get(name)
+        if not isinstance(layer, CompressedLinear):
+            raise ValueError(
+                f"Expected {name!r} to be a compressed layer of the model but it is "
+                f"{'missing' if layer is None else type(layer).__name__}: call {caller} after the swap."
+            )
+        m, n = linear_shape(layer)
+        if linear_shape(original) != (m, n):
+            raise ValueError(
+                f"Expected a dense layer of shape ({m}, {n}) for {name!r} but got {linear_shape(original)}."
+            )
+        if gradients is not None:
+            got = tuple(gradients[name].shape) if name in gradients else None
+            if got != (m, m):
+                raise ValueError(f"Expected G of shape ({m}, {m}) for {name!r} but got {got}.")
+        layers[name] = layer
+    if not layers:
+        raise ValueError("Expected compressed layers but `dense` is empty.")
+    return layers
+
+
+def layer_state(layer: CompressedLinear) -> dict[str, Tensor]:
+    """Return a copy of a layer's state dict, to put it back with."""
+    return {key: value.detach().clone() for key, value in layer.state_dict().items()}
+
+
+@torch.no_grad()
+def _store(layer: CompressedLinear, factors: Factors) -> None:
+    """Put factors into a layer, which keeps its layout, dtype, device, flags and identity."""
+    bias = layer.bias
+    if bias is not None and factors.shift is not None:
+        bias = (bias.double() + factors.shift.to(bias.device)).to(bias.dtype)
+    parameter = next(layer.parameters())
+    built = make_lowrank(
+        factors.B,
+        factors.C,
+        bias,
+        "pivot" if layer.layout == "pivot" else "factors",
+        dtype=parameter.dtype,
+        device=parameter.device,
+    )
+    layer.load_state_dict(built.state_dict())

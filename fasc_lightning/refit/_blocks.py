@@ -1,0 +1,469 @@
+"""A model's blocks run one by one: their inputs held, dense or compressed layers in them, any of them skipped."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fasc_lightning._utils import undoing
+
+#: Sends a batch through the model and returns its mean loss, a scalar.
+BatchLoss = Callable[[nn.Module, Any], Tensor]
+
+#: Where a layer's output joins the stream of hidden states: it is added to the block's input on the way ("start"), or
+#: to what the block returns ("end"); or neither.
+Joins = Literal["start", "end"] | None
+
+#: Largest relative difference between a model's own forward and its blocks called one after the other.
+REPLAY_TOLERANCE = 1e-2
+
+#: Ends the errors of models whose blocks cannot be run one by one.
+WITHOUT_REFIT = "Compress it without refit."
+
+
+class RefitError(ValueError):
+    """A model whose blocks cannot be run one by one; nothing of it was changed."""
+
+
+def find_blocks(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_REFIT) -> tuple[str, nn.ModuleList]:
+    """Return the outermost ModuleList whose items hold all of the layers, and its name.
+
+    Args:
+        model: Any module.
+        layers: Dotted names.
+        remedy: What to do where there is none; ends the error.
+
+    Raises:
+        RefitError: If there is none, or one of its items is registered twice.
+    """
+    layers = list(layers)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise RefitError(
+            f"Expected one stack of blocks but {type(model).__name__} is an encoder-decoder, whose decoder "
+            f"reads the encoder as well. {remedy}"
+        )
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    for name, blocks in lists.items():  # parents come before children
+        inside = re.compile(re.escape(f"{name}.") + r"\d+\.") if name else re.compile(r"\d+\.")
+        if all(inside.match(layer) for layer in layers):
+            if len({id(block) for block in blocks}) < len(blocks):
+                raise RefitError(
+                    f"Expected blocks of their own in {name!r} but some are one module, registered several times: "
+                    f"new factors for one place would change the others. {remedy}"
+                )
+            return name, blocks
+    best = max(lists, key=lambda name: sum(layer.startswith(f"{name}.") for layer in layers), default=None)
+    if best is None:
+        raise RefitError(
+            f"Expected a model whose blocks form a ModuleList, to be run one after the other, but "
+            f"{type(model).__name__} has none. {remedy}"
+        )
+    outside = [layer for layer in layers if not layer.startswith(f"{best}.")]
+    raise RefitError(
+        f"Expected all {len(layers)} layers inside one ModuleList of blocks but {len(outside)} are outside of {best!r} "
+        f"(for example {outside[0]!r}). {remedy} Or exclude them."
+    )
+
+
+@dataclass
+class _BlockCall:
+    """What a block is given besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class _Slot:
+    parent: nn.Module
+    child: str
+    dense: nn.Module
+    compressed: nn.Module
+
+
+@dataclass
+class _Interned:
+    """Keeps one of tensors that are equal: masks and position embeddings are the same in most blocks and batches."""
+
+    kept: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            known = self.kept.setdefault((value.shape, value.dtype, value.device), [])
+            for other in known:
+                if other is value or torch.equal(other, value):
+                    return other
+            known.append(value)
+            return value
+        if isinstance(value, Mapping) and type(value) is dict:
+            return {key: self(item) for key, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self(item) for item in value)
+        return value
+
+
+class BlockRunner:
+    """Runs the blocks of a compressed model one by one on batches, with its dense layers or the compressed ones.
+
+    Args:
+        model: The compressed model, in eval mode.
+        dense: The dense layer of each replaced one by name.
+        batches: What the model is run on.
+        loss: Sends a batch through the model. Its attribute ``context``, if it has one, returns a context manager in
+            which blocks are run, as a mixed precision needs it.
+        tokens: At most so many tokens are held, and the first batches that have no more are taken; None: all are.
+        remedy: Ends the errors.
+
+    Attributes:
+        blocks: The ModuleList.
+        batches: The batches taken.
+        inputs: The hidden states that the first block is given, one tensor a batch.
+
+    Raises:
+        RefitError: If blocks cannot be found, or calling one after the other is not what the model does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dense: Mapping[str, nn.Module],
+        batches: Iterable[Any],
+        loss: BatchLoss,
+        tokens: int | None = None,
+        remedy: str = WITHOUT_REFIT,
+    ) -> None:
+        self.model = model
+        self.name, self.blocks = find_blocks(model, dense, remedy)
+        self.batches: list[Any] = []
+        self._loss = loss
+        self._context: Callable[[], AbstractContextManager[Any]] = getattr(loss, "context", nullcontext)
+        self._remedy = remedy
+        self._calls: list[list[_BlockCall]] = []
+        self._tuples: list[bool] = [False] * len(self.blocks)
+        self.inputs: list[Tensor] = []
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self._slots = [_slot(modules, name, layer) for name, layer in dense.items()]
+        self._capture(batches, math.inf if tokens is None else tokens)
+
+    def prefix(self, block: int) -> str:
+        """Return what the names of all that is inside a block start with."""
+        return f"{self.name}.{block}." if self.name else f"{block}."
+
+    @torch.no_grad()
+    def loss(self, batch: int) -> float:
+        """Return the model's mean loss of a batch."""
+        return float(self._loss(self.model, self.batches[batch]))
+
+    @torch.no_grad()
+    def loss_from(self, block: int, batch: int, hidden: Tensor) -> float:
+        """Return the model's mean loss of a batch, given the hidden states at a block's input."""
+        with self._starting_at(block, hidden):
+            return self.loss(batch)
+
+    @torch.no_grad()
+    def run(self, block: int, batch: int, hidden: Tensor) -> Tensor:
+        """Return the hidden states that a block makes of others, of a batch."""
+        call = self._calls[batch][block]
+        with self._context():
+            return _hidden(self.blocks[block](hidden, *call.args, **call.kwargs))
+
+    def run_with(self, block: int, batch: int, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return what :meth:`run` does, differentiable, with other parameters and buffers in place of the block's.
+
+        Args:
+            block: Which block.
+            batch: Which batch.
+            hidden: Input of the block, in the type of the parameters, to which further arguments are brought.
+            tensors: Parameters and buffers by their name inside the block.
+        """
+        call = self._calls[batch][block]
+        args, kwargs = _in_type((call.args, call.kwargs), hidden.dtype)
+        return _hidden(torch.func.functional_call(self.blocks[block], dict(tensors), (hidden, *args), kwargs))
+
+    def run_and_see(
+        self, block: int, batch: int, hidden: Tensor, layers: Sequence[nn.Module]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return the inputs of layers inside a block, and what :meth:`run` does."""
+        found: dict[nn.Module, tuple[Tensor, int]] = {}
+
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = _first(args, kwargs).detach()
+            found[module] = x, x._version
+
+        with undoing() as undo:
+            for layer in layers:
+                undo.hook(layer.register_forward_pre_hook, see, with_kwargs=True)
+            output = self.run(block, batch, hidden)
+        inputs = []
+        for layer in layers:
+            x, version = found[layer]
+            # What was modified in place since has to be computed again.
+            inputs.append(x if x._version == version else self.layer_input(block, batch, hidden, layer))
+        return inputs, output
+
+    def layer_input(self, block: int, batch: int, hidden: Tensor, layer: nn.Module) -> Tensor:
+        """Return the input of a layer inside a block, computing no further than there."""
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(_first(args, kwargs))
+            raise _Reached
+
+        with suppress(_Reached), undoing() as undo:
+            undo.hook(layer.register_forward_pre_hook, stop, with_kwargs=True)
+            self.run(block, batch, hidden)
+        return found[0]
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Put the dense layers in place of the compressed ones."""
+        with undoing() as undo:
+            for slot in self._slots:
+                undo.add(slot.parent._modules.__setitem__, slot.child, slot.compressed)
+                slot.parent._modules[slot.child] = slot.dense
+            yield
+
+    @torch.no_grad()
+    def groups(self, block: int, hidden: Tensor, layers: Mapping[str, nn.Module]) -> list[list[str]]:
+        """Return a block's layers in order of execution on the first batch, those that share an input together.
+
+        Layers that are run never, or more than once, or on other than the block's tokens (experts) are left out: their
+        dense and drifted inputs do not pair.
+
+        Args:
+            block: Which block.
+            hidden: Input of the block, of the first batch.
+            layers: Its compressed layers by name.
+        """
+        calls: list[tuple[str, Tensor]] = []
+
+        def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((name, _first(args, kwargs)))
+
+        with undoing() as undo:
+            for name, layer in layers.items():
+                undo.hook(layer.register_forward_pre_hook, partial(note, name), with_kwargs=True)
+            self.run(block, 0, hidden)
+        tokens = hidden.shape[:-1].numel()
+        names = [name for name, _ in calls]
+        groups: list[list[str]] = []
+        last: Tensor | None = None
+        for name, x in calls:
+            if names.count(name) > 1 or x.shape[:-1].numel() != tokens:
+                continue
+            if x is last:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+            last = x
+        return groups
+
+    @torch.no_grad()
+    def _capture(self, batches: Iterable[Any], most: float) -> None:
+        """Run the model on every batch and keep what its blocks are given; then check that replaying them agrees.
+
+        Args:
+            batches: No more of them are asked for than are taken, and one.
+            most: How many tokens to hold.
+        """
+        intern = _Interned()
+        held = 0
+        for number, batch in enumerate(batches):
+            calls: list[_BlockCall] = []
+            ends: list[Tensor] = []
+            with undoing() as undo:
+                for i, block in enumerate(self.blocks):
+                    undo.hook(block.register_forward_pre_hook, self._note_call(i, calls, intern), with_kwargs=True)
+                    undo.hook(block.register_forward_hook, self._note_output(i, ends))
+                self._loss(self.model, batch)
+            if len(calls) != len(self.blocks) or len(self.inputs) != number + 1:
+                raise RefitError(
+                    f"Expected the model to run the {len(self.blocks)} blocks of {self.name!r} once each but it ran "
+                    f"{len(calls)}. {self._remedy}"
+                )
+            held += self.inputs[-1].shape[:-1].numel()
+            if held > most:
+                del self.inputs[-1]
+                break
+            self.batches.append(batch)
+            self._calls.append(calls)
+        if not self.batches:
+            return
+        with self.dense():
+            self._check_replay()
+
+    def _note_call(self, i: int, calls: list[_BlockCall], intern: _Interned) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not args or not isinstance(args[0], Tensor):
+                raise RefitError(
+                    f"Expected blocks whose first argument is the hidden states but {type(module).__name__} is called "
+                    f"otherwise. {self._remedy}"
+                )
+            if i == 0:
+                self.inputs.append(args[0].detach())
+            if i == len(calls):  # in order and once; else the count tells
+                calls.append(_BlockCall(intern(_without_cache(args[1:])), intern(_without_cache(kwargs))))
+
+        return note
+
+    def _note_output(self, i: int, ends: list[Tensor]) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._tuples[i] = isinstance(output, tuple)
+            ends[:] = [_hidden(output).detach()]
+
+        return note
+
+    def _check_replay(self) -> None:
+        """Compare the last block's output in the dense model with that of its blocks called one after the other.
+
+        With other layers than those under which the calls were captured, so that blocks whose further arguments depend
+        on the hidden states show.
+        """
+        ends: list[Tensor] = []
+        with undoing() as undo:
+            undo.hook(self.blocks[-1].register_forward_hook, self._note_output(len(self.blocks) - 1, ends))
+            self.loss(0)
+        hidden = self.inputs[0]
+        for i in range(len(self.blocks)):
+            hidden = self.run(i, 0, hidden)
+        difference = float((hidden - ends[0]).double().norm() / ends[0].double().norm())
+        if not difference < REPLAY_TOLERANCE:
+            raise RefitError(
+                f"Expected the blocks of {self.name!r}, called one after the other, to do what the model does, but "
+                f"their output differs by {difference:.2g} of its norm: the model does something between them, or "
+                f"passes on more than hidden states. {self._remedy}"
+            )
+
+    @contextmanager
+    def _starting_at(self, block: int, hidden: Tensor) -> Iterator[None]:
+        """Skip the blocks before one, whose input is given."""
+        with undoing() as undo:
+            for i, original in enumerate(list(self.blocks[:block])):
+                undo.add(self.blocks._modules.__setitem__, str(i), original)
+                self.blocks._modules[str(i)] = _Skip(original, hidden, self._tuples[i])
+            yield
+
+
+def real_tokens(batch: Any) -> Tensor | None:
+    """Return which of a batch's flattened tokens are no padding, by its "attention_mask"; None if all are."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return None if mask is None or bool(mask.all()) else mask.bool().flatten()
+
+
+@torch.no_grad()
+def joins_stream(runner: BlockRunner, block: int, hidden: Tensor, layer: nn.Module) -> Joins:
+    """Find out, by trying, where the output of a layer in a block joins the stream.
+
+    What is added to a layer that joins at the end is added to the block's output, no more and no less; of one that
+    joins at the start, the sum with the block's input is what some module (a norm) is given.
+
+    Args:
+        runner: Of the model.
+        block: Which block.
+        hidden: Its input on the first batch.
+        layer: A linear layer in it.
+    """
+    outputs: list[Tensor] = []
+    inputs: list[Tensor] = []
+    noise: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].numel() == hidden.numel():
+            inputs.append(args[0])
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        outputs.append(output)
+
+    def disturb(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        noise.append(drawn * output.double().square().mean().sqrt().to(output))
+        return output + noise[0]
+
+    with undoing() as undo:
+        for module in runner.blocks[block].modules():
+            if module is not runner.blocks[block]:
+                undo.hook(module.register_forward_pre_hook, note, with_kwargs=True)
+        undo.hook(layer.register_forward_hook, keep)
+        usual = runner.run(block, 0, hidden)
+    if outputs[0].numel() != hidden.numel():
+        return None
+    # The difference from the stream rather than the sum, which a small output hardly changes.
+    added = hidden + outputs[0].reshape(hidden.shape) - hidden
+    if any(_near(x.reshape(hidden.shape).double() - hidden.double(), added) for x in inputs):
+        return "start"
+    with undoing() as undo:
+        undo.hook(layer.register_forward_hook, disturb)
+        changed = runner.run(block, 0, hidden)
+    return "end" if _near(changed.double() - usual.double(), noise[0]) else None
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    """Tell whether tensors agree but for what half precision rounds away when the addend meets the stream."""
+    expected = expected.reshape(found.shape).double()
+    return bool((found - expected).norm() < 0.05 * expected.norm())
+
+
+class _Reached(Exception):  # noqa: N818 (no error: it ends a forward that has done its work)
+    pass
+
+
+class _Skip(nn.Module):
+    """Stands in for a block and returns given hidden states; other attributes, which models read, are the block's."""
+
+    def __init__(self, block: nn.Module, hidden: Tensor, as_tuple: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)  # not registered as a child
+        self._output = (hidden,) if as_tuple else hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        del args, kwargs
+        return self._output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_block"), name)
+
+
+def _slot(modules: Mapping[str, nn.Module], name: str, dense: nn.Module) -> _Slot:
+    parent, _, child = name.rpartition(".")
+    return _Slot(modules[parent], child, dense, modules[name])
+
+
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return a layer's input."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _without_cache(value: Any) -> Any:
+    """Return arguments without the keys and values of earlier tokens, which every run would add to."""
+    cache = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
+    if cache is not None and isinstance(value, cache):
+        return None
+    if type(value) is dict:
+        return {key: False if key == "use_cache" else _without_cache(item) for key, item in value.items()}
+    if type(value) is tuple:
+        return tuple(_without_cache(item) for item in value)
+    return value
+
+
+def _in_type(value: Any, dtype: torch.dtype) -> Any:
+    """Return arguments with their floating-point tensors in a type."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) is dict:
+        return {key: _in_type(item, dtype) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_in_type(item, dtype) for item in value)
+    return value
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

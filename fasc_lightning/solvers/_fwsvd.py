@@ -1,0 +1,32 @@
+"""FWSVD: rows of the weight weighed by their Fisher information."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasc_lightning.solvers._fasc import two_sided
+from fasc_lightning.solvers._registry import register_solver
+from fasc_lightning.solvers._types import Factorization
+from fasc_lightning.statistics import LayerMoments, diagonal_form
+
+
+@register_solver("fwsvd", needs=["fisher_rows"])
+def fwsvd(W: Tensor, moments: LayerMoments) -> Factorization:
+    """Minimise sum_i f_i |W_i - W'_i|^2 over rows i: the SVD of D W with D = diag(f)^(1/2), times D^-1.
+
+    Hsu et al. 2022, "Language model compression with weighted low-rank factorization": the empirical Fisher of every
+    weight is E[(dL/dW_ij)^2], summed along each row, f_i = sum_j E[(dL/dW_ij)^2], since a weight of its own for each
+    entry has no closed form. Rows are outputs, as torch stores W. The paper takes the gradients of samples with task
+    labels, here those of sequences with the next token; and it trains on afterwards.
+
+    The losses are divided by n: a weight has f_i / n on average, so that they estimate the squared change of a
+    sequence's loss, under a diagonal Fisher, and compare between layers.
+
+    Args:
+        W: Weight, shape (m, n).
+        moments: Moments of the layer; only ``fisher_rows`` is used.
+    """
+    n = W.shape[1]
+    rows = moments.require("fisher_rows").double() / n
+    return two_sided(W, diagonal_form(torch.ones_like(W[0], dtype=torch.float64)), diagonal_form(rows))

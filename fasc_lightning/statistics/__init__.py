@@ -1,0 +1,65 @@
+"""Second moments of inputs and gradients: streamed, packed, sketched, projected, offloaded, on disk."""
+
+from fasc_lightning.statistics._accumulators import CoupledMoments, Moments, Reduction, StreamedSums
+from fasc_lightning.statistics._collector import CalibrationMoments, LayerSketches, moment_dtype, moments_bytes
+from fasc_lightning.statistics._cpu_offload import MomentsDevice, MomentSums, RowsRefusedError, offloaded
+from fasc_lightning.statistics._expert_pooling import BorrowedMoments, borrows, tokens_behind
+from fasc_lightning.statistics._file import (
+    MOMENTS_HEADER,
+    empty_moments,
+    load_moments,
+    moments_entries,
+    moments_needs,
+    pack_moments,
+    save_moments,
+    unpack_moments,
+)
+from fasc_lightning.statistics._fisher import SequenceFisher
+from fasc_lightning.statistics._layer_moments import LayerMoments, check_needs, not_gathered
+from fasc_lightning.statistics._packed import add_gram_, packed_size, unpack
+from fasc_lightning.statistics._projected import Projection
+from fasc_lightning.statistics._second_moments import Form, apply, congruence, dense, diagonal_form
+from fasc_lightning.statistics._sketch import Sketch
+from fasc_lightning.statistics._sketch_error import SketchFigures, sketch_figures
+
+__all__ = [
+    "BorrowedMoments",
+    "CalibrationMoments",
+    "CoupledMoments",
+    "Form",
+    "LayerMoments",
+    "LayerSketches",
+    "MOMENTS_HEADER",
+    "MomentSums",
+    "Moments",
+    "MomentsDevice",
+    "Projection",
+    "Reduction",
+    "RowsRefusedError",
+    "SequenceFisher",
+    "Sketch",
+    "SketchFigures",
+    "StreamedSums",
+    "add_gram_",
+    "apply",
+    "borrows",
+    "check_needs",
+    "congruence",
+    "dense",
+    "diagonal_form",
+    "empty_moments",
+    "load_moments",
+    "moment_dtype",
+    "moments_bytes",
+    "moments_entries",
+    "moments_needs",
+    "not_gathered",
+    "offloaded",
+    "pack_moments",
+    "packed_size",
+    "save_moments",
+    "sketch_figures",
+    "tokens_behind",
+    "unpack",
+    "unpack_moments",
+]

@@ -1,0 +1,365 @@
+"""Sums over a stream of tokens that merge by adding: what the statistics of a layer are made of."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import Metric
+
+from fasc_lightning.statistics._packed import add_gram_, packed_diagonal, packed_size, unpack
+from fasc_lightning.statistics._projected import Projection
+from fasc_lightning.statistics._second_moments import Form, dense
+from fasc_lightning.statistics._sketch import Sketch
+
+#: How a second moment is held that is not exact, or not whole.
+Reduction = Sketch | Projection
+
+#: Options of torchmetrics: processes are summed by our own `all_reduce_`, since its synchronisation gathers every
+#: process's matrices; and a cached result would be a second matrix, and wrong once states are merged.
+OWN_SYNC: dict[str, Any] = {"sync_on_compute": False, "compute_with_cache": False}
+
+
+class StreamedSums(Metric):
+    """States that are sums over what was seen, and a count of it.
+
+    Exact: merging two streams is adding their states, in any order and on any number of processes. Memory is
+    allocated by the first update, so that a layer that is never reached costs nothing.
+
+    Args:
+        dtype: Type of the accumulators, float32 or float64; inputs in half precision are converted first.
+        shapes: Shape of each state by name.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    count: Tensor
+
+    def __init__(self, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"Expected `dtype` to be torch.float32 or torch.float64 but got {dtype}.")
+        super().__init__(**OWN_SYNC)
+        self.accumulator_dtype = dtype
+        self.state_shapes = shapes
+        # Scalars stand in for the zero matrices: torchmetrics keeps a second copy of every default.
+        for name in shapes:
+            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def allocate(self) -> None:
+        """Give the states their full shapes; done by the first update and before a reduction."""
+        for name, shape in self.state_shapes.items():
+            state = getattr(self, name)
+            if state.shape != shape:
+                setattr(self, name, torch.zeros(shape, dtype=self.accumulator_dtype, device=state.device))
+
+    def average(self, name: str) -> Tensor:
+        """Return a state over the count; zeros if nothing was seen."""
+        self.allocate()
+        return getattr(self, name) / self.count.clamp(min=1).to(self.accumulator_dtype)
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The states by name, the count among them."""
+        return {name: getattr(self, name) for name in (*self.state_shapes, "count")}
+
+    def add_(self, other: Self, weight: float = 1.0) -> Self:
+        """Merge another stream's sums into these, in place; with a weight as if it had been seen so many times."""
+        if other.count > 0:
+            self.allocate()
+            theirs = other.sums
+            for name, mine in self.sums.items():
+                mine.add_(theirs[name].to(mine.device), alpha=weight)
+            self._update_count += other._update_count
+        return self
+
+    def subtract_(self, other: Self) -> Self:
+        """Take another stream's sums out of these, in place: it must have been part of them."""
+        theirs = other.sums
+        for name, mine in self.sums.items():
+            mine -= theirs[name]
+        if self.count == 0:  # nothing is left, nor the rounding of what was there
+            for mine in self.sums.values():
+                mine.zero_()
+        return self
+
+    def all_reduce_(self, group: Any | None = None, device: torch.device | None = None) -> None:
+        """Sum the states over all processes, in place.
+
+        torchmetrics' own synchronisation gathers every process's matrices before adding them; with d^2 numbers a
+        state that is memory nobody has. Every process must call this for the same streams in the same order.
+        """
+        self.allocate()
+        for state in self.sums.values():
+            moved = state if device is None else state.to(device)
+            dist.all_reduce(moved, group=group)
+            state.copy_(moved)
+        self._update_count = max(self._update_count, int(self.count > 0))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the states hold now."""
+        return sum(t.numel() * t.element_size() for t in self.sums.values())
+
+
+class Moments(StreamedSums):
+    """Count, sum and sum of outer products of a stream of vectors.
+
+    The symmetric matrix is packed (:func:`~fasc_lightning.statistics.add_gram_`).
+
+    Args:
+        features: Length d of the vectors.
+        dtype: Type of the accumulators.
+        absolute: Whether to sum the absolute values as well.
+        second: Whether to sum the outer products, nearly all of the work and of the memory; else only their trace.
+        sketch: Of the outer products in place of all of them.
+    """
+
+    outer: Tensor
+    energy: Tensor
+    total: Tensor
+    magnitude: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        dtype: torch.dtype = torch.float32,
+        absolute: bool = False,
+        second: bool = True,
+        sketch: Reduction | None = None,
+    ) -> None:
+        shapes: dict[str, tuple[int, ...]] = {"total": (features,)}
+        if second:
+            shapes["outer"] = (second_size(features, sketch),)
+        else:
+            shapes["energy"] = (1,)
+        if absolute:
+            shapes["magnitude"] = (features,)
+        super().__init__(dtype, shapes)
+        self.features = features
+        self.absolute = absolute
+        self.second = second
+        self.sketch = sketch
+
+    def update(self, x: Tensor, scale: float = 1.0) -> None:
+        """Add the rows of ``scale * x``.
+
+        Args:
+            x: Vectors, shape (tokens, d), any floating type.
+            scale: Factor of all of them; cheaper here than as a copy of ``x``.
+
+        Raises:
+            ValueError: If ``x`` is not of shape (tokens, d).
+            FloatingPointError: If ``x`` holds NaN or Inf (or numbers whose sum overflows); nothing is added then.
+        """
+        if x.ndim != 2 or x.shape[1] != self.features:
+            raise ValueError(f"Expected vectors of shape (tokens, {self.features}) but got {tuple(x.shape)}.")
+        self.allocate()
+        # Autocast may be on in the thread that runs the backward pass; the moments must not be rounded by it.
+        with torch.autocast(x.device.type, enabled=False):
+            X = x.detach().to(self.accumulator_dtype)
+            total = X.sum(0)
+            # A sum is finite only if every term is: one scalar to read back instead of another pass.
+            if not torch.isfinite(total.sum()):
+                raise FloatingPointError("Expected finite vectors but some hold NaN or Inf.")
+            if self.second:
+                add_second_(self.outer, self.sketch, X, scale**2)
+            else:
+                self.energy.add_(X.square().sum(), alpha=scale**2)
+            self.total.add_(total, alpha=scale)
+            if self.absolute:
+                self.magnitude.add_(X.abs().sum(0), alpha=abs(scale))
+            self.count += X.shape[0]
+
+    def compute(self) -> Tensor:
+        """Return the uncentred second moment E[x x^T], shape (d, d)."""
+        return dense(self.form())
+
+    def form(self) -> Form:
+        """Return the same in the form that it has: a sketch is not made a matrix."""
+        self.allocate()
+        return second_form(self.outer, self.features, self.sketch, self.count.clamp(min=1))
+
+    def mean(self) -> Tensor:
+        """Return the mean vector, shape (d,)."""
+        return self.average("total")
+
+    def mean_square(self) -> Tensor:
+        """Return E|x|^2, the trace of the second moment, a float64 scalar."""
+        self.allocate()
+        total = second_diagonal(self.outer, self.features, self.sketch) if self.second else self.energy
+        return total.double().sum() / self.count.clamp(min=1)
+
+    def mean_magnitude(self) -> Tensor:
+        """Return E|x|, shape (d,), of a stream made with ``absolute``."""
+        return self.average("magnitude")
+
+    def covariance(self) -> Tensor:
+        """Return the centred second moment, shape (d, d)."""
+        mean = self.mean()
+        return self.compute() - torch.outer(mean, mean)
+
+
+class CrossMoments(StreamedSums):
+    """Count and sum of the outer products x h^T of a stream of pairs of vectors.
+
+    Args:
+        n: Length of x.
+        m: Length of h.
+        dtype: Type of the accumulators.
+    """
+
+    outer: Tensor
+
+    def __init__(self, n: int, m: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(dtype, {"outer": (n, m)})
+        self.shape = (n, m)
+
+    def update(self, x: Tensor, h: Tensor, scale: float = 1.0) -> None:
+        """Add the pairs (x, scale * h).
+
+        Args:
+            x: Shape (tokens, n).
+            h: Shape (tokens, m).
+            scale: Factor of every h.
+
+        Raises:
+            ValueError: If the shapes are others.
+        """
+        check_pairs(x, h, self.shape)
+        self.allocate()
+        with torch.autocast(x.device.type, enabled=False):
+            self.outer.addmm_(
+                x.detach().to(self.accumulator_dtype).T, h.detach().to(self.accumulator_dtype), alpha=scale
+            )
+            self.count += len(x)
+
+    def compute(self) -> Tensor:
+        """Return E[x h^T], shape (n, m)."""
+        return self.average("outer")
+
+
+class CoupledMoments(StreamedSums):
+    r"""Second moments of x and of h in which a token weighs by the length of the other vector.
+
+    With p = |h| and q = |x|,
+
+        A_h = \sum_t p_t x_t x_t^T / \sum_t p_t,    G_x = \sum_t q_t h_t h_t^T / \sum_t q_t.
+
+    The squares |h|^2 and |x|^2 would be one step from identities towards the Kronecker product nearest to
+    E[(x x^T) (x) (h h^T)] (Van Loan and Pitsianis 1993). They leave few tokens with any say: the lengths of gradients
+    have heavy tails. Their square roots trade some of that coupling for more tokens.
+
+    Args:
+        m: Length of h.
+        n: Length of x.
+        dtype: Type of the accumulators.
+        sketches: Of the second moments of x and of h, in place of them.
+    """
+
+    right: Tensor
+    left: Tensor
+    weights: Tensor
+
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        dtype: torch.dtype = torch.float32,
+        sketches: tuple[Reduction | None, Reduction | None] = (None, None),
+    ) -> None:
+        right, left = (second_size(d, sketch) for d, sketch in zip((n, m), sketches, strict=True))
+        super().__init__(dtype, {"right": (right,), "left": (left,), "weights": (2,)})
+        self.shape = (m, n)
+        self.sketches = sketches
+
+    def update(self, x: Tensor, h: Tensor, scale: float = 1.0, seen: Tensor | None = None) -> None:
+        """Add the pairs (x, scale * h).
+
+        Args:
+            x: Shape (tokens, n).
+            h: Shape (tokens, m).
+            scale: Factor of every h.
+            seen: W x, shape (tokens, m), where the moment of x is projected; W^T h, shape (tokens, n), where that of h
+                is.
+
+        Raises:
+            ValueError: If the shapes are others, or a moment is projected and ``seen`` is missing.
+        """
+        m, n = self.shape
+        check_pairs(x, h, (n, m))
+        self.allocate()
+        with torch.autocast(x.device.type, enabled=False):
+            S = None if seen is None else seen.detach().to(self.accumulator_dtype)
+            X, H = x.detach().to(self.accumulator_dtype), h.detach().to(self.accumulator_dtype)
+            p, q = H.norm(dim=1), X.norm(dim=1)
+            right, left = self.sketches
+            for sums, sketch, rows, root, weight in (
+                (self.right, right, X, p.sqrt()[:, None], abs(scale)),
+                (self.left, left, H, q.sqrt()[:, None], scale**2),
+            ):
+                through = S * root if S is not None and isinstance(sketch, Projection) else None
+                add_second_(sums, sketch, rows * root, weight, through)
+            self.weights += torch.stack([p.sum() * abs(scale), q.sum()])
+            self.count += len(x)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Return (A_h (n, n), G_x (m, m)); zeros where all weights are."""
+        right, left = self.forms()
+        return dense(right), dense(left)
+
+    def forms(self) -> tuple[Form, Form]:
+        """Return the same in the forms that they have: a sketch is not made a matrix."""
+        self.allocate()
+        (m, n), (right, left) = self.shape, self.sketches
+        p, q = self.weights.clamp(min=torch.finfo(self.accumulator_dtype).tiny)
+        return second_form(self.right, n, right, p), second_form(self.left, m, left, q)
+
+
+def check_pairs(x: Tensor, h: Tensor, shape: tuple[int, int]) -> None:
+    """Refuse x and h that are no pairs of rows of these lengths.
+
+    Raises:
+        ValueError: If so.
+    """
+    if (x.shape[1:], h.shape[1:]) != ((shape[0],), (shape[1],)) or len(x) != len(h):
+        raise ValueError(f"Expected as many x and h of lengths {shape} but got {x.shape=} and {h.shape=}.")
+
+
+def second_size(d: int, sketch: Reduction | None) -> int:
+    """Return how many numbers a second moment of width d holds, packed or sketched."""
+    return packed_size(d) if sketch is None else sketch.numbers
+
+
+def add_second_(sums: Tensor, sketch: Reduction | None, X: Tensor, weight: float, seen: Tensor | None = None) -> None:
+    """Add ``weight X^T X`` to the sums of a second moment, packed or reduced, in place.
+
+    Args:
+        sums: Of the moment.
+        sketch: How it is reduced, if it is.
+        X: Rows, shape (tokens, d).
+        weight: Factor of all products.
+        seen: What the layer's weight lets through of the rows, for a projection.
+    """
+    if sketch is None:
+        add_gram_(sums, X, weight)
+    elif isinstance(sketch, Projection):
+        if seen is None:
+            raise ValueError("Expected the rows as the layer's weight sees them, for a projected moment; got None.")
+        sketch.add_(sums, X, weight, seen)
+    else:
+        sketch.add_(sums, X, weight)
+
+
+def second_form(sums: Tensor, d: int, sketch: Reduction | None, divisor: Tensor) -> Form:
+    """Return the sums of a second moment, packed or sketched, over a divisor: a matrix (d, d), or what is rebuilt."""
+    divisor = divisor.to(sums.dtype)
+    return unpack(sums, d) / divisor if sketch is None else sketch.form(sums / divisor)
+
+
+def second_diagonal(sums: Tensor, d: int, sketch: Reduction | None) -> Tensor:
+    """Return the diagonal of what was summed, exact for either kind, shape (d,)."""
+    return packed_diagonal(sums, d) if sketch is None else sketch.diagonal(sums)

@@ -1,0 +1,105 @@
+"""The forms of a second moment: a matrix, low rank and a rest, or what a weight lets through of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fasc_lightning.statistics._nystrom import CompletedMoment
+from fasc_lightning.statistics._projected import ProjectedMoment
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankPlusDiagonal:
+    """The symmetric positive semidefinite matrix S = F F^T + diag(D).
+
+    Attributes:
+        factor: F, shape (d, r).
+        residual: D, what F F^T leaves of the diagonal, at least zero, shape (d,).
+        error: How far it is thought to be from the matrix that it stands for, relative to that and in the Frobenius
+            norm; NaN where that is not known.
+    """
+
+    factor: Tensor
+    residual: Tensor
+    error: float = math.nan
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d, d)."""
+        return len(self.residual), len(self.residual)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of S, shape (d,)."""
+        return self.factor.square().sum(1) + self.residual
+
+    def double(self) -> LowRankPlusDiagonal:
+        """Return the same in float64."""
+        return LowRankPlusDiagonal(self.factor.double(), self.residual.double(), self.error)
+
+    def to(self, device: torch.device | str) -> LowRankPlusDiagonal:
+        """Return the same on a device."""
+        return LowRankPlusDiagonal(self.factor.to(device), self.residual.to(device), self.error)
+
+    def shrunk(self, amount: float) -> LowRankPlusDiagonal:
+        """Return (1 - amount) S + amount * mean(diag S) * I, which has the same form."""
+        level = amount * self.diagonal().mean()
+        return LowRankPlusDiagonal(self.factor * (1 - amount) ** 0.5, (1 - amount) * self.residual + level)
+
+    def congruence(self, W: Tensor) -> Tensor:
+        """Return W S W^T, shape (m, m), for W of shape (m, d)."""
+        lifted = W @ self.factor
+        return lifted @ lifted.T + (W * self.residual) @ W.T
+
+    def apply(self, X: Tensor) -> Tensor:
+        """Return S X, shape (d, c), for X of shape (d, c)."""
+        return self.factor @ (self.factor.T @ X) + self.residual[:, None] * X
+
+    def norm(self) -> Tensor:
+        """Return the Frobenius norm of S, a scalar."""
+        crossed = (2 * self.factor.square().sum(1) + self.residual) * self.residual
+        return ((self.factor.T @ self.factor).square().sum() + crossed.sum()).sqrt()
+
+    def dense(self) -> Tensor:
+        """Return S, shape (d, d)."""
+        full = self.factor @ self.factor.T
+        full.diagonal().add_(self.residual)
+        return full
+
+
+#: A second moment of shape (d, d).
+Form: TypeAlias = Tensor | LowRankPlusDiagonal | CompletedMoment | ProjectedMoment
+
+
+def dense(S: Form) -> Tensor:
+    """Return a second moment as a matrix, shape (d, d)."""
+    return S if isinstance(S, Tensor) else S.dense()
+
+
+def diagonal_form(values: Tensor) -> LowRankPlusDiagonal:
+    """Return the diagonal matrix of these values, shape (d,), of which nothing else is held."""
+    return LowRankPlusDiagonal(values.new_zeros(len(values), 0), values, 0.0)
+
+
+def apply(S: Form, X: Tensor) -> Tensor:
+    """Return S X, shape (d, c): from a low-rank form without a (d, d) matrix.
+
+    Args:
+        S: Shape (d, d).
+        X: Shape (d, c).
+    """
+    return S @ X if isinstance(S, Tensor) else S.apply(X)
+
+
+def congruence(W: Tensor, S: Form) -> Tensor:
+    """Return W S W^T, shape (m, m): from a low-rank form without a (d, d) matrix.
+
+    Args:
+        W: Shape (m, d).
+        S: Shape (d, d).
+    """
+    return W @ S @ W.T if isinstance(S, Tensor) else S.congruence(W)

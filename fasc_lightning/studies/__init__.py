@@ -1,0 +1,1 @@
+"""Studies on top of everything: nothing imports them."""

@@ -1,0 +1,38 @@
+"""All methods compared: same model, same tokens, same budgets, same questions."""
+
+from fasc_lightning.studies.comparison._cells import (
+    DENSE,
+    PRUNERS,
+    Budget,
+    Cell,
+    CellStore,
+    Comparison,
+    Outcome,
+    Setting,
+)
+from fasc_lightning.studies.comparison._layers import gate_cells, group_cells, sensitivity_cells
+from fasc_lightning.studies.comparison._questions import Evaluation, Precision, some_facts
+from fasc_lightning.studies.comparison._report import Report
+from fasc_lightning.studies.comparison._statistics import Calibration
+from fasc_lightning.studies.comparison._tables import metrics_of, shown_perplexity
+
+__all__ = [
+    "Budget",
+    "Calibration",
+    "Cell",
+    "CellStore",
+    "Comparison",
+    "DENSE",
+    "Evaluation",
+    "Outcome",
+    "PRUNERS",
+    "Precision",
+    "Report",
+    "Setting",
+    "gate_cells",
+    "group_cells",
+    "metrics_of",
+    "sensitivity_cells",
+    "shown_perplexity",
+    "some_facts",
+]

@@ -1,0 +1,139 @@
+"""What every cell of a comparison is asked: texts, facts and minimal pairs, answered item by item.
+
+Single answers are kept, not only their means: two cells that were asked the same are compared in pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from random import Random
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from fasc_lightning._utils import fingerprint, undoing
+from fasc_lightning.evaluation import (
+    Fact,
+    MinimalPair,
+    correct_pairs,
+    recalled_facts,
+    relation_candidates,
+    token_losses,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: As torch names them: "medium" multiplies float32 matrices in bfloat16 and adds up in float32, where the device can.
+Precision = Literal["highest", "high", "medium"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Answers of one model.
+
+    Attributes:
+        losses: Mean token loss of each window of each text, in nats.
+        recalled: Whether each fact was recalled.
+        preferred: Whether the good sentence of each minimal pair was preferred.
+    """
+
+    losses: dict[str, list[float]]
+    recalled: list[bool]
+    preferred: list[bool] = field(default_factory=list)
+
+    def perplexity(self, text: str) -> float:
+        """Perplexity of a text: exp of the mean loss of its windows, which are of one length."""
+        losses = self.losses[text]
+        return math.exp(sum(losses) / len(losses))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The questions.
+
+    Attributes:
+        texts: Windows of token ids by name, each (windows, window).
+        facts: May be empty.
+        pairs: Minimal pairs; may be empty.
+        precision: Of products of float32 matrices while texts are read, and only then: a fact is a few tokens, for
+            which every weight would have to be rounded anew.
+    """
+
+    texts: Mapping[str, Tensor]
+    facts: Sequence[Fact]
+    pairs: Sequence[MinimalPair] = ()
+    precision: Precision = "highest"
+
+    def __post_init__(self) -> None:
+        if not (self.texts or self.facts or self.pairs):
+            raise ValueError("Expected texts, facts or minimal pairs to evaluate on but got none.")
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kind of each fact."""
+        return [fact.kind for fact in self.facts]
+
+    @property
+    def chance(self) -> float:
+        """Facts that guessing would recall, in percent; NaN without facts."""
+        candidates = relation_candidates(self.facts)
+        shares = [1 / len(candidates[fact.relation]) for fact in self.facts]
+        return 100 * sum(shares) / len(shares) if shares else math.nan
+
+    def fingerprint(self) -> str:
+        """Return a hash of all questions."""
+        facts, pairs = [fact.to_dict() for fact in self.facts], [pair.to_dict() for pair in self.pairs]
+        return fingerprint(list(self.texts), *self.texts.values(), facts, pairs, self.precision)
+
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Measured:
+        """Ask a model.
+
+        Raises:
+            FloatingPointError: If a loss or a score is not finite, or a perplexity beyond what a float can hold.
+        """
+        with matmul_precision(self.precision):
+            losses = {name: token_losses(model, windows, batch_size=2).tolist() for name, windows in self.texts.items()}
+        for name, values in losses.items():
+            if not sum(values) / len(values) < math.log(1e300):
+                raise FloatingPointError(f"The perplexity of {name} is beyond 1e300.")
+        recalled = recalled_facts(model, tokenizer, self.facts).tolist() if self.facts else []
+        preferred = correct_pairs(model, tokenizer, self.pairs).tolist() if self.pairs else []
+        return Measured(losses, recalled, preferred)
+
+
+@contextmanager
+def matmul_precision(precision: Precision) -> Iterator[None]:
+    """Multiply float32 matrices in a precision; what held before holds again afterwards."""
+    with undoing() as undo:
+        undo.add(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision(precision)
+        yield
+
+
+def some_facts(facts: Sequence[Fact], count: int, random: Random) -> list[Fact]:
+    """Return whole relations with at least so many facts in all, or all facts; kinds of relations in turn.
+
+    Whole relations, since their objects are each other's candidates: single facts would be asked with fewer of them.
+
+    Args:
+        facts: All facts.
+        count: How many are enough.
+        random: Decides the order of relations.
+    """
+    by_kind: dict[str, dict[str, list[Fact]]] = {}
+    for fact in facts:
+        by_kind.setdefault(fact.kind, {}).setdefault(fact.relation, []).append(fact)
+    waiting = [random.sample(sorted(relations), len(relations)) for _, relations in sorted(by_kind.items())]
+    relations = [relation for turn in zip_longest(*waiting) for relation in turn if relation is not None]
+    chosen: set[str] = set()
+    for relation in relations:
+        if sum(fact.relation in chosen for fact in facts) >= count:
+            break
+        chosen.add(relation)
+    return [fact for fact in facts if fact.relation in chosen]

@@ -1,0 +1,40 @@
+"""What rho has to do with what compression costs: gathered, compared, tabulated."""
+
+from fasc_lightning.studies.rho._gather import Observation, backward_windows, gather, window_scores
+from fasc_lightning.studies.rho._held_out_losses import HeldoutLosses
+from fasc_lightning.studies.rho._nearest_kronecker import refine_kronecker
+from fasc_lightning.studies.rho._subspaces import LayerComparison, compare_layer, log_ratio
+from fasc_lightning.studies.rho._tables import (
+    SCORES,
+    angles_table,
+    correlations_table,
+    divisions,
+    gains_table,
+    layer_row,
+    median,
+    profile_table,
+    size_correlations,
+    sizes_table,
+)
+
+__all__ = [
+    "HeldoutLosses",
+    "LayerComparison",
+    "Observation",
+    "SCORES",
+    "angles_table",
+    "backward_windows",
+    "compare_layer",
+    "correlations_table",
+    "divisions",
+    "gains_table",
+    "gather",
+    "layer_row",
+    "log_ratio",
+    "median",
+    "profile_table",
+    "refine_kronecker",
+    "size_correlations",
+    "sizes_table",
+    "window_scores",
+]

@@ -1,0 +1,130 @@
+"""Nearest Kronecker factors of a layer's Fisher by more passes over the data, without storing any gradient.
+
+One calibration takes the first step of the power iteration
+(:class:`~fasc_lightning.statistics.SequenceFisher`); every further one needs all gradients G_i again, so it is
+another pass: forward, backward, and the two products a sequence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from fasc_lightning.batches import TokenRows
+from fasc_lightning.hooks import Taps
+from fasc_lightning.statistics import CalibrationMoments, SequenceFisher, not_gathered
+from fasc_lightning.studies.rho._gather import backward_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class KroneckerStep:
+    """One step of the iteration for several layers: a ``pairs`` callback of :class:`~fasc_lightning.hooks.Taps`.
+
+    Args:
+        start: The step before of each layer, whose factors this one starts from, by name; other layers are passed
+            over.
+    """
+
+    def __init__(self, start: Mapping[str, SequenceFisher]) -> None:
+        self.streams = {
+            name: SequenceFisher(*before.shape, before.accumulator_dtype, kronecker=True, start=before).to(
+                before.device
+            )
+            for name, before in start.items()
+        }
+
+    @torch.no_grad()
+    def __call__(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int]) -> None:
+        """Add the sequences of one call.
+
+        Args:
+            name: Layer.
+            x: Inputs, shape (tokens, n).
+            h: Gradients at the output as the backward pass gave them, shape (tokens, m).
+            batch: Says by which factor h becomes the gradient of a sum of token losses.
+            lengths: Tokens of each sequence.
+        """
+        if name in self.streams:
+            self.streams[name].update(x, h, lengths, batch.scale)
+
+    def finish(self) -> dict[str, SequenceFisher]:
+        """Return the streams that a sequence reached, free of what they started from; nothing may be added then."""
+        reached = {name: stream for name, stream in self.streams.items() if stream.count > 0}
+        for stream in reached.values():
+            stream.start = None
+        return reached
+
+
+@dataclass(frozen=True)
+class KroneckerPasses:
+    """What the iteration cost, and whether it has settled.
+
+    Attributes:
+        passes: Passes over the data.
+        seconds: For all of them.
+        changes: Of each pass, the largest change of a factor over all layers, factors at a Frobenius norm of one.
+    """
+
+    passes: int
+    seconds: float
+    changes: tuple[float, ...]
+
+
+def refine_kronecker(
+    model: PreTrainedModel,
+    layers: dict[str, nn.Module],
+    windows: Tensor,
+    moments: CalibrationMoments,
+    iterations: int,
+    progress: bool = False,
+) -> KroneckerPasses:
+    """Take further steps towards the nearest Kronecker factors, and put them into the moments.
+
+    Each step multiplies the distance by the ratio of the second to the first singular value of the rearranged Fisher.
+    The windows should be those that the moments come from. A step replaces the row sums as well, by those of its own
+    pass, and nothing may be added to the moments afterwards: sums of other steps do not mix.
+
+    Args:
+        model: A causal language model, frozen and in eval mode; nothing of it changes.
+        layers: The layers.
+        windows: Token ids, shape (windows, window); each window is one sequence.
+        moments: With "kronecker", whose factors are the start; they become those of the last pass.
+        iterations: How many passes to make.
+        progress: Whether to show a bar.
+
+    Returns:
+        What it cost.
+
+    Raises:
+        ValueError: If the moments have no Kronecker factors, or ``iterations`` is negative.
+        FloatingPointError: If a loss is not finite; the moments then keep the last whole pass.
+    """
+    if iterations < 0:
+        raise ValueError(f"Expected `iterations` to be a number of passes, at least 0, but got {iterations}.")
+    if "kronecker" not in moments.needs:
+        raise not_gathered("kronecker", "the start of the iteration")
+    start = time.perf_counter()
+    changes = []
+    for _ in range(iterations):
+        before = {name: moments.sequences[name] for name in layers if moments.sequences[name].count > 0}
+        step = KroneckerStep(before)
+        for _ in backward_windows(model, Taps(layers, pairs=step), windows, progress):
+            pass
+        after = step.finish()
+        changes.append(max((_change(before[name], stream) for name, stream in after.items()), default=0.0))
+        moments.sequences.update(after)
+    return KroneckerPasses(iterations, time.perf_counter() - start, tuple(changes))
+
+
+def _change(before: SequenceFisher, after: SequenceFisher) -> float:
+    """Return the larger change of the two factors, each at a norm of one, so that scale is no change."""
+    pairs = zip(before.compute(), after.compute(), strict=True)
+    return max(float((normalize(a.flatten(), dim=0) - normalize(b.flatten(), dim=0)).norm()) for a, b in pairs)

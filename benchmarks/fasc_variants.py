@@ -39,7 +39,7 @@ from fasc_lightning._utils import (
     whole_file,
     write_json,
 )
-from fasc_lightning.compression import Candidate, allocate_fisher, fisher_losses, layer_budgets, spread
+from fasc_lightning.compression import Candidate, allocate_fisher, evenly_spaced, fisher_losses, layer_budgets
 from fasc_lightning.data import calibration_windows, load_model, model_fingerprint, read_text, text_windows
 from fasc_lightning.evaluation import token_losses
 from fasc_lightning.hooks import Taps
@@ -247,7 +247,7 @@ class Bench:
         if variant.heldout:
             losses = _corrected(losses, heldout, variant.heldout)
         if variant.measured:
-            windows = torch.stack(spread(list(self.statistics.windows)))
+            windows = torch.stack(evenly_spaced(list(self.statistics.windows)))
             losses = _corrected(losses, self.exact_losses(keep, "measured", windows), variant.measured)
         return chosen, losses
 

@@ -41,7 +41,7 @@ from interleaved import Spread, interleave, speed_ups
 from torch import nn
 
 from fasc_lightning._utils import library_versions, save_table, whole_file, write_json
-from fasc_lightning.layers import QUANTIZATIONS, measure_layers
+from fasc_lightning.layers import QUANTIZATIONS, layer_sizes
 from fasc_lightning.models import quantize
 
 #: Of activations; the kinds of int8 are those of :func:`fasc_lightning.quantize`, and are compared with dense int8.
@@ -99,13 +99,13 @@ def measure(models: Mapping[str, nn.Module], part: str, workload: Workload, seco
     actions = {name: PARTS[part](model, workload) for name, model in models.items()}
     times = interleave(actions, seconds)
     ratios = speed_ups(times, DENSE)
-    dense = measure_layers(linear_layers(models[DENSE])).parameters
+    dense = layer_sizes(linear_layers(models[DENSE])).parameters
     found = {}
     for name, model in models.items():
         grown = growth(actions[name])
         weights = weight_bytes(model)
         found[name] = {
-            "kept": measure_layers(linear_layers(model)).parameters / dense,
+            "kept": layer_sizes(linear_layers(model)).parameters / dense,
             "tokens_per_second": Spread.of([workload.new_tokens / value for value in times[name]]).to_dict(),
             "speed_up": ratios[name].to_dict(),
             "weight_bytes": weights,
@@ -177,7 +177,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the tables, save them and the figure."""
+    """LossEstimator, print the tables, save them and the figure."""
     options = parse(arguments)
     rows = result_rows(list(run(options)))
     save_table(rows, options.output / "results.csv")

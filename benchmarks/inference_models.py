@@ -23,7 +23,7 @@ from fasc_lightning.layers import (
     linear_shape,
     linear_weight,
     swap_modules,
-    to_dense,
+    swap_to_dense,
 )
 
 
@@ -122,7 +122,7 @@ def load_pair(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
 
     compressed = load_compressed(folder, dtype=dtype).base_model.eval().requires_grad_(False)
     dense = copy.deepcopy(compressed)
-    to_dense(dense)
+    swap_to_dense(dense)
     return dense.requires_grad_(False), compressed
 
 

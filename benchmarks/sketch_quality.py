@@ -34,11 +34,11 @@ from fasc_lightning.options import ReductionKind
 from fasc_lightning.statistics import CalibrationMoments, LayerSketches, Sketch, load_moments, save_moments
 from fasc_lightning.studies.comparison import (
     Budget,
-    Calibration,
     Cell,
     CellStore,
     Comparison,
     Evaluation,
+    GatheredStatistics,
     Outcome,
     Setting,
 )
@@ -145,7 +145,7 @@ class Bench:
             for name, file in TEXTS.items()
         }
         self.evaluation = Evaluation(texts, load_facts(data / FACTS))
-        self.calibration = Calibration(self.model, self.tokenizer, self.layers, self.windows, output)
+        self.calibration = GatheredStatistics(self.model, self.tokenizer, self.layers, self.windows, output)
 
     def path(self, statistic: Statistic) -> Path:
         """Return the file of a statistic."""

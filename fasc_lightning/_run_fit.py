@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from fasc_lightning._utils import undoing
 from fasc_lightning.batches import is_hf_dataset, token_batches
-from fasc_lightning.distributed import PlacedStrategy, check_weights, is_split
+from fasc_lightning.distributed import DeviceMapStrategy, check_weights, is_split
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.options import Recovery
 
@@ -64,7 +64,7 @@ def run_fit(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     split = is_split(model)
     check_weights(model.named_parameters())
-    where: dict[str, Any] = {"strategy": PlacedStrategy(device)} if split else {}
+    where: dict[str, Any] = {"strategy": DeviceMapStrategy(device)} if split else {}
     with _quiet_trainer(progress), undoing() as undo:
         if not split:
             undo.add(model.to, device)  # Lightning moves modules to the CPU when a fit ends

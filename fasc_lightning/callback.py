@@ -19,7 +19,7 @@ from fasc_lightning._utils import Undo, undoing
 from fasc_lightning.batches import LossScales, LossTerms, TokenMask, backwards_of, batch_label, observed_rows
 from fasc_lightning.calibration import (
     Calibration,
-    CalibrationKeeper,
+    CalibrationCheckpoint,
     CalibrationSchedule,
     check_batches_given,
     check_epochs_left,
@@ -74,7 +74,7 @@ from fasc_lightning.options import (
     describe_recovery,
 )
 from fasc_lightning.planning import layers_forecast
-from fasc_lightning.recovery import RecoveryCallback, SecondFit, recovery_instead, set_aside_optimizers
+from fasc_lightning.recovery import RecoveryCallback, RecoveryStage, recovery_instead, set_aside_optimizers
 from fasc_lightning.statistics import MomentsDevice
 
 
@@ -279,7 +279,7 @@ class FascCallback(pl.Callback):
         self.passes = passes
         self.report: CompressionReport | None = None
         self._schedule = CalibrationSchedule(calibration_steps, passes, freezes=not update_weights)
-        self._keeper = CalibrationKeeper(self.state_key)
+        self._keeper = CalibrationCheckpoint(self.state_key)
         self._undo = Undo()  # hooks and what is frozen, when training ends
         self._failed = Undo()  # all else, where a fit fails
         self._last = Undo()  # what is the Trainer's own, after that
@@ -289,7 +289,7 @@ class FascCallback(pl.Callback):
         self._calibration: Calibration | None = None
         self._monitor = RhoMonitor(monitor_every_n_steps or 1, monitor_tokens, rho_threshold, rho_gradient, seed)
         self._replaced: dict[str, nn.Module] = {}
-        self._second = SecondFit(self.recovery, seed, token_mask, loss_terms, self._failed)
+        self._second = RecoveryStage(self.recovery, seed, token_mask, loss_terms, self._failed)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -431,7 +431,7 @@ class FascCallback(pl.Callback):
             self._keeper.start(trainer, self._schedule)
             check_epochs_left(trainer, self._calibration.passes)
             self._calibration.check_alike(trainer)
-            self._calibration.lockstep.start(trainer, self._schedule.is_whole_fit(trainer))
+            self._calibration.uneven_inputs.start(trainer, self._schedule.is_whole_fit(trainer))
 
     @recovery_instead
     @override
@@ -494,7 +494,7 @@ class FascCallback(pl.Callback):
             if not outputs:  # of a step that returned None, by which it skips its batch
                 self._calibration.leave_out()
             if self._calibration.running:
-                self._calibration.lockstep.end_batch(trainer)
+                self._calibration.uneven_inputs.end_batch(trainer)
         self._monitor.end_batch(trainer)
 
     @recovery_instead

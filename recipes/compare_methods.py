@@ -51,11 +51,11 @@ from fasc_lightning.studies.comparison import (
     DENSE,
     PRUNERS,
     Budget,
-    Calibration,
     Cell,
     CellStore,
     Comparison,
     Evaluation,
+    GatheredStatistics,
     Outcome,
     Precision,
     Report,
@@ -240,7 +240,7 @@ class Run:
         model.eval().requires_grad_(False).to(device)
         self.evaluation = evaluation_of(options, tokenizer)
         windows = calibration_of(options, tokenizer, model)
-        self.calibration = Calibration(
+        self.calibration = GatheredStatistics(
             model,
             tokenizer,
             select_layers(model),

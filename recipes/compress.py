@@ -37,7 +37,7 @@ from fasc_lightning.cli import (
     save_results,
 )
 from fasc_lightning.data import load_model, window_loader
-from fasc_lightning.evaluation import Measured, compare_facts, compare_perplexity
+from fasc_lightning.evaluation import Quality, compare_facts, compare_perplexity
 from fasc_lightning.layers import QUANTIZATIONS
 
 
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def full_report(
-    options: Namespace, report: CompressionReport, seconds: dict[str, float], states: dict[str, Measured]
+    options: Namespace, report: CompressionReport, seconds: dict[str, float], states: dict[str, Quality]
 ) -> dict[str, Any]:
     """Return the compression's report with the model, the recipe's options and the evaluation."""
     content = report.to_dict()

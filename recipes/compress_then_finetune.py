@@ -66,7 +66,7 @@ from fasc_lightning.data import (
 from fasc_lightning.evaluation import (
     BUILTIN_TEXT,
     HELD_OUT,
-    Measured,
+    Quality,
     compare_facts,
     compare_heldout,
     compare_perplexity,
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         data = recovery_data(options, model, tokenizer, calibration)
     print(f"Data: {data.summary}")
     questions = replace(questions, heldout=data.heldout or ())
-    states: dict[str, Measured] = {}
+    states: dict[str, Quality] = {}
 
     with clock("evaluate"):
         print("Evaluating the dense model")
@@ -360,7 +360,7 @@ def full_report(
     callback: FascCallback,
     data: FinetuneData,
     seconds: dict[str, float],
-    states: dict[str, Measured],
+    states: dict[str, Quality],
 ) -> dict[str, Any]:
     """Return the compression's report with the model, the recipe's options, the data and the evaluation."""
     assert callback.report is not None

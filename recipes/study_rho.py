@@ -51,7 +51,7 @@ from fasc_lightning.dependence import (
 )
 from fasc_lightning.evaluation import builtin_text, perplexity
 from fasc_lightning.hooks import Taps
-from fasc_lightning.layers import layer_shapes, linear_weight, measure_layers, resolve_rank, select_layers, swap_modules
+from fasc_lightning.layers import layer_shapes, layer_sizes, linear_weight, resolve_rank, select_layers, swap_modules
 from fasc_lightning.options import CHEAP_METHOD, GATE_BY, check_gate
 from fasc_lightning.statistics import CalibrationMoments
 from fasc_lightning.studies.rho import (
@@ -357,7 +357,7 @@ def measure_gate(
         progress=timed,
         consume=False,
     )
-    kept = measure_layers({**layers, **result.replacements}).parameters / measure_layers(layers).parameters
+    kept = layer_sizes({**layers, **result.replacements}).parameters / layer_sizes(layers).parameters
     dense = swap_modules(model, result.replacements)
     try:
         found = perplexities(model, texts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from fasc_lightning.studies.comparison import Budget, Cell, Outcome, Setting
-from fasc_lightning.studies.comparison._questions import Measured
+from fasc_lightning.studies.comparison._questions import Answers
 
 KEEP = Budget(keep=0.8)
 HALF = Budget(rank=0.5)
@@ -20,7 +20,7 @@ def outcome(worse=0.0, noise=0.0, recalled=40, kept=0.8, zeros=0.0, seconds=3.0,
     """A measured outcome: so many nats worse than HARDNESS on average, give or take, and so many of 40 facts."""
     source = random.Random(seed)
     losses = [loss + worse + source.uniform(-noise, noise) for loss in HARDNESS]
-    measured = Measured({"news": losses}, [i % 40 < recalled for i in range(40)], [i % 2 == 0 for i in range(pairs)])
+    measured = Answers({"news": losses}, [i % 40 < recalled for i in range(40)], [i % 2 == 0 for i in range(pairs)])
     return Outcome(100, kept, zeros, measured, {"factorize": seconds, "evaluate": 1.0})
 
 

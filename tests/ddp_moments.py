@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fasc_lightning.statistics import CalibrationMoments, LayerSketches, Sketch, StreamedSums
+from fasc_lightning.statistics import Accumulator, CalibrationMoments, LayerSketches, Sketch
 from fasc_lightning.statistics._layer_moments import NEEDS
 
 SHAPES = {"q": (3, 4), "k": (2, 4)}
@@ -45,7 +45,7 @@ def refusal(rank: int, what: str) -> str:
     return "nothing"
 
 
-def streams(moments: CalibrationMoments) -> list[StreamedSums]:
+def streams(moments: CalibrationMoments) -> list[Accumulator]:
     """All streams in an order that does not depend on which layers a process met first."""
     held = (moments.inputs, moments.gradients, moments.couplings)
     return [group[key] for group in held for key in sorted(group)]

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from fasc_lightning import CausalLMModule, Distillation, FascCallback, LoraRecovery, compress, quantize, recover, score
 from fasc_lightning.calibration import _calibration, _sidecar
-from fasc_lightning.statistics._cpu_offload import OffloadedMoments
+from fasc_lightning.statistics._cpu_offload import CpuOffload
 
 BATCHES = 4
 
@@ -188,7 +188,7 @@ def offloading(folder: Path, **options: Any) -> World:
 
     def patched() -> None:
         before = module.offloaded
-        module.offloaded = lambda moments, device: OffloadedMoments(moments)
+        module.offloaded = lambda moments, device: CpuOffload(moments)
         try:
             run()
         finally:

@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from watching import RecordingCallback
 
 from fasc_lightning.calibration._sidecar import SUFFIX
-from fasc_lightning.statistics._nystrom import CompletedMoment
+from fasc_lightning.statistics._nystrom import NystromMoment
 
 #: Batches of two in the training data.
 BATCHES = 8
@@ -130,7 +130,7 @@ def assert_same(found, expected):
 def equal(a, b):
     if isinstance(a, tuple):
         return all(equal(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, CompletedMoment):
+    if isinstance(a, NystromMoment):
         return equal(tuple(vars(a).values()), tuple(vars(b).values()))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 

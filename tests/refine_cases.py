@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from tiny import token_loader
 
 from fasc_lightning import FascCallback
-from fasc_lightning.batches import Replay
+from fasc_lightning.batches import KeptBatches
 from fasc_lightning.options import RefineOptions
 from fasc_lightning.refit import RefinePhase
 
@@ -27,7 +27,7 @@ class Refining(pl.Callback):
 
     def on_fit_start(self, trainer, pl_module):
         if self.dense:
-            replay = Replay()
+            replay = KeptBatches()
             for batch in token_loader(samples=16, batch_size=2):
                 replay.keep(batch)
             RefinePhase.check(pl_module, self.dense)

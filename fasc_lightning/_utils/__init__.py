@@ -22,7 +22,7 @@ from fasc_lightning._utils._plotting import (
     new_figure,
     over_layers,
     short_names,
-    spread,
+    spread_positions,
     ticks_within,
 )
 from fasc_lightning._utils._progress import Progress, layer_progress, terminal_progress
@@ -122,7 +122,7 @@ __all__ = [
     "set_rng_state",
     "short_names",
     "some_names",
-    "spread",
+    "spread_positions",
     "table_text",
     "tensor_checksum",
     "tensor_checksums",

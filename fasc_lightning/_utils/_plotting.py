@@ -97,7 +97,7 @@ def cell_edges(centres: Sequence[int]) -> NDArray[np.float64]:
     return np.concatenate([[2 * values[0] - middles[0]], middles, [2 * values[-1] - middles[-1]]])
 
 
-def spread(blocks: Sequence[int]) -> NDArray[np.float64]:
+def spread_positions(blocks: Sequence[int]) -> NDArray[np.float64]:
     """Return ascending blocks with those that repeat set side by side around their place, within 0.35 of it."""
     values, counts = np.unique(np.asarray(blocks, dtype=np.float64), return_counts=True)
     sides = [(np.arange(count) - (count - 1) / 2) * 0.7 / count for count in counts]

@@ -16,9 +16,9 @@ from fasc_lightning.batches._loader_state import (
 )
 from fasc_lightning.batches._loss_graph import graph_alone
 from fasc_lightning.batches._replay import (
+    KeptBatches,
     NoLossError,
     Place,
-    Replay,
     TrainingStep,
     as_trained_on,
     brought,
@@ -61,7 +61,7 @@ __all__ = [
     "MIN_SEQUENCES",
     "NoLossError",
     "Place",
-    "Replay",
+    "KeptBatches",
     "ResumableLoader",
     "TokenMask",
     "TokenRows",

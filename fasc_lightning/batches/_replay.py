@@ -91,7 +91,7 @@ _STATE = record(
 )
 
 
-class Replay:
+class KeptBatches:
     """Batches of a calibration, on the CPU: copies, whatever becomes of the batches themselves."""
 
     def __init__(self, batches: Sequence[KeptBatch] = ()) -> None:
@@ -128,7 +128,7 @@ class Replay:
         }
 
     @staticmethod
-    def from_state(state: Any, path: str = "") -> Replay:
+    def from_state(state: Any, path: str = "") -> KeptBatches:
         """Return the replay of which :meth:`state_dict` returned the state.
 
         Args:
@@ -139,10 +139,10 @@ class Replay:
             SchemaError: If it is something else.
         """
         if isinstance(state, list):
-            return Replay([KeptBatch(batch, Place(batch_idx=i)) for i, batch in enumerate(state)])
+            return KeptBatches([KeptBatch(batch, Place(batch_idx=i)) for i, batch in enumerate(state)])
         _STATE(state, path)
         parts = zip(state["batches"], state["places"], state["stays"], strict=True)
-        return Replay([KeptBatch(batch, Place(*place), tuple(stays)) for batch, place, stays in parts])
+        return KeptBatches([KeptBatch(batch, Place(*place), tuple(stays)) for batch, place, stays in parts])
 
 
 def check_automatic(pl_module: pl.LightningModule, remedy: str) -> None:
@@ -181,7 +181,7 @@ class TrainingStep:
         batches: Those of the replay, on the device.
     """
 
-    def __init__(self, trainer: pl.Trainer, replay: Replay | None = None, device: Any = "cpu") -> None:
+    def __init__(self, trainer: pl.Trainer, replay: KeptBatches | None = None, device: Any = "cpu") -> None:
         self._trainer = trainer
         # The calibration's batches are run by the first process; the others wait for its result.
         self._alone = replay is not None and is_distributed(trainer)

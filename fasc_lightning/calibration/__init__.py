@@ -6,13 +6,13 @@ from fasc_lightning.calibration._finalize import replace_calibrated
 from fasc_lightning.calibration._fit_end import skips_backward
 from fasc_lightning.calibration._frozen_fit import FrozenFit
 from fasc_lightning.calibration._passes import check_epochs_left, share_units, shares
-from fasc_lightning.calibration._resume import CalibrationKeeper
+from fasc_lightning.calibration._resume import CalibrationCheckpoint
 from fasc_lightning.calibration._schedule import CalibrationSchedule
 from fasc_lightning.calibration._sketch_policy import expected_rank, projected, sketches_for_budget
 
 __all__ = [
     "Calibration",
-    "CalibrationKeeper",
+    "CalibrationCheckpoint",
     "CalibrationSchedule",
     "FrozenFit",
     "SCORE_EVERY",

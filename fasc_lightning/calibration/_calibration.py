@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from fasc_lightning._utils import Progress, available_memory, layer_progress, return_freed_memory
-from fasc_lightning.batches import Place, Replay, TokenRows, backwards_of, calibration_rows, loops_before
-from fasc_lightning.calibration._checks import check_memory, warn_few_tokens, warn_unannounced, warn_unreached
+from fasc_lightning.batches import KeptBatches, Place, TokenRows, backwards_of, calibration_rows, loops_before
+from fasc_lightning.calibration._checks import check_moments_memory, warn_few_tokens, warn_unannounced, warn_unreached
 from fasc_lightning.calibration._frozen_fit import FrozenFit
-from fasc_lightning.calibration._loss_measurement import MeasurePhase
+from fasc_lightning.calibration._loss_measurement import LossMeasurement
 from fasc_lightning.calibration._passes import check_averaging, passes_of, share_units, shares
 from fasc_lightning.calibration._sketch_policy import describe_sketches, sketches_for_budget
 from fasc_lightning.compression import (
@@ -30,13 +30,13 @@ from fasc_lightning.compression import (
     factorize_layers,
     failure_flags,
     gate_scores,
+    offload_to_disk,
     same_everywhere,
-    spilled,
     statistics_needed,
 )
 from fasc_lightning.dependence import DependenceScore, LayerScores, RhoHistory, RhoRow, reasons
 from fasc_lightning.distributed import (
-    Lockstep,
+    UnevenInputs,
     Unsharding,
     is_distributed,
     is_sharded,
@@ -90,7 +90,7 @@ class Calibration:
         spent: Whether factors are being made of them, which uses them up.
         origin: Lightning's loops and schedulers before the first batch, from which the calibration can start again.
         unsharding: Makes a sharded module whole.
-        lockstep: Keeps the processes in step.
+        uneven_inputs: Keeps the processes in step.
 
     Raises:
         MemoryError: If the moments do not fit; or if weights are sharded, the whole module does not fit into each
@@ -131,7 +131,7 @@ class Calibration:
         parts = shares(sizes, self.passes, share_units(names))
         self._shares = [{names[i]: layers[names[i]] for i in part} for part in parts]
         needed, place = max(sum(sizes[i] for i in part) for part in parts), options.place(self._device)
-        check_memory(needed, place, self.passes, options.sketch)
+        check_moments_memory(needed, place, self.passes, options.sketch)
         rank_zero_info(
             f"FascCallback: {len(shapes)} layers with {sum(m * n for m, n in shapes.values()):,} weights; their "
             f"moments need at most {needed / 1e9:.2f} GB ({dtype}) of the {available_memory(place) / 1e9:.2f} GB free "
@@ -144,7 +144,7 @@ class Calibration:
         self.options = options
         self._say_sketches(shapes, sketches)
         self.unsharding = Unsharding()
-        self.lockstep = Lockstep(_needs_all(options, pl_module))
+        self.uneven_inputs = UnevenInputs(_needs_all(options, pl_module))
         return_freed_memory()
         excluded_layers(layers, options.gate_exclude)  # refuses patterns that match nothing
         self._factorized: FactorizedLayers | None = None
@@ -158,7 +158,7 @@ class Calibration:
         self.refine = None if refine is None else RefinePhase(refine)
         if refine is not None:
             RefinePhase.check(pl_module, layers)
-        self.replay = Replay()
+        self.replay = KeptBatches()
         self._frozen = None if options.update_weights else FrozenFit(trainer, pl_module)
         self._seconds = 0.0
         self._began: float | None = None
@@ -347,7 +347,7 @@ class Calibration:
         self,
         moments: CalibrationMoments | None,
         scores: dict[str, DependenceScore] | None,
-        kept: Replay,
+        kept: KeptBatches,
         batches: int,
         seconds: float,
     ) -> None:
@@ -366,13 +366,13 @@ class Calibration:
             self._taps.moments = offloaded(moments, self._device)
         if scores is not None:
             self.scores.scores = scores
-        self.replay = kept if self.replays else Replay()
+        self.replay = kept if self.replays else KeptBatches()
         self.batches, self._seconds = batches, seconds
 
     def reset(self) -> None:
         """Undo a :meth:`restore` that other processes could not follow: nothing has been counted."""
         self._begin_share()
-        self.restore(None, None, Replay(), 0, 0.0)
+        self.restore(None, None, KeptBatches(), 0, 0.0)
 
     def end_epoch(self, trainer: pl.Trainer) -> None:
         """End a pass that others follow: its layers are factorised, and their moments let go of."""
@@ -488,7 +488,7 @@ class Calibration:
             align=align,
             device=self._device,
             progress=progress,
-            measure=MeasurePhase(
+            measure=LossMeasurement(
                 trainer, pl_module, self.layers, self.replay, options.token_mask, options.loss_terms
             ).measure,
         )
@@ -539,7 +539,7 @@ class Calibration:
             consume=self.refit is None,
             # One pass cannot know whether the gate will mix solvers in another.
             unit="fisher" if self.passes > 1 and options.gate is not None else "own",
-            hold=spilled if self.passes > 1 else None,
+            hold=offload_to_disk if self.passes > 1 else None,
         )
         self._factorized = found if self._factorized is None else self._factorized.join(found)
 

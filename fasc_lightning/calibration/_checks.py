@@ -59,7 +59,7 @@ def check_loss(loss: Tensor, layers: int, label: str) -> None:
         )
 
 
-def check_memory(needed: int, device: torch.device, passes: int = 1, sketch: str | None = None) -> None:
+def check_moments_memory(needed: int, device: torch.device, passes: int = 1, sketch: str | None = None) -> None:
     """Refuse moments that do not fit.
 
     Args:

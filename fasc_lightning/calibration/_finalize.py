@@ -8,7 +8,7 @@ from torch import nn
 from fasc_lightning._utils import Clock, peak_memory_bytes, return_freed_memory
 from fasc_lightning.calibration._calibration import Calibration
 from fasc_lightning.compression import CompressionReport
-from fasc_lightning.layers import measure_layers, measure_model, swap_modules
+from fasc_lightning.layers import layer_sizes, model_size, swap_modules
 from fasc_lightning.models import attach_config
 from fasc_lightning.options import ReplacementOptions
 from fasc_lightning.refit import refine_figures, refit_figures
@@ -35,7 +35,7 @@ def replace_calibrated(
         What was done.
     """
     timed = Clock()
-    before = measure_layers(calibration.layers), measure_model(pl_module)
+    before = layer_sizes(calibration.layers), model_size(pl_module)
     return_freed_memory()
     with timed("factorize"):
         if calibration.needs_whole:
@@ -54,7 +54,7 @@ def replace_calibrated(
     if calibration.refine is not None:
         with timed("refine"):
             refined = calibration.run_refine(trainer, pl_module, replaced)
-    after = measure_layers({**calibration.layers, **result.replacements}), measure_model(pl_module)
+    after = layer_sizes({**calibration.layers, **result.replacements}), model_size(pl_module)
     return CompressionReport(
         method=how.method,
         options=how.options,

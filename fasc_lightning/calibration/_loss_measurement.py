@@ -11,9 +11,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from fasc_lightning.batches import (
+    KeptBatches,
     LossTerms,
     NoLossError,
-    Replay,
     TokenMask,
     TokenRows,
     TrainingStep,
@@ -22,11 +22,11 @@ from fasc_lightning.batches import (
     on_first_process,
     replayed_rows,
 )
-from fasc_lightning.compression import measure_losses, spread
+from fasc_lightning.compression import evenly_spaced, measure_losses
 from fasc_lightning.distributed import is_distributed
 
 
-class MeasurePhase:
+class LossMeasurement:
     """What approximations of a module's layers lose on the calibration's batches.
 
     Args:
@@ -43,7 +43,7 @@ class MeasurePhase:
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         layers: dict[str, nn.Module],
-        replay: Replay,
+        replay: KeptBatches,
         token_mask: TokenMask | None,
         loss_terms: LossTerms | None,
     ) -> None:
@@ -88,7 +88,7 @@ class MeasurePhase:
         try:
             check_automatic(self._module, 'Or allocate by "fisher".')
             with brought([self._module], device):
-                step = TrainingStep(self._trainer, Replay(spread(self._replay.batches)), device)
+                step = TrainingStep(self._trainer, KeptBatches(evenly_spaced(self._replay.batches)), device)
                 return measure_losses(self._module, self._layers, factors, step.batches, rows, loss)
         except NoLossError as error:
             rank_zero_info(f"FascCallback: ranks follow predicted losses alone. {error}")

@@ -100,7 +100,7 @@ _STATE = record(
 _PLACES = record({"format": integer(1, _FORMAT), "positions": listed(anything)})
 
 
-class CalibrationKeeper:
+class CalibrationCheckpoint:
     """Puts a fit's calibration into its checkpoints, and takes it out of the one that the fit is resumed from.
 
     Args:

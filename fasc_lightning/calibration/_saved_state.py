@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fasc_lightning._utils import Entry, NamedTensors, SchemaError, anything, integer, listed, number, record
-from fasc_lightning.batches import Replay, pack_batch, tensor_names, unpack_batch
+from fasc_lightning.batches import KeptBatches, pack_batch, tensor_names, unpack_batch
 from fasc_lightning.calibration._calibration import Calibration
 from fasc_lightning.dependence import SUMS, DependenceScore, LayerScores, Sample
 from fasc_lightning.statistics import MOMENTS_HEADER, empty_moments, moments_entries, pack_moments, unpack_moments
@@ -98,7 +98,7 @@ def unpack_calibration(
     device = calibration.moments.device
     if not trainer.is_global_zero:
         moments = empty_moments(header["moments"], device)
-        calibration.restore(moments, None, Replay(), header["batches"], header["seconds"])
+        calibration.restore(moments, None, KeptBatches(), header["batches"], header["seconds"])
         return
     scores = {name: deepcopy(score) for name, score in calibration.scores.scores.items()}
     # Scores of versions without samples that wait are of other tokens and permutations: they begin anew.
@@ -110,7 +110,7 @@ def unpack_calibration(
     moments = unpack_moments(header["moments"], lambda name: tensors.read(name).to(device), device)
     if scored:
         _unpack_scores(scores, header["rows"], tensors)
-    kept = Replay.from_state(unpack_batch(header["kept"], tensors.read), "header.kept")
+    kept = KeptBatches.from_state(unpack_batch(header["kept"], tensors.read), "header.kept")
     waiting = _unpack_waiting(scores, header.get("waiting", []), tensors, calibration.scores.device)
     calibration.restore(moments, scores, kept, header["batches"], header["seconds"])
     calibration.scores.waiting = waiting

@@ -9,7 +9,7 @@ from fasc_lightning.compression._budget import (
     layout_cost,
 )
 from fasc_lightning.compression._build import CompressionResult, build_layers, compress_layers, same_everywhere
-from fasc_lightning.compression._disk_factors import spilled
+from fasc_lightning.compression._disk_factors import offload_to_disk
 from fasc_lightning.compression._expert_report import expert_table
 from fasc_lightning.compression._factorize import FactorizedLayers, Unit, factorize_layers
 from fasc_lightning.compression._gate import (
@@ -20,7 +20,7 @@ from fasc_lightning.compression._gate import (
     statistics_needed,
 )
 from fasc_lightning.compression._layer_report import LayerReport
-from fasc_lightning.compression._loss_correction import measure_losses, spread
+from fasc_lightning.compression._loss_correction import evenly_spaced, measure_losses
 from fasc_lightning.compression._objective import fisher_losses, fisher_metric
 from fasc_lightning.compression._report import CompressionReport, log_report
 from fasc_lightning.compression._report_schema import check_callback_state, check_recovery_state, sealed
@@ -59,7 +59,7 @@ __all__ = [
     "recovery_line",
     "same_everywhere",
     "sealed",
-    "spilled",
-    "spread",
+    "offload_to_disk",
+    "evenly_spaced",
     "statistics_needed",
 ]

@@ -17,7 +17,7 @@ from fasc_lightning._utils import Progress
 from fasc_lightning.compression._allocation import Candidate, Cost, allocate_fisher, allocate_uniform, least_cost
 from fasc_lightning.compression._budget import layer_budgets, layers_dtype, layout_cost
 from fasc_lightning.compression._factorize import FactorizedLayers, Unit, factorize_layers
-from fasc_lightning.compression._loss_correction import Measure, correction
+from fasc_lightning.compression._loss_correction import LossEstimator, correction
 from fasc_lightning.distributed import is_distributed, whole
 from fasc_lightning.layers import (
     CompressedLinear,
@@ -33,7 +33,7 @@ from fasc_lightning.statistics import CalibrationMoments, SketchFigures
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerChoice:
     """What becomes of one layer.
 
     Attributes:
@@ -63,7 +63,7 @@ class CompressionResult:
     """Replacements for the layers that do not stay dense, and the plan of all of them."""
 
     replacements: dict[str, nn.Module]
-    layers: list[LayerPlan]
+    layers: list[LayerChoice]
 
 
 def compress_layers(
@@ -81,7 +81,7 @@ def compress_layers(
     methods: Mapping[str, str] | None = None,
     consume: bool = True,
     unit: Unit = "own",
-    measure: Measure | None = None,
+    measure: LossEstimator | None = None,
     known: MutableMapping[str, Factorization] | None = None,
 ) -> CompressionResult:
     """Factorise the layers and build their replacements; the layers themselves are only read.
@@ -147,7 +147,7 @@ def build_layers(
     align: int = 1,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-    measure: Measure | None = None,
+    measure: LossEstimator | None = None,
 ) -> CompressionResult:
     """Spend one budget over factorised layers and build what replaces them; the layers themselves are only read.
 
@@ -195,18 +195,18 @@ def build_layers(
         shape = linear_shape(module)
         k = ranks.get(name)
         if k is None:
-            plans.append(LayerPlan(name, shape, min(shape), "dense", tokens[name], 0.0, solver, sketches))
+            plans.append(LayerChoice(name, shape, min(shape), "dense", tokens[name], 0.0, solver, sketches))
             continue
         factorization = factorizations.pop(name)
         # As the budget was told: a layer of another dtype than the rest may not choose for itself.
         stored: Any = auto_layout(*shape, k, dtype) if layout == "auto" else layout
         replacements[name] = built = _build(module, factorization, k, stored)
         loss = float(factorization.losses[k])
-        plans.append(LayerPlan(name, shape, k, built.layout, tokens[name], loss, solver, sketches))
+        plans.append(LayerChoice(name, shape, k, built.layout, tokens[name], loss, solver, sketches))
     return CompressionResult(replacements, plans)
 
 
-def _check_measure(allocation: str, measure: Measure | None) -> None:
+def _check_measure(allocation: str, measure: LossEstimator | None) -> None:
     if allocation == "measured" and measure is None:
         raise ValueError('Expected `measure` for allocation="measured" but got None. Or allocate by "fisher".')
 
@@ -262,7 +262,7 @@ def _allocate(
 
 
 def _corrected(
-    factorizations: dict[str, Factorization], ranks: Mapping[str, int | None], measure: Measure
+    factorizations: dict[str, Factorization], ranks: Mapping[str, int | None], measure: LossEstimator
 ) -> dict[str, Factorization]:
     """Return the factorisations with losses corrected by what they are at some ranks, on tokens."""
     chosen = {name: k for name, k in ranks.items() if k is not None}

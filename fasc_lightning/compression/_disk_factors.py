@@ -9,7 +9,7 @@ import torch
 from fasc_lightning.solvers import Factorization
 
 
-def spilled(factorization: Factorization) -> Factorization:
+def offload_to_disk(factorization: Factorization) -> Factorization:
     """Return the same with its factors in a file, mapped into memory: what is not read of them takes none.
 
     The file has no name and goes with the tensors.

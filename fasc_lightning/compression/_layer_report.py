@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fasc_lightning.compression._build import LayerPlan
+from fasc_lightning.compression._build import LayerChoice
 from fasc_lightning.dependence import RhoRow
 from fasc_lightning.statistics import SketchFigures
 
@@ -34,7 +34,7 @@ class LayerReport:
     sketches: dict[str, SketchFigures] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: LayerPlan, rho: RhoRow, flags: tuple[str, ...]) -> LayerReport:
+    def of(cls, plan: LayerChoice, rho: RhoRow, flags: tuple[str, ...]) -> LayerReport:
         """Put together what became of a layer and what was measured on it."""
         return cls(
             name=plan.name,

@@ -27,7 +27,7 @@ SHARE = 8
 LEAST = 4
 
 #: Takes the factors (B (m, k), C (k, n)) of some layers by name and returns J of each in nats squared a token.
-Measure = Callable[[Mapping[str, tuple[Tensor, Tensor]]], Mapping[str, float]]
+LossEstimator = Callable[[Mapping[str, tuple[Tensor, Tensor]]], Mapping[str, float]]
 
 
 class LowRankLosses:
@@ -116,7 +116,7 @@ def measure_losses(
     return judge.losses()
 
 
-def spread(batches: Sequence[Any]) -> list[Any]:
+def evenly_spaced(batches: Sequence[Any]) -> list[Any]:
     """Return the batches to measure on: one in :data:`SHARE`, at least :data:`LEAST`, evenly over all of them."""
     count = min(len(batches), max(LEAST, len(batches) // SHARE))
     return [batches[(i + 1) * len(batches) // count - 1] for i in range(count)]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fasc_lightning.solvers import Factorization, coupled_metric, plain_metric
-from fasc_lightning.statistics import Form, LayerMoments, apply
+from fasc_lightning.statistics import LayerMoments, SecondMoment, apply
 
 
-def fisher_metric(moments: LayerMoments) -> tuple[Form, Form]:
+def fisher_metric(moments: LayerMoments) -> tuple[SecondMoment, SecondMoment]:
     """Return A (n, n) and G (m, m) in float64 as the solver "fasc" takes them, "fasc-plain" if nothing is coupled.
 
     Sketched ones stay low rank plus diagonal.
@@ -29,7 +29,7 @@ def fisher_metric(moments: LayerMoments) -> tuple[Form, Form]:
     return plain_metric(*moments.plain_forms())
 
 
-def fisher_losses(W: Tensor, A: Form, G: Form, factorization: Factorization) -> Tensor:
+def fisher_losses(W: Tensor, A: SecondMoment, G: SecondMoment, factorization: Factorization) -> Tensor:
     r"""Return J_k = tr(G D_k A D_k^T), D_k = W - L_k R_k, for every rank k of any solver's factors L (m, r), R (r, n).
 
     With D_k = D_r + \sum_{i > k} l_i r_i^T, the loss is a quadratic form in which one more rank is one row and one

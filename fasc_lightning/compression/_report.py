@@ -14,7 +14,7 @@ from fasc_lightning._utils import check, library_versions, plain_values, write_j
 from fasc_lightning.compression._layer_report import LayerReport, _layer_report
 from fasc_lightning.compression._report_schema import REPORT
 from fasc_lightning.compression._summary import summary_table
-from fasc_lightning.layers import Size, measure_layers, measure_model
+from fasc_lightning.layers import Size, layer_sizes, model_size
 
 
 @dataclass
@@ -82,12 +82,12 @@ class CompressionReport:
             layers: Names of the quantised layers in the model, which are the targeted ones.
             seconds: That it took.
         """
-        targeted = measure_layers({name: model.get_submodule(name) for name in layers})
+        targeted = layer_sizes({name: model.get_submodule(name) for name in layers})
         return replace(
             self,
             options={**self.options, "quantize": quantization},
             targeted={**self.targeted, "unquantized": self.targeted["compressed"], "compressed": targeted},
-            whole={**self.whole, "unquantized": self.whole["compressed"], "compressed": measure_model(model)},
+            whole={**self.whole, "unquantized": self.whole["compressed"], "compressed": model_size(model)},
             seconds={**self.seconds, "quantize": seconds},
         )
 

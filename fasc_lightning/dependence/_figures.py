@@ -27,7 +27,7 @@ from fasc_lightning._utils import (
     new_figure,
     over_layers,
     short_names,
-    spread,
+    spread_positions,
     ticks_within,
     whole_file,
 )
@@ -161,7 +161,7 @@ def rho_profile(rows: Mapping[str, RhoRow]) -> Figure:
 
 def _profile_panel(axes: Axes, kind: str, group: list[tuple[int | None, RhoRow]]) -> None:
     ordered = sorted(group, key=lambda pair: pair[0] or 0)
-    blocks = spread([block or 0 for block, _ in ordered])
+    blocks = spread_positions([block or 0 for block, _ in ordered])
     values = {name: np.array([row[name] for _, row in ordered]) for name in _LABELS}  # type: ignore[literal-required]
     # Several layers of one kind in one block, as experts are, stay points: a line through them would mean nothing.
     lines = len({block for block, _ in group}) == len(group)

@@ -11,7 +11,7 @@ from typing_extensions import override
 from fasc_lightning._utils import undoing
 
 
-class PlacedStrategy(SingleDeviceStrategy):
+class DeviceMapStrategy(SingleDeviceStrategy):
     """One process that leaves every layer where it is, before and after the fit; batches go to the first device."""
 
     @override

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from fasc_lightning.distributed._device_map import PlacedStrategy
+from fasc_lightning.distributed._device_map import DeviceMapStrategy
 from fasc_lightning.distributed._fsdp import check_mesh
 from fasc_lightning.layers import is_compressed
 
@@ -34,7 +34,7 @@ def check_strategy(trainer: pl.Trainer, recovers: bool = False) -> None:
             "workers and lost with them. HINT: use strategy='ddp' from a script (not a notebook), or one device."
         )
     # By exact type: DeepSpeedStrategy is a DDPStrategy.
-    if type(strategy) not in (SingleDeviceStrategy, PlacedStrategy, DDPStrategy, ModelParallelStrategy):
+    if type(strategy) not in (SingleDeviceStrategy, DeviceMapStrategy, DDPStrategy, ModelParallelStrategy):
         raise MisconfigurationException(
             f"Expected a single device, strategy='ddp' or ModelParallelStrategy with FSDP2 but got {name}, which "
             "shards or wraps the layers in a way of its own. HINT: compress on one device or under 'ddp' (a "

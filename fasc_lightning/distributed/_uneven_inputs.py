@@ -23,7 +23,7 @@ _HINT = (
 )
 
 
-class Lockstep:
+class UnevenInputs:
     """Lets a calibration have more batches on some processes than on others, or ends it on all of them at once.
 
     Where every process works alone until the statistics are added up (frozen weights, under DDP), those that are done

@@ -38,7 +38,7 @@ from fasc_lightning.evaluation._perplexity import MeanTokenLoss, perplexity, tok
 from fasc_lightning.evaluation._retention import (
     BUILTIN_TEXT,
     HELD_OUT,
-    Measured,
+    Quality,
     Questions,
     compare_facts,
     compare_heldout,
@@ -110,7 +110,7 @@ __all__ = [
     "paired_interval",
     "BUILTIN_TEXT",
     "HELD_OUT",
-    "Measured",
+    "Quality",
     "Questions",
     "compare_facts",
     "compare_heldout",

@@ -26,7 +26,7 @@ BUILTIN_TEXT = "python-reference"
 
 
 @dataclass(frozen=True)
-class Measured:
+class Quality:
     """What a model was found to know in one of its states.
 
     Attributes:
@@ -80,13 +80,13 @@ class Questions:
             return cls({name: file_windows(path, tokenizer, windows, window) for name, path in texts.items()}, asked)
         return cls({BUILTIN_TEXT: text_windows(builtin_text(), tokenizer, windows, window)}, builtin_facts(seed))
 
-    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Measured:
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Quality:
         """Ask a model; its training mode is restored.
 
         Raises:
             FloatingPointError: If a loss is not finite.
         """
-        return Measured(
+        return Quality(
             perplexity={name: perplexity(model, windows, batch_size=2) for name, windows in self.texts.items()},
             facts=factual_recall(model, tokenizer, self.facts) if self.facts else None,
             heldout=batch_perplexity(model, self.heldout),
@@ -120,19 +120,19 @@ def batch_perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tens
 # Side by side, for reports. The first state is what the others are compared with.
 
 
-def compare_perplexity(states: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
+def compare_perplexity(states: Mapping[str, Quality]) -> dict[str, dict[str, float]]:
     """Return the perplexity of each text by state."""
     texts = next(iter(states.values())).perplexity
     return {name: {state: measured.perplexity[name] for state, measured in states.items()} for name in texts}
 
 
-def compare_heldout(states: Mapping[str, Measured]) -> dict[str, float] | None:
+def compare_heldout(states: Mapping[str, Quality]) -> dict[str, float] | None:
     """Return the perplexity of held-out data by state; None if nothing was held out."""
     values = {state: measured.heldout for state, measured in states.items() if measured.heldout is not None}
     return values or None
 
 
-def compare_facts(states: Mapping[str, Measured]) -> dict[str, Any] | None:
+def compare_facts(states: Mapping[str, Quality]) -> dict[str, Any] | None:
     """Return factual recall by state in percent, overall and by kind; None if no facts were asked for."""
     facts = {state: measured.facts for state, measured in states.items() if measured.facts is not None}
     if not facts:
@@ -149,7 +149,7 @@ def compare_facts(states: Mapping[str, Measured]) -> dict[str, Any] | None:
     }
 
 
-def drift(states: Mapping[str, Measured], in_domain: Sequence[str] = ()) -> dict[str, Any]:
+def drift(states: Mapping[str, Quality], in_domain: Sequence[str] = ()) -> dict[str, Any]:
     """Return how far each state is from the dense one, on the data's domain and on others.
 
     Args:

@@ -26,15 +26,15 @@ from fasc_lightning.layers._pivoted import PivotedLinear, smaller_side
 from fasc_lightning.layers._probe import is_plain_linear
 from fasc_lightning.layers._ranks import rank_budget, resolve_rank
 from fasc_lightning.layers._reparametrised import DENSE_FORM, DenseForm, trains_weight, warn_without_way_back
-from fasc_lightning.layers._size import Size, measure_layers, measure_model
-from fasc_lightning.layers._spec import checked_layers, describe_layer, empty_layer, place, set_trainable
+from fasc_lightning.layers._size import Size, layer_sizes, model_size
+from fasc_lightning.layers._spec import check_layers, describe_layer, empty_layer, place, set_trainable
 from fasc_lightning.layers._swap import (
     check_in_memory,
     compressed_layers,
     empty_dense,
     is_compressed,
     swap_modules,
-    to_dense,
+    swap_to_dense,
 )
 from fasc_lightning.layers._targets import layer_shapes, matches, select_layers, warn_other_layers, warn_tied_layers
 from fasc_lightning.layers._unfused_experts import UnfusedExperts, expert_layers, unfuse
@@ -60,7 +60,7 @@ __all__ = [
     "auto_layout",
     "check_in_memory",
     "check_quantization",
-    "checked_layers",
+    "check_layers",
     "compressed_layers",
     "describe_layer",
     "empty_dense",
@@ -80,8 +80,8 @@ __all__ = [
     "linear_weight",
     "make_lowrank",
     "matches",
-    "measure_layers",
-    "measure_model",
+    "layer_sizes",
+    "model_size",
     "named_layers",
     "pivot_cost",
     "place",
@@ -96,7 +96,7 @@ __all__ = [
     "smaller_side",
     "split_name",
     "swap_modules",
-    "to_dense",
+    "swap_to_dense",
     "trains_weight",
     "unfuse",
     "warn_other_layers",

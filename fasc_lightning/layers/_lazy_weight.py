@@ -52,7 +52,7 @@ class LazyWeight(Tensor):
         if name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__")):
             raise RuntimeError(
                 f"{name} would change the weight of a compressed layer, which is computed from its factors. "
-                "Change the factors, or make the layer dense with to_dense first."
+                "Change the factors, or make the layer dense with swap_to_dense first."
             )
         args, kwargs = tree_map_only(cls, lambda lazy: lazy._source.to_weight(), (args, kwargs or {}))
         return func(*args, **kwargs)

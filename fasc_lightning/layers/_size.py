@@ -28,7 +28,7 @@ class Size:
     flops_per_token: int
 
 
-def measure_layers(layers: Mapping[str, nn.Module]) -> Size:
+def layer_sizes(layers: Mapping[str, nn.Module]) -> Size:
     """Return the size of some layers, dense or compressed."""
     modules = list({id(m): m for m in layers.values()}.values())
     counts = [_counts(m) for m in modules]
@@ -39,7 +39,7 @@ def measure_layers(layers: Mapping[str, nn.Module]) -> Size:
     )
 
 
-def measure_model(model: nn.Module) -> Size:
+def model_size(model: nn.Module) -> Size:
     """Return the size of a whole model; shared parameters count once."""
     parameters, size = _counts(model)
     return Size(parameters=parameters, bytes=size, flops_per_token=_flops(_outermost_linear(model)))

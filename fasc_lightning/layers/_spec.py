@@ -15,7 +15,7 @@ from fasc_lightning.layers._lowrank import LowRankLinear
 from fasc_lightning.layers._pivoted import PivotedLinear
 
 
-def checked_layers(layers: Any) -> dict[str, dict[str, Any]]:
+def check_layers(layers: Any) -> dict[str, dict[str, Any]]:
     """Plain copies of the layers' descriptions (see :class:`FascConfig`).
 
     Raises:

@@ -68,7 +68,7 @@ def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
 
 
-def to_dense(model: nn.Module) -> dict[str, nn.Module]:
+def swap_to_dense(model: nn.Module) -> dict[str, nn.Module]:
     """Replaces every compressed layer by a dense one of the same function, in place.
 
     The dense layers are of the kind that was compressed: ``nn.Linear``, or GPT-2's ``Conv1D``, whose weights a

@@ -101,7 +101,7 @@ class UnfusedExperts(nn.Module):
                 if type(layer) is not nn.Linear:
                     raise ValueError(
                         f"Expected dense layers to fuse but {expert}.{projection} is a {type(layer).__name__}. Make "
-                        "the model dense first: to_dense(model)."
+                        "the model dense first: swap_to_dense(model)."
                     )
                 weights[expert, projection] = layer
         fused: Any = self.empty()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fasc_lightning._utils import Row, library_versions, markdown_table
 from fasc_lightning.compression import CompressionReport, outcome, recovery_line
-from fasc_lightning.layers import Size, compressed_layers, measure_layers, measure_model, quantization_of
+from fasc_lightning.layers import Size, compressed_layers, layer_sizes, model_size, quantization_of
 from fasc_lightning.models._format import provenance_of
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ def _as_quantized(model: PreTrainedModel, report: dict[str, Any]) -> dict[str, A
     targeted = {row["name"]: model.get_submodule(row["name"]) for row in report["layers"]}
     return {
         **report,
-        "targeted": _with_compressed(report["targeted"], measure_layers(targeted)),
-        "whole": _with_compressed(report["whole"], measure_model(model)),
+        "targeted": _with_compressed(report["targeted"], layer_sizes(targeted)),
+        "whole": _with_compressed(report["whole"], model_size(model)),
     }
 
 

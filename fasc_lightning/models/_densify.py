@@ -7,8 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from fasc_lightning._utils import undoing
-from fasc_lightning.layers import is_compressed
-from fasc_lightning.layers import to_dense as swap_to_dense
+from fasc_lightning.layers import is_compressed, swap_to_dense
 from fasc_lightning.models._format import attach_config
 
 Model = TypeVar("Model", bound=nn.Module)

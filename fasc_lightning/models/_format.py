@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from fasc_lightning._utils import check, check_json_files, mapping, naming, some_names, text
 from fasc_lightning.layers import (
-    checked_layers,
+    check_layers,
     compressed_layers,
     describe_layer,
     empty_layer,
@@ -32,7 +32,7 @@ from fasc_lightning.layers import (
     guards,
     saved_guards,
     swap_modules,
-    to_dense,
+    swap_to_dense,
     unfuse,
 )
 from fasc_lightning.models._file_names import (
@@ -86,7 +86,7 @@ class FascConfig(QuantizationConfigMixin):
             raise ValueError(f"Expected quant_method {QUANT_METHOD!r}, got {quant_method!r}.")
         self.quant_method = quant_method  # type: ignore[assignment] # its own methods are an enum, others' are strings
         self.format_version = format_version
-        self.layers = checked_layers(layers)
+        self.layers = check_layers(layers)
         # By way of JSON, so that it is now what it will be after a reload.
         if (files := more.pop(FILES, None)) is not None:
             check(files, mapping(text), "The entry 'files' of quantization_config")
@@ -159,7 +159,7 @@ class FascQuantizer(HfQuantizer):
 
     @override
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        to_dense(model)
+        swap_to_dense(model)
         return model if dtype is None else model.to(dtype)
 
     @override

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fasc_lightning._utils import anything, check, mapping, naming, some_names, undoing
 from fasc_lightning.layers import (
     CompressedLinear,
-    checked_layers,
+    check_layers,
     compressed_layers,
     describe_layer,
     empty_layer,
@@ -180,7 +180,7 @@ def _fitting(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
             "'model.')?"
         )
     complete = {name: _complete(modules[name], spec) for name, spec in plan.items()}
-    specs = checked_layers(complete) if complete else {}
+    specs = check_layers(complete) if complete else {}
     for name, spec in list(specs.items()):
         layer = modules[name]
         if not isinstance(layer, CompressedLinear):

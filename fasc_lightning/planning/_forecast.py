@@ -12,7 +12,7 @@ from fasc_lightning.planning._time import Seconds
 
 
 @dataclass(frozen=True)
-class PlannedLayer:
+class LayerForecast:
     """One layer of a plan.
 
     Attributes:
@@ -54,7 +54,7 @@ class CompressionForecast:
         seconds: Estimated; None without a probe.
     """
 
-    layers: list[PlannedLayer] = field(repr=False)
+    layers: list[LayerForecast] = field(repr=False)
     device: str
     memory: int
     host_memory: int
@@ -77,7 +77,7 @@ class CompressionForecast:
         return asdict(self)
 
     def __str__(self) -> str:
-        kinds: dict[tuple[Any, ...], list[PlannedLayer]] = {}
+        kinds: dict[tuple[Any, ...], list[LayerForecast]] = {}
         for layer in self.layers:
             key = layer.name.rpartition(".")[2], layer.shape, layer.moments, layer.place
             kinds.setdefault(key, []).append(layer)

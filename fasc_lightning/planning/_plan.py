@@ -31,8 +31,8 @@ from fasc_lightning.layers import (
     auto_layout,
     empty_layer,
     layer_shapes,
-    measure_layers,
-    measure_model,
+    layer_sizes,
+    model_size,
     smaller_side,
 )
 from fasc_lightning.options import (
@@ -47,7 +47,7 @@ from fasc_lightning.options import (
     check_projected,
     checks_options,
 )
-from fasc_lightning.planning._forecast import CompressionForecast, PlannedLayer
+from fasc_lightning.planning._forecast import CompressionForecast, LayerForecast
 from fasc_lightning.planning._memory import LayerMemory, Peak, Storage, choose_storage, layer_memory, peak_memory
 from fasc_lightning.planning._model import PlannedLayers, model_on_meta, planned_layers
 from fasc_lightning.planning._refusal import bytes_of, refusal
@@ -243,7 +243,7 @@ def forecast(
         MemoryError: If nothing that is allowed fits.
         ValueError: If the device is not there to say how much memory it has.
     """
-    shapes, whole = layer_shapes(chosen.layers), measure_model(model)
+    shapes, whole = layer_shapes(chosen.layers), model_size(model)
     tiers = tiers or Tiers()
     if memory is None:
         resident = (p.numel() * p.element_size() for p in model.parameters() if p.device.type == device.type)
@@ -261,7 +261,7 @@ def forecast(
         for kind, sketches in tiers.kinds.items()
     }
     training = 3 * whole.bytes if update_weights else 0
-    targeted = {"dense": measure_layers(chosen.layers), "compressed": _total([s.size for s in stored.values()])}
+    targeted = {"dense": layer_sizes(chosen.layers), "compressed": _total([s.size for s in stored.values()])}
     built = targeted["compressed"].bytes
     activations, units = batch_tokens * activation_bytes(model, chosen), share_units(names)
 
@@ -280,7 +280,7 @@ def forecast(
     taken, sketches = memories[storage.kind], tiers.kinds[storage.kind]
     aside = storage.offloaded or device.type == "cpu"
     layers = [
-        PlannedLayer(
+        LayerForecast(
             name,
             shape,
             storage.kind or "exact" if name in sketches else "exact",
@@ -391,12 +391,12 @@ def _stored(
 ) -> StoredLayer:
     held = "dense" if k is None else auto_layout(m, n, k, dtype) if layout == "auto" else layout
     if k is None or held == "dense":
-        return StoredLayer(min(m, n), "dense", measure_layers({"": layer}))
+        return StoredLayer(min(m, n), "dense", layer_sizes({"": layer}))
     spec = {"rank": k, "layout": held, "bias": bias, "side": smaller_side(m, n)}
     empty = empty_layer("", layer, spec)
     if (share := getattr(layer, "expert_share", None)) is not None:
         vars(empty)["expert_share"] = share  # for the count of FLOPs
-    return StoredLayer(k, held, measure_layers({"": empty}))
+    return StoredLayer(k, held, layer_sizes({"": empty}))
 
 
 def activation_bytes(model: nn.Module, chosen: PlannedLayers) -> int:

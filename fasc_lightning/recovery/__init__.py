@@ -3,12 +3,12 @@
 from fasc_lightning.recovery._callback import RecoveryCallback, set_aside_optimizers
 from fasc_lightning.recovery._checks import check_recoverable
 from fasc_lightning.recovery._distillation import Teacher, frozen_copy
-from fasc_lightning.recovery._second_fit import SecondFit, recovery_instead
+from fasc_lightning.recovery._second_fit import RecoveryStage, recovery_instead
 from fasc_lightning.recovery._validation import split_loader
 
 __all__ = [
     "RecoveryCallback",
-    "SecondFit",
+    "RecoveryStage",
     "Teacher",
     "check_recoverable",
     "frozen_copy",

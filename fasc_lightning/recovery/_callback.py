@@ -37,7 +37,7 @@ from fasc_lightning.recovery._adapters import Adapters, put_values
 from fasc_lightning.recovery._best_state import BestState
 from fasc_lightning.recovery._checks import check_optimizers, check_recoverable
 from fasc_lightning.recovery._teacher import TeacherPhase
-from fasc_lightning.recovery._validation import HeldBack, held_out_batches, held_out_loss, validates
+from fasc_lightning.recovery._validation import HeldOutSplit, held_out_batches, held_out_loss, validates
 
 #: Where nothing else is asked for, so many looks at the held-out loss in a fit.
 LOOKS = 8
@@ -106,7 +106,7 @@ class RecoveryCallback(pl.Callback):
         self.active = False
         self._adapters: Adapters | None = None
         self._teacher: TeacherPhase | None = None
-        self._source: HeldBack | None = None
+        self._source: HeldOutSplit | None = None
         self._initial: dict[str, Tensor] = {}
         self._best = BestState(self.recovery.patience)
         self._start = 0  # global step at which it began
@@ -193,7 +193,7 @@ class RecoveryCallback(pl.Callback):
             undo.add(self._put_back)
             self._failed.add(self._undo.close)
             if not validates(trainer):
-                self._source = HeldBack(trainer.fit_loop._data_source)
+                self._source = HeldOutSplit(trainer.fit_loop._data_source)
                 self._undo.set(trainer.fit_loop, "_data_source", self._source)
             self._undo.add(pl_module.zero_grad)
             self._undo.keep_flags(pl_module)

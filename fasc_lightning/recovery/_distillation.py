@@ -120,7 +120,7 @@ class Teacher:
 
     def _prepare(self, module: nn.Module, dense: Mapping[str, nn.Module], originals: Mapping[str, Tensor]) -> None:
         device = next(module.parameters()).device
-        check_memory(module, dense, self.options, device)
+        check_teacher_memory(module, dense, self.options, device)
         modules = dict(module.named_modules(remove_duplicate=False))
         for name, layer in dense.items():
             like = modules[name].weight
@@ -290,7 +290,7 @@ def frozen_copy(module: nn.Module, device: Any = None, dtype: torch.dtype | None
     return copy.deepcopy(module, memo)
 
 
-def check_memory(
+def check_teacher_memory(
     module: nn.Module, dense: Mapping[str, nn.Module], options: Distillation, device: torch.device
 ) -> None:
     """Refuse a teacher that does not fit.

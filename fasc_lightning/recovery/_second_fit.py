@@ -34,7 +34,7 @@ def recovery_instead(hook: Hook) -> Hook:
     return cast(Hook, choose)
 
 
-class SecondFit:
+class RecoveryStage:
     """Recognises the fit that recovers and has a :class:`~fasc_lightning.recovery.RecoveryCallback` for it.
 
     Args:

@@ -27,7 +27,7 @@ EVERY = 8
 MOST = 64
 
 
-class HeldBack(_DataLoaderSource):
+class HeldOutSplit(_DataLoaderSource):
     """Stands in for a fit's source of training batches and holds samples back, whenever it is asked for a loader.
 
     Args:
@@ -132,7 +132,7 @@ def validates(trainer: pl.Trainer) -> bool:
     return bool(trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined() and trainer.limit_val_batches > 0)
 
 
-def held_out_batches(trainer: pl.Trainer, source: HeldBack | None) -> Iterable[Any]:
+def held_out_batches(trainer: pl.Trainer, source: HeldOutSplit | None) -> Iterable[Any]:
     """Return this process's share of the held-out batches, as their loader makes them."""
     if source is not None:
         if source.held is None:  # the Trainer has its loader from an earlier fit

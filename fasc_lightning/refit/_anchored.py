@@ -180,7 +180,7 @@ def refit(
     start = time.perf_counter()
     options = options or RefitOptions()
     batches = list(batches)
-    layers = checked_layers(model, dense, gradients, "refit")
+    layers = refittable_layers(model, dense, gradients, "refit")
     if len(batches) < MIN_BATCHES:
         raise ValueError(
             f"Expected at least {MIN_BATCHES} batches, some of which are held out, but got {len(batches)}. Use smaller "
@@ -386,7 +386,7 @@ class _Refit:
         return sum(losses) / len(losses)
 
 
-def checked_layers(
+def refittable_layers(
     model: nn.Module, dense: Mapping[str, nn.Module], gradients: Mapping[str, Tensor] | None, caller: str
 ) -> dict[str, CompressedLinear]:
     """Return the compressed layers by name, once each has a dense layer and, if they are needed, a G of its shape.

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from fasc_lightning._utils import Progress, evaluating, same_rng, undoing
 from fasc_lightning.layers import CompressedLinear
 from fasc_lightning.options import RefineOptions, Target
-from fasc_lightning.refit._anchored import MIN_BATCHES, causal_loss, check_refit, checked_layers, layer_state
+from fasc_lightning.refit._anchored import MIN_BATCHES, causal_loss, check_refit, layer_state, refittable_layers
 from fasc_lightning.refit._block_steps import FactorCopies, relative_error, train_copies
 from fasc_lightning.refit._block_training_report import BlockRefine, RefineReport
 from fasc_lightning.refit._blocks import BatchLoss, BlockRunner, RefitError, real_tokens
@@ -130,7 +130,7 @@ def refine(
     """
     start = time.perf_counter()
     options = RefineOptions(steps, lr, target, holdout, tokens, seed)
-    layers = checked_layers(model, dense, None, "refine")
+    layers = refittable_layers(model, dense, None, "refine")
     check_refine(model, layers)
     with undoing() as undo:
         for layer in layers.values():

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from fasc_lightning._utils import Progress, layer_progress
-from fasc_lightning.batches import Replay, TrainingStep, brought, check_automatic, on_first_process
+from fasc_lightning.batches import KeptBatches, TrainingStep, brought, check_automatic, on_first_process
 from fasc_lightning.distributed import share_layers
 from fasc_lightning.options import RefineOptions
 from fasc_lightning.refit._block_training import check_refine, refine
@@ -44,7 +44,7 @@ class RefinePhase:
         check_refine(pl_module, layers)
 
     def run(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, dense: Mapping[str, nn.Module], replay: Replay
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, dense: Mapping[str, nn.Module], replay: KeptBatches
     ) -> RefineReport | None:
         """Refine the compressed module in place; on several processes with the first one's batches, for all.
 
@@ -72,7 +72,7 @@ class RefinePhase:
         return report
 
     def _run(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, dense: Mapping[str, nn.Module], replay: Replay
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, dense: Mapping[str, nn.Module], replay: KeptBatches
     ) -> RefineReport:
         device = trainer.strategy.root_device
         with brought([pl_module, *dense.values()], device):

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from fasc_lightning._utils import layer_progress
-from fasc_lightning.batches import NoLossError, Replay, TrainingStep, brought, check_automatic, on_first_process
+from fasc_lightning.batches import KeptBatches, NoLossError, TrainingStep, brought, check_automatic, on_first_process
 from fasc_lightning.distributed import is_split, share_layers
 from fasc_lightning.options import Refit
 from fasc_lightning.refit._anchored import MIN_BATCHES, RefitOptions, check_refit, refit
@@ -66,7 +66,7 @@ class RefitPhase:
         pl_module: pl.LightningModule,
         dense: Mapping[str, nn.Module],
         moments: CalibrationMoments,
-        replay: Replay,
+        replay: KeptBatches,
     ) -> RefitReport | None:
         """Refit the compressed module in place; on several processes with the first one's batches, for all.
 
@@ -95,7 +95,7 @@ class RefitPhase:
         pl_module: pl.LightningModule,
         dense: Mapping[str, nn.Module],
         moments: CalibrationMoments,
-        replay: Replay,
+        replay: KeptBatches,
     ) -> RefitReport | None:
         if not dense:
             return None

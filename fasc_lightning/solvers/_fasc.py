@@ -9,7 +9,7 @@ from torch import Tensor
 from fasc_lightning.solvers._linalg import descending_eigh, shrink, square_root, tail_sums
 from fasc_lightning.solvers._registry import register_solver
 from fasc_lightning.solvers._types import Factorization
-from fasc_lightning.statistics import Form, LayerMoments, congruence, dense
+from fasc_lightning.statistics import LayerMoments, SecondMoment, congruence, dense
 
 #: Relative shrinkage of the activations' second moment: enough to make it invertible.
 SHRINK_A = 1e-4
@@ -19,7 +19,7 @@ SHRINK_G = 0.1
 SHRINK_COUPLED_G = 0.05
 
 
-def two_sided(W: Tensor, A: Form, G: Form) -> Factorization:
+def two_sided(W: Tensor, A: SecondMoment, G: SecondMoment) -> Factorization:
     r"""Minimise tr(G D A D^T), D = W - W', over all W' of each rank.
 
     With any R_A R_A^T = A and R_G^T R_G = G, let M = R_G W R_A = U S V^T; the optimum is
@@ -51,8 +51,8 @@ def two_sided(W: Tensor, A: Form, G: Form) -> Factorization:
 @overload
 def coupled_metric(A_h: Tensor, G_x: Tensor) -> tuple[Tensor, Tensor]: ...
 @overload
-def coupled_metric(A_h: Form, G_x: Form) -> tuple[Form, Form]: ...
-def coupled_metric(A_h: Form, G_x: Form) -> tuple[Form, Form]:
+def coupled_metric(A_h: SecondMoment, G_x: SecondMoment) -> tuple[SecondMoment, SecondMoment]: ...
+def coupled_metric(A_h: SecondMoment, G_x: SecondMoment) -> tuple[SecondMoment, SecondMoment]:
     """Return A (n, n) and G (m, m) in float64, shrunk: the metric in which ``fasc`` measures a loss."""
     return shrink(A_h.double(), SHRINK_A), shrink(G_x.double(), SHRINK_COUPLED_G)
 
@@ -60,8 +60,8 @@ def coupled_metric(A_h: Form, G_x: Form) -> tuple[Form, Form]:
 @overload
 def plain_metric(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]: ...
 @overload
-def plain_metric(A: Form, G: Form) -> tuple[Form, Form]: ...
-def plain_metric(A: Form, G: Form) -> tuple[Form, Form]:
+def plain_metric(A: SecondMoment, G: SecondMoment) -> tuple[SecondMoment, SecondMoment]: ...
+def plain_metric(A: SecondMoment, G: SecondMoment) -> tuple[SecondMoment, SecondMoment]:
     """Return A (n, n) and G (m, m) in float64, shrunk: the metric in which ``fasc-plain`` measures a loss."""
     return shrink(A.double(), SHRINK_A), shrink(G.double(), SHRINK_G)
 

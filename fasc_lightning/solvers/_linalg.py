@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from fasc_lightning.statistics import Form
+from fasc_lightning.statistics import SecondMoment
 
 #: Smallest eigenvalue that the rank-revealing fallback lets stand, relative to the largest. A direction that the
 #: calibration tokens do not show is then cheap to lose, not free, and no inverse blows up.
@@ -18,8 +18,8 @@ EIGENVALUE_FLOOR = 1e-10
 @overload
 def shrink(S: Tensor, amount: float) -> Tensor: ...
 @overload
-def shrink(S: Form, amount: float) -> Form: ...
-def shrink(S: Form, amount: float) -> Form:
+def shrink(S: SecondMoment, amount: float) -> SecondMoment: ...
+def shrink(S: SecondMoment, amount: float) -> SecondMoment:
     """Return (1 - amount) S + amount * mean(diag S) * I: relative, so the scale of the data does not matter.
 
     Args:

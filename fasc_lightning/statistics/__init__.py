@@ -1,6 +1,6 @@
 """Second moments of inputs and gradients: streamed, packed, sketched, projected, offloaded, on disk."""
 
-from fasc_lightning.statistics._accumulators import CoupledMoments, Moments, Reduction, StreamedSums
+from fasc_lightning.statistics._accumulators import Accumulator, CoupledMoments, Moments, Reduction
 from fasc_lightning.statistics._collector import CalibrationMoments, LayerSketches, moment_dtype, moments_bytes
 from fasc_lightning.statistics._cpu_offload import MomentsDevice, MomentSums, RowsRefusedError, offloaded
 from fasc_lightning.statistics._expert_pooling import BorrowedMoments, borrows, tokens_behind
@@ -18,7 +18,7 @@ from fasc_lightning.statistics._fisher import SequenceFisher
 from fasc_lightning.statistics._layer_moments import LayerMoments, check_needs, not_gathered
 from fasc_lightning.statistics._packed import add_gram_, packed_size, unpack
 from fasc_lightning.statistics._projected import Projection
-from fasc_lightning.statistics._second_moments import Form, apply, congruence, dense, diagonal_form
+from fasc_lightning.statistics._second_moments import SecondMoment, apply, congruence, dense, diagonal_form
 from fasc_lightning.statistics._sketch import Sketch
 from fasc_lightning.statistics._sketch_error import SketchFigures, sketch_figures
 
@@ -26,7 +26,7 @@ __all__ = [
     "BorrowedMoments",
     "CalibrationMoments",
     "CoupledMoments",
-    "Form",
+    "SecondMoment",
     "LayerMoments",
     "LayerSketches",
     "MOMENTS_HEADER",
@@ -39,7 +39,7 @@ __all__ = [
     "SequenceFisher",
     "Sketch",
     "SketchFigures",
-    "StreamedSums",
+    "Accumulator",
     "add_gram_",
     "apply",
     "borrows",

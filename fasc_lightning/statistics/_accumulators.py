@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from fasc_lightning.statistics._packed import add_gram_, packed_diagonal, packed_size, unpack
 from fasc_lightning.statistics._projected import Projection
-from fasc_lightning.statistics._second_moments import Form, dense
+from fasc_lightning.statistics._second_moments import SecondMoment, dense
 from fasc_lightning.statistics._sketch import Sketch
 
 #: How a second moment is held that is not exact, or not whole.
@@ -22,7 +22,7 @@ Reduction = Sketch | Projection
 OWN_SYNC: dict[str, Any] = {"sync_on_compute": False, "compute_with_cache": False}
 
 
-class StreamedSums(Metric):
+class Accumulator(Metric):
     """States that are sums over what was seen, and a count of it.
 
     Exact: merging two streams is adding their states, in any order and on any number of processes. Memory is
@@ -105,7 +105,7 @@ class StreamedSums(Metric):
         return sum(t.numel() * t.element_size() for t in self.sums.values())
 
 
-class Moments(StreamedSums):
+class Moments(Accumulator):
     """Count, sum and sum of outer products of a stream of vectors.
 
     The symmetric matrix is packed (:func:`~fasc_lightning.statistics.add_gram_`).
@@ -178,7 +178,7 @@ class Moments(StreamedSums):
         """Return the uncentred second moment E[x x^T], shape (d, d)."""
         return dense(self.form())
 
-    def form(self) -> Form:
+    def form(self) -> SecondMoment:
         """Return the same in the form that it has: a sketch is not made a matrix."""
         self.allocate()
         return second_form(self.outer, self.features, self.sketch, self.count.clamp(min=1))
@@ -203,7 +203,7 @@ class Moments(StreamedSums):
         return self.compute() - torch.outer(mean, mean)
 
 
-class CrossMoments(StreamedSums):
+class CrossMoments(Accumulator):
     """Count and sum of the outer products x h^T of a stream of pairs of vectors.
 
     Args:
@@ -242,7 +242,7 @@ class CrossMoments(StreamedSums):
         return self.average("outer")
 
 
-class CoupledMoments(StreamedSums):
+class CoupledMoments(Accumulator):
     r"""Second moments of x and of h in which a token weighs by the length of the other vector.
 
     With p = |h| and q = |x|,
@@ -311,7 +311,7 @@ class CoupledMoments(StreamedSums):
         right, left = self.forms()
         return dense(right), dense(left)
 
-    def forms(self) -> tuple[Form, Form]:
+    def forms(self) -> tuple[SecondMoment, SecondMoment]:
         """Return the same in the forms that they have: a sketch is not made a matrix."""
         self.allocate()
         (m, n), (right, left) = self.shape, self.sketches
@@ -354,7 +354,7 @@ def add_second_(sums: Tensor, sketch: Reduction | None, X: Tensor, weight: float
         sketch.add_(sums, X, weight)
 
 
-def second_form(sums: Tensor, d: int, sketch: Reduction | None, divisor: Tensor) -> Form:
+def second_form(sums: Tensor, d: int, sketch: Reduction | None, divisor: Tensor) -> SecondMoment:
     """Return the sums of a second moment, packed or sketched, over a divisor: a matrix (d, d), or what is rebuilt."""
     divisor = divisor.to(sums.dtype)
     return unpack(sums, d) / divisor if sketch is None else sketch.form(sums / divisor)

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasc_lightning.statistics._accumulators import (
+    Accumulator,
     CoupledMoments,
     CrossMoments,
     Moments,
     Reduction,
-    StreamedSums,
     second_size,
 )
 from fasc_lightning.statistics._fisher import SequenceFisher
@@ -241,7 +241,7 @@ class CalibrationMoments:
         """Yield what is held for each layer on its own, by name, in a fixed order."""
         yield from (self.gradients, self.couplings, self.crosses, self.saliencies, self.sequences)
 
-    def _streams(self) -> Iterator[StreamedSums]:
+    def _streams(self) -> Iterator[Accumulator]:
         yield from self.inputs.values()
         for group in self._own():
             yield from group.values()

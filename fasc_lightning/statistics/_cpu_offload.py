@@ -73,7 +73,7 @@ class RowsRefusedError(FloatingPointError):
         self.what = what
 
 
-class OffloadedMoments:
+class CpuOffload:
     """Feeds moments on the CPU with rows from a device, in the order in which they come.
 
     A call copies its rows to pinned memory on a stream of its own and returns: the backward pass goes on while a
@@ -248,4 +248,4 @@ class _Copy:
 
 def offloaded(moments: CalibrationMoments, device: torch.device) -> MomentSums:
     """Return what taps feed while batches run on a device: the moments themselves, or what brings rows to them."""
-    return moments if moments.device.type == device.type else OffloadedMoments(moments)
+    return moments if moments.device.type == device.type else CpuOffload(moments)

@@ -32,7 +32,7 @@ from fasc_lightning._utils import (
     text,
     whole_file,
 )
-from fasc_lightning.statistics._accumulators import Reduction, StreamedSums
+from fasc_lightning.statistics._accumulators import Accumulator, Reduction
 from fasc_lightning.statistics._collector import CalibrationMoments, LayerSketches
 from fasc_lightning.statistics._layer_moments import NEEDS
 from fasc_lightning.statistics._projected import Projection
@@ -229,21 +229,21 @@ def _sketches(sides: Mapping[str, Mapping[str, Any] | None]) -> LayerSketches:
     return LayerSketches(**{side: None if options is None else made(options) for side, options in sides.items()})
 
 
-def _groups(moments: CalibrationMoments) -> dict[str, dict[Any, StreamedSums]]:
+def _groups(moments: CalibrationMoments) -> dict[str, dict[Any, Accumulator]]:
     """Return all streams by attribute and key; taken from the attributes, so that none can be forgotten."""
     return {
         name: value
         for name, value in vars(moments).items()
-        if isinstance(value, dict) and all(isinstance(stream, StreamedSums) for stream in value.values())
+        if isinstance(value, dict) and all(isinstance(stream, Accumulator) for stream in value.values())
     }
 
 
-def _stream(moments: CalibrationMoments, streams: dict[Any, StreamedSums], key: Any) -> StreamedSums:
+def _stream(moments: CalibrationMoments, streams: dict[Any, Accumulator], key: Any) -> Accumulator:
     # Inputs are made when a batch tells which layers share them; all others with the layers.
     return moments._input(key) if isinstance(key, list | tuple) else streams[key]
 
 
-def _check_keys(group: str, keys: Any, moments: CalibrationMoments, streams: Mapping[Any, StreamedSums]) -> None:
+def _check_keys(group: str, keys: Any, moments: CalibrationMoments, streams: Mapping[Any, Accumulator]) -> None:
     """Refuse keys of a group that are not those of the moments' layers."""
     path = f"groups.{group}"
     if group != "inputs":
@@ -258,7 +258,7 @@ def _check_keys(group: str, keys: Any, moments: CalibrationMoments, streams: Map
         raise SchemaError(f"Expected no set of layers twice at {path!r} but there is one.")
 
 
-def _check_stream(name: str, stream: StreamedSums) -> None:
+def _check_stream(name: str, stream: Accumulator) -> None:
     """Refuse a stream that counts vectors and has no sums of them."""
     whole = [getattr(stream, state).shape == shape for state, shape in stream.state_shapes.items()]
     if stream.count > 0 and not all(whole):

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fasc_lightning.statistics._accumulators import StreamedSums, check_pairs
+from fasc_lightning.statistics._accumulators import Accumulator, check_pairs
 from fasc_lightning.statistics._packed import add_gram_, packed_diagonal, packed_size, unpack
 
 
-class SequenceFisher(StreamedSums):
+class SequenceFisher(Accumulator):
     r"""Sums over the weight gradients of single sequences, G_i = \sum_t h_t x_t^T of shape (m, n), none of them stored.
 
     The empirical Fisher of a layer's weight is F = E[vec(G_i) vec(G_i)^T]. Its diagonal, summed along the rows of W,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasc_lightning.statistics._second_moments import Form, dense
+from fasc_lightning.statistics._second_moments import SecondMoment, dense
 
 #: What may be gathered besides the means: "plain", and the names of optional fields of :class:`LayerMoments`.
 NEEDS = {
@@ -99,11 +99,11 @@ class LayerMoments:
         """Return the same on a device."""
         return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
 
-    def plain_forms(self) -> tuple[Form, Form]:
+    def plain_forms(self) -> tuple[SecondMoment, SecondMoment]:
         """Return A and G in the forms that they have: a sketch is not made a matrix, as it is by reading ``A``."""
         return self.A, self.G
 
-    def coupled_forms(self) -> tuple[Form, Form]:
+    def coupled_forms(self) -> tuple[SecondMoment, SecondMoment]:
         """Return ``coupled`` in the forms that it has.
 
         Raises:
@@ -125,7 +125,9 @@ class SketchedLayerMoments(LayerMoments):
         fields: The other fields by name.
     """
 
-    def __init__(self, plain: tuple[Form, Form], coupled: tuple[Form, Form] | None, **fields: Any) -> None:
+    def __init__(
+        self, plain: tuple[SecondMoment, SecondMoment], coupled: tuple[SecondMoment, SecondMoment] | None, **fields: Any
+    ) -> None:
         for name, value in {"_plain": plain, "_coupled": coupled, **fields}.items():
             object.__setattr__(self, name, value)
 
@@ -142,7 +144,7 @@ class SketchedLayerMoments(LayerMoments):
     @property
     def coupled(self) -> tuple[Tensor, Tensor] | None:
         """See :class:`LayerMoments`."""
-        forms: tuple[Form, Form] | None = self.__dict__["_coupled"]
+        forms: tuple[SecondMoment, SecondMoment] | None = self.__dict__["_coupled"]
         return None if forms is None else (dense(forms[0]), dense(forms[1]))
 
     def to(self, device: torch.device | str) -> SketchedLayerMoments:
@@ -155,14 +157,14 @@ class SketchedLayerMoments(LayerMoments):
         """See :class:`LayerMoments`."""
         return self.__dict__["_coupled"] is not None
 
-    def plain_forms(self) -> tuple[Form, Form]:
+    def plain_forms(self) -> tuple[SecondMoment, SecondMoment]:
         """See :class:`LayerMoments`."""
-        forms: tuple[Form, Form] = self.__dict__["_plain"]
+        forms: tuple[SecondMoment, SecondMoment] = self.__dict__["_plain"]
         return forms
 
-    def coupled_forms(self) -> tuple[Form, Form]:
+    def coupled_forms(self) -> tuple[SecondMoment, SecondMoment]:
         """See :class:`LayerMoments`."""
-        forms: tuple[Form, Form] | None = self.__dict__["_coupled"]
+        forms: tuple[SecondMoment, SecondMoment] | None = self.__dict__["_coupled"]
         if forms is None:
             raise not_gathered("coupled")
         return forms
@@ -172,10 +174,12 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     """Return a field of moments on a device: tensors, forms, pairs of them, or what has no device."""
     if isinstance(value, tuple):
         return tuple(_moved(part, device) for part in value)
-    return value.to(device) if isinstance(value, Form) else value
+    return value.to(device) if isinstance(value, SecondMoment) else value
 
 
-def layer_moments(plain: tuple[Form, Form], coupled: tuple[Form, Form] | None, **fields: Any) -> LayerMoments:
+def layer_moments(
+    plain: tuple[SecondMoment, SecondMoment], coupled: tuple[SecondMoment, SecondMoment] | None, **fields: Any
+) -> LayerMoments:
     """Return the moments of a layer, of either class, from forms.
 
     Args:

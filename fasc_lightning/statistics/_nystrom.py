@@ -13,7 +13,7 @@ NORM_PROBES = 64
 
 
 @dataclass(frozen=True, eq=False)
-class CompletedMoment:
+class NystromMoment:
     r"""The symmetric positive semidefinite matrix S = F F^T + T P diag(w) P T + ridge I, T = diag(t), P = I - Q Q^T.
 
     A Nystrom approximation F F^T of A from Y = A Omega leaves a rest R = A - F F^T >= 0 of which two things are known:
@@ -50,21 +50,21 @@ class CompletedMoment:
         seen = w * (1 - 2 * Q.square().sum(1)) + crossed
         return self.factor.square().sum(1) + self.scale.square() * seen.clamp(min=0) + self.ridge
 
-    def double(self) -> CompletedMoment:
+    def double(self) -> NystromMoment:
         """Return the same in float64."""
         F, Q, w, t = (tensor.double() for tensor in (self.factor, self.basis, self.weights, self.scale))
         return replace(self, factor=F, basis=Q, weights=w, scale=t)
 
-    def to(self, device: torch.device | str) -> CompletedMoment:
+    def to(self, device: torch.device | str) -> NystromMoment:
         """Return the same on a device."""
         F, Q, w, t = (tensor.to(device) for tensor in (self.factor, self.basis, self.weights, self.scale))
         return replace(self, factor=F, basis=Q, weights=w, scale=t)
 
-    def rescaled(self, scale: Tensor) -> CompletedMoment:
+    def rescaled(self, scale: Tensor) -> NystromMoment:
         """Return diag(scale) S diag(scale) of a moment without a ridge; scale (d,)."""
         return replace(self, factor=self.factor * scale[:, None], scale=self.scale * scale)
 
-    def shrunk(self, amount: float) -> CompletedMoment:
+    def shrunk(self, amount: float) -> NystromMoment:
         """Return (1 - amount) S + amount * mean(diag S) * I, which has the same form."""
         ridge = (1 - amount) * self.ridge + amount * self.diagonal().mean()
         return replace(
@@ -101,7 +101,7 @@ class CompletedMoment:
         return self.apply(torch.eye(len(self.scale), dtype=self.factor.dtype, device=self.factor.device))
 
 
-def completed(factor: Tensor, seen: Tensor, diagonal: Tensor) -> CompletedMoment:
+def completed(factor: Tensor, seen: Tensor, diagonal: Tensor) -> NystromMoment:
     """Return the moment with a given diagonal that agrees with what a random matrix has seen of it.
 
     With P of the docstring above, diag(P diag(w) P) is p_i w_i, p_i = P_ii, as far as w is constant; so w_i is what the
@@ -119,5 +119,5 @@ def completed(factor: Tensor, seen: Tensor, diagonal: Tensor) -> CompletedMoment
     open_share = 1 - basis.square().sum(1)
     # Of a feature that Omega has seen whole there is nothing left but rounding.
     weights = torch.where(open_share > torch.finfo(basis.dtype).eps ** 0.5, left / open_share, 0)
-    found = CompletedMoment(factor, basis, weights, scale)
+    found = NystromMoment(factor, basis, weights, scale)
     return found.rescaled(torch.where(alive, (diagonal / found.diagonal()).sqrt(), 0))

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fasc_lightning.statistics._nystrom import CompletedMoment
+from fasc_lightning.statistics._nystrom import NystromMoment
 from fasc_lightning.statistics._projected import ProjectedMoment
 
 
@@ -72,10 +72,10 @@ class LowRankPlusDiagonal:
 
 
 #: A second moment of shape (d, d).
-Form: TypeAlias = Tensor | LowRankPlusDiagonal | CompletedMoment | ProjectedMoment
+SecondMoment: TypeAlias = Tensor | LowRankPlusDiagonal | NystromMoment | ProjectedMoment
 
 
-def dense(S: Form) -> Tensor:
+def dense(S: SecondMoment) -> Tensor:
     """Return a second moment as a matrix, shape (d, d)."""
     return S if isinstance(S, Tensor) else S.dense()
 
@@ -85,7 +85,7 @@ def diagonal_form(values: Tensor) -> LowRankPlusDiagonal:
     return LowRankPlusDiagonal(values.new_zeros(len(values), 0), values, 0.0)
 
 
-def apply(S: Form, X: Tensor) -> Tensor:
+def apply(S: SecondMoment, X: Tensor) -> Tensor:
     """Return S X, shape (d, c): from a low-rank form without a (d, d) matrix.
 
     Args:
@@ -95,7 +95,7 @@ def apply(S: Form, X: Tensor) -> Tensor:
     return S @ X if isinstance(S, Tensor) else S.apply(X)
 
 
-def congruence(W: Tensor, S: Form) -> Tensor:
+def congruence(W: Tensor, S: SecondMoment) -> Tensor:
     """Return W S W^T, shape (m, m): from a low-rank form without a (d, d) matrix.
 
     Args:

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fasc_lightning.statistics._nystrom import CompletedMoment, completed
+from fasc_lightning.statistics._nystrom import NystromMoment, completed
 from fasc_lightning.statistics._packed import packed_size
 from fasc_lightning.statistics._second_moments import LowRankPlusDiagonal
 
@@ -267,7 +267,7 @@ class Sketch:
         """Return the exact diagonal of the moment that was summed, shape (d,)."""
         return self._views(sums)[1]
 
-    def form(self, sums: Tensor) -> LowRankPlusDiagonal | CompletedMoment:
+    def form(self, sums: Tensor) -> LowRankPlusDiagonal | NystromMoment:
         """Return the moment that was summed, rebuilt in float64, with an estimate of its error.
 
         With the range finder it is completed (``statistics/_nystrom.py``), and its diagonal is the exact one.
@@ -288,7 +288,7 @@ class Sketch:
         """Return how far off the rebuilt moment is thought to be (:meth:`form`); NaN for kind "gaussian"."""
         return self.form(sums).error
 
-    def _error(self, sums: Tensor, form: CompletedMoment) -> float:
+    def _error(self, sums: Tensor, form: NystromMoment) -> float:
         r"""Return an estimate of |A - S|_F / |A|_F with S the rebuilt moment, from the held-out probes.
 
         For random signs psi, E|M psi|^2 = |M|_F^2; with eight of them the estimate is good to about a third. A - S has

@@ -12,7 +12,7 @@ from fasc_lightning._utils import (
     module_kinds,
     over_layers,
     short_names,
-    spread,
+    spread_positions,
     ticks_within,
 )
 
@@ -62,9 +62,9 @@ def test_all_rows_have_labels_or_else_the_first_ones_of_blocks():
 
 
 def test_blocks_that_repeat_are_spread_within_their_place():
-    np.testing.assert_allclose(spread([0, 2, 5]), [0, 2, 5])
-    np.testing.assert_allclose(spread([0, 3, 3]), [0, 2.825, 3.175])
-    assert np.abs(spread([1] * 100) - 1).max() < 0.35
+    np.testing.assert_allclose(spread_positions([0, 2, 5]), [0, 2, 5])
+    np.testing.assert_allclose(spread_positions([0, 3, 3]), [0, 2.825, 3.175])
+    assert np.abs(spread_positions([1] * 100) - 1).max() < 0.35
 
 
 @pytest.mark.parametrize(("first", "last"), [(3, 3), (3, 4), (0, 9), (17, 31_415)])

@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from fasc_lightning import FascCallback
-from fasc_lightning.batches import NoLossError, Place, Replay, TrainingStep, brought
+from fasc_lightning.batches import KeptBatches, NoLossError, Place, TrainingStep, brought
 from fasc_lightning.batches._replay import KeptBatch
 
 
@@ -270,19 +270,19 @@ def test_loggers_that_a_module_holds_are_muted(make_trainer):
 
 
 def test_a_replay_is_kept_in_plain_data():
-    replay = Replay()
+    replay = KeptBatches()
     replay.keep({"x": torch.ones(2)}, Place(1, 2, 3))
     replay.keep({"x": torch.zeros(2)})
-    again = Replay.from_state(replay.state_dict())
+    again = KeptBatches.from_state(replay.state_dict())
     assert [kept.place for kept in again.batches] == [Place(1, 2, 3), Place(0, 1, 0)]
     assert again.batches[0].batch is replay.batches[0].batch
 
 
 def test_tensors_that_were_on_the_cpu_stay_there():
     kept = KeptBatch({"x": torch.ones(2), "lengths": torch.ones(2)}, Place(), stays=(1,))
-    (batch,) = Replay([kept]).on("meta")
+    (batch,) = KeptBatches([kept]).on("meta")
     assert (batch["x"].device.type, batch["lengths"].device.type) == ("meta", "cpu")
-    replay = Replay()
+    replay = KeptBatches()
     replay.keep({"x": torch.ones(2), "lengths": torch.ones(2)})
     assert replay.batches[0].stays == ()  # all of it goes where the fit is
 
@@ -363,7 +363,7 @@ def test_a_process_alone_does_not_wait_for_the_others(monkeypatch):
 
     module = Contrastive()
     module.trainer = trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    replay = Replay()
+    replay = KeptBatches()
     replay.keep(next(iter(loader())))
     assert TrainingStep(trainer, replay)(module, replay.batches[0].batch).ndim == 0
     monkeypatch.setattr("fasc_lightning.batches._replay.is_distributed", lambda trainer: True)

@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from watching import RecordingCallback, assert_untouched, state
 
 from fasc_lightning import CausalLMModule, FascCallback
-from fasc_lightning.layers import is_compressed, measure_model
+from fasc_lightning.layers import is_compressed, model_size
 
 # Lightning's notice of a folder in which an interrupted fit has left its checkpoints.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -272,7 +272,7 @@ def test_a_checkpoint_of_a_fit_that_failed_while_it_compressed_starts_the_calibr
         return module, callback
 
     if fails == "in the middle":
-        monkeypatch.setattr("fasc_lightning.calibration._finalize.measure_model", fail_after(1))
+        monkeypatch.setattr("fasc_lightning.calibration._finalize.model_size", fail_after(1))
     with pytest.raises(InterruptedError):
         fit(*([Fail()] if fails == "afterwards" else []))
     monkeypatch.undo()
@@ -289,7 +289,7 @@ def test_a_checkpoint_of_a_fit_that_failed_while_it_compressed_starts_the_calibr
 
 def fail_after(calls):
     """The model is measured once before and once after the swap."""
-    results = iter([measure_model] * calls)
+    results = iter([model_size] * calls)
 
     def measured(*arguments):
         for measure in results:

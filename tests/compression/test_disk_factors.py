@@ -5,7 +5,7 @@ import tempfile
 import pytest
 import torch
 
-from fasc_lightning.compression import spilled
+from fasc_lightning.compression import offload_to_disk
 from fasc_lightning.solvers import Factorization
 
 
@@ -18,7 +18,7 @@ def factorization(m=64, n=96, r=64):
 def test_factors_on_the_disk_are_the_same_and_leave_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = factorization()
-    after = spilled(before)
+    after = offload_to_disk(before)
     assert not list(tmp_path.iterdir())
     for one, other in zip(before.truncate(5), after.truncate(5), strict=True):
         assert torch.equal(one, other)
@@ -31,4 +31,4 @@ def test_a_full_disk_is_said_with_the_remedy(monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="TMPDIR"):
-        spilled(factorization())
+        offload_to_disk(factorization())

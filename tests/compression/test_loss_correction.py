@@ -8,7 +8,7 @@ from tiny import causal_model
 from torch import nn
 
 from fasc_lightning.batches import TokenRows
-from fasc_lightning.compression import compress_layers, measure_losses, spread
+from fasc_lightning.compression import compress_layers, evenly_spaced, measure_losses
 from fasc_lightning.compression._loss_correction import LEAST, SHARE, LowRankLosses, correction
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import layer_shapes, select_layers
@@ -93,10 +93,10 @@ def test_a_loss_that_is_not_finite_is_refused_and_hooks_are_gone():
 
 
 def test_batches_to_measure_on_lie_evenly():
-    assert spread(range(64)) == [7, 15, 23, 31, 39, 47, 55, 63]
-    assert spread(range(3)) == [0, 1, 2]
-    assert len(spread(range(20))) == LEAST
-    assert len(spread(range(100))) == 100 // SHARE
+    assert evenly_spaced(range(64)) == [7, 15, 23, 31, 39, 47, 55, 63]
+    assert evenly_spaced(range(3)) == [0, 1, 2]
+    assert len(evenly_spaced(range(20))) == LEAST
+    assert len(evenly_spaced(range(100))) == 100 // SHARE
 
 
 def test_the_correction_is_the_root_of_the_ratio_or_none():

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fasc_lightning.evaluation import (
     FactsResult,
-    Measured,
+    Quality,
     Questions,
     compare_facts,
     compare_heldout,
@@ -23,11 +23,9 @@ from fasc_lightning.evaluation import (
 from fasc_lightning.evaluation._retention import batch_perplexity
 
 STATES = {
-    "dense": Measured({"a": 20.0, "b": 30.0}, FactsResult(40.0, 10.0, 20, {"x": (50.0, 12), "y": (25.0, 8)}), 8.0),
-    "compressed": Measured(
-        {"a": 25.0, "b": 45.0}, FactsResult(30.0, 10.0, 20, {"x": (40.0, 12), "y": (15.0, 8)}), 12.0
-    ),
-    "recovered": Measured({"a": 21.0, "b": 36.0}, FactsResult(38.0, 10.0, 20, {"x": (45.0, 12), "y": (27.5, 8)}), 10.0),
+    "dense": Quality({"a": 20.0, "b": 30.0}, FactsResult(40.0, 10.0, 20, {"x": (50.0, 12), "y": (25.0, 8)}), 8.0),
+    "compressed": Quality({"a": 25.0, "b": 45.0}, FactsResult(30.0, 10.0, 20, {"x": (40.0, 12), "y": (15.0, 8)}), 12.0),
+    "recovered": Quality({"a": 21.0, "b": 36.0}, FactsResult(38.0, 10.0, 20, {"x": (45.0, 12), "y": (27.5, 8)}), 10.0),
 }
 
 
@@ -59,7 +57,7 @@ def test_drift_is_told_apart_by_domain():
 
 
 def test_what_was_not_measured_is_none():
-    bare = {state: Measured({"a": 2.0}) for state in STATES}
+    bare = {state: Quality({"a": 2.0}) for state in STATES}
     assert compare_facts(bare) is None
     assert compare_heldout(bare) is None
     assert drift(bare) == {
@@ -67,7 +65,7 @@ def test_what_was_not_measured_is_none():
         "other_domain": {"a": {"compressed": 1.0, "recovered": 1.0}},
         "facts": None,
     }
-    nothing = {state: Measured({}, FactsResult(0.0, 10.0, 2, {})) for state in STATES}
+    nothing = {state: Quality({}, FactsResult(0.0, 10.0, 2, {})) for state in STATES}
     assert drift(nothing)["facts"] is None
 
 

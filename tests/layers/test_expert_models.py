@@ -28,7 +28,7 @@ from fasc_lightning import (
     plan,
     recover,
 )
-from fasc_lightning.layers import measure_model, split_name, to_dense
+from fasc_lightning.layers import model_size, split_name, swap_to_dense
 from fasc_lightning.layers._fused_experts import is_fused_experts
 from fasc_lightning.refit import RefitError
 from fasc_lightning.studies.pruning._magnitude import prune_magnitude
@@ -51,7 +51,7 @@ def tokens_of_experts(report):
 
 def test_a_plan_of_a_config_names_the_layers_that_a_compression_reports():
     model = make("mixtral")
-    dense = measure_model(model)
+    dense = model_size(model)
     planned = plan(model.config, keep=0.6, probed=False)
     tried = compress(model, batches(1), dry_run=True, **OPTIONS)
     report = compress(model, batches(2), **OPTIONS)
@@ -76,7 +76,7 @@ def test_every_backend_of_experts_gives_the_same_compression(backend):
     assert model.config._experts_implementation == backend
     assert_untouched(model)
     compressed = model(ids).logits
-    to_dense(model)
+    swap_to_dense(model)
     for other in ("eager", "grouped_mm", "batched_mm"):  # fused again, they run on any
         model.set_experts_implementation(other)
         torch.testing.assert_close(model(ids).logits, compressed, rtol=1e-4, atol=1e-4)

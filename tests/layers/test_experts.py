@@ -19,12 +19,12 @@ from fasc_lightning.layers import (
     UnfusedExperts,
     layer_shapes,
     linear_shape,
-    measure_model,
+    model_size,
     named_layers,
     select_layers,
     split_name,
     swap_modules,
-    to_dense,
+    swap_to_dense,
     unfuse,
 )
 from fasc_lightning.layers._fused_experts import is_fused_experts, unknown_experts
@@ -124,7 +124,7 @@ def test_unfused_experts_compute_what_fused_ones_do_and_fuse_again(model, batch)
     unfuse(model, [f"{PLACE}.0.w_gate", "lm_head"])
     assert isinstance(fused(model), UnfusedExperts)
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-6)
-    to_dense(model)
+    swap_to_dense(model)
     assert is_fused_experts(fused(model))
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -145,14 +145,14 @@ def test_swap_of_experts_is_undone_by_what_it_returns(model, batch):
 def test_compressed_experts_save_reload_and_generate(family, tmp_path):
     model = make(family)
     router = copy.deepcopy(model.model.layers[0].mlp.gate.state_dict())
-    before = measure_model(model)
+    before = model_size(model)
     report = compress(model, batches(), keep=0.6, refit=False, progress=False)
     experts = [layer for layer in report.layers if split_name(layer.name)]
     assert len(experts) == 3 * E
     assert report.kept <= 0.6
     dense = sum(math.prod(layer.shape) for layer in report.layers)
     assert report.targeted["dense"].parameters >= dense
-    assert measure_model(model).parameters < before.parameters
+    assert model_size(model).parameters < before.parameters
     assert report.whole["compressed"].flops_per_token < report.whole["dense"].flops_per_token
     assert sum(layer.tokens for layer in experts if layer.name.endswith("w_up")) == K * 4 * 4 * 24
     after = model.model.layers[0].mlp.gate.state_dict()
@@ -165,7 +165,7 @@ def test_compressed_experts_save_reload_and_generate(family, tmp_path):
     assert torch.equal(again(ids).logits, model(ids).logits)
     options = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(again.generate(ids[:1], **options), model.generate(ids[:1], **options))
-    to_dense(again)
+    swap_to_dense(again)
     assert is_fused_experts(fused(again))
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 

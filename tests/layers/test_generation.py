@@ -8,7 +8,7 @@ import transformers
 from tiny import byte_tokenizer, causal_model, token_loader
 
 from fasc_lightning import compress, load_compressed
-from fasc_lightning.layers import compressed_layers, to_dense
+from fasc_lightning.layers import compressed_layers, swap_to_dense
 
 LAYOUTS = ("pivot", "factors")
 PROMPTS = ([7, 21, 30, 5, 11], [9, 4], [40, 41, 42])
@@ -35,7 +35,7 @@ def models(tmp_path_factory):
             folder = tmp_path_factory.mktemp("model")
             model.save_pretrained(folder)
             dense = copy.deepcopy(model)
-            to_dense(dense)
+            swap_to_dense(dense)
             made[key] = model, load_compressed(folder), dense
         return made[key]
 

@@ -21,7 +21,7 @@ from fasc_lightning.layers import (
     compressed_layers,
     linear_weight,
     swap_modules,
-    to_dense,
+    swap_to_dense,
     trains_weight,
 )
 from fasc_lightning.layers._reparametrised import computed_weight, is_reparametrised
@@ -205,7 +205,7 @@ def test_through_every_later_change_of_the_layer(kind, bias):
     apply_plan(module, {"net.2": {"rank": 5, "layout": "pivot"}})
     quantize(module)
     module = copy.deepcopy(module)
-    to_dense(module)
+    swap_to_dense(module)
     assert type(module.net[2]) is nn.Linear
     assert not is_reparametrised(module.net[2])
     match_checkpoint(module, {"state_dict": dense})

@@ -3,7 +3,14 @@ import torch
 from lowrank_cases import case, conv1d, random
 from torch import nn
 
-from fasc_lightning.layers import LowRankLinear, PivotedLinear, compressed_layers, is_compressed, swap_modules, to_dense
+from fasc_lightning.layers import (
+    LowRankLinear,
+    PivotedLinear,
+    compressed_layers,
+    is_compressed,
+    swap_modules,
+    swap_to_dense,
+)
 
 
 class Tied(nn.Module):
@@ -107,7 +114,7 @@ def test_to_dense_keeps_the_function():
     model.layers[1].requires_grad_(False)
     x = random(2, 6)
     before = model(x)
-    replaced = to_dense(model)
+    replaced = swap_to_dense(model)
     assert replaced == compressed
     assert not is_compressed(model)
     assert type(model.layers[1]) is type(conv1d(6, 6))  # as it was
@@ -117,4 +124,4 @@ def test_to_dense_keeps_the_function():
     assert not model.shortcut.training
     assert model.shortcut.weight.requires_grad
     assert not model.layers[1].weight.requires_grad
-    assert to_dense(model) == {}
+    assert swap_to_dense(model) == {}

@@ -14,7 +14,7 @@ from transformers import AutoModel, Dinov2Config, Dinov2Model, ViTConfig, ViTFor
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from fasc_lightning import load_compressed, save_compressed
-from fasc_lightning.layers import compressed_layers, is_guard, to_dense
+from fasc_lightning.layers import compressed_layers, is_guard, swap_to_dense
 from fasc_lightning.models import attach_config
 
 #: A few of each kind: renamed, under another prefix, merged, split, several models, ties, strange initialisation.
@@ -150,7 +150,7 @@ def test_files_hold_the_names_of_modules(vit, tmp_path):
     vit.load_state_dict(saved)
 
 
-@pytest.mark.parametrize("by", [to_dense, lambda model: model.dequantize()])
+@pytest.mark.parametrize("by", [swap_to_dense, lambda model: model.dequantize()])
 @pytest.mark.parametrize("reload", [False, True])
 def test_dense_again_the_names_are_those_of_dense_files(by, reload, tmp_path):
     dense = ViTForImageClassification(ViTConfig(**VIT, num_labels=5))

@@ -14,7 +14,7 @@ from torch import nn
 from watching import assert_untouched, state
 
 from fasc_lightning import CausalLMModule, FascCallback, apply_plan, compression_plan, match_checkpoint, quantize
-from fasc_lightning.layers import LowRankLinear, is_compressed, to_dense
+from fasc_lightning.layers import LowRankLinear, is_compressed, swap_to_dense
 from fasc_lightning.models._checkpoints import match_state_dict
 
 # Lightning's notice that a Trainer lacks callbacks of the one that saved a checkpoint, as most here do.
@@ -401,7 +401,7 @@ def test_weight_averaging_loads_its_own_weights_besides(make_trainer, tmp_path):
 
 def test_to_dense_and_back_by_hand(fitted):
     module, _, _, compressed = fitted
-    to_dense(module)
+    swap_to_dense(module)
     match_checkpoint(module, {"state_dict": saved(compressed)})
     module.load_state_dict(saved(compressed))
     assert_holds(module, compressed)

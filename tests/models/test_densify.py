@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fasc_lightning import CausalLMModule, load_compressed, to_dense
-from fasc_lightning.layers import is_compressed, make_lowrank, measure_model
+from fasc_lightning.layers import is_compressed, make_lowrank, model_size
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -27,7 +27,7 @@ def test_a_dense_model_is_an_ordinary_one(tmp_path, family, reloaded):
     assert not hasattr(model.config, "quantization_config")
     assert [type(m) for m in model.modules()] == [type(m) for m in causal_model(family).modules()]
     torch.testing.assert_close(logits(model), before)
-    assert measure_model(model) == report.whole["dense"]  # what was saved is given back
+    assert model_size(model) == report.whole["dense"]  # what was saved is given back
     model.save_pretrained(tmp_path / "dense")
     dense, info = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
     assert_complete(info)

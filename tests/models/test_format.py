@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from fasc_lightning.layers import PivotedLinear, compressed_layers, swap_modules, to_dense
+from fasc_lightning.layers import PivotedLinear, compressed_layers, swap_modules, swap_to_dense
 from fasc_lightning.models import attach_config, load_compressed
 from fasc_lightning.models._format import provenance_of
 
@@ -279,7 +279,7 @@ def test_attach_config_finds_models_inside_modules():
 def test_attach_config_follows_the_model(tmp_path):
     model = compressed()
     attach_config(model)
-    to_dense(model)
+    swap_to_dense(model)
     attach_config(model)
     assert not hasattr(model.config, "quantization_config")
     model.save_pretrained(tmp_path)
@@ -332,7 +332,7 @@ def test_attach_config_refuses_a_second_quantiser():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("by", ["dequantize", "to_dense"])
+@pytest.mark.parametrize("by", ["dequantize", "swap_to_dense"])
 def test_dense_again(tmp_path, family, by):
     model = compressed(family)
     attach_config(model)
@@ -341,7 +341,7 @@ def test_dense_again(tmp_path, family, by):
     if by == "dequantize":
         reloaded.dequantize()
     else:
-        to_dense(reloaded)
+        swap_to_dense(reloaded)
         attach_config(reloaded)
     assert not compressed_layers(reloaded)
     torch.testing.assert_close(logits(reloaded), logits(model))

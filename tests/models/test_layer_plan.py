@@ -17,7 +17,7 @@ from fasc_lightning.layers import (
     is_compressed,
     quantization_of,
     swap_modules,
-    to_dense,
+    swap_to_dense,
 )
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -64,7 +64,7 @@ def test_the_weights_file_of_a_saved_folder_serves_too(tmp_path):
 def test_without_weights_a_quantised_plan_rounds_the_nearest_layers(quantize):
     model, report = compressed(quantize=quantize)
     expected = logits(model)
-    to_dense(model)
+    swap_to_dense(model)
     apply_plan(model, report.plan)
     layers = compressed_layers(model)
     assert {name: quantization_of(layer) for name, layer in layers.items()} == dict.fromkeys(report.plan, quantize)
@@ -83,7 +83,7 @@ def test_a_planned_model_takes_weights_afterwards_too():
 def test_without_weights_low_rank_layers_are_found_again(layout, family):
     model, report = compressed(layout, family)
     expected = logits(model)
-    to_dense(model)
+    swap_to_dense(model)
     assert not is_compressed(model)
     apply_plan(model, report.plan)
     assert compression_plan(model).keys() == report.plan.keys()
@@ -205,7 +205,7 @@ def test_a_model_on_the_meta_device_takes_the_weights_over():
 def test_a_layer_that_is_compressed_otherwise_is_refused():
     model = nn.Sequential(nn.Linear(8, 8))
     apply_plan(model, {"0": {"rank": 2, "layout": "factors"}})
-    with pytest.raises(ValueError, match=r"'0' is compressed, as .*'rank': 2.* and not as .*'rank': 3.*to_dense"):
+    with pytest.raises(ValueError, match=r"'0' is compressed, as .*'rank': 2.* and not as .*'rank': 3.*swap_to_dense"):
         apply_plan(model, {"0": {"rank": 3, "layout": "factors"}})
 
 

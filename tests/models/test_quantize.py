@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fasc_lightning import FascCallback, compress, load_compressed, quantize, save_compressed
-from fasc_lightning.layers import compressed_layers, is_compressed, is_guard, quantization_of, to_dense
+from fasc_lightning.layers import compressed_layers, is_compressed, is_guard, quantization_of, swap_to_dense
 from fasc_lightning.layers._int8 import Int8Linear
 from fasc_lightning.layers._int8_layers import DenseLinear
 from fasc_lightning.models import attach_config
@@ -170,7 +170,7 @@ def test_a_dense_model(tmp_path):
     torch.testing.assert_close(logits(model), before, rtol=0, atol=0.05)
     model.save_pretrained(tmp_path)
     assert_same(load_compressed(tmp_path), model)
-    to_dense(model)
+    swap_to_dense(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in causal_model("gpt2").modules()]
 
 
@@ -256,7 +256,7 @@ def test_the_card_of_a_model_that_was_quantised_after_its_report(compressed, tmp
     assert f"{kept:.1%}" in row
 
 
-@pytest.mark.parametrize("change", [to_dense, quantize])
+@pytest.mark.parametrize("change", [swap_to_dense, quantize])
 def test_offloaded_layers_are_refused(compressed, change):
     model, _ = compressed()
     layer = model.get_submodule(UP)
@@ -285,7 +285,7 @@ def test_shards_and_a_device_map(compressed, tmp_path):
     assert_same(load_compressed(tmp_path, device_map="cpu"), model)
 
 
-@pytest.mark.parametrize("by", ["dequantize", "to_dense"])
+@pytest.mark.parametrize("by", ["dequantize", "swap_to_dense"])
 def test_dense_again(compressed, tmp_path, by):
     model, _ = compressed("gpt2", quantize="int8")
     model.save_pretrained(tmp_path / "small")
@@ -293,7 +293,7 @@ def test_dense_again(compressed, tmp_path, by):
     if by == "dequantize":
         reloaded.dequantize()
     else:
-        to_dense(reloaded)
+        swap_to_dense(reloaded)
         attach_config(reloaded)
     assert not is_compressed(reloaded)
     torch.testing.assert_close(logits(reloaded), logits(model))
@@ -353,4 +353,4 @@ def test_torchao_quantises_the_factors_in_floating_point(compressed):
         got = logits(theirs)
     torch.testing.assert_close(got, logits(model), rtol=0, atol=0.05)
     with pytest.raises(TypeError, match=r"layers as the factors of a compressed layer, found torchao\..*Int8Tensor"):
-        to_dense(theirs)
+        swap_to_dense(theirs)

@@ -9,7 +9,7 @@ from transformers import GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfi
 
 from fasc_lightning import FascCallback, compress, plan
 from fasc_lightning.layers import _fused_experts as expert_views
-from fasc_lightning.layers import measure_model, select_layers
+from fasc_lightning.layers import model_size, select_layers
 from fasc_lightning.planning._plan import stored_layers
 from fasc_lightning.planning._time import Rates
 
@@ -39,7 +39,7 @@ def test_a_config_a_meta_model_and_a_model_have_one_plan():
         meta = type(model)(model.config)
     first, *others = (planned(m).to_dict() for m in (model, meta, model.config))
     assert others == [first, first]
-    assert first["parts"]["weights"] == measure_model(model).bytes
+    assert first["parts"]["weights"] == model_size(model).bytes
     json.dumps(first)
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny import causal_model, token_loader
 
 from fasc_lightning import CausalLMModule, compress, load_compressed, quantize
-from fasc_lightning.layers import QUANTIZATIONS, LowRankLinear, PivotedLinear, compressed_layers, to_dense
+from fasc_lightning.layers import QUANTIZATIONS, LowRankLinear, PivotedLinear, compressed_layers, swap_to_dense
 from fasc_lightning.layers._int8 import Int8Linear
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -95,7 +95,7 @@ def test_a_recovery_fit_trains_adapters_that_merge_at_the_same_rank(folders, lay
     merged.save_pretrained(tmp_path)
     assert torch.equal(logits(load_compressed(tmp_path)), logits(merged))
     dense = copy.deepcopy(merged)
-    to_dense(dense)
+    swap_to_dense(dense)
     torch.testing.assert_close(logits(dense), logits(merged))
 
 
@@ -142,9 +142,9 @@ def test_adapted_factors_have_no_dense_form_until_they_are_merged(folders):
     with pytest.raises(
         TypeError, match=r"plain linear layers as the factors of a compressed layer, found peft\..*\.Linear\. Merge"
     ):
-        to_dense(adapted)
+        swap_to_dense(adapted)
     dense = adapted.merge_and_unload()
-    to_dense(dense)
+    swap_to_dense(dense)
     torch.testing.assert_close(logits(dense), wanted)
 
 

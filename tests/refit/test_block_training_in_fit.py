@@ -8,7 +8,7 @@ from refine_cases import OPTIONS, Refining
 from tiny import causal_module, token_loader
 
 from fasc_lightning import FascCallback
-from fasc_lightning.batches import NoLossError, Replay
+from fasc_lightning.batches import KeptBatches, NoLossError
 from fasc_lightning.refit import RefinePhase, RefitError, refine_figures
 from fasc_lightning.refit._block_training import refine
 
@@ -44,7 +44,7 @@ def test_it_is_the_refinement_of_the_kept_batches_by_hand(make_trainer, monkeypa
 
 def test_nothing_is_done_where_nothing_is_compressed(make_trainer):
     module = causal_module()
-    assert RefinePhase().run(make_trainer(), module, {}, Replay()) is None
+    assert RefinePhase().run(make_trainer(), module, {}, KeptBatches()) is None
 
 
 def test_modules_that_cannot_be_refined_are_refused_early():

@@ -12,7 +12,7 @@ from watching import assert_no_hooks
 
 from fasc_lightning import FascCallback, compress
 from fasc_lightning.statistics import CalibrationMoments, RowsRefusedError, offloaded
-from fasc_lightning.statistics._cpu_offload import OffloadedMoments
+from fasc_lightning.statistics._cpu_offload import CpuOffload
 
 SHAPES = {"a": (3, 5), "b": (4, 5)}
 NEEDS = {"plain", "coupled", "saliency"}
@@ -38,7 +38,7 @@ def feed(sums):
 def test_moments_fed_by_a_thread_are_the_same_to_the_last_bit():
     here, there = (CalibrationMoments(SHAPES, needs=NEEDS) for _ in range(2))
     feed(here)
-    feed(OffloadedMoments(there))
+    feed(CpuOffload(there))
     for mine, theirs in zip(here._streams(), there._streams(), strict=True):
         for name, value in mine.sums.items():
             assert torch.equal(value, theirs.sums[name]), name
@@ -46,7 +46,7 @@ def test_moments_fed_by_a_thread_are_the_same_to_the_last_bit():
 
 def test_rows_are_summed_in_another_thread_while_the_caller_goes_on():
     moments = CalibrationMoments(SHAPES)
-    sums, gate, threads = OffloadedMoments(moments), threading.Event(), []
+    sums, gate, threads = CpuOffload(moments), threading.Event(), []
     update = moments.add_gradients
 
     def slow(*args):
@@ -65,7 +65,7 @@ def test_rows_are_summed_in_another_thread_while_the_caller_goes_on():
 
 def test_no_more_rows_wait_than_there_is_room_for():
     moments = CalibrationMoments(SHAPES)
-    sums = OffloadedMoments(moments, room=2 * rows(3, 0).nbytes)
+    sums = CpuOffload(moments, room=2 * rows(3, 0).nbytes)
     most = 0
     for step in range(20):
         sums.add_gradients("a", rows(3, step))
@@ -78,7 +78,7 @@ def test_no_more_rows_wait_than_there_is_room_for():
 
 def test_rows_that_are_not_finite_are_named_when_the_batch_ends_and_nothing_after_them_is_summed():
     moments = CalibrationMoments(SHAPES)
-    sums = OffloadedMoments(moments)
+    sums = CpuOffload(moments)
     bad = rows(3, 0)
     bad[0, 0] = torch.nan
     sums.add_gradients("a", bad)
@@ -91,7 +91,7 @@ def test_rows_that_are_not_finite_are_named_when_the_batch_ends_and_nothing_afte
 
 def test_nothing_after_refused_rows_is_summed_however_late_they_are_looked_at():
     moments = CalibrationMoments(SHAPES)
-    sums = OffloadedMoments(moments)
+    sums = CpuOffload(moments)
     sums.add_gradients("a", torch.full((2, 3), torch.nan))
     for step in range(50):
         sums.add_gradients("b", rows(4, step))
@@ -105,7 +105,7 @@ def test_nothing_after_refused_rows_is_summed_however_late_they_are_looked_at():
 
 
 def test_other_errors_reach_the_caller_as_they_are():
-    sums = OffloadedMoments(CalibrationMoments(SHAPES))
+    sums = CpuOffload(CalibrationMoments(SHAPES))
     sums.add_gradients("nobody", rows(3, 0))
     with pytest.raises(KeyError):
         sums.settle()
@@ -114,7 +114,7 @@ def test_other_errors_reach_the_caller_as_they_are():
 def test_moments_on_the_device_of_the_fit_are_fed_directly():
     moments = CalibrationMoments(SHAPES)
     assert offloaded(moments, torch.device("cpu")) is moments
-    assert isinstance(offloaded(moments, torch.device("cuda")), OffloadedMoments)
+    assert isinstance(offloaded(moments, torch.device("cuda")), CpuOffload)
 
 
 def test_a_compression_by_way_of_the_thread_is_the_same(monkeypatch):
@@ -127,7 +127,7 @@ def test_a_compression_by_way_of_the_thread_is_the_same(monkeypatch):
     made = []
 
     def always(moments, device):
-        made.append(OffloadedMoments(moments))
+        made.append(CpuOffload(moments))
         return made[-1]
 
     monkeypatch.setattr("fasc_lightning.calibration._calibration.offloaded", always)
@@ -155,7 +155,7 @@ def test_a_bad_batch_is_named_also_where_a_thread_finds_it(monkeypatch, make_tra
             return torch.optim.SGD(self.parameters(), 0.1)
 
     monkeypatch.setattr(
-        "fasc_lightning.calibration._calibration.offloaded", lambda moments, device: OffloadedMoments(moments)
+        "fasc_lightning.calibration._calibration.offloaded", lambda moments, device: CpuOffload(moments)
     )
     callback = FascCallback(rank=2, update_weights=False, loss_terms="sum")
     with pytest.raises(FloatingPointError, match="a gradient of layer 'layer' is NaN or Inf in batch 0 of epoch 0"):
@@ -177,7 +177,7 @@ def test_gradients_that_are_refused_do_not_get_into_the_weights(monkeypatch, mak
             return torch.optim.SGD(self.parameters(), 0.1)
 
     monkeypatch.setattr(
-        "fasc_lightning.calibration._calibration.offloaded", lambda moments, device: OffloadedMoments(moments)
+        "fasc_lightning.calibration._calibration.offloaded", lambda moments, device: CpuOffload(moments)
     )
     module = Poisoned()
     with pytest.raises(FloatingPointError, match="a gradient of layer 'layer'"):
@@ -190,7 +190,7 @@ def test_a_fit_that_fails_ends_its_thread_and_lets_go_of_the_model_whatever_the_
 ):
     made = []
 
-    class Full(OffloadedMoments):
+    class Full(CpuOffload):
         def __init__(self, moments):
             super().__init__(moments)
             moments.add_gradients = self.refuse

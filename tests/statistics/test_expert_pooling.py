@@ -16,7 +16,7 @@ from fasc_lightning.layers._fused_experts import expert_views
 from fasc_lightning.statistics import BorrowedMoments, CalibrationMoments, LayerSketches, Sketch, borrows, tokens_behind
 from fasc_lightning.statistics._expert_pooling import tokens_needed
 from fasc_lightning.statistics._layer_moments import NEEDS
-from fasc_lightning.statistics._nystrom import CompletedMoment
+from fasc_lightning.statistics._nystrom import NystromMoment
 
 M, N = 6, 10
 NEED = tokens_needed((M, N))
@@ -101,7 +101,7 @@ def test_sketches_are_filled_up_without_a_matrix_and_to_the_same_moments_where_t
     rank = 3
     moments = gathered(needs, dict.fromkeys(NAMES, sides), rank)
     with monkeypatch.context() as patched:
-        patched.setattr(CompletedMoment, "dense", lambda form: pytest.fail("a sketch was made a matrix"))
+        patched.setattr(NystromMoment, "dense", lambda form: pytest.fail("a sketch was made a matrix"))
         found = borrowing(moments).layer(NAMES[1])
     expected = full_moments(*filled_up(1, rank), W)
     assert found.tokens == NEED

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fasc_lightning.statistics import Moments, Sketch, apply, congruence, diagonal_form, packed_size
-from fasc_lightning.statistics._nystrom import CompletedMoment
+from fasc_lightning.statistics._nystrom import NystromMoment
 from fasc_lightning.statistics._sketch import (
     BLOCK,
     NONZEROS,
@@ -162,7 +162,7 @@ def noisy_low_rank(d: int, tokens: int, rank: int, seed: int = 0) -> torch.Tenso
     return left @ right + 0.1 * noise
 
 
-def correlation_error(form: CompletedMoment, X: torch.Tensor) -> float:
+def correlation_error(form: NystromMoment, X: torch.Tensor) -> float:
     """How far off the rebuilt moment is, every feature at the scale that it has."""
     A = X.double().T @ X.double()
     scale = A.diagonal().rsqrt()
@@ -213,7 +213,7 @@ def test_inputs_of_half_precision_are_summed_in_the_accumulators(dtype):
             sketched.update(part)
             exact.update(part)
     form, A = sketched.form(), exact.compute().double()
-    assert isinstance(form, CompletedMoment)
+    assert isinstance(form, NystromMoment)
     torch.testing.assert_close(form.diagonal(), A.diagonal(), rtol=1e-5, atol=0)
     assert (form.dense() - A).norm() < 2e-3 * A.norm()
     assert form.error < 2e-3

@@ -24,7 +24,7 @@ from fasc_lightning.statistics import (
     unpack_moments,
 )
 from fasc_lightning.statistics._layer_moments import SketchedLayerMoments
-from fasc_lightning.statistics._nystrom import CompletedMoment
+from fasc_lightning.statistics._nystrom import NystromMoment
 
 M, N = 24, 40
 BOTH = LayerSketches(Sketch(N, 20, 1), Sketch(M, 12, 1))
@@ -83,7 +83,7 @@ def test_what_is_read_as_a_matrix_is_the_form_made_dense(data):
     x, h, W = data
     layer = gathered(x, h, W, {"plain", "coupled"}, {"a": BOTH}).layer("a")
     expected = full_moments(x, h, W)
-    assert all(isinstance(S, CompletedMoment) for S in (*layer.plain_forms(), *layer.coupled_forms()))
+    assert all(isinstance(S, NystromMoment) for S in (*layer.plain_forms(), *layer.coupled_forms()))
     torch.testing.assert_close(layer.A, expected.A, rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(layer.G, expected.G, rtol=1e-7, atol=1e-8)
     for found, right in zip(layer.coupled or (), expected.coupled or (), strict=True):

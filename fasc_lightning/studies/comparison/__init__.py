@@ -13,12 +13,12 @@ from fasc_lightning.studies.comparison._cells import (
 from fasc_lightning.studies.comparison._layers import gate_cells, group_cells, sensitivity_cells
 from fasc_lightning.studies.comparison._questions import Evaluation, Precision, some_facts
 from fasc_lightning.studies.comparison._report import Report
-from fasc_lightning.studies.comparison._statistics import Calibration
+from fasc_lightning.studies.comparison._statistics import GatheredStatistics
 from fasc_lightning.studies.comparison._tables import metrics_of, shown_perplexity
 
 __all__ = [
     "Budget",
-    "Calibration",
+    "GatheredStatistics",
     "Cell",
     "CellStore",
     "Comparison",

@@ -34,14 +34,14 @@ from fasc_lightning._utils import (
     write_json,
 )
 from fasc_lightning.batches import TokenRows
-from fasc_lightning.compression import Unit, compress_layers, layer_budgets, measure_losses, spread
-from fasc_lightning.layers import Layout, measure_layers, swap_modules
+from fasc_lightning.compression import Unit, compress_layers, evenly_spaced, layer_budgets, measure_losses
+from fasc_lightning.layers import Layout, layer_sizes, swap_modules
 from fasc_lightning.options import ALLOCATIONS, check_budget
 from fasc_lightning.refit import ByLayer, causal_loss, refit
 from fasc_lightning.solvers import Factorization
 from fasc_lightning.statistics import CalibrationMoments
-from fasc_lightning.studies.comparison._questions import Evaluation, Measured
-from fasc_lightning.studies.comparison._statistics import Calibration
+from fasc_lightning.studies.comparison._questions import Answers, Evaluation
+from fasc_lightning.studies.comparison._statistics import GatheredStatistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -154,7 +154,7 @@ class Outcome:
     parameters: int = 0
     kept: float = float("nan")
     zeros: float = 0.0
-    measured: Measured | None = None
+    measured: Answers | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     plan: list[dict[str, Any]] = field(default_factory=list)
     passes: int = 0
@@ -173,7 +173,7 @@ class Outcome:
         measured = content.pop("measured")
         kept = content.pop("kept")
         return cls(
-            measured=None if measured is None else Measured(**measured),
+            measured=None if measured is None else Answers(**measured),
             kept=float("nan") if kept is None else kept,
             **content,
         )
@@ -291,7 +291,7 @@ class Comparison:
         methods: All solvers that cells may name, so that one pass serves them all.
     """
 
-    def __init__(self, calibration: Calibration, methods: Sequence[str]) -> None:
+    def __init__(self, calibration: GatheredStatistics, methods: Sequence[str]) -> None:
         self.calibration = calibration
         self.model = calibration.model
         self.layers = calibration.layers
@@ -333,7 +333,7 @@ class Comparison:
                 start = time.perf_counter()
                 measured = evaluation.measure(built.model, self.calibration.tokenizer)
                 seconds = {**built.seconds, "evaluate": time.perf_counter() - start}
-                dense, compressed = measure_layers(self._layers(cell)), measure_layers(built.layers)
+                dense, compressed = layer_sizes(self._layers(cell)), layer_sizes(built.layers)
                 return Outcome(
                     parameters=compressed.parameters,
                     kept=compressed.parameters / dense.parameters,
@@ -357,7 +357,7 @@ class Comparison:
 
     def _measure(self, layers: dict[str, nn.Module], factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
         """Return what low-rank layers lose on some of the calibration windows."""
-        return measure_losses(self.model, layers, factors, spread(self._batches()), _window_rows, causal_loss)
+        return measure_losses(self.model, layers, factors, evenly_spaced(self._batches()), _window_rows, causal_loss)
 
     def _layers(self, cell: Cell) -> dict[str, nn.Module]:
         return self.layers if cell.layers is None else {name: self.layers[name] for name in cell.layers}
@@ -442,7 +442,7 @@ def budget_share(layers: Mapping[str, nn.Module], budget: Budget) -> float:
     """Return the fraction of the layers' parameters that a budget is, for methods that know no ranks."""
     if budget.keep is not None:
         return budget.keep
-    return sum(layer_budgets(dict(layers), budget.rank, None).values()) / measure_layers(layers).parameters
+    return sum(layer_budgets(dict(layers), budget.rank, None).values()) / layer_sizes(layers).parameters
 
 
 def share_of_zeros(layers: Mapping[str, nn.Module]) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from fasc_lightning._utils import Row, block_index, correlate, module_kinds
 from fasc_lightning.compression import choose_methods
 from fasc_lightning.studies.comparison._cells import Budget, Cell, Outcome, Setting
-from fasc_lightning.studies.comparison._questions import Measured
+from fasc_lightning.studies.comparison._questions import Answers
 from fasc_lightning.studies.comparison._tables import metrics_of
 from fasc_lightning.studies.rho import divisions, median
 
@@ -76,14 +76,14 @@ def gate_cells(
 # Tables.
 
 
-def loss_change(dense: Measured, measured: Measured | None) -> float:
+def loss_change(dense: Answers, measured: Answers | None) -> float:
     """Return the increase of the mean token loss in nats, the mean over texts; NaN if there is nothing to compare."""
     if measured is None or not dense.losses:
         return math.nan
     return float(np.mean([np.mean(measured.losses[text]) - np.mean(losses) for text, losses in dense.losses.items()]))
 
 
-def facts_change(dense: Measured, measured: Measured | None) -> float:
+def facts_change(dense: Answers, measured: Answers | None) -> float:
     """Return the change of recall in percentage points; NaN if there is nothing to compare."""
     if measured is None or not dense.recalled:
         return math.nan

@@ -34,7 +34,7 @@ Precision = Literal["highest", "high", "medium"]
 
 
 @dataclass(frozen=True)
-class Measured:
+class Answers:
     """Answers of one model.
 
     Attributes:
@@ -91,7 +91,7 @@ class Evaluation:
         facts, pairs = [fact.to_dict() for fact in self.facts], [pair.to_dict() for pair in self.pairs]
         return fingerprint(list(self.texts), *self.texts.values(), facts, pairs, self.precision)
 
-    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Measured:
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Answers:
         """Ask a model.
 
         Raises:
@@ -104,7 +104,7 @@ class Evaluation:
                 raise FloatingPointError(f"The perplexity of {name} is beyond 1e300.")
         recalled = recalled_facts(model, tokenizer, self.facts).tolist() if self.facts else []
         preferred = correct_pairs(model, tokenizer, self.pairs).tolist() if self.pairs else []
-        return Measured(losses, recalled, preferred)
+        return Answers(losses, recalled, preferred)
 
 
 @contextmanager

@@ -33,8 +33,8 @@ from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import layer_shapes
 from fasc_lightning.solvers import solver_needs
 from fasc_lightning.statistics import (
+    Accumulator,
     CalibrationMoments,
-    StreamedSums,
     load_moments,
     moment_dtype,
     moments_needs,
@@ -63,7 +63,7 @@ ALWAYS = frozenset({"plain", "coupled"})
 
 
 @dataclass
-class Calibration:
+class GatheredStatistics:
     """What statistics are gathered from, and where they are kept.
 
     Attributes:
@@ -189,7 +189,7 @@ def _timed_needs(moments: CalibrationMoments) -> Iterator[dict[str, float]]:
         "saliency": moments.saliencies,
         sequences: moments.sequences,
     }
-    streams: list[tuple[str, StreamedSums]] = [(need, s) for need, group in groups.items() for s in group.values()]
+    streams: list[tuple[str, Accumulator]] = [(need, s) for need, group in groups.items() for s in group.values()]
     with undoing() as undo:
         for need, stream in streams:
             undo.set(stream, "update", partial(_timed, stream.update, f"need {need}", seconds))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fasc_lightning._utils import Row
 from fasc_lightning.evaluation import paired_interval
 from fasc_lightning.studies.comparison._cells import Budget, Cell, Outcome
-from fasc_lightning.studies.comparison._questions import Measured
+from fasc_lightning.studies.comparison._questions import Answers
 
 #: Methods that only write zeros: their parameters stay where they are, so that they compete with nobody.
 UNRANKED = frozenset({"magnitude"})
@@ -31,11 +31,11 @@ class Metric:
     """
 
     name: str
-    items: Callable[[Measured], NDArray[np.float64]]
+    items: Callable[[Answers], NDArray[np.float64]]
     higher_is_better: bool
     percent: bool
 
-    def value(self, measured: Measured) -> float:
+    def value(self, measured: Answers) -> float:
         """Return the figure."""
         mean = float(self.items(measured).mean())
         return 100 * mean if self.percent else math.exp(mean)
@@ -45,20 +45,20 @@ class Metric:
         return f"{value:.1f}" if self.percent else shown_perplexity(value)
 
 
-def _losses(text: str, measured: Measured) -> NDArray[np.float64]:
+def _losses(text: str, measured: Answers) -> NDArray[np.float64]:
     return np.asarray(measured.losses[text], dtype=np.float64)
 
 
-def _recalled(chosen: Sequence[int] | None, measured: Measured) -> NDArray[np.float64]:
+def _recalled(chosen: Sequence[int] | None, measured: Answers) -> NDArray[np.float64]:
     recalled = np.asarray(measured.recalled, dtype=np.float64)
     return recalled if chosen is None else recalled[chosen]
 
 
-def _preferred(measured: Measured) -> NDArray[np.float64]:
+def _preferred(measured: Answers) -> NDArray[np.float64]:
     return np.asarray(measured.preferred, dtype=np.float64)
 
 
-def metrics_of(measured: Measured) -> list[Metric]:
+def metrics_of(measured: Answers) -> list[Metric]:
     """Return the metrics that there are answers to: of each text, of facts, of minimal pairs."""
     metrics = [
         Metric(f"perplexity of {text}", partial(_losses, text), higher_is_better=False, percent=False)

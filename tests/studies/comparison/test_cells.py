@@ -14,15 +14,15 @@ from tiny import byte_tokenizer, causal_model
 from fasc_lightning.compression import _factorize as factorized
 from fasc_lightning.compression import measure_losses
 from fasc_lightning.evaluation import Fact, MinimalPair, perplexity
-from fasc_lightning.layers import LowRankLinear, PivotedLinear, compressed_layers, measure_layers, select_layers
+from fasc_lightning.layers import LowRankLinear, PivotedLinear, compressed_layers, layer_sizes, select_layers
 from fasc_lightning.solvers import available_methods
 from fasc_lightning.studies.comparison import (
     Budget,
-    Calibration,
     Cell,
     CellStore,
     Comparison,
     Evaluation,
+    GatheredStatistics,
     Outcome,
     Setting,
     gate_cells,
@@ -56,7 +56,7 @@ def windows(seed, count=6):
 def calibration(tmp_path):
     tokenizer = byte_tokenizer()
     model = causal_model(vocab_size=len(tokenizer)).eval().requires_grad_(False)
-    return Calibration(model, tokenizer, select_layers(model), windows(1), tmp_path / "statistics")
+    return GatheredStatistics(model, tokenizer, select_layers(model), windows(1), tmp_path / "statistics")
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_a_setting_decides_allocation_and_storage(calibration, evaluation, monke
         ranks = {plan["rank"] / min(plan["shape"]) for plan in found.plan if plan["layout"] != "dense"}
         assert len(seen["layers"]) == sum(plan["layout"] != "dense" for plan in found.plan)
         built = {**calibration.layers, **seen["layers"]}
-        assert found.parameters == measure_layers(built).parameters
+        assert found.parameters == layer_sizes(built).parameters
         assert len(ranks) > 1 if setting is BEST else len(ranks) <= 4  # one for each shape
 
 

@@ -24,7 +24,7 @@ from inference_models import KINDS, random_layer
 from interleaved import interleave, speed_ups
 from torch import Tensor, nn
 
-from fasc_lightning._utils import Row, library_versions, markdown_table, save_table, write_json
+from fasc_lightning.cli import Row, library_versions, markdown_table, save_table, write_json
 from fasc_lightning.layers import BREAK_EVEN, CompressedLinear
 
 #: (m, n) of q and o, k and v, gate and up, down.

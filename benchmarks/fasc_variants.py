@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from variant_statistics import WINDOW_COUNTS, Statistics, nested_windows
 from variant_tables import REFERENCES, markdown, result_rows
 
-from fasc_lightning._utils import (
+from fasc_lightning.cli import (
     fingerprint,
     library_versions,
     save_table,

@@ -40,7 +40,7 @@ from inference_tables import markdown, result_rows, speed_up_figure
 from interleaved import Spread, interleave, speed_ups
 from torch import nn
 
-from fasc_lightning._utils import library_versions, save_table, whole_file, write_json
+from fasc_lightning.cli import library_versions, save_table, whole_file, write_json
 from fasc_lightning.layers import QUANTIZATIONS, layer_sizes
 from fasc_lightning.models import quantize
 

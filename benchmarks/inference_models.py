@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from fasc_lightning._utils import return_freed_memory
+from fasc_lightning.cli import return_freed_memory
 from fasc_lightning.compression import Candidate, allocate_uniform
 from fasc_lightning.layers import (
     CompressedLinear,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fasc_lightning._utils import COLOURS, DASHES, GREY, MARKERS, Row, markdown_table, new_figure
+from fasc_lightning.cli import COLOURS, DASHES, GREY, MARKERS, Row, markdown_table, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fasc_lightning import CausalLMModule, FascCallback
-from fasc_lightning._utils import write_json
+from fasc_lightning.cli import write_json
 from fasc_lightning.data import load_model
 
 #: Steps from one observation to the next, in the README's example and in the recipe.

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fasc_lightning._utils import whole_file
+from fasc_lightning.cli import whole_file
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "compress.py"
 CALIBRATION = ("calib_wikitext2_train.txt", "calib_wikipedia_exllama.txt", "calib_c4_realnews.txt")

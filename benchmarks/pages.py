@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fasc_lightning._utils import whole_file
+from fasc_lightning.cli import whole_file
 
 
 def markers(script: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from memory import resident, run_alone, warm_up
 from pages import write_part
 
 from fasc_lightning import compress
-from fasc_lightning._utils import markdown_table, write_json
+from fasc_lightning.cli import markdown_table, write_json
 from fasc_lightning.data import load_model
 from fasc_lightning.planning import CompressionForecast
 

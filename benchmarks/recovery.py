@@ -25,8 +25,7 @@ import torch
 from p1 import CALIBRATION, FACTS, TEXTS, run_row
 
 from fasc_lightning import CausalLMModule, FactorRecovery, LoraRecovery, load_compressed, recover
-from fasc_lightning._utils import write_json
-from fasc_lightning.cli import KERNEL_CACHE
+from fasc_lightning.cli import KERNEL_CACHE, write_json
 from fasc_lightning.data import calibration_windows, load_model, window_loader
 from fasc_lightning.evaluation import Questions
 from fasc_lightning.layers import select_layers

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fasc_lightning._utils import Row, save_table
+from fasc_lightning.cli import Row, save_table
 
 WIDTH, MEMORY, TOKENS = 8, 0.9, 512
 #: Sequences a batch, and batches.

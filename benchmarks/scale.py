@@ -18,7 +18,7 @@ from pages import write_part
 from torch import nn
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, MixtralConfig, PreTrainedConfig, Qwen2Config
 
-from fasc_lightning._utils import markdown_table
+from fasc_lightning.cli import markdown_table
 from fasc_lightning.options import ReductionKind
 from fasc_lightning.planning import CompressionForecast, bytes_of, model_on_meta, plan
 

@@ -24,8 +24,8 @@ from p1 import CALIBRATION, FACTS, TEXTS
 from pages import write_part
 from torch import Tensor
 
-from fasc_lightning._utils import fingerprint
 from fasc_lightning.calibration import expected_rank, projected
+from fasc_lightning.cli import fingerprint
 from fasc_lightning.data import calibration_windows, load_model, read_text, text_windows
 from fasc_lightning.evaluation import load_facts
 from fasc_lightning.hooks import Taps

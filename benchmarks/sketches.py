@@ -34,7 +34,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from fasc_lightning import FascCallback, compress
-from fasc_lightning._utils import markdown_table, write_json
+from fasc_lightning.cli import markdown_table, write_json
 from fasc_lightning.compression import CompressionReport
 from fasc_lightning.planning import fit_forecast
 from fasc_lightning.statistics import Moments, Projection, Sketch, packed_size

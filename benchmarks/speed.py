@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from interleaved import timed
 
-from fasc_lightning._utils import write_json
 from fasc_lightning.batches import TokenRows, sample_seeds
 from fasc_lightning.calibration import SCORE_EVERY, SCORE_TOKENS
+from fasc_lightning.cli import write_json
 from fasc_lightning.compression import compress_layers
 from fasc_lightning.data import load_model, text_windows
 from fasc_lightning.dependence import LayerScores

@@ -20,8 +20,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fasc_lightning._utils import whole_file
 from fasc_lightning.batches import TokenRows
+from fasc_lightning.cli import whole_file
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import linear_shape
 from fasc_lightning.solvers import shrink, square_root

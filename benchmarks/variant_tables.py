@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fasc_lightning._utils import Row, markdown_table
+from fasc_lightning.cli import Row, markdown_table
 from fasc_lightning.evaluation import PairedInterval, paired_interval
 from fasc_lightning.studies.comparison import shown_perplexity
 

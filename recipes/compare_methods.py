@@ -40,8 +40,15 @@ from typing import Any, get_args
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from fasc_lightning._utils import fingerprint, library_versions, peak_memory_bytes, terminal_progress
-from fasc_lightning.cli import add_source_options, add_text_options, calibration_of
+from fasc_lightning.cli import (
+    add_source_options,
+    add_text_options,
+    calibration_of,
+    fingerprint,
+    library_versions,
+    peak_memory_bytes,
+    terminal_progress,
+)
 from fasc_lightning.data import check_file, file_windows, load_model, named_files, text_windows
 from fasc_lightning.evaluation import builtin_facts, builtin_text, load_facts, load_minimal_pairs
 from fasc_lightning.layers import select_layers

@@ -23,8 +23,8 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from fasc_lightning import CompressionReport, compress
-from fasc_lightning._utils import Clock
 from fasc_lightning.cli import (
+    Clock,
     add_compression_options,
     add_evaluation_options,
     add_output_options,

@@ -36,10 +36,9 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import Tensor
 
 from fasc_lightning import CausalLMModule, FascCallback
-from fasc_lightning._run_fit import on_device, run_fit
-from fasc_lightning._utils import Clock, mapping, plain, read_json, write_json
 from fasc_lightning.cli import (
     KERNEL_CACHE,
+    Clock,
     add_compression_options,
     add_evaluation_options,
     add_output_options,
@@ -47,10 +46,16 @@ from fasc_lightning.cli import (
     calibration_of,
     check_run,
     compression_options,
+    mapping,
     measurement_lines,
+    on_device,
     perplexity_line,
+    plain,
     questions_of,
+    read_json,
+    run_fit,
     save_results,
+    write_json,
 )
 from fasc_lightning.data import (
     EMPTY,

@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from numpy.typing import NDArray
 
 from fasc_lightning import RhoHistory, emergence
-from fasc_lightning._utils import Row, library_versions, save_table
+from fasc_lightning.cli import Row, library_versions, save_table
 from fasc_lightning.dependence import Metrics, rho_heatmap, rho_profile, save_figure, training_figure
 from fasc_lightning.evaluation import FactsResult
 

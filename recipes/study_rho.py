@@ -29,8 +29,10 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor, nn
 
 from fasc_lightning import FascCallback
-from fasc_lightning._utils import (
+from fasc_lightning.cli import (
     Row,
+    add_source_options,
+    add_text_options,
     library_versions,
     peak_memory_bytes,
     return_freed_memory,
@@ -38,7 +40,6 @@ from fasc_lightning._utils import (
     table_text,
     write_json,
 )
-from fasc_lightning.cli import add_source_options, add_text_options
 from fasc_lightning.compression import choose_methods, compress_layers, failure_flags
 from fasc_lightning.data import calibration_windows, file_windows, load_model, named_files, text_windows
 from fasc_lightning.dependence import (

@@ -35,7 +35,7 @@ from run_report import Run, full_report, over_layers, write_outputs
 from torch import Tensor
 
 from fasc_lightning import CausalLMModule, FascCallback
-from fasc_lightning._utils import Row, mapping, plain, read_json, whole_file, write_json
+from fasc_lightning.cli import Row, mapping, plain, read_json, whole_file, write_json
 from fasc_lightning.data import file_windows, load_model
 from fasc_lightning.evaluation import Fact, FactsResult, factual_recall, load_facts
 

@@ -60,15 +60,15 @@ from fasc_lightning._utils._versions import library_versions
 
 __all__ = [
     "COLOURS",
-    "Clock",
     "DASHES",
-    "Entry",
     "FLOATS",
-    "ForwardHook",
     "GREY",
     "INTEGERS",
     "MARKERS",
     "MAX_DEPTH",
+    "Clock",
+    "Entry",
+    "ForwardHook",
     "NamedTensors",
     "Progress",
     "Row",

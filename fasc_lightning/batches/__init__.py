@@ -53,15 +53,15 @@ from fasc_lightning.batches._tokens import (
 from fasc_lightning.batches._untouched import untouched
 
 __all__ = [
-    "Backwards",
     "LOOPS_BEFORE",
-    "LossScales",
-    "LossTerms",
     "MAX_SEQUENCES",
     "MIN_SEQUENCES",
+    "Backwards",
+    "KeptBatches",
+    "LossScales",
+    "LossTerms",
     "NoLossError",
     "Place",
-    "KeptBatches",
     "ResumableLoader",
     "TokenMask",
     "TokenRows",

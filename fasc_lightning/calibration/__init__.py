@@ -11,12 +11,12 @@ from fasc_lightning.calibration._schedule import CalibrationSchedule
 from fasc_lightning.calibration._sketch_policy import expected_rank, projected, sketches_for_budget
 
 __all__ = [
+    "SCORE_EVERY",
+    "SCORE_TOKENS",
     "Calibration",
     "CalibrationCheckpoint",
     "CalibrationSchedule",
     "FrozenFit",
-    "SCORE_EVERY",
-    "SCORE_TOKENS",
     "check_batches_given",
     "check_epochs_left",
     "check_loss",

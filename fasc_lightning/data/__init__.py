@@ -16,11 +16,11 @@ from fasc_lightning.data._text_files import json_row, open_text, read_text
 
 __all__ = [
     "EMPTY",
-    "FinetuneData",
     "OVERLONG",
     "SMOLLM2",
     "SMOLLM2_LICENCE",
     "SMOLLM2_SOURCE",
+    "FinetuneData",
     "calibration_windows",
     "check_data_options",
     "check_file",

@@ -8,8 +8,8 @@ from fasc_lightning.distributed._preconditions import check_module, check_single
 from fasc_lightning.distributed._uneven_inputs import UnevenInputs, others_present
 
 __all__ = [
-    "UnevenInputs",
     "DeviceMapStrategy",
+    "UnevenInputs",
     "Unsharding",
     "check_module",
     "check_sharded",

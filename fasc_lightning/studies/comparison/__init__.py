@@ -17,15 +17,15 @@ from fasc_lightning.studies.comparison._statistics import GatheredStatistics
 from fasc_lightning.studies.comparison._tables import metrics_of, shown_perplexity
 
 __all__ = [
+    "DENSE",
+    "PRUNERS",
     "Budget",
-    "GatheredStatistics",
     "Cell",
     "CellStore",
     "Comparison",
-    "DENSE",
     "Evaluation",
+    "GatheredStatistics",
     "Outcome",
-    "PRUNERS",
     "Precision",
     "Report",
     "Setting",

@@ -18,10 +18,10 @@ from fasc_lightning.studies.rho._tables import (
 )
 
 __all__ = [
+    "SCORES",
     "HeldoutLosses",
     "LayerComparison",
     "Observation",
-    "SCORES",
     "angles_table",
     "backward_windows",
     "compare_layer",

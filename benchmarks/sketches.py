@@ -223,7 +223,7 @@ def table_widths(rows: list[dict[str, Any]]) -> list[dict[str, object]]:
                 "columns": "whole" if exact else columns,
                 "MB": f"{row['bytes'] / 1e6:.1f}",
                 "of whole": "" if exact else f"{row['of_exact']:.2f}",
-                "µs a token": f"{row['microseconds_per_token']:.1f}",
+                "μs a token": f"{row['microseconds_per_token']:.1f}",
                 "times as fast": ""
                 if exact
                 else f"{faster['median']:.1f} ({faster['low']:.1f} to {faster['high']:.1f})",

@@ -126,7 +126,10 @@ class CausalLMModule(pl.LightningModule):
 
 
 def _cosine(step: int, steps: float) -> float:
-    """Return the share of the learning rate at a step of so many."""
+    """Return the share of the learning rate at a step of so many.
+
+    By hand: the schedules of transformers with a warm-up begin at a rate of 0, so that their first step does nothing.
+    """
     warm = max(1.0, 0.1 * steps)
     if step < warm:
         return (step + 1) / (warm + 1)

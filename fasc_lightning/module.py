@@ -128,7 +128,7 @@ class CausalLMModule(pl.LightningModule):
 def _cosine(step: int, steps: float) -> float:
     """Return the share of the learning rate at a step of so many.
 
-    By hand: the schedules of transformers with a warm-up begin at a rate of 0, so that their first step does nothing.
+    By hand: past the last step, where a longer second fit goes, the schedules of transformers rise again.
     """
     warm = max(1.0, 0.1 * steps)
     if step < warm:

@@ -1,23 +1,16 @@
-"""Which tokens of a batch count, and how its gradients are scaled back to those of a sum of token losses."""
+"""The tokens of a batch that enter the statistics, and the scale of its gradients."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-#: Most sequences that a sample for the dependence score is taken from.
-MAX_SEQUENCES = 24
-
-#: Fewest sequences whose pairs and orders say anything of dependence. Where a batch has fewer, each gives no more than
-#: this share of a sample, so that samples of several batches can be put together.
-MIN_SEQUENCES = 4
+from fasc_lightning.batches._sampling import allotted, mixed_seed, sample_sequences, spread_tokens
 
 
 @dataclass(frozen=True)
@@ -165,7 +158,7 @@ class TokenRows:
         """
         order, lengths = self._by_sequence(lengths)
         # A start of their own: of the tokens that a sample has more, any may be left out.
-        seeds = [_mixed(seed, 1) for seed in self._seeds(len(lengths))]
+        seeds = [mixed_seed(seed, 1) for seed in self._seeds(len(lengths))]
         if order is None:
             return sample_sequences(alive, lengths, tokens, seeds)
         return order[sample_sequences(alive[order], lengths, tokens, seeds)]
@@ -188,14 +181,14 @@ class TokenRows:
             return list(self.sample_seeds)
         each = sequences // len(self.sample_seeds) if self.sample_seeds else 0
         if each and each * len(self.sample_seeds) == sequences:  # several of each sample
-            return [_mixed(seed, place) for seed in self.sample_seeds for place in range(each)]
-        return [_mixed(*self.sample_seeds, place) for place in range(sequences)]
+            return [mixed_seed(seed, place) for seed in self.sample_seeds for place in range(each)]
+        return [mixed_seed(*self.sample_seeds, place) for place in range(sequences)]
 
     def _sample(self, index: Tensor | None, lengths: list[int], tokens: int) -> tuple[Tensor | None, list[int]]:
         """Return the index and the lengths of a sample of the counted tokens."""
         order, sequences = self._by_sequence(lengths)
         seeds = self._seeds(len(sequences))
-        each, members = _allotted(sequences, tokens, seeds)
+        each, members = allotted(sequences, tokens, seeds)
         if not members or each * len(members) >= sum(sequences):
             return index, lengths
         starts = np.cumsum([0, *sequences])
@@ -267,137 +260,3 @@ class TokenRows:
             draws = torch.rand(int(row.sum()), generator=generator)
             row[row.clone()] = draws < self.fraction
         return keep
-
-
-def sample_sequences(alive: Tensor, lengths: Sequence[int], tokens: int, seeds: Sequence[int]) -> Tensor:
-    """Choose equally many tokens from each of several sequences, as many in all as are allowed.
-
-    Short sequences are left out where the others then give more. Which tokens of a sequence are chosen
-    (:func:`spread_tokens`) depends on their number and on its length and seed alone.
-
-    Args:
-        alive: Which tokens may be chosen, shape (tokens of all sequences,).
-        lengths: Number of tokens of each sequence.
-        tokens: At most so many in all; of one sequence at most a quarter (:data:`MIN_SEQUENCES`), where some have more
-            than one token.
-        seeds: One for each sequence.
-
-    Returns:
-        Ascending positions in the concatenated sequences, shape (chosen sequences, tokens of each).
-    """
-    places = [part.nonzero().squeeze(1) for part in alive.split(list(lengths))]
-    each, members = _allotted([len(part) for part in places], tokens, seeds)
-    starts = np.cumsum([0, *lengths]).tolist()
-    rows = [starts[i] + places[i][torch.from_numpy(spread_tokens(len(places[i]), each, seeds[i]))] for i in members]
-    return torch.stack(rows) if rows else torch.zeros(0, 0, dtype=torch.long)
-
-
-def _allotted(lengths: Sequence[int], tokens: int, seeds: Sequence[int]) -> tuple[int, list[int]]:
-    """Return how many tokens to take from each sequence, and from which: by the rank of their seeds, if not all."""
-    most = tokens if max(lengths, default=0) <= 1 else MAX_SEQUENCES
-    each, sequences = 0, 0
-    for length in sorted(set(lengths)):
-        count = min(sum(other >= length for other in lengths), most, tokens)
-        share = min(length, tokens // max(count, 1 if length == 1 else MIN_SEQUENCES)) if count else 0
-        if share * count > each * sequences:
-            each, sequences = share, count
-    eligible = [i for i, length in enumerate(lengths) if length >= max(1, each)]
-    return each, sorted(sorted(eligible, key=lambda i: (seeds[i], i))[:sequences])
-
-
-def spread_tokens(length: int, count: int, seed: int) -> NDArray[np.int64]:
-    """Choose tokens of a sequence, evenly spaced from a random start: systematic sampling.
-
-    Any token is as likely to be chosen as any other, the first and the last included. The distance from the i-th to the
-    j-th is the same in all sequences of a length, but for rounding. The null of rho needs that: it takes gradients from
-    one sequence to the activations of another, and two tokens of a text are the more alike the nearer they are. Where
-    tokens were drawn one by one, rho of unrelated sequences was above its null in 13 to 21 of 100 cases in place of 5.
-
-    Args:
-        length: Number of tokens, at least ``count``.
-        count: How many to choose.
-        seed: Of the start.
-
-    Returns:
-        Ascending positions, shape (count,).
-    """
-    start = (_mixed(seed) >> 10) / 2**53
-    return ((np.arange(count) + start) * length / max(1, count)).astype(np.int64).clip(max=length - 1)
-
-
-def _mixed(*values: int) -> int:
-    """Return a seed made of several numbers."""
-    digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def sample_seeds(batch: Any, seed: int, mask: Tensor | None = None) -> list[int]:
-    """Return one seed a sample, a function of ``seed`` and of the sample's own content.
-
-    So a sample draws the same tokens on whichever process and in whichever batch it turns up.
-
-    Args:
-        batch: A tensor, or any nesting of mappings and sequences of tensors; "input_ids" identifies the samples if
-            there is one, else the first tensor.
-        seed: The user's seed.
-        mask: True for real tokens, shape (samples, length); padding does not enter.
-
-    Raises:
-        ValueError: If the batch holds no tensor.
-    """
-    content = identifying_tensor(batch)
-    if content is None:
-        raise ValueError(f"Expected a batch that holds a tensor but got {type(batch).__name__}.")
-    seeds = []
-    for i, sample in enumerate(content.detach().cpu()):
-        if mask is not None and sample.ndim >= 1 and mask.shape == content.shape[:2]:
-            sample = sample[mask[i].bool().cpu()]
-        data = sample.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        digest = hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "little", signed=True)).digest()
-        seeds.append(int.from_bytes(digest, "little") >> 1)  # torch seeds are signed
-    return seeds
-
-
-def identifying_tensor(batch: Any) -> Tensor | None:
-    """Return the tensor of a batch whose rows are its samples: "input_ids", or the first there is."""
-    if isinstance(batch, Tensor):
-        return batch if batch.ndim > 0 else None
-    if isinstance(batch, Mapping):
-        if isinstance(batch.get("input_ids"), Tensor):
-            return batch["input_ids"]
-        batch = list(batch.values())
-    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
-        for item in batch:
-            if (found := identifying_tensor(item)) is not None:
-                return found
-    return None
-
-
-def batch_size(batch: Any) -> int:
-    """Return the number of samples of a batch.
-
-    Raises:
-        ValueError: If the batch holds no tensor.
-    """
-    content = identifying_tensor(batch)
-    if content is None:
-        raise ValueError(
-            f"Expected a batch that holds a tensor but got {type(batch).__name__}. Give `loss_terms` as a callable "
-            "that returns the number of terms the loss is averaged over."
-        )
-    return content.shape[0]
-
-
-def count_tokens(batch: Any, mask: Tensor | None = None) -> int:
-    """Return the number of tokens of a batch: real ones where a mask tells, else those of its integers, else samples.
-
-    Args:
-        batch: Any batch.
-        mask: True for real tokens, or None.
-    """
-    if mask is not None:
-        return int(mask.sum())
-    content = identifying_tensor(batch)
-    if content is None:
-        return 0
-    return content.numel() if content.ndim == 2 and not content.is_floating_point() else content.shape[0]

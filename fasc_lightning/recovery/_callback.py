@@ -12,7 +12,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -36,7 +35,8 @@ from fasc_lightning.options import LoraRecovery, Recovery, as_recovery, checks_o
 from fasc_lightning.recovery._adapters import Adapters, put_values
 from fasc_lightning.recovery._best_state import BestState
 from fasc_lightning.recovery._checks import check_optimizers, check_recoverable
-from fasc_lightning.recovery._teacher import TeacherPhase
+from fasc_lightning.recovery._last_checkpoint import saves_on_exception, set_aside_optimizers
+from fasc_lightning.recovery._teacher_phase import TeacherPhase
 from fasc_lightning.recovery._validation import HeldOutSplit, held_out_batches, held_out_loss, validates
 
 #: Where nothing else is asked for, so many looks at the held-out loss in a fit.
@@ -448,17 +448,3 @@ class RecoveryCallback(pl.Callback):
         with self._failed, self._undo:
             self.active = False
         self._initial = {}
-
-
-def set_aside_optimizers(trainer: pl.Trainer, failed: Undo) -> None:
-    """Let a Trainer's last checkpoint be without optimizers and schedulers, unless its fit fails."""
-    strategy = trainer.strategy
-    failed.add(setattr, strategy, "optimizers", strategy.optimizers)
-    failed.add(setattr, strategy, "lr_scheduler_configs", strategy.lr_scheduler_configs)
-    strategy.optimizers, strategy.lr_scheduler_configs = [], []
-
-
-def saves_on_exception(trainer: pl.Trainer) -> bool:
-    """Tell whether a callback saves a checkpoint when a fit fails or is told to stop."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return any(isinstance(c, OnExceptionCheckpoint) or getattr(c, "save_on_exception", False) for c in callbacks)

@@ -14,24 +14,16 @@ from torch import Tensor, nn
 from fasc_lightning._utils import Progress, evaluating, undoing
 from fasc_lightning.layers import (
     CompressedLinear,
-    expert_groups,
-    expert_layers,
     linear_shape,
     linear_weight,
     make_lowrank,
 )
-from fasc_lightning.refit._blocks import (
-    WITHOUT_REFIT,
-    BatchLoss,
-    BlockRunner,
-    Joins,
-    RefitError,
-    find_blocks,
-    joins_stream,
-    real_tokens,
-)
+from fasc_lightning.refit._batch_loss import BatchLoss, batch_losses, causal_loss, real_tokens
+from fasc_lightning.refit._blocks import BlockRunner
+from fasc_lightning.refit._checks import check_refit, refittable_layers
+from fasc_lightning.refit._joins import Joins, joins_stream
 from fasc_lightning.refit._reports import BlockRefit, LayerRefit, RefitReport
-from fasc_lightning.refit._shares import Change, batch_losses, shares
+from fasc_lightning.refit._shares import Change, shares
 from fasc_lightning.refit._solve import DriftMoments, DriftRows, Factors, Variant, drift_loss, solve_refit
 from fasc_lightning.solvers import SHRINK_A, SHRINK_COUPLED_G, shrink
 from fasc_lightning.statistics import moment_dtype
@@ -39,7 +31,6 @@ from fasc_lightning.statistics import moment_dtype
 #: What a layer is to reproduce: "layer", the dense layer's output; "stream", in layers whose output is added to the
 #: stream of hidden states, besides what that has gone wrong so far.
 Target = Literal["layer", "stream"]
-
 
 #: What a refit is drawn to: "dense", the dense layer, in the moments that the factors were made with (layers whose bias
 #: moves, and refits without those moments, cannot); "factors", the factors there were.
@@ -88,47 +79,6 @@ class RefitOptions:
                 f"Expected `holdout` of at least 3 and `judge_batches` of at least 0 but got {self.holdout} and "
                 f"{self.judge_batches}."
             )
-
-
-def check_refit(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_REFIT) -> None:
-    """Refuse models whose layers cannot be refitted block by block; changes nothing and computes nothing.
-
-    Args:
-        model: The model, dense or compressed.
-        layers: Names of the layers that are or will be compressed.
-        remedy: What to do then; ends the error.
-
-    Raises:
-        RefitError: Saying why.
-    """
-    layers = list(layers)
-    if groups := expert_groups(expert_layers(model, layers)):
-        raise RefitError(
-            f"The experts of {len({experts for experts, _ in groups})} modules are compressed, and blocks that run one "
-            f"by one do not show what goes into each expert. {remedy} Or exclude the experts."
-        )
-    find_blocks(model, layers, remedy)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    places: dict[int, str] = {}
-    wanted = {id(modules[name]): name for name in layers}
-    for name, module in modules.items():
-        if id(module) in wanted and places.setdefault(id(module), name) != name:
-            raise RefitError(
-                f"Expected layers of their own but {name!r} and {places[id(module)]!r} are one: new factors for "
-                f"one place would change the other. {remedy} Or exclude it."
-            )
-
-
-def causal_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the mean token loss of a causal language model; without labels, those are the real tokens themselves."""
-    labels = batch.get("labels")
-    if labels is None:
-        labels = batch["input_ids"]
-        if batch.get("attention_mask") is not None:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
-    return model(
-        input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), labels=labels, use_cache=False
-    ).loss
 
 
 def refit(
@@ -384,38 +334,6 @@ class _Refit:
         stream = self.drifted if hidden is None else hidden
         losses = [self.runner.loss_from(block, i, stream[i]) for i in self.judged]
         return sum(losses) / len(losses)
-
-
-def refittable_layers(
-    model: nn.Module, dense: Mapping[str, nn.Module], gradients: Mapping[str, Tensor] | None, caller: str
-) -> dict[str, CompressedLinear]:
-    """Return the compressed layers by name, once each has a dense layer and, if they are needed, a G of its shape.
-
-    Raises:
-        ValueError: If one does not, or there are none.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    layers: dict[str, CompressedLinear] = {}
-    for name, original in dense.items():
-        layer = modules.get(name)
-        if not isinstance(layer, CompressedLinear):
-            raise ValueError(
-                f"Expected {name!r} to be a compressed layer of the model but it is "
-                f"{'missing' if layer is None else type(layer).__name__}: call {caller} after the swap."
-            )
-        m, n = linear_shape(layer)
-        if linear_shape(original) != (m, n):
-            raise ValueError(
-                f"Expected a dense layer of shape ({m}, {n}) for {name!r} but got {linear_shape(original)}."
-            )
-        if gradients is not None:
-            got = tuple(gradients[name].shape) if name in gradients else None
-            if got != (m, m):
-                raise ValueError(f"Expected G of shape ({m}, {m}) for {name!r} but got {got}.")
-        layers[name] = layer
-    if not layers:
-        raise ValueError("Expected compressed layers but `dense` is empty.")
-    return layers
 
 
 def layer_state(layer: CompressedLinear) -> dict[str, Tensor]:

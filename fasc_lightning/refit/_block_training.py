@@ -31,10 +31,13 @@ from torch import Tensor, nn
 from fasc_lightning._utils import Progress, evaluating, same_rng, undoing
 from fasc_lightning.layers import CompressedLinear
 from fasc_lightning.options import RefineOptions, Target
-from fasc_lightning.refit._anchored import MIN_BATCHES, causal_loss, check_refit, layer_state, refittable_layers
+from fasc_lightning.refit._anchored import MIN_BATCHES, layer_state
+from fasc_lightning.refit._batch_loss import BatchLoss, causal_loss, real_tokens
+from fasc_lightning.refit._block_stack import RefitError
 from fasc_lightning.refit._block_steps import FactorCopies, relative_error, train_copies
 from fasc_lightning.refit._block_training_report import BlockRefine, RefineReport
-from fasc_lightning.refit._blocks import BatchLoss, BlockRunner, RefitError, real_tokens
+from fasc_lightning.refit._blocks import BlockRunner
+from fasc_lightning.refit._checks import check_refit, refittable_layers
 
 #: What to do with a model whose blocks cannot be run one by one.
 WITHOUT_REFINEMENT = "Recover it without refinement (refine_steps=0)."

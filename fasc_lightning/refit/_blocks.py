@@ -3,75 +3,22 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fasc_lightning._utils import undoing
-
-#: Sends a batch through the model and returns its mean loss, a scalar.
-BatchLoss = Callable[[nn.Module, Any], Tensor]
-
-#: Where a layer's output joins the stream of hidden states: it is added to the block's input on the way ("start"), or
-#: to what the block returns ("end"); or neither.
-Joins = Literal["start", "end"] | None
+from fasc_lightning.refit._batch_loss import BatchLoss
+from fasc_lightning.refit._block_stack import WITHOUT_REFIT, RefitError, find_blocks
 
 #: Largest relative difference between a model's own forward and its blocks called one after the other.
 REPLAY_TOLERANCE = 1e-2
-
-#: Ends the errors of models whose blocks cannot be run one by one.
-WITHOUT_REFIT = "Compress it without refit."
-
-
-class RefitError(ValueError):
-    """A model whose blocks cannot be run one by one; nothing of it was changed."""
-
-
-def find_blocks(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_REFIT) -> tuple[str, nn.ModuleList]:
-    """Return the outermost ModuleList whose items hold all of the layers, and its name.
-
-    Args:
-        model: Any module.
-        layers: Dotted names.
-        remedy: What to do where there is none; ends the error.
-
-    Raises:
-        RefitError: If there is none, or one of its items is registered twice.
-    """
-    layers = list(layers)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise RefitError(
-            f"Expected one stack of blocks but {type(model).__name__} is an encoder-decoder, whose decoder "
-            f"reads the encoder as well. {remedy}"
-        )
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    for name, blocks in lists.items():  # parents come before children
-        inside = re.compile(re.escape(f"{name}.") + r"\d+\.") if name else re.compile(r"\d+\.")
-        if all(inside.match(layer) for layer in layers):
-            if len({id(block) for block in blocks}) < len(blocks):
-                raise RefitError(
-                    f"Expected blocks of their own in {name!r} but some are one module, registered several times: "
-                    f"new factors for one place would change the others. {remedy}"
-                )
-            return name, blocks
-    best = max(lists, key=lambda name: sum(layer.startswith(f"{name}.") for layer in layers), default=None)
-    if best is None:
-        raise RefitError(
-            f"Expected a model whose blocks form a ModuleList, to be run one after the other, but "
-            f"{type(model).__name__} has none. {remedy}"
-        )
-    outside = [layer for layer in layers if not layer.startswith(f"{best}.")]
-    raise RefitError(
-        f"Expected all {len(layers)} layers inside one ModuleList of blocks but {len(outside)} are outside of {best!r} "
-        f"(for example {outside[0]!r}). {remedy} Or exclude them."
-    )
 
 
 @dataclass
@@ -351,65 +298,6 @@ class BlockRunner:
                 undo.add(self.blocks._modules.__setitem__, str(i), original)
                 self.blocks._modules[str(i)] = _Skip(original, hidden, self._tuples[i])
             yield
-
-
-def real_tokens(batch: Any) -> Tensor | None:
-    """Return which of a batch's flattened tokens are no padding, by its "attention_mask"; None if all are."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return None if mask is None or bool(mask.all()) else mask.bool().flatten()
-
-
-@torch.no_grad()
-def joins_stream(runner: BlockRunner, block: int, hidden: Tensor, layer: nn.Module) -> Joins:
-    """Find out, by trying, where the output of a layer in a block joins the stream.
-
-    What is added to a layer that joins at the end is added to the block's output, no more and no less; of one that
-    joins at the start, the sum with the block's input is what some module (a norm) is given.
-
-    Args:
-        runner: Of the model.
-        block: Which block.
-        hidden: Its input on the first batch.
-        layer: A linear layer in it.
-    """
-    outputs: list[Tensor] = []
-    inputs: list[Tensor] = []
-    noise: list[Tensor] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].numel() == hidden.numel():
-            inputs.append(args[0])
-
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        outputs.append(output)
-
-    def disturb(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-        noise.append(drawn * output.double().square().mean().sqrt().to(output))
-        return output + noise[0]
-
-    with undoing() as undo:
-        for module in runner.blocks[block].modules():
-            if module is not runner.blocks[block]:
-                undo.hook(module.register_forward_pre_hook, note, with_kwargs=True)
-        undo.hook(layer.register_forward_hook, keep)
-        usual = runner.run(block, 0, hidden)
-    if outputs[0].numel() != hidden.numel():
-        return None
-    # The difference from the stream rather than the sum, which a small output hardly changes.
-    added = hidden + outputs[0].reshape(hidden.shape) - hidden
-    if any(_near(x.reshape(hidden.shape).double() - hidden.double(), added) for x in inputs):
-        return "start"
-    with undoing() as undo:
-        undo.hook(layer.register_forward_hook, disturb)
-        changed = runner.run(block, 0, hidden)
-    return "end" if _near(changed.double() - usual.double(), noise[0]) else None
-
-
-def _near(found: Tensor, expected: Tensor) -> bool:
-    """Tell whether tensors agree but for what half precision rounds away when the addend meets the stream."""
-    expected = expected.reshape(found.shape).double()
-    return bool((found - expected).norm() < 0.05 * expected.norm())
 
 
 class _Reached(Exception):  # noqa: N818 (no error: it ends a forward that has done its work)

@@ -13,8 +13,9 @@ from fasc_lightning._utils import layer_progress
 from fasc_lightning.batches import KeptBatches, NoLossError, TrainingStep, brought, check_automatic, on_first_process
 from fasc_lightning.distributed import is_split, share_layers
 from fasc_lightning.options import Refit
-from fasc_lightning.refit._anchored import MIN_BATCHES, RefitOptions, check_refit, refit
-from fasc_lightning.refit._blocks import RefitError
+from fasc_lightning.refit._anchored import MIN_BATCHES, RefitOptions, refit
+from fasc_lightning.refit._block_stack import RefitError
+from fasc_lightning.refit._checks import check_refit
 from fasc_lightning.refit._reports import RefitReport
 from fasc_lightning.statistics import CalibrationMoments
 

@@ -6,12 +6,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import nn
-
-from fasc_lightning.refit._blocks import BatchLoss
 
 #: By how many standard errors the loss has to fall. On models that overfit their four windows, refits whose gain was
 #: between one and two raised the loss elsewhere by up to 0.035 nats; none beyond two did.
@@ -36,12 +30,6 @@ def shares(count: int, holdout: int) -> tuple[list[int], list[int], list[int]]:
     checks = max(2, len(choose))
     check = [others[(2 * i + 1) * len(others) // (2 * checks)] for i in range(checks)]
     return [i for i in others if i not in check], choose, check
-
-
-@torch.no_grad()
-def batch_losses(model: nn.Module, batches: Sequence[Any], loss: BatchLoss) -> list[float]:
-    """Return a model's mean loss of each batch."""
-    return [float(loss(model, batch)) for batch in batches]
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from fasc_lightning.batches import ResumableLoader
 from fasc_lightning.models import apply_plan
 from fasc_lightning.recovery import Teacher, frozen_copy
 from fasc_lightning.recovery import _distillation as distillation
-from fasc_lightning.recovery._distillation import block_error, teacher_bytes
 from fasc_lightning.recovery._divergence import kl_divergence, top_k_divergence
 from fasc_lightning.recovery._logit_cache import LogitCache, sample_keys
-from fasc_lightning.recovery._teacher import _all_samples
+from fasc_lightning.recovery._teacher import block_error, teacher_bytes
+from fasc_lightning.recovery._teacher_phase import _all_samples
 
 pytest.importorskip("peft", reason="peft is not installed")
 

@@ -1,4 +1,4 @@
-"""Batches: which of their tokens count, how their losses scale, and how they are kept and run again."""
+"""Batches: their counted tokens, the scale of their losses, and kept batches that run again."""
 
 from fasc_lightning.batches._backwards import Backwards
 from fasc_lightning.batches._codec import UnsavableBatchError, pack_batch, tensor_names, unpack_batch

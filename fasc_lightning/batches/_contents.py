@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def identifying_tensor(batch: Any) -> Tensor | None:
-    """Return the tensor of a batch whose rows are its samples: "input_ids", or the first there is."""
+    """Return the tensor of a batch whose rows are its samples: "input_ids", else the first tensor, else None."""
     if isinstance(batch, Tensor):
         return batch if batch.ndim > 0 else None
     if isinstance(batch, Mapping):
@@ -39,7 +39,7 @@ def batch_size(batch: Any) -> int:
 
 
 def count_tokens(batch: Any, mask: Tensor | None = None) -> int:
-    """Return the number of tokens of a batch: real ones where a mask tells, else those of its integers, else samples.
+    """Return the number of tokens of a batch: of real tokens by the mask, else of token ids, else of samples.
 
     Args:
         batch: Any batch.

@@ -14,15 +14,15 @@ Result = TypeVar("Result")
 
 
 def on_first_process(trainer: pl.Trainer, work: Callable[[], Result], what: str) -> Result | None:
-    """Do something on the first process alone; the others wait, and fail if it fails.
+    """Call a function on the first process alone; the other processes wait, and fail if it fails.
 
     Args:
-        trainer: Of the fit.
-        work: What to do.
-        what: Names it in the error of the others.
+        trainer: Trainer of the fit.
+        work: The function.
+        what: Name of the work, for the error of the other processes.
 
     Returns:
-        The result there; None on other processes.
+        The function's result on the first process; None on other processes.
 
     Raises:
         RuntimeError: On every process but the first, if the first one failed.

@@ -16,11 +16,11 @@ from fasc_lightning.batches._copying import batch_tensors, copy_batch
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a fit a batch is: what its training step is told, or can ask the Trainer for.
+    """The place of a batch in a fit, as its training step and the Trainer report it.
 
     Attributes:
         epoch: The Trainer's ``current_epoch``.
-        batch_idx: The batch's number in it.
+        batch_idx: Number of the batch in the epoch.
         step: The Trainer's ``global_step``.
     """
 
@@ -30,21 +30,21 @@ class Place:
 
     @staticmethod
     def of(trainer: pl.Trainer) -> Place:
-        """Return the place of the batch that runs."""
+        """Return the place of the running batch."""
         return Place(trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx, trainer.global_step)
 
     @contextmanager
     def taken(self, trainer: pl.Trainer) -> Iterator[None]:
-        """Let a Trainer say that it is there, and that it trains."""
+        """Make a Trainer report this place, and that it trains, inside the context."""
         loop: Any = trainer.fit_loop.epoch_loop
-        told = [
+        reported = [
             (trainer.fit_loop.epoch_progress.current, "completed", self.epoch),
             (loop.batch_progress.current, "ready", self.batch_idx + 1),
             (loop.automatic_optimization.optim_progress.optimizer.step.total, "completed", self.step),
             (trainer.state, "stage", pl.trainer.states.RunningStage.TRAINING),
         ]
         with undoing() as undo:
-            for owner, name, value in told:
+            for owner, name, value in reported:
                 undo.add(setattr, owner, name, getattr(owner, name))
                 setattr(owner, name, value)
             undo.add(setattr, trainer, "should_stop", trainer.should_stop)
@@ -56,9 +56,9 @@ class KeptBatch:
     """A batch on the CPU.
 
     Attributes:
-        batch: As the training step was given it.
-        place: Where it was.
-        stays: The numbers of its tensors that were on the CPU while others were not, as lengths for packing are.
+        batch: The training step's argument, on the CPU.
+        place: Place of the batch in its fit.
+        stays: Numbers of its tensors that were on the CPU while others were not, such as lengths for packing.
     """
 
     batch: Any
@@ -76,7 +76,7 @@ _STATE = record(
 
 
 class KeptBatches:
-    """Batches of a calibration, on the CPU: copies, whatever becomes of the batches themselves."""
+    """Copies of a calibration's batches on the CPU; later changes of the batches do not reach them."""
 
     def __init__(self, batches: Sequence[KeptBatch] = ()) -> None:
         self.batches = list(batches)
@@ -85,8 +85,8 @@ class KeptBatches:
         """Keep a batch.
 
         Args:
-            batch: As the training step is about to be given it, moved and converted.
-            place: Where it is; its number among those that are kept, where nothing is known.
+            batch: The training step's argument, moved and converted.
+            place: Place in the fit; None numbers the batch by the kept batches.
         """
         on_cpu = [tensor.device.type == "cpu" for tensor in batch_tensors(batch)]
         stays = () if all(on_cpu) else tuple(i for i, here in enumerate(on_cpu) if here)
@@ -94,7 +94,7 @@ class KeptBatches:
         self.batches.append(KeptBatch(copy_batch(batch, lambda *_: "cpu"), place, stays))
 
     def on(self, device: Any) -> list[Any]:
-        """Return the batches on a device; on the CPU, those that are kept."""
+        """Return the batches on a device; on the CPU the kept batches themselves, on other devices copies."""
         if torch.empty(0, device=device).device.type == "cpu":
             return [kept.batch for kept in self.batches]
         return [
@@ -103,7 +103,7 @@ class KeptBatches:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the batches, and all else in plain data."""
+        """Return the batches as they are, and everything else as plain data."""
         places = [[kept.place.epoch, kept.place.batch_idx, kept.place.step] for kept in self.batches]
         return {
             "batches": [kept.batch for kept in self.batches],
@@ -113,14 +113,15 @@ class KeptBatches:
 
     @staticmethod
     def from_state(state: Any, path: str = "") -> KeptBatches:
-        """Return the replay of which :meth:`state_dict` returned the state.
+        """Return the kept batches of a :meth:`state_dict`.
 
         Args:
-            state: As it was read. Checkpoints of version 0.1.0 before batches had places hold the list of batches.
-            path: Of the state in what was read, for messages.
+            state: The state as it was read. Early checkpoints of version 0.1.0, before batches had places, hold a list
+                of batches.
+            path: Path of the state in the checkpoint, for messages.
 
         Raises:
-            SchemaError: If it is something else.
+            SchemaError: If the state has another form.
         """
         if isinstance(state, list):
             return KeptBatches([KeptBatch(batch, Place(batch_idx=i)) for i, batch in enumerate(state)])

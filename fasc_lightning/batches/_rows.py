@@ -20,13 +20,13 @@ from fasc_lightning.batches._tokens import LossScale, TokenRows
 
 
 def batch_label(trainer: pl.Trainer) -> str:
-    """Return a name for the batch that runs, for messages."""
+    """Return the name of the running batch, for messages."""
     batch_idx = trainer.fit_loop.epoch_loop.batch_idx
     return f"batch {batch_idx} of epoch {trainer.current_epoch} on rank {trainer.global_rank}"
 
 
 def backwards_of(pl_module: pl.LightningModule) -> Backwards:
-    """Return which backward passes of a fit count: those that the Trainer runs, or a step by ``manual_backward``.
+    """Return which backward passes of a fit count: the Trainer's, and a step's by ``manual_backward``.
 
     A step that optimises by hand, or a module that overrides ``backward``, may run several through one forward.
     """
@@ -42,14 +42,14 @@ def replayed_rows(
     loss_terms: LossTerms | None,
     factor: float = 1.0,
 ) -> TokenRows:
-    """Describe a batch whose loss is had outside of the training loop.
+    """Describe a batch whose loss is computed outside of the training loop.
 
     Args:
-        pl_module: Its ``loss_terms`` serves where none is given, else "mean".
+        pl_module: Module whose ``loss_terms`` is used if ``loss_terms`` is None; without one, "mean".
         batch: The batch.
-        token_mask: Tells real tokens from padding.
-        loss_terms: How the loss averages.
-        factor: What the loss that the training step returned is multiplied by before its backward pass.
+        token_mask: Function that returns the mask of real tokens.
+        loss_terms: Reduction of the loss.
+        factor: Factor between the loss that the training step returns and the loss of the backward pass.
     """
     mask = batch_mask(pl_module, batch, token_mask)
     asked = _asked_once(pl_module, batch, loss_terms)
@@ -71,7 +71,7 @@ def observed_rows(
     tokens: int,
     seed: int,
 ) -> TokenRows:
-    """Describe a batch of which a sample is scored and nothing else; its loss may average in a way nobody can tell."""
+    """Describe a batch of which only a sample is scored. The number of terms of its loss need not be known."""
     mask = batch_mask(pl_module, batch, token_mask)
     try:
         asked = _asked_once(pl_module, batch, loss_terms)
@@ -106,21 +106,21 @@ def calibration_rows(
     """Describe a batch that enters the moments.
 
     Args:
-        trainer: Knows of accumulation and precision.
-        pl_module: Its ``loss_terms`` serves where none is given, else "mean".
+        trainer: Trainer with the accumulation and the precision.
+        pl_module: Module whose ``loss_terms`` is used if ``loss_terms`` is None; without one, "mean".
         batch: The batch.
-        token_mask: Tells real tokens from padding.
-        loss_terms: How the loss averages.
-        fraction: Share of the tokens that enters.
-        seed: Of their choice.
-        steps: Whether the optimizer steps, and with it a GradScaler adapts.
-        scored: Whether the dependence scores look at this batch.
+        token_mask: Function that returns the mask of real tokens.
+        loss_terms: Reduction of the loss.
+        fraction: Share of the tokens that enters the moments.
+        seed: Seed of the choice of tokens.
+        steps: Whether the optimizer steps, so that a GradScaler adapts.
+        scored: Whether the dependence scores take a sample of this batch.
     """
     mask = batch_mask(pl_module, batch, token_mask)
     known = partial(gradient_scale, trainer, pl_module, batch, mask, _asked_once(pl_module, batch, loss_terms))
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     seeds = sample_seeds(batch, seed, mask) if fraction < 1 else _seeds_of(batch, seed, mask) if scored else ()
-    # A scaler that never adapts would overflow on and on: that is an error.
+    # Without optimizer steps a scaler never adapts: it would overflow for ever, which is an error.
     may_overflow = scaler is not None and steps
     label, scale = batch_label(trainer), _first_guess(known)
     rows = TokenRows(label, mask, scale, fraction, seeds, may_overflow, scored=scored, scale_of=known)
@@ -129,12 +129,12 @@ def calibration_rows(
 
 
 def _seeds_of(batch: Any, seed: int, mask: Tensor | None) -> list[int]:
-    """Return the seeds of a batch's samples; none if it holds no tensor, since a score is no reason to stop."""
+    """Return the seeds of a batch's samples; none for a batch without tensors, since a score must not stop a fit."""
     return [] if identifying_tensor(batch) is None else sample_seeds(batch, seed, mask)
 
 
 def _asked_once(pl_module: pl.LightningModule, batch: Any, loss_terms: LossTerms | None) -> LossTerms | None:
-    """Return how a batch's loss averages with a callable's answer in place of the callable, which need not be cheap."""
+    """Return the reduction of a batch's loss. A callable, which may be slow, is called once and its answer kept."""
     asked = loss_terms or getattr(pl_module, "loss_terms", None)
     if not callable(asked):
         return loss_terms
@@ -143,7 +143,7 @@ def _asked_once(pl_module: pl.LightningModule, batch: Any, loss_terms: LossTerms
 
 
 def _first_guess(scale_of: Callable[[], LossScale]) -> float:
-    """Return a scale before there is a loss; it serves gradients of which no loss is announced."""
+    """Return a scale before there is a loss, for gradients whose loss is never announced."""
     try:
         return scale_of().scale
     except ValueError:

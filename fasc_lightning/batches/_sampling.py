@@ -13,26 +13,26 @@ from torch import Tensor
 
 from fasc_lightning.batches._contents import identifying_tensor
 
-#: Most sequences that a sample for the dependence score is taken from.
+#: Most sequences in a sample for the dependence score.
 MAX_SEQUENCES = 24
 
-#: Fewest sequences whose pairs and orders say anything of dependence. Where a batch has fewer, each gives no more than
-#: this share of a sample, so that samples of several batches can be put together.
+#: Fewest sequences from which dependence can be judged. If a batch has fewer, each gives at most a quarter of a sample,
+#: so that samples of several batches can be joined.
 MIN_SEQUENCES = 4
 
 
 def sample_sequences(alive: Tensor, lengths: Sequence[int], tokens: int, seeds: Sequence[int]) -> Tensor:
-    """Choose equally many tokens from each of several sequences, as many in all as are allowed.
+    """Choose equally many tokens from each of several sequences, as many in all as allowed.
 
-    Short sequences are left out where the others then give more. Which tokens of a sequence are chosen
-    (:func:`spread_tokens`) depends on their number and on its length and seed alone.
+    Short sequences are left out if the others then give more tokens. The tokens chosen from a sequence
+    (:func:`spread_tokens`) depend on their number and on its length and seed alone.
 
     Args:
-        alive: Which tokens may be chosen, shape (tokens of all sequences,).
+        alive: Mask of tokens that may be chosen, shape (tokens of all sequences,).
         lengths: Number of tokens of each sequence.
-        tokens: At most so many in all; of one sequence at most a quarter (:data:`MIN_SEQUENCES`), where some have more
-            than one token.
-        seeds: One for each sequence.
+        tokens: Most tokens in all. If a sequence has more than one token, each gives at most a quarter of them
+            (:data:`MIN_SEQUENCES`).
+        seeds: One seed for each sequence.
 
     Returns:
         Ascending positions in the concatenated sequences, shape (chosen sequences, tokens of each).
@@ -45,7 +45,7 @@ def sample_sequences(alive: Tensor, lengths: Sequence[int], tokens: int, seeds: 
 
 
 def allotted(lengths: Sequence[int], tokens: int, seeds: Sequence[int]) -> tuple[int, list[int]]:
-    """Return how many tokens to take from each sequence, and from which: by the rank of their seeds, if not all."""
+    """Return the number of tokens for each chosen sequence, and the chosen sequences: the lowest seeds, if not all."""
     most = tokens if max(lengths, default=0) <= 1 else MAX_SEQUENCES
     each, sequences = 0, 0
     for length in sorted(set(lengths)):
@@ -60,15 +60,15 @@ def allotted(lengths: Sequence[int], tokens: int, seeds: Sequence[int]) -> tuple
 def spread_tokens(length: int, count: int, seed: int) -> NDArray[np.int64]:
     """Choose tokens of a sequence, evenly spaced from a random start: systematic sampling.
 
-    Any token is as likely to be chosen as any other, the first and the last included. The distance from the i-th to the
-    j-th is the same in all sequences of a length, but for rounding. The null of rho needs that: it takes gradients from
-    one sequence to the activations of another, and two tokens of a text are the more alike the nearer they are. Where
-    tokens were drawn one by one, rho of unrelated sequences was above its null in 13 to 21 of 100 cases in place of 5.
+    All tokens are equally likely, the first and the last included. The distance from the i-th to the j-th chosen token
+    is the same in all sequences of a length, but for rounding. The null of rho needs this: it pairs the gradients of
+    one sequence with the activations of another, and tokens of a text are more alike the nearer they are. When tokens
+    were drawn one by one, rho of unrelated sequences was above its null in 13 to 21 of 100 cases instead of 5.
 
     Args:
         length: Number of tokens, at least ``count``.
-        count: How many to choose.
-        seed: Of the start.
+        count: Number of tokens to choose.
+        seed: Seed of the start.
 
     Returns:
         Ascending positions, shape (count,).
@@ -78,21 +78,21 @@ def spread_tokens(length: int, count: int, seed: int) -> NDArray[np.int64]:
 
 
 def mixed_seed(*values: int) -> int:
-    """Return a seed made of several numbers."""
+    """Return a seed derived from several numbers."""
     digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def sample_seeds(batch: Any, seed: int, mask: Tensor | None = None) -> list[int]:
-    """Return one seed a sample, a function of ``seed`` and of the sample's own content.
+    """Return one seed for each sample, a function of ``seed`` and of the sample's content.
 
-    So a sample draws the same tokens on whichever process and in whichever batch it turns up.
+    A sample therefore draws the same tokens on every process and in every batch.
 
     Args:
-        batch: A tensor, or any nesting of mappings and sequences of tensors; "input_ids" identifies the samples if
-            there is one, else the first tensor.
+        batch: A tensor, or any nesting of mappings and sequences of tensors. "input_ids" identifies the samples, or
+            without it the first tensor.
         seed: The user's seed.
-        mask: True for real tokens, shape (samples, length); padding does not enter.
+        mask: True for real tokens, shape (samples, length); padding does not enter the seeds.
 
     Raises:
         ValueError: If the batch holds no tensor.

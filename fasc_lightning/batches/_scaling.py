@@ -16,7 +16,7 @@ from fasc_lightning.batches._loss_graph import count_terms
 from fasc_lightning.batches._masks import TokenMask, batch_mask
 from fasc_lightning.batches._tokens import LossScale, TokenRows
 
-#: How the scalar loss averages its terms, or a callable on the batch that returns their number.
+#: The reduction of the scalar loss, or a callable on the batch that returns the number of its terms.
 LossTerms = Literal["mean", "sum"] | Callable[[Any], float]
 
 
@@ -28,15 +28,15 @@ def gradient_scale(
     loss_terms: LossTerms | None,
     loss: Tensor | None = None,
 ) -> LossScale:
-    """Return the factor that makes a batch's gradients those of the sum of its token losses.
+    """Return the factor that turns a batch's gradients into gradients of the sum of its token losses.
 
     Args:
-        trainer: Knows of accumulation and precision.
-        pl_module: Its ``loss_terms`` serves where none is given, else "mean".
+        trainer: Trainer with the accumulation and the precision.
+        pl_module: Module whose ``loss_terms`` is used if ``loss_terms`` is None; without one, "mean".
         batch: The batch.
-        mask: Its real tokens.
-        loss_terms: How the loss averages.
-        loss: As the Trainer sends it backwards; None while there is none.
+        mask: Mask of its real tokens.
+        loss_terms: Reduction of the loss.
+        loss: The loss before its backward pass; None if there is none yet.
 
     Raises:
         ValueError: If the terms of a mean cannot be counted.
@@ -57,17 +57,17 @@ def batch_terms(
     factor: float = 1.0,
     divisor: float = 1.0,
 ) -> LossScale:
-    """Return over how many terms a batch's loss is a mean; 1 for a sum. What is asked for counts, then the loss itself.
+    """Return the number of terms that a batch's loss averages; 1 for a sum.
 
     Args:
-        pl_module: Its ``loss_terms`` serves where none is given, else "mean".
+        pl_module: Module whose ``loss_terms`` is used if ``loss_terms`` is None; without one, "mean".
         batch: The batch.
-        mask: Its real tokens.
-        loss_terms: How the loss averages. Of a "mean", the loss's graph tells over what; where it does not, over the
-            mask's tokens, or the samples.
-        loss: The scalar, before its backward pass; None while there is none.
-        factor: What the loss has been multiplied by since the module returned it.
-        divisor: What it has been divided by.
+        mask: Mask of its real tokens.
+        loss_terms: Reduction of the loss. For "mean", the loss's graph gives the number of terms; if it does not, the
+            terms are the mask's tokens, or without a mask the samples.
+        loss: The scalar loss before its backward pass; None if there is none yet.
+        factor: Product of all factors that multiplied the loss after the module returned it.
+        divisor: Product of all divisors of the loss after the module returned it.
 
     Raises:
         ValueError: If the terms of a mean cannot be counted.
@@ -88,7 +88,7 @@ def batch_terms(
 
 
 def _unlabelled(batch: Any, loss: Tensor | None) -> bool:
-    """Tell whether every label of a batch is ignored and the loss is what comes of that: 0, or 0 over 0."""
+    """Return whether every label of a batch is ignored and the loss is thus 0, or 0 over 0."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if loss is None or not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.numel():
         return False
@@ -96,7 +96,7 @@ def _unlabelled(batch: Any, loss: Tensor | None) -> bool:
 
 
 def _doubt(batch: Any, mask: Tensor | None, terms: float) -> str:
-    """Return why a number of terms is a guess, where batches are of tokens; "" where samples are likely meant."""
+    """Return why a number of terms is a guess for a batch of tokens; "" if samples are likely meant."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if mask is None:
         tokens = _tokens_of_a_sample(batch)
@@ -107,18 +107,21 @@ def _doubt(batch: Any, mask: Tensor | None, terms: float) -> str:
 
 
 class LossScales:
-    """Takes the scales of a fit's batches from their losses, and warns once of each kind of doubt."""
+    """Reads the scales of a fit's batches from their losses, and warns once of each kind of problem."""
 
     def __init__(self) -> None:
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def take(self, loss: Tensor, *batches: TokenRows | None, label: str = "a batch") -> bool:
-        """Tell whether a loss has terms; if not, its gradients are left out of the statistics.
+        """Set the scales of a batch from its loss.
 
         Args:
-            loss: About to be sent backwards.
-            *batches: What the statistics know of the batch.
-            label: Names it.
+            loss: The loss, before its backward pass.
+            *batches: Descriptions of the batch whose scales are set.
+            label: Name of the batch, for warnings.
+
+        Returns:
+            Whether the loss has terms; the statistics leave out the gradients of a loss without terms.
 
         Raises:
             ValueError: If the terms of a mean cannot be counted.
@@ -127,7 +130,7 @@ class LossScales:
         for doubt in [scale.doubt for scale in found if scale.doubt][:1]:
             self._warn(
                 "doubt",
-                f"FascCallback: over how many terms the loss of {label} is a mean cannot be told from its graph; it is "
+                f"FascCallback: the graph of the loss of {label} does not show over how many terms it is a mean; it is "
                 f"taken for {doubt}. Gradients are scaled by that number, and batches weigh by it. HINT: give "
                 "`loss_terms`, 'sum' or a callable on the batch that returns the number of terms, or let the module "
                 "have a method of that name.",
@@ -136,14 +139,14 @@ class LossScales:
         if empty:
             self._warn(
                 "empty",
-                f"FascCallback: the loss of {label} has no term (is each of its labels -100?), so that it says nothing "
-                "of any layer. Such batches are left out of the statistics.",
+                f"FascCallback: the loss of {label} has no term (is each of its labels -100?). Batches without terms "
+                "are left out of the statistics.",
             )
         return not empty
 
     def _warn(self, kind: str, text: str) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
+        if kind not in self._warned:
+            self._warned.add(kind)
             rank_zero_warn(text)
 
 
@@ -155,14 +158,14 @@ def loss_terms_of(
     loss_terms: LossTerms | None,
     loss: Tensor | None = None,
 ) -> float:
-    """Return over how many terms a batch's loss is a mean; 1 for a sum, 0 where there is nothing to predict.
+    """Return the number of terms that a batch's loss averages; 1 for a sum, 0 if there is nothing to predict.
 
     Args:
-        pl_module: Its ``loss_terms`` serves where none is given, else "mean".
+        pl_module: Module whose ``loss_terms`` is used if ``loss_terms`` is None; without one, "mean".
         batch: The batch.
-        token_mask: Tells real tokens from padding.
-        loss_terms: How the loss averages.
-        loss: As the training step returned it; None, or one without a graph, tells nothing.
+        token_mask: Function that returns the mask of real tokens.
+        loss_terms: Reduction of the loss.
+        loss: The loss that the training step returned. None, or a loss without a graph, gives no number of terms.
     """
     found = batch_terms(pl_module, batch, batch_mask(pl_module, batch, token_mask), loss_terms, loss)
     return 0.0 if found.empty else found.scale
@@ -171,13 +174,13 @@ def loss_terms_of(
 def reads_loss(
     pl_module: pl.LightningModule, batch: Any, *, token_mask: TokenMask | None, loss_terms: LossTerms | None
 ) -> bool:
-    """Tell whether only the graph tells how many terms a loss has: nobody said it, and batches are of tokens."""
+    """Return whether only the graph shows a loss's number of terms: no option gives it, and batches are of tokens."""
     if (loss_terms or getattr(pl_module, "loss_terms", "mean")) != "mean":
         return False
     return _tokens_of_a_sample(batch) > 1 or batch_mask(pl_module, batch, token_mask) is not None
 
 
 def _tokens_of_a_sample(batch: Any) -> int:
-    """Return how many tokens each sample of a batch of token ids has; 0 of other batches."""
+    """Return the number of tokens of each sample of a batch of token ids; 0 for other batches."""
     content = identifying_tensor(batch)
     return 0 if content is None or content.ndim != 2 or content.is_floating_point() else content.shape[1]

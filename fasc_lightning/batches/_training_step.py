@@ -21,90 +21,94 @@ from fasc_lightning.distributed import is_distributed
 
 
 class NoLossError(ValueError):
-    """A module whose loss of a batch cannot be had outside of the training loop; nothing of it was changed."""
+    """The loss of a module cannot be computed outside of the training loop; the module is unchanged."""
 
 
 class DifferentiatesError(NoLossError):
-    """A training step that differentiates where nothing requires a gradient."""
+    """A training step differentiates although nothing requires a gradient."""
 
 
 def check_automatic(pl_module: pl.LightningModule, remedy: str) -> None:
-    """Refuse modules whose training step returns no loss of a given batch: it optimises, or fetches batches, by itself.
+    """Check that a training step returns the loss of a given batch, and neither optimises nor fetches batches itself.
+
+    Args:
+        pl_module: The module.
+        remedy: Last sentence of the error.
 
     Raises:
-        NoLossError: With the remedy.
+        NoLossError: If the module optimises by hand, or its step takes an iterator.
     """
     if not pl_module.automatic_optimization:
         raise NoLossError(f"Expected automatic optimization, so that `training_step` returns a batch's loss. {remedy}")
     if takes_iterator(pl_module):
         raise NoLossError(
-            "Expected a training step that is given its batch but it has an argument `dataloader_iter`, from which it "
-            "takes batches by itself. HINT: training_step(self, batch, batch_idx)."
+            "Expected a training step that is given its batch but it takes batches by itself, from its argument "
+            "`dataloader_iter`. HINT: training_step(self, batch, batch_idx)."
         )
 
 
 def takes_iterator(pl_module: pl.LightningModule) -> bool:
-    """Tell whether a training step takes its batches from the loader's iterator by itself."""
+    """Return whether a training step itself takes batches from the loader's iterator."""
     return is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)
 
 
 class TrainingStep:
-    """A module's own training step outside of the training loop: as in it, but that nothing remains of it.
+    """A module's own training step, run outside of the training loop without side effects.
 
-    The step runs in the Trainer's precision, is given a copy of the batch and the batch's own number, and draws the
-    same random numbers each time that it is given the same batch. It logs nothing, and module, Trainer and generators
-    are put back.
+    The step runs in the Trainer's precision, with a copy of the batch and the batch's own number. For the same batch it
+    draws the same random numbers each time. It logs nothing; module, Trainer and generators are restored.
 
     Args:
-        trainer: Of the fit.
-        replay: Batches that will be run.
-        device: Where to run them.
+        trainer: Trainer of the fit.
+        kept: Kept batches to run.
+        device: Device to run them on.
 
     Attributes:
-        batches: Those of the replay, on the device.
+        batches: The kept batches, on the device.
     """
 
-    def __init__(self, trainer: pl.Trainer, replay: KeptBatches | None = None, device: Any = "cpu") -> None:
+    def __init__(self, trainer: pl.Trainer, kept: KeptBatches | None = None, device: Any = "cpu") -> None:
         self._trainer = trainer
-        # The calibration's batches are run by the first process; the others wait for its result.
-        self._alone = replay is not None and is_distributed(trainer)
-        self.batches: list[Any] = [] if replay is None else replay.on(device)
-        kept = [] if replay is None else replay.batches
-        self._places = {id(batch): each.place for batch, each in zip(self.batches, kept, strict=True)}
-        self._others: list[Any] = []  # held, so that no id is used again
+        # The first process runs the calibration's batches; the others wait for its result.
+        self._alone = kept is not None and is_distributed(trainer)
+        self.batches: list[Any] = [] if kept is None else kept.on(device)
+        places = [] if kept is None else [each.place for each in kept.batches]
+        self._places = {id(batch): place for batch, place in zip(self.batches, places, strict=True)}
+        self._others: list[Any] = []  # kept alive, so that no id is used again
 
     def __call__(self, module: nn.Module, batch: Any, place: Place | None = None) -> Tensor:
         """Return the module's loss of a batch, a scalar without a graph.
 
         Args:
-            module: In any mode, which is kept.
-            batch: As the training loop would give it to the step.
-            place: Where it is; by default where it was kept. A batch that was not is numbered as it comes.
+            module: The module, in any mode, which is kept.
+            batch: The training step's argument.
+            place: Place of the batch; by default its place when it was kept. Other batches are numbered in order of
+                their first call.
 
         Raises:
-            NoLossError: If the step gives none.
+            NoLossError: If the step returns no loss.
         """
-        # As in training, gradients are enabled, by which physics-informed networks and gradient penalties make their
-        # loss. Where no weight requires one, nobody else has a graph, which would cost memory.
+        # Gradients are enabled, as in training: physics-informed networks and gradient penalties need them for their
+        # loss. No weight requires a gradient, so that other modules make no graph, which would cost memory.
         with untouched(module, *self._schedules()), torch.enable_grad():
             for parameter in module.parameters():
                 parameter.requires_grad_(False)
             return self.loss(module, batch, place).detach()
 
     def judge(self, module: nn.Module, batch: Any, place: Place) -> Tensor:
-        """Return what a call does, with gradients disabled as in a validation, unless the step needs them."""
+        """Return the loss as a call does, but with gradients disabled as in validation, unless the step needs them."""
         with suppress(DifferentiatesError), untouched(module, *self._schedules()), torch.no_grad():
             return self.loss(module, batch, place)
         return self(module, batch, place)
 
     def _schedules(self) -> list[Any]:
-        """Return what a step may change of learning rates, as some do in place of the Trainer."""
+        """Return the containers of learning rates, which some training steps change themselves."""
         strategy = self._trainer.strategy
         groups = [optimizer.param_groups for optimizer in strategy.optimizers]
         return [*groups, *(vars(config.scheduler) for config in strategy.lr_scheduler_configs)]
 
     def loss(self, module: nn.Module, batch: Any, place: Place | None = None) -> Tensor:
-        """Return the module's loss of a batch, with its graph; for those who see to :func:`untouched` themselves."""
+        """Return the module's loss of a batch with its graph. The caller restores the module (:func:`untouched`)."""
         assert isinstance(module, pl.LightningModule)
         if place is None and id(batch) not in self._places:
             self._places[id(batch)] = replace(Place.of(self._trainer), batch_idx=len(self._others))
@@ -125,7 +129,7 @@ class TrainingStep:
                 raise
 
     def context(self) -> AbstractContextManager[Any]:
-        """Return the Trainer's precision as a context, for parts of the module that are run by themselves."""
+        """Return the Trainer's precision as a context, for parts of the module that run by themselves."""
         return self._trainer.precision_plugin.train_step_context()
 
 
@@ -133,7 +137,7 @@ def training_loss(module: pl.LightningModule, batch: Any, batch_idx: int) -> Ten
     """Return the module's own loss of a batch.
 
     Raises:
-        NoLossError: If the training step skips it.
+        NoLossError: If the training step returns no loss for the batch.
     """
     step = module.training_step
     indexed = is_param_in_hook_signature(step, "batch_idx", min_args=2)  # as the Trainer asks
@@ -147,7 +151,7 @@ def training_loss(module: pl.LightningModule, batch: Any, batch_idx: int) -> Ten
 
 
 def _refuse_to_gather(*args: Any, **kwargs: Any) -> None:
-    """Stand in for ``all_gather`` where only one process runs a step, which would wait for the others for ever.
+    """Stand in for ``all_gather`` if only one process runs a step: it would wait for the others for ever.
 
     Raises:
         NoLossError: Always.
@@ -157,12 +161,12 @@ def _refuse_to_gather(*args: Any, **kwargs: Any) -> None:
 
 
 def _wants_gradients(error: RuntimeError) -> bool:
-    """Tell whether an error is that of a step which differentiates where nothing has a graph."""
+    """Return whether an error comes from differentiation without a graph."""
     return "not require grad" in str(error) or "does not have a grad_fn" in str(error)
 
 
 def as_trained_on(trainer: pl.Trainer, batch: Any) -> Any:
-    """Return a batch of a loader as the training loop gives it to the training step."""
+    """Return a loader's batch, converted and moved as the training loop does before the training step."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -170,11 +174,11 @@ def as_trained_on(trainer: pl.Trainer, batch: Any) -> Any:
 
 @contextmanager
 def brought(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Bring modules to the device of a fit, from which Lightning takes its module to the CPU when the fit ends.
+    """Move modules to the device of a fit inside the context, since Lightning moves them to the CPU when a fit ends.
 
     Args:
-        modules: Those that are on the CPU as a whole are brought, and taken back; others stay where they are.
-        device: Of the fit.
+        modules: Modules; those that are wholly on the CPU are moved and moved back, the others stay.
+        device: Device of the fit.
     """
     here = [module for module in modules if {p.device.type for p in module.parameters()} == {"cpu"}]
     with undoing() as undo:

@@ -1,4 +1,4 @@
-"""Factors fitted to the inputs of the compressed model: in closed form, or by training blocks."""
+"""Refit of factors to the inputs of the compressed model, in closed form or by training blocks."""
 
 from fasc_lightning.refit._anchored import RefitOptions, layer_state, refit
 from fasc_lightning.refit._batch_loss import causal_loss

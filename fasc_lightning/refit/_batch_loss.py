@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Sends a batch through the model and returns its mean loss, a scalar.
+#: A function that sends a batch through the model and returns its mean loss, a scalar.
 BatchLoss = Callable[[nn.Module, Any], Tensor]
 
 
 def causal_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the mean token loss of a causal language model; without labels, those are the real tokens themselves."""
+    """Return the mean token loss of a causal language model; without labels in the batch, its real tokens are used."""
     labels = batch.get("labels")
     if labels is None:
         labels = batch["input_ids"]
@@ -31,6 +31,6 @@ def batch_losses(model: nn.Module, batches: Sequence[Any], loss: BatchLoss) -> l
 
 
 def real_tokens(batch: Any) -> Tensor | None:
-    """Return which of a batch's flattened tokens are no padding, by its "attention_mask"; None if all are."""
+    """Return a mask of a batch's real tokens, flattened, by its "attention_mask"; None if all tokens are real."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return None if mask is None or bool(mask.all()) else mask.bool().flatten()

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 from torch import nn
 
-#: Ends the errors of models whose blocks cannot be run one by one.
+#: Last sentence of errors about models whose blocks cannot be run one by one.
 WITHOUT_REFIT = "Compress it without refit."
 
 
 class RefitError(ValueError):
-    """A model whose blocks cannot be run one by one; nothing of it was changed."""
+    """The blocks of a model cannot be run one by one; the model is unchanged."""
 
 
 def find_blocks(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_REFIT) -> tuple[str, nn.ModuleList]:
@@ -21,10 +21,10 @@ def find_blocks(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_R
     Args:
         model: Any module.
         layers: Dotted names.
-        remedy: What to do where there is none; ends the error.
+        remedy: Last sentence of the error.
 
     Raises:
-        RefitError: If there is none, or one of its items is registered twice.
+        RefitError: If no ModuleList holds all layers, or one of its items is registered twice.
     """
     layers = list(layers)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):

@@ -1,4 +1,4 @@
-"""A model's blocks run one by one: their inputs held, dense or compressed layers in them, any of them skipped."""
+"""A runner of a model's blocks one by one, with dense or compressed layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPLAY_TOLERANCE = 1e-2
 
 @dataclass
 class _BlockCall:
-    """What a block is given besides the hidden states."""
+    """The arguments of a block besides the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -39,7 +39,7 @@ class _Slot:
 
 @dataclass
 class _Interned:
-    """Keeps one of tensors that are equal: masks and position embeddings are the same in most blocks and batches."""
+    """Keeps one of several equal tensors: masks and position embeddings are equal in most blocks and batches."""
 
     kept: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
 
@@ -59,24 +59,24 @@ class _Interned:
 
 
 class BlockRunner:
-    """Runs the blocks of a compressed model one by one on batches, with its dense layers or the compressed ones.
+    """Runs the blocks of a compressed model one by one on batches, with its dense or its compressed layers.
 
     Args:
         model: The compressed model, in eval mode.
-        dense: The dense layer of each replaced one by name.
-        batches: What the model is run on.
-        loss: Sends a batch through the model. Its attribute ``context``, if it has one, returns a context manager in
-            which blocks are run, as a mixed precision needs it.
-        tokens: At most so many tokens are held, and the first batches that have no more are taken; None: all are.
-        remedy: Ends the errors.
+        dense: The dense layer of each compressed one by name.
+        batches: Batches to run the model on.
+        loss: Function that sends a batch through the model. Its attribute ``context``, if it has one, returns a context
+            manager in which blocks run, for mixed precision.
+        tokens: Most tokens to hold; the first batches within this number are taken. None takes all batches.
+        remedy: Last sentence of errors.
 
     Attributes:
         blocks: The ModuleList.
         batches: The batches taken.
-        inputs: The hidden states that the first block is given, one tensor a batch.
+        inputs: The hidden states at the first block's input, one tensor for each batch.
 
     Raises:
-        RefitError: If blocks cannot be found, or calling one after the other is not what the model does.
+        RefitError: If there is no stack of blocks, or the model does more than call its blocks one after the other.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class BlockRunner:
         self._capture(batches, math.inf if tokens is None else tokens)
 
     def prefix(self, block: int) -> str:
-        """Return what the names of all that is inside a block start with."""
+        """Return the prefix of the names of all modules inside a block."""
         return f"{self.name}.{block}." if self.name else f"{block}."
 
     @torch.no_grad()
@@ -118,18 +118,18 @@ class BlockRunner:
 
     @torch.no_grad()
     def run(self, block: int, batch: int, hidden: Tensor) -> Tensor:
-        """Return the hidden states that a block makes of others, of a batch."""
+        """Return a block's output for hidden states of a batch."""
         call = self._calls[batch][block]
         with self._context():
             return _hidden(self.blocks[block](hidden, *call.args, **call.kwargs))
 
     def run_with(self, block: int, batch: int, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return what :meth:`run` does, differentiable, with other parameters and buffers in place of the block's.
+        """Return a block's output as :meth:`run` does, differentiable and with given parameters and buffers.
 
         Args:
-            block: Which block.
-            batch: Which batch.
-            hidden: Input of the block, in the type of the parameters, to which further arguments are brought.
+            block: Number of the block.
+            batch: Number of the batch.
+            hidden: Input of the block, in the type of the parameters; further arguments are converted to it.
             tensors: Parameters and buffers by their name inside the block.
         """
         call = self._calls[batch][block]
@@ -139,7 +139,7 @@ class BlockRunner:
     def run_and_see(
         self, block: int, batch: int, hidden: Tensor, layers: Sequence[nn.Module]
     ) -> tuple[list[Tensor], Tensor]:
-        """Return the inputs of layers inside a block, and what :meth:`run` does."""
+        """Return the inputs of layers inside a block, and the block's output."""
         found: dict[nn.Module, tuple[Tensor, int]] = {}
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -153,12 +153,12 @@ class BlockRunner:
         inputs = []
         for layer in layers:
             x, version = found[layer]
-            # What was modified in place since has to be computed again.
+            # An input that was modified in place since is computed again.
             inputs.append(x if x._version == version else self.layer_input(block, batch, hidden, layer))
         return inputs, output
 
     def layer_input(self, block: int, batch: int, hidden: Tensor, layer: nn.Module) -> Tensor:
-        """Return the input of a layer inside a block, computing no further than there."""
+        """Return the input of a layer inside a block; the forward stops there."""
         found: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -172,7 +172,7 @@ class BlockRunner:
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """Put the dense layers in place of the compressed ones."""
+        """Put the dense layers in place of the compressed ones inside the context."""
         with undoing() as undo:
             for slot in self._slots:
                 undo.add(slot.parent._modules.__setitem__, slot.child, slot.compressed)
@@ -181,15 +181,15 @@ class BlockRunner:
 
     @torch.no_grad()
     def groups(self, block: int, hidden: Tensor, layers: Mapping[str, nn.Module]) -> list[list[str]]:
-        """Return a block's layers in order of execution on the first batch, those that share an input together.
+        """Return a block's layers in order of execution on the first batch; layers that share an input form a group.
 
-        Layers that are run never, or more than once, or on other than the block's tokens (experts) are left out: their
+        Layers that never run, run more than once, or run on other tokens than the block's (experts) are left out: their
         dense and drifted inputs do not pair.
 
         Args:
-            block: Which block.
-            hidden: Input of the block, of the first batch.
-            layers: Its compressed layers by name.
+            block: Number of the block.
+            hidden: Input of the block for the first batch.
+            layers: The block's compressed layers by name.
         """
         calls: list[tuple[str, Tensor]] = []
 
@@ -216,11 +216,11 @@ class BlockRunner:
 
     @torch.no_grad()
     def _capture(self, batches: Iterable[Any], most: float) -> None:
-        """Run the model on every batch and keep what its blocks are given; then check that replaying them agrees.
+        """Run the model on every batch and keep its blocks' arguments; then check that the blocks alone do the same.
 
         Args:
-            batches: No more of them are asked for than are taken, and one.
-            most: How many tokens to hold.
+            batches: Batches, of which at most one more is consumed than is taken.
+            most: Most tokens to hold.
         """
         intern = _Interned()
         held = 0
@@ -253,11 +253,11 @@ class BlockRunner:
             if not args or not isinstance(args[0], Tensor):
                 raise RefitError(
                     f"Expected blocks whose first argument is the hidden states but {type(module).__name__} is called "
-                    f"otherwise. {self._remedy}"
+                    f"with other arguments. {self._remedy}"
                 )
             if i == 0:
                 self.inputs.append(args[0].detach())
-            if i == len(calls):  # in order and once; else the count tells
+            if i == len(calls):  # in order and once; otherwise the count is wrong, which is an error
                 calls.append(_BlockCall(intern(_without_cache(args[1:])), intern(_without_cache(kwargs))))
 
         return note
@@ -270,10 +270,10 @@ class BlockRunner:
         return note
 
     def _check_replay(self) -> None:
-        """Compare the last block's output in the dense model with that of its blocks called one after the other.
+        """Compare the last block's output in the dense model with the output of its blocks called one after the other.
 
-        With other layers than those under which the calls were captured, so that blocks whose further arguments depend
-        on the hidden states show.
+        The calls were captured with the compressed layers. Blocks whose further arguments depend on the hidden states
+        therefore differ with the dense ones.
         """
         ends: list[Tensor] = []
         with undoing() as undo:
@@ -292,7 +292,7 @@ class BlockRunner:
 
     @contextmanager
     def _starting_at(self, block: int, hidden: Tensor) -> Iterator[None]:
-        """Skip the blocks before one, whose input is given."""
+        """Skip the blocks before the given one inside the context, and start from its given input."""
         with undoing() as undo:
             for i, original in enumerate(list(self.blocks[:block])):
                 undo.add(self.blocks._modules.__setitem__, str(i), original)
@@ -300,7 +300,7 @@ class BlockRunner:
             yield
 
 
-class _Reached(Exception):  # noqa: N818 (no error: it ends a forward that has done its work)
+class _Reached(Exception):  # noqa: N818 (no error: it ends a forward early)
     pass
 
 
@@ -331,7 +331,7 @@ def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def _without_cache(value: Any) -> Any:
-    """Return arguments without the keys and values of earlier tokens, which every run would add to."""
+    """Return arguments without the cache of keys and values, which would grow with every run."""
     cache = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
     if cache is not None and isinstance(value, cache):
         return None
@@ -343,7 +343,7 @@ def _without_cache(value: Any) -> Any:
 
 
 def _in_type(value: Any, dtype: torch.dtype) -> Any:
-    """Return arguments with their floating-point tensors in a type."""
+    """Return arguments with their floating-point tensors converted to a type."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if type(value) is dict:

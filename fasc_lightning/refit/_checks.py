@@ -16,15 +16,16 @@ from fasc_lightning.refit._block_stack import WITHOUT_REFIT, RefitError, find_bl
 
 
 def check_refit(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_REFIT) -> None:
-    """Refuse models whose layers cannot be refitted block by block; changes nothing and computes nothing.
+    """Check that a model's layers can be refitted block by block, without running the model.
 
     Args:
         model: The model, dense or compressed.
         layers: Names of the layers that are or will be compressed.
-        remedy: What to do then; ends the error.
+        remedy: Last sentence of the error.
 
     Raises:
-        RefitError: Saying why.
+        RefitError: If experts are compressed, there is no stack of blocks that holds all layers, or a layer is used in
+            two places.
     """
     layers = list(layers)
     if groups := expert_groups(expert_layers(model, layers)):
@@ -45,12 +46,18 @@ def check_refit(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_R
 
 
 def refittable_layers(
-    model: nn.Module, dense: Mapping[str, nn.Module], gradients: Mapping[str, Tensor] | None, caller: str
+    model: nn.Module, dense: Mapping[str, nn.Module], G: Mapping[str, Tensor] | None, caller: str
 ) -> dict[str, CompressedLinear]:
-    """Return the compressed layers by name, once each has a dense layer and, if they are needed, a G of its shape.
+    """Return the compressed layers by name, after checks of their shapes.
+
+    Args:
+        model: The compressed model.
+        dense: The dense layer of each compressed one by name.
+        G: G of each layer by name; None if no G is needed.
+        caller: Name of the calling function, for the error.
 
     Raises:
-        ValueError: If one does not, or there are none.
+        ValueError: If there are no layers, one is not compressed, or a dense layer or G has another shape.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     layers: dict[str, CompressedLinear] = {}
@@ -66,8 +73,8 @@ def refittable_layers(
             raise ValueError(
                 f"Expected a dense layer of shape ({m}, {n}) for {name!r} but got {linear_shape(original)}."
             )
-        if gradients is not None:
-            got = tuple(gradients[name].shape) if name in gradients else None
+        if G is not None:
+            got = tuple(G[name].shape) if name in G else None
             if got != (m, m):
                 raise ValueError(f"Expected G of shape ({m}, {m}) for {name!r} but got {got}.")
         layers[name] = layer

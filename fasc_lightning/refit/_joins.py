@@ -10,23 +10,23 @@ from torch import Tensor, nn
 from fasc_lightning._utils import undoing
 from fasc_lightning.refit._blocks import BlockRunner
 
-#: Where a layer's output joins the stream of hidden states: it is added to the block's input on the way ("start"), or
-#: to what the block returns ("end"); or neither.
+#: Where a layer's output joins the stream of hidden states: "start" if it is added to the block's input inside of the
+#: block, "end" if it is added to the block's output, None otherwise.
 Joins = Literal["start", "end"] | None
 
 
 @torch.no_grad()
 def joins_stream(runner: BlockRunner, block: int, hidden: Tensor, layer: nn.Module) -> Joins:
-    """Find out, by trying, where the output of a layer in a block joins the stream.
+    """Find by experiment where the output of a layer in a block joins the stream.
 
-    What is added to a layer that joins at the end is added to the block's output, no more and no less; of one that
-    joins at the start, the sum with the block's input is what some module (a norm) is given.
+    If a layer joins at the end, noise added to its output appears unchanged in the block's output. If it joins at the
+    start, some module (a norm) gets the sum of its output and the block's input.
 
     Args:
-        runner: Of the model.
-        block: Which block.
-        hidden: Its input on the first batch.
-        layer: A linear layer in it.
+        runner: Runner of the model.
+        block: Number of the block.
+        hidden: Input of the block on the first batch.
+        layer: A linear layer in the block.
     """
     outputs: list[Tensor] = []
     inputs: list[Tensor] = []
@@ -52,7 +52,7 @@ def joins_stream(runner: BlockRunner, block: int, hidden: Tensor, layer: nn.Modu
         usual = runner.run(block, 0, hidden)
     if outputs[0].numel() != hidden.numel():
         return None
-    # The difference from the stream rather than the sum, which a small output hardly changes.
+    # Differences from the stream are compared: a small output hardly changes the sum.
     added = hidden + outputs[0].reshape(hidden.shape) - hidden
     if any(_near(x.reshape(hidden.shape).double() - hidden.double(), added) for x in inputs):
         return "start"
@@ -63,6 +63,6 @@ def joins_stream(runner: BlockRunner, block: int, hidden: Tensor, layer: nn.Modu
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:
-    """Tell whether tensors agree but for what half precision rounds away when the addend meets the stream."""
+    """Return whether tensors agree within the rounding of a sum with the stream in half precision."""
     expected = expected.reshape(found.shape).double()
     return bool((found - expected).norm() < 0.05 * expected.norm())

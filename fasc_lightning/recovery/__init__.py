@@ -1,4 +1,4 @@
-"""Training after a compression: of the factors or of adapters on them, with a teacher or without."""
+"""Recovery: training of the factors, or of adapters on them, after a compression, with or without a teacher."""
 
 from fasc_lightning.recovery._callback import RecoveryCallback
 from fasc_lightning.recovery._checks import check_recoverable

@@ -15,46 +15,48 @@ from fasc_lightning.refit import RefitError, find_blocks
 
 @runtime_checkable
 class Distillable(Protocol):
-    """What a LightningModule has that takes part in distillation; CausalLMModule has it.
+    """The members of a LightningModule that can learn from a teacher; CausalLMModule has them.
 
     Attributes:
-        teacher: None; while a recovery with a teacher runs, a :class:`Teacher`. ``training_step`` then returns
-            ``self.teacher.loss(batch, logits, counted, label_loss)``, with what ``predictions`` returns.
+        teacher: None, but a :class:`Teacher` while a recovery with a teacher runs. ``training_step`` then returns
+            ``self.teacher.loss(batch, logits, counted, label_loss)``, with the result of ``predictions``.
     """
 
     teacher: Teacher | None
 
     def predictions(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Return the logits of a batch and which of them count.
+        """Return the logits of a batch and a mask of the predictions that count.
 
         Returns:
-            Logits (samples, ..., classes), and True for predictions that count (samples, ...); None if all do.
+            Logits, shape (samples, ..., classes), and a mask with True for counted predictions, shape (samples, ...);
+            None in place of the mask counts all.
         """
         ...
 
 
 def check_distillable(module: nn.Module, distillation: Distillation, layers: list[str]) -> None:
-    """Refuse modules that cannot learn from a teacher, before any work is done.
+    """Check that a module can learn from a teacher, before any work is done.
 
     Args:
-        module: Of the fit.
+        module: Module of the fit.
         distillation: The options.
         layers: Names of the compressed layers.
 
     Raises:
-        MisconfigurationException: With the remedy.
+        MisconfigurationException: If the module is not :class:`Distillable`, experts are compressed, or there is no
+            stack of blocks whose outputs are to be compared.
     """
     if not isinstance(module, Distillable):
         raise MisconfigurationException(
             f"Expected a module that can learn from a teacher but {type(module).__name__} has no `predictions(batch)` "
-            "(logits and which of them count) or no attribute `teacher`, which its `training_step` asks for the loss. "
+            "(logits and a mask of those that count) or no attribute `teacher`, which gives `training_step` the loss. "
             "HINT: see fasc_lightning.distillation.Distillable; CausalLMModule has both. Or recover with teacher=None."
         )
     if experts := expert_layers(module, layers):
         raise MisconfigurationException(
-            "Expected layers other than experts' for a teacher, whose dense layers take the places of the compressed "
-            f"ones, while dense experts are one module; but {experts[0]!r} and {len(experts) - 1} others are. Recover "
-            "with teacher=None, or exclude the experts."
+            f"Expected no compressed experts for a teacher but {experts[0]!r} and {len(experts) - 1} others are "
+            "compressed. The teacher puts dense layers in the places of compressed ones, and dense experts are one "
+            "module. Recover with teacher=None, or exclude the experts."
         )
     if distillation.blocks:
         try:

@@ -10,16 +10,15 @@ from torch import nn
 
 
 def frozen_copy(module: nn.Module, device: Any = None, dtype: torch.dtype | None = None) -> Any:
-    """Return a copy that needs no gradients, in a type and on a device; the module itself does not change.
+    """Return a copy of a module without gradients, in a type and on a device; the module itself does not change.
 
-    It takes memory for what has to be converted alone, and never more than once: parameters that are as wanted are
-    shared. Buffers that are no part of the weights keep their type: the frequencies of rotary embeddings, times
-    positions, are of no use in half precision.
+    Only converted parameters take memory, each once; all others are shared. Buffers that are no weights keep their
+    type: the frequencies of rotary embeddings, multiplied by positions, are too coarse in half precision.
 
     Args:
-        module: What to copy.
-        device: None for where each parameter is.
-        dtype: None for the type of each.
+        module: The module to copy.
+        device: Device of the copy; None keeps each parameter's own.
+        dtype: Type of the copy; None keeps each parameter's own.
     """
     memo: dict[int, Any] = {}
     for parameter in module.parameters():

@@ -9,7 +9,7 @@ from fasc_lightning._utils import Undo
 
 
 def set_aside_optimizers(trainer: pl.Trainer, failed: Undo) -> None:
-    """Let a Trainer's last checkpoint be without optimizers and schedulers, unless its fit fails."""
+    """Leave optimizers and schedulers out of a Trainer's last checkpoint, unless the fit fails."""
     strategy = trainer.strategy
     failed.add(setattr, strategy, "optimizers", strategy.optimizers)
     failed.add(setattr, strategy, "lr_scheduler_configs", strategy.lr_scheduler_configs)
@@ -17,6 +17,6 @@ def set_aside_optimizers(trainer: pl.Trainer, failed: Undo) -> None:
 
 
 def saves_on_exception(trainer: pl.Trainer) -> bool:
-    """Tell whether a callback saves a checkpoint when a fit fails or is told to stop."""
+    """Return whether a callback saves a checkpoint when a fit fails or is interrupted."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return any(isinstance(c, OnExceptionCheckpoint) or getattr(c, "save_on_exception", False) for c in callbacks)

@@ -22,21 +22,21 @@ from fasc_lightning.refit import find_blocks, relative_error
 
 
 class Teacher:
-    """The dense model, for the loss of the compressed one.
+    """The dense model, which gives the loss of the compressed one.
 
-    On the module's own device and in its dtype it is the module itself, with the dense layers in place while it is
-    asked: everything else is shared. Elsewhere it is a copy.
+    On the module's own device and in its type, the teacher is the module itself with the dense layers in place during
+    its forwards; everything else is shared. On another device or in another type it is a copy.
 
     Args:
         module: The compressed module.
-        dense: The dense layers that were replaced, by name; empty if a cache is to hold all that is asked for.
-        options: How it teaches.
-        originals: What other parameters were, those that recovery trains, by name.
-        cache: Of its predictions.
+        dense: The dense layers by name; empty if the cache holds all predictions.
+        options: Options of the distillation.
+        originals: Former values, by name, of trained parameters outside of compressed layers.
+        cache: Cache of the teacher's predictions.
 
     Raises:
-        MemoryError: If it does not fit.
-        ValueError: If the cache is of another teacher.
+        MemoryError: If the teacher does not fit into memory.
+        ValueError: If the cache belongs to another teacher.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Teacher:
                 self._blocks.watch(self._copy.get_submodule(name))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Return None: a teacher is one module's, and a copy of that module has none."""
+        """Return None: a teacher belongs to one module, and a copy of that module has none."""
 
     def _prepare(self, module: nn.Module, dense: Mapping[str, nn.Module], originals: Mapping[str, Tensor]) -> None:
         device = next(module.parameters()).device
@@ -71,7 +71,7 @@ class Teacher:
         modules = dict(module.named_modules(remove_duplicate=False))
         for name, layer in dense.items():
             like = modules[name].weight
-            # A teacher of its own converts all at once, and straight to where it is to be.
+            # A teacher that is a copy converts everything at once, directly to its device.
             frozen = frozen_copy(layer, like.device, like.dtype) if self.shares else layer
             self._slots += _places((module._modules for module in modules.values()), modules[name], frozen)
         for name, value in originals.items():
@@ -87,32 +87,33 @@ class Teacher:
 
     @property
     def shares(self) -> bool:
-        """Whether the teacher is the module itself with other layers."""
+        """Whether the teacher is the module itself with dense layers."""
         return self.options.device is None and self.options.dtype is None
 
     @property
     def needs_labels(self) -> bool:
-        """Whether the label loss has a part in the loss."""
+        """Whether the loss includes the label loss."""
         return self.options.weight < 1
 
     @property
     def present(self) -> bool:
-        """Whether there is a model to ask, and not only its cache."""
+        """Whether the teacher's model exists, and not only its cache."""
         return bool(self._slots) or self._copy is not None
 
     def loss(
         self, batch: Any, logits: Tensor, counted: Tensor | None = None, label_loss: Tensor | None = None
     ) -> Tensor:
-        """Return what the student is to minimise.
+        """Return the student's loss.
 
         Args:
-            batch: As the student was given it.
-            logits: The student's, (samples, ..., classes), of the forward pass just done.
-            counted: True for predictions that count, (samples, ...); None if all do.
+            batch: The student's batch.
+            logits: The student's logits of its last forward, shape (samples, ..., classes).
+            counted: True for counted predictions, shape (samples, ...); None counts all.
             label_loss: The student's loss on labels; needed for a ``weight`` below 1.
 
         Raises:
-            RuntimeError: If the cache lacks the batch, and the teacher is gone.
+            RuntimeError: If the cache lacks the batch and the teacher's model is gone.
+            ValueError: If the cache has classes that the student lacks.
         """
         options, student = self.options, self._blocks.take()
         rows = None if counted is None else counted.flatten().nonzero().squeeze(1)
@@ -143,7 +144,7 @@ class Teacher:
         self.cache.put(batch, counted, logits.flatten(0, -2), self.options.temperature)
 
     def release(self) -> None:
-        """Let go of the model; the cache stays. Safe at any time."""
+        """Drop the teacher's model; the cache stays. Safe at any time."""
         self._slots, self._copy = [], None
         self._blocks.remove()
 
@@ -158,8 +159,8 @@ class Teacher:
         if found is None:
             raise RuntimeError(
                 f"Expected the teacher's predictions of every batch in {self.options.cache!r} but there are none of "
-                "this one, and the teacher is gone: are samples made anew each time (cropped, masked)? HINT: leave "
-                "out `cache`."
+                "this one, and the teacher is gone. Do samples change each time (by random crops or masks)? HINT: "
+                "leave out `cache`."
             )
         if found[1].numel() and int(found[1].max()) >= student.shape[-1]:
             raise ValueError(
@@ -172,7 +173,7 @@ class Teacher:
 
     @torch.no_grad()
     def _ask(self, batch: Any) -> Tensor:
-        """Return the teacher's logits (N, classes) on the student's device."""
+        """Return the teacher's logits, shape (N, classes), on the student's device."""
         with self._answering() as model:
             logits = model.predictions(self._moved(batch))[0]
         return logits.flatten(0, -2).to(next(self._module.parameters()).device)
@@ -198,7 +199,7 @@ class Teacher:
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        """Put the dense layers, and original parameters, where the student's are."""
+        """Put the dense layers and the original parameters in place of the student's inside the context."""
         with undoing() as undo:
             for slots, name, value in self._slots:
                 undo.add(slots.__setitem__, name, slots[name])
@@ -209,24 +210,24 @@ class Teacher:
 def _places(
     slots: Iterable[dict[str, Any]], student: object, teacher: object
 ) -> list[tuple[dict[str, Any], str, object]]:
-    """Return where a module or parameter of the student is, together with the teacher's."""
+    """Return the places of a student's module or parameter, each with the teacher's counterpart."""
     return [(each, name, teacher) for each in slots for name, found in each.items() if found is student]
 
 
 def check_teacher_memory(
     module: nn.Module, dense: Mapping[str, nn.Module], options: Distillation, device: torch.device
 ) -> None:
-    """Refuse a teacher that does not fit.
+    """Check that a teacher fits into memory.
 
     Raises:
-        MemoryError: With the estimate.
+        MemoryError: If it does not; the error gives the estimate.
     """
     needed, target = teacher_bytes(module, dense, options, device)
     free = available_memory(target)
     beside = {
         "Distillation(device='cpu')": target.type != "cpu",
         "dtype='bfloat16'": options.dtype is None,
-        "cache=FOLDER needs it only before the training, and not at all once the folder is filled": not options.cache,
+        "cache=FOLDER, with which only the first fit needs the teacher, before training": not options.cache,
     }
     remedies = [remedy for remedy, is_left in beside.items() if is_left]
     if needed > free:
@@ -239,13 +240,13 @@ def check_teacher_memory(
 def teacher_bytes(
     module: nn.Module, dense: Mapping[str, nn.Module], options: Distillation, device: torch.device
 ) -> tuple[int, torch.device]:
-    """Return the memory that a teacher takes beyond what is there already, and the device where it takes it.
+    """Return the additional memory of a teacher in bytes, and the device of that memory.
 
     Args:
         module: The compressed module.
-        dense: The dense layers.
-        options: Whether they share the rest.
-        device: Of the module.
+        dense: The dense layers by name.
+        options: Options with the teacher's device and type.
+        device: Device of the module.
     """
     target = torch.empty(0, device=options.device or device).device  # with its index
     shares = options.device is None and options.dtype is None
@@ -260,42 +261,42 @@ def teacher_bytes(
 
 
 class _BlockOutputs:
-    """The outputs of a stack's blocks in the last forward pass, the student's or the teacher's."""
+    """The outputs of a stack's blocks in the last forward, of the student or of the teacher."""
 
     def __init__(self) -> None:
         self._found: dict[int, Tensor] = {}
         self._undo = Undo()
 
     def watch(self, blocks: nn.ModuleList) -> None:
-        """Keep what these blocks give from now on."""
+        """Keep the outputs of these blocks from now on."""
         for i, block in enumerate(blocks):
             self._undo.hook(block.register_forward_hook, ForwardHook(self._keep, str(i)))
 
     def _keep(self, number: str, module: nn.Module, args: Any, output: Any) -> None:
-        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing, which runs blocks on the way back
+        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing runs blocks again in the backward
             return
         self._found[int(number)] = output[0] if isinstance(output, tuple) else output
 
     def take(self) -> list[Tensor]:
-        """Return them, and forget them."""
+        """Return the outputs, and drop them."""
         found = [self._found[i] for i in sorted(self._found)]
         self._found = {}
         return found
 
     def remove(self) -> None:
-        """Stop; safe at any time."""
+        """Remove the hooks; safe at any time."""
         self._undo.close()
         self._found = {}
 
 
 def block_error(student: list[Tensor], teacher: list[Tensor], counted: Tensor | None = None) -> Tensor:
-    """Return the mean over blocks, and over tokens that count, of |student - teacher|^2 / |teacher|^2.
+    """Return the mean over blocks and counted tokens of |student - teacher|^2 / |teacher|^2.
 
     Args:
-        student: Outputs of its blocks, (..., features).
-        teacher: Of its own.
-        counted: True for tokens that count, (...). All count if there is None, or one of another shape: where
-            predictions are not of tokens.
+        student: Outputs of the student's blocks, shape (..., features).
+        teacher: Outputs of the teacher's blocks, shape (..., features).
+        counted: True for counted tokens, shape (...). All tokens count if it is None or has another shape, as for
+            predictions of whole samples.
     """
     rows = None
     if counted is not None and counted.shape == student[0].shape[:-1]:

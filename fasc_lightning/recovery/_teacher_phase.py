@@ -1,4 +1,4 @@
-"""The teacher in a recovery fit: what it is made of, when it is there, and when it is gone."""
+"""The teacher in the course of a recovery fit: its check, its start, its cache and its end."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ class TeacherPhase:
 
     Args:
         pl_module: The compressed module.
-        dense: The layers that the compressed ones replaced, by name, maybe among others; emptied once a cache stands in
-            for them.
-        options: How it teaches.
-        token_mask: See :class:`~fasc_lightning.FascCallback`.
+        dense: The dense layers by name, possibly with others; emptied once a cache replaces them.
+        options: Options of the distillation.
+        token_mask: Function that returns the mask of real tokens, as for :class:`~fasc_lightning.FascCallback`.
 
     Attributes:
-        fingerprint: Of the dense layers.
+        fingerprint: Fingerprint of the dense layers; None if some are missing.
     """
 
     def __init__(
@@ -54,14 +53,14 @@ class TeacherPhase:
         self.fingerprint = weights_fingerprint(self._dense) if self._complete else None
 
     def check(self, expected: str | None, found: bool) -> None:
-        """Refuse a recovery without the dense layers, or with others than the compression replaced.
+        """Check that the dense layers, or a cache, are the ones that the compression replaced.
 
         Args:
-            expected: Their fingerprint, if it is known.
-            found: Whether they come from the module that a fit is resumed with, which may hold any weights.
+            expected: Fingerprint of the replaced layers, if known.
+            found: Whether the dense layers come from the module of a resumed fit, which may hold any weights.
 
         Raises:
-            MisconfigurationException: With the remedy.
+            MisconfigurationException: If the dense layers are missing or others, and no cache replaces them.
         """
         if self._complete and (expected == self.fingerprint or (expected is None and not found)):
             return
@@ -72,8 +71,8 @@ class TeacherPhase:
         if self._complete:
             raise MisconfigurationException(
                 "Expected the dense layers that were replaced, as the teacher, but the module's are "
-                f"{'not known to be those' if expected is None else 'others'}. HINT: resume with a module that has the "
-                "weights from which it was compressed, or use recover(..., dense=...)."
+                f"{'not known to be the same' if expected is None else 'others'}. HINT: resume with a module that has "
+                "the weights from which it was compressed, or use recover(..., dense=...)."
             )
         raise MisconfigurationException(
             "Expected the dense layers that were replaced, as the teacher, but they are not at hand: the module was "
@@ -85,9 +84,9 @@ class TeacherPhase:
         """Make the teacher, once the module is on its device.
 
         Args:
-            trainer: Of the fit.
-            pl_module: Its module.
-            initial: What is trained, by name, as it was.
+            trainer: Trainer of the fit.
+            pl_module: Module of the fit.
+            initial: Initial values of the trained parameters, by name.
         """
         layers = compressed_layers(pl_module)
         originals = {
@@ -114,14 +113,13 @@ class TeacherPhase:
         return cache or opened()
 
     def fill(self, trainer: pl.Trainer, pl_module: Any, held: Iterable[Any]) -> None:
-        """Ask for the predictions of every sample, where they are cached, and let the teacher go.
+        """Fill the cache, if there is one, with the predictions of every sample, and drop the teacher's model.
 
-        Where the samples are not known, or the fit does not go through all of them, the teacher stays, and is asked
-        when a batch is new.
+        If the samples are not known, or the fit does not use all of them, the model stays and predicts each new batch.
 
         Args:
-            trainer: Of the fit.
-            pl_module: Its module.
+            trainer: Trainer of the fit.
+            pl_module: Module of the fit.
             held: The held-out batches of this process.
         """
         teacher: Teacher | None = pl_module.teacher
@@ -139,11 +137,13 @@ class TeacherPhase:
         teacher.cache.refresh()
         teacher.release()
         self._dense = {}
-        self._given.clear()  # those who gave them hold them no longer either
-        rank_zero_info(f"FascCallback: the teacher's predictions are in {self._options.cache!r}, and it is gone.")
+        self._given.clear()  # so that the caller does not hold them either
+        rank_zero_info(
+            f"FascCallback: the teacher's predictions are in {self._options.cache!r}, and its model has been dropped."
+        )
 
     def release(self) -> None:
-        """Take the teacher from the module; safe at any time."""
+        """Remove the teacher from the module; safe at any time."""
         teacher: Teacher | None = getattr(self._module, "teacher", None)
         if teacher is not None:
             if teacher.cache is not None:
@@ -153,13 +153,12 @@ class TeacherPhase:
 
 
 def _all_samples(trainer: pl.Trainer) -> DataLoader[Any] | None:
-    """Return a loader of this process's share of all training samples, which leaves the fit's own loader alone.
+    """Return a new loader of this process's share of all training samples.
 
-    Every sample is in one share: what the fit's own loader gives in an epoch, to a process or to all, need not be all
-    that it gives in others (``drop_last``, sampling).
+    Every sample is in one share. The fit's own loader may give other samples in each epoch (``drop_last``, sampling).
 
     Returns:
-        None if the samples are not known, or the fit does not go through all of them.
+        The loader; None if the samples are not known, or the fit does not use all of them.
     """
     combined: Any = trainer.fit_loop._combined_loader
     loader = combined.iterables

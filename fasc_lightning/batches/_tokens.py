@@ -157,7 +157,7 @@ class TokenRows:
             Row numbers, shape (sequences, tokens of each).
         """
         order, lengths = self._by_sequence(lengths)
-        # Other seeds than those of `sample`, so that any of its additional tokens may be left out.
+        # The seeds differ from `sample`'s, so that any of its additional tokens may be left out.
         seeds = [mixed_seed(seed, 1) for seed in self._seeds(len(lengths))]
         if order is None:
             return sample_sequences(alive, lengths, tokens, seeds)

@@ -177,7 +177,7 @@ def brought(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None
     """Move modules to the device of a fit inside the context, since Lightning moves them to the CPU when a fit ends.
 
     Args:
-        modules: Modules; those that are wholly on the CPU are moved and moved back, the others stay.
+        modules: Modules. A module that is wholly on the CPU is moved and moved back; others stay.
         device: Device of the fit.
     """
     here = [module for module in modules if {p.device.type for p in module.parameters()} == {"cpu"}]

@@ -33,7 +33,7 @@ def check_recoverable(pl_module: pl.LightningModule, recovery: Recovery) -> None
     if (name := carries_adapters(pl_module)) is not None:
         raise MisconfigurationException(
             f"Expected a module without adapters but {name!r} carries some, which would be lost or merged "
-            "with those of the recovery. HINT: merge them first (`merge_and_unload()` of peft)."
+            "with the recovery's. HINT: merge them first (`merge_and_unload()` of peft)."
         )
     quantized = [name for name, layer in layers.items() if quantization_of(layer) is not None]
     if quantized:

@@ -49,13 +49,13 @@ def check_distillable(module: nn.Module, distillation: Distillation, layers: lis
     if not isinstance(module, Distillable):
         raise MisconfigurationException(
             f"Expected a module that can learn from a teacher but {type(module).__name__} has no `predictions(batch)` "
-            "(logits and a mask of those that count) or no attribute `teacher`, which gives `training_step` the loss. "
+            "(logits and a mask of counted ones) or no attribute `teacher`, which gives `training_step` the loss. "
             "HINT: see fasc_lightning.distillation.Distillable; CausalLMModule has both. Or recover with teacher=None."
         )
     if experts := expert_layers(module, layers):
         raise MisconfigurationException(
-            f"Expected no compressed experts for a teacher but {experts[0]!r} and {len(experts) - 1} others are "
-            "compressed. The teacher puts dense layers in the places of compressed ones, and dense experts are one "
+            f"Expected layers other than experts' for a teacher but {experts[0]!r} and {len(experts) - 1} others are "
+            "experts. The teacher puts dense layers in the places of compressed ones, and dense experts are one "
             "module. Recover with teacher=None, or exclude the experts."
         )
     if distillation.blocks:

@@ -2,6 +2,7 @@
 
 from fasc_lightning.recovery._callback import RecoveryCallback
 from fasc_lightning.recovery._checks import check_recoverable
+from fasc_lightning.recovery._distillation import Distillable
 from fasc_lightning.recovery._frozen_copy import frozen_copy
 from fasc_lightning.recovery._last_checkpoint import set_aside_optimizers
 from fasc_lightning.recovery._second_fit import RecoveryStage, recovery_instead
@@ -9,6 +10,7 @@ from fasc_lightning.recovery._teacher import Teacher
 from fasc_lightning.recovery._validation import split_loader
 
 __all__ = [
+    "Distillable",
     "RecoveryCallback",
     "RecoveryStage",
     "Teacher",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -89,19 +88,3 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.link(source, target, follow_symlinks=False)
     except OSError:  # a file system without hard links
         shutil.copy2(source, target, follow_symlinks=False)
-
-
-def check_json_files(files: Iterable[Path]) -> None:
-    """Refuse JSON files that are cut short or damaged; those that do not exist are passed over.
-
-    Raises:
-        ValueError: With the file.
-    """
-    for file in files:
-        try:
-            if file.is_file():
-                json.loads(file.read_bytes())
-        except (RecursionError, ValueError) as error:
-            raise ValueError(
-                f"{file} is not valid JSON ({error}): truncated or damaged. Save or copy it again."
-            ) from error

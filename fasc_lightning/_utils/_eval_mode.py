@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from fasc_lightning._utils._undo import undoing
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextmanager

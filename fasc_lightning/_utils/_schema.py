@@ -7,12 +7,10 @@ dependency of the package describes those inside of plain data.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +21,6 @@ Schema = Callable[[Any, str], None]
 
 #: Levels of plain data that may have any form, which is read by recursion.
 MAX_DEPTH = 50
-
-#: Bytes of a JSON file of ours; the largest hold a row for each layer.
-MAX_JSON_BYTES = 256 * 2**20
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -345,36 +340,3 @@ def _matches(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
 
 def _sizes(shape: tuple[int | None, ...]) -> str:
     return f"({', '.join('any' if size is None else str(size) for size in shape)})"
-
-
-# JSON.
-
-
-def parse_json(content: str | bytes, where: str) -> Any:
-    """Return what JSON says.
-
-    Raises:
-        SchemaError: If it is not valid, or nested so deeply that it cannot be read; naming ``where``.
-    """
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise SchemaError(f"{where} is not valid JSON ({reason}): truncated or damaged.") from None
-
-
-def read_json(path: str | Path, schema: Schema = anything) -> Any:
-    """Return what a JSON file holds, once it is known to be what it should.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        SchemaError: If it is no JSON, too large, or not of the schema; naming the file.
-    """
-    path = Path(path)
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise SchemaError(
-            f"{path} has {size:,} bytes, more than the {MAX_JSON_BYTES:,} that a JSON file may have here."
-        )
-    content = parse_json(path.read_bytes(), str(path))
-    check(content, schema, str(path))
-    return content

@@ -22,19 +22,8 @@ from fasc_lightning._utils import ForwardHook, Undo
 from fasc_lightning.batches import Backwards, TokenRows
 from fasc_lightning.distributed import whole
 from fasc_lightning.hooks._expert_taps import ExpertTaps
-from fasc_lightning.layers import (
-    ExpertLinear,
-    Routing,
-    input_gradient,
-    is_plain_linear,
-    layer_shapes,
-    linear_weight,
-    matches,
-    select_layers,
-)
+from fasc_lightning.layers import ExpertLinear, Routing, input_gradient, linear_weight
 from fasc_lightning.statistics import MomentSums, RowsRefusedError
-
-__all__ = ["Pairs", "Taps", "is_plain_linear", "layer_shapes", "matches", "select_layers"]
 
 #: Takes a layer's name, its counted inputs x (tokens, n), the gradients h (tokens, m) of the batch's loss at its
 #: outputs, not scaled, the batch, and how many of the tokens each sequence has.

@@ -79,3 +79,11 @@ def is_conv1d(module: nn.Module) -> bool:
     # An instance exists only where transformers has been imported; importing it here would take seconds.
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return conv1d is not None and isinstance(module, conv1d)
+
+
+def empty_conv1d(m: int, n: int) -> Any:
+    """Return a transformers ``Conv1D`` with m outputs and n inputs on the meta device; draws no random numbers."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        return Conv1D(m, n)

@@ -12,7 +12,7 @@ from torch import nn
 from fasc_lightning._utils import undoing
 from fasc_lightning.layers._compressed_linear import CompressedLinear
 from fasc_lightning.layers._fused_experts import ExpertLinear
-from fasc_lightning.layers._linear import flops_per_token, is_conv1d, linear_shape
+from fasc_lightning.layers._linear import empty_conv1d, flops_per_token, is_conv1d, linear_shape
 from fasc_lightning.layers._reparametrised import remember_form
 from fasc_lightning.layers._shell import own_class, shell
 from fasc_lightning.layers._unfused_experts import fuse_dense, with_experts
@@ -147,14 +147,6 @@ def _shell(layer: nn.Module) -> nn.Module | None:
     if own_class(layer).__module__ == "transformers.pytorch_utils" or any(b.is_meta for b in layer.buffers()):
         return None  # values of buffers that are not known cannot be given back
     return shell(layer)
-
-
-def empty_conv1d(m: int, n: int) -> Any:
-    """Return a transformers ``Conv1D`` with m outputs and n inputs on the meta device; draws no random numbers."""
-    from transformers.pytorch_utils import Conv1D
-
-    with torch.device("meta"):
-        return Conv1D(m, n)
 
 
 def _check_replacements(modules: dict[str, nn.Module], replacements: dict[str, nn.Module]) -> dict[int, nn.Module]:

@@ -15,7 +15,7 @@ Both terms are least squares on tokens, the second one with tokens of weight lam
     H = (E[x^ x^^T] + lambda E[x x^T]) / (1 + lambda),    P = (E[v x^^T] + lambda W'_0 E[x x^T]) / (1 + lambda),
 
 and completing the square with T = P H^-1 leaves tr(G (T - W') H (T - W')^T) and a constant. So T is the optimum among
-all matrices, and its truncation in the metrics H and G (:func:`~fasc_lightning.solvers._fasc.two_sided`) the optimum of
+all matrices, and its truncation in the metrics H and G (:func:`~fasc_lightning.solvers.two_sided`) the optimum of
 rank k.
 """
 
@@ -59,7 +59,7 @@ class DriftMoments:
     def shrunk(self, W: Tensor, amount: float) -> DriftMoments:
         """Return the moments with white noise added to x and, the same, to x^, and its image W noise to v.
 
-        For A that is :func:`~fasc_lightning.solvers._linalg.shrink`; directions without data are drawn to W.
+        For A that is :func:`~fasc_lightning.solvers.shrink`; directions without data are drawn to W.
 
         Args:
             W: Dense weight, shape (m, n).

@@ -19,7 +19,7 @@ also knows what it needs of the moments besides the means.
 """
 
 from fasc_lightning.solvers._asvd import asvd as asvd
-from fasc_lightning.solvers._fasc import SHRINK_A, SHRINK_COUPLED_G, SHRINK_G, coupled_metric, plain_metric, two_sided
+from fasc_lightning.solvers._fasc import SHRINK_A, SHRINK_COUPLED_G, SHRINK_G, coupled_metric, plain_metric
 from fasc_lightning.solvers._fasc import fasc as fasc
 from fasc_lightning.solvers._fasc import fasc_plain as fasc_plain
 from fasc_lightning.solvers._fasc_eq6 import fasc_eq6 as fasc_eq6
@@ -36,6 +36,7 @@ from fasc_lightning.solvers._registry import register_solver as register_solver
 from fasc_lightning.solvers._registry import solver_needs as solver_needs
 from fasc_lightning.solvers._svd import svd as svd
 from fasc_lightning.solvers._svd_llm import svd_llm as svd_llm
+from fasc_lightning.solvers._two_sided import two_sided
 from fasc_lightning.solvers._types import Factorization as Factorization
 from fasc_lightning.solvers._types import Solver as Solver
 from fasc_lightning.solvers._weight_svd import weight_svd as weight_svd

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasc_lightning.solvers._fasc import two_sided
 from fasc_lightning.solvers._registry import register_solver
+from fasc_lightning.solvers._two_sided import two_sided
 from fasc_lightning.solvers._types import Factorization
-from fasc_lightning.statistics import LayerMoments, diagonal_form
+from fasc_lightning.statistics import LayerMoments, diagonal_moment
 
 #: Exponent of the scaling, as published.
 ALPHA = 0.5
@@ -29,4 +29,4 @@ def asvd(W: Tensor, moments: LayerMoments, alpha: float = ALPHA) -> Factorizatio
         alpha: Exponent.
     """
     scales = moments.require("abs_x").double().pow(2 * alpha)
-    return two_sided(W, diagonal_form(scales), diagonal_form(torch.ones_like(W[:, 0], dtype=torch.float64)))
+    return two_sided(W, diagonal_moment(scales), diagonal_moment(torch.ones_like(W[:, 0], dtype=torch.float64)))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fasc_lightning.solvers._fasc import two_sided
 from fasc_lightning.solvers._registry import register_solver
+from fasc_lightning.solvers._two_sided import two_sided
 from fasc_lightning.solvers._types import Factorization
-from fasc_lightning.statistics import LayerMoments, diagonal_form
+from fasc_lightning.statistics import LayerMoments, diagonal_moment
 
 
 @register_solver("fisher-diag")
@@ -25,5 +25,5 @@ def fisher_diag(W: Tensor, moments: LayerMoments) -> Factorization:
         W: Weight, shape (m, n).
         moments: Moments of the layer; only the diagonals of A and G are used.
     """
-    A, G = (diagonal_form(S.double().diagonal().clamp(min=0)) for S in moments.plain_forms())
+    A, G = (diagonal_moment(S.double().diagonal().clamp(min=0)) for S in moments.plain_moments())
     return two_sided(W, A, G)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasc_lightning.solvers._fasc import two_sided
 from fasc_lightning.solvers._registry import register_solver
+from fasc_lightning.solvers._two_sided import two_sided
 from fasc_lightning.solvers._types import Factorization
-from fasc_lightning.statistics import LayerMoments, diagonal_form
+from fasc_lightning.statistics import LayerMoments, diagonal_moment
 
 
 @register_solver("fwsvd", needs=["fisher_rows"])
@@ -29,4 +29,4 @@ def fwsvd(W: Tensor, moments: LayerMoments) -> Factorization:
     """
     n = W.shape[1]
     rows = moments.require("fisher_rows").double() / n
-    return two_sided(W, diagonal_form(torch.ones_like(W[0], dtype=torch.float64)), diagonal_form(rows))
+    return two_sided(W, diagonal_moment(torch.ones_like(W[0], dtype=torch.float64)), diagonal_moment(rows))

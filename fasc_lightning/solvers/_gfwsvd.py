@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fasc_lightning.solvers._fasc import SHRINK_A, SHRINK_G, two_sided
+from fasc_lightning.solvers._fasc import SHRINK_A, SHRINK_G
 from fasc_lightning.solvers._linalg import shrink
 from fasc_lightning.solvers._registry import register_solver
+from fasc_lightning.solvers._two_sided import two_sided
 from fasc_lightning.solvers._types import Factorization
 from fasc_lightning.statistics import LayerMoments
 
 
 @register_solver("gfwsvd", needs=["kronecker"])
-def gfwsvd(
-    W: Tensor, moments: LayerMoments, shrink_right: float = SHRINK_A, shrink_left: float = SHRINK_G
-) -> Factorization:
+def gfwsvd(W: Tensor, moments: LayerMoments, shrink_A: float = SHRINK_A, shrink_G: float = SHRINK_G) -> Factorization:
     """Minimise tr(left D right D^T), D = W - W', with E[vec(G_i) vec(G_i)^T] ~ right (x) left.
 
     Chekalina et al. 2025, "Generalized Fisher-Weighted SVD": G_i is a sequence's weight gradient, and the factors are
@@ -29,8 +28,8 @@ def gfwsvd(
     Args:
         W: Weight, shape (m, n).
         moments: Moments of the layer; only ``kronecker`` is used.
-        shrink_right: Relative shrinkage of the factor of the inputs.
-        shrink_left: Relative shrinkage of the factor of the outputs.
+        shrink_A: Relative shrinkage of the factor of the inputs.
+        shrink_G: Relative shrinkage of the factor of the outputs.
     """
-    right, left = moments.require("kronecker")
-    return two_sided(W, shrink(right.double(), shrink_right), shrink(left.double(), shrink_left))
+    A, G = moments.require("kronecker")
+    return two_sided(W, shrink(A.double(), shrink_A), shrink(G.double(), shrink_G))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasc_lightning.solvers._fasc import SHRINK_A, two_sided
+from fasc_lightning.solvers._fasc import SHRINK_A
 from fasc_lightning.solvers._linalg import shrink
 from fasc_lightning.solvers._registry import register_solver
+from fasc_lightning.solvers._two_sided import two_sided
 from fasc_lightning.solvers._types import Factorization
-from fasc_lightning.statistics import LayerMoments, diagonal_form
+from fasc_lightning.statistics import LayerMoments, diagonal_moment
 
 
 @register_solver("svd-llm")
@@ -24,5 +25,5 @@ def svd_llm(W: Tensor, moments: LayerMoments, shrink_A: float = SHRINK_A) -> Fac
         moments: Moments of the layer; only A is used.
         shrink_A: Relative shrinkage of A.
     """
-    identity = diagonal_form(torch.ones_like(W[:, 0], dtype=torch.float64))
-    return two_sided(W, shrink(moments.plain_forms()[0].double(), shrink_A), identity)
+    identity = diagonal_moment(torch.ones_like(W[:, 0], dtype=torch.float64))
+    return two_sided(W, shrink(moments.plain_moments()[0].double(), shrink_A), identity)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasc_lightning.solvers._fasc import two_sided
 from fasc_lightning.solvers._registry import register_solver
+from fasc_lightning.solvers._two_sided import two_sided
 from fasc_lightning.solvers._types import Factorization
-from fasc_lightning.statistics import LayerMoments, diagonal_form
+from fasc_lightning.statistics import LayerMoments, diagonal_moment
 
 
 @register_solver("weight-svd")
@@ -22,5 +22,5 @@ def weight_svd(W: Tensor, moments: LayerMoments) -> Factorization:
         moments: Not looked at.
     """
     del moments
-    A, G = (diagonal_form(torch.ones_like(side, dtype=torch.float64)) for side in (W[0], W[:, 0]))
+    A, G = (diagonal_moment(torch.ones_like(side, dtype=torch.float64)) for side in (W[0], W[:, 0]))
     return two_sided(W, A, G)

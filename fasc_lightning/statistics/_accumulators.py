@@ -9,13 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
+from fasc_lightning.statistics._layer_sketches import Reduction
 from fasc_lightning.statistics._packed import add_gram_, packed_diagonal, packed_size, unpack
 from fasc_lightning.statistics._projected import Projection
 from fasc_lightning.statistics._second_moments import SecondMoment, dense
-from fasc_lightning.statistics._sketch import Sketch
-
-#: How a second moment is held that is not exact, or not whole.
-Reduction = Sketch | Projection
 
 #: Options of torchmetrics: processes are summed by our own `all_reduce_`, since its synchronisation gathers every
 #: process's matrices; and a cached result would be a second matrix, and wrong once states are merged.
@@ -133,7 +130,7 @@ class Moments(Accumulator):
     ) -> None:
         shapes: dict[str, tuple[int, ...]] = {"total": (features,)}
         if second:
-            shapes["outer"] = (second_size(features, sketch),)
+            shapes["outer"] = (second_moment_size(features, sketch),)
         else:
             shapes["energy"] = (1,)
         if absolute:
@@ -166,7 +163,7 @@ class Moments(Accumulator):
             if not torch.isfinite(total.sum()):
                 raise FloatingPointError("Expected finite vectors but some hold NaN or Inf.")
             if self.second:
-                add_second_(self.outer, self.sketch, X, scale**2)
+                add_second_moment_(self.outer, self.sketch, X, scale**2)
             else:
                 self.energy.add_(X.square().sum(), alpha=scale**2)
             self.total.add_(total, alpha=scale)
@@ -176,12 +173,12 @@ class Moments(Accumulator):
 
     def compute(self) -> Tensor:
         """Return the uncentred second moment E[x x^T], shape (d, d)."""
-        return dense(self.form())
+        return dense(self.second_moment())
 
-    def form(self) -> SecondMoment:
+    def second_moment(self) -> SecondMoment:
         """Return the same in the form that it has: a sketch is not made a matrix."""
         self.allocate()
-        return second_form(self.outer, self.features, self.sketch, self.count.clamp(min=1))
+        return second_moment(self.outer, self.features, self.sketch, self.count.clamp(min=1))
 
     def mean(self) -> Tensor:
         """Return the mean vector, shape (d,)."""
@@ -190,7 +187,7 @@ class Moments(Accumulator):
     def mean_square(self) -> Tensor:
         """Return E|x|^2, the trace of the second moment, a float64 scalar."""
         self.allocate()
-        total = second_diagonal(self.outer, self.features, self.sketch) if self.second else self.energy
+        total = second_moment_diagonal(self.outer, self.features, self.sketch) if self.second else self.energy
         return total.double().sum() / self.count.clamp(min=1)
 
     def mean_magnitude(self) -> Tensor:
@@ -247,7 +244,7 @@ class CoupledMoments(Accumulator):
 
     With p = |h| and q = |x|,
 
-        A_h = \sum_t p_t x_t x_t^T / \sum_t p_t,    G_x = \sum_t q_t h_t h_t^T / \sum_t q_t.
+        A = \sum_t p_t x_t x_t^T / \sum_t p_t,    G = \sum_t q_t h_t h_t^T / \sum_t q_t.
 
     The squares |h|^2 and |x|^2 would be one step from identities towards the Kronecker product nearest to
     E[(x x^T) (x) (h h^T)] (Van Loan and Pitsianis 1993). They leave few tokens with any say: the lengths of gradients
@@ -271,8 +268,8 @@ class CoupledMoments(Accumulator):
         dtype: torch.dtype = torch.float32,
         sketches: tuple[Reduction | None, Reduction | None] = (None, None),
     ) -> None:
-        right, left = (second_size(d, sketch) for d, sketch in zip((n, m), sketches, strict=True))
-        super().__init__(dtype, {"right": (right,), "left": (left,), "weights": (2,)})
+        A, G = (second_moment_size(d, sketch) for d, sketch in zip((n, m), sketches, strict=True))
+        super().__init__(dtype, {"right": (A,), "left": (G,), "weights": (2,)})  # names in files
         self.shape = (m, n)
         self.sketches = sketches
 
@@ -296,27 +293,27 @@ class CoupledMoments(Accumulator):
             S = None if seen is None else seen.detach().to(self.accumulator_dtype)
             X, H = x.detach().to(self.accumulator_dtype), h.detach().to(self.accumulator_dtype)
             p, q = H.norm(dim=1), X.norm(dim=1)
-            right, left = self.sketches
+            of_A, of_G = self.sketches
             for sums, sketch, rows, root, weight in (
-                (self.right, right, X, p.sqrt()[:, None], abs(scale)),
-                (self.left, left, H, q.sqrt()[:, None], scale**2),
+                (self.right, of_A, X, p.sqrt()[:, None], abs(scale)),
+                (self.left, of_G, H, q.sqrt()[:, None], scale**2),
             ):
                 through = S * root if S is not None and isinstance(sketch, Projection) else None
-                add_second_(sums, sketch, rows * root, weight, through)
+                add_second_moment_(sums, sketch, rows * root, weight, through)
             self.weights += torch.stack([p.sum() * abs(scale), q.sum()])
             self.count += len(x)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Return (A_h (n, n), G_x (m, m)); zeros where all weights are."""
-        right, left = self.forms()
-        return dense(right), dense(left)
+        """Return (A (n, n), G (m, m)); zeros where all weights are."""
+        A, G = self.second_moments()
+        return dense(A), dense(G)
 
-    def forms(self) -> tuple[SecondMoment, SecondMoment]:
+    def second_moments(self) -> tuple[SecondMoment, SecondMoment]:
         """Return the same in the forms that they have: a sketch is not made a matrix."""
         self.allocate()
-        (m, n), (right, left) = self.shape, self.sketches
+        (m, n), (of_A, of_G) = self.shape, self.sketches
         p, q = self.weights.clamp(min=torch.finfo(self.accumulator_dtype).tiny)
-        return second_form(self.right, n, right, p), second_form(self.left, m, left, q)
+        return second_moment(self.right, n, of_A, p), second_moment(self.left, m, of_G, q)
 
 
 def check_pairs(x: Tensor, h: Tensor, shape: tuple[int, int]) -> None:
@@ -329,12 +326,14 @@ def check_pairs(x: Tensor, h: Tensor, shape: tuple[int, int]) -> None:
         raise ValueError(f"Expected as many x and h of lengths {shape} but got {x.shape=} and {h.shape=}.")
 
 
-def second_size(d: int, sketch: Reduction | None) -> int:
+def second_moment_size(d: int, sketch: Reduction | None) -> int:
     """Return how many numbers a second moment of width d holds, packed or sketched."""
     return packed_size(d) if sketch is None else sketch.numbers
 
 
-def add_second_(sums: Tensor, sketch: Reduction | None, X: Tensor, weight: float, seen: Tensor | None = None) -> None:
+def add_second_moment_(
+    sums: Tensor, sketch: Reduction | None, X: Tensor, weight: float, seen: Tensor | None = None
+) -> None:
     """Add ``weight X^T X`` to the sums of a second moment, packed or reduced, in place.
 
     Args:
@@ -354,12 +353,12 @@ def add_second_(sums: Tensor, sketch: Reduction | None, X: Tensor, weight: float
         sketch.add_(sums, X, weight)
 
 
-def second_form(sums: Tensor, d: int, sketch: Reduction | None, divisor: Tensor) -> SecondMoment:
+def second_moment(sums: Tensor, d: int, sketch: Reduction | None, divisor: Tensor) -> SecondMoment:
     """Return the sums of a second moment, packed or sketched, over a divisor: a matrix (d, d), or what is rebuilt."""
     divisor = divisor.to(sums.dtype)
-    return unpack(sums, d) / divisor if sketch is None else sketch.form(sums / divisor)
+    return unpack(sums, d) / divisor if sketch is None else sketch.second_moment(sums / divisor)
 
 
-def second_diagonal(sums: Tensor, d: int, sketch: Reduction | None) -> Tensor:
+def second_moment_diagonal(sums: Tensor, d: int, sketch: Reduction | None) -> Tensor:
     """Return the diagonal of what was summed, exact for either kind, shape (d,)."""
     return packed_diagonal(sums, d) if sketch is None else sketch.diagonal(sums)

@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import repeat
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from fasc_lightning.statistics._accumulators import (
-    Accumulator,
-    CoupledMoments,
-    CrossMoments,
-    Moments,
-    Reduction,
-    second_size,
-)
+from fasc_lightning.statistics._accumulators import Accumulator, CoupledMoments, CrossMoments, Moments
 from fasc_lightning.statistics._fisher import SequenceFisher
 from fasc_lightning.statistics._layer_moments import LayerMoments, check_needs, layer_moments
-from fasc_lightning.statistics._projected import Projection
-
-
-@dataclass(frozen=True)
-class LayerSketches:
-    """How the second moments of one layer are sketched; None for an exact one.
-
-    Attributes:
-        inputs: Of width n. Layers that may share an input tensor need the same one here.
-        outputs: Of width m.
-    """
-
-    inputs: Reduction | None = None
-    outputs: Reduction | None = None
-
-    @property
-    def projects(self) -> Literal["inputs", "outputs"] | None:
-        """Which side is held as the weight sees it, if one is."""
-        if isinstance(self.inputs, Projection):
-            return "inputs"
-        return "outputs" if isinstance(self.outputs, Projection) else None
+from fasc_lightning.statistics._layer_sketches import LayerSketches, check_sketches
 
 
 class CalibrationMoments:
@@ -78,7 +49,7 @@ class CalibrationMoments:
         self.device = torch.device(device)
         self.needs = check_needs(needs)
         self.sketches = dict(sketches or {})
-        _check_sketches(self.shapes, self.sketches, shared="plain" in self.needs)
+        check_sketches(self.shapes, self.sketches, shared="plain" in self.needs)
         self.inputs: dict[tuple[str, ...], Moments] = {}
         self.gradients = {name: self._new_gradients(name, m) for name, (m, _) in shapes.items()}
         self.couplings: dict[str, CoupledMoments] = {}
@@ -209,8 +180,8 @@ class CalibrationMoments:
                 pooled.add_(part)
         G = self.gradients[name]
         sequences = self.sequences.get(name)
-        coupled = self.couplings[name].forms() if name in self.couplings else None
-        plain = (pooled.form(), G.form()) if "plain" in self.needs else coupled
+        coupled = self.couplings[name].second_moments() if name in self.couplings else None
+        plain = (pooled.second_moment(), G.second_moment()) if "plain" in self.needs else coupled
         assert plain is not None  # one of the two is always gathered
         return layer_moments(
             plain,
@@ -225,11 +196,11 @@ class CalibrationMoments:
             kronecker=sequences.compute() if sequences is not None and "kronecker" in self.needs else None,
         )
 
-    def gradient_metric(self, name: str) -> Tensor:
+    def G(self, name: str) -> Tensor:  # noqa: N802
         """Return G of one layer alone, shape (m, m): the coupled one if it was gathered, as ``fasc`` takes it."""
         return self.couplings[name].compute()[1] if name in self.couplings else self.gradients[name].compute()
 
-    def input_metric(self, name: str) -> Tensor:
+    def A(self, name: str) -> Tensor:  # noqa: N802
         """Return A of one layer alone, shape (n, n): the coupled one if it was gathered, as ``fasc`` takes it.
 
         A sketched one becomes a matrix: a refit, which asks for it, gathers exact moments of the drifted inputs beside
@@ -355,68 +326,3 @@ class CalibrationMoments:
     def nbytes(self) -> int:
         """Bytes held now."""
         return sum(stream.nbytes for stream in self._streams())
-
-
-def _check_sketches(shapes: Mapping[str, tuple[int, int]], sketches: Mapping[str, LayerSketches], shared: bool) -> None:
-    """Refuse sketches of other layers or widths, and of inputs of one width that could not share one moment."""
-    if shared and (names := [name for name, sides in sketches.items() if sides.projects]):
-        raise ValueError(
-            f"Expected `needs` of nothing but 'coupled' with projected moments, as of {names[0]!r}: inputs that layers "
-            "share are seen through the weight of each."
-        )
-    widths: dict[int, tuple[str, Reduction | None]] = {}
-    for name in sketches:
-        if name not in shapes:
-            raise ValueError(f"Expected sketches of tapped layers but {name!r} is none of the {len(shapes)}.")
-    for name, (m, n) in shapes.items():
-        sketch = sketches.get(name, LayerSketches())
-        for side, width in ((sketch.inputs, n), (sketch.outputs, m)):
-            if side is not None and side.features != width:
-                raise ValueError(
-                    f"Expected a sketch of width {width} for layer {name!r} of shape {(m, n)} but got {side.features}."
-                )
-        other, first = widths.setdefault(n, (name, sketch.inputs))
-        if shared and first != sketch.inputs:
-            raise ValueError(
-                f"Expected one sketch for all inputs of width {n}, since layers may share an input tensor; but "
-                f"{other!r} has {first} and {name!r} {sketch.inputs}. Give both the larger one."
-            )
-
-
-def moment_dtype(layers: Iterable[nn.Module]) -> torch.dtype:
-    """Return float64 if a layer computes in it, else float32."""
-    double = any(p.dtype == torch.float64 for module in layers for p in module.parameters())
-    return torch.float64 if double else torch.float32
-
-
-def moments_bytes(
-    shapes: Iterable[tuple[int, int]],
-    dtype: torch.dtype = torch.float32,
-    needs: Iterable[str] = frozenset(),
-    sketches: Iterable[LayerSketches] | None = None,
-) -> int:
-    """Upper bound of the memory that moments need, in bytes.
-
-    Which layers share an input is only known once a batch has run, so each layer's A is counted on its own.
-
-    Args:
-        shapes: (m, n) of each tapped layer.
-        dtype: Type of the accumulators.
-        needs: What is gathered besides the means.
-        sketches: Of each layer in turn; all moments are exact by default.
-    """
-    needs = check_needs(needs)
-    numbers = 0
-    for (m, n), sketch in zip(shapes, repeat(LayerSketches()) if sketches is None else sketches, strict=False):
-        second = second_size(m, None) + second_size(n, None)
-        numbers += (
-            (second_size(m, sketch.outputs) + second_size(n, sketch.inputs)) * len(needs & {"plain", "coupled"}) + m + n
-        )
-        numbers += 2 if "coupled" in needs else 0
-        numbers += 2 if "plain" not in needs else 0
-        numbers += m * n if "C" in needs else 0
-        numbers += n if "abs_x" in needs else 0
-        numbers += second_size(n, None) + n if "saliency" in needs else 0
-        numbers += m if needs & {"fisher_rows", "kronecker"} else 0
-        numbers += second if "kronecker" in needs else 0
-    return numbers * dtype.itemsize

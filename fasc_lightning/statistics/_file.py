@@ -32,9 +32,10 @@ from fasc_lightning._utils import (
     text,
     whole_file,
 )
-from fasc_lightning.statistics._accumulators import Accumulator, Reduction
-from fasc_lightning.statistics._collector import CalibrationMoments, LayerSketches
+from fasc_lightning.statistics._accumulators import Accumulator
+from fasc_lightning.statistics._collector import CalibrationMoments
 from fasc_lightning.statistics._layer_moments import NEEDS
+from fasc_lightning.statistics._layer_sketches import LayerSketches, Reduction
 from fasc_lightning.statistics._projected import Projection
 from fasc_lightning.statistics._sketch import SKETCH_KINDS, Sketch
 

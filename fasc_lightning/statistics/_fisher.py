@@ -75,16 +75,16 @@ class SequenceFisher(Accumulator):
         self.allocate()
         with torch.autocast(x.device.type, enabled=False):
             # Unpacked for the length of a call only: for all layers they would be half as much memory again.
-            right = None if self.start is None else _unit(self.start[0], n)
-            left = None if self.start is None else _unit(self.start[1], m)
-            for G in self._gradients(x.detach(), h.detach(), lengths):
-                self.rows.add_(G.square().sum(1), alpha=scale**2)
+            A = None if self.start is None else _unit(self.start[0], n)
+            G = None if self.start is None else _unit(self.start[1], m)
+            for dW in self._weight_gradients(x.detach(), h.detach(), lengths):
+                self.rows.add_(dW.square().sum(1), alpha=scale**2)
                 if self.is_kronecker:
-                    add_gram_(self.left, G.T, scale**2, None if right is None else right @ G.T)
-                    add_gram_(self.right, G, scale**2, None if left is None else left @ G)
+                    add_gram_(self.left, dW.T, scale**2, None if A is None else A @ dW.T)
+                    add_gram_(self.right, dW, scale**2, None if G is None else G @ dW)
                 self.count += 1
 
-    def _gradients(self, x: Tensor, h: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
+    def _weight_gradients(self, x: Tensor, h: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
         start = 0
         for length in lengths:
             rows = slice(start, start + length)

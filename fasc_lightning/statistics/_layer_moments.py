@@ -56,7 +56,7 @@ class LayerMoments:
         mean_x: E[x], shape (n,).
         mean_h: E[h], shape (m,).
         tokens: Number of tokens behind the expectations.
-        coupled: (A_h (n, n), G_x (m, m)): the same expectations, in which tokens weigh by |h| and by |x|
+        coupled: (A (n, n), G (m, m)): the same expectations, in which tokens weigh by |h| and by |x|
             (:class:`~fasc_lightning.statistics.CoupledMoments`).
         C: E[x h^T], shape (n, m); with g = W^T h, Sigma_xg = C W.
         abs_x: E|x|, shape (n,).
@@ -99,18 +99,18 @@ class LayerMoments:
         """Return the same on a device."""
         return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
 
-    def plain_forms(self) -> tuple[SecondMoment, SecondMoment]:
+    def plain_moments(self) -> tuple[SecondMoment, SecondMoment]:
         """Return A and G in the forms that they have: a sketch is not made a matrix, as it is by reading ``A``."""
         return self.A, self.G
 
-    def coupled_forms(self) -> tuple[SecondMoment, SecondMoment]:
+    def coupled_moments(self) -> tuple[SecondMoment, SecondMoment]:
         """Return ``coupled`` in the forms that it has.
 
         Raises:
             ValueError: If it was not gathered.
         """
-        right, left = self.require("coupled")
-        return right, left
+        A, G = self.require("coupled")
+        return A, G
 
 
 class SketchedLayerMoments(LayerMoments):
@@ -134,18 +134,18 @@ class SketchedLayerMoments(LayerMoments):
     @property
     def A(self) -> Tensor:  # noqa: N802
         """See :class:`LayerMoments`."""
-        return dense(self.plain_forms()[0])
+        return dense(self.plain_moments()[0])
 
     @property
     def G(self) -> Tensor:  # noqa: N802
         """See :class:`LayerMoments`."""
-        return dense(self.plain_forms()[1])
+        return dense(self.plain_moments()[1])
 
     @property
     def coupled(self) -> tuple[Tensor, Tensor] | None:
         """See :class:`LayerMoments`."""
-        forms: tuple[SecondMoment, SecondMoment] | None = self.__dict__["_coupled"]
-        return None if forms is None else (dense(forms[0]), dense(forms[1]))
+        moments: tuple[SecondMoment, SecondMoment] | None = self.__dict__["_coupled"]
+        return None if moments is None else (dense(moments[0]), dense(moments[1]))
 
     def to(self, device: torch.device | str) -> SketchedLayerMoments:
         """See :class:`LayerMoments`."""
@@ -157,17 +157,17 @@ class SketchedLayerMoments(LayerMoments):
         """See :class:`LayerMoments`."""
         return self.__dict__["_coupled"] is not None
 
-    def plain_forms(self) -> tuple[SecondMoment, SecondMoment]:
+    def plain_moments(self) -> tuple[SecondMoment, SecondMoment]:
         """See :class:`LayerMoments`."""
-        forms: tuple[SecondMoment, SecondMoment] = self.__dict__["_plain"]
-        return forms
+        moments: tuple[SecondMoment, SecondMoment] = self.__dict__["_plain"]
+        return moments
 
-    def coupled_forms(self) -> tuple[SecondMoment, SecondMoment]:
+    def coupled_moments(self) -> tuple[SecondMoment, SecondMoment]:
         """See :class:`LayerMoments`."""
-        forms: tuple[SecondMoment, SecondMoment] | None = self.__dict__["_coupled"]
-        if forms is None:
+        moments: tuple[SecondMoment, SecondMoment] | None = self.__dict__["_coupled"]
+        if moments is None:
             raise not_gathered("coupled")
-        return forms
+        return moments
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:

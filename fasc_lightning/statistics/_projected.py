@@ -128,6 +128,6 @@ class Projection:
         """Return the mean of the diagonal of what was summed in the place of each of its entries, shape (d,)."""
         return (sums[-1] / self.features).expand(self.features)
 
-    def form(self, sums: Tensor) -> ProjectedMoment:
+    def second_moment(self, sums: Tensor) -> ProjectedMoment:
         """Return what was summed."""
         return ProjectedMoment(unpack(sums[:-1], self.size), sums[-1] / self.features, self.features)

@@ -80,7 +80,7 @@ def dense(S: SecondMoment) -> Tensor:
     return S if isinstance(S, Tensor) else S.dense()
 
 
-def diagonal_form(values: Tensor) -> LowRankPlusDiagonal:
+def diagonal_moment(values: Tensor) -> LowRankPlusDiagonal:
     """Return the diagonal matrix of these values, shape (d,), of which nothing else is held."""
     return LowRankPlusDiagonal(values.new_zeros(len(values), 0), values, 0.0)
 

@@ -267,7 +267,7 @@ class Sketch:
         """Return the exact diagonal of the moment that was summed, shape (d,)."""
         return self._views(sums)[1]
 
-    def form(self, sums: Tensor) -> LowRankPlusDiagonal | NystromMoment:
+    def second_moment(self, sums: Tensor) -> LowRankPlusDiagonal | NystromMoment:
         """Return the moment that was summed, rebuilt in float64, with an estimate of its error.
 
         With the range finder it is completed (``statistics/_nystrom.py``), and its diagonal is the exact one.
@@ -286,9 +286,9 @@ class Sketch:
 
     def error(self, sums: Tensor) -> float:
         """Return how far off the rebuilt moment is thought to be (:meth:`form`); NaN for kind "gaussian"."""
-        return self.form(sums).error
+        return self.second_moment(sums).error
 
-    def _error(self, sums: Tensor, form: NystromMoment) -> float:
+    def _error(self, sums: Tensor, S: NystromMoment) -> float:
         r"""Return an estimate of |A - S|_F / |A|_F with S the rebuilt moment, from the held-out probes.
 
         For random signs psi, E|M psi|^2 = |M|_F^2; with eight of them the estimate is good to about a third. A - S has
@@ -296,9 +296,9 @@ class Sketch:
         well. Neither S nor the probes know of each other, so that the square of the estimate has no bias but for the
         rounding of the sums. Zero if the moment is.
         """
-        norm = form.norm()
+        norm = S.norm()
         if not norm > 0:
             return 0.0
         seen = self._views(sums)[0][:, self.size :].double()
         probes = probe_signs(self.features, self.seed).to(seen)
-        return float((seen - form.apply(probes)).norm() / PROBES**0.5 / norm)
+        return float((seen - S.apply(probes)).norm() / PROBES**0.5 / norm)

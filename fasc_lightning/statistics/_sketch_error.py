@@ -7,8 +7,8 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from fasc_lightning.statistics._collector import LayerSketches
 from fasc_lightning.statistics._layer_moments import LayerMoments
+from fasc_lightning.statistics._layer_sketches import LayerSketches
 
 
 class SketchFigures(TypedDict):
@@ -31,13 +31,13 @@ def sketch_figures(sketches: LayerSketches, moments: LayerMoments) -> dict[str, 
         sketches: Of the layer.
         moments: Its moments, as the solver was given them.
     """
-    forms = [moments.plain_forms(), *([moments.coupled_forms()] if moments.is_coupled else [])]
+    pairs = [moments.plain_moments(), *([moments.coupled_moments()] if moments.is_coupled else [])]
     figures: dict[str, SketchFigures] = {}
     for side, sketch, found in zip(
-        ("inputs", "outputs"), (sketches.inputs, sketches.outputs), zip(*forms, strict=True), strict=True
+        ("inputs", "outputs"), (sketches.inputs, sketches.outputs), zip(*pairs, strict=True), strict=True
     ):
         if sketch is not None:
-            errors = [math.nan if isinstance(form, Tensor) else form.error for form in found]
+            errors = [math.nan if isinstance(S, Tensor) else S.error for S in found]
             figures[side] = SketchFigures(
                 size=sketch.size, error=math.nan if any(map(math.isnan, errors)) else max(errors)
             )

@@ -1,4 +1,4 @@
-"""Files, memory, tables, clocks and checked data: nothing here knows of compression."""
+"""Helpers without any knowledge of compression: files, memory, tables, clocks, checked data."""
 
 from fasc_lightning._utils._atomic_files import whole_file, whole_folder
 from fasc_lightning._utils._checksum import check_sum, checksum, file_checksum, tensor_checksum, tensor_checksums

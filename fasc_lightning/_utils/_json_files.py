@@ -1,4 +1,4 @@
-"""JSON files, written whole, with figures that JSON can hold."""
+"""JSON files: atomic writes of values that JSON can hold, and reads checked against a schema."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from fasc_lightning._utils._atomic_files import whole_file
 from fasc_lightning._utils._schema import Schema, SchemaError, anything, check
 
-#: Bytes of a JSON file of ours; the largest hold a row for each layer.
+#: Largest JSON file that is read, in bytes. The largest that the package writes hold a row for each layer.
 MAX_JSON_BYTES = 256 * 2**20
 
 
 def write_json(content: Any, path: str | Path) -> None:
-    """Write JSON whole or not at all."""
+    """Write a JSON file atomically."""
     with whole_file(Path(path)) as temporary:
         temporary.write_text(json.dumps(plain_values(content), indent=2) + "\n")
 
 
 def plain_values(value: Any) -> Any:
-    """Return JSON types: tuples become lists, NaN (which JSON has not) None."""
+    """Return JSON types: tuples become lists, and NaN, which JSON lacks, becomes None."""
     if isinstance(value, dict):
         return {str(k): plain_values(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -34,10 +34,10 @@ def plain_values(value: Any) -> Any:
 
 
 def parse_json(content: str | bytes, where: str) -> Any:
-    """Return what JSON says.
+    """Return the value of a JSON text.
 
     Raises:
-        SchemaError: If it is not valid, or nested so deeply that it cannot be read; naming ``where``.
+        SchemaError: If it is not valid, or nested too deeply; the message begins with ``where``.
     """
     try:
         return json.loads(content)
@@ -47,11 +47,11 @@ def parse_json(content: str | bytes, where: str) -> Any:
 
 
 def read_json(path: str | Path, schema: Schema = anything) -> Any:
-    """Return what a JSON file holds, once it is known to be what it should.
+    """Return the value of a JSON file, once it fits the schema.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        SchemaError: If it is no JSON, too large, or not of the schema; naming the file.
+        SchemaError: If the file is not JSON, is too large, or does not fit the schema; the message names the file.
     """
     path = Path(path)
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
@@ -64,10 +64,10 @@ def read_json(path: str | Path, schema: Schema = anything) -> Any:
 
 
 def check_json_files(files: Iterable[Path]) -> None:
-    """Refuse JSON files that are cut short or damaged; those that do not exist are passed over.
+    """Refuse truncated or damaged JSON files; missing files are skipped.
 
     Raises:
-        ValueError: With the file.
+        ValueError: With the name of the file.
     """
     for file in files:
         try:

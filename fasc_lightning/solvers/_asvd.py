@@ -18,10 +18,11 @@ ALPHA = 0.5
 def asvd(W: Tensor, moments: LayerMoments, alpha: float = ALPHA) -> Factorization:
     """Minimise |(W - W') S|_F^2 with S = diag(E|x|)^alpha: the SVD of W S, times S^-1 (Yuan et al. 2023, ASVD).
 
-    The paper's "absmean" scaling with its alpha of 0.5. Its search for each layer's rank by perplexity is not part of
-    the solver: ranks are the allocation's. A feature that is always zero gets a floor instead of the paper's constant.
+    This is the paper's "absmean" scaling with its alpha of 0.5. The paper also searches each layer's rank by
+    perplexity; here the allocation sets the ranks. A feature that is always zero gets a floor instead of the paper's
+    constant.
 
-    The losses are squared weights times magnitudes to the power of 2 alpha: a unit of its own.
+    The losses are squared weights times magnitudes to the power of 2 alpha, a unit of their own.
 
     Args:
         W: Weight, shape (m, n).

@@ -1,4 +1,4 @@
-"""SVD-LLM: activation-whitened truncation, blind to gradients."""
+"""SVD-LLM: activation-whitened truncation, without gradients."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fasc_lightning.statistics import LayerMoments, diagonal_moment
 def svd_llm(W: Tensor, moments: LayerMoments, shrink_A: float = SHRINK_A) -> Factorization:
     """Minimise E|(W - W') x|^2 (Wang et al. 2024, SVD-LLM, truncation-aware whitening).
 
-    The paper whitens with the Cholesky factor of X X^T and leaves a singular one to a repair; here A is shrunk by
-    the same relative amount as for ``fasc``. Its later steps (parameter update, LoRA) are not part of the solver.
+    The paper whitens with the Cholesky factor of X X^T and repairs a singular one. Here A is shrunk by the same
+    relative amount as for ``fasc``. The paper's later steps (parameter update, LoRA) are not part of the solver.
 
     Args:
         W: Weight, shape (m, n).

@@ -12,13 +12,13 @@ from fasc_lightning.statistics import SecondMoment, congruence, dense
 def two_sided(W: Tensor, A: SecondMoment, G: SecondMoment) -> Factorization:
     r"""Minimise tr(G D A D^T), D = W - W', over all W' of each rank.
 
-    With any R_A R_A^T = A and R_G^T R_G = G, let M = R_G W R_A = U S V^T; the optimum is
-    W'_k = R_G^-1 U_k S_k V_k^T R_A^-1 and the loss left is the sum of s_i^2 beyond k (Eckart and Young 1936 in the
-    metric of the two factors). As U_k S_k V_k^T = U_k U_k^T M, one root cancels, W'_k = R_G^-1 U_k U_k^T R_G W, and U
-    are the eigenvectors of M M^T = R_G (W A W^T) R_G^T: only the smaller side needs a root and an eigh. A low-rank form
-    on the larger side therefore stays one; on the smaller side it becomes a matrix, which is no larger than W.
+    With any R_A R_A^T = A and R_G^T R_G = G, let M = R_G W R_A = U S V^T. The optimum is W'_k = R_G^-1 U_k S_k V_k^T
+    R_A^-1, and its loss is the sum of s_i^2 beyond k (Eckart and Young 1936 in the metric of the two factors). Because
+    U_k S_k V_k^T = U_k U_k^T M, one root cancels: W'_k = R_G^-1 U_k U_k^T R_G W. U holds the eigenvectors of M M^T =
+    R_G (W A W^T) R_G^T, so only the smaller side needs a root and an eigh. A sketched moment of the larger side
+    therefore stays low-rank. On the smaller side it becomes a matrix, which is no larger than W.
 
-    Note the orientation: with Cholesky's G = L L^T it is R_G = L^T, not L.
+    Note the orientation: with Cholesky's G = L L^T, R_G is L^T, not L.
 
     Args:
         W: Shape (m, n).

@@ -1,4 +1,4 @@
-"""Second moments of inputs and gradients: streamed, packed, sketched, projected, offloaded, on disk."""
+"""Second moments of inputs and gradients: accumulated, packed, sketched, projected, offloaded, on disk."""
 
 from fasc_lightning.statistics._accumulators import Accumulator, CoupledMoments, Moments
 from fasc_lightning.statistics._collector import CalibrationMoments

@@ -1,4 +1,4 @@
-"""The statistics of all tapped layers: what a calibration gathers."""
+"""Statistics of all tapped layers, gathered by a calibration."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from fasc_lightning.statistics._layer_sketches import LayerSketches, check_sketc
 
 
 class CalibrationMoments:
-    """The moments of all tapped layers; layers that share an input tensor share its A.
+    """Moments of all tapped layers; layers that share an input tensor share its A.
 
-    Inputs are keyed by the *set* of layers that were given the same tensor, so a layer that shares its input in one
-    call and not in another is still exact: its A is the sum over the sets it belongs to.
+    The sums of inputs are keyed by the *set* of layers that read one tensor. A layer may therefore share its input in
+    one call and not in another, and its A stays exact: it is the sum over the sets with that layer.
 
     Args:
         shapes: (m, n) of each layer by name.
-        dtype: Type of the accumulators.
-        device: Where they live.
-        needs: What to gather besides the means, by name (``NEEDS``); nothing else is
-            computed. "coupled" costs about as much as "plain", and does not share A between layers. "C" costs m n
-            numbers a layer and about a third more work, "saliency" and "kronecker" as much as A and G do and more work
-            than they.
-        sketches: Of single layers by name, in place of exact second moments (plain and coupled; what else is needed
-            is exact). All processes must have the same.
+        dtype: Dtype of the sums.
+        device: Device of the sums.
+        needs: Names of the statistics to gather besides the means (``NEEDS``); nothing else is computed. "coupled"
+            costs about as much as "plain", and does not share A between layers. "C" costs m n numbers a layer and about
+            a third more work. "saliency" and "kronecker" take as much memory as A and G and more work.
+        sketches: Sketches by layer, in place of the exact plain and coupled moments; other statistics stay exact. All
+            processes must pass the same.
 
     Raises:
-        ValueError: If a need is unknown, or sketches do not fit their layers.
+        ValueError: If a need is unknown, or a sketch does not fit its layer.
     """
 
     def __init__(
@@ -85,11 +84,11 @@ class CalibrationMoments:
         return self.inputs[key]
 
     def add_inputs(self, members: Iterable[str], x: Tensor) -> None:
-        """Add input rows x (tokens, n) that all of ``members`` were given."""
+        """Add input rows x (tokens, n) that all of ``members`` read."""
         self._input(members).update(x.to(self.device))
 
     def move_inputs(self, members: Iterable[str], reached: Iterable[str], x: Tensor) -> None:
-        """Move rows that were counted for ``members`` to the subset that a gradient did reach."""
+        """Move rows that were counted for ``members`` to the subset of layers that got a gradient."""
         members, x = tuple(members), x.to(self.device)
         correction = self._new_input(members[0], x.shape[1])
         correction.update(x)
@@ -102,14 +101,14 @@ class CalibrationMoments:
         self.gradients[name].update(h.to(self.device), scale)
 
     def settle(self) -> None:
-        """Nothing waits: what stands in for these where they are not on the batches' device has to."""
+        """Do nothing: rows are summed at once (:class:`CpuOffload` waits here)."""
 
     def drop(self) -> None:
-        """Likewise."""
+        """Do nothing: no rows wait to be summed."""
 
     @property
     def takes_pairs(self) -> bool:
-        """Whether something is gathered that needs x and h of a token together."""
+        """Whether a gathered statistic needs x and h of a token together."""
         return bool(self.needs - {"plain", "abs_x"})
 
     def add_pairs(
@@ -131,10 +130,10 @@ class CalibrationMoments:
             lengths: Tokens of each sequence; one sequence by default.
             scale: Factor of every h.
             g: Gradients at the inputs, W^T h, shape (tokens, n); only "saliency" needs them.
-            seen: The rows of the side that is projected through the weight (:meth:`projects`), where one is.
+            seen: Rows of the projected side times the weight (:meth:`projects`), if a side is projected.
 
         Raises:
-            ValueError: If a saliency is gathered and there is no g, or a side is projected and not ``seen``.
+            ValueError: If a saliency is gathered without ``g``, or a side is projected without ``seen``.
         """
         x, h = x.to(self.device), h.to(self.device)
         if name in self.couplings:
@@ -151,20 +150,20 @@ class CalibrationMoments:
             self.sequences[name].update(x, h, [len(x)] if lengths is None else lengths, scale)
 
     def projects(self, name: str) -> Literal["inputs", "outputs"] | None:
-        """Return which side of a layer is held as its weight sees it, if one is."""
+        """Return the side of a layer that is projected through its weight; None if neither is."""
         return self._sketch(name).projects
 
     def drop_cross(self) -> None:
-        """Free C of all layers, once it has served."""
+        """Free C of all layers."""
         self.crosses.clear()
         self.needs -= {"C"}
 
     def tokens(self, name: str) -> int:
-        """Number of (x, h) pairs seen by a layer."""
+        """Return the count of (x, h) pairs of a layer."""
         return round(self.gradients[name].count.item())
 
     def layer(self, name: str) -> LayerMoments:
-        """Return one layer's moments, normalised; sketched ones are rebuilt, each time anew.
+        """Return one layer's moments, normalised; sketched ones are rebuilt at each call.
 
         Raises:
             KeyError: If the layer is not tapped.
@@ -197,19 +196,19 @@ class CalibrationMoments:
         )
 
     def G(self, name: str) -> Tensor:  # noqa: N802
-        """Return G of one layer alone, shape (m, m): the coupled one if it was gathered, as ``fasc`` takes it."""
+        """Return G of one layer alone, shape (m, m): the coupled G if it was gathered, otherwise the plain one."""
         return self.couplings[name].compute()[1] if name in self.couplings else self.gradients[name].compute()
 
     def A(self, name: str) -> Tensor:  # noqa: N802
-        """Return A of one layer alone, shape (n, n): the coupled one if it was gathered, as ``fasc`` takes it.
+        """Return A of one layer alone, shape (n, n): the coupled A if it was gathered, otherwise the plain one.
 
-        A sketched one becomes a matrix: a refit, which asks for it, gathers exact moments of the drifted inputs beside
-        it, which are four times as large.
+        A sketched A becomes a matrix. Only a refit calls this, and it gathers exact moments of the drifted inputs
+        besides, which are four times as large.
         """
         return self.couplings[name].compute()[0] if name in self.couplings else self.layer(name).A
 
     def _own(self) -> Iterator[dict[str, Any]]:
-        """Yield what is held for each layer on its own, by name, in a fixed order."""
+        """Yield the accumulators that each layer holds on its own, by name, in a fixed order."""
         yield from (self.gradients, self.couplings, self.crosses, self.saliencies, self.sequences)
 
     def _streams(self) -> Iterator[Accumulator]:
@@ -218,19 +217,19 @@ class CalibrationMoments:
             yield from group.values()
 
     def release(self, name: str) -> None:
-        """Free what only this layer needs; a shared A goes with the last layer that shares it."""
+        """Free the sums that only this layer needs; a shared A is freed with the last layer that shares it."""
         m, n = self.shapes.pop(name)
         for group in self._own():
             group.pop(name, None)
-        self.gradients[name] = self._new_gradients(name, m)  # its count says that nothing is left
+        self.gradients[name] = self._new_gradients(name, m)  # a count of zero marks a released layer
         for key in [key for key in self.inputs if not any(member in self.shapes for member in key)]:
             self.inputs[key] = self._new_input(key[0], n)
 
     def add_(self, other: CalibrationMoments) -> CalibrationMoments:
-        """Merge another run's moments of the same layers into these, in place.
+        """Add another run's moments of the same layers in place.
 
         Raises:
-            ValueError: If the other run gathered other statistics.
+            ValueError: If the other run gathered other statistics, or sketched them differently.
         """
         if other.needs != self.needs:
             raise ValueError(
@@ -249,15 +248,15 @@ class CalibrationMoments:
         return self
 
     def add_layer_(self, name: str, other: CalibrationMoments, theirs: str, weight: float = 1.0) -> CalibrationMoments:
-        """Merge the sums of one layer of another run into those of a layer of these, in place.
+        """Add the sums of one layer of another run to a layer here, in place.
 
-        What only one of the two gathers is left alone.
+        Statistics that only one of the two gathers are skipped.
 
         Args:
             name: Layer here. Its inputs are counted as its own, not as shared ones.
-            other: Another run; or this one, for another layer.
+            other: Another run; or this one, with another layer.
             theirs: Layer there.
-            weight: As if each of its tokens had been seen so many times.
+            weight: Weight of each of its tokens, as if it had come that many times.
 
         Raises:
             ValueError: If the layers differ in shape or in their sketches.
@@ -277,13 +276,13 @@ class CalibrationMoments:
         return self
 
     def check_alike(self, group: Any | None = None) -> None:
-        """Compare with the moments of the other processes, each of which has to call this.
+        """Compare with the moments of the other processes; all processes must call this.
 
         Args:
-            group: Of the processes; all by default.
+            group: Group of the processes; all by default.
 
         Raises:
-            ValueError: On every process, if the sums do not add up: they are of other layers, statistics or sketches.
+            ValueError: On every process, if layers, statistics or sketches differ, so that the sums do not add up.
         """
         mine = {
             "layers": self.shapes,
@@ -306,14 +305,14 @@ class CalibrationMoments:
         """Sum over all processes, in place: every process ends with the moments of all batches.
 
         Args:
-            group: Of the processes; all by default.
-            device: Where the processes can reduce, one state at a time; by default where the moments are.
+            group: Group of the processes; all by default.
+            device: Device of the reduction, one state at a time; by default the device of the moments.
 
         Raises:
-            ValueError: On every process, if the moments are not of the same kind everywhere (:meth:`check_alike`).
+            ValueError: On every process, if the moments differ in kind (:meth:`check_alike`).
         """
         self.check_alike(group)
-        # A process may have met other sets of layers than its peers (a branch that only some batches take).
+        # Processes may hold different sets of layers, if only some batches take a branch.
         keys: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(keys, sorted(self.inputs), group=group)
         for key in sorted(set().union(*keys)):

@@ -9,17 +9,17 @@ from typing import Literal
 from fasc_lightning.statistics._projected import Projection
 from fasc_lightning.statistics._sketch import Sketch
 
-#: How a second moment is held that is not exact, or not whole.
+#: Ways to hold less than the whole second moment.
 Reduction = Sketch | Projection
 
 
 @dataclass(frozen=True)
 class LayerSketches:
-    """How the second moments of one layer are sketched; None for an exact one.
+    """Sketches or projections of one layer's second moments; None for an exact one.
 
     Attributes:
-        inputs: Of width n. Layers that may share an input tensor need the same one here.
-        outputs: Of width m.
+        inputs: Sketch of width n. Layers that may share an input tensor need the same one.
+        outputs: Sketch of width m.
     """
 
     inputs: Reduction | None = None
@@ -27,14 +27,14 @@ class LayerSketches:
 
     @property
     def projects(self) -> Literal["inputs", "outputs"] | None:
-        """Which side is held as the weight sees it, if one is."""
+        """The side that is projected through the weight, if one is."""
         if isinstance(self.inputs, Projection):
             return "inputs"
         return "outputs" if isinstance(self.outputs, Projection) else None
 
 
 def check_sketches(shapes: Mapping[str, tuple[int, int]], sketches: Mapping[str, LayerSketches], shared: bool) -> None:
-    """Refuse sketches of other layers or widths, and of inputs of one width that could not share one moment."""
+    """Refuse sketches of other layers or widths, and different sketches of inputs that may share one moment."""
     if shared and (names := [name for name, sides in sketches.items() if sides.projects]):
         raise ValueError(
             f"Expected `needs` of nothing but 'coupled' with projected moments, as of {names[0]!r}: inputs that layers "

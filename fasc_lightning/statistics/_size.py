@@ -25,15 +25,15 @@ def moments_bytes(
     needs: Iterable[str] = frozenset(),
     sketches: Iterable[LayerSketches] | None = None,
 ) -> int:
-    """Upper bound of the memory that moments need, in bytes.
+    """Return an upper bound of the memory of moments, in bytes.
 
-    Which layers share an input is only known once a batch has run, so each layer's A is counted on its own.
+    Only a batch shows which layers share an input, so each layer's A counts on its own.
 
     Args:
         shapes: (m, n) of each tapped layer.
-        dtype: Type of the accumulators.
-        needs: What is gathered besides the means.
-        sketches: Of each layer in turn; all moments are exact by default.
+        dtype: Dtype of the sums.
+        needs: Statistics to gather besides the means.
+        sketches: Sketches of each layer in turn; all moments are exact by default.
     """
     needs = check_needs(needs)
     numbers = 0

@@ -1,4 +1,4 @@
-"""What sketching the moments of a layer lost."""
+"""Estimated errors of a layer's sketched moments."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fasc_lightning.statistics._layer_sketches import LayerSketches
 
 
 class SketchFigures(TypedDict):
-    """What a report says of one sketched side.
+    """Size and error of one sketched side, for reports.
 
     Attributes:
-        size: Columns.
-        error: Estimated |A - S|_F / |A|_F of the rebuilt moment S, the largest where there are a plain and a coupled
-            one; NaN where it cannot be told.
+        size: Columns of the sketch.
+        error: Estimated |A - S|_F / |A|_F of the rebuilt moment S, the larger one if there are a plain and a coupled
+            moment; NaN if unknown.
     """
 
     size: int
@@ -28,8 +28,8 @@ def sketch_figures(sketches: LayerSketches, moments: LayerMoments) -> dict[str, 
     """Return the figures of a layer's sketched sides, "inputs" and "outputs".
 
     Args:
-        sketches: Of the layer.
-        moments: Its moments, as the solver was given them.
+        sketches: Sketches of the layer.
+        moments: Moments that the solver read.
     """
     pairs = [moments.plain_moments(), *([moments.coupled_moments()] if moments.is_coupled else [])]
     figures: dict[str, SketchFigures] = {}

@@ -1,4 +1,4 @@
-"""Strategies and modules that a compression can work with, checked before a fit begins."""
+"""Checks of the strategy, the callbacks and the module before a fit begins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_strategy(trainer: pl.Trainer, recovers: bool = False) -> None:
     """Refuse strategies under which layers cannot be read or replaced.
 
     Args:
-        trainer: Of a fit.
+        trainer: Trainer of a fit.
         recovers: Whether the fit trains a compressed module.
 
     Raises:
@@ -52,10 +52,10 @@ def check_strategy(trainer: pl.Trainer, recovers: bool = False) -> None:
 
 
 def check_single(callbacks: Sequence[pl.Callback]) -> None:
-    """Refuse several callbacks that each have a budget.
+    """Refuse more than one callback with a budget.
 
     Raises:
-        MisconfigurationException: If there is more than one.
+        MisconfigurationException: If there are several.
     """
     if len(callbacks) > 1:
         raise MisconfigurationException(
@@ -65,11 +65,11 @@ def check_single(callbacks: Sequence[pl.Callback]) -> None:
 
 
 def check_module(pl_module: pl.LightningModule, compresses: bool = True) -> None:
-    """Refuse compiled modules, and to compress modules that carry adapters or are compressed already.
+    """Refuse compiled modules, and for compression also modules with adapters or compressed layers.
 
     Args:
         pl_module: The module of the fit.
-        compresses: Whether it is to be compressed, or only watched.
+        compresses: Whether it is compressed, or only monitored.
 
     Raises:
         MisconfigurationException: With the remedy.

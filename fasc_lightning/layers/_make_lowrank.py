@@ -1,4 +1,4 @@
-"""A low-rank layer made of two factors."""
+"""Conversion of two factors to a low-rank layer."""
 
 from typing import Any, Literal
 
@@ -31,20 +31,19 @@ def make_lowrank(
         left: Left factor of W', shape (m, k). Dependent columns are allowed.
         right: Right factor of W', shape (k, n).
         bias: Bias b, shape (m,), or None.
-        layout: "pivot", which stores less at every k < min(m, n), "factors", or "auto", the one of them that
-            :func:`~fasc_lightning.layers.auto_layout` takes. "factors" makes left's columns orthogonal and gives both
-            factors equal column and row norms, so that nothing cancels or overflows in half precision.
+        layout: "pivot", which stores less at every k < min(m, n), "factors", or "auto", which chooses by
+            :func:`~fasc_lightning.layers.auto_layout`. "factors" makes left's columns orthogonal and gives both factors
+            equal column and row norms, so that nothing cancels or overflows in half precision.
         dtype: Dtype of the layer; None for that of ``left``.
         device: Device of the layer; None for that of ``left``.
         bound: Largest coefficient of the pivot layout in absolute value, above 1.
-        side: Of the pivot layout; None for the smaller one.
+        side: Side of the pivot layout; None for the smaller one.
 
     Returns:
         The layer, in training mode, with parameters that require gradients.
 
     Raises:
-        ValueError: If shapes disagree, a factor is not finite, the rank does not fit the layout, or layout is
-            unknown.
+        ValueError: If shapes disagree, a factor is not finite, the rank does not fit the layout, or layout is unknown.
     """
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
         raise ValueError(f"Expected factors (m, k) and (k, n), got {tuple(left.shape)} and {tuple(right.shape)}.")
@@ -62,7 +61,7 @@ def make_lowrank(
     def parameter(value: Tensor) -> nn.Parameter:
         return nn.Parameter(value.detach().to(**target).contiguous().clone())
 
-    # Built on meta: no random initialisation to pay for, and the caller's random state stays as it is.
+    # Built on meta, so that no time is spent on random values and the caller's random state does not change.
     left, right = left.detach().double(), right.detach().to(left.device, torch.float64)
     if layout == "factors":
         factored = LowRankLinear(n, m, k, bias is not None, device="meta")
@@ -90,7 +89,7 @@ def make_lowrank(
 
 
 def _balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same product: orthogonal columns (m, k), each as long as its row of the other (k, n)."""
+    """Return factors of the same product: orthogonal columns (m, k), each as long as its row of the other (k, n)."""
     Q, R = orthonormal_basis(left)
     rows = R @ right
     norms = rows.norm(dim=1)

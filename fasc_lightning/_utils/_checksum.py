@@ -65,7 +65,7 @@ def check_sum(found: str, expected: Any, what: str) -> None:
     """
     if found != expected:
         raise SchemaError(
-            f"Expected {what} with the values that were saved but they are others: their checksum differs."
+            f"Expected {what} with the values that were saved but found other values: their checksum differs."
         )
 
 

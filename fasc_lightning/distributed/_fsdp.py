@@ -62,7 +62,7 @@ def check_mesh(strategy: ModelParallelStrategy) -> None:
     if size > 1:
         raise MisconfigurationException(
             f"Expected data parallelism but {type(strategy).__name__} splits layers over {size} processes "
-            "(tensor_parallel_size; by default all of a node), of which none sees a whole activation. HINT: "
+            "(tensor_parallel_size; by default all of a node), and no process has a whole activation. HINT: "
             f"ModelParallelStrategy(data_parallel_size={strategy.world_size}, tensor_parallel_size=1), and "
             "`fully_shard` in `configure_model`."
         )

@@ -59,8 +59,8 @@ def check_single(callbacks: Sequence[pl.Callback]) -> None:
     """
     if len(callbacks) > 1:
         raise MisconfigurationException(
-            "Expected one FascCallback with a budget in a fit but got several: each would freeze and restore what "
-            "the other holds. HINT: one callback spends one budget over all its `targets`."
+            "Expected one FascCallback with a budget in a fit but got several: each would freeze and restore the "
+            "weights of the others. HINT: one callback spends one budget over all its `targets`."
         )
 
 
@@ -90,11 +90,11 @@ def check_module(pl_module: pl.LightningModule, compresses: bool = True) -> None
     adapters = [name for name, m in pl_module.named_modules() if hasattr(m, "lora_A") or hasattr(m, "base_layer")]
     if adapters:
         raise MisconfigurationException(
-            f"Expected a module without adapters but {adapters[0]!r} carries some: its base layer and the adapter "
-            "would be compressed apart. HINT: merge them first (`merge_and_unload()` of peft)."
+            f"Expected a module without adapters but {adapters[0]!r} carries some: the base layer and the adapter "
+            "would be compressed separately. HINT: merge them first (`merge_and_unload()` of peft)."
         )
     if is_compressed(pl_module):
         raise MisconfigurationException(
-            f"{type(pl_module).__name__} holds low-rank layers already, and compressing twice loses quality for "
-            "nothing. HINT: start from the dense model. To train the factors, use `recover`, or leave FascCallback out."
+            f"{type(pl_module).__name__} holds low-rank layers already, and compressing twice loses quality without "
+            "gain. HINT: start from the dense model. To train the factors, use `recover`, or leave FascCallback out."
         )

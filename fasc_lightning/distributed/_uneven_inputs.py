@@ -96,8 +96,8 @@ def others_present() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            "Expected an answer of every process but one has ended, or failed, while the model was calibrated: see "
-            f"what it says itself. The model is unchanged. ({error})"
+            "Expected an answer of every process but one has ended, or failed, while the model was calibrated. See "
+            f"its own output. The model is unchanged. ({error})"
         ) from error
 
 

@@ -188,7 +188,7 @@ def _integer_product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int, 
         both = _int8_matmul(torch.cat((coarse, fine)), weight).to(wide.dtype).tensor_split(2)
         sums = both[0] + both[1] / finer
     y = sums * token_scale * scale.to(wide.dtype)
-    if not is_scripting():  # noqa: SIM102 # TorchScript would compile what is beside it in one condition
+    if not is_scripting():  # noqa: SIM102 # TorchScript would compile the rest of a joint condition
         if is_eager(x):
             return y.view(*x.shape[:-1], weight.shape[0])
     return y.view_as(x.narrow(-1, 0, 1) * scale)  # takes the dimensions from x, not from a traced example

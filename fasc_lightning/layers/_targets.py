@@ -138,8 +138,8 @@ def _described(others: Mapping[str, list[str]]) -> str:
     listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in others.items())
     return (
         f"{count} linear layer{'s' if count > 1 else ''} of {'other classes' if len(others) > 1 else 'another class'} "
-        f"than nn.Linear cannot be replaced, since a trial of the forward did not give x W^T + b and nothing else, in "
-        f"training and in eval mode ({listed}). HINT: let the class hold an nn.Linear and do the rest around it, so "
+        f"than nn.Linear cannot be replaced, because a trial of the forward gave another result than x W^T + b, in "
+        f"training or in eval mode ({listed}). HINT: let the class hold an nn.Linear and do the rest around it, so "
         "that the nn.Linear is compressed; or name the layers in `exclude`."
     )
 

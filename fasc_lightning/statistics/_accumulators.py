@@ -272,7 +272,7 @@ class CoupledMoments(Accumulator):
         sketches: tuple[Reduction | None, Reduction | None] = (None, None),
     ) -> None:
         A, G = (second_moment_size(d, sketch) for d, sketch in zip((n, m), sketches, strict=True))
-        super().__init__(dtype, {"right": (A,), "left": (G,), "weights": (2,)})  # names in files
+        super().__init__(dtype, {"right": (A,), "left": (G,), "weights": (2,)})  # state names, as in files
         self.shape = (m, n)
         self.sketches = sketches
 
@@ -349,7 +349,7 @@ def add_second_moment_(
         add_gram_(sums, X, weight)
     elif isinstance(sketch, Projection):
         if seen is None:
-            raise ValueError("Expected the rows as the layer's weight sees them, for a projected moment; got None.")
+            raise ValueError("Expected the rows times the layer's weight, for a projected moment, but got None.")
         sketch.add_(sums, X, weight, seen)
     else:
         sketch.add_(sums, X, weight)

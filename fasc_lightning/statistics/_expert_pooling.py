@@ -116,8 +116,8 @@ class BorrowedMoments:
         if self.alone:
             rank_zero_warn(
                 f"{len(self.alone)} of {len(self._groups)} expert layers saw fewer than {TOKENS_PER_FEATURE} tokens a "
-                "feature and stand on these alone: moments that are held as a weight sees them (sketch='projected') "
-                "are not lent to other experts. HINT: calibrate on more tokens, or sketch='range'."
+                "feature and use these alone: moments that are projected through a weight (sketch='projected') cannot "
+                "be pooled with other experts. HINT: calibrate on more tokens, or sketch='range'."
             )
         if (said := self.describe()) is not None:
             rank_zero_info(f"FascCallback: {said}")

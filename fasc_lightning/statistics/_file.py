@@ -253,16 +253,16 @@ def _check_keys(group: str, keys: Any, moments: CalibrationMoments, streams: Map
     listed(listed(one_of(*moments.shapes), distinct=True))(keys, path)
     for i, members in enumerate(keys):
         if len({moments.shapes[name][1] for name in members}) != 1:
-            raise SchemaError(f"Expected layers of one width at '{path}[{i}]' but they are none, or of several.")
+            raise SchemaError(f"Expected layers of one width at '{path}[{i}]' but got none, or several widths.")
     if len({tuple(sorted(members)) for members in keys}) < len(keys):
-        raise SchemaError(f"Expected no set of layers twice at {path!r} but there is one.")
+        raise SchemaError(f"Expected distinct sets of layers at {path!r} but one comes twice.")
 
 
 def _check_stream(name: str, stream: Accumulator) -> None:
     """Refuse a stream with a count and without sums."""
     whole = [getattr(stream, state).shape == shape for state, shape in stream.state_shapes.items()]
     if stream.count > 0 and not all(whole):
-        raise SchemaError(f"Expected sums of {float(stream.count):g} vectors at {name!r} but they are not there.")
+        raise SchemaError(f"Expected sums of {float(stream.count):g} vectors at {name!r} but they are missing.")
 
 
 def _own(header: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def check_sketches(shapes: Mapping[str, tuple[int, int]], sketches: Mapping[str,
     """Refuse sketches of other layers or widths, and different sketches of inputs that may share one moment."""
     if shared and (names := [name for name, sides in sketches.items() if sides.projects]):
         raise ValueError(
-            f"Expected `needs` of nothing but 'coupled' with projected moments, as of {names[0]!r}: inputs that layers "
-            "share are seen through the weight of each."
+            f"Expected `needs` of nothing but 'coupled' with projected moments (layer {names[0]!r} has one): a shared "
+            "input cannot be projected through the weight of every layer that shares it."
         )
     widths: dict[int, tuple[str, Reduction | None]] = {}
     for name in sketches:

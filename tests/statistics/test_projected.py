@@ -72,7 +72,7 @@ def test_the_whole_moment_is_not_to_be_had():
 
 
 def test_rows_that_the_weight_has_not_seen_are_refused():
-    with pytest.raises(ValueError, match="as the layer's weight sees them"):
+    with pytest.raises(ValueError, match="rows times the layer's weight"):
         gathered(WIDE, {"layer": projected(*WIDE)}, seen=False)
 
 

@@ -75,7 +75,10 @@ _STATE = record(
 
 @contextmanager
 def same_rng() -> Iterator[None]:
-    """Restore the present state of the generators of all devices after the block."""
+    """Restore the present state of the generators of all devices after the block.
+
+    Written by hand, because Lightning's ``isolate_rng`` does not restore them after an exception.
+    """
     state = rng_state()
     with undoing() as undo:
         undo.add(set_rng_state, state)

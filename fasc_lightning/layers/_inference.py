@@ -162,8 +162,8 @@ def permute_features(x: Tensor, index: Tensor, eager: bool) -> Tensor:
     """Return the features of x (..., d) in the order of index (d,), as a new tensor.
 
     Traced and scripted code must not depend on the sizes of an example, so it has the same operations for every size
-    and any number of dimensions. If operations run at once (``eager``), x has two dimensions, and the operations are
-    those of :func:`permute_columns`.
+    and any number of dimensions. If operations run at once (``eager``), x has two dimensions, and
+    :func:`permute_columns` does the work.
     """
     if not is_scripting():  # noqa: SIM102 # TorchScript would compile the rest of a joint condition
         if eager:

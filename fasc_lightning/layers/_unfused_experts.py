@@ -142,7 +142,7 @@ def with_experts(model: nn.Module, replacements: Mapping[str, nn.Module]) -> dic
 
     Args:
         model: The model.
-        replacements: New modules by name; the names may be those of virtual layers (``...experts.3.w_gate``).
+        replacements: New modules by name; names of virtual layers are allowed (``...experts.3.w_gate``).
 
     Returns:
         The replacements, with one :class:`UnfusedExperts` for each fused module in place of its virtual layers.
@@ -176,7 +176,7 @@ def unfuse(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
     Args:
         model: The model.
-        names: Names of layers; other names than those of a fused module's virtual layers are skipped.
+        names: Names of layers; names other than virtual layers of fused modules are skipped.
 
     Returns:
         The fused modules by name.

@@ -79,7 +79,7 @@ def fasc_eq6_literal(W: Tensor, moments: LayerMoments) -> Factorization:
     """For comparison only: W' = W P with P = sum v v^T to the letter, v as generalised eigensolvers return them.
 
     Then v^T A v = 1, so P has the unit of 1 / x^2 and is no projector: even at full rank P is A^-1, not the identity,
-    and W' is not W. The losses are those of :func:`fasc_eq6`, and do not show this.
+    and W' is not W. The losses equal the losses of :func:`fasc_eq6`, and do not show this.
 
     Args:
         W: Weight, shape (m, n).

@@ -18,7 +18,7 @@ def fwsvd(W: Tensor, moments: LayerMoments) -> Factorization:
     Hsu et al. 2022, "Language model compression with weighted low-rank factorization": the empirical Fisher of a weight
     is E[(dL/dW_ij)^2], and f_i = sum_j E[(dL/dW_ij)^2] is its sum along row i, because separate weights for all entries
     have no closed solution. Rows are outputs, as torch stores W. The paper takes the gradients of samples with task
-    labels, here they are those of sequences with the next token. The paper also trains afterwards.
+    labels; here they come from sequences with the next token. The paper also trains afterwards.
 
     The losses are divided by n, since a weight has f_i / n on average. They then estimate the squared change of a
     sequence's loss under a diagonal Fisher, and compare between layers.

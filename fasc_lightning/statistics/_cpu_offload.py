@@ -220,7 +220,7 @@ class CpuOffload:
         return _Copy(values, rows, stream.record_event())
 
 
-#: Count of recent tensors that are copied only once: a call's input and gradient, and those of the call before.
+#: Count of recent tensors that are copied only once: the inputs and gradients of this call and the one before.
 _SHARED = 4
 
 

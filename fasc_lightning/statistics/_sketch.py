@@ -110,9 +110,9 @@ def nystrom(Y: Tensor, diagonal: Tensor, seed: int, rank: int | None = None) -> 
     Here every feature is shifted by nu times its own second moment: the algorithm runs on D^-1/2 A D^-1/2, D the
     diagonal, whose approximation is D^-1/2 times that of A times D^-1/2, since Omega absorbs the scales. In the same
     way, the columns of Y get one norm before Cholesky. nu is relative to the rounding of the summed Y, usually float32;
-    an (s, s) core has about sqrt(s) times the rounding of one number. Last, the eigenvalues are those of E^T E, not the
-    singular values of E: in float64 this loses accuracy only far below nu, and is several times faster if d is much
-    larger than s.
+    an (s, s) core has about sqrt(s) times the rounding of one number. Last, eigenvalues of E^T E replace the singular
+    values of E: in float64 this loses accuracy only far below nu, and is several times faster if d is much larger than
+    s.
 
     Args:
         Y: Shape (d, s), float32 or float64.

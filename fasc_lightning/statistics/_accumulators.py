@@ -9,9 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from fasc_lightning.statistics._layer_sketches import Reduction
-from fasc_lightning.statistics._packed import add_gram_, packed_diagonal, packed_size, unpack
 from fasc_lightning.statistics._projected import Projection
+from fasc_lightning.statistics._reduction import (
+    Reduction,
+    add_second_moment_,
+    second_moment,
+    second_moment_diagonal,
+    second_moment_size,
+)
 from fasc_lightning.statistics._second_moments import SecondMoment, dense
 
 #: Options of torchmetrics. `all_reduce_` sums over processes, since torchmetrics would gather every process's matrices.
@@ -326,41 +331,3 @@ def check_pairs(x: Tensor, h: Tensor, shape: tuple[int, int]) -> None:
     """
     if (x.shape[1:], h.shape[1:]) != ((shape[0],), (shape[1],)) or len(x) != len(h):
         raise ValueError(f"Expected as many x and h of lengths {shape} but got {x.shape=} and {h.shape=}.")
-
-
-def second_moment_size(d: int, sketch: Reduction | None) -> int:
-    """Return the count of numbers that a second moment of width d holds, packed or reduced."""
-    return packed_size(d) if sketch is None else sketch.numbers
-
-
-def add_second_moment_(
-    sums: Tensor, sketch: Reduction | None, X: Tensor, weight: float, seen: Tensor | None = None
-) -> None:
-    """Add ``weight X^T X`` to the sums of a second moment, packed or reduced, in place.
-
-    Args:
-        sums: Sums of the moment.
-        sketch: Sketch or projection of the moment; None for a packed one.
-        X: Rows, shape (tokens, d).
-        weight: Factor of all products.
-        seen: Product of the rows and the layer's weight, for a projection.
-    """
-    if sketch is None:
-        add_gram_(sums, X, weight)
-    elif isinstance(sketch, Projection):
-        if seen is None:
-            raise ValueError("Expected the rows times the layer's weight, for a projected moment, but got None.")
-        sketch.add_(sums, X, weight, seen)
-    else:
-        sketch.add_(sums, X, weight)
-
-
-def second_moment(sums: Tensor, d: int, sketch: Reduction | None, divisor: Tensor) -> SecondMoment:
-    """Return sums over a divisor: a matrix (d, d) of packed sums, or the moment rebuilt from reduced ones."""
-    divisor = divisor.to(sums.dtype)
-    return unpack(sums, d) / divisor if sketch is None else sketch.second_moment(sums / divisor)
-
-
-def second_moment_diagonal(sums: Tensor, d: int, sketch: Reduction | None) -> Tensor:
-    """Return the diagonal of packed or reduced sums, shape (d,)."""
-    return packed_diagonal(sums, d) if sketch is None else sketch.diagonal(sums)

@@ -35,8 +35,9 @@ from fasc_lightning._utils import (
 from fasc_lightning.statistics._accumulators import Accumulator
 from fasc_lightning.statistics._collector import CalibrationMoments
 from fasc_lightning.statistics._layer_moments import NEEDS
-from fasc_lightning.statistics._layer_sketches import LayerSketches, Reduction
+from fasc_lightning.statistics._layer_sketches import LayerSketches
 from fasc_lightning.statistics._projected import Projection
+from fasc_lightning.statistics._reduction import Reduction
 from fasc_lightning.statistics._sketch import SKETCH_KINDS, Sketch
 
 #: Format of the files that this version writes. Format 1, which has no checksums, can be read, too.

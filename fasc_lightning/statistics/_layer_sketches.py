@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fasc_lightning.statistics._projected import Projection
-from fasc_lightning.statistics._sketch import Sketch
-
-#: Ways to hold less than the whole second moment.
-Reduction = Sketch | Projection
+from fasc_lightning.statistics._reduction import Reduction
 
 
 @dataclass(frozen=True)

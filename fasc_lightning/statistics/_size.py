@@ -8,9 +8,9 @@ from itertools import repeat
 import torch
 from torch import nn
 
-from fasc_lightning.statistics._accumulators import second_moment_size
 from fasc_lightning.statistics._layer_moments import check_needs
 from fasc_lightning.statistics._layer_sketches import LayerSketches
+from fasc_lightning.statistics._reduction import second_moment_size
 
 
 def moment_dtype(layers: Iterable[nn.Module]) -> torch.dtype:

@@ -295,7 +295,7 @@ def test_a_congruence_needs_no_square():
     torch.testing.assert_close(S.norm(), S.dense().norm(), rtol=0.2, atol=0)
 
 
-def test_a_diagonal_form_is_the_matrix_with_that_diagonal():
+def test_a_diagonal_moment_is_the_matrix_with_that_diagonal():
     values = torch.tensor([3.0, 0.0, 2.0], dtype=torch.float64)
     S, W = diagonal_moment(values), torch.randn(2, 3, dtype=torch.float64)
     torch.testing.assert_close(S.dense(), values.diag())

@@ -116,9 +116,9 @@ class RefitPhase:
                 return refit(
                     pl_module,
                     dense,
-                    ByLayer(moments.gradient_metric, dense),
+                    ByLayer(moments.G, dense),
                     step.batches,
-                    inputs=ByLayer(moments.input_metric, dense),
+                    inputs=ByLayer(moments.A, dense),
                     options=self.options,
                     loss=step,
                     device=device,

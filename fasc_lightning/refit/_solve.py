@@ -16,7 +16,7 @@ Both terms are least squares on tokens; tokens of the second term have weight la
 
 and T = P H^-1, completing the square leaves tr(G (T - W') H (T - W')^T) and a constant, up to the factor 1 + lambda.
 So T is the optimum among all matrices, and its truncation in the metrics H and G
-(:func:`~fasc_lightning.solvers._fasc.two_sided`) is the optimum of rank k.
+(:func:`~fasc_lightning.solvers.two_sided`) is the optimum of rank k.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class DriftMoments:
     def shrunk(self, W: Tensor, amount: float) -> DriftMoments:
         """Return the moments with the same white noise added to x and to x^, and W times this noise added to v.
 
-        For A that is :func:`~fasc_lightning.solvers._linalg.shrink`. Directions without data are pulled towards W.
+        For A that is :func:`~fasc_lightning.solvers.shrink`. Directions without data are pulled towards W.
 
         Args:
             W: Dense weight, shape (m, n).

@@ -35,18 +35,15 @@ PATTERN = re.compile("|".join(rf"\b(?:{phrase})\b" for phrase in PHRASES), re.IG
 PENDING: tuple[str, ...] = (
     "benchmarks",
     "fasc_lightning",
-    "fasc_lightning/batches",
     "fasc_lightning/calibration",
     "fasc_lightning/cli",
     "fasc_lightning/compression",
     "fasc_lightning/data",
-    "fasc_lightning/dependence",
     "fasc_lightning/evaluation",
     "fasc_lightning/models",
     "fasc_lightning/options",
     "fasc_lightning/planning",
     "fasc_lightning/recovery",
-    "fasc_lightning/refit",
     "fasc_lightning/studies",
     "recipes",
 )

@@ -1,6 +1,6 @@
 """Batches: which of their tokens count, how their losses scale, and how they are kept and run again."""
 
-from fasc_lightning.batches._backwards import Backwards
+from fasc_lightning.batches._backwards import Backwards, skips_backward
 from fasc_lightning.batches._codec import UnsavableBatchError, pack_batch, tensor_names, unpack_batch
 from fasc_lightning.batches._loader_state import (
     LOOPS_BEFORE,
@@ -96,6 +96,7 @@ __all__ = [
     "restore_position",
     "sample_seeds",
     "silent",
+    "skips_backward",
     "takes_iterator",
     "tensor_names",
     "token_batches",

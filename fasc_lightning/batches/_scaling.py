@@ -143,6 +143,10 @@ class LossScales:
     def __init__(self) -> None:
         self._said: set[str] = set()
 
+    def forget(self) -> None:
+        """Begin another fit: each doubt may be warned of once more."""
+        self._said.clear()
+
     def take(self, loss: Tensor, *batches: TokenRows | None, label: str = "a batch") -> bool:
         """Tell whether a loss has terms; if not, its gradients are left out of the statistics.
 

@@ -3,7 +3,7 @@
 from fasc_lightning.recovery._callback import RecoveryCallback, set_aside_optimizers
 from fasc_lightning.recovery._checks import check_recoverable
 from fasc_lightning.recovery._distillation import Teacher, frozen_copy
-from fasc_lightning.recovery._second_fit import RecoveryStage, recovery_instead
+from fasc_lightning.recovery._stage import RecoveryStage
 from fasc_lightning.recovery._validation import split_loader
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "Teacher",
     "check_recoverable",
     "frozen_copy",
-    "recovery_instead",
     "set_aside_optimizers",
     "split_loader",
 ]

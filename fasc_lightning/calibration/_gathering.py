@@ -73,6 +73,14 @@ class Gathering:
         """Take the hooks off; safe at any time."""
         self._taps.remove()
 
+    def check_alike(self) -> None:
+        """Refuse processes whose statistics would not add up; all processes together.
+
+        Raises:
+            ValueError: On every process, with what differs.
+        """
+        self.moments.check_alike()
+
     def begin_batch(self, rows: TokenRows, backwards: Backwards) -> None:
         """Start to count a batch.
 

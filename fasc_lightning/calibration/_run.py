@@ -137,7 +137,7 @@ class CalibrationRun:
         """
         check_epochs_left(trainer, self._passes.count)
         if is_distributed(trainer):
-            self._passes.gathering.moments.check_alike()
+            self._passes.gathering.check_alike()
         self._uneven_inputs.start(trainer, is_whole_fit)
 
     def begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:

@@ -12,7 +12,10 @@ from fasc_lightning.calibration import CalibrationPhase
 from fasc_lightning.dependence import MonitorPhase
 from fasc_lightning.recovery import RecoveryCallback
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*saw fewer tokens than they have features")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*saw fewer tokens than they have features"),
+    pytest.mark.filterwarnings("ignore:.*nothing lowered the held-out loss"),
+]
 
 
 class Climbs:

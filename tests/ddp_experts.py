@@ -12,6 +12,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from inside import moments_of
 from torch.utils.data import DataLoader
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -27,7 +28,7 @@ class Saving(FascCallback):
     """Keeps the moments of every process."""
 
     def on_fit_end(self, trainer, pl_module):
-        self.moments = copy.deepcopy(self._calibration.moments)
+        self.moments = copy.deepcopy(moments_of(self))
         super().on_fit_end(trainer, pl_module)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 import torchmetrics
+from inside import moments_of
 from tiny import causal_module, token_loader
 
 from fasc_lightning import FascCallback
@@ -21,7 +22,7 @@ class Saving(FascCallback):
     """Saves moments and weights of every process."""
 
     def on_fit_end(self, trainer, pl_module):
-        moments = copy.deepcopy(self._calibration.moments)
+        moments = copy.deepcopy(moments_of(self))
         super().on_fit_end(trainer, pl_module)
         layers = {name: vars(moments.layer(name)) for name in list(moments.shapes)}
         ranks = {row.name: row.rank for row in self.report.layers}

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fasc_lightning import CausalLMModule, Distillation, FascCallback, LoraRecovery, compress, quantize, recover, score
-from fasc_lightning.calibration import _calibration, _sidecar
+from fasc_lightning.calibration import _gathering, _sidecar
 from fasc_lightning.statistics._cpu_offload import CpuOffload
 
 BATCHES = 4
@@ -184,7 +184,7 @@ def quantized(folder: Path) -> World:
 def offloading(folder: Path, **options: Any) -> World:
     """As if the batches were on another device."""
     world = fit(folder, moments_device="cpu", **options)
-    run, module = world.run, _calibration
+    run, module = world.run, _gathering
 
     def patched() -> None:
         before = module.offloaded

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from inside import kept_by
 from interrupted import every_batch, failing
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tiny import Tokens, causal_module
@@ -41,7 +42,7 @@ class Watch(pl.Callback):
             raise InterruptedError
 
     def on_train_end(self, trainer, pl_module):
-        self.replayed = len(trainer.callbacks[0]._calibration.replay.batches)
+        self.replayed = len(kept_by(trainer.callbacks[0]))
 
 
 def fit(devices: int, folder: Path, what: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
+from inside import layers_of
 from tiny import token_loader
 
 from fasc_lightning import FascCallback
@@ -23,7 +24,8 @@ class Refining(pl.Callback):
 
     def on_fit_end(self, trainer, pl_module):
         if not self.dense:
-            self.dense = dict(self.compression._replaced)
+            layers = layers_of(self.compression)
+            self.dense = {name: dense for name, dense in layers.items() if pl_module.get_submodule(name) is not dense}
 
     def on_fit_start(self, trainer, pl_module):
         if self.dense:

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from inside import moments_of
 from interrupted import Between, every_batch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -72,7 +73,7 @@ class Saving(FascCallback):
     def on_fit_end(self, trainer, pl_module):
         weights = list(pl_module.parameters())
         self.spread = sum(isinstance(weight, DTensor) for weight in weights) / len(weights)
-        self.kept = copy.deepcopy(self._calibration.moments)
+        self.kept = copy.deepcopy(moments_of(self))
         super().on_fit_end(trainer, pl_module)
 
 

@@ -6,6 +6,7 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
+from inside import layers_of
 from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from tiny import (
@@ -243,7 +244,7 @@ def test_averaged_weights_are_the_ones_compressed(make_trainer):
 
     class Reading(FascCallback):
         def on_fit_end(self, trainer, pl_module):
-            self.weights = {n: m.weight.detach().clone() for n, m in self._layers.items()}
+            self.weights = {n: m.weight.detach().clone() for n, m in layers_of(self).items()}
             super().on_fit_end(trainer, pl_module)
 
     for order in (0, 1):

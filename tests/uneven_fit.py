@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from inside import moments_of
 from lightning.pytorch.callbacks import ModelCheckpoint
 from sharded_fit import ShardedModule, error_of, is_plain, make_module, make_trainer
 from tiny import Tokens
@@ -44,7 +45,7 @@ class Keeping(FascCallback):
     """Keeps a copy of the moments."""
 
     def on_fit_end(self, trainer, pl_module):
-        self.kept = copy.deepcopy(self._calibration.moments)
+        self.kept = copy.deepcopy(moments_of(self))
         super().on_fit_end(trainer, pl_module)
 
 

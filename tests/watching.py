@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from inside import is_calibrating, moments_of
 
 from fasc_lightning import FascCallback
 from fasc_lightning.layers import is_compressed
@@ -38,9 +39,9 @@ class RecordingCallback(FascCallback):
     batches = 0
 
     def on_train_batch_end(self, *args):
-        self.batches += self._calibrating
+        self.batches += is_calibrating(self)
         super().on_train_batch_end(*args)
 
     def on_fit_end(self, trainer, pl_module):
-        self.kept_moments = copy.deepcopy(self._calibration.moments)
+        self.kept_moments = copy.deepcopy(moments_of(self))
         super().on_fit_end(trainer, pl_module)

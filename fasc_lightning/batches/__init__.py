@@ -1,6 +1,6 @@
 """Batches: their counted tokens, the scale of their losses, and kept batches that run again."""
 
-from fasc_lightning.batches._backwards import Backwards
+from fasc_lightning.batches._backwards import Backwards, skips_backward
 from fasc_lightning.batches._codec import UnsavableBatchError, pack_batch, tensor_names, unpack_batch
 from fasc_lightning.batches._contents import count_tokens, identifying_tensor
 from fasc_lightning.batches._first_process import on_first_process
@@ -80,6 +80,7 @@ __all__ = [
     "restore_position",
     "sample_seeds",
     "silent",
+    "skips_backward",
     "takes_iterator",
     "tensor_names",
     "token_batches",

@@ -1,8 +1,10 @@
-"""The backward passes of a batch that count."""
+"""The backward passes of a batch: which of them count, and whether there is one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import lightning.pytorch as pl
 
 
 @dataclass(frozen=True)
@@ -17,3 +19,8 @@ class Backwards:
 
     announced: bool = False
     several: bool = False
+
+
+def skips_backward(trainer: pl.Trainer) -> bool:
+    """Tell whether the Trainer runs batches without backward passes now, as for running statistics alone."""
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))

@@ -112,6 +112,10 @@ class LossScales:
     def __init__(self) -> None:
         self._warned: set[str] = set()
 
+    def forget(self) -> None:
+        """Begin another fit, in which each kind of problem is warned of once more."""
+        self._warned.clear()
+
     def take(self, loss: Tensor, *batches: TokenRows | None, label: str = "a batch") -> bool:
         """Set the scales of a batch from its loss.
 

@@ -112,11 +112,6 @@ def averages_epochs(trainer: pl.Trainer) -> bool:
     return any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def skips_backward(trainer: pl.Trainer) -> bool:
-    """Tell whether the Trainer runs batches without backward passes now, as for running statistics alone."""
-    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
-
-
 def batches_done(trainer: pl.Trainer) -> int:
     """Return how many batches of this epoch are over; 0 between two epochs."""
     epochs: Any = trainer.fit_loop.epoch_progress.current

@@ -1,119 +1,257 @@
-"""A calibration in several passes over the data, each with a share of the layers, for moments that do not fit at once.
-
-The model does not change meanwhile, so that every pass sees the same activations and gradients, and the factors are
-those of one pass but for the order of sums.
-"""
+"""Passes over the data: each gathers the statistics of one share of the layers, which are factorised at its end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+import math
+import time
+from functools import partial
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from fasc_lightning.layers import split_name
+from fasc_lightning._utils import Progress, available_memory, return_freed_memory
+from fasc_lightning.calibration._checks import check_moments_memory
+from fasc_lightning.calibration._gathering import Gathering
+from fasc_lightning.calibration._shares import check_averaging, passes_of, share_units, shares
+from fasc_lightning.calibration._sketch_policy import describe_sketches, sketches_for_budget
+from fasc_lightning.compression import (
+    CompressionResult,
+    FactorizedLayers,
+    LayerReport,
+    choose_methods,
+    excluded_layers,
+    factorize_layers,
+    failure_flags,
+    gate_scores,
+    offload_to_disk,
+    statistics_needed,
+)
+from fasc_lightning.dependence import RhoHistory, RhoRow, reasons
+from fasc_lightning.distributed import is_distributed, others_present, sum_everywhere
+from fasc_lightning.layers import TargetedLayers
+from fasc_lightning.options import CalibrationOptions
+from fasc_lightning.statistics import CalibrationMoments, LayerSketches, moment_dtype, moments_bytes
 
 
-def passes_of(trainer: pl.Trainer, passes: int) -> int:
-    """Return how many passes a fit makes: those asked for, but no more than a fast development run has epochs.
+class Passes:
+    """Goes through the data once for each share of the layers, and keeps the factors of the shares that are done.
 
-    Raises:
-        MisconfigurationException: If the fit has fewer epochs.
-    """
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return min(passes, trainer.max_epochs or 1)
-    if trainer.max_epochs is not None and 0 <= trainer.max_epochs < passes:
-        raise MisconfigurationException(
-            f"Expected at least {passes} epochs, one for each of `passes`, but got max_epochs={trainer.max_epochs}."
-        )
-    return passes
-
-
-def check_averaging(trainer: pl.Trainer, passes: int, sketch: str | None) -> None:
-    """Refuse averages of weights, which come in place at the end, where weights are read before.
-
-    Args:
-        trainer: Of the fit.
-        passes: Of its calibration.
-        sketch: How moments are held.
-
-    Raises:
-        MisconfigurationException: With the remedy.
-    """
-    kinds = WeightAveraging, StochasticWeightAveraging
-    if not any(isinstance(c, kinds) for c in trainer.callbacks):  # type: ignore[attr-defined]
-        return
-    reason = "layers of the first ones would be factorised" if passes > 1 else ""
-    if sketch == "projected":
-        reason = "moments would be those that other weights see"
-    if reason:
-        what = "with sketch='projected'" if sketch == "projected" else f"in a calibration of {passes} passes"
-        raise MisconfigurationException(
-            f"Expected no averaging of weights {what}: {reason} before the average is in place. HINT: compress() the "
-            "averaged model."
-        )
-
-
-def check_epochs_left(trainer: pl.Trainer, passes: int) -> None:
-    """Refuse a fit that is resumed after its first pass and does not go back to it.
-
-    Raises:
-        MisconfigurationException: If fewer epochs are left than passes.
-    """
-    if passes > 1 and trainer.max_epochs is not None and trainer.max_epochs - trainer.current_epoch < passes:
-        raise MisconfigurationException(
-            f"Expected {passes} epochs, one for each of `passes`, but the fit is resumed in epoch "
-            f"{trainer.current_epoch} of {trainer.max_epochs}. HINT: raise max_epochs, or resume from a checkpoint of "
-            "before the calibration."
-        )
-
-
-def share_units(names: Iterable[str]) -> list[list[int]]:
-    """Return the indices of layers that one pass has to gather together, in order: experts of one module.
-
-    Experts that saw few tokens borrow from the others (``statistics/_expert_pooling.py``).
-    """
-
-    def unit(entry: tuple[int, str]) -> tuple[str, bool]:
-        parts = split_name(entry[1])
-        return (entry[1], False) if parts is None else (parts[0], True)
-
-    return [[i for i, _ in entries] for _, entries in groupby(enumerate(names), unit)]
-
-
-def shares(sizes: Sequence[int], passes: int, units: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
-    """Split layers into consecutive shares of about equal size, so that those with one input stay together.
+    Nothing is gathered before :meth:`begin`.
 
     Args:
-        sizes: Of the layers' moments, in order.
-        passes: How many shares.
-        units: Indices of layers that are not to be parted (:func:`share_units`); each on its own by default.
+        trainer: Of the fit; its device holds the statistics.
+        layers: The targeted layers.
+        options: What to gather.
+        history: What the fit observes of rho. "auto" sizes of sketches follow its last observation before the first
+            batch; where there is none, they are those of a high rho.
 
-    Returns:
-        The indices of each share, as many as asked for and none of them empty: a pass without one would gather the
-        last share again, whose layers had then seen more tokens than the others.
+    Attributes:
+        count: How many passes there are.
+        gathering: The statistics of the share whose pass it is.
+        sketches: Sketches of the moments, as the options alone ask for them, by layer.
+        needed: Bytes that the moments of the largest share may take.
+        moments_bytes: Bytes that the moments of a share took at most, so far.
+        factorizing: Seconds that factorising took between passes.
+        spent: Whether the statistics are being factorised for the last time, which uses them up.
 
     Raises:
-        ValueError: If there are fewer units than shares.
+        MemoryError: If the moments do not fit.
+        MisconfigurationException: If the fit has fewer epochs than passes, or averages weights that are read before.
+        ValueError: If a pattern of ``gate_exclude`` matches nothing, or there are more passes than layers.
     """
-    units = [[i] for i in range(len(sizes))] if units is None else units
-    if passes > len(units):
-        raise ValueError(
-            f"Expected at most {len(units)} passes, one for each layer (experts of a module together), but got "
-            f"{passes=}."
+
+    gathering: Gathering
+
+    def __init__(
+        self, trainer: pl.Trainer, layers: TargetedLayers, options: CalibrationOptions, history: RhoHistory
+    ) -> None:
+        self.count = passes_of(trainer, options.passes)
+        check_averaging(trainer, self.count, options.sketch)
+        self._layers = layers
+        self._options = options
+        self._history = history
+        self._device = trainer.strategy.root_device
+        needs = statistics_needed(options.method, options.gate, options.gate_by)
+        self.sketches = sketches_for_budget(layers.shapes, options.sketching, options.rank, options.keep)
+        self._sized = self.sketches
+        dtype, place = moment_dtype(layers.modules.values()), options.place(self._device)
+        self._empty = partial(CalibrationMoments, dtype=dtype, device=place, needs=needs)
+        exact, names = LayerSketches(), list(layers.shapes)
+        sizes = [
+            moments_bytes([shape], dtype, needs, [self.sketches.get(name, exact)])
+            for name, shape in layers.shapes.items()
+        ]
+        parts = shares(sizes, self.count, share_units(names))
+        self._shares = [layers.share(names[i] for i in part) for part in parts]
+        self.needed = max(sum(sizes[i] for i in part) for part in parts)
+        check_moments_memory(self.needed, place, self.count, options.sketch)
+        rank_zero_info(
+            f"FascCallback: {len(names)} layers with {layers.weights:,} weights; their moments need at most "
+            f"{self.needed / 1e9:.2f} GB ({dtype}) of the {available_memory(place) / 1e9:.2f} GB free on {place}"
+            f"{'' if self.count == 1 else f', in each of {self.count} passes'}."
         )
-    total, before = sum(sizes), 0
-    found: list[list[int]] = []
-    current: list[int] = []
-    for done, unit in enumerate(units):
-        size = sum(sizes[i] for i in unit)
-        # A unit belongs to the share in which its middle lies, as long as there are units for the shares that follow.
-        needed = len(units) - done < passes - len(found)
-        if current and (needed or (before + size / 2) * passes >= total * (len(found) + 1)):
-            found.append(current)
-            current = []
-        current.extend(unit)
-        before += size
-    return [*found, current] if current else found
+        self._factorized: FactorizedLayers | None = None
+        self._rows: dict[str, tuple[RhoRow, tuple[str, ...]]] = {}
+        self._counts: list[int] = []  # batches of each pass, on all processes
+        self.moments_bytes = 0
+        self.factorizing = 0.0
+        self.spent = False
+
+    def begin(self) -> None:
+        """Start to gather for the first share of the layers."""
+        self._say_sketches()
+        return_freed_memory()
+        excluded_layers(self._layers.modules, self._options.gate_exclude)  # refuses patterns that match nothing
+        self.begin_share()
+
+    def begin_share(self) -> None:
+        """Start to gather for the share whose pass it is, from nothing."""
+        share = self._shares[0]
+        sketches = {name: sides for name, sides in self._sized.items() if name in share.modules}
+        self.gathering = Gathering(
+            share, partial(self._empty, share.shapes, sketches=sketches), self._options, self._device
+        )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no share has been factorised yet."""
+        return self._factorized is None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no other share follows."""
+        return len(self._shares) == 1
+
+    @property
+    def begun(self) -> bool:
+        """Whether there was a batch."""
+        return self.gathering.batches > 0 or not self.is_first
+
+    def size_sketches(self) -> None:
+        """Choose sizes anew by what monitoring knows of rho by now, before anything is summed: never larger ones.
+
+        Every process has the same history, so that all choose alike.
+        """
+        known = {name: row["rho"] for name, row in self._history.at().items() if not math.isnan(row["rho"])}
+        options = self._options
+        sized = sketches_for_budget(self._layers.shapes, options.sketching, options.rank, options.keep, known)
+        if sized == self._sized:
+            return
+        self._sized = sized
+        installed = self.gathering.installed
+        self.gathering.remove()
+        self.begin_share()
+        if installed:
+            self.gathering.install()
+        rank_zero_info(f"FascCallback: rho is known of {len(known)} layers, by which sketches are sized.")
+        self._say_sketches()
+
+    def _say_sketches(self) -> None:
+        options = self._options.sketching
+        if options is None:
+            return
+        sketched, exact = describe_sketches(self._layers.shapes, self._sized, options)
+        if sketched:
+            rank_zero_info(f"FascCallback: {sketched}.")
+        if exact:  # an absolute size was meant for all of them
+            (rank_zero_info if options.size == "auto" else rank_zero_warn)(f"FascCallback: {exact}.")
+
+    def sum_(self, trainer: pl.Trainer) -> None:
+        """Sum the statistics of a pass over all processes, once its last batch has run."""
+        if is_distributed(trainer):
+            self.gathering.sum_()
+        if self.count > 1:
+            with others_present():
+                self._counts.append(sum_everywhere(trainer, self.gathering.batches))
+        self.moments_bytes = max(self.moments_bytes, self.gathering.moments.nbytes)
+
+    def end_pass(self, trainer: pl.Trainer) -> None:
+        """Factorise the layers of a pass that another one follows, and free their moments."""
+        self.gathering.remove()
+        self.sum_(trainer)
+        share = self._shares[0]
+        rank_zero_info(
+            f"FascCallback: pass {self.count - len(self._shares) + 1} of {self.count} is over; its "
+            f"{len(share.modules)} layers are factorised."
+        )
+        start = time.perf_counter()
+        self._factorize_share(trainer, None, consume=True)
+        self.factorizing += time.perf_counter() - start
+        return_freed_memory()
+        self._shares.pop(0)
+        self.begin_share()
+
+    def factorize(self, trainer: pl.Trainer, progress: Progress | None, *, consume: bool) -> FactorizedLayers:
+        """Factorise the layers of the last pass, and return the factors of all layers.
+
+        Args:
+            trainer: Of the fit.
+            progress: Wraps the loop over layers.
+            consume: Whether the moments are freed.
+
+        Raises:
+            MisconfigurationException: If the fit was stopped before the last pass, or the last pass had no data.
+        """
+        if not self.is_last:
+            raise MisconfigurationException(
+                f"Expected {self.count} passes over the data, one an epoch, but the fit was stopped in pass "
+                f"{self.count - len(self._shares) + 1}. The model is not compressed."
+            )
+        self._check_counts()
+        self.spent = True
+        return self._factorize_share(trainer, progress, consume=consume)
+
+    def _check_counts(self) -> None:
+        """Refuse a last pass without data, and warn of passes over unequal ones."""
+        if len(set(self._counts)) < 2:
+            return
+        if self._counts[-1] == 0:
+            raise MisconfigurationException(
+                f"Expected batches in each of {self.count} passes over the data but the last had none. The model is "
+                "not compressed. HINT: a loader that can be gone through again."
+            )
+        rank_zero_warn(
+            f"Passes over the data had unequal numbers of batches: {', '.join(map(str, self._counts))}. Layers that "
+            "saw more of them weigh more when the budget is spent. HINT: a loader that gives all passes the same."
+        )
+
+    def _factorize_share(self, trainer: pl.Trainer, progress: Progress | None, *, consume: bool) -> FactorizedLayers:
+        """Factorise the layers of this pass, and keep what reports say of their statistics."""
+        options, moments, share = self._options, self.gathering.moments, self._shares[0].modules
+        rows = self.gathering.table(trainer.global_step)
+        scores = gate_scores(options.gate_by, rows, share, moments)
+        undecided = [rows[name] for name in share if math.isnan(scores[name])]
+        if options.gate is not None and undecided:
+            rank_zero_info(
+                f"FascCallback: {options.gate_by} rho of {len(undecided)} layers is undefined, so that the gate leaves "
+                f"them to {options.method}: {reasons(undecided)}."
+            )
+        # Of all layers, since the last block and what an exclusion matches may be in another pass.
+        everywhere = self._layers.modules
+        flags = failure_flags(everywhere, moments)
+        methods = choose_methods(
+            {**dict.fromkeys(everywhere, math.nan), **scores}, options.gate, options.method, options.gate_exclude
+        )
+        for name in share:
+            # Why debiased is NaN. A report has no interval, so it does not say why the interval alone is NaN.
+            undefined = (rows[name]["reason"],) if math.isnan(rows[name]["debiased"]) else ()
+            self._rows[name] = rows[name], flags[name] + undefined
+        found = factorize_layers(
+            share,
+            moments,
+            method=options.method,
+            device=self._device,
+            progress=progress,
+            methods={name: methods[name] for name in share},
+            consume=consume,
+            # One pass cannot know whether the gate will mix solvers in another.
+            unit="fisher" if self.count > 1 and options.gate is not None else "own",
+            hold=offload_to_disk if self.count > 1 else None,
+        )
+        self._factorized = found if self._factorized is None else self._factorized.join(found)
+        return self._factorized
+
+    def reports(self, result: CompressionResult) -> list[LayerReport]:
+        """Return what a compression makes of each layer, with what the layer's statistics said."""
+        return [LayerReport.of(choice, *self._rows[choice.name]) for choice in result.layers]

@@ -26,24 +26,16 @@ from torch import Tensor
 
 from fasc_lightning._utils import (
     NamedTensors,
-    SchemaError,
     Undo,
     anything,
-    boolean,
     check,
-    check_sum,
     checksum,
-    integer,
     listed,
     mapping,
-    optional,
     record,
-    row,
     tensor_checksums,
-    text,
 )
 from fasc_lightning.batches import (
-    LOOPS_BEFORE,
     UnsavableBatchError,
     begin_epoch,
     check_position,
@@ -52,52 +44,29 @@ from fasc_lightning.batches import (
     obstacle,
     position,
     restore_position,
+    skips_backward,
     train_loaders,
 )
-from fasc_lightning.calibration._calibration import REPLAYED, Calibration
-from fasc_lightning.calibration._fit_end import skips_backward
-from fasc_lightning.calibration._saved_state import CALIBRATION_HEADER, pack_calibration, unpack_calibration
+from fasc_lightning.calibration._run import REPLAYED, CalibrationRun
+from fasc_lightning.calibration._saved_form import (
+    FORMAT,
+    PLACES,
+    alteration_of,
+    change_of,
+    damage_of,
+    damage_of_origin,
+    state_checksum,
+)
+from fasc_lightning.calibration._saved_state import pack_calibration, unpack_calibration
 from fasc_lightning.calibration._schedule import CalibrationSchedule
 from fasc_lightning.calibration._sidecar import SidecarCheckpointIO, is_local, is_run, open_sidecar
 from fasc_lightning.distributed import gather_everywhere, is_distributed
-
-#: Of what a checkpoint keeps. Those of format 1 have no checksums, and are used, too; of others nothing is.
-_FORMAT = 2
 
 #: Where it is in the callback's state; and where, of a fit whose calibration has not begun, its place in the data is.
 _KEY, _PLACE = "calibration", "place"
 
 #: Bytes of an order of samples above which no place is kept: every checkpoint of a training would hold it.
 _ORDER_BYTES = 64 * 2**20
-
-#: What the checksum leaves out: the plugin that writes the file adds some of it, and the rest has checksums of its own.
-_UNSUMMED = ("checksum", "origin", "origin_checksum", "tensors", "obstacle", "run", "token")
-
-_STATE = record(
-    {
-        "format": integer(1, _FORMAT),
-        "end": row(optional(integer()), integer(), optional(integer(0))),
-        "setting": mapping(anything),  # compared with the fit's own
-        "origin": anything,  # of a schema of its own
-        "schedule": record({"stopping": boolean, "min_steps": optional(integer(0))}, {"extended": boolean}),
-        "left": boolean,
-        "obstacle": text,
-        "accumulated": boolean,
-        "tensors": mapping(anything),
-    },
-    {
-        "positions": listed(anything),
-        "header": CALIBRATION_HEADER,
-        "run": text,
-        "token": text,
-        "checksum": text,
-        "checksums": mapping(text),
-        "origin_checksum": text,
-    },
-)
-
-#: Of what a checkpoint of before the calibration keeps.
-_PLACES = record({"format": integer(1, _FORMAT), "positions": listed(anything)})
 
 
 class CalibrationCheckpoint:
@@ -159,44 +128,39 @@ class CalibrationCheckpoint:
     # Saving.
 
     def save(
-        self, trainer: pl.Trainer, calibration: Calibration, schedule: CalibrationSchedule, checkpoint: dict[str, Any]
+        self, trainer: pl.Trainer, run: CalibrationRun, schedule: CalibrationSchedule, checkpoint: dict[str, Any]
     ) -> None:
         """Put a calibration that has begun into a checkpoint; on all processes together unless one of them failed."""
-        calibration.settle(trainer)
+        run.settle(trainer)
         left = _batches_are_left(trainer)
-        if calibration.passes > 1:
-            hindered = "a calibration of several passes is not kept, and starts again from the first"
-        elif calibration.spent:
-            hindered = "the fit failed while it compressed the model"
-        elif self._alone:
+        hindered = run.obstacle
+        if not hindered and self._alone:
             hindered = "it was saved when a process of several failed"
-        else:
+        elif not hindered:
             hindered = _of_any(trainer, obstacle(trainer) if left else "")
         state: dict[str, Any] = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "end": _end(trainer, schedule),
-            "setting": calibration.setting(trainer),
-            "origin": calibration.origin,
+            "setting": run.setting(trainer),
+            "origin": run.origin,
             "schedule": schedule.state_dict(trainer),
             "left": left,
             "obstacle": hindered,
             "accumulated": (
-                calibration.options.update_weights
-                and left
-                and not skips_backward(trainer)
-                and trainer.fit_loop._should_accumulate()
+                run.trains and left and not skips_backward(trainer) and trainer.fit_loop._should_accumulate()
             ),
             "tensors": {},
         }
         if not hindered:
             state["positions"] = gather_everywhere(trainer, position(trainer)) if left else []
             try:
-                state["tensors"], state["header"] = pack_calibration(trainer, calibration)
+                run.merge(trainer)
+                state["tensors"], state["header"] = pack_calibration(trainer, run.statistics())
             except UnsavableBatchError as error:
                 state["obstacle"] = f"its batches, which are to be replayed, hold {error}, which a file cannot"
         state["checksums"] = tensor_checksums(state["tensors"])
         state["origin_checksum"] = checksum(state["origin"])
-        state["checksum"] = _checksum(state)
+        state["checksum"] = state_checksum(state)
         checkpoint["callbacks"].setdefault(self._key, {})[_KEY] = state
 
     def save_place(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
@@ -210,7 +174,7 @@ class CalibrationCheckpoint:
         place = position(trainer)
         sizes = [order["order"].nbytes for order in place["orders"] if order is not None]
         if not _of_any(trainer, "too large" if sum(sizes) > _ORDER_BYTES else ""):
-            state = {"format": _FORMAT, "positions": gather_everywhere(trainer, place)}
+            state = {"format": FORMAT, "positions": gather_everywhere(trainer, place)}
             checkpoint["callbacks"].setdefault(self._key, {})[_PLACE] = state
 
     def _find(self, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -234,7 +198,7 @@ class CalibrationCheckpoint:
         check(own, mapping(anything), f"The state of {self._key} in {trainer.ckpt_path}")
         place = own.pop(_PLACE, None)
         if self._io is not None and place is not None:
-            check(place, _PLACES, f"The place in the data that {trainer.ckpt_path} holds")
+            check(place, PLACES, f"The place in the data that {trainer.ckpt_path} holds")
             self._place = place
         if _KEY not in own:
             return
@@ -244,7 +208,7 @@ class CalibrationCheckpoint:
             if isinstance(state, dict) and is_run(state.get("run")):  # sharded checkpoints are not written by plugins
                 self._io.run = state["run"]
 
-    def resume(self, trainer: pl.Trainer, calibration: Calibration, schedule: CalibrationSchedule) -> None:
+    def resume(self, trainer: pl.Trainer, run: CalibrationRun, schedule: CalibrationSchedule) -> None:
         """Give a new calibration the statistics of the checkpoint; before Lightning restores its loops.
 
         If they cannot be had, the loops will be where the calibration began, whose statistics then start from nothing.
@@ -267,7 +231,7 @@ class CalibrationCheckpoint:
                 "HINT: resume from a checkpoint of before the calibration."
             )
             return
-        damage, altered = _damage(state), _alteration(state)
+        damage, altered = damage_of(state), alteration_of(state)
         if not (damage or altered) and list(state["end"]) != _end(trainer, schedule):
             self._state = None
             rank_zero_info(
@@ -275,7 +239,7 @@ class CalibrationCheckpoint:
                 f"({_described(_end(trainer, schedule))}; it was {_described(state['end'])})."
             )
             return
-        if lost := _damage_of_origin(state):
+        if lost := damage_of_origin(state):
             raise ValueError(
                 f"{where} cannot be used{f': {damage or altered}' if damage or altered else ''}. It cannot start again "
                 f"either, since where it began is damaged or was edited: {lost} HINT: resume from another checkpoint."
@@ -283,14 +247,14 @@ class CalibrationCheckpoint:
         if not (damage or altered):
             schedule.prepare(trainer, state["schedule"])
         # Another setting, and what is not of its kind, explain more than a checksum.
-        reason = _of_any(trainer, damage or self._unusable(trainer, calibration, state))
-        reason = reason or _of_any(trainer, self._read(trainer, calibration, state, altered))
+        reason = _of_any(trainer, damage or self._unusable(trainer, run, state))
+        reason = reason or _of_any(trainer, self._read(trainer, run, state, altered))
         if reason:
             self._state = None
-            self._go_back(trainer, calibration, checkpoint, state, reason)
+            self._go_back(trainer, run, checkpoint, state, reason)
             return
-        calibration.origin = state["origin"]
-        rank_zero_info(f"FascCallback: the calibration goes on after {calibration.batches} batches.")
+        run.resume(state["origin"])
+        rank_zero_info(f"FascCallback: the calibration goes on after {run.batches} batches.")
         if state["accumulated"]:
             rank_zero_warn(
                 "FascCallback: the checkpoint was saved while gradients were accumulated, which none holds, so "
@@ -319,15 +283,15 @@ class CalibrationCheckpoint:
             )
 
     @staticmethod
-    def _unusable(trainer: pl.Trainer, calibration: Calibration, state: Mapping[str, Any]) -> str:
+    def _unusable(trainer: pl.Trainer, run: CalibrationRun, state: Mapping[str, Any]) -> str:
         """Return why the statistics of a checkpoint are not to be had, or not this fit's; "" if nothing hinders."""
-        was, now = state["setting"], calibration.setting(trainer)
+        was, now = state["setting"], run.setting(trainer)
         # Batches that were kept do no harm where nothing replays them.
         changed = [name for name in now if was.get(name) != now[name] and not (name == REPLAYED and was.get(name))]
-        return state["obstacle"] or next((_change(name, was.get(name), now[name]) for name in changed), "")
+        return state["obstacle"] or next((change_of(name, was.get(name), now[name]) for name in changed), "")
 
     @staticmethod
-    def _read(trainer: pl.Trainer, calibration: Calibration, state: dict[str, Any], altered: str) -> str:
+    def _read(trainer: pl.Trainer, run: CalibrationRun, state: dict[str, Any], altered: str) -> str:
         """Read the statistics, unless they are known to be altered; return why not, "" if they were read."""
         tensors: dict[str, Tensor] = state.pop("tensors")
         path = Path(str(trainer.ckpt_path))
@@ -343,7 +307,9 @@ class CalibrationCheckpoint:
             with open_sidecar(state["token"], path) if beside else nullcontext() as handle:
                 where = str(path)
                 named = NamedTensors.of(tensors, where) if handle is None else NamedTensors.in_file(handle, where)
-                unpack_calibration(trainer, calibration, state["header"], named, checksums)
+                empty, header, gated = run.statistics(), state["header"], run.scores_decide
+                found = unpack_calibration(trainer, empty, header, named, checksums, needs_scores=gated)
+                run.restore(found)
         except (OSError, ValueError, SafetensorError) as error:
             return f"its statistics cannot be read: {error}"
         return ""
@@ -351,17 +317,17 @@ class CalibrationCheckpoint:
     def _go_back(
         self,
         trainer: pl.Trainer,
-        calibration: Calibration,
+        run: CalibrationRun,
         checkpoint: dict[str, Any],
         state: Mapping[str, Any],
         reason: str,
     ) -> None:
         """Let Lightning restore its loops as they were before the first batch of the calibration."""
-        calibration.reset()
+        run.reset()
         go_back(checkpoint, state["origin"])
         self._stopping = state["origin"]["stopping"]
         twice, reason = "", reason.rstrip(".")
-        if calibration.options.update_weights:
+        if run.trains:
             twice = " The weights are trained on those batches once more, since update_weights=True."
         rank_zero_warn(
             f"FascCallback: the calibration starts again from its first batch and not where the checkpoint was saved. "
@@ -372,45 +338,6 @@ class CalibrationCheckpoint:
 def _take_out(trainer: pl.Trainer, io: SidecarCheckpointIO) -> None:
     if trainer.strategy.checkpoint_io is io:
         trainer.strategy.checkpoint_io = io.inner
-
-
-def _checksum(state: Mapping[str, Any]) -> str:
-    return checksum({key: value for key, value in state.items() if key not in _UNSUMMED})
-
-
-def _damage(state: Mapping[str, Any]) -> str:
-    """Return what is wrong with a calibration that was read; "" if nothing is. Its tensors are looked at later."""
-    found = state.get("format")
-    if type(found) is not int or not 1 <= found <= _FORMAT:
-        return f"its format is {found!r:.40}, of which this version knows nothing"
-    try:
-        _STATE(state, "")
-        if found > 1:
-            record(dict.fromkeys(("checksum", "checksums", "origin_checksum"), anything), extra=True)(state, "")
-    except SchemaError as error:
-        return f"the checkpoint is damaged or was edited. {error}"
-    return ""
-
-
-def _alteration(state: Mapping[str, Any]) -> str:
-    """Return how the checksum of a calibration tells that it was altered; "" if it does not, or there is none."""
-    try:
-        if "checksum" in state:
-            check_sum(_checksum(state), state["checksum"], "a calibration")
-    except SchemaError as error:
-        return f"the checkpoint is damaged or was edited. {error}"
-    return ""
-
-
-def _damage_of_origin(state: Mapping[str, Any]) -> str:
-    """Return what is wrong with where a calibration began; "" if it can start again from there."""
-    try:
-        LOOPS_BEFORE(state.get("origin"), "origin")
-        if "origin_checksum" in state:
-            check_sum(checksum(state["origin"]), state["origin_checksum"], "'origin'")
-    except SchemaError as error:
-        return str(error)
-    return ""
 
 
 def _wait_for_nobody(*args: Any, **kwargs: Any) -> None:
@@ -456,10 +383,3 @@ def _end(trainer: pl.Trainer, schedule: CalibrationSchedule) -> list[Any]:
 def _described(end: list[Any]) -> str:
     names = ("max_epochs", "max_steps", "calibration_steps")
     return ", ".join(f"{name}={value}" for name, value in zip(names, end, strict=True))
-
-
-def _change(name: str, was: Any, now: Any) -> str:
-    if isinstance(was, dict) and isinstance(now, dict):  # of layers, of which there may be hundreds
-        key = next(key for key in [*was, *now] if was.get(key) != now.get(key))
-        name, was, now = f"{name}: {key!r}", was.get(key, "not there"), now.get(key, "not there")
-    return f"{name} was {was} and is {now} now"

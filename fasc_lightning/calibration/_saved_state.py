@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,9 +13,15 @@ from torch import Tensor
 
 from fasc_lightning._utils import Entry, NamedTensors, SchemaError, anything, integer, listed, number, record
 from fasc_lightning.batches import KeptBatches, pack_batch, tensor_names, unpack_batch
-from fasc_lightning.calibration._calibration import Calibration
-from fasc_lightning.dependence import SUMS, DependenceScore, LayerScores, Sample
-from fasc_lightning.statistics import MOMENTS_HEADER, empty_moments, moments_entries, pack_moments, unpack_moments
+from fasc_lightning.dependence import SUMS, DependenceScore, Sample
+from fasc_lightning.statistics import (
+    MOMENTS_HEADER,
+    CalibrationMoments,
+    empty_moments,
+    moments_entries,
+    pack_moments,
+    unpack_moments,
+)
 
 _BATCH = "batch."
 
@@ -40,70 +47,91 @@ CALIBRATION_HEADER = record(
 )
 
 
-def pack_calibration(trainer: pl.Trainer, calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the statistics so far, summed over all processes; with these the first process goes on.
+@dataclass(frozen=True)
+class Statistics:
+    """All that a calibration of one pass has gathered, between two batches.
+
+    Attributes:
+        moments: Of the targeted layers.
+        scores: Dependence scores by layer.
+        waiting: Samples that wait to be scored, by layer.
+        kept: Batches that something runs once more.
+        batches: How many batches were counted.
+        seconds: That they took.
+    """
+
+    moments: CalibrationMoments
+    scores: dict[str, DependenceScore]
+    waiting: dict[str, list[Sample]]
+    kept: KeptBatches
+    batches: int
+    seconds: float
+
+
+def pack_calibration(trainer: pl.Trainer, found: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return statistics as tensors and plain data.
 
     Args:
         trainer: Of the fit.
-        calibration: Between two batches.
+        found: On the first process, the sums over all processes.
 
     Returns:
         Tensors by name, on the first process only, and a header for :func:`unpack_calibration`. The tensors are the
         running ones: they have to be written before the next batch.
 
     Raises:
-        UnsavableBatchError: On the first process, after the work that all share, if batches to replay are of a type
-            that a file cannot hold.
+        UnsavableBatchError: On the first process if batches to replay are of a type that a file cannot hold.
     """
-    calibration.merge(trainer)
-    tensors, moments = pack_moments(calibration.moments)
-    scores, rows = _pack_scores(calibration.scores.scores)
-    waiting, samples = _pack_waiting(calibration.scores)
-    kept, batches = pack_batch(calibration.replay.state_dict(), _BATCH)
+    tensors, moments = pack_moments(found.moments)
+    scores, rows = _pack_scores(found.scores)
+    waiting, samples = _pack_waiting(found)
+    kept, batches = pack_batch(found.kept.state_dict(), _BATCH)
     header = {
         "moments": moments,
         "rows": rows,
         "waiting": samples,
         "kept": kept,
-        "batches": calibration.batches,
-        "seconds": calibration.seconds,
+        "batches": found.batches,
+        "seconds": found.seconds,
     }
     return ({**tensors, **scores, **waiting, **batches} if trainer.is_global_zero else {}), header
 
 
 def unpack_calibration(
     trainer: pl.Trainer,
-    calibration: Calibration,
+    empty: Statistics,
     header: Mapping[str, Any],
     tensors: NamedTensors,
     checksums: Mapping[str, str] | None,
-) -> None:
-    """Let a calibration that has not begun go on from what :func:`pack_calibration` returned.
+    *,
+    needs_scores: bool,
+) -> Statistics:
+    """Return the statistics of which :func:`pack_calibration` returned the state.
 
     Only the first process reads tensors: the sums over all processes are to be counted once.
 
     Args:
         trainer: Of the fit.
-        calibration: Of the same layers and options. It changes only once all of the state has been checked.
+        empty: Statistics of the fit's own layers and options, of no batch. They are not changed.
         header: In plain data, as it was read.
         tensors: As they were read.
         checksums: That were saved of the tensors; None if none were.
+        needs_scores: Whether scores of earlier versions, which begin anew, are refused.
 
     Raises:
         SchemaError: If the state is damaged, or of another calibration.
     """
     CALIBRATION_HEADER(header, "header")
     entries = moments_entries(header["moments"])
-    _check_same(calibration, header["moments"])
-    device = calibration.moments.device
+    _check_same(empty.moments, header["moments"])
+    device, batches, seconds = empty.moments.device, header["batches"], header["seconds"]
     if not trainer.is_global_zero:
         moments = empty_moments(header["moments"], device)
-        calibration.restore(moments, None, KeptBatches(), header["batches"], header["seconds"])
-        return
-    scores = {name: deepcopy(score) for name, score in calibration.scores.scores.items()}
+        return Statistics(moments, empty.scores, empty.waiting, KeptBatches(), batches, seconds)
+    scores = {name: deepcopy(score) for name, score in empty.scores.items()}
     # Scores of versions without samples that wait are of other tokens and permutations: they begin anew.
     scored = "waiting" in header
-    if not scored and calibration.options.gate is not None:
+    if not scored and needs_scores:
         raise SchemaError("Expected scores of this version, by which the gate chooses, but an earlier one wrote them.")
     entries |= _score_entries(scores, header["rows"], scored) | _waiting_entries(scores, header.get("waiting", []))
     tensors.expect(entries, checksums, free=tensor_names(header["kept"]))
@@ -111,14 +139,12 @@ def unpack_calibration(
     if scored:
         _unpack_scores(scores, header["rows"], tensors)
     kept = KeptBatches.from_state(unpack_batch(header["kept"], tensors.read), "header.kept")
-    waiting = _unpack_waiting(scores, header.get("waiting", []), tensors, calibration.scores.device)
-    calibration.restore(moments, scores, kept, header["batches"], header["seconds"])
-    calibration.scores.waiting = waiting
+    waiting = _unpack_waiting(scores, header.get("waiting", []), tensors, trainer.strategy.root_device)
+    return Statistics(moments, scores, waiting, kept, batches, seconds)
 
 
-def _check_same(calibration: Calibration, header: Mapping[str, Any]) -> None:
+def _check_same(moments: CalibrationMoments, header: Mapping[str, Any]) -> None:
     """Refuse moments of other layers, types or statistics than this calibration's, whatever the setting says."""
-    moments = calibration.moments
     for what, found, wanted in (
         ("shapes", {name: tuple(shape) for name, shape in header["shapes"].items()}, moments.shapes),
         ("dtype", header["dtype"], str(moments.dtype).removeprefix("torch.")),
@@ -137,9 +163,9 @@ def _pack_scores(scores: Mapping[str, DependenceScore]) -> tuple[dict[str, Tenso
     return tensors, [len(part) for part in rows]
 
 
-def _pack_waiting(scores: LayerScores) -> tuple[dict[str, Tensor], list[int]]:
+def _pack_waiting(found: Statistics) -> tuple[dict[str, Tensor], list[int]]:
     """Return the samples that wait to be scored, and how many each layer has, in the order of their names."""
-    waiting = [scores.waiting.get(name, []) for name in sorted(scores.scores)]
+    waiting = [found.waiting.get(name, []) for name in sorted(found.scores)]
     tensors = {  # copies: layers share inputs, which files of tensors do not
         name: values.clone()
         for i, samples in enumerate(waiting)

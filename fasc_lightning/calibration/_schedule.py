@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fasc_lightning._utils import Undo
-from fasc_lightning.calibration._fit_end import FitEnd, averages_epochs, batches_done, skips_backward, steps_per_batch
+from fasc_lightning.batches import skips_backward
+from fasc_lightning.calibration._fit_end import FitEnd, averages_epochs, batches_done, steps_per_batch
 
 
 class CalibrationSchedule:

@@ -13,7 +13,7 @@ from fasc_lightning.dependence._figures import (
 from fasc_lightning.dependence._history import COLUMNS, RhoHistory, RhoRow
 from fasc_lightning.dependence._hsic import MIN_TOKENS
 from fasc_lightning.dependence._layer_scores import LayerScores, Sample
-from fasc_lightning.dependence._monitor import RhoMonitor, write_history
+from fasc_lightning.dependence._phase import MonitorPhase
 from fasc_lightning.dependence._rho import PooledDependenceScore, debiased_rho, iid_floor, pooled_rho, rho
 from fasc_lightning.dependence._streaming import MIN_ROWS, SUMS, DependenceScore
 from fasc_lightning.dependence._summary import counted, describe, reasons
@@ -26,9 +26,9 @@ __all__ = [
     "DependenceScore",
     "LayerScores",
     "Metrics",
+    "MonitorPhase",
     "PooledDependenceScore",
     "RhoHistory",
-    "RhoMonitor",
     "RhoRow",
     "Sample",
     "angles_figure",
@@ -46,5 +46,4 @@ __all__ = [
     "rho_profile",
     "save_figure",
     "training_figure",
-    "write_history",
 ]

@@ -69,8 +69,8 @@ class RhoMonitor:
             )
 
     def due(self, trainer: pl.Trainer) -> bool:
-        """Tell whether the batch that is about to run belongs to an observation."""
-        return self._taps is not None or _position(trainer) >= self._next
+        """Tell whether the batch that is about to run belongs to an observation; none does without layers."""
+        return bool(self._layers) and (self._taps is not None or _position(trainer) >= self._next)
 
     def begin_batch(self, trainer: pl.Trainer, rows: TokenRows, backwards: Backwards | None = None) -> None:
         """Begin to observe a batch.

@@ -25,7 +25,7 @@ from fasc_lightning.layers._make_lowrank import make_lowrank
 from fasc_lightning.layers._pivoted import PivotedLinear, smaller_side
 from fasc_lightning.layers._probe import is_plain_linear
 from fasc_lightning.layers._ranks import rank_budget, resolve_rank
-from fasc_lightning.layers._reparametrised import DENSE_FORM, DenseForm, trains_weight, warn_without_way_back
+from fasc_lightning.layers._reparametrised import DENSE_FORM, DenseForm, trains_weight
 from fasc_lightning.layers._size import Size, layer_sizes, model_size
 from fasc_lightning.layers._spec import check_layers, describe_layer, empty_layer, place, set_trainable
 from fasc_lightning.layers._swap import (
@@ -36,7 +36,15 @@ from fasc_lightning.layers._swap import (
     swap_modules,
     swap_to_dense,
 )
-from fasc_lightning.layers._targets import layer_shapes, matches, select_layers, warn_other_layers, warn_tied_layers
+from fasc_lightning.layers._targets import (
+    TargetedLayers,
+    layer_shapes,
+    matches,
+    select_layers,
+    target_layers,
+    warn_other_layers,
+    warn_tied_layers,
+)
 from fasc_lightning.layers._unfused_experts import UnfusedExperts, expert_layers, unfuse
 
 __all__ = [
@@ -55,6 +63,7 @@ __all__ = [
     "Routing",
     "Size",
     "Stored",
+    "TargetedLayers",
     "UnfusedExperts",
     "auto_cost",
     "auto_layout",
@@ -97,10 +106,10 @@ __all__ = [
     "split_name",
     "swap_modules",
     "swap_to_dense",
+    "target_layers",
     "trains_weight",
     "unfuse",
     "warn_other_layers",
     "warn_tied_layers",
     "warn_unknown_experts",
-    "warn_without_way_back",
 ]

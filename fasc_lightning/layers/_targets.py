@@ -5,15 +5,75 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fasc_lightning._utils import some_names
-from fasc_lightning.layers._fused_experts import ExpertLinear, expert_views, holds_experts, routers
+from fasc_lightning.layers._fused_experts import (
+    ExpertLinear,
+    expert_views,
+    holds_experts,
+    routers,
+    warn_unknown_experts,
+)
 from fasc_lightning.layers._linear import linear_shape
 from fasc_lightning.layers._probe import holds_dense_weight, is_plain_linear
+from fasc_lightning.layers._reparametrised import warn_without_way_back
+
+
+@dataclass(frozen=True)
+class TargetedLayers:
+    """The layers that a fit observes or compresses, and what everyone asks of them, looked up once.
+
+    Attributes:
+        modules: The layers by dotted name, in the model's order.
+        shapes: (m, n) = (outputs, inputs) of each, under the same names.
+    """
+
+    modules: dict[str, nn.Module]
+    shapes: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, modules: dict[str, nn.Module]) -> TargetedLayers:
+        """Return the record of some layers."""
+        return cls(modules, layer_shapes(modules))
+
+    @property
+    def weights(self) -> int:
+        """How many numbers the weights of the layers hold."""
+        return sum(m * n for m, n in self.shapes.values())
+
+    def share(self, names: Iterable[str]) -> TargetedLayers:
+        """Return the record of some of these layers, in the order of their names as given."""
+        names = list(names)
+        return TargetedLayers({n: self.modules[n] for n in names}, {n: self.shapes[n] for n in names})
+
+
+def target_layers(
+    model: nn.Module, targets: str | list[str] | None, exclude: str | list[str] | None, *, compresses: bool
+) -> TargetedLayers:
+    """Choose the layers of a fit, and warn of layers that are left out and of those that had better be.
+
+    Args:
+        model: The module of the fit.
+        targets: See :func:`select_layers`.
+        exclude: Likewise.
+        compresses: Whether the layers are to be replaced, not only observed.
+
+    Raises:
+        ValueError: If nothing is selected.
+    """
+    layers = select_layers(model, targets, exclude)
+    if targets in (None, "all-linear"):
+        warn_unknown_experts(model)
+    warn_other_layers(model, targets, exclude)
+    if compresses:
+        warn_tied_layers(model, layers)
+        warn_without_way_back(layers)
+    return TargetedLayers.of(layers)
 
 
 def matches(name: str, patterns: str | Iterable[str]) -> bool:

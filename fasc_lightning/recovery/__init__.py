@@ -5,7 +5,7 @@ from fasc_lightning.recovery._checks import check_recoverable
 from fasc_lightning.recovery._distillation import Distillable
 from fasc_lightning.recovery._frozen_copy import frozen_copy
 from fasc_lightning.recovery._last_checkpoint import set_aside_optimizers
-from fasc_lightning.recovery._second_fit import RecoveryStage, recovery_instead
+from fasc_lightning.recovery._stage import RecoveryStage
 from fasc_lightning.recovery._teacher import Teacher
 from fasc_lightning.recovery._validation import split_loader
 
@@ -16,7 +16,6 @@ __all__ = [
     "Teacher",
     "check_recoverable",
     "frozen_copy",
-    "recovery_instead",
     "set_aside_optimizers",
     "split_loader",
 ]

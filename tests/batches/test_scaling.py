@@ -8,6 +8,7 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
+from inside import moments_of
 from tiny import VOCABULARY, causal_model
 from torch import nn
 from torch.nn import functional as F
@@ -82,7 +83,7 @@ class Gathered(FascCallback):
 
     def on_train_end(self, trainer, pl_module):
         super().on_train_end(trainer, pl_module)
-        moments = self._calibration.moments
+        moments = moments_of(self)
         self.found = {name: (moments.layer(name).G.double(), moments.tokens(name)) for name in moments.shapes}
 
 

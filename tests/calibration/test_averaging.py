@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
+from inside import is_calibrating
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny import Classifier, feature_loader
@@ -32,7 +33,7 @@ class Recording(RecordingCallback):
         self.epochs = []
 
     def on_train_batch_end(self, trainer, *args):
-        if self._calibrating:
+        if is_calibrating(self):
             self.epochs.append(trainer.current_epoch)
         super().on_train_batch_end(trainer, *args)
 

@@ -272,7 +272,7 @@ def test_a_checkpoint_of_a_fit_that_failed_while_it_compressed_starts_the_calibr
         return module, callback
 
     if fails == "in the middle":
-        monkeypatch.setattr("fasc_lightning.calibration._finalize.model_size", fail_after(1))
+        monkeypatch.setattr("fasc_lightning.calibration._finish.model_size", fail_after(1))
     with pytest.raises(InterruptedError):
         fit(*([Fail()] if fails == "afterwards" else []))
     monkeypatch.undo()
@@ -310,9 +310,9 @@ def test_nothing_of_a_failed_fit_is_kept_or_acts_in_the_next(make_trainer, tmp_p
     with pytest.raises(InterruptedError):
         trainer.fit(causal_module(), stateful_loader())
     assert "calibration" in str(torch.load(tmp_path / "failed.ckpt", weights_only=True)["callbacks"].values())
-    assert callback._calibration is None
+    assert callback._calibration.run is None
     assert trainer.strategy.checkpoint_io is plugin
-    callback._calibration = object()  # as where another callback's failure kept Lightning from tearing down
+    callback._calibration.run = object()  # as where another callback's failure kept Lightning from tearing down
     trainer = make_trainer(callback, max_epochs=2)
     trainer.fit(causal_module(), stateful_loader(), ckpt_path=compressed)
     assert trainer.global_step == 2 * BATCHES

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import lightning.pytorch as pl
 import pytest
 import torch
+from inside import kept_by
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny import Classifier, feature_loader, mlp
@@ -110,7 +111,7 @@ def test_only_as_many_batches_are_kept_as_were_asked_for(make_trainer):
 
     class Watching(pl.Callback):
         def on_train_end(self, trainer, pl_module):
-            kept.append(len(trainer.callbacks[0]._calibration.replay.batches))
+            kept.append(len(kept_by(trainer.callbacks[0])))
 
     Fit(make_trainer, Stream(), Watching(), max_epochs=1)
     assert kept == [4]

@@ -13,7 +13,15 @@ from transformers import FalconConfig, FalconForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from fasc_lightning import FascCallback, compress, load_compressed, match_checkpoint, save_compressed, score, to_dense
-from fasc_lightning.layers import LowRankLinear, compressed_layers, select_layers, swap_modules, warn_tied_layers
+from fasc_lightning.layers import (
+    LowRankLinear,
+    TargetedLayers,
+    compressed_layers,
+    select_layers,
+    swap_modules,
+    target_layers,
+    warn_tied_layers,
+)
 from fasc_lightning.layers._swap import _dense
 from fasc_lightning.layers._targets import other_layers
 from fasc_lightning.models import apply_plan, quantize
@@ -188,3 +196,15 @@ def test_a_fit_that_names_a_tied_head_warns_and_the_report_tells():
     with pytest.warns(UserWarning, match=r"share one weight of 2,048 .* model\.model\.embed_tokens keeps it"):
         report = compress(model, batches(), keep=0.5, targets=["lm_head"], progress=False)
     assert report.whole["compressed"].parameters > report.whole["dense"].parameters
+
+
+def test_the_record_of_targeted_layers_holds_modules_and_shapes_of_all_and_of_a_share():
+    model = causal_model()
+    layers = target_layers(model, ["q_proj", "down_proj"], None, compresses=False)
+    assert layers.modules == select_layers(model, ["q_proj", "down_proj"])
+    assert layers.shapes == {name: tuple(module.weight.shape) for name, module in layers.modules.items()}
+    assert layers.weights == sum(module.weight.numel() for module in layers.modules.values())
+    names = list(layers.modules)[::-1][:2]
+    share = layers.share(names)
+    assert list(share.modules) == list(share.shapes) == names
+    assert share == TargetedLayers.of({name: layers.modules[name] for name in names})

@@ -223,15 +223,16 @@ class Halt(pl.Callback):
 
     def on_train_start(self, trainer, pl_module):
         (callback,) = (c for c in trainer.callbacks if isinstance(c, FascCallback))
-        calibration = callback._calibration
+        calibration = callback._calibration.run
+        found = calibration.statistics()
         self.batches = calibration.batches
         self.state = {
-            "moments": pack_moments(calibration.moments),
-            "scores": {n: [*s.metric_state.values()] for n, s in calibration.scores.scores.items()},
-            "kept": calibration.replay.batches,
+            "moments": pack_moments(found.moments),
+            "scores": {n: [*s.metric_state.values()] for n, s in found.scores.items()},
+            "kept": found.kept.batches,
             "position": position(trainer),
             "origin": calibration.origin,
-            "schedule": callback._schedule.state_dict(trainer),
+            "schedule": callback._calibration.schedule.state_dict(trainer),
             "history": callback.rho_history.state_dict(),
         }
         raise HaltedError

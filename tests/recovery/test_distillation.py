@@ -439,7 +439,7 @@ def test_a_fit_with_a_cache_lets_the_teacher_go_before_it_trains(make_trainer, t
     options = Distillation(cache=str(tmp_path / "cache"), top_k=64)
     module, callback = compressed(make_trainer, arm(teacher=options))
     plain, reference_callback = compressed(make_trainer, arm(teacher="dense"))
-    held = weakref.ref(next(iter(callback._second._dense.values())))
+    held = weakref.ref(next(iter(callback._stage._dense.values())))
     gone = []
 
     class Gone(FascCallback.__mro__[1]):
@@ -453,7 +453,7 @@ def test_a_fit_with_a_cache_lets_the_teacher_go_before_it_trains(make_trainer, t
     assert found["held_out_loss"]["after"] == pytest.approx(expected["held_out_loss"]["after"], rel=1e-3)
     # The folder serves another run, without the teacher.
     other, again = compressed(make_trainer, arm(teacher=options))
-    again._second._dense.clear()
+    again._stage._dense.clear()
     make_trainer(again, max_epochs=2).fit(other, training_loader())
     assert again.report.recovery["held_out_loss"] == found["held_out_loss"]
 
@@ -544,7 +544,7 @@ def test_the_cache_is_filled_in_the_precision_of_the_fit(make_trainer, tmp_path,
 
 def test_without_dense_layers_there_is_no_teacher(make_trainer):
     module, callback = compressed(make_trainer, LoraRecovery(teacher="dense"))
-    callback._second._dense.clear()
+    callback._stage._dense.clear()
     before = values(module)
     with pytest.raises(MisconfigurationException, match="they are not at hand"):
         make_trainer(callback).fit(module, training_loader())

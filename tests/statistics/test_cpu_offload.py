@@ -130,7 +130,7 @@ def test_a_compression_by_way_of_the_thread_is_the_same(monkeypatch):
         made.append(CpuOffload(moments))
         return made[-1]
 
-    monkeypatch.setattr("fasc_lightning.calibration._calibration.offloaded", always)
+    monkeypatch.setattr("fasc_lightning.calibration._gathering.offloaded", always)
     threaded, second = compressed()
     assert made
     assert repr(first.layers) == repr(second.layers)  # with NaN, which equals nothing
@@ -154,9 +154,7 @@ def test_a_bad_batch_is_named_also_where_a_thread_finds_it(monkeypatch, make_tra
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    monkeypatch.setattr(
-        "fasc_lightning.calibration._calibration.offloaded", lambda moments, device: CpuOffload(moments)
-    )
+    monkeypatch.setattr("fasc_lightning.calibration._gathering.offloaded", lambda moments, device: CpuOffload(moments))
     callback = FascCallback(rank=2, update_weights=False, loss_terms="sum")
     with pytest.raises(FloatingPointError, match="a gradient of layer 'layer' is NaN or Inf in batch 0 of epoch 0"):
         make_trainer(callback).fit(Rooted(), DataLoader(torch.randn(8, 4), batch_size=4))
@@ -176,9 +174,7 @@ def test_gradients_that_are_refused_do_not_get_into_the_weights(monkeypatch, mak
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    monkeypatch.setattr(
-        "fasc_lightning.calibration._calibration.offloaded", lambda moments, device: CpuOffload(moments)
-    )
+    monkeypatch.setattr("fasc_lightning.calibration._gathering.offloaded", lambda moments, device: CpuOffload(moments))
     module = Poisoned()
     with pytest.raises(FloatingPointError, match="a gradient of layer 'layer'"):
         make_trainer(FascCallback(rank=2, loss_terms="sum")).fit(module, DataLoader(torch.ones(8, 4), batch_size=4))
@@ -203,7 +199,7 @@ def test_a_fit_that_fails_ends_its_thread_and_lets_go_of_the_model_whatever_the_
         def on_after_backward(self, trainer, pl_module):
             raise InterruptedError
 
-    monkeypatch.setattr("fasc_lightning.calibration._calibration.offloaded", lambda moments, device: Full(moments))
+    monkeypatch.setattr("fasc_lightning.calibration._gathering.offloaded", lambda moments, device: Full(moments))
     module = causal_module()
     with pytest.raises(InterruptedError):
         make_trainer(Interrupting(), FascCallback(rank=0.5, update_weights=False)).fit(module, token_loader())

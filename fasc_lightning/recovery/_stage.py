@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import wraps
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 from torch import nn
@@ -16,22 +15,6 @@ from fasc_lightning.options import Recovery, RefineOptions, refine_options
 from fasc_lightning.recovery._callback import REMEDY, RecoveryCallback
 from fasc_lightning.recovery._distillation import check_distillable
 from fasc_lightning.recovery._teacher import weights_fingerprint
-
-Hook = TypeVar("Hook", bound=Callable[..., None])
-
-
-def recovery_instead(hook: Hook) -> Hook:
-    """Let the recovery have a hook of FascCallback in a fit that is one, and the callback itself in all others."""
-
-    @wraps(hook)
-    def choose(callback: Any, *args: Any, **kwargs: Any) -> None:
-        recovering = callback._recovering
-        if recovering is None:
-            hook(callback, *args, **kwargs)
-        else:
-            getattr(recovering, hook.__name__)(*args, **kwargs)
-
-    return cast(Hook, choose)
 
 
 class RecoveryStage:
@@ -70,6 +53,13 @@ class RecoveryStage:
     def refinement(self) -> RefineOptions | None:
         """How the factors are refined before the recovery; None for not at all."""
         return refine_options(self._recovery, self._seed)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What the recovery of this fit has done, in plain types, once it has ended."""
+        assert self.running is not None
+        assert self.running.figures is not None
+        return self.running.figures
 
     def check(self, pl_module: pl.LightningModule, layers: Mapping[str, nn.Module]) -> None:
         """Refuse a module that could be compressed and not recovered, before it is compressed.

@@ -1,0 +1,226 @@
+"""The part of FascCallback that calibrates and compresses: what it does in each hook of a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from fasc_lightning._utils import Undo, undoing
+from fasc_lightning.batches import LossScales
+from fasc_lightning.calibration._checks import check_batches_given
+from fasc_lightning.calibration._resume import CalibrationCheckpoint
+from fasc_lightning.calibration._run import CalibrationRun
+from fasc_lightning.calibration._schedule import CalibrationSchedule
+from fasc_lightning.compression import CompressionReport, check_budget_fits, check_rank_fits
+from fasc_lightning.dependence import MonitorPhase
+from fasc_lightning.distributed import check_weights
+from fasc_lightning.layers import TargetedLayers, linear_weight
+from fasc_lightning.options import CalibrationOptions, ReplacementOptions
+from fasc_lightning.recovery import RecoveryStage
+
+
+class CalibrationPhase(pl.Callback):
+    """Calibrates on the last batches of a fit, compresses the module when the fit ends, and outlives interruptions.
+
+    Without a budget, and in a fit that goes on from a compressed checkpoint, it does nothing.
+
+    Args:
+        options: Those of :class:`~fasc_lightning.FascCallback`, under the same names.
+        monitor: Observes rho, but while the module is held still; sketches are sized by what it knows.
+        recovery: Says what a recovery in the next fit needs of this one.
+        forecast: Says what the compression will take, by the module, its layers, the options, the device, whether the
+            moments stay for a refit, the sketches and the number of passes; refuses what does not fit.
+        key: Of the callback's state in checkpoints.
+        scales: Take the scale of a batch's gradients from its loss.
+        undo: Is given what has to be undone when training ends, and is closed then.
+        failed: Is given what has to be undone if the fit fails.
+
+    Attributes:
+        run: The calibration of this fit, if there is one.
+        schedule: When the calibration takes place.
+        report: What was done, once the module is compressed.
+    """
+
+    def __init__(
+        self,
+        options: Any,
+        monitor: MonitorPhase,
+        recovery: RecoveryStage,
+        forecast: Callable[..., object],
+        *,
+        key: str,
+        scales: LossScales,
+        undo: Undo,
+        failed: Undo,
+    ) -> None:
+        self._options = options
+        self._monitor = monitor
+        self._recovery = recovery
+        self._forecast = forecast
+        self._scales = scales
+        self._undo = undo
+        self._failed = failed
+        self._checkpoint = CalibrationCheckpoint(key)
+        self._layers: TargetedLayers | None = None
+        self.schedule = CalibrationSchedule(
+            options.calibration_steps, options.passes, freezes=not options.update_weights
+        )
+        self.run: CalibrationRun | None = None
+        self.report: CompressionReport | None = None
+
+    @property
+    def _compresses(self) -> bool:
+        return self._options.rank is not None or self._options.keep is not None
+
+    def target(self, layers: TargetedLayers) -> None:
+        """Take the layers of a fit, before it starts."""
+        self._layers = layers
+
+    def forget(self) -> None:
+        """Drop what belongs to a fit, and give the Trainer back what is its own; safe at any time."""
+        with undoing() as undo:
+            undo.add(self._drop)
+            undo.add(self._checkpoint.remove)
+            undo.add(self.schedule.stop)
+
+    def _drop(self) -> None:
+        self.run = self._layers = self.report = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.schedule.set_up(trainer)
+        if self._compresses:
+            self._checkpoint.install(trainer)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.run is None or self.report is not None:
+            return
+        if self.run.begun:
+            self._checkpoint.save(trainer, self.run, self.schedule, checkpoint)
+        else:
+            self._checkpoint.save_place(trainer, checkpoint)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._checkpoint.load(trainer, checkpoint)
+        if self.run is not None:  # as strategies that shard weights load them after `on_fit_start`
+            self._checkpoint.resume(trainer, self.run, self.schedule)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._layers is None or not self._compresses:
+            return
+        options, layers, modules = self._options, self._layers, self._layers.modules
+        check_batches_given(pl_module, options.loss_terms, options.token_mask)
+        self.schedule.check(trainer)  # only here is it known that the fit is no recovery
+        check_weights((name, linear_weight(layer)) for name, layer in modules.items())
+        check_rank_fits(layers.shapes, options.rank)
+        self._recovery.check(pl_module, modules)
+        check_budget_fits(modules, options.rank, options.keep, options.allocation, options.layout, options.align)
+        gathered, refinement = CalibrationOptions.of(options), self._recovery.refinement
+        self.run = run = CalibrationRun(trainer, pl_module, layers, gathered, refinement, self._monitor.history)
+        self._undo.add(run.release)
+        device = trainer.strategy.root_device
+        planned = self._forecast(pl_module, modules, options, device, run.refits, run.sketches, run.passes)
+        rank_zero_info(f"FascCallback: {planned}")
+        self._checkpoint.resume(trainer, run, self.schedule)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.run is not None:
+            self.schedule.start(trainer)
+            self._checkpoint.start(trainer, self.schedule)
+            self.run.start(trainer, is_whole_fit=self.schedule.is_whole_fit(trainer))
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.run is None:
+            return
+        if self.schedule.begins(trainer):
+            self.run.begin_batch(trainer, pl_module, batch)
+        elif self.run.running:
+            self.run.pause()
+        self._monitor.rest(self.run.frozen)
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if self.run is not None and self.run.running:
+            self.run.begin_backward(trainer, loss, self._scales)
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.run is not None:
+            self.run.end_backward()
+
+    @override
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        if self.run is not None:
+            self.run.settle_rows()  # what is refused is refused before it gets into the weights
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.run is not None:
+            self.run.end_batch(trainer, outputs)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.run is not None:
+            self.run.end_epoch(trainer)
+            self.schedule.end_epoch(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._undo.close()
+        self.schedule.stop()
+        if self.run is not None and self.run.begun:
+            # While every process is still in the loop, and on the device of the process group.
+            self.run.end(trainer)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.run is None:
+            return
+        if not self.run.begun:
+            raise MisconfigurationException(
+                "Expected at least one calibration batch but the fit ended without any: "
+                f"{self.schedule.end_unmet()} The model is not compressed."
+            )
+        self.run.end(trainer)  # where the fit had nothing left to run, so that training neither started nor ended
+        self._failed.keep(pl_module, attributes=True)
+        # After every `on_train_end`, so that averaging callbacks have put their weights in place.
+        how = ReplacementOptions(**{f.name: getattr(self._options, f.name) for f in fields(ReplacementOptions)})
+        report, replaced = self.run.compress(trainer, pl_module, how, self._failed)
+        self._failed.set(self, "report", report)
+        self._recovery.keep(replaced)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self.run is not None:
+            with suppress(Exception):  # what went wrong first is what is to be seen
+                self.run.settle(trainer)
+
+    def after_exception(self, trainer: pl.Trainer, exception: BaseException, end: Callable[[], None]) -> None:
+        """Call something once other callbacks have saved their checkpoints of what went wrong."""
+        self._checkpoint.after_exception(trainer, exception, end)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.run is not None and self.report is not None:
+            self._checkpoint.clean(trainer)

@@ -1,0 +1,162 @@
+"""The part of FascCallback that observes rho: what it does in each hook of a fit."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from fasc_lightning._utils import Undo
+from fasc_lightning.batches import (
+    LossScales,
+    LossTerms,
+    TokenMask,
+    backwards_of,
+    batch_label,
+    observed_rows,
+    skips_backward,
+)
+from fasc_lightning.dependence._history import RhoHistory
+from fasc_lightning.dependence._monitor import RhoMonitor, write_history
+from fasc_lightning.dependence._summary import describe
+from fasc_lightning.layers import Gradient, TargetedLayers
+
+
+class MonitorPhase(pl.Callback):
+    """Observes rho at every n-th optimizer step of a fit, and writes the history where the fit's loggers write.
+
+    Args:
+        every_n_steps: Optimizer steps from one observation to the next; None observes nothing.
+        tokens: Tokens of each batch that are looked at.
+        threshold: rho above which a layer counts as high.
+        observations: See :class:`~fasc_lightning.FascCallback` (``emergence_observations``).
+        gradient: See :class:`~fasc_lightning.FascCallback` (``rho_gradient``).
+        seed: Of the choice of tokens, and of permutations.
+        token_mask: See :class:`~fasc_lightning.FascCallback`.
+        loss_terms: See :class:`~fasc_lightning.FascCallback`.
+        scales: Take the scale of a batch's gradients from its loss.
+        undo: Is given what has to be undone when training ends.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None,
+        tokens: int,
+        threshold: float,
+        observations: int,
+        gradient: Gradient,
+        seed: int,
+        *,
+        token_mask: TokenMask | None,
+        loss_terms: LossTerms | None,
+        scales: LossScales,
+        undo: Undo,
+    ) -> None:
+        self._monitor = RhoMonitor(every_n_steps or 1, tokens, threshold, gradient, seed)
+        self._observes = every_n_steps is not None
+        self._observations = observations
+        self._token_mask = token_mask
+        self._loss_terms = loss_terms
+        self._scales = scales
+        self._undo = undo
+        self._layers: TargetedLayers | None = None
+        self._rests = False
+
+    @property
+    def history(self) -> RhoHistory:
+        """What was observed, one row a layer and a step."""
+        return self._monitor.history
+
+    def target(self, layers: TargetedLayers) -> None:
+        """Take the layers of a fit, before it starts."""
+        self._layers = layers
+
+    def rest(self, rests: bool) -> None:
+        """Observe nothing for the time being, or go on.
+
+        Args:
+            rests: Whether the module is held still. It then has the same rho at every step, and whoever holds it still
+                measures that.
+        """
+        self._rests = rests
+
+    def forget(self) -> None:
+        """Drop what belongs to a fit; the history stays. Safe at any time."""
+        self._layers, self._rests = None, False
+        self._monitor.forget()
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.global_step == 0:  # a checkpoint brings its own history, after this
+            self._monitor.history = RhoHistory()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._observes and self._layers is not None:
+            self._undo.add(self._monitor.remove)
+            self._monitor.start(trainer, self._layers.modules)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._rests or skips_backward(trainer) or not self._monitor.due(trainer):
+            return
+        rows = observed_rows(
+            trainer,
+            pl_module,
+            batch,
+            token_mask=self._token_mask,
+            loss_terms=self._loss_terms,
+            tokens=self._monitor.tokens,
+            seed=self._monitor.seed,
+        )
+        self._monitor.begin_batch(trainer, rows, backwards_of(pl_module))
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._scales.take(loss, self._monitor.rows, label=batch_label(trainer))
+        self._monitor.begin_backward()
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._monitor.end_backward()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._monitor.end_batch(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._monitor.publish(trainer)
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._monitor.publish(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._monitor.close(trainer)
+        if self._observes:
+            self._write(trainer)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._observes:
+            summary = describe(self.history, self._monitor.threshold, self._observations)
+            rank_zero_info(f"FascCallback: {summary}")
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._observes:
+            with suppress(OSError):  # what went wrong first is what is to be seen
+                self._write(trainer, figures=False)
+
+    def _write(self, trainer: pl.Trainer, figures: bool = True) -> None:
+        write_history(trainer, self.history, self._monitor.threshold, self._observations, figures)

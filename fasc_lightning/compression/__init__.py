@@ -1,4 +1,4 @@
-"""Factorise layers, spend a budget over them, build the compressed ones, and report."""
+"""Factorisation of layers, allocation of a budget, low-rank replacements, and the report."""
 
 from fasc_lightning.compression._allocation import Candidate, allocate_fisher, allocate_uniform, least_cost
 from fasc_lightning.compression._budget import (

@@ -1,4 +1,4 @@
-"""Schemas of what FascCallback keeps in checkpoints beside a calibration: the report, the history and a recovery."""
+"""Schemas of the report, the history and the recovery that FascCallback writes into checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fasc_lightning._utils import (
 _CHECKSUM = "checksum"
 
 _COUNT = integer(0)
-#: JSON has no NaN: None stands for it.
+#: JSON has no NaN; None stands for it.
 _FIGURE = optional(number(finite=False))
 _SIZES = record({"dense": _COUNT, "compressed": _COUNT}, {"unquantized": _COUNT})
 _SET = record(dict.fromkeys(("parameters", "bytes", "flops_per_token"), _SIZES))
@@ -47,7 +47,7 @@ _LAYER = record(
     extra=True,
 )
 
-#: Of :meth:`~fasc_lightning.CompressionReport.to_dict`.
+#: Schema of :meth:`~fasc_lightning.CompressionReport.to_dict`.
 REPORT = record(
     {
         "method": text,
@@ -93,7 +93,7 @@ def sealed(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_callback_state(state: Any, where: str = "The state of FascCallback in the checkpoint") -> None:
-    """Refuse a state of the callback that is not one, or was altered; the states of a running fit are not looked at.
+    """Refuse an invalid or altered state of the callback; the states of a running fit are not checked here.
 
     Raises:
         SchemaError: With the entry.
@@ -103,7 +103,7 @@ def check_callback_state(state: Any, where: str = "The state of FascCallback in 
 
 
 def check_recovery_state(state: Any, where: str = "The state of the recovery in the checkpoint") -> None:
-    """Refuse a state of a recovery that is not one, or was altered.
+    """Refuse an invalid or altered state of a recovery.
 
     Raises:
         SchemaError: With the entry.

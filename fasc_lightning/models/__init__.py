@@ -1,4 +1,4 @@
-"""A compressed model as a whole: save, load, plan, make dense, quantise, checkpoints."""
+"""Compressed models as a whole: saving, loading, plans, dense models, int8, checkpoints."""
 
 from fasc_lightning.models._card import model_card
 from fasc_lightning.models._checkpoints import match_checkpoint, match_on_load

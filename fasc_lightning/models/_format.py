@@ -1,9 +1,9 @@
-"""Save and reload of compressed transformers models: the format "fasc", its quantizer, and a strict loader.
+"""The file format "fasc" of compressed transformers models: its configuration, its quantizer and a strict loader.
 
 transformers builds a model from its configuration, lets a quantizer change its layers, and then reads the weights by
-name. A compressed model is saved with a :class:`FascConfig` that names its layers and their ranks; the quantizer puts
-empty layers of those shapes in place. Most models are not quantised, and those that are hold plain int8 tensors: the
-name is that of the library's only hook at that point.
+name. A compressed model is saved with a :class:`FascConfig` that names its layers and their ranks. The quantizer puts
+empty layers of these shapes into the model. "Quantizer" is the name of transformers' only hook at that point: most
+compressed models are not quantised, and the others hold plain int8 tensors.
 """
 
 from __future__ import annotations
@@ -48,28 +48,28 @@ from fasc_lightning.models._layer_state import check_layer_state, check_state
 
 QUANT_METHOD = "fasc"
 
-#: Files of a saved model that are read beside the weights.
+#: Files of a saved model besides its weights.
 JSON_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
-#: Of the folders that this version writes, and the newest that it reads.
+#: The format of folders that this version writes, and the newest format that it reads.
 FORMAT_VERSION = 1
 
 
 class FascConfig(QuantizationConfigMixin):
-    """What a compressed model's ``config.json`` says of it, under ``quantization_config``.
+    """The description of a compressed model in its ``config.json``, under ``quantization_config``.
 
     Args:
         layers: For each compressed layer, by its dotted name in the model: "rank" (int), "layout" ("pivot" or
-            "factors"), "bias" (bool) and, of the pivot layout, "side" ("in" or "out"). Of a quantised layer,
-            "quantize", too ("int8" or "int8-dynamic"); then the layout can be "dense".
-        format_version: Of the folder.
-        provenance: How the model was made (method, budget, ...), of JSON types; never read back into the model.
+            "factors"), "bias" (bool) and, for the pivot layout, "side" ("in" or "out"). A quantised layer also has
+            "quantize" ("int8" or "int8-dynamic"); its layout can be "dense".
+        format_version: The format of the folder.
+        provenance: How the model was made (method, budget, ...), in JSON types. Loading does not use it.
         quant_method: "fasc".
-        **more: More provenance; "files" are the checksums of the weights that :func:`save_compressed` wrote.
+        **more: More provenance; "files" holds the checksums of the weights that :func:`save_compressed` wrote.
 
     Raises:
         ValueError: If the folder was written by a newer format, or a layer's description is not valid.
-        TypeError: If the provenance is not of JSON types (a ValueError if it holds NaN or infinity).
+        TypeError: If the provenance has other types than JSON's (a ValueError if it holds NaN or infinity).
     """
 
     def __init__(
@@ -80,17 +80,17 @@ class FascConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **more: Any,
     ) -> None:
-        # First: of a newer format nothing else can be judged.
+        # First, because nothing else in a newer format can be checked.
         _check_version(format_version)
         if quant_method != QUANT_METHOD:
             raise ValueError(f"Expected quant_method {QUANT_METHOD!r}, got {quant_method!r}.")
         self.quant_method = quant_method  # type: ignore[assignment] # its own methods are an enum, others' are strings
         self.format_version = format_version
         self.layers = check_layers(layers)
-        # By way of JSON, so that it is now what it will be after a reload.
+        # Through JSON, so that it is the same now as after a reload.
         if (files := more.pop(FILES, None)) is not None:
             check(files, mapping(text), "The entry 'files' of quantization_config")
-            self.files = dict(files)  # of the folder that is read, and of no other
+            self.files = dict(files)  # they hold for the folder that is read alone
         self.provenance: dict[str, Any] = json.loads(json.dumps({**(provenance or {}), **more}, allow_nan=False))
 
 
@@ -101,7 +101,7 @@ class FascQuantizer(HfQuantizer):
     quantization_config: FascConfig
     _reads_module_names: bool = False
 
-    #: See ``save_module_names``.
+    #: The result of ``save_module_names``.
     dense_conversions: list[Any] | None
 
     @override
@@ -119,7 +119,7 @@ class FascQuantizer(HfQuantizer):
         found = {key: (key,) for key in guarded} if self._reads_module_names else converted_names(model, guarded)
         expect_guards(model, found, {form for every in forms.values() for form in every})
         check_weight_files(model, files, vars(self.quantization_config).pop(FILES, None))
-        # The names of this model are those that it must be saved with.
+        # The model must be saved with its own names.
         self.quantization_config.layers = layers
         _untie(model)
         spare_compressed(model)
@@ -130,16 +130,16 @@ class FascQuantizer(HfQuantizer):
             return weight_conversions
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        # What is left is the user's own: the `key_mapping` of `from_pretrained`, which comes first.
+        # The rest is the user's `key_mapping` of `from_pretrained`, which comes first.
         return weight_conversions[: len(weight_conversions) - len(get_model_conversion_mapping(model))]
 
     @override
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         spare_no_more(model)
-        # Of a model that was read without conversions, a dense one's are the default ones.
+        # A model read without conversions takes the default ones when it becomes dense.
         self.dense_conversions = vars(model).pop("_weight_conversions", None) or None
         save_module_names(model)
-        # The weights are plain floats: with the flag set, transformers would refuse `.half()` and `.float()`.
+        # The weights are plain floats; with the flag set transformers would refuse `.half()` and `.float()`.
         model.is_quantized = False  # type: ignore[assignment]
         with naming(f"The folder {getattr(model, 'name_or_path', '')!r}"):
             for name, layer in compressed_layers(model).items():
@@ -152,7 +152,7 @@ class FascQuantizer(HfQuantizer):
 
     @override
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """Make the model dense; without ``dtype`` it keeps its own, which need not be the configuration's any more."""
+        """Make the model dense; without ``dtype`` it keeps its present dtype, not the configuration's."""
         self._dequantize(model, dtype)
         _detach(model)
         return model
@@ -178,20 +178,20 @@ class FascQuantizer(HfQuantizer):
 
 
 def attach_config(module: nn.Module, **provenance: Any) -> None:
-    """Let ``save_pretrained`` of the transformers models in a module write folders that can be loaded.
+    """Make ``save_pretrained`` of the transformers models in a module write folders that can be loaded.
 
     Sets ``config.quantization_config`` of every outermost transformers model (the module itself, or a part of a
-    LightningModule) that holds compressed layers, and takes it off one that no longer does. Call it again after any
-    change of the layers.
+    LightningModule) that has compressed layers, and removes it from a model that has none any more. Call it again after
+    any change of the layers.
 
     Args:
         module: Any module; without transformers models nothing happens.
-        **provenance: How the model was made (method, budget, ...), of JSON types. Without any, what an earlier call
-            said is kept.
+        **provenance: How the model was made (method, budget, ...), in JSON types. Without any, the provenance of an
+            earlier call is kept.
 
     Raises:
-        ValueError: If a compressed model already carries another quantiser's configuration. Nothing is changed.
-        TypeError: If the provenance is not of JSON types. Nothing is changed.
+        ValueError: If a compressed model already carries another quantiser's configuration. The module is unchanged.
+        TypeError: If the provenance has other types than JSON's. The module is unchanged.
     """
     models = list(_outermost_models(module))
     configs = [_describe_model(model, provenance) for model in models]
@@ -203,19 +203,19 @@ def attach_config(module: nn.Module, **provenance: Any) -> None:
 
 
 def provenance_of(model: Any) -> dict[str, Any]:
-    """Return how a compressed transformers model was made, as :func:`attach_config` and its configuration have it."""
+    """Return how a compressed transformers model was made, from its configuration (:func:`attach_config`)."""
     config = _attached(model)
     return dict(dict(config).get("provenance", {})) if _is_fasc(config) else {}
 
 
 def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs: Any) -> Any:
-    """Load a compressed model: as ``from_pretrained`` does, but whole or not at all.
+    """Load a compressed model as ``from_pretrained`` does, but whole or not at all.
 
-    ``from_pretrained`` itself only warns of weights that a folder lacks and fills them with random numbers. Reads
-    safetensors and JSON only: no pickle, and no code from the folder unless ``trust_remote_code=True`` is given.
+    ``from_pretrained`` itself only warns about weights that a folder lacks and fills them with random numbers. This
+    function reads safetensors and JSON only: no pickle, and no code from the folder without ``trust_remote_code=True``.
 
     Args:
-        path: A folder that ``save_pretrained`` wrote, or the id of one on the hub.
+        path: A folder that ``save_pretrained`` wrote, or its id on the hub.
         model_class: A model or auto class of transformers; None for the class that was saved.
         **kwargs: Passed on to ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ...
 
@@ -223,8 +223,8 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
         The ``PreTrainedModel``, in eval mode.
 
     Raises:
-        ValueError: If the folder holds no compressed model, was written by a newer format, is damaged, or does not hold
-            exactly the model's weights; or an argument would make that impossible to tell.
+        ValueError: If the folder holds no compressed model, was written in a newer format, is damaged, or does not hold
+            exactly the model's weights. Also if an argument would prevent these checks.
         OSError: If the folder or one of its files cannot be found.
 
     Example:
@@ -238,7 +238,7 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
             "they would report. Use from_pretrained of a transformers class for a partial load."
         )
     kwargs.setdefault("trust_remote_code", False)
-    # transformers passes over a damaged generation_config.json, and does not name an index.
+    # transformers skips a damaged generation_config.json, and its errors do not name an index.
     folder = Path(path, kwargs.get("subfolder") or "")
     with of_folder(path):
         check_json_files(folder / name for name in JSON_FILES)
@@ -264,10 +264,10 @@ def _check_version(version: Any) -> None:
 def _resolve_names(
     model: Any, layers: Mapping[str, dict[str, Any]], forms: Mapping[str, Iterable[str]]
 ) -> dict[str, dict[str, Any]]:
-    """Descriptions by this model's names, which are among the forms of those in the folder.
+    """Return descriptions by this model's names, each one of the possible forms of the folder's names.
 
     Raises:
-        ValueError: If layers are not in the model. Loaded as another class than was saved, it may lack some (a head).
+        ValueError: If the model lacks layers. A model of another class than the saved one may lack some (a head).
     """
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     resolved, missing = {}, []
@@ -287,9 +287,9 @@ def _resolve_names(
 
 
 def _untie(model: Any) -> None:
-    """Make transformers forget ties of weights that compressed layers no longer have.
+    """Remove from transformers the ties of weights that compressed layers do not have.
 
-    Weights that were tied to one of them stay tied to one another.
+    Weights that were tied to such a layer stay tied to one another.
     """
     layers = compressed_layers(model)
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
@@ -305,7 +305,7 @@ def _untie(model: Any) -> None:
 
 
 def _outermost_models(module: nn.Module) -> Iterator[Any]:
-    # A model exists only where its module has been imported; importing it here would take a second.
+    # A model exists only if its class was imported; importing it here would take a second.
     base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if base is None:
         return
@@ -317,7 +317,7 @@ def _outermost_models(module: nn.Module) -> Iterator[Any]:
 
 
 def _describe_model(model: Any, provenance: Mapping[str, Any]) -> FascConfig | None:
-    """Configuration of a model, or None if none of its layers is compressed."""
+    """Return the configuration of a model, or None if none of its layers is compressed."""
     layers = {name: describe_layer(layer) for name, layer in compressed_layers(model).items()}
     if not layers:
         return None
@@ -330,14 +330,14 @@ def _describe_model(model: Any, provenance: Mapping[str, Any]) -> FascConfig | N
     if earlier is not None and not provenance:
         provenance = dict(earlier).get("provenance", {})
     elif earlier is None and (base := getattr(model.config, "_name_or_path", "")):
-        # Of a folder the name alone: a path means nothing where the model is loaded.
+        # A folder's name alone, because its path means nothing on other machines.
         provenance = {"base_model": Path(base).name if Path(base).is_dir() else base, **provenance}
     return FascConfig(layers, provenance=provenance)
 
 
 def _attach(model: Any, config: FascConfig) -> None:
     model.config.quantization_config = config
-    # `save_pretrained` asks it for what to write.
+    # `save_pretrained` asks the quantizer for the state to write.
     quantizer = FascQuantizer(config, pre_quantized=True)
     quantizer.dense_conversions = save_module_names(model)
     model.hf_quantizer = quantizer
@@ -355,7 +355,7 @@ def _detach(model: Any) -> None:
             delattr(holder, name)
     output = model.get_output_embeddings()
     if output is not None and getattr(model.config, "tie_word_embeddings", False):
-        # Compressed, they were not tied; dense again, they still hold other numbers.
+        # Compressed layers are not tied, and the dense ones made from them differ, too.
         model.config.tie_word_embeddings = output.weight is model.get_input_embeddings().weight
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
@@ -365,7 +365,7 @@ def _attached(model: Any) -> Any:
 
 
 def _method(config: Any) -> Any:
-    """quant_method of a configuration, as an object or as in JSON."""
+    """Return quant_method of a configuration, which is an object or JSON."""
     method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
     return getattr(method, "value", method)
 
@@ -375,7 +375,7 @@ def _is_fasc(config: Any) -> bool:
 
 
 def _read_config(path: str | PathLike[str], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The folder's config.json, once it is known to be of a compressed model that can be read.
+    """Return the folder's config.json after the check that it describes a compressed model in a known format.
 
     Raises:
         ValueError: If it is not.
@@ -384,7 +384,7 @@ def _read_config(path: str | PathLike[str], kwargs: Mapping[str, Any]) -> dict[s
     from transformers import PreTrainedConfig
 
     config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
-    if not config:  # transformers leaves it to the model to complain
+    if not config:  # transformers would fail later, in the model
         raise FileNotFoundError(
             f"Expected a folder or hub id with a compressed model, found no config.json in {path!s}."
         )
@@ -401,10 +401,10 @@ def _read_config(path: str | PathLike[str], kwargs: Mapping[str, Any]) -> dict[s
 
 
 def _saved_class(path: str | PathLike[str], config: Mapping[str, Any]) -> Any:
-    """The transformers class that the folder was saved from.
+    """Return the transformers class that the folder was saved from.
 
     Raises:
-        ValueError: If config.json names none that transformers has.
+        ValueError: If config.json names no class of transformers.
     """
     import transformers
 
@@ -420,7 +420,7 @@ def _saved_class(path: str | PathLike[str], config: Mapping[str, Any]) -> Any:
 
 
 def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str, Any]) -> None:
-    """Refuse a model whose weights are not exactly the folder's.
+    """Refuse a model whose weights are not exactly those in the folder.
 
     Raises:
         ValueError: If a weight is missing, left over, of another shape, or not finite.
@@ -444,7 +444,7 @@ def _check_loaded(path: str | PathLike[str], model: nn.Module, info: Mapping[str
 
 
 def _register() -> None:
-    """Make the format known to transformers; this module's own classes of an earlier import give way."""
+    """Register the format with transformers; it replaces this module's classes of an earlier import."""
     for registry in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
         if getattr(registry.get(QUANT_METHOD), "__module__", None) == __name__:
             del registry[QUANT_METHOD]

@@ -1,4 +1,4 @@
-"""Weights that were read: whether a module can take them as what they are, before it does."""
+"""Checks of weights from a file, before a module takes them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fasc_lightning.layers import is_guard
 
 
 def check_layer_state(name: str, state: Mapping[str, Any]) -> None:
-    """Refuse the parts of a compressed layer that cannot be its own, whatever their shapes.
+    """Refuse invalid tensors of a compressed layer; shapes are checked elsewhere.
 
     Args:
-        name: Of the layer.
-        state: Its part of a state dict, by the names that the layer has for them.
+        name: Name of the layer.
+        state: Its part of a state dict, by the layer's own names.
 
     Raises:
-        SchemaError: If a part is no tensor; if floats are not finite or are integers; if int8 numbers are of another
-            type; or if an index is no permutation.
+        SchemaError: If an entry is no tensor, floats are not finite or are integers, int8 numbers have another type, or
+            an index is no permutation.
     """
     for key, value in state.items():
         path = f"{name}.{key}"
@@ -46,30 +46,30 @@ def check_layer_state(name: str, state: Mapping[str, Any]) -> None:
 
 
 def check_floats(name: str, value: Tensor) -> None:
-    """Refuse a weight that is not of a floating-point type, or not finite.
+    """Refuse a weight that is not floating point or not finite.
 
     Raises:
-        SchemaError: If so.
+        SchemaError: If it is neither.
     """
     if not value.is_floating_point():
         raise SchemaError(f"Expected a weight of a floating-point type at {name!r} but got {_form(value)}.")
-    # Of subclasses (sharded, quantised by others) only their owners know the numbers.
+    # Only the libraries of tensor subclasses (sharded, quantised) can read their numbers.
     plain = type(value) in (Tensor, nn.Parameter) and not value.is_meta
     if plain and value.dtype in FLOATS and not bool(torch.isfinite(value).all()):
         raise SchemaError(f"Expected finite weights at {name!r} but got NaN or infinity.")
 
 
 def check_state(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, compressed: Iterable[str]) -> None:
-    """Refuse weights of a compressed module that cannot be its own; nothing is loaded yet.
+    """Refuse invalid weights of a compressed module before any is loaded.
 
     Args:
-        module: That is to take them, its layers maybe still of another form.
+        module: The module that takes them; its layers may still have another form.
         state_dict: Weights by name.
         prefix: Of the module's names in it.
-        compressed: Names of the layers that the state holds compressed.
+        compressed: Names of the compressed layers in the state.
 
     Raises:
-        SchemaError: With the entry; see :func:`check_layer_state`.
+        SchemaError: If an entry is invalid, naming it; see :func:`check_layer_state`.
     """
     compressed = set(compressed)
     for name in sorted(compressed):

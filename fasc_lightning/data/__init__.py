@@ -1,4 +1,4 @@
-"""Texts, windows of tokens, data to fine-tune on, and models by name."""
+"""Texts, windows of tokens, fine-tuning data, and models by name."""
 
 from fasc_lightning.data._finetune import EMPTY, OVERLONG, FinetuneData, check_data_options, check_window, finetune_data
 from fasc_lightning.data._pretrained import SMOLLM2, SMOLLM2_LICENCE, SMOLLM2_SOURCE, load_model

@@ -1,4 +1,4 @@
-"""Token windows to calibrate and evaluate on: from files, from hub data sets, or from the model itself."""
+"""Token windows for calibration and evaluation, from files and hub data sets."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SELF = "self"
-# Changed whenever the sampling below changes what a seed gives.
+# Raised whenever a change of the sampling gives other windows for a seed.
 _SAMPLER_VERSION = 1
 
-#: Entry of the metadata of a file of sampled windows; older files have none.
+#: Metadata entry of a file of sampled windows; older files lack it.
 _CHECKSUM = "fasc_lightning.checksum"
 
 
@@ -35,7 +35,7 @@ def named_files(arguments: Iterable[str], option: str = "--eval-text") -> dict[s
     """Return the files of a command line's NAME=FILE arguments by name.
 
     Raises:
-        ValueError: If an argument is of another form.
+        ValueError: If an argument has another form.
         FileNotFoundError: If a file is missing.
     """
     files = {}
@@ -49,10 +49,10 @@ def named_files(arguments: Iterable[str], option: str = "--eval-text") -> dict[s
 
 
 def check_file(path: str) -> None:
-    """Refuse a file to evaluate on that is none.
+    """Refuse an evaluation file that does not exist.
 
     Raises:
-        FileNotFoundError: If so.
+        FileNotFoundError: If the file does not exist.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"Expected a file to evaluate on but {path} is none.")
@@ -62,7 +62,7 @@ def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int | N
     """Tokenise a text from its start, without special tokens, and cut it into consecutive windows.
 
     Args:
-        text: The text; only as much of it is tokenised as the windows need.
+        text: The text; only the part that the windows need is tokenised.
         tokenizer: Its ``__call__`` gives the ids.
         windows: Number of windows wanted, or None for all whole windows.
         window: Tokens a window.
@@ -78,7 +78,7 @@ def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int | N
 
 
 def file_windows(path: str | Path, tokenizer: PreTrainedTokenizerBase, windows: int | None, window: int) -> Tensor:
-    """Return the windows of a file's text as :func:`text_windows` does; only as much of it is read as they need.
+    """Return the windows of a file's text as :func:`text_windows` does; only the part that they need is read.
 
     Args:
         path: See :func:`~fasc_lightning.data.read_text`.
@@ -87,7 +87,7 @@ def file_windows(path: str | Path, tokenizer: PreTrainedTokenizerBase, windows: 
         window: Tokens a window.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If a size is not positive, the text has too few tokens, or the file cannot be read.
     """
     _check_sizes(windows, window)
@@ -118,18 +118,18 @@ def _windows(
 def _leading_ids(
     read: Callable[[int | None], str], what: str, tokenizer: PreTrainedTokenizerBase, needed: int | None
 ) -> list[int]:
-    """The first ``needed`` ids of a text's tokens (all of them if None or if there are fewer).
+    """Return the first ``needed`` token ids of a text (all of them if None or if there are fewer).
 
     Args:
-        read: Returns so many characters from the start of the text, or all of it.
+        read: Returns a number of characters from the start of the text, or all of it.
         what: The text, for messages.
         tokenizer: Gives the ids.
-        needed: How many.
+        needed: Number of ids.
     """
     if needed is None:
         return _ids(read(None), tokenizer)
-    # Byte-pair merges reach no further than a word or a line, so a cut leaves all but the last few tokens of
-    # the part before it as they are in the whole text; the margin drops those.
+    # Byte-pair merges reach no further than a word or a line. So a cut changes only the last few tokens before it, and
+    # the margin drops them.
     margin = 64
     length = 8 * needed + 1000
     while True:
@@ -146,7 +146,7 @@ def _leading_ids(
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # verbose=False: a text longer than the model's context is what we mean to tokenise.
+    # verbose=False: the text is meant to be longer than the model's context.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -170,17 +170,17 @@ def calibration_windows(
         tokenizer: Tokenizer of the model.
         windows: Number of windows in all.
         window: Tokens a window.
-        seed: Seed of the shuffle and of the sampling from the model.
-        model: The model to sample from; only needed by ``"self"``.
+        seed: Seed of the shuffle and of sampling from the model.
+        model: The model to sample from; only ``"self"`` needs it.
         batch_size: Windows sampled from the model at a time.
-        cache: Whether sampled windows are kept in (and taken from) the cache folder.
+        cache: Whether the cache folder keeps sampled windows.
 
     Returns:
         Token ids of shape (windows, window).
 
     Raises:
-        FileNotFoundError: If a source reads like a file and there is none.
-        ValueError: If there are no sources, one twice, or more than windows; if one is too short; or if
+        FileNotFoundError: If a source looks like a file and does not exist.
+        ValueError: If there are no sources, a source twice, or more sources than windows; if one is too short; or if
             ``"self"`` comes without a model.
     """
     if not sources or len(set(sources)) < len(sources) or len(sources) > windows:
@@ -219,7 +219,7 @@ def calibration_windows(
 
 
 def _hub_text(source: str, tokens: int) -> str:
-    """At least ``tokens`` tokens' worth of text from the start of a hub data set."""
+    """Return text of at least ``tokens`` tokens from the start of a hub data set."""
     documents: list[str] = []
     length = 0
     for where, row in hub_rows(source):
@@ -235,7 +235,7 @@ def is_file(source: str, use: str = "data") -> bool:
     """Return whether a source is a file, and not a hub data set; ``use`` names it in the error.
 
     Raises:
-        FileNotFoundError: If it reads like a file and there is none.
+        FileNotFoundError: If it looks like a file and does not exist.
     """
     path = Path(source)
     if not path.is_file() and path.suffix in (".txt", ".jsonl", ".xz"):
@@ -244,10 +244,10 @@ def is_file(source: str, use: str = "data") -> bool:
 
 
 def check_sources(sources: Iterable[str], use: str = "data") -> None:
-    """Refuse files that are missing or of an unknown kind, before anything is loaded; ``use`` names them in the error.
+    """Refuse missing files and unknown kinds of files before anything is loaded; ``use`` names them in the error.
 
     Raises:
-        FileNotFoundError: If a source reads like a file and there is none.
+        FileNotFoundError: If a source looks like a file and does not exist.
         ValueError: If a file name has an unknown ending.
     """
     for source in sources:
@@ -256,17 +256,17 @@ def check_sources(sources: Iterable[str], use: str = "data") -> None:
 
 
 def hub_rows(source: str, streaming: bool = True) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the rows of a data set of the hub or of a local folder, each after what messages call it.
+    """Yield the rows of a data set on the hub or in a local folder, each after its name for messages.
 
     Args:
         source: ``ID``, ``ID:CONFIG`` or ``ID:CONFIG:SPLIT``; the split is ``train`` if not named.
-        streaming: Whether rows come as they are read; else the whole data set is fetched first, and kept in the
+        streaming: Whether rows are yielded while they are read; otherwise the whole data set is first downloaded to the
             cache of ``datasets``.
 
     Raises:
         ModuleNotFoundError: If ``datasets`` is not installed.
-        OSError: If the data set cannot be found or fetched.
-        ValueError: If it cannot be read, naming the source.
+        OSError: If the data set cannot be found or downloaded.
+        ValueError: If it cannot be read; the message names the source.
     """
     name, config, split = [*source.split(":"), None, None][:3]
     try:
@@ -281,8 +281,8 @@ def hub_rows(source: str, streaming: bool = True) -> Iterator[tuple[str, Mapping
         for number, row in enumerate(rows):
             yield f"{source}, row {number}", row
     except OSError:
-        raise  # names what cannot be found or fetched
-    except Exception as error:  # of the reader of whatever format the data set has
+        raise  # the message names the missing data set
+    except Exception as error:  # from the reader of the data set's format
         raise ValueError(f"{source}: the data set cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -298,21 +298,20 @@ def sample_windows(
 ) -> Tensor:
     """Sample windows of text from the model itself, at temperature 1 and without truncation.
 
-    Labels drawn from the model's own distribution make the Fisher the true one (Kunstner et al. 2019,
-    "Limitations of the empirical Fisher approximation"), and no data is needed.
-    Every window begins with the tokenizer's beginning token (else its end token). Of the starts tried on
-    SmolLM2-135M-Instruct (beginning token, document separator, random token, a user turn), it gave the text
-    whose words were closest to those of web pages and articles. An end token is an ordinary token here: the
-    model goes on after it, usually with a new document, so all windows are full.
+    Labels drawn from the model's own distribution give the true Fisher (Kunstner et al. 2019, "Limitations of the
+    empirical Fisher approximation"), and no data is needed. Every window begins with the tokenizer's beginning token
+    (else its end token). Among four starts on SmolLM2-135M-Instruct (beginning token, document separator, random token,
+    a user turn), this one gave words closest to those of web pages and articles. An end token is an ordinary token
+    here: the model continues after it, usually with a new document, so all windows are full.
 
     Args:
         model: A causal language model.
         tokenizer: Gives the first token.
         windows: Number of windows.
         window: Tokens a window, the first one included.
-        seed: Seed; the same model and seed give the same windows, whatever the global random state.
-        batch_size: Windows sampled at a time. Larger is faster; rounding apart, the result does not depend on it.
-        cache_dir: Folder to keep the windows in, keyed by model, tokenizer and settings; None keeps nothing.
+        seed: The same model and seed give the same windows, whatever the global random state.
+        batch_size: Windows sampled at a time. Larger is faster; the result changes only by rounding.
+        cache_dir: Folder that keeps the windows by model, tokenizer and settings; None keeps nothing.
 
     Returns:
         Token ids of shape (windows, window), on the CPU.
@@ -337,7 +336,7 @@ def sample_windows(
         if path.is_file():
             return _kept_windows(path, windows, window, first, model)
 
-    # All draws are made beforehand, a row a window, so that batches do not change them.
+    # All numbers are drawn beforehand, one row per window, so that the batch size does not change them.
     uniforms = torch.rand(windows, window - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     with undoing() as undo:
         undo.keep_modes(model)
@@ -350,7 +349,7 @@ def sample_windows(
 
 @torch.inference_mode()
 def _continue(model: PreTrainedModel, first: int, uniforms: Tensor) -> Tensor:
-    """Sample one batch, turning each uniform number into a token through the inverse distribution function.
+    """Sample one batch: the inverse distribution function turns each uniform number into a token.
 
     Args:
         model: Model in eval mode.
@@ -364,13 +363,13 @@ def _continue(model: PreTrainedModel, first: int, uniforms: Tensor) -> Tensor:
     ids = torch.full((batch, 1 + steps), first, device=model.device)
     uniforms = uniforms.to(model.device)
     cache = _preallocated_cache(model, capacity=steps)
-    # Only the last position's logits are needed; a vocabulary is wide.
+    # Only the logits of the last position are needed; those of all positions take much memory.
     narrow = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     for step in range(steps):
         start = 0 if cache is None else step
         output = model(ids[:, start : step + 1], past_key_values=cache, use_cache=cache is not None, **narrow)
         if getattr(output, "past_key_values", None) is not cache:
-            # A model that does not fill this cache (a recurrent one) sees its whole text at each step.
+            # A model that does not fill this cache (a recurrent one) reads its whole text at each step.
             cache = None
         # float32: a double cumulative sum over the vocabulary would cost as much as the layers.
         cumulative = output.logits[:, -1].float().softmax(-1).cumsum(-1)  # (batch, vocabulary)
@@ -384,7 +383,7 @@ def _continue(model: PreTrainedModel, first: int, uniforms: Tensor) -> Tensor:
 
 
 def _preallocated_cache(model: PreTrainedModel, capacity: int) -> Any:
-    """A key/value cache whose full-attention layers write in place; the stock one copies itself every step."""
+    """Return a key/value cache that full-attention layers write in place; the stock cache is copied every step."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -407,7 +406,7 @@ def _preallocated_cache(model: PreTrainedModel, capacity: int) -> Any:
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Cheap hash of a model: its configuration and evenly spaced entries of every parameter and buffer."""
+    """Return a cheap hash of a model: of its configuration and evenly spaced entries of its tensors."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
@@ -421,7 +420,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 def _kept_windows(path: Path, windows: int, window: int, first: int, model: PreTrainedModel) -> Tensor:
-    """Return windows that an earlier run has sampled.
+    """Return windows that an earlier run sampled.
 
     Raises:
         ValueError: If the file is damaged or was altered.
@@ -452,7 +451,7 @@ def _save_atomically(ids: Tensor, path: Path) -> None:
 
 
 class WindowDataset(Dataset[dict[str, Tensor]]):
-    """Windows as the batches of a causal language model: every token is seen, and every token is a label.
+    """Windows as data for a causal language model: every token is an input and a label.
 
     Args:
         windows: Token ids of shape (windows, window).
@@ -476,7 +475,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
 
 def window_loader(windows: Tensor, batch_size: int) -> DataLoader[dict[str, Tensor]]:
-    """Loader over windows in their order.
+    """Return a loader over windows in their order.
 
     Args:
         windows: Token ids of shape (windows, window).

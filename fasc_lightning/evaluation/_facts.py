@@ -143,7 +143,7 @@ def load_facts(path: str | Path) -> list[Fact]:
     :class:`Fact`); others are ignored.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If a line is no JSON object, a field is missing or a template lacks ``[X]`` or ``[Y]``,
             naming the line; or if there is no fact at all.
     """

@@ -20,7 +20,7 @@ def load_items(path: str | Path, parse: Callable[[dict[str, Any]], T], what: str
         what: What the items are called in the error of a file without any.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If a line is no JSON object or ``parse`` refuses it, naming the line; or if there is no item.
     """
     path = Path(path)

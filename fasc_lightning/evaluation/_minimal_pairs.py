@@ -73,7 +73,7 @@ def load_minimal_pairs(path: str | Path) -> list[MinimalPair]:
     them: ``linguistics_term``, ``UID``, ``sentence_good`` and ``sentence_bad``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If a line is malformed, naming it; or if there is no pair at all.
     """
     return load_items(path, _parse, "minimal pairs")

@@ -49,7 +49,7 @@ def load_multilingual_facts(path: str | Path) -> dict[str, list[Fact]]:
     that of mLAMA (Kassner et al. 2021, "Multilingual LAMA").
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If a line is malformed, naming it; or if there is no fact at all.
     """
     languages: dict[str, list[Fact]] = {}

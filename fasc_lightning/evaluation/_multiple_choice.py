@@ -135,7 +135,7 @@ def load_choice_questions(path: str | Path) -> list[ChoiceQuestion]:
     the right one, counted from 0.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If a line is malformed, naming it; or if there is no question at all.
     """
     return load_items(path, _parse, "questions")

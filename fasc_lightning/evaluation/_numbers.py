@@ -57,7 +57,7 @@ def load_number_facts(path: str | Path) -> list[NumberFact]:
     Each needs the texts ``prompt`` and ``object``; ``suffix`` and ``kind`` may be missing.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If a line is malformed, naming it; or if there is no fact at all.
     """
     return load_items(path, _parse, "numerical facts")

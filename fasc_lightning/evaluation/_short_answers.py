@@ -114,7 +114,7 @@ def load_short_answers(path: str | Path) -> list[ShortAnswerItem]:
     its group. So the formats of NQ-open, LAMA's SQuAD part and known_1000 are read as they are.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If a line is malformed, naming it; or if there is no item at all.
     """
     return load_items(path, _parse, "questions or prompts")

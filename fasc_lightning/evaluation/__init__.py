@@ -1,4 +1,4 @@
-"""What a compressed model still does: perplexity, facts, grammar, choices and short answers."""
+"""Evaluations of a model before and after compression: perplexity, facts, grammar, choices and short answers."""
 
 from fasc_lightning.evaluation._builtin import builtin_facts, builtin_text
 from fasc_lightning.evaluation._facts import (

@@ -1,4 +1,4 @@
-"""Numerical facts: does the true number word make a sentence likelier than the others do?"""
+"""Numerical facts: the share of sentences that are likeliest with their true number word."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class NumberFact:
     kind: str = "numerical"
 
     def ending(self, number: str) -> str:
-        """The rest of the sentence from the number on."""
+        """Return the rest of the sentence from the number on."""
         gap = "" if not self.suffix or self.suffix.startswith(_CLOSING) else " "
         return f"{number}{gap}{self.suffix}"
 
@@ -58,7 +58,7 @@ def load_number_facts(path: str | Path) -> list[NumberFact]:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If a line is malformed, naming it; or if there is no fact at all.
+        ValueError: If a line is malformed (the message names it), or if the file has no facts.
     """
     return load_items(path, _parse, "numerical facts")
 
@@ -74,7 +74,7 @@ def _parse(row: dict[str, Any]) -> NumberFact:
 def number_recall(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[NumberFact], batch_size: int = 64
 ) -> FactsResult:
-    """Percentage of sentences that are likeliest with their true number.
+    """Return the percentage of sentences that are likeliest with their true number.
 
     Args:
         model: Causal language model; its training mode is restored.
@@ -97,11 +97,10 @@ def number_recall(
 def recalled_numbers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[NumberFact], batch_size: int = 64
 ) -> Tensor:
-    """Which facts are recalled, for paired comparisons of two models.
+    """Return which facts are recalled, for paired comparisons of two models.
 
-    A fact is recalled if the log-probability of the whole sentence is higher with its number than with any other
-    of the candidates; a tie is not a recall. The text before the number is the same for all candidates, so it is
-    what follows that decides.
+    A fact is recalled if the whole sentence has a higher log-probability with its number than with any other candidate.
+    A tie is not a recall. The text before the number is the same for all candidates, so the rest decides.
 
     Args:
         model: Causal language model; its training mode is restored.

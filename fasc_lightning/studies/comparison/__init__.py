@@ -1,4 +1,4 @@
-"""All methods compared: same model, same tokens, same budgets, same questions."""
+"""Comparison of all methods: same model, same tokens, same budgets, same questions."""
 
 from fasc_lightning.studies.comparison._cells import (
     DENSE,

@@ -1,4 +1,4 @@
-"""Cells of a comparison: one method under one budget, built, measured, taken back, and kept on disk as it ends."""
+"""Cells of a comparison: one method under one budget, and its outcome."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 DENSE = "dense"
-#: Methods that are no solvers: they have no ranks to allocate and no low-rank matrix to store.
+#: Methods that are not solvers: they have no ranks to allocate and no low-rank matrix to store.
 PRUNERS = ("magnitude", "llm-pruner")
 LAYOUTS = ("auto", "pivot", "factors")
 
-#: Failures that running the same cell again would repeat: numbers that overflow, a budget that is too small, a model
-#: that a method does not know. Others (memory, a missing package) may go away, and are tried again.
+#: Failures that the same cell would repeat: numbers that overflow, a budget that is too small, a model that a method
+#: does not support. Other failures (memory, a missing package) may pass, so their cells are tried again.
 LASTING = (FloatingPointError, ValueError, NotImplementedError)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the targeted layers may keep: a fraction of their parameters, or a rank (:class:`FascCallback`)."""
+    """The budget of the targeted layers: a fraction of their parameters, or a rank (:class:`FascCallback`)."""
 
     keep: float | None = None
     rank: float | None = None
@@ -74,7 +74,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a budget is spent over layers and how a low-rank matrix is stored, as "fisher-pivot"."""
+    """The allocation of a budget over layers and the layout of a low-rank matrix, as "fisher-pivot"."""
 
     allocation: str
     layout: Layout
@@ -84,7 +84,7 @@ class Setting:
         """Return the setting ALLOCATION-LAYOUT.
 
         Raises:
-            ValueError: If there is no such allocation or layout.
+            ValueError: If the allocation or layout is unknown.
         """
         allocation, _, layout = text.partition("-")
         if allocation not in ALLOCATIONS or layout not in LAYOUTS:
@@ -96,7 +96,7 @@ class Setting:
 
     @property
     def unit(self) -> Unit:
-        """What is spent over layers: losses that compare between them, whatever the solver."""
+        """The unit of the losses over which a budget is spent; "fisher" compares between layers and solvers."""
         return "own" if self.allocation == "uniform" else "fisher"
 
     def __str__(self) -> str:
@@ -108,13 +108,13 @@ class Cell:
     """One compression to measure.
 
     Attributes:
-        method: A solver, or "dense" for the model as it is.
+        method: A solver, a pruner, or "dense" for the unchanged model.
         budget: None for the dense model.
         setting: None for the dense model and for methods that have no ranks to allocate.
         refit: Whether the factors are refitted.
-        passes: Further passes over the data behind the method's statistics.
-        label: Tells cells apart that are of one method, budget and setting: what a study calls it.
-        layers: The layers to compress, in place of all.
+        passes: Further steps towards gfwsvd's Kronecker factors; each is a pass over the data.
+        label: The study's name of the cell; it tells apart cells of one method, budget and setting.
+        layers: The layers to compress; None for all.
         methods: Solvers of single layers, as (layer, method).
     """
 
@@ -129,7 +129,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What it is called, in messages and among files."""
+        """The cell's name in messages and file names."""
         passes = f"{self.passes} passes" if self.passes else None
         parts = [self.method, passes, self.budget, self.setting, "refit" if self.refit else None, self.label or None]
         return " ".join(str(part) for part in parts if part is not None)
@@ -137,18 +137,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell.
+    """The outcome of a cell.
 
     Attributes:
-        parameters: Of the cell's layers as they were built.
-        kept: The same as a share of the dense layers.
+        parameters: Parameters of the cell's compressed layers.
+        kept: These parameters as a share of the dense layers'.
         zeros: Share of the layers' weights that are zero and still stored.
-        measured: None if it failed.
-        seconds: factorize, swap and evaluate; whatever else the method did by its own name.
-        plan: Of each layer what was planned: name, rank, layout, loss.
-        passes: Passes over the data that the method made for this cell alone.
-        error: Why it failed; empty if it did not.
-        lasting: Whether it would fail again.
+        measured: The model's answers; None if the cell failed.
+        seconds: Seconds of factorize, swap and evaluate, and of the method's other steps by their names.
+        plan: The choice for each layer: name, rank, layout, loss.
+        passes: Passes over the data for this cell alone.
+        error: The reason of a failure; empty if it succeeded.
+        lasting: Whether the same cell would fail again.
     """
 
     parameters: int = 0
@@ -168,7 +168,7 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Outcome:
-        """Return what :func:`dataclasses.asdict` was given."""
+        """Return the outcome from its :func:`dataclasses.asdict`."""
         content = dict(content)
         measured = content.pop("measured")
         kept = content.pop("kept")
@@ -179,7 +179,7 @@ class Outcome:
         )
 
 
-#: Of a file of :class:`CellStore`.
+#: Schema of a file of :class:`CellStore`.
 _CELL = record(
     {
         "key": text,
@@ -210,13 +210,13 @@ _CELL = record(
 
 
 class CellStore:
-    """Outcomes of cells as JSON files, one a cell, each written whole as the cell ends.
+    """Outcomes of cells as JSON files, one per cell, each written whole when the cell ends.
 
-    A file serves only the comparison that wrote it: it holds a key of the cell and of everything that it depends on.
+    A file serves only the comparison that wrote it: its key covers the cell and everything that the outcome depends on.
 
     Args:
-        folder: Of the files.
-        context: Fingerprint of what all cells share: model, statistics, evaluation, versions.
+        folder: Folder of the files.
+        context: Fingerprint of the facts that all cells share: model, statistics, evaluation, versions.
     """
 
     def __init__(self, folder: Path, context: str) -> None:
@@ -232,7 +232,7 @@ class CellStore:
         return self.folder / (re.sub(r"[^\w.]+", "-", cell.name) + ".json")
 
     def load(self, cell: Cell) -> Outcome | None:
-        """Return the outcome of a cell that ended in the same context, unless it is worth another try."""
+        """Return the kept outcome of a cell in the same context; None if there is none, or to try the cell again."""
         path = self.path(cell)
         if not path.is_file():
             return None
@@ -250,7 +250,7 @@ class CellStore:
 
 @dataclass(frozen=True)
 class Built:
-    """A model to measure in which a cell's layers are compressed, and what that took."""
+    """A model with a cell's compressed layers, and the cost of building it."""
 
     model: PreTrainedModel
     layers: Mapping[str, nn.Module]
@@ -264,9 +264,9 @@ class _Factorized:
     """Factorisations that cells of one method and unit share, whatever their budgets.
 
     Attributes:
-        key: Of those cells.
-        layers: By name.
-        seconds: What the last cell took that made any.
+        key: The part of a cell on which its factorisations depend.
+        layers: Factorisations by layer.
+        seconds: Seconds of the last cell that computed any.
     """
 
     key: tuple[Any, ...] = ()
@@ -274,7 +274,7 @@ class _Factorized:
     seconds: float = 0.0
 
     def of(self, cell: Cell) -> _Factorized:
-        """Forget what is not of this cell: all layers of two methods would be two models."""
+        """Drop factorisations of other cells, because those of two methods would take the memory of two models."""
         assert cell.setting is not None
         key = (cell.method, cell.passes, cell.methods, cell.setting.unit)
         if key != self.key:
@@ -283,12 +283,12 @@ class _Factorized:
 
 
 class Comparison:
-    """Runs cells on one model, one after the other, and leaves the model as it was after each.
+    """Runs cells on one model, one after the other, and restores the model after each.
 
     Args:
-        calibration: The model, its layers, and where their statistics come from: they are asked for once, and only if
-            a cell has to be run.
-        methods: All solvers that cells may name, so that one pass serves them all.
+        calibration: The model, its layers and the source of their statistics, which is asked once and only if a cell
+            has to run.
+        methods: All solvers of the cells, so that one pass serves them all.
     """
 
     def __init__(self, calibration: GatheredStatistics, methods: Sequence[str]) -> None:
@@ -300,22 +300,22 @@ class Comparison:
 
     @cached_property
     def moments(self) -> CalibrationMoments:
-        """Of all layers, with what all methods need."""
+        """Moments of all layers, with the statistics that all methods need."""
         return self.calibration.moments(self.methods)
 
     def run(
         self, cells: Sequence[Cell], evaluation: Evaluation, store: CellStore, progress: Progress | None = None
     ) -> Iterator[tuple[Cell, Outcome, bool]]:
-        """Measure cells in turn, those that ended before not again.
+        """Measure cells in turn, except those with a kept outcome.
 
         Args:
-            cells: What to measure.
-            evaluation: With what.
-            store: Of this evaluation.
+            cells: The cells.
+            evaluation: The questions.
+            store: The kept outcomes of this evaluation.
             progress: Wraps the loop over a cell's layers.
 
         Yields:
-            The cell, its outcome, and whether that was there before.
+            The cell, its outcome, and whether the outcome was kept from before.
         """
         for cell in cells:
             outcome = store.load(cell)
@@ -327,7 +327,7 @@ class Comparison:
             yield cell, outcome, found
 
     def measure(self, cell: Cell, evaluation: Evaluation, progress: Progress | None = None) -> Outcome:
-        """Build a cell, measure it, take it back; a failure is an outcome, too."""
+        """Build a cell, measure it and restore the model; a failure is also an outcome."""
         try:
             with self._built(cell, progress) as built:
                 start = time.perf_counter()
@@ -343,7 +343,7 @@ class Comparison:
                     plan=built.plan,
                     passes=built.passes,
                 )
-        except Exception as error:  # whatever a method does must not end the comparison
+        except Exception as error:  # a failing method must not end the comparison
             lasting = isinstance(error, LASTING)
             if not lasting:
                 _log.exception("%s failed, and will be tried again by the next run.", cell.name)
@@ -356,7 +356,7 @@ class Comparison:
         return [{"input_ids": ids.to(self.model.device)} for ids in self.calibration.windows.split(1)]
 
     def _measure(self, layers: dict[str, nn.Module], factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """Return what low-rank layers lose on some of the calibration windows."""
+        """Return the losses of low-rank layers on some of the calibration windows."""
         return measure_losses(self.model, layers, factors, evenly_spaced(self._batches()), _window_rows, causal_loss)
 
     def _layers(self, cell: Cell) -> dict[str, nn.Module]:
@@ -374,7 +374,7 @@ class Comparison:
                 yield built
 
     def _pruned(self, cell: Cell, layers: dict[str, nn.Module]) -> Built:
-        """Prune a copy: what a pruner does to a model is not for us to undo."""
+        """Prune a copy, because pruning cannot be undone."""
         from fasc_lightning.studies.pruning import prune_llm, prune_magnitude
 
         assert cell.budget is not None
@@ -387,7 +387,7 @@ class Comparison:
 
     @contextmanager
     def _lowrank(self, cell: Cell, layers: dict[str, nn.Module], progress: Progress | None) -> Iterator[Built]:
-        """Swap low-rank layers in, and the very same dense modules back."""
+        """Swap low-rank layers in, and the same dense modules back."""
         assert cell.budget is not None
         assert cell.setting is not None
         moments = self.moments
@@ -414,9 +414,9 @@ class Comparison:
         spent = ended - start
         if len(factorized.layers) > there:
             factorized.seconds = spent
-        else:  # what an earlier cell did would have been this one's work
+        else:  # this cell reuses the work of an earlier one, which counts
             spent += factorized.seconds
-        plan = [{**asdict(layer), "shape": list(layer.shape)} for layer in result.layers]  # as JSON gives it back
+        plan = [{**asdict(layer), "shape": list(layer.shape)} for layer in result.layers]  # as read from JSON
         with undoing() as undo:
             undo.keep(self.model)
             dense = swap_modules(self.model, result.replacements)
@@ -439,7 +439,7 @@ def _window_rows(batch: Mapping[str, Tensor]) -> TokenRows:
 
 
 def budget_share(layers: Mapping[str, nn.Module], budget: Budget) -> float:
-    """Return the fraction of the layers' parameters that a budget is, for methods that know no ranks."""
+    """Return a budget as a fraction of the layers' parameters, for methods without ranks."""
     if budget.keep is not None:
         return budget.keep
     return sum(layer_budgets(dict(layers), budget.rank, None).values()) / layer_sizes(layers).parameters

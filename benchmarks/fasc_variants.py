@@ -1,15 +1,16 @@
-"""What makes fasc better, and what does not: variants of it on windows that neither a fit nor P1 has seen.
+"""Variants of fasc, compared on windows that neither a fit nor P1 has used.
 
     FASC_DATA=<folder with the texts> python benchmarks/fasc_variants.py --output benchmarks/results/fasc_variants
 
-Calibrated as P1 is, with fisher allocation and pivot storage; judged by the perplexity over the first windows of
-calib_squad_wikipedia.txt and over windows 300 and on of calib_c4_realnews.txt. Changes are ratios of perplexities with
-paired bootstrap intervals over the windows, against `plain` (fasc-plain) and against `fasc`, both without refit. A
-variant helps where it is better on both texts and hurts where it is worse on one, beyond its intervals; else it ties.
+Calibration is that of P1, with fisher allocation and pivot storage. The judges are the perplexity over the first
+windows of calib_squad_wikipedia.txt and over the windows from 300 of calib_c4_realnews.txt. Changes are ratios of
+perplexities with paired bootstrap intervals over the windows, against `plain` (fasc-plain) and against `fasc`, both
+without refit. A variant helps if it is better on both texts and hurts if it is worse on one, beyond its intervals;
+otherwise it ties.
 
-Each cell (a variant at a budget) and each statistic is saved as it ends, and not made again as long as model, windows
-and options are the same; delete the folder after a change of the code. All statistics of SmolLM2-135M take 11 GB there.
-Tried besides and left out, since it diverged: correcting the mean outputs of all layers at once.
+Each cell (a variant at a budget) and each statistic is saved when it ends, and not computed again while model, windows
+and options are the same. Delete the folder after a change of the code. All statistics of SmolLM2-135M take 11 GB. One
+more variant diverged and is left out: correcting the mean outputs of all layers at once.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from fasc_lightning.studies.comparison import shown_perplexity
 from fasc_lightning.studies.rho import HeldoutLosses, backward_windows
 
 CALIBRATION = ("calib_wikitext2_train.txt", "calib_wikipedia_exllama.txt", "calib_c4_realnews.txt")
-#: The texts that judge, and the first window of each that does. The news file calibrates, too, with its first windows.
+#: The judging texts and their first judging window. The first windows of the news file calibrate.
 JUDGES = {"squad": ("calib_squad_wikipedia.txt", 0), "news": ("calib_c4_realnews.txt", 300)}
 #: Further windows of the calibration files, for the exact J on tokens that nothing was fitted to.
 HELDOUT_WINDOWS = 24
@@ -58,19 +59,20 @@ HELDOUT_WINDOWS = 24
 
 @dataclass(frozen=True)
 class Variant:
-    """What a variant does; the defaults are those of ``fasc`` without refit.
+    """The options of a variant; the defaults are ``fasc`` without refit.
 
     Attributes:
         A: Statistics whose A is averaged.
         G: Statistics whose G is averaged.
-        matched: Whether those are brought to the trace of the first before: where units differ.
+        matched: Whether they are first scaled to the trace of the first one, if units differ.
         shrink_inputs: Relative shrinkage of A.
-        shrink_gradients: Of G.
-        power: The allocation is given losses to this power,
-        heldout: times (exact J on held-out windows / predicted J) to this power, both at the budget's ranks.
-        measured: The same on some of the calibration windows, as allocation="measured" does (0.5 there).
-        choose: Whether a layer is factorised from plain statistics where exact J on held-out windows prefers it.
-        refit: Options of a refit after allocation, if there is one.
+        shrink_gradients: Relative shrinkage of G.
+        power: The allocation gets losses to this power.
+        heldout: Losses are multiplied by (exact J on held-out windows / predicted J) to this power, both at the
+            budget's ranks.
+        measured: As ``heldout``, on some of the calibration windows, as allocation="measured" does with 0.5.
+        choose: Whether a layer is factorised from plain statistics if exact J on held-out windows is lower.
+        refit: Options of a refit after allocation; None for no refit.
     """
 
     A: tuple[str, ...] = ("coupled",)
@@ -86,7 +88,7 @@ class Variant:
 
     @classmethod
     def of(cls, *names: str, **options: Any) -> Variant:
-        """Return the variant whose A and G are both from the statistics of these names."""
+        """Return the variant with A and G from the statistics of these names."""
         return cls(A=names, G=names, **options)
 
 
@@ -109,14 +111,14 @@ VARIANTS = {
     "shrink-A-1e-3": Variant(shrink_inputs=1e-3),
     "shrink-A-1e-2": Variant(shrink_inputs=1e-2),
     "shrink-A-3e-2": Variant(shrink_inputs=3e-2),
-    # These change one thing about plain.
+    # Variants with one change from plain.
     "sequence": Variant.of("sequence", shrink_gradients=SHRINK_G),
     "sequence-half": Variant.of("plain", "sequence", matched=True, shrink_gradients=SHRINK_G),
     "sample": Variant.of("sample", shrink_gradients=SHRINK_G),
     "sample-half": Variant.of("plain", "sample", matched=True, shrink_gradients=SHRINK_G),
     "root": Variant.of("root", shrink_gradients=SHRINK_G),
     "root-half": Variant.of("plain", "root", matched=True, shrink_gradients=SHRINK_G),
-    # And these about fasc.
+    # Variants with one change from fasc.
     "staged-0.8": Variant.of("staged-0.8"),
     "staged-0.8-only-G": Variant(G=("staged-0.8",)),
     "staged-0.8-half": Variant.of("coupled", "staged-0.8"),
@@ -149,12 +151,12 @@ class Bench:
 
     Attributes:
         model: The dense model.
-        layers: Its layers that are compressed.
-        statistics: Of them.
+        layers: Its layers to compress.
+        statistics: Their statistics.
         heldout: Windows for exact J, shape (windows, window).
-        judges: Windows by text.
-        folder: Where cells are kept.
-        source: Fingerprint of all that cells depend on besides the variant and the budget.
+        judges: Judging windows by text.
+        folder: Folder of the cells.
+        source: Fingerprint of everything that cells depend on besides the variant and the budget.
         progress: Whether to show bars.
     """
 
@@ -173,7 +175,7 @@ class Bench:
         return self._kept(path, {}) or self._save(path, {}, {"variant": "dense", "keep": 1.0, "kept": 1.0}, {})
 
     def run(self, name: str, variant: Variant, budgets: Sequence[float]) -> Iterator[dict[str, Any]]:
-        """Yield the cell of a variant at every budget, those that are kept from their files."""
+        """Yield the cell of a variant at every budget, from its file if it is kept."""
         settings = _settings(variant)
         paths = {keep: self._path(name, keep) for keep in budgets}
         if self.is_pending(name, variant, budgets):
@@ -196,11 +198,11 @@ class Bench:
                 yield self._save(path, settings, facts, seconds)
 
     def is_pending(self, name: str, variant: Variant, budgets: Sequence[float]) -> bool:
-        """Whether a cell of the variant is not there yet."""
+        """Return whether a cell of the variant is missing."""
         return any(self._kept(self._path(name, keep), _settings(variant)) is None for keep in budgets)
 
     def prepare(self, variants: Sequence[Variant]) -> None:
-        """Gather the statistics of all variants that are not there yet."""
+        """Gather the missing statistics of all variants."""
         names = [name for variant in variants for name in needed_statistics(variant)]
         staged = [name for name in dict.fromkeys(names) if name.startswith("staged-")]
         self.statistics.gather(name for name in names if name not in staged)
@@ -215,7 +217,7 @@ class Bench:
                 self.statistics.gather_staged(name, now)
 
     def metric(self, variant: Variant, layer: str) -> tuple[Tensor, Tensor]:
-        """Return A (n, n) and G (m, m) of one layer as the variant takes them, shrunk, in float64."""
+        """Return A (n, n) and G (m, m) of one layer for the variant, shrunk, in float64."""
         read = {name: self.statistics.pair(name, layer) for name in {*variant.A, *variant.G}}
         A = mean_matrix([read[name][0] for name in variant.A], variant.matched)
         G = mean_matrix([read[name][1] for name in variant.G], variant.matched)
@@ -226,14 +228,14 @@ class Bench:
         found = {}
         for name, module in self.layers.items():
             result = two_sided(linear_weight(module).detach(), *self.metric(variant, name))
-            # Single precision halves the memory of all of them; losses keep theirs.
+            # Single precision halves the memory of the factors; losses keep float64.
             found[name] = Factorization(result.left.float(), result.right.float(), result.losses)
         return found
 
     def losses(
         self, variant: Variant, factorizations: dict[str, Factorization], keep: float
     ) -> tuple[dict[str, Factorization], dict[str, Tensor]]:
-        """Return each layer's factors, and the losses by rank that the allocation is to see."""
+        """Return each layer's factors, and its losses by rank for the allocation."""
         chosen = dict(factorizations)
         heldout = self.exact_losses(keep, "heldout", self.heldout) if variant.heldout or variant.choose else {}
         if variant.choose:
@@ -252,11 +254,11 @@ class Bench:
         return chosen, losses
 
     def exact_losses(self, keep: float, label: str, windows: Tensor) -> dict[str, dict[str, float]]:
-        """Return exact J of `fasc` and of `plain` at the ranks of `fasc`, and what `fasc` predicted, by layer.
+        """Return exact J of `fasc` and of `plain` at the ranks of `fasc`, and the prediction of `fasc`, by layer.
 
         Args:
-            keep: Of which budget.
-            label: Of the windows, for the file that keeps the result.
+            keep: The budget.
+            label: Label of the windows, for the file with the result.
             windows: Token ids, shape (windows, window).
         """
         path, settings = self.folder / f"{label}-{keep}.json", {"windows": len(windows)}
@@ -293,7 +295,7 @@ class Bench:
     def compressed(
         self, factorizations: Mapping[str, Factorization], ranks: Mapping[str, int | None]
     ) -> Iterator[dict[str, nn.Module]]:
-        """Compress the model for the length of a block; yields the dense layers that were replaced."""
+        """Compress the model within a ``with`` block, and yield the replaced dense layers."""
         built: dict[str, nn.Module] = {}
         for name, k in ranks.items():
             if k is not None:
@@ -317,7 +319,7 @@ class Bench:
         return self.folder / f"{name}-{keep}.json"
 
     def _kept(self, path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """Return a file's content if it was made from the same source and settings."""
+        """Return a file's content if it comes from the same source and settings."""
         if not path.is_file():
             return None
         content = json.loads(path.read_text())
@@ -326,7 +328,7 @@ class Bench:
     def _save(
         self, path: Path, settings: dict[str, Any], facts: dict[str, Any], seconds: dict[str, float]
     ) -> dict[str, Any]:
-        """Judge the model as it is, and keep the cell."""
+        """Measure the model, and keep the cell."""
         start = time.perf_counter()
         losses = {text: token_losses(self.model, windows, batch_size=2) for text, windows in self.judges.items()}
         cell = {
@@ -352,14 +354,14 @@ def needed_statistics(variant: Variant) -> list[str]:
 
 
 def mean_matrix(matrices: Sequence[Tensor], matched: bool) -> Tensor:
-    """Return the mean of symmetric matrices in float64, all at the trace of the first if ``matched``."""
+    """Return the mean of symmetric matrices in float64, all scaled to the trace of the first if ``matched``."""
     first, *others = (matrix.double() for matrix in matrices)
     scaled = [matrix * (first.trace() / matrix.trace()) if matched else matrix for matrix in others]
     return sum(scaled, first) / len(matrices)
 
 
 def _settings(variant: Variant) -> dict[str, Any]:
-    """Return a variant's options as JSON gives them back."""
+    """Return a variant's options as read from JSON."""
     return json.loads(json.dumps(asdict(variant)))
 
 
@@ -368,7 +370,7 @@ def _corrected(
 ) -> dict[str, Tensor]:
     """Return losses times a power of exact over predicted J."""
     ratios = {name: J["fasc"] / J["predicted"] for name, J in exact.items()}
-    usual = stdlib_statistics.median(ratios.values())  # for layers that are dense at these ranks
+    usual = stdlib_statistics.median(ratios.values())  # for layers that stay dense at these ranks
     return {name: loss * ratios.get(name, usual) ** power for name, loss in losses.items()}
 
 
@@ -431,7 +433,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the variants that are named, print the tables, and save them."""
+    """Run the named variants, print the tables, and save them."""
     arguments = parse(argv)
     folder = os.environ.get("FASC_DATA")
     missing = [f for f in (*CALIBRATION, *(f for f, _ in JUDGES.values())) if not (Path(folder or "") / f).exists()]
@@ -441,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = make_bench(arguments, Path(folder))
     dense = bench.dense()
     names = list(dict.fromkeys([REFERENCES[0], *arguments.variants]))
-    # All at once, so that one pass serves many.
+    # All at once, so that one pass serves many variants.
     bench.prepare([VARIANTS[name] for name in names if bench.is_pending(name, VARIANTS[name], arguments.keep)])
     cells = []
     for name in names:

@@ -113,7 +113,7 @@ class Together:
 
 
 def statistics_of(keep: float) -> list[Statistic]:
-    """Return what is compared at a budget: exact moments, sketches of 2k and 4k columns at most, and the paper's.
+    """Return the statistics to compare at a budget: exact moments, sketches of at most 2k and 4k columns, the paper's.
 
     Half the width is the most: a larger sketch is larger than the exact moment, which is held as a triangle.
     """
@@ -152,7 +152,7 @@ class Bench:
         return self.output / f"{statistic.name.replace(' ', '-')}-{self.calibration.source}.safetensors"
 
     def gather(self, wanted: Iterable[Statistic]) -> None:
-        """Gather those that are not there, in one pass."""
+        """Gather the missing statistics in one pass."""
         missing = {s: self._empty(s) for s in dict.fromkeys(wanted) if not self.path(s).is_file()}
         if not missing:
             return
@@ -212,7 +212,7 @@ def _row(outcome: Outcome, statistic: str | None, keep: float | None, wide: int)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as a Markdown table; perplexities and memory beside those of the exact moments of the same budget."""
+    """Return rows as a Markdown table, with perplexities and memory relative to exact moments at the same budget."""
     lines = [
         "| keep | moments of width 1,536 | WikiText-2 | C4 | facts | memory of layers that have that width |",
         "|---|---|---|---|---|---|",
@@ -236,7 +236,7 @@ def _percent(value: float, base: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing and print the table."""
+    """Run the missing rows and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sketch_quality"))
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.4])

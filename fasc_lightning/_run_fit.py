@@ -127,7 +127,7 @@ def as_lightning_module(model: nn.Module, recovery: Recovery | None) -> tuple[pl
     """Return a module to fit, and the prefix of the model's names in it.
 
     Raises:
-        TypeError: If the model is of no kind that has a loss.
+        TypeError: If the model is of no kind with a loss.
     """
     if isinstance(model, pl.LightningModule):
         return model, ""

@@ -103,7 +103,7 @@ def _refine_first(
     RefinePhase.check(module, compressed_layers(module))
     if missing := sorted(set(compressed_layers(module)) - set(dense)):
         raise MisconfigurationException(
-            f"Expected the dense layers, towards which a refinement goes, but {missing[0]!r} and {len(missing) - 1} "
+            f"Expected the dense layers, towards which a refinement trains, but {missing[0]!r} and {len(missing) - 1} "
             "others are not at hand. HINT: recover(..., dense=...), or refine_steps=0."
         )
     device = next(module.parameters()).device

@@ -115,7 +115,9 @@ def score(
         for place, checkpoint in enumerate(checkpoints):
             step, state = _read(str(checkpoint), place)
             if step in history.steps:
-                raise ValueError(f"Expected checkpoints of different steps but {checkpoint} is of {step}, as another.")
+                raise ValueError(
+                    f"Expected checkpoints of different steps but {checkpoint} and another are both of step {step}."
+                )
             _load(model, state, str(checkpoint))
             observe(step)
     return history
@@ -222,8 +224,8 @@ def _read(checkpoint: str, place: int) -> tuple[int, Mapping[str, Tensor]]:
             content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"Expected {checkpoint} to hold tensors and plain values only but it holds more, which is not loaded "
-                "for safety. HINT: load it yourself where you trust it, and give a file of its 'state_dict' alone."
+                f"Expected {checkpoint} to hold tensors and plain values only but it holds other objects, which are not "
+                "loaded for safety. HINT: if you trust it, load it yourself and give a file of its 'state_dict' alone."
             ) from error
         return int(content.get("global_step", place)), content.get("state_dict", content)
     from transformers import AutoModelForCausalLM

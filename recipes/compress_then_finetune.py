@@ -198,7 +198,7 @@ def check_used(options: Namespace, parser: ArgumentParser) -> None:
         for other in unused if options[name] == value else ():
             if options[other] != parser.get_default(other):
                 raise ValueError(
-                    f"Expected no --{_dashed(other)} together with --{name} {value}, which has no use for it, but got "
+                    f"Expected no --{_dashed(other)} together with --{name} {value}, which does not use it, but got "
                     f"{options[other]}. Leave one of them out."
                 )
 

@@ -63,7 +63,7 @@ def least_cost(m: int, n: int, cost: Cost, align: int = 1) -> int:
         m: Outputs.
         n: Inputs.
         cost: Parameters of a rank-k matrix in the layout in use.
-        align: What ranks are multiples of.
+        align: Ranks are multiples of this.
     """
     return m * n if align > min(m, n) else min(cost(m, n, align), m * n)
 
@@ -152,7 +152,7 @@ def allocate_uniform(
         candidates: The layers; their losses are not used.
         budgets: Parameters that each layer may keep.
         cost: Parameters of a rank-k matrix in the layout in use.
-        align: What ranks are multiples of.
+        align: Ranks are multiples of this.
 
     Raises:
         ValueError: If a layer's budget does not hold its lowest rank.

@@ -221,7 +221,7 @@ def _check_reached(factorized: FactorizedLayers) -> None:
         )
     if not factorized.factorizations:
         raise RuntimeError(
-            f"Every gradient that reached the {reached} tapped layers was zero, so nothing tells what they may lose. "
+            f"Every gradient that reached the {reached} tapped layers was zero, so the loss does not depend on them. "
             "Is the loss a constant?"
         )
 

@@ -273,8 +273,8 @@ def _encoded(
         if not record.answer.strip():
             if empty == "error":
                 raise ValueError(
-                    f"{record.where}: expected an answer but it is empty. Leave the row out of the data, or let empty "
-                    'answers be left out: empty="skip" (--empty skip).'
+                    f"{record.where}: expected an answer but it is empty. Remove the row from the data, or skip empty "
+                    'answers: empty="skip" (--empty skip).'
                 )
             summary.empty += 1
             continue

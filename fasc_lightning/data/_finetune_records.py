@@ -31,8 +31,8 @@ class Instruction:
     """A request and its answer, which alone is learnt.
 
     Attributes:
-        instruction: What the model is asked.
-        input: What the instruction is about; may be empty.
+        instruction: The request to the model.
+        input: The text that the instruction refers to; may be empty.
         answer: The answer to learn. It may be blank; null in a data set is "" here.
         where: Names the row in messages.
     """

@@ -215,7 +215,7 @@ class _Unpacked(io.RawIOBase):
         if self._unpacked > self._limit:
             raise ValueError(
                 f"Expected a compressed text but {self._path} unpacks to more than {MAX_RATIO:,} times its size. It is "
-                "no text, or is made to fill the memory. HINT: unpack it yourself if it is meant."
+                "no text, or is made to fill the memory. HINT: if the size is intended, unpack it yourself."
             )
         buffer[: len(data)] = data
         return len(data)

@@ -78,7 +78,7 @@ def match_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], prefix
     if missing := compressed - every.keys():
         raise ValueError(
             f"Expected a checkpoint of {type(module).__name__} but it holds compressed layers that are not there: "
-            f"{some_names(missing)}. Is it another model's? The module is what it was."
+            f"{some_names(missing)}. Is it another model's? The module is unchanged."
         )
     with naming("The entry 'state_dict' of the checkpoint"):
         check_state(module, state_dict, prefix, compressed)
@@ -113,8 +113,8 @@ def match_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], prefix
     if before and not compressed:
         setattr(module, REMEMBERED, before)
         rank_zero_warn(
-            f"{type(module).__name__} had {len(before)} compressed layers and is dense now, as the weights are that "
-            "were loaded into it. HINT: load a compressed checkpoint to have the factors again; "
+            f"{type(module).__name__} had {len(before)} compressed layers and is dense now, because the loaded weights "
+            "are dense. HINT: load a compressed checkpoint to have the factors again; "
             f"`apply_plan(module, module.{REMEMBERED})` gives the dense weights the same ranks."
         )
 
@@ -158,7 +158,7 @@ def _compressed_layer(name: str, layer: nn.Module, state: Mapping[str, Tensor]) 
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         raise ValueError(
             f"Expected the checkpoint's layer {name!r} to be compressed from a weight of shape ({m}, {n}), as the "
-            f"module's is, but it holds {shapes}. Is it another model's? The module is what it was."
+            f"module's is, but it holds {shapes}. Is it another model's? The module is unchanged."
         )
     if isinstance(layer, CompressedLinear) and describe_layer(layer) == spec:
         return None
@@ -231,9 +231,7 @@ def _filled(name: str, new: nn.Module, old: nn.Module, state: Mapping[str, Tenso
 
 
 def _others(name: str, error: RuntimeError) -> str:
-    return (
-        f"Expected the weights of layer {name!r} but the checkpoint's are others: {error}. The module is what it was."
-    )
+    return f"Expected the weights of layer {name!r} but the checkpoint's differ: {error}. The module is unchanged."
 
 
 def _trains(layer: nn.Module) -> bool:

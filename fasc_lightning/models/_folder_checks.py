@@ -128,7 +128,7 @@ def _check_counts(config: Mapping[str, Any], path: Path) -> None:
             value = part.get(name)
             if isinstance(value, int | float) and not 0 <= value <= tensors:
                 raise SchemaError(
-                    f"Expected {name} of at most {tensors} in {path}, whose weights are that many, got {value!r:.40}."
+                    f"Expected {name} of at most {tensors} in {path}, the number of its weights, got {value!r:.40}."
                 )
 
 
@@ -157,8 +157,8 @@ def check_weight_files(model: nn.Module, files: Iterable[str | PathLike[str]], s
             if file_checksum(file) != sums[file.name]:
                 raise SchemaError(
                     f"{file} is truncated or damaged, or was altered since save_compressed wrote it: its checksum "
-                    f"differs. Save or download it again. HINT: if it was meant, take {FILES!r} out of "
-                    "'quantization_config' in config.json."
+                    f"differs. Save or download it again. HINT: if the change is intended, remove {FILES!r} "
+                    "from 'quantization_config' in config.json."
                 )
         with open_tensors(file, "file of weights") as (named, _):
             for name, (dtype, shape) in named.forms.items():

@@ -85,7 +85,7 @@ def save_compressed(
                 tokenizer.save_pretrained(folder)
             card.save(folder / "README.md")
     except SafetensorError as error:
-        raise OSError(f"Could not write the weights to {path}: {error}. What was there before is unchanged.") from error
+        raise OSError(f"Could not write the weights to {path}: {error}. Earlier files are unchanged.") from error
     return Path(path)
 
 
@@ -116,7 +116,7 @@ def check_model(model: Any) -> None:
         held = " and ".join(f"{dtype} ({name!r})" for dtype, name in example.items())
         raise ValueError(
             f"Expected a model of one floating-point type but got {held}. A folder has one, and a reload would round "
-            "what has another: convert the model first, `model.to(torch.bfloat16)`."
+            "the others: convert the model first, `model.to(torch.bfloat16)`."
         )
 
 
@@ -147,4 +147,6 @@ def check_folder(path: str | PathLike[str]) -> None:
             "folder inside of it."
         )
     if Path.cwd().is_relative_to(folder):
-        raise ValueError(f"Expected a folder to replace, but {path} is the working directory, or holds it. Leave it.")
+        raise ValueError(
+            f"Expected a folder to replace, but {path} is the working directory, or holds it. Change to another."
+        )

@@ -96,7 +96,7 @@ def layer_rows(
     """Return the change from compressing each layer alone, and its rho; the highest debiased rho first, if any.
 
     Args:
-        dense: The model as it is, on the same evaluation.
+        dense: Outcome of the dense model on the same evaluation.
         outcomes: Of :func:`sensitivity_cells`.
         scores: rho and its companions by layer.
     """
@@ -147,7 +147,7 @@ def fifths_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def correlation_rows(rows: Sequence[Row]) -> list[Row]:
-    """Return how rho correlates with what compressing a layer alone does."""
+    """Return correlations of rho with the changes from compressing each layer alone."""
     table = []
     for score in ("rho", "debiased"):
         for column in (name for name in rows[0] if "change, " in name):

@@ -133,8 +133,8 @@ def plan_units(groups: list[tuple[Literal["heads", "channels"], int, int]], para
     if (least := held(counts(0.0, 0.0))) > budget:
         raise ValueError(
             f"Expected a budget that leaves a head and a channel in each pruned block but keep={keep} is less than "
-            f"{least / parameters:.3f}, what these and the layers that are not cut hold. HINT: raise `keep`, or lower "
-            "`keep_first` and `keep_last`."
+            f"{least / parameters:.3f}, the share of these and of the layers that are not cut. HINT: raise "
+            "`keep`, or lower `keep_first` and `keep_last`."
         )
     both = _largest(lambda f: held(counts(f, f)) <= budget)
     channels = _largest(lambda f: held(counts(both, f)) <= budget)
@@ -331,7 +331,7 @@ def _check_usable(model: PreTrainedModel, example: Tensor) -> None:
     if not logits.isfinite().all():
         raise FloatingPointError(
             f"The pruned {type(model).__name__} gives logits that are not finite: it overflows in "
-            f"{next(model.parameters()).dtype}. The model was put back as it was."
+            f"{next(model.parameters()).dtype}. The model is unchanged."
         )
 
 

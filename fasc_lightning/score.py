@@ -224,8 +224,8 @@ def _read(checkpoint: str, place: int) -> tuple[int, Mapping[str, Tensor]]:
             content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"Expected {checkpoint} to hold tensors and plain values only but it holds other objects, which are not "
-                "loaded for safety. HINT: if you trust it, load it yourself and give a file of its 'state_dict' alone."
+                f"Expected {checkpoint} to hold tensors and plain values only but it holds other objects, which are "
+                "not loaded for safety. HINT: if you trust it, load it and give a file of its 'state_dict' alone."
             ) from error
         return int(content.get("global_step", place)), content.get("state_dict", content)
     from transformers import AutoModelForCausalLM

@@ -176,8 +176,8 @@ def _fitting(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
     if missing := [name for name in plan if name not in modules]:
         raise ValueError(
             f"Expected a plan of the layers of {type(model).__name__} but it names some that are not there: "
-            f"{some_names(missing)}. Is it another model's plan, or the plan of a module that holds this one (then names "
-            "begin with 'model.')?"
+            f"{some_names(missing)}. Is it another model's plan, or the plan of a module that holds this one (then "
+            "names begin with 'model.')?"
         )
     complete = {name: _complete(modules[name], spec) for name, spec in plan.items()}
     specs = check_layers(complete) if complete else {}

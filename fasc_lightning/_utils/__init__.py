@@ -5,7 +5,7 @@ from fasc_lightning._utils._checksum import check_sum, checksum, file_checksum, 
 from fasc_lightning._utils._clock import Clock
 from fasc_lightning._utils._correlation import correlate
 from fasc_lightning._utils._eval_mode import evaluating
-from fasc_lightning._utils._fingerprint import fingerprint, tokenizer_fingerprint
+from fasc_lightning._utils._fingerprint import fingerprint, model_fingerprint, tokenizer_fingerprint
 from fasc_lightning._utils._forward_hook import ForwardHook
 from fasc_lightning._utils._json_files import plain_values, write_json
 from fasc_lightning._utils._layer_names import block_of, some_names
@@ -134,4 +134,5 @@ __all__ = [
     "whole_file",
     "whole_folder",
     "write_json",
+    "model_fingerprint",
 ]

@@ -15,7 +15,8 @@ from fasc_lightning.batches import ResumableLoader
 from fasc_lightning.data._finetune_examples import IGNORED, Example, collate, pack_examples, split_examples
 from fasc_lightning.data._finetune_records import Document, Instruction, read_records
 from fasc_lightning.data._pretrained import cache_folder
-from fasc_lightning.data._text import SELF, check_sources, sample_windows
+from fasc_lightning.data._sampling import sample_windows
+from fasc_lightning.data._sources import SELF, check_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

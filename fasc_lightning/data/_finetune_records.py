@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fasc_lightning.data._text import hub_rows, is_file
+from fasc_lightning.data._sources import hub_rows, is_file
 from fasc_lightning.data._text_files import json_rows, read_text, text_ending
 
 #: Field names of an instruction, its input (may be missing or empty) and its answer, for each kind of row. A row has

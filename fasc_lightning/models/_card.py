@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fasc_lightning._utils import Row, library_versions, markdown_table
 from fasc_lightning.compression import CompressionReport, outcome, recovery_line
 from fasc_lightning.layers import Size, compressed_layers, layer_sizes, model_size, quantization_of
-from fasc_lightning.models._format import provenance_of
+from fasc_lightning.models._attach import provenance_of
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard

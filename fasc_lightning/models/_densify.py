@@ -8,7 +8,7 @@ from torch import nn
 
 from fasc_lightning._utils import undoing
 from fasc_lightning.layers import is_compressed, swap_to_dense
-from fasc_lightning.models._format import attach_config
+from fasc_lightning.models._attach import attach_config
 
 Model = TypeVar("Model", bound=nn.Module)
 

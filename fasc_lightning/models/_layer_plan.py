@@ -32,7 +32,7 @@ from fasc_lightning.layers import (
     swap_modules,
     trains_weight,
 )
-from fasc_lightning.models._format import attach_config
+from fasc_lightning.models._attach import attach_config
 from fasc_lightning.models._layer_state import check_state
 
 #: The description of each layer by its name.

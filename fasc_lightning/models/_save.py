@@ -12,9 +12,9 @@ import torch
 
 from fasc_lightning._utils import whole_folder
 from fasc_lightning.compression import CompressionReport
+from fasc_lightning.models._attach import attach_config
 from fasc_lightning.models._card import model_card
 from fasc_lightning.models._folder_checks import add_checksums
-from fasc_lightning.models._format import attach_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

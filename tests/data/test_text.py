@@ -20,9 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fasc_lightning.data import _text as data
+from fasc_lightning.data import _windows as data
 from fasc_lightning.data import calibration_windows, model_fingerprint, read_text, text_windows, window_loader
-from fasc_lightning.data._text import WindowDataset, sample_windows
+from fasc_lightning.data._sampling import sample_windows
+from fasc_lightning.data._windows import WindowDataset
 
 VOCABULARY = 24
 

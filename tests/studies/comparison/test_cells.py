@@ -30,10 +30,10 @@ from fasc_lightning.studies.comparison import (
     sensitivity_cells,
     some_facts,
 )
-from fasc_lightning.studies.comparison import _cells as comparison
+from fasc_lightning.studies.comparison import _comparison as comparison
 from fasc_lightning.studies.comparison import _questions as comparison_evaluation
 from fasc_lightning.studies.comparison import _statistics as comparison_statistics
-from fasc_lightning.studies.comparison._cells import budget_share
+from fasc_lightning.studies.comparison._comparison import budget_share
 from fasc_lightning.studies.comparison._layers import correlation_rows, fifths_rows, labelled_rows, layer_rows
 from fasc_lightning.studies.comparison._statistics import gather_moments
 

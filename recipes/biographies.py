@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from fasc_lightning.evaluation import Fact
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _FIRST_NAMES, _LAST_NAMES, _CITIES, _EMPLOYERS = 60, 100, 40, 40
 _GROUP = 25
@@ -250,3 +253,26 @@ def word_tokenizer(people: Sequence[Person]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="<s>"
     )
+
+
+def biography_windows(
+    people: Sequence[Person],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    seed: int,
+    epoch: int,
+    shuffled: bool = False,
+) -> Tensor:
+    """Return an epoch's biographies, joined and cut into windows; a rest of less than one window is dropped.
+
+    Raises:
+        ValueError: If they do not fill one window.
+    """
+    texts = epoch_biographies(people, seed, epoch, shuffled)
+    ids = [token for text in tokenizer(texts)["input_ids"] for token in text]
+    if len(ids) < window:
+        raise ValueError(
+            f"Expected biographies of at least one window of {window} tokens but {len(people)} people have "
+            f"{len(ids)} tokens. Give more --people or a smaller --window."
+        )
+    return torch.tensor(ids[: len(ids) // window * window]).view(-1, window)

@@ -20,19 +20,19 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from biographies import Person, epoch_biographies, make_people, recall_facts, word_tokenizer
+from biographies import biography_windows, make_people, recall_facts, word_tokenizer
 from jsonargparse import ArgumentParser, Namespace
 from run_report import Run, full_report, over_layers, write_outputs
 from torch import Tensor
+from window_stream import BatchStream, shuffled_windows
 
 from fasc_lightning import CausalLMModule, FascCallback
 from fasc_lightning.cli import Row, mapping, plain, read_json, whole_file, write_json
@@ -187,29 +187,6 @@ def small_decoder(tokenizer: PreTrainedTokenizerBase, window: int, seed: int) ->
         return LlamaForCausalLM(config)
 
 
-def biography_windows(
-    people: Sequence[Person],
-    tokenizer: PreTrainedTokenizerBase,
-    window: int,
-    seed: int,
-    epoch: int,
-    shuffled: bool = False,
-) -> Tensor:
-    """Return an epoch's biographies, joined and cut into windows; a rest of less than one window is dropped.
-
-    Raises:
-        ValueError: If they do not fill one window.
-    """
-    texts = epoch_biographies(people, seed, epoch, shuffled)
-    ids = [token for text in tokenizer(texts)["input_ids"] for token in text]
-    if len(ids) < window:
-        raise ValueError(
-            f"Expected biographies of at least one window of {window} tokens but {len(people)} people have "
-            f"{len(ids)} tokens. Give more --people or a smaller --window."
-        )
-    return torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
-
-
 def text_task(options: Namespace) -> Task:
     """Return the fine-tuning of a model on a text."""
     model, tokenizer = load_model(options.model)
@@ -218,52 +195,6 @@ def text_task(options: Namespace) -> Task:
     if options.steps is None:
         options.steps = -(-len(windows) // options.batch_size)
     return Task(lambda: model, tokenizer, facts, {"text": partial(shuffled_windows, windows, options.seed)})
-
-
-def shuffled_windows(windows: Tensor, seed: int, epoch: int) -> Tensor:
-    """Return the windows in the order of an epoch."""
-    return windows[Random(f"order {seed} {epoch}").sample(range(len(windows)), len(windows))]
-
-
-class BatchStream:
-    """Batches of windows over all epochs; a stateful loader, so that a resumed fit continues with the next batch.
-
-    Args:
-        epoch_windows: Returns at least one window of an epoch by its index, shape (windows, window). Windows that do
-            not fill a batch go into the next epoch's first batch.
-        batch_size: Windows a batch.
-        steps: Batches in all.
-    """
-
-    def __init__(self, epoch_windows: Callable[[int], Tensor], batch_size: int, steps: int) -> None:
-        self.epoch_windows = epoch_windows
-        self.batch_size = batch_size
-        self.steps = steps
-        self._step = 0
-        self._epoch = 0
-        self._rest: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        while self._step < self.steps:
-            parts = [] if self._rest is None else [self._rest]
-            while sum(map(len, parts)) < self.batch_size:
-                parts.append(self.epoch_windows(self._epoch))
-                self._epoch += 1
-            windows = torch.cat(parts)
-            batch, self._rest = windows[: self.batch_size], windows[self.batch_size :].clone()
-            self._step += 1
-            yield {"input_ids": batch}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position in the stream, with the remaining windows of the last epoch."""
-        return {"step": self._step, "epoch": self._epoch, "rest": self._rest}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at the position of ``state``."""
-        self._step, self._epoch, self._rest = state["step"], state["epoch"], state["rest"]
 
 
 def complete(options: Namespace, task: Task) -> None:

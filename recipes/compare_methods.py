@@ -202,14 +202,16 @@ def grid_cells(options: Namespace) -> list[Cell]:
     settings = [Setting.parse(text) for text in options.settings]
     cells = []
     for method in options.methods:
-        passes = options.gfwsvd_passes if method == "gfwsvd" else 0
+        steps = options.gfwsvd_passes if method == "gfwsvd" else 0
         if method in PRUNERS:
             cells += [Cell(method, budget) for budget in budgets]
         else:
-            cells += [Cell(method, budget, setting, passes=passes) for setting in settings for budget in budgets]
+            cells += [
+                Cell(method, budget, setting, kronecker_steps=steps) for setting in settings for budget in budgets
+            ]
     for method in options.refit_methods:
-        passes = options.gfwsvd_passes if method == "gfwsvd" else 0
-        cells += [Cell(method, budget, settings[-1], True, passes) for budget in budgets]
+        steps = options.gfwsvd_passes if method == "gfwsvd" else 0
+        cells += [Cell(method, budget, settings[-1], True, steps) for budget in budgets]
     return cells
 
 

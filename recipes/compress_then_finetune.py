@@ -75,7 +75,7 @@ from fasc_lightning.evaluation import (
     compare_facts,
     compare_heldout,
     compare_perplexity,
-    drift,
+    retention,
 )
 from fasc_lightning.options import RATES, Distillation, FactorRecovery, LoraRecovery, Precision
 
@@ -378,7 +378,7 @@ def full_report(
     content["perplexity"] = compare_perplexity(states)
     content["facts"] = compare_facts(states)
     content["held_out"] = compare_heldout(states)
-    content["drift"] = drift(states, options.in_domain)
+    content["drift"] = retention(states, options.in_domain)
     content["seconds"] = {**seconds, **content["seconds"]}
     return content
 

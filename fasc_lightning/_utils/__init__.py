@@ -98,6 +98,7 @@ __all__ = [
     "listed",
     "mapping",
     "markdown_table",
+    "model_fingerprint",
     "module_kinds",
     "naming",
     "new_figure",
@@ -134,5 +135,4 @@ __all__ = [
     "whole_file",
     "whole_folder",
     "write_json",
-    "model_fingerprint",
 ]

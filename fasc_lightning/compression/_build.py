@@ -277,11 +277,11 @@ def _corrected(
 
 
 def _build(module: nn.Module, factorization: Factorization, rank: int, layout: Layout) -> CompressedLinear:
-    B, C = factorization.truncate(rank)
+    left, right = factorization.truncate(rank)
     weight: Any = linear_weight(module)
     bias: Any = getattr(module, "bias", None)
     built = make_lowrank(
-        B, C, None if bias is None else whole(bias.detach()), layout, dtype=weight.dtype, device=weight.device
+        left, right, None if bias is None else whole(bias.detach()), layout, dtype=weight.dtype, device=weight.device
     )
     return built.train(module.training).requires_grad_(trains_weight(module))
 

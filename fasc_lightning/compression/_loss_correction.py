@@ -26,18 +26,18 @@ SHARE = 8
 #: The least number of batches for measuring, if there are as many.
 LEAST = 4
 
-#: Takes the factors (B (m, k), C (k, n)) of some layers by name and returns J of each in nats squared a token.
+#: Takes the factors (left (m, k), right (k, n)) of some layers by name and returns J of each in nats squared a token.
 LossEstimator = Callable[[Mapping[str, tuple[Tensor, Tensor]]], Mapping[str, float]]
 
 
 class LowRankLosses:
-    """J = E[(h^T (W - B C) x)^2] of one low-rank matrix per layer; a ``pairs`` callback of the taps.
+    """J = E[(h^T (W - left right) x)^2] of one low-rank matrix per layer; a ``pairs`` callback of the taps.
 
-    It makes no matrix of a layer's shape, because h^T B C x is a product of two short vectors.
+    It makes no matrix of a layer's shape, because h^T left right x is a product of two short vectors.
 
     Args:
         layers: The dense layers by name.
-        factors: B (m, k) and C (k, n) of the layers to measure.
+        factors: left (m, k) and right (k, n) of the layers to measure.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -56,8 +56,8 @@ class LowRankLosses:
         dtype = torch.promote_types(W.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             x, h = x.to(dtype), h.to(dtype)
-            B, C = (factor.to(x) for factor in self.factors[name])
-            changes = ((x @ W.to(dtype).T) * h).sum(1) - ((x @ C.T) * (h @ B)).sum(1)
+            left, right = (factor.to(x) for factor in self.factors[name])
+            changes = ((x @ W.to(dtype).T) * h).sum(1) - ((x @ right.T) * (h @ left)).sum(1)
             self._sums[name] += (changes.double() * batch.scale).square().sum().item()
         self.tokens[name] += len(x)
 

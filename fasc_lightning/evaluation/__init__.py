@@ -43,7 +43,7 @@ from fasc_lightning.evaluation._retention import (
     compare_facts,
     compare_heldout,
     compare_perplexity,
-    drift,
+    retention,
 )
 from fasc_lightning.evaluation._short_answers import (
     GivenAnswers,
@@ -115,6 +115,6 @@ __all__ = [
     "compare_facts",
     "compare_heldout",
     "compare_perplexity",
-    "drift",
     "relation_candidates",
+    "retention",
 ]

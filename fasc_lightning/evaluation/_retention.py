@@ -149,7 +149,7 @@ def compare_facts(states: Mapping[str, Quality]) -> dict[str, Any] | None:
     }
 
 
-def drift(states: Mapping[str, Quality], in_domain: Sequence[str] = ()) -> dict[str, Any]:
+def retention(states: Mapping[str, Quality], in_domain: Sequence[str] = ()) -> dict[str, Any]:
     """Return the quality of each state relative to the dense one, on the data's domain and on others.
 
     Args:

@@ -73,7 +73,7 @@ class Cell:
         budget: None for the dense model.
         setting: None for the dense model and for methods that have no ranks to allocate.
         refit: Whether the factors are refitted.
-        passes: Further steps towards gfwsvd's Kronecker factors; each is a pass over the data.
+        kronecker_steps: Further steps towards gfwsvd's Kronecker factors; each is a pass over the data.
         label: The study's name of the cell; it tells apart cells of one method, budget and setting.
         layers: The layers to compress; None for all.
         methods: Solvers of single layers, as (layer, method).
@@ -83,7 +83,7 @@ class Cell:
     budget: Budget | None = None
     setting: Setting | None = None
     refit: bool = False
-    passes: int = 0
+    kronecker_steps: int = 0
     label: str = ""
     layers: tuple[str, ...] | None = None
     methods: tuple[tuple[str, str], ...] = ()
@@ -91,8 +91,8 @@ class Cell:
     @property
     def name(self) -> str:
         """The cell's name in messages and file names."""
-        passes = f"{self.passes} passes" if self.passes else None
-        parts = [self.method, passes, self.budget, self.setting, "refit" if self.refit else None, self.label or None]
+        steps = f"{self.kronecker_steps} steps" if self.kronecker_steps else None
+        parts = [self.method, steps, self.budget, self.setting, "refit" if self.refit else None, self.label or None]
         return " ".join(str(part) for part in parts if part is not None)
 
 

@@ -63,7 +63,7 @@ class _Factorized:
     def of(self, cell: Cell) -> _Factorized:
         """Drop factorisations of other cells, because those of two methods would take the memory of two models."""
         assert cell.setting is not None
-        key = (cell.method, cell.passes, cell.methods, cell.setting.unit)
+        key = (cell.method, cell.kronecker_steps, cell.methods, cell.setting.unit)
         if key != self.key:
             self.key, self.layers, self.seconds = key, {}, 0.0
         return self

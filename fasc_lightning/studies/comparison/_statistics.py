@@ -72,7 +72,7 @@ class GatheredStatistics:
         layers: The layers to tap.
         windows: Token ids, shape (windows, window).
         folder: Folder of the statistics.
-        passes: Further steps towards gfwsvd's Kronecker factors; each is a pass over the data.
+        kronecker_steps: Further steps towards gfwsvd's Kronecker factors; each is a pass over the data.
         seed: Seed of the scores' tokens and permutations.
         progress: Whether to show bars.
         seconds: Seconds by step: "pass", and the part of each need in it ("need C"). Kept statistics add the seconds of
@@ -84,7 +84,7 @@ class GatheredStatistics:
     layers: dict[str, nn.Module]
     windows: Tensor
     folder: Path
-    passes: int = 0
+    kronecker_steps: int = 0
     seed: int = 0
     progress: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
@@ -110,14 +110,14 @@ class GatheredStatistics:
         if path is not None:
             self.seconds |= _read_seconds(path)
             return load_moments(path, shapes=layer_shapes(self.layers), source=self.source, device=self.model.device)
-        passes = self.passes if "kronecker" in needs else 0
-        path = self.folder / f"moments-{self.source}-{passes}.safetensors"
+        steps = self.kronecker_steps if "kronecker" in needs else 0
+        path = self.folder / f"moments-{self.source}-{steps}.safetensors"
         if path.is_file():
             needs |= moments_needs(path)
         moments, seconds = gather_moments(self.model, self.layers, self.windows, needs, self.progress)
-        if passes:
-            done = refine_kronecker(self.model, self.layers, self.windows, moments, passes, self.progress)
-            seconds[f"{done.passes} further passes for kronecker"] = done.seconds
+        if steps:
+            done = refine_kronecker(self.model, self.layers, self.windows, moments, steps, self.progress)
+            seconds[f"{done.steps} further kronecker steps"] = done.seconds
         write_json(seconds, path.with_suffix(".json"))  # first, so that every file of moments has its seconds
         save_moments(moments, path, self.source)
         self.seconds |= seconds
@@ -130,8 +130,8 @@ class GatheredStatistics:
 
     def _kept(self, needs: frozenset[str]) -> Path | None:
         """Return a file of this source with all needs and with Kronecker factors after the wanted number of steps."""
-        passes = str(self.passes) if "kronecker" in needs else "*"
-        paths = sorted(self.folder.glob(f"moments-{self.source}-{passes}.safetensors"))
+        steps = str(self.kronecker_steps) if "kronecker" in needs else "*"
+        paths = sorted(self.folder.glob(f"moments-{self.source}-{steps}.safetensors"))
         return next((path for path in paths if needs <= moments_needs(path)), None)
 
     def scores(self) -> dict[str, RhoRow]:

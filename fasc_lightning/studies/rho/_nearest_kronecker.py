@@ -62,17 +62,17 @@ class KroneckerStep:
 
 
 @dataclass(frozen=True)
-class KroneckerPasses:
+class KroneckerCost:
     """The cost of the iteration, and whether it has converged.
 
     Attributes:
-        passes: Steps taken, each a pass over the data.
+        steps: Steps taken, each a pass over the data.
         seconds: Seconds of all steps.
         changes: For each step, the largest change of a factor over all layers, with factors scaled to a Frobenius norm
             of 1.
     """
 
-    passes: int
+    steps: int
     seconds: float
     changes: tuple[float, ...]
 
@@ -82,9 +82,9 @@ def refine_kronecker(
     layers: dict[str, nn.Module],
     windows: Tensor,
     moments: CalibrationMoments,
-    iterations: int,
+    steps: int,
     progress: bool = False,
-) -> KroneckerPasses:
+) -> KroneckerCost:
     """Take further steps towards the nearest Kronecker factors, and put them into the moments.
 
     Each step multiplies the distance by the ratio of the second to the first singular value of the rearranged Fisher.
@@ -96,23 +96,23 @@ def refine_kronecker(
         layers: The layers.
         windows: Token ids, shape (windows, window); each window is one sequence.
         moments: Moments with "kronecker", whose factors are the start; the factors of the last step replace them.
-        iterations: Number of steps.
+        steps: Number of steps, each a pass over the data.
         progress: Whether to show a bar.
 
     Returns:
         The cost.
 
     Raises:
-        ValueError: If the moments have no Kronecker factors, or ``iterations`` is negative.
+        ValueError: If the moments have no Kronecker factors, or ``steps`` is negative.
         FloatingPointError: If a loss is not finite; the moments then keep the last whole step.
     """
-    if iterations < 0:
-        raise ValueError(f"Expected `iterations` to be a number of passes, at least 0, but got {iterations}.")
+    if steps < 0:
+        raise ValueError(f"Expected `steps` to be at least 0 but got {steps}.")
     if "kronecker" not in moments.needs:
         raise not_gathered("kronecker", "the start of the iteration")
     start = time.perf_counter()
     changes = []
-    for _ in range(iterations):
+    for _ in range(steps):
         before = {name: moments.sequences[name] for name in layers if moments.sequences[name].count > 0}
         step = KroneckerStep(before)
         for _ in backward_windows(model, Taps(layers, pairs=step), windows, progress):
@@ -120,7 +120,7 @@ def refine_kronecker(
         after = step.finish()
         changes.append(max((_change(before[name], stream) for name, stream in after.items()), default=0.0))
         moments.sequences.update(after)
-    return KroneckerPasses(iterations, time.perf_counter() - start, tuple(changes))
+    return KroneckerCost(steps, time.perf_counter() - start, tuple(changes))
 
 
 def _change(before: SequenceFisher, after: SequenceFisher) -> float:

@@ -107,8 +107,8 @@ def compare_layer(
         found = get_solver(name)(W, moments)
         bases.append(input_subspace(found, rank))
         losses[name] = fisher_losses(W, A, G, found)[rank].item()
-        B, C = found.truncate(rank)
-        approximations[name] = (B @ C).to(W.dtype)
+        left, right = found.truncate(rank)
+        approximations[name] = (left @ right).to(W.dtype)
     gain = log_ratio(losses[baseline], losses[method])
     return LayerComparison(principal_angles(bases[0], bases[1]), losses, approximations, gain)
 

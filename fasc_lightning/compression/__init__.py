@@ -23,7 +23,7 @@ from fasc_lightning.compression._layer_report import LayerReport
 from fasc_lightning.compression._loss_correction import evenly_spaced, measure_losses
 from fasc_lightning.compression._objective import fisher_losses, fisher_metric
 from fasc_lightning.compression._report import CompressionReport, log_report
-from fasc_lightning.compression._report_schema import check_callback_state, check_recovery_state, sealed
+from fasc_lightning.compression._state_schema import check_callback_state, check_recovery_state, sealed
 from fasc_lightning.compression._summary import outcome, recovery_line
 
 __all__ = [

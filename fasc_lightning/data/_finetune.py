@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fasc_lightning.batches import ResumableLoader
-from fasc_lightning.data._finetune_examples import IGNORED, Example, collate, pack_examples, split_examples
-from fasc_lightning.data._finetune_records import Document, Instruction, read_records
+from fasc_lightning.data._finetune_encoding import OVERLONG, Overlong, encode_instruction, example_of, fit_example
+from fasc_lightning.data._finetune_examples import Example, collate, pack_examples, split_examples
+from fasc_lightning.data._finetune_records import Document, read_records
 from fasc_lightning.data._pretrained import cache_folder
 from fasc_lightning.data._sampling import sample_windows
 from fasc_lightning.data._sources import SELF, check_sources
@@ -21,9 +22,6 @@ from fasc_lightning.data._sources import SELF, check_sources
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: The treatment of instructions that are longer than a window.
-Overlong = Literal["cut", "skip", "error"]
-OVERLONG: tuple[Overlong, ...] = ("cut", "skip", "error")
 #: The treatment of instructions with an empty answer.
 Empty = Literal["error", "skip"]
 EMPTY: tuple[Empty, ...] = ("error", "skip")
@@ -188,61 +186,6 @@ def check_window(window: int, tokenizer: PreTrainedTokenizerBase, model: Any = N
 # Records encoded as examples.
 
 
-def prompt_texts(record: Instruction, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Return the prompt, and the prompt with the answer and its end token.
-
-    A chat template gives a turn of the user and one of the assistant; without a template Alpaca's headings are used.
-
-    Raises:
-        ValueError: If the template does not put the answer after the question.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        parts = [f"### Instruction:\n{record.instruction}"]
-        parts += [f"### Input:\n{record.input}"] if record.input else []
-        prompt = _beginning(tokenizer) + "\n\n".join([*parts, "### Response:\n"])
-        return prompt, prompt + record.answer + (tokenizer.eos_token or "")
-    question = [{"role": "user", "content": record.request}]
-    answer = [{"role": "assistant", "content": record.answer}]
-    asked = str(tokenizer.apply_chat_template(question, tokenize=False))
-    prompt = str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
-    whole = str(tokenizer.apply_chat_template(question + answer, tokenize=False))
-    if not whole.startswith(asked):
-        raise ValueError(
-            f"{record.where}: expected a chat template that puts the assistant's turn after the user's, but its text "
-            f"of both does not begin with its text of the user's turn. Set `tokenizer.chat_template` to another, or to "
-            "None for plain headings."
-        )
-    return prompt, whole
-
-
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the token that the tokenizer puts before every text, or "" if it puts none."""
-    first = tokenizer("")["input_ids"][:1]
-    return tokenizer.bos_token if tokenizer.bos_token is not None and first == [tokenizer.bos_token_id] else ""
-
-
-def encode_instruction(record: Instruction, tokenizer: PreTrainedTokenizerBase, answers_only: bool = True) -> Example:
-    """Return an instruction as tokens; the answer and its end token are labels.
-
-    The whole text is tokenised at once, as a model reads it. The answer begins at the first token that differs from the
-    tokens of the prompt alone. So a token that spans the end of the prompt and the beginning of the answer is learnt.
-
-    Raises:
-        ValueError: If the chat template does not put the answer after the question, or leaves it out.
-    """
-    prompt, whole = prompt_texts(record, tokenizer)
-    given, ids = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (prompt, whole))
-    pairs = zip(given, ids, strict=False)
-    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(given), len(ids)))
-    example = _example(ids, shared if answers_only else 0)
-    if not example.learnt:  # its mean loss would be undefined
-        raise ValueError(
-            f"{record.where}: expected a chat template that writes the answer but nothing of it is left. Set "
-            "`tokenizer.chat_template` to another, or to None for plain headings."
-        )
-    return example
-
-
 def _encoded(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -268,7 +211,7 @@ def _encoded(
                 joined = joined[: tokens - seen]
             whole = len(joined) // window * window
             for start in range(0, whole, window):
-                yield _example(joined[start : start + window])
+                yield example_of(joined[start : start + window])
             joined, seen = joined[whole:], seen + whole
             continue
         if not record.answer.strip():
@@ -287,32 +230,7 @@ def _encoded(
         seen += len(fitting)
         yield fitting
     if len(joined) > 1:
-        yield _example(joined)
-
-
-def fit_example(example: Example, window: int, overlong: Overlong, where: str) -> Example | None:
-    """Return an example unchanged if it fits into the window; otherwise cut, or None to leave it out.
-
-    Raises:
-        ValueError: If it does not fit and ``overlong`` is "error"; the message begins with ``where``.
-    """
-    if len(example) <= window:
-        return example
-    if overlong == "error":
-        raise ValueError(
-            f"{where}: expected at most {window} tokens but got {len(example)}. Use a longer window, "
-            'or overlong="cut" or "skip".'
-        )
-    cut = Example(example.ids[:window], example.labels[:window])
-    return cut if overlong == "cut" and cut.learnt else None
-
-
-def _example(ids: Sequence[int], given: int = 0) -> Example:
-    """Return ids as an example; the first ``given`` ids, and always the first one, are not learnt."""
-    tokens = torch.tensor(ids, dtype=torch.long)
-    labels = tokens.clone()
-    labels[: max(1, given)] = IGNORED
-    return Example(tokens, labels)
+        yield example_of(joined)
 
 
 def _sampled(
@@ -335,7 +253,7 @@ def _sampled(
         seed=seed,
         cache_dir=cache_folder() if cache else None,
     )
-    return [_example(ids) for ids in windows.tolist()]
+    return [example_of(ids) for ids in windows.tolist()]
 
 
 # Examples put into batches.

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from fasc_lightning.evaluation._continuations import (
     ContinuationTrie,
-    continuation_ids,
     continuation_scores,
     each_ranks_first,
-    prompt_ids,
 )
 from fasc_lightning.evaluation._grouped import GroupedPercent, plain_groups
 from fasc_lightning.evaluation._items import load_items, text_fields
+from fasc_lightning.evaluation._token_ids import continuation_ids, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

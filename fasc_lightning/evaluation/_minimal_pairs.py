@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fasc_lightning.evaluation._continuations import ContinuationTrie, continuation_scores, each_ranks_first, text_ids
+from fasc_lightning.evaluation._continuations import ContinuationTrie, continuation_scores, each_ranks_first
 from fasc_lightning.evaluation._grouped import ByGroup, grouped_percent, plain_groups
 from fasc_lightning.evaluation._items import load_items, text_fields
+from fasc_lightning.evaluation._token_ids import text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,13 +14,13 @@ from torch import Tensor
 from fasc_lightning.evaluation._continuations import (
     ContinuationTrie,
     check_finite,
-    continuation_ids,
     continuation_scores,
     ranks_first,
 )
 from fasc_lightning.evaluation._grouped import ByGroup, grouped_percent, plain_groups
 from fasc_lightning.evaluation._items import load_items, text_fields
 from fasc_lightning.evaluation._prompts import context_length, count_shortened, fit_prompt
+from fasc_lightning.evaluation._token_ids import continuation_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from fasc_lightning.evaluation._continuations import (
     ContinuationTrie,
-    continuation_ids,
     continuation_scores,
     each_ranks_first,
-    prompt_ids,
 )
 from fasc_lightning.evaluation._facts import FactsResult, recall_result
 from fasc_lightning.evaluation._items import load_items, text_fields
+from fasc_lightning.evaluation._token_ids import continuation_ids, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

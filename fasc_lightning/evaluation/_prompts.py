@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
-from fasc_lightning.evaluation._continuations import beginning_ids, text_ids
+from fasc_lightning.evaluation._token_ids import beginning_ids, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

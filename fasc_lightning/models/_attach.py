@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from fasc_lightning.layers import compressed_layers, describe_layer
+from fasc_lightning._utils import undoing
+from fasc_lightning.layers import compressed_layers, describe_layer, swap_modules
 from fasc_lightning.models._config import FascConfig, is_fasc, method_of
 from fasc_lightning.models._file_names import save_module_names
 from fasc_lightning.models._quantizer import FascQuantizer, detach, untie
@@ -38,6 +39,20 @@ def attach_config(module: nn.Module, **provenance: Any) -> None:
             _attach(model, config)
         elif is_fasc(_attached(model)):
             detach(model)
+
+
+def swap_layers(model: nn.Module, new: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Swap layers and update the configurations of the transformers models in the model, both or neither.
+
+    Raises:
+        ValueError: If a model carries another quantiser's configuration.
+    """
+    with undoing() as undo:
+        undo.keep(model, attributes=True)
+        replaced = swap_modules(model, new)
+        attach_config(model)
+        undo.forget()
+    return replaced
 
 
 def provenance_of(model: Any) -> dict[str, Any]:

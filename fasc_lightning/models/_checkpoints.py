@@ -31,8 +31,9 @@ from fasc_lightning.layers import (
     quantization_of,
     set_trainable,
 )
-from fasc_lightning.models._layer_plan import REMEMBERED, check_fit, compression_plan, swap_layers
-from fasc_lightning.models._layer_state import check_state
+from fasc_lightning.models._attach import swap_layers
+from fasc_lightning.models._layer_plan import REMEMBERED, compression_plan
+from fasc_lightning.models._layer_state import check_fit, check_state
 
 
 def match_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:

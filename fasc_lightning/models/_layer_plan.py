@@ -20,7 +20,6 @@ from fasc_lightning.layers import (
     compressed_layers,
     describe_layer,
     empty_layer,
-    is_guard,
     linear_shape,
     linear_weight,
     make_lowrank,
@@ -29,11 +28,10 @@ from fasc_lightning.layers import (
     quantized_layer,
     set_trainable,
     smaller_side,
-    swap_modules,
     trains_weight,
 )
-from fasc_lightning.models._attach import attach_config
-from fasc_lightning.models._layer_state import check_state
+from fasc_lightning.models._attach import swap_layers
+from fasc_lightning.models._layer_state import check_fit, check_state
 
 #: The description of each layer by its name.
 Plan = Mapping[str, Mapping[str, Any]]
@@ -109,56 +107,6 @@ def apply_plan(model: nn.Module, plan: Plan, state_dict: Mapping[str, Tensor] | 
         vars(model).pop(REMEMBERED, None)
         undo.forget()
     return replaced
-
-
-def swap_layers(model: nn.Module, new: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Swap layers and update the configurations of the transformers models in the model, both or neither.
-
-    Raises:
-        ValueError: If a model carries another quantiser's configuration.
-    """
-    with undoing() as undo:
-        undo.keep(model, attributes=True)
-        replaced = swap_modules(model, new)
-        attach_config(model)
-        undo.forget()
-    return replaced
-
-
-def check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Refuse weights that do not match a model exactly, before any of them is loaded.
-
-    Args:
-        model: The model.
-        state_dict: Its weights, possibly among others.
-        prefix: Prefix of their names.
-
-    Raises:
-        ValueError: If a weight is missing, unexpected or of another shape.
-    """
-    wanted = {prefix + name: value for name, value in model.state_dict().items()}
-    found = {name: v for name, v in state_dict.items() if name.startswith(prefix) and not is_guard(v)}
-    shapes = [
-        f"{name} {_shape(found[name])} instead of {_shape(value)}"
-        for name, value in wanted.items()
-        if name in found and _shape(found[name]) != _shape(value)
-    ]
-    problems = {
-        "missing": wanted.keys() - found.keys(),
-        "unexpected": found.keys() - wanted.keys(),
-        "of another shape": shapes,
-    }
-    listed = "; ".join(f"{problem}: {some_names(names)}" for problem, names in problems.items() if names)
-    if listed:
-        raise ValueError(
-            f"Expected the weights of {type(model).__name__} with the compressed layers of the checkpoint or plan, but "
-            f"these differ: {listed}. Is it another model's? The module is unchanged."
-        )
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    """Return the shape of a tensor; None for other values of a state dict."""
-    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _fitting(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:

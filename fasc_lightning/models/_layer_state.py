@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasc_lightning._utils import FLOATS, SchemaError, is_permutation, refuse
+from fasc_lightning._utils import FLOATS, SchemaError, is_permutation, refuse, some_names
 from fasc_lightning.layers import is_guard
 
 
@@ -86,3 +86,39 @@ def check_state(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, c
 
 def _form(value: Tensor) -> str:
     return f"a tensor of {str(value.dtype).removeprefix('torch.')} and shape {tuple(value.shape)}"
+
+
+def check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Refuse weights that do not match a model exactly, before any of them is loaded.
+
+    Args:
+        model: The model.
+        state_dict: Its weights, possibly among others.
+        prefix: Prefix of their names.
+
+    Raises:
+        ValueError: If a weight is missing, unexpected or of another shape.
+    """
+    wanted = {prefix + name: value for name, value in model.state_dict().items()}
+    found = {name: v for name, v in state_dict.items() if name.startswith(prefix) and not is_guard(v)}
+    shapes = [
+        f"{name} {_shape(found[name])} instead of {_shape(value)}"
+        for name, value in wanted.items()
+        if name in found and _shape(found[name]) != _shape(value)
+    ]
+    problems = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
+        "of another shape": shapes,
+    }
+    listed = "; ".join(f"{problem}: {some_names(names)}" for problem, names in problems.items() if names)
+    if listed:
+        raise ValueError(
+            f"Expected the weights of {type(model).__name__} with the compressed layers of the checkpoint or plan, but "
+            f"these differ: {listed}. Is it another model's? The module is unchanged."
+        )
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of a tensor; None for other values of a state dict."""
+    return tuple(value.shape) if isinstance(value, Tensor) else None

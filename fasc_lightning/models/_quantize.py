@@ -19,7 +19,7 @@ from fasc_lightning.layers import (
     select_layers,
     unfuse,
 )
-from fasc_lightning.models._layer_plan import swap_layers
+from fasc_lightning.models._attach import swap_layers
 from fasc_lightning.options import checks_options
 
 

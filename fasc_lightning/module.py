@@ -127,7 +127,11 @@ class CausalLMModule(pl.LightningModule):
 
 
 def _cosine(step: int, steps: float) -> float:
-    """Return the share of the learning rate at a step out of ``steps``."""
+    """Return the share of the learning rate at a step out of ``steps``.
+
+    It is written by hand because schedules of transformers rise again past the last step, which a longer second fit
+    reaches.
+    """
     warm = max(1.0, 0.1 * steps)
     if step < warm:
         return (step + 1) / (warm + 1)

@@ -45,10 +45,10 @@ class FinetuneDataModule(pl.LightningDataModule):
 
     Args:
         sources: Text or jsonl files (also .xz), hub data set ids, or self: text sampled from the model.
-        window: Tokens a window.
+        window: Tokens per window.
         tokens: Tokens to read.
         heldout: Share of the data that is held out.
-        batch_size: Windows a batch.
+        batch_size: Windows per batch.
         seed: Seed of the sampling, the held-out choice and the order.
     """
 

@@ -21,7 +21,7 @@ class BatchStream:
     Args:
         epoch_windows: Returns at least one window of an epoch by its index, shape (windows, window). Windows that do
             not fill a batch go into the next epoch's first batch.
-        batch_size: Windows a batch.
+        batch_size: Windows per batch.
         steps: Batches in all.
     """
 

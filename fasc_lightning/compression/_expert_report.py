@@ -30,7 +30,7 @@ class ExpertRow:
         tokens: Tokens that reached it in calibration.
         share: Its share of the tokens of all targeted experts in its module.
         rho: Mean over its projections; NaN if none was measured.
-        rho_debiased: As ``rho``, of the debiased scores.
+        rho_debiased: Mean of the debiased scores, as ``rho``.
         rank: Mean of rank / full rank over its projections; 1 if it is dense.
     """
 

@@ -26,7 +26,7 @@ SHARE = 8
 #: The least number of batches for measuring, if there are as many.
 LEAST = 4
 
-#: Takes the factors (left (m, k), right (k, n)) of some layers by name and returns J of each in nats squared a token.
+#: Takes the factors (left (m, k), right (k, n)) of some layers by name and returns J of each in nats squared per token.
 LossEstimator = Callable[[Mapping[str, tuple[Tensor, Tensor]]], Mapping[str, float]]
 
 
@@ -88,7 +88,7 @@ def measure_losses(
         loss: Returns the model's loss of a batch.
 
     Returns:
-        J by layer, in nats squared a token.
+        J by layer, in nats squared per token.
 
     Raises:
         FloatingPointError: If a loss is not finite.

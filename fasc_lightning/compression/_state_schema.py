@@ -58,7 +58,7 @@ def check_callback_state(state: Any, where: str = "The state of FascCallback in 
     """Refuse an invalid or altered state of the callback; the states of a running fit are not checked here.
 
     Raises:
-        SchemaError: With the entry.
+        SchemaError: If an entry is invalid; the message names it.
     """
     check(state, _CALLBACK, where)
     _check_sum({key: state[key] for key in ("rho_history", "report", "teacher") if key in state}, state, where)
@@ -68,7 +68,7 @@ def check_recovery_state(state: Any, where: str = "The state of the recovery in 
     """Refuse an invalid or altered state of a recovery.
 
     Raises:
-        SchemaError: With the entry.
+        SchemaError: If an entry is invalid; the message names it.
     """
     check(state, _RECOVERY, where)
     with naming(where):

@@ -118,7 +118,7 @@ def finetune_data(
         window: Most tokens of an example, and of a row.
         tokens: Number of tokens to read, about equally many from the start of each source; None for everything.
         heldout: Share of the examples that is held out; 0 for none.
-        batch_size: Rows a batch.
+        batch_size: Rows per batch.
         pack: Whether several examples share a row, as in pre-training. A token then sees the examples before its own,
             but the first token of an example is not learnt from them. Otherwise every example is padded on its own.
         answers_only: Whether the loss leaves out the question; plain texts are learnt as a whole either way.
@@ -183,7 +183,7 @@ def check_window(window: int, tokenizer: PreTrainedTokenizerBase, model: Any = N
         raise ValueError(f"Expected windows of at most {context} tokens, the model's context, but got {window}.")
 
 
-# Records encoded as examples.
+# Examples of each source.
 
 
 def _encoded(
@@ -217,7 +217,7 @@ def _encoded(
         if not record.answer.strip():
             if empty == "error":
                 raise ValueError(
-                    f"{record.where}: expected an answer but it is empty. Remove the row from the data, or skip empty "
+                    f"{record.where}: expected an answer but it is empty. Leave the row out of the data, or skip empty "
                     'answers: empty="skip" (--empty skip).'
                 )
             summary.empty += 1

@@ -47,7 +47,7 @@ def sample_windows(
         model: A causal language model.
         tokenizer: Gives the first token.
         windows: Number of windows.
-        window: Tokens a window, the first one included.
+        window: Tokens per window, the first one included.
         seed: The same model and seed give the same windows, whatever the global random state.
         batch_size: Windows sampled at a time. Larger is faster; the result changes only by rounding.
         cache_dir: Folder that keeps the windows by model, tokenizer and settings; None keeps nothing.

@@ -26,7 +26,7 @@ def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int | N
         text: The text; only the part that the windows need is tokenised.
         tokenizer: Its ``__call__`` gives the ids.
         windows: Number of windows wanted, or None for all whole windows.
-        window: Tokens a window.
+        window: Tokens per window.
 
     Returns:
         Token ids of shape (windows, window).
@@ -45,7 +45,7 @@ def file_windows(path: str | Path, tokenizer: PreTrainedTokenizerBase, windows: 
         path: See :func:`~fasc_lightning.data.read_text`.
         tokenizer: Its ``__call__`` gives the ids.
         windows: Number of windows wanted, or None for all whole windows.
-        window: Tokens a window.
+        window: Tokens per window.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -130,7 +130,7 @@ def calibration_windows(
             earlier sources take the remainder: 64 windows of three are 22, 21 and 21.
         tokenizer: Tokenizer of the model.
         windows: Number of windows in all.
-        window: Tokens a window.
+        window: Tokens per window.
         seed: Seed of the shuffle and of sampling from the model.
         model: The model to sample from; only ``"self"`` needs it.
         batch_size: Windows sampled from the model at a time.
@@ -221,7 +221,7 @@ def window_loader(windows: Tensor, batch_size: int) -> DataLoader[dict[str, Tens
 
     Args:
         windows: Token ids of shape (windows, window).
-        batch_size: Windows a batch; the last batch may be smaller.
+        batch_size: Windows per batch; the last batch may be smaller.
 
     Returns:
         A loader of dicts with ``input_ids``, ``attention_mask`` and ``labels`` of shape (batch, window).

@@ -90,7 +90,7 @@ def continuation_scores(
         model: Causal language model; its training mode is restored.
         prompts: Token ids of the prompts, at least one each.
         tries: Continuations of each prompt.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts per forward pass.
         alike: A key for each prompt. Prompts of one key share the reading of their common beginning, such as the
             examples before a question. None reads every prompt by itself.
         true: Index of the true continuation of each prompt, if only its rank is needed. A continuation whose first
@@ -244,7 +244,7 @@ def _add_further_tokens(
     """Add the log-probabilities of continuations' further tokens to the scores of their first tokens.
 
     Args:
-        scores: Of each prompt's continuations; added to in place.
+        scores: Scores of each prompt's continuations; changed in place.
         reading: The prompts.
         tries: Continuations of each.
         work: The prefixes to read: prompt, index of the prefix.

@@ -174,7 +174,7 @@ def factual_recall(
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         facts: The facts; their objects are also each other's candidates.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts per forward pass.
 
     Returns:
         Percentages, overall and by kind.
@@ -200,7 +200,7 @@ def recalled_facts(
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         facts: The facts; their objects are also each other's candidates.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts per forward pass.
 
     Returns:
         Bool tensor of shape (facts,), on the CPU.
@@ -237,7 +237,7 @@ def candidate_scores(
         tokenizer: Its tokenizer.
         facts: The facts.
         candidates: Candidates of each relation.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts per forward pass.
         true: Index of each fact's true candidate, if only its rank is needed.
 
     Returns:

@@ -74,7 +74,7 @@ def multilingual_recall(
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         facts: The facts of each language.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts per forward pass.
 
     Returns:
         Percentages, overall, by language and by kind.
@@ -113,7 +113,7 @@ def recalled_multilingual(
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         facts: The facts of each language.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts per forward pass.
 
     Returns:
         Bool tensor of shape (facts of all languages,), on the CPU.

@@ -171,7 +171,7 @@ def multiple_choice(
             a warning.
         by: ``"letter"``: the choices stand in the prompt and their letters are scored. ``"answer"``: the prompt lacks
             the choices and their whole texts are scored; this suits models that cannot answer by letter.
-        batch_size: Questions a forward pass.
+        batch_size: Questions per forward pass.
 
     Returns:
         Percentages, overall and by subject.
@@ -218,7 +218,7 @@ def answered_questions(
         dev: Questions that serve as examples.
         n_shots: Examples before a question.
         by: The scored texts; see :func:`multiple_choice`.
-        batch_size: Questions a forward pass.
+        batch_size: Questions per forward pass.
 
     Returns:
         Outcomes on the CPU.

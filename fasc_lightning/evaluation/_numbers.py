@@ -79,7 +79,7 @@ def number_recall(
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         facts: The facts; the number words of all of them are the candidates of each.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts per forward pass.
 
     Returns:
         Percentages, overall and by kind.
@@ -105,7 +105,7 @@ def recalled_numbers(
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         facts: The facts; the number words of all of them are the candidates of each.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts per forward pass.
 
     Returns:
         Bool tensor of shape (facts,), on the CPU.

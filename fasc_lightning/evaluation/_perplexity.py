@@ -56,7 +56,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 4) -> 
     Args:
         model: Causal language model; its training mode is restored.
         windows: Token ids of shape (windows, T).
-        batch_size: Windows a forward pass.
+        batch_size: Windows per forward pass.
 
     Returns:
         The perplexity, at least 1; infinite if exp of the mean loss exceeds the largest float.
@@ -77,7 +77,7 @@ def token_losses(model: PreTrainedModel, windows: Tensor, batch_size: int = 4) -
     Args:
         model: Causal language model; its training mode is restored.
         windows: Token ids of shape (windows, T).
-        batch_size: Windows a forward pass.
+        batch_size: Windows per forward pass.
 
     Returns:
         Losses in nats of shape (windows,), float64, on the CPU. ``exp`` of their mean is :func:`perplexity`.

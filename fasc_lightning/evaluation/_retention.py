@@ -72,7 +72,7 @@ class Questions:
             facts: File of facts, if any.
             tokenizer: The model's tokenizer.
             windows: Number of windows per text.
-            window: Tokens a window.
+            window: Tokens per window.
             seed: Seed for the choice of built-in facts.
         """
         if texts or facts:

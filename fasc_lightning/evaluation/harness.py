@@ -77,7 +77,7 @@ def harness_model(
     Args:
         model: Causal language model, dense or with compressed layers. It is put in eval mode, as HFLM does.
         tokenizer: Its tokenizer.
-        batch_size: Sequences a forward pass.
+        batch_size: Sequences per forward pass.
         max_length: Longest sequence in tokens; None for the model's own limit.
         progress: Whether to show progress bars.
 
@@ -134,7 +134,7 @@ def run_harness(
         tasks: Names of tasks or groups, paths of YAML files, or task configurations.
         limit: Items of each task: a number, or a fraction below 1; None for all.
         num_fewshot: Examples in a prompt; None for each task's own number. A task that fixes it at 0 keeps that.
-        batch_size: Sequences a forward pass.
+        batch_size: Sequences per forward pass.
         max_length: Longest sequence in tokens; None for the model's own limit.
         bootstrap_iters: Resamples for standard errors that have no closed form.
         seed: Seed of the few-shot examples and all other draws.

@@ -65,7 +65,7 @@ def check_state(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, c
     Args:
         module: The module that takes them; its layers may still have another form.
         state_dict: Weights by name.
-        prefix: Of the module's names in it.
+        prefix: Prefix of the module's names in the state dict.
         compressed: Names of the compressed layers in the state.
 
     Raises:

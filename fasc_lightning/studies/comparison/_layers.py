@@ -97,8 +97,8 @@ def layer_rows(
 
     Args:
         dense: Outcome of the dense model on the same evaluation.
-        outcomes: Of :func:`sensitivity_cells`.
-        scores: rho and its companions by layer.
+        outcomes: Outcomes of :func:`sensitivity_cells`.
+        scores: rho, its null and its debiased value by layer.
     """
     assert dense.measured is not None
     layers = list(dict.fromkeys(cell.label for cell in outcomes))

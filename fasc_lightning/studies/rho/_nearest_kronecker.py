@@ -107,7 +107,7 @@ def refine_kronecker(
         FloatingPointError: If a loss is not finite; the moments then keep the last whole step.
     """
     if steps < 0:
-        raise ValueError(f"Expected `steps` to be at least 0 but got {steps}.")
+        raise ValueError(f"Expected `steps` to be at least 0, but got {steps}.")
     if "kronecker" not in moments.needs:
         raise not_gathered("kronecker", "the start of the iteration")
     start = time.perf_counter()

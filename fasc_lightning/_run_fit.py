@@ -50,7 +50,7 @@ def run_fit(
         The prefix of the model's names in the fit: "" or "model.".
 
     Raises:
-        TypeError: If the model is of no kind with a loss.
+        TypeError: If the model's loss is not known.
         ValueError: If its parameters are on several devices without a ``device_map``, or on none.
     """
     module, prefix = as_lightning_module(model, recovery)
@@ -127,7 +127,7 @@ def as_lightning_module(model: nn.Module, recovery: Recovery | None) -> tuple[pl
     """Return a module to fit, and the prefix of the model's names in it.
 
     Raises:
-        TypeError: If the model is of no kind with a loss.
+        TypeError: If the model's loss is not known.
     """
     if isinstance(model, pl.LightningModule):
         return model, ""

@@ -1,12 +1,12 @@
-"""From which rank on a compressed linear layer is faster than a dense one: the table that ``layout="auto"`` goes by.
+"""The rank below which a compressed linear layer is faster than a dense one: the table of ``layout="auto"``.
 
     python benchmarks/break_even.py --output benchmarks/results          # measures, prints, saves
     python benchmarks/break_even.py --output benchmarks/results --write  # and puts the table into the package
 
-Single layers of the shapes of SmolLM2-135M, Llama-3.2-1B and Llama-3-8B, both layouts, float32 and bfloat16: prefilling
-512 tokens and decoding one, against dense layers of the same shape, taken in turn. Each variant is as many copies of
-the layer as fill 64 MB, so that decoding reads weights from memory, as in a model. Shapes are saved as they end and not
-measured again under the same settings (delete the folder after a change of the code).
+The benchmark takes single layers with the shapes of SmolLM2-135M, Llama-3.2-1B and Llama-3-8B, in both layouts, float32
+and bfloat16. It times prefilling 512 tokens and decoding one, in turn with dense layers of the same shape. Each variant
+has as many copies of the layer as fill 64 MB, so that decoding reads weights from memory, as in a model. Each shape is
+saved when it ends and not measured again under the same settings (delete the folder after a change of the code).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENS = (1, 512)
 DENSE = ("dense", 1.0)
 KEEPS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
-#: Weights of a variant that is timed: more than caches of a core hold.
+#: Bytes of weights of a timed variant: more than the caches of a core hold.
 BYTES = 64e6
 
 
 def rank_for(m: int, n: int, keep: float, kind: type[CompressedLinear]) -> int:
-    """Return the highest rank that keeps no more than a share of the parameters; at least 1."""
+    """Return the highest rank that keeps at most a share of the parameters; at least 1."""
     return max((k for k in range(1, min(m, n)) if kind.cost(m, n, k) <= keep * m * n), default=1)
 
 
@@ -76,7 +76,7 @@ def measure(m: int, n: int, dtype: str, seconds: float) -> list[Row]:
     rows: list[Row] = []
     for tokens in TOKENS:
         x = torch.randn(tokens, n).to(DTYPES[dtype])
-        # Many tokens compute for longer than they wait for weights: one layer of each kind will do.
+        # With many tokens, computing takes longer than reading weights, so one layer of each kind is enough.
         used = {key: layers[: None if tokens == 1 else 1] for key, layers in variants.items()}
         times = interleave({key: partial(run_all, layers, x) for key, layers in used.items()}, seconds)
         found = speed_ups({key: [t / len(used[key]) for t in values] for key, values in times.items()}, DENSE)
@@ -104,7 +104,7 @@ def break_even_table(rows: Sequence[Row]) -> list[Row]:
 
 
 def crossing(curve: Sequence[Row]) -> float:
-    """Return the highest share kept at which the time, linear between points, is that of a dense layer; 0 if never."""
+    """Return the highest share kept at which the time, linear between points, equals a dense layer's; 0 if never."""
     points = sorted((row["kept"], row["time"]) for row in curve)
     if points[-1][1] <= 1:
         return points[-1][0]
@@ -120,7 +120,7 @@ def shown(kept: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what is not there yet, print the table, and save it."""
+    """Measure the missing shapes, print the table, and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--seconds", type=float, default=5.0, help="of each shape, dtype and number of tokens")

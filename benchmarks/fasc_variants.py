@@ -1,15 +1,16 @@
-"""What makes fasc better, and what does not: variants of it on windows that neither a fit nor P1 has seen.
+"""Variants of fasc, compared on windows that neither a fit nor P1 has used.
 
     FASC_DATA=<folder with the texts> python benchmarks/fasc_variants.py --output benchmarks/results/fasc_variants
 
-Calibrated as P1 is, with fisher allocation and pivot storage; judged by the perplexity over the first windows of
-calib_squad_wikipedia.txt and over windows 300 and on of calib_c4_realnews.txt. Changes are ratios of perplexities with
-paired bootstrap intervals over the windows, against `plain` (fasc-plain) and against `fasc`, both without refit. A
-variant helps where it is better on both texts and hurts where it is worse on one, beyond its intervals; else it ties.
+Calibration is that of P1, with fisher allocation and pivot storage. The judges are the perplexity over the first
+windows of calib_squad_wikipedia.txt and over the windows from 300 of calib_c4_realnews.txt. Changes are ratios of
+perplexities with paired bootstrap intervals over the windows, against `plain` (fasc-plain) and against `fasc`, both
+without refit. A variant helps if it is better on both texts and hurts if it is worse on one, beyond its intervals;
+otherwise it ties.
 
-Each cell (a variant at a budget) and each statistic is saved as it ends, and not made again as long as model, windows
-and options are the same; delete the folder after a change of the code. All statistics of SmolLM2-135M take 11 GB there.
-Tried besides and left out, since it diverged: correcting the mean outputs of all layers at once.
+Each cell (a variant at a budget) and each statistic is saved when it ends, and not computed again while model, windows
+and options are the same. Delete the folder after a change of the code. All statistics of SmolLM2-135M take 11 GB. One
+more variant diverged and is left out: correcting the mean outputs of all layers at once.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from variant_statistics import WINDOW_COUNTS, Statistics, nested_windows
 from variant_tables import REFERENCES, markdown, result_rows
+from variants import VARIANTS, Variant
 
 from fasc_lightning.cli import (
     fingerprint,
@@ -45,102 +47,15 @@ from fasc_lightning.evaluation import token_losses
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import linear_shape, linear_weight, make_lowrank, pivot_cost, select_layers, swap_modules
 from fasc_lightning.refit import RefitOptions, RefitReport, refit, refit_figures
-from fasc_lightning.solvers import SHRINK_A, SHRINK_COUPLED_G, SHRINK_G, Factorization, shrink, two_sided
+from fasc_lightning.solvers import Factorization, shrink, two_sided
 from fasc_lightning.studies.comparison import shown_perplexity
 from fasc_lightning.studies.rho import HeldoutLosses, backward_windows
 
 CALIBRATION = ("calib_wikitext2_train.txt", "calib_wikipedia_exllama.txt", "calib_c4_realnews.txt")
-#: The texts that judge, and the first window of each that does. The news file calibrates, too, with its first windows.
+#: The judging texts and their first judging window. The first windows of the news file calibrate.
 JUDGES = {"squad": ("calib_squad_wikipedia.txt", 0), "news": ("calib_c4_realnews.txt", 300)}
 #: Further windows of the calibration files, for the exact J on tokens that nothing was fitted to.
 HELDOUT_WINDOWS = 24
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What a variant does; the defaults are those of ``fasc`` without refit.
-
-    Attributes:
-        A: Statistics whose A is averaged.
-        G: Statistics whose G is averaged.
-        matched: Whether those are brought to the trace of the first before: where units differ.
-        shrink_inputs: Relative shrinkage of A.
-        shrink_gradients: Of G.
-        power: The allocation is given losses to this power,
-        heldout: times (exact J on held-out windows / predicted J) to this power, both at the budget's ranks.
-        measured: The same on some of the calibration windows, as allocation="measured" does (0.5 there).
-        choose: Whether a layer is factorised from plain statistics where exact J on held-out windows prefers it.
-        refit: Options of a refit after allocation, if there is one.
-    """
-
-    A: tuple[str, ...] = ("coupled",)
-    G: tuple[str, ...] = ("coupled",)
-    matched: bool = False
-    shrink_inputs: float = SHRINK_A
-    shrink_gradients: float = SHRINK_COUPLED_G
-    power: float = 1.0
-    heldout: float = 0.0
-    measured: float = 0.0
-    choose: bool = False
-    refit: RefitOptions | None = None
-
-    @classmethod
-    def of(cls, *names: str, **options: Any) -> Variant:
-        """Return the variant whose A and G are both from the statistics of these names."""
-        return cls(A=names, G=names, **options)
-
-
-#: All variants by name, in the order of the tables.
-VARIANTS = {
-    "plain": Variant.of("plain", shrink_gradients=SHRINK_G),
-    "fasc": Variant(),
-    # Token weights |h|^a and |x|^a; fasc is a = 1. Shrinkage stays that of fasc.
-    "weight-0": Variant.of("plain"),
-    "weight-0.5": Variant.of("weight-0.5"),
-    "weight-1-only-A": Variant(G=("plain",)),
-    "weight-1-only-G": Variant(A=("plain",)),
-    "weight-1.5": Variant.of("weight-1.5"),
-    "weight-2": Variant.of("weight-2"),
-    "weight-2-clipped": Variant.of("weight-2-clipped"),
-    "mahalanobis": Variant.of("mahalanobis"),
-    "shrink-G-0.02": Variant(shrink_gradients=0.02),
-    "shrink-G-0.1": Variant(shrink_gradients=0.1),
-    "shrink-G-0.2": Variant(shrink_gradients=0.2),
-    "shrink-A-1e-3": Variant(shrink_inputs=1e-3),
-    "shrink-A-1e-2": Variant(shrink_inputs=1e-2),
-    "shrink-A-3e-2": Variant(shrink_inputs=3e-2),
-    # These change one thing about plain.
-    "sequence": Variant.of("sequence", shrink_gradients=SHRINK_G),
-    "sequence-half": Variant.of("plain", "sequence", matched=True, shrink_gradients=SHRINK_G),
-    "sample": Variant.of("sample", shrink_gradients=SHRINK_G),
-    "sample-half": Variant.of("plain", "sample", matched=True, shrink_gradients=SHRINK_G),
-    "root": Variant.of("root", shrink_gradients=SHRINK_G),
-    "root-half": Variant.of("plain", "root", matched=True, shrink_gradients=SHRINK_G),
-    # And these about fasc.
-    "staged-0.8": Variant.of("staged-0.8"),
-    "staged-0.8-only-G": Variant(G=("staged-0.8",)),
-    "staged-0.8-half": Variant.of("coupled", "staged-0.8"),
-    "staged-0.6": Variant.of("staged-0.6"),
-    "staged-0.6-only-G": Variant(G=("staged-0.6",)),
-    "staged-0.6-half": Variant.of("coupled", "staged-0.6"),
-    "staged-thirds": Variant.of("coupled", "staged-0.8", "staged-0.6", matched=True),
-    "losses-power-0.8": Variant(power=0.8),
-    "losses-power-1.2": Variant(power=1.2),
-    "losses-heldout": Variant(heldout=1.0),
-    "losses-heldout-root": Variant(heldout=0.5),
-    "losses-measured": Variant(measured=1.0),
-    "losses-measured-root": Variant(measured=0.5),
-    "choose-by-heldout": Variant(choose=True),
-    **{f"windows-{count}": Variant.of(f"windows-{count}") for count in WINDOW_COUNTS},
-    "refit": Variant(refit=RefitOptions()),
-    "refit-to-factors": Variant(refit=RefitOptions(towards="factors")),
-    "refit-layer": Variant(refit=RefitOptions(target="layer")),
-    "refit-judge": Variant(refit=RefitOptions(judge_batches=4)),
-    "refit-lambda-1": Variant(refit=RefitOptions(anchors=(1.0,))),
-    "refit-lambda-3": Variant(refit=RefitOptions(anchors=(3.0,))),
-    "refit-lambda-0.3-1-3": Variant(refit=RefitOptions(anchors=(0.3, 1.0, 3.0))),
-    "refit-lambda-3-10": Variant(refit=RefitOptions(anchors=(3.0, 10.0))),
-}
 
 
 @dataclass
@@ -149,12 +64,12 @@ class Bench:
 
     Attributes:
         model: The dense model.
-        layers: Its layers that are compressed.
-        statistics: Of them.
+        layers: Its layers to compress.
+        statistics: Their statistics.
         heldout: Windows for exact J, shape (windows, window).
-        judges: Windows by text.
-        folder: Where cells are kept.
-        source: Fingerprint of all that cells depend on besides the variant and the budget.
+        judges: Judging windows by text.
+        folder: Folder of the cells.
+        source: Fingerprint of everything that cells depend on besides the variant and the budget.
         progress: Whether to show bars.
     """
 
@@ -173,7 +88,7 @@ class Bench:
         return self._kept(path, {}) or self._save(path, {}, {"variant": "dense", "keep": 1.0, "kept": 1.0}, {})
 
     def run(self, name: str, variant: Variant, budgets: Sequence[float]) -> Iterator[dict[str, Any]]:
-        """Yield the cell of a variant at every budget, those that are kept from their files."""
+        """Yield the cell of a variant at every budget, from its file if it is kept."""
         settings = _settings(variant)
         paths = {keep: self._path(name, keep) for keep in budgets}
         if self.is_pending(name, variant, budgets):
@@ -196,11 +111,11 @@ class Bench:
                 yield self._save(path, settings, facts, seconds)
 
     def is_pending(self, name: str, variant: Variant, budgets: Sequence[float]) -> bool:
-        """Whether a cell of the variant is not there yet."""
+        """Return whether a cell of the variant is missing."""
         return any(self._kept(self._path(name, keep), _settings(variant)) is None for keep in budgets)
 
     def prepare(self, variants: Sequence[Variant]) -> None:
-        """Gather the statistics of all variants that are not there yet."""
+        """Gather the missing statistics of all variants."""
         names = [name for variant in variants for name in needed_statistics(variant)]
         staged = [name for name in dict.fromkeys(names) if name.startswith("staged-")]
         self.statistics.gather(name for name in names if name not in staged)
@@ -215,7 +130,7 @@ class Bench:
                 self.statistics.gather_staged(name, now)
 
     def metric(self, variant: Variant, layer: str) -> tuple[Tensor, Tensor]:
-        """Return A (n, n) and G (m, m) of one layer as the variant takes them, shrunk, in float64."""
+        """Return A (n, n) and G (m, m) of one layer for the variant, shrunk, in float64."""
         read = {name: self.statistics.pair(name, layer) for name in {*variant.A, *variant.G}}
         A = mean_matrix([read[name][0] for name in variant.A], variant.matched)
         G = mean_matrix([read[name][1] for name in variant.G], variant.matched)
@@ -226,14 +141,14 @@ class Bench:
         found = {}
         for name, module in self.layers.items():
             result = two_sided(linear_weight(module).detach(), *self.metric(variant, name))
-            # Single precision halves the memory of all of them; losses keep theirs.
+            # Single precision halves the memory of the factors; losses keep float64.
             found[name] = Factorization(result.left.float(), result.right.float(), result.losses)
         return found
 
     def losses(
         self, variant: Variant, factorizations: dict[str, Factorization], keep: float
     ) -> tuple[dict[str, Factorization], dict[str, Tensor]]:
-        """Return each layer's factors, and the losses by rank that the allocation is to see."""
+        """Return each layer's factors, and its losses by rank for the allocation."""
         chosen = dict(factorizations)
         heldout = self.exact_losses(keep, "heldout", self.heldout) if variant.heldout or variant.choose else {}
         if variant.choose:
@@ -252,11 +167,11 @@ class Bench:
         return chosen, losses
 
     def exact_losses(self, keep: float, label: str, windows: Tensor) -> dict[str, dict[str, float]]:
-        """Return exact J of `fasc` and of `plain` at the ranks of `fasc`, and what `fasc` predicted, by layer.
+        """Return exact J of `fasc` and of `plain` at the ranks of `fasc`, and the prediction of `fasc`, by layer.
 
         Args:
-            keep: Of which budget.
-            label: Of the windows, for the file that keeps the result.
+            keep: The budget.
+            label: Label of the windows, for the file with the result.
             windows: Token ids, shape (windows, window).
         """
         path, settings = self.folder / f"{label}-{keep}.json", {"windows": len(windows)}
@@ -293,13 +208,14 @@ class Bench:
     def compressed(
         self, factorizations: Mapping[str, Factorization], ranks: Mapping[str, int | None]
     ) -> Iterator[dict[str, nn.Module]]:
-        """Compress the model for the length of a block; yields the dense layers that were replaced."""
+        """Compress the model within a ``with`` block, and yield the replaced dense layers."""
         built: dict[str, nn.Module] = {}
         for name, k in ranks.items():
             if k is not None:
                 bias: Tensor | None = getattr(self.layers[name], "bias", None)
-                B, C = factorizations[name].truncate(k)
-                built[name] = make_lowrank(B, C, None if bias is None else bias.detach(), "pivot").requires_grad_(False)
+                left, right = factorizations[name].truncate(k)
+                bias = None if bias is None else bias.detach()
+                built[name] = make_lowrank(left, right, bias, "pivot").requires_grad_(False)
         replaced = swap_modules(self.model, built)
         try:
             yield replaced
@@ -317,7 +233,7 @@ class Bench:
         return self.folder / f"{name}-{keep}.json"
 
     def _kept(self, path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """Return a file's content if it was made from the same source and settings."""
+        """Return a file's content if it comes from the same source and settings."""
         if not path.is_file():
             return None
         content = json.loads(path.read_text())
@@ -326,7 +242,7 @@ class Bench:
     def _save(
         self, path: Path, settings: dict[str, Any], facts: dict[str, Any], seconds: dict[str, float]
     ) -> dict[str, Any]:
-        """Judge the model as it is, and keep the cell."""
+        """Measure the model, and keep the cell."""
         start = time.perf_counter()
         losses = {text: token_losses(self.model, windows, batch_size=2) for text, windows in self.judges.items()}
         cell = {
@@ -352,14 +268,14 @@ def needed_statistics(variant: Variant) -> list[str]:
 
 
 def mean_matrix(matrices: Sequence[Tensor], matched: bool) -> Tensor:
-    """Return the mean of symmetric matrices in float64, all at the trace of the first if ``matched``."""
+    """Return the mean of symmetric matrices in float64, all scaled to the trace of the first if ``matched``."""
     first, *others = (matrix.double() for matrix in matrices)
     scaled = [matrix * (first.trace() / matrix.trace()) if matched else matrix for matrix in others]
     return sum(scaled, first) / len(matrices)
 
 
 def _settings(variant: Variant) -> dict[str, Any]:
-    """Return a variant's options as JSON gives them back."""
+    """Return a variant's options as read from JSON."""
     return json.loads(json.dumps(asdict(variant)))
 
 
@@ -368,7 +284,7 @@ def _corrected(
 ) -> dict[str, Tensor]:
     """Return losses times a power of exact over predicted J."""
     ratios = {name: J["fasc"] / J["predicted"] for name, J in exact.items()}
-    usual = stdlib_statistics.median(ratios.values())  # for layers that are dense at these ranks
+    usual = stdlib_statistics.median(ratios.values())  # for layers that stay dense at these ranks
     return {name: loss * ratios.get(name, usual) ** power for name, loss in losses.items()}
 
 
@@ -377,8 +293,8 @@ def _losses_of(factorizations: Mapping[str, Factorization]) -> dict[str, Tensor]
 
 
 def _weight(factorization: Factorization, rank: int) -> Tensor:
-    B, C = factorization.truncate(rank)
-    return B @ C
+    left, right = factorization.truncate(rank)
+    return left @ right
 
 
 def make_bench(arguments: argparse.Namespace, data: Path) -> Bench:
@@ -431,7 +347,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the variants that are named, print the tables, and save them."""
+    """Run the named variants, print the tables, and save them."""
     arguments = parse(argv)
     folder = os.environ.get("FASC_DATA")
     missing = [f for f in (*CALIBRATION, *(f for f, _ in JUDGES.values())) if not (Path(folder or "") / f).exists()]
@@ -441,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = make_bench(arguments, Path(folder))
     dense = bench.dense()
     names = list(dict.fromkeys([REFERENCES[0], *arguments.variants]))
-    # All at once, so that one pass serves many.
+    # All at once, so that one pass serves many variants.
     bench.prepare([VARIANTS[name] for name in names if bench.is_pending(name, VARIANTS[name], arguments.keep)])
     cells = []
     for name in names:

@@ -1,17 +1,18 @@
-"""Tokens a second and peak memory of compressed decoders against dense ones, in one run.
+"""Tokens per second and peak memory of compressed decoders against dense ones, in one run.
 
     python benchmarks/inference.py --output benchmarks/results/inference
     python benchmarks/inference.py --output out --compressed FOLDER    # a folder that save_pretrained wrote instead
 
-Prefilling 512 tokens and decoding at batch 1 and 16, float32, bfloat16 and int8, layouts pivot and factors at several
-budgets: on all 30 decoder layers of SmolLM2-135M (and on their linear layers alone), and on one block of the shapes of
-Llama-3.2-1B and 3B and of Llama-3-8B, which Mistral-7B shares. Weights are random and every layer keeps the same share,
-so that layouts are compared at equal parameters: times depend on shapes alone. (A model that was really compressed
-keeps different shares in different layers: give its folder.) Variants are taken in turn; each ratio is one to the dense
-model of the same round, and stated as the median over the rounds with the middle half of them.
+The workloads are prefilling 512 tokens and decoding at batch 1 and 16, in float32, bfloat16 and int8, with layouts
+pivot and factors at several budgets. The models are all 30 decoder layers of SmolLM2-135M (and their linear layers
+alone), and one block with the shapes of Llama-3.2-1B and 3B and of Llama-3-8B, which Mistral-7B shares. Weights are
+random, because times depend on shapes alone, and every layer keeps the same share, so that layouts are compared at
+equal parameters. (A compressed model keeps different shares in different layers: give its folder.) Variants run in
+turn. Each ratio is to the dense model of the same round, and is stated as the median over the rounds with the middle
+half of them.
 
-Each cell (a shape, a dtype, a workload) is saved as it ends, and not measured again under the same settings (delete the
-folder after a change of the code). Writes results.csv, results.md and speed_ups.png.
+Each cell (a shape, a dtype, a workload) is saved when it ends, and not measured again under the same settings (delete
+the folder after a change of the code). The benchmark writes results.csv, results.md and speed_ups.png.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from fasc_lightning.cli import library_versions, save_table, whole_file, write_j
 from fasc_lightning.layers import QUANTIZATIONS, layer_sizes
 from fasc_lightning.models import quantize
 
-#: Of activations; the kinds of int8 are those of :func:`fasc_lightning.quantize`, and are compared with dense int8.
+#: Dtypes of activations; the int8 kinds are those of :func:`fasc_lightning.quantize`, compared with dense int8.
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -54,7 +55,7 @@ DTYPES: dict[str, torch.dtype] = {
 KEEPS = (0.8, 0.6, 0.4)
 DENSE = "dense"
 
-#: What is timed of a model: the whole decoder, or its linear layers alone.
+#: The timed part of a model: the whole decoder, or its linear layers alone.
 PARTS: dict[str, Callable[[Any, Workload], Callable[[], Any]]] = {
     "decoder": decoder_action,
     "linear layers": layers_action,
@@ -62,7 +63,7 @@ PARTS: dict[str, Callable[[Any, Workload], Callable[[], Any]]] = {
 
 
 def workloads(window: int, past: int) -> dict[str, Workload]:
-    """Return what is asked of a model, by name."""
+    """Return the workloads by name."""
     return {
         f"prefill {window}": Workload(1, window, 0),
         "decode, batch 1": Workload(1, 1, past),
@@ -71,7 +72,7 @@ def workloads(window: int, past: int) -> dict[str, Workload]:
 
 
 def quantised(model: nn.Module, dtype: str) -> nn.Module:
-    """Return the model, in int8 if that is asked for."""
+    """Return the model, in int8 if asked for."""
     for quantization in QUANTIZATIONS:
         if dtype == quantization:
             quantize(model, quantization)
@@ -115,7 +116,7 @@ def measure(models: Mapping[str, nn.Module], part: str, workload: Workload, seco
 
 
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Measure every cell that is not there under these settings; yields all of them."""
+    """Measure every cell that is missing under these settings, and yield all cells."""
     settings = {
         "threads": torch.get_num_threads(),
         "align": options.align,
@@ -144,7 +145,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def cells(shape: str, options: argparse.Namespace) -> Iterator[tuple[str, str, Workload]]:
-    """Return what is measured of a shape: of one large block not its linear layers, which are nearly all of it."""
+    """Yield the measurements of a shape; a large block skips the linear layers alone, which are nearly all of it."""
     several = options.compressed is not None or SHAPES[shape].layers > 1
     for part in list(PARTS)[: None if several else 1]:
         for name, workload in workloads(options.window, options.past).items():
@@ -152,7 +153,7 @@ def cells(shape: str, options: argparse.Namespace) -> Iterator[tuple[str, str, W
 
 
 def summary(cell: Mapping[str, Any]) -> str:
-    """Return one line that says how a measurement ended."""
+    """Return one line with the result of a measurement."""
     found = ", ".join(f"{name} {v['speed_up']['median']:.2f}" for name, v in cell["variants"].items() if name != DENSE)
     return f"{cell['shape']}, {cell['dtype']}, {cell['part']}, {cell['workload']} ({cell['rounds']} rounds): {found}"
 
@@ -177,7 +178,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """LossEstimator, print the tables, save them and the figure."""
+    """Measure, print the tables, and save them and the figure."""
     options = parse(arguments)
     rows = result_rows(list(run(options)))
     save_table(rows, options.output / "results.csv")

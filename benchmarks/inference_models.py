@@ -1,4 +1,4 @@
-"""Models of `inference.py`: decoders of given shapes with random weights, dense and compressed, and what is timed."""
+"""Models and workloads of `inference.py`: decoders of given shapes with random weights, dense and compressed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Shape:
     layers: int = 1
 
     def build(self, dtype: torch.dtype) -> LlamaModel:
-        """Return the decoder with random weights, in eval mode; its vocabulary, which is not timed, is tiny."""
+        """Return the decoder with random weights, in eval mode; its vocabulary is tiny because it is not timed."""
         config = LlamaConfig(
             vocab_size=32,
             hidden_size=self.hidden,
@@ -65,7 +65,7 @@ KINDS: dict[Stored, type[CompressedLinear]] = {"pivot": PivotedLinear, "factors"
 
 @dataclass(frozen=True)
 class Workload:
-    """What a model is asked to do at once: some new tokens of each sequence, after those in its cache."""
+    """One run of a model: new tokens of each sequence, after the tokens in its cache."""
 
     batch: int
     tokens: int
@@ -73,7 +73,7 @@ class Workload:
 
     @property
     def new_tokens(self) -> int:
-        """Tokens that one run makes or reads."""
+        """Number of tokens that one run reads or generates."""
         return self.batch * self.tokens
 
 
@@ -88,7 +88,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def uniform_ranks(layers: Mapping[str, nn.Module], keep: float, layout: Stored, align: int) -> dict[str, int | None]:
-    """Return the rank of each layer, None for dense: the highest that keeps no more than a share of its parameters."""
+    """Return the rank of each layer, None for dense: the highest that keeps at most a share of its parameters."""
     shapes = {name: linear_shape(layer) for name, layer in layers.items()}
     candidates = [Candidate(name, m, n, np.zeros(min(m, n) + 1)) for name, (m, n) in shapes.items()]
     ranks = allocate_uniform(candidates, [int(keep * c.m * c.n) for c in candidates], KINDS[layout].cost, align)
@@ -96,7 +96,7 @@ def uniform_ranks(layers: Mapping[str, nn.Module], keep: float, layout: Stored, 
 
 
 def compressed_twin(dense: nn.Module, keep: float, layout: Stored, align: int) -> nn.Module:
-    """Return a compressed decoder that shares with the dense one whatever stays dense."""
+    """Return a compressed decoder that shares the modules that stay dense with the dense one."""
     layers = linear_layers(dense)
     twin = copy.deepcopy(dense, {id(layer): layer for layer in layers.values()})
     new: dict[str, nn.Module] = {}
@@ -109,7 +109,7 @@ def compressed_twin(dense: nn.Module, keep: float, layout: Stored, align: int) -
 
 
 def random_layer(layout: Stored, m: int, n: int, rank: int, dtype: torch.dtype) -> CompressedLinear:
-    """Return a layer of random weights, its pivots spread over all features as those of a real one are."""
+    """Return a layer with random weights and pivots spread over all features, as in a real layer."""
     layer = KINDS[layout](n, m, rank, bias=False, dtype=dtype)  # type: ignore[call-arg]
     if isinstance(layer, PivotedLinear):
         layer.permutation = torch.randperm(len(layer.permutation)).to(torch.int32)
@@ -117,7 +117,7 @@ def random_layer(layout: Stored, m: int, n: int, rank: int, dtype: torch.dtype) 
 
 
 def load_pair(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """Return the decoder of a compressed folder made dense, and as it is."""
+    """Return the decoder of a compressed folder, as a dense and as a compressed model."""
     from fasc_lightning import load_compressed
 
     compressed = load_compressed(folder, dtype=dtype).base_model.eval().requires_grad_(False)
@@ -127,7 +127,7 @@ def load_pair(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
 
 
 def decoder_action(model: Any, workload: Workload) -> Callable[[], Any]:
-    """Return a run of all decoder layers, attention and norms included; a cache is as it was after each run."""
+    """Return a run of all decoder layers with attention and norms; each run restores the cache."""
     generator = torch.Generator().manual_seed(0)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
 
@@ -172,9 +172,9 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def growth(action: Callable[[], Any]) -> int | None:
-    """Return by how many bytes the memory of the process grows while an action runs; None where nobody can say.
+    """Return how many bytes the memory of the process grows while an action runs; None if that is not known.
 
-    Linux keeps the largest memory of a process and lets it be set back.
+    Linux records the largest memory of a process and allows to reset it.
     """
     return_freed_memory()
     try:

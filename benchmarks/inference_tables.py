@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def result_rows(cells: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return one row a variant of a cell."""
+    """Return one row per variant of a cell."""
     rows: list[Row] = []
     for cell in cells:
         for name, found in cell["variants"].items():
@@ -32,7 +32,7 @@ def result_rows(cells: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Return a table for each shape and part: one line a variant, one column a workload."""
+    """Return a table for each shape and part: one line per variant, one column per workload."""
     parts = []
     for shape, part in dict.fromkeys((row["shape"], row["part"]) for row in rows):
         chosen = [row for row in rows if (row["shape"], row["part"]) == (shape, part)]
@@ -55,7 +55,7 @@ def _measured(row: Row) -> str:
 
 
 def speed_up_figure(rows: Sequence[Row]) -> Figure:
-    """Return how many times as fast as dense each variant is: a column a shape and part, a row a workload."""
+    """Draw the speed-up of each variant over dense: a column per shape and part, a row per workload."""
     columns = list(dict.fromkeys((row["shape"], row["part"]) for row in rows))
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))

@@ -1,4 +1,4 @@
-"""Times of several actions in one run, taken in turn: what slows a machine for a while slows all of them."""
+"""Times of several actions in one run, taken in turn, so that a slow phase of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 
 Key = TypeVar("Key", bound=Hashable)
 
-#: Rounds of one run, however long they take: fewer have no median to speak of.
+#: Least rounds of one run, however long they take; fewer give no useful median.
 LEAST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median of some values, the quarter-way values around it, and the extremes."""
+    """Median, quartiles and extremes of some values."""
 
     median: float
     low: float
@@ -53,10 +53,10 @@ def interleave(
     """Time actions in turn, in another order each round, after one round that does not count.
 
     Args:
-        actions: By name. Each should take well under a second.
-        seconds: After so many, no new round begins.
-        least_rounds: Rounds to make in any case.
-        clock: What the actions are timed by; ``time.process_time`` does not count what other processes take.
+        actions: The actions by name. Each should take well under a second.
+        seconds: No new round begins after this time.
+        least_rounds: Least number of rounds.
+        clock: The clock; ``time.process_time`` does not count the time of other processes.
 
     Returns:
         Seconds of each action, round by round.
@@ -68,7 +68,7 @@ def interleave(
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < least_rounds or time.perf_counter() < end:
-        shuffle(order)  # each leaves caches and allocator to the next
+        shuffle(order)  # each action changes caches and allocator for the next one
         for name in order:
             times[name].append(timed(actions[name], clock))
         rounds += 1
@@ -76,7 +76,7 @@ def interleave(
 
 
 def speed_ups(times: Mapping[Key, list[float]], reference: Key) -> dict[Key, Spread]:
-    """Return how many times as fast as the reference each action was, from ratios within each round."""
+    """Return each action's speed-up over the reference, from ratios within each round."""
     return {
         name: Spread.of([a / b for a, b in zip(times[reference], values, strict=True)])
         for name, values in times.items()

@@ -1,4 +1,4 @@
-"""The memory of a process, and what a benchmark runs in one of its own."""
+"""The memory of a process, and benchmarks in a process of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 def resident() -> int:
     """Return the largest resident memory of this process so far, in bytes.
 
-    Linux lets a new process inherit what ``getrusage`` says from the one that started it; the status file is its own.
+    On Linux a new process inherits the value of ``getrusage`` from its parent; the status file has its own value.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -26,7 +26,7 @@ def resident() -> int:
 
 
 def warm_up() -> None:
-    """Compress a tiny model, so that libraries are loaded and their threads and pools are there before one looks."""
+    """Compress a tiny model, so that libraries, threads and pools exist before a measurement."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fasc_lightning import compress
@@ -39,6 +39,6 @@ def warm_up() -> None:
 
 
 def run_alone(script: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run a script in a process of its own and return what it prints last, a line of JSON."""
+    """Run a script in a process of its own and return its last line of output, which is JSON."""
     done = subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

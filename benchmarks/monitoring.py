@@ -1,11 +1,11 @@
-"""What tracking rho costs: the time of a training step with it against one without, in one run.
+"""The cost of tracking rho: the time of a training step with and without it, in one run.
 
     python benchmarks/monitoring.py --output benchmarks/results
 
-A Trainer trains for a few steps with `FascCallback(monitor_every_n_steps=2)`: every other step is observed, the ones
-between are plain, and their medians differ by what an observation costs. Spread over the steps from one observation to
-the next, that is the overhead. The models are the small decoder of `recipes/track_rho.py` on its batches (16 x 64
-tokens) and SmolLM2-135M-Instruct (1 x 512 and 8 x 128 tokens), full training steps with AdamW.
+A Trainer trains for a few steps with `FascCallback(monitor_every_n_steps=2)`. Every other step is observed and the
+steps between are plain, so the difference of their medians is the cost of an observation. The overhead is this cost
+spread over the steps from one observation to the next. The models are the small decoder of `recipes/track_rho.py` on
+its batches (16 x 64 tokens) and SmolLM2-135M-Instruct (1 x 512 and 8 x 128 tokens), with full training steps by AdamW.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ EVERY = (50, 60)
 
 
 class StepTimer(pl.Callback):
-    """Times whole batches; stands first in the list to begin before the others, and ends them as the Trainer does."""
+    """Times whole batches; it stands first in the list of callbacks, so that a batch begins before the others act."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Note the time; the end of a batch is the start of the next."""
+        """Record the time; the end of a batch is the start of the next."""
         self.starts.append(time.perf_counter())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the end of the last batch."""
+        """Record the end of the last batch."""
         self.starts.append(time.perf_counter())
 
     @property
     def seconds(self) -> list[float]:
-        """Time of each batch."""
+        """Return the time of each batch."""
         return [end - start for start, end in zip(self.starts[:-1], self.starts[1:], strict=True)]
 
 
@@ -58,7 +58,7 @@ def small_decoder() -> LlamaForCausalLM:
 
 
 def measure(model: Any, batch_size: int, length: int, steps: int) -> dict[str, float]:
-    """Train for some steps, every other one observed; returns seconds and overheads."""
+    """Train for some steps, every other one observed, and return seconds and overheads."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (steps + 2, batch_size, length), generator=generator)
     timer, callback = StepTimer(), FascCallback(monitor_every_n_steps=2)

@@ -2,8 +2,8 @@
 
     FASC_DATA=<folder with the texts> python benchmarks/p1.py --output benchmarks/results
 
-Each row is one run of recipes/compress.py in a process of its own, saved as JSON as it ends; rows that are already
-there are not run again (delete their files after a change of the code). Prints the table as Markdown.
+Each row is one run of recipes/compress.py in a process of its own, saved as JSON when it ends. Existing rows are not
+run again (delete their files after a change of the code). The table is printed as Markdown.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ROWS = {
 
 
 def run_row(name: str, options: list[str], data: Path, output: Path) -> dict[str, Any]:
-    """Run one row unless its report is there; returns the report."""
+    """Run one row unless its report exists, and return the report."""
     path = output / f"{name}.json"
     if not path.exists():
         command = [sys.executable, str(RECIPE), *options, "--report", str(path)]
@@ -77,7 +77,7 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run all rows, or those named."""
+    """Run all rows, or the named ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))

@@ -1,4 +1,4 @@
-"""Pages whose tables benchmarks write, each between markers of its own."""
+"""Pages with tables that benchmarks write, each between its own markers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def markers(script: str) -> tuple[str, str]:
 
 
 def write_part(page: Path, script: str, text: str) -> None:
-    """Replace what a script generated in a page.
+    """Replace the part of a page that a script generated.
 
     Raises:
         ValueError: If the page lacks the markers.

@@ -1,11 +1,11 @@
-"""Predicted beside measured peak memory: compressions of SmolLM2-135M-Instruct, each in a process of its own.
+"""Predicted and measured peak memory of compressions of SmolLM2-135M-Instruct, each in a process of its own.
 
     python benchmarks/peak.py --output benchmarks/results
 
-The predicted peak is that of ``compress(..., dry_run=True)``. The measured one is the largest resident memory of the
-process, without what the interpreter and its libraries took before the model was there, and without the finished
-factors that several passes map from the disk. Tokens are random: memory does not depend on them. Rows that the output
-has already are not measured again.
+The predicted peak comes from ``compress(..., dry_run=True)``. The measured peak is the largest resident memory of the
+process, minus the memory of the interpreter and its libraries before the model was loaded, and minus the finished
+factors that several passes map from the disk. Tokens are random, because memory does not depend on them. Existing rows
+of the output are not measured again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fasc_lightning.cli import markdown_table, write_json
 from fasc_lightning.data import load_model
 from fasc_lightning.planning import CompressionForecast
 
-#: Options of each row. Without a refit, which a plan does not count.
+#: Options of each row, without a refit because a plan does not count it.
 ROWS: dict[str, dict[str, Any]] = {
     "whole": {},
     "projected": {"sketch": "projected"},
@@ -34,7 +34,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def measure(options: dict[str, Any], windows: int, window: int) -> dict[str, Any]:
-    """Compress in this process; return what was predicted and what it took."""
+    """Compress in this process, and return predicted and measured memory."""
     warm_up()
     before = resident()
     model, _ = load_model("smollm2")
@@ -51,7 +51,7 @@ def measure(options: dict[str, Any], windows: int, window: int) -> dict[str, Any
         "loaded": loaded,
         "peak": resident(),
         "predicted": predicted.peak.device,
-        # Pages of files that are mapped count as resident, and go where there is need of memory.
+        # Pages of mapped files count as resident, but the system drops them when it needs memory.
         "mapped": predicted.parts["factors"] if predicted.factors_place == "disk" else 0,
         "parts": predicted.parts,
         "moments": report.moments_bytes,
@@ -80,7 +80,7 @@ def _own(row: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    """Measure what is missing and print the table."""
+    """Measure the missing rows and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--write", type=Path, help="page whose generated part is replaced")

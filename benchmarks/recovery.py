@@ -1,10 +1,10 @@
-"""What recovery brings: SmolLM2-135M-Instruct on P1's texts and facts, by arm, teacher, budget and tokens.
+"""The gain of recovery: SmolLM2-135M-Instruct on P1's texts and facts, by arm, teacher, budget and tokens.
 
     FASC_DATA=<folder with the texts> python benchmarks/recovery.py --output benchmarks/results/recovery
 
-Each budget is compressed once, by recipes/compress.py on its defaults; every arm recovers that model in a process of
-its own. Reports are saved as they end, and rows that are already there are not run again (delete their files after a
-change of the code). None of the evaluation texts is trained on. Prints the tables as Markdown.
+recipes/compress.py compresses once per budget, on its defaults, and every arm recovers that model in a process of its
+own. Reports are saved when they end, and existing rows are not run again (delete their files after a change of the
+code). No evaluation text is trained on. The tables are printed as Markdown.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from fasc_lightning.options import Precision
 
 WINDOW = 512
 BATCH = 1
-#: Windows of the recovery's texts by which the best state is chosen; they count as tokens of the recovery.
+#: Windows of the recovery's texts that choose the best state; they count as tokens of the recovery.
 HELD = 16
-#: Of the order of the texts' windows; another than the calibration's.
+#: Seed of the order of the texts' windows; it differs from the calibration's.
 SEED = 1
 EVAL_WINDOWS = 32
 
@@ -45,12 +45,12 @@ ARMS: dict[str, LoraRecovery | FactorRecovery] = {
     "factors, labels": FactorRecovery(),
     "factors, dense teacher": FactorRecovery(teacher="dense"),
 }
-#: What the steps block by block add.
+#: The arm with steps block by block first.
 REFINED = "factors, labels, blocks refined first"
 RECOVERIES = {**ARMS, REFINED: FactorRecovery(refine_steps=64)}
-#: Nothing was trained.
+#: The arm without training.
 NONE = "none"
-#: The yardstick: the dense model, trained alike on the labels of the same tokens.
+#: The reference: the dense model, trained in the same way on the labels of the same tokens.
 DENSE = "dense, fine-tuned by lora"
 YARDSTICK = LoraRecovery()
 
@@ -61,7 +61,7 @@ def row_name(arm: str, keep: float, tokens: int) -> str:
 
 
 def run(arm: str, keep: float, tokens: int, data: Path, output: Path, precision: Precision | None) -> dict[str, Any]:
-    """Recover the compressed model of a budget and measure it; returns the row."""
+    """Recover the compressed model of a budget, measure it, and return the row."""
     dense, tokenizer = load_model("smollm2")
     dense.eval()
     windows = calibration_windows(
@@ -103,7 +103,7 @@ def run(arm: str, keep: float, tokens: int, data: Path, output: Path, precision:
 
 
 def fine_tune(model: Any, train: Any, recovery: LoraRecovery) -> None:
-    """Train adapters on the layers that are compressed elsewhere and merge them, as long and as fast as a recovery."""
+    """Train adapters on the layers that other rows compress, with a recovery's steps and rate, and merge them."""
     from peft import get_peft_model
 
     config = recovery.lora_config()
@@ -124,13 +124,13 @@ def fine_tune(model: Any, train: Any, recovery: LoraRecovery) -> None:
 
 
 def unrecovered(report: dict[str, Any], keep: float, state: str) -> dict[str, Any]:
-    """Return the row of a model that nothing was trained on, from the report of its compression."""
+    """Return the row of a model without recovery, from the report of its compression."""
     perplexity = {name: report["perplexity"][name][state] for name in TEXTS}
     return {"arm": NONE, "keep": keep, "perplexity": perplexity, "facts": report["facts"][state]}
 
 
 def table(rows: Sequence[dict[str, Any]], dense: dict[str, Any]) -> str:
-    """Return rows as a Markdown table, each measure beside how many times, or what share, it is of the dense one."""
+    """Return rows as a Markdown table, each figure with its ratio to, or share of, the dense model's."""
     first = " | ".join(f"{dense['perplexity'][name]:.2f}" for name in TEXTS)
     lines = [
         "| keep | recovery | tokens | WikiText-2 | C4, other domain | facts | minutes |",
@@ -151,7 +151,7 @@ def _times(row: dict[str, Any], dense: dict[str, Any], text: str) -> str:
 
 
 def main() -> None:
-    """Run all rows that are missing, or one of them."""
+    """Run all missing rows, or one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/recovery"))
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.4], help="budgets of the best arm")
@@ -196,7 +196,7 @@ def main() -> None:
     rows = [unrecovered(compressed(first), first, "compressed")]
     trained = [row(arm, first, arguments.table_tokens) for arm in ARMS]
     rows += [*trained, *(row(arm, first, arguments.table_tokens) for arm in (REFINED, DENSE))]
-    # On text of the recovery's own, by the loss of its labels: a teacher's loss is another quantity.
+    # By the loss of labels on the recovery's own text, because a teacher's loss is another quantity.
     best = arguments.best or min(trained, key=lambda found: found["held_out"])["arm"]
     for keep in arguments.keep:
         if keep != first:

@@ -1,11 +1,11 @@
-"""How often rho exceeds its null by chance, and how often its interval covers the truth, by the shape of the batches.
+"""Rates at which rho exceeds its null by chance, and at which its interval covers the truth, by shape of the batches.
 
     python benchmarks/rho_levels.py
 
-Texts are made up: each is a series of tokens that remember each other (AR(0.9)), independent of the other texts. In the
-first table gradients know nothing of the activations, so that rho should be above its null in 5 of 100 cases, and the
-debiased value around 0. In the second rho is 0.3, which the 95 % interval should cover in 95 of 100 cases. Everything
-goes the way of a batch in a fit, sampled by ``LayerScores``; undefined values are counted apart.
+Texts are synthetic: each is an autocorrelated series of tokens (AR(0.9)), independent of the other texts. In the first
+table gradients are independent of the activations, so rho should exceed its null in 5 of 100 cases, and the debiased
+value should be around 0. In the second table rho is 0.3, which the 95 % interval should cover in 95 of 100 cases.
+``LayerScores`` samples the batches as in a fit; undefined values are counted separately.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from fasc_lightning.cli import Row, save_table
 
 WIDTH, MEMORY, TOKENS = 8, 0.9, 512
-#: Sequences a batch, and batches.
+#: Sequences per batch, and number of batches.
 SHAPES = ((1, 1), (1, 8), (1, 16), (2, 8), (3, 8), (4, 1), (4, 8), (5, 1), (8, 1), (8, 4), (24, 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    """Run the benchmark; returns the table."""
+    """Run the benchmark and return the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repeats", type=int, default=400, help="observations of each shape")
     parser.add_argument("--length", type=int, default=512, help="tokens of a text")
@@ -49,21 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
 
 
 def observe(sequences: int, batches: int, length: int, rho: float, repeats: int, seed: int) -> Iterator[Row]:
-    """Yield observations of one layer whose x and g are coupled with this rho.
+    """Yield observations of one layer whose x and g have this rho.
 
     Args:
-        sequences: Of each batch.
-        batches: Of an observation.
+        sequences: Sequences of each batch.
+        batches: Batches of an observation.
         length: Tokens of a sequence.
-        rho: The truth.
+        rho: The true value.
         repeats: Number of observations.
-        seed: Of the data.
+        seed: Seed of the data.
     """
     from fasc_lightning.batches import TokenRows
 
     try:
         from fasc_lightning.dependence import LayerScores
-    except ModuleNotFoundError:  # where it was before, so that older versions can be measured
+    except ModuleNotFoundError:  # its former module, so that older versions can be measured
         from fasc_lightning.dependence import LayerScores
 
     generator = torch.Generator().manual_seed(seed)
@@ -103,7 +103,7 @@ def coupling(rho: float, generator: torch.Generator) -> Tensor:
 
 
 def levels(rows: Sequence[Row]) -> Row:
-    """Return the share above the null of those that have one, and the mean debiased value with its sign and square."""
+    """Return the share above the null among rows with one, and the mean debiased value with its sign and square."""
     rho, null, debiased = (np.array([row[name] for row in rows]) for name in ("rho", "null", "debiased"))
     tested = np.isfinite(null)
     squares = np.sign(debiased) * debiased**2
@@ -116,7 +116,7 @@ def levels(rows: Sequence[Row]) -> Row:
 
 
 def coverage(rows: Sequence[Row], truth: float) -> Row:
-    """Return the share of the intervals that cover the truth, of those that are defined."""
+    """Return the share of the defined intervals that cover the truth."""
     low, high = (np.array([row[name] for row in rows]) for name in ("low", "high"))
     defined = np.isfinite(low) & np.isfinite(high)
     covered = (low[defined] <= truth) & (truth <= high[defined])

@@ -3,8 +3,8 @@
     python benchmarks/scale.py --output benchmarks/results
     python benchmarks/scale.py --write docs/scale.md       # between the page's markers
 
-For every model and budget: what is left after compression, what the moments take, exact and sketched, and what a device
-of ``--memory`` with ``--host-memory`` beside it would do. The shapes are those of the configs on the hub.
+For every model and budget the tables show the size after compression, the memory of exact and sketched moments, and the
+plan for a device with ``--memory`` and a host with ``--host-memory``. The shapes are those of the configs on the hub.
 """
 
 from __future__ import annotations
@@ -61,18 +61,18 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f}"
 
 
-#: Devices for models that do not fit into one.
+#: Number of devices for models that do not fit on one.
 EIGHT = 8
 
 #: Ways to hold moments.
 KINDS: tuple[ReductionKind | None, ...] = (None, "projected", "range")
 
-#: Enough memory for any plan, of a device that need not be there.
+#: Enough memory for any plan, on a device that need not exist.
 ENDLESS: dict[str, Any] = {"device": "cuda", "memory": "10000TB", "probed": False}
 
 
 def storage(found: CompressionForecast) -> str:
-    """Return in words how moments are held."""
+    """Return the storage of moments in words."""
     words = [found.options.get("sketch", "whole")]
     words += ["moments and factors on the CPU"] if "moments_device" in found.options else []
     words += [f"{found.passes} passes"] if found.passes > 1 else []
@@ -80,7 +80,7 @@ def storage(found: CompressionForecast) -> str:
 
 
 def planned(model: nn.Module, budget: dict[str, Any], memory: int, host_memory: str | None) -> tuple[str, str, str]:
-    """Return in words how a device would hold the moments, the peak on it and that beside it, in GB."""
+    """Return the storage of moments in words, and the peaks on the device and on the host in GB."""
     try:
         found = plan(
             model,
@@ -97,7 +97,7 @@ def planned(model: nn.Module, budget: dict[str, Any], memory: int, host_memory: 
 
 
 def rows(memory: str, host_memory: str) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-    """Return both tables: sizes by budget, and how a device would gather the moments."""
+    """Return both tables: sizes by budget, and plans for a device."""
     sizes, places, one = [], [], bytes_of(memory, "memory") or 0
     for name, config in configs().items():
         model = model_on_meta(config, torch.bfloat16)
@@ -117,7 +117,7 @@ def rows(memory: str, host_memory: str) -> tuple[list[dict[str, object]], list[d
                     "rank of down_proj": next(x.rank for x in easy.layers if x.name.endswith(("down_proj", "w_down"))),
                 }
             )
-            # Weights that are larger than one device are planned for eight of them, as if they were one.
+            # A model larger than one device is planned for eight devices, as if they were one.
             count = 1 if before.bytes < one else EIGHT
             beside, alone = (planned(model, budget, count * one, host) for host in (host_memory, None))
             places.append(
@@ -140,7 +140,7 @@ def rows(memory: str, host_memory: str) -> tuple[list[dict[str, object]], list[d
 
 
 def table_5() -> list[dict[str, object]]:
-    """Return which storage reaches the memory that the paper reports for Mistral-7B at half rank."""
+    """Return the sizes of Mistral-7B at half rank by storage, beside the memory that the paper reports."""
     model = model_on_meta(configs()["Mistral-7B"], torch.bfloat16)
     found: list[dict[str, object]] = []
 
@@ -157,7 +157,7 @@ def table_5() -> list[dict[str, object]]:
     half = plan(model, rank=0.5, **ENDLESS, passes=1)
     row("original", half.whole["dense"].bytes)
     row("compressed to rank 0.5, pivots", half.whole["compressed"].bytes)
-    # Two factors of rank k hold k (m + n) numbers: more than the budget of `rank` allows, which counts k (m + n - k).
+    # Two factors of rank k hold k (m + n) numbers, more than the budget of `rank`, which counts k (m + n - k).
     shapes = [layer.shape for layer in half.layers]
     rest = half.whole["dense"].parameters - half.targeted["dense"].parameters
     row("compressed to rank 0.5, two factors", 2 * (rest + sum(min(m, n) // 2 * (m + n) for m, n in shapes)))

@@ -1,11 +1,11 @@
-"""What sketched and projected moments cost in quality: SmolLM2-135M-Instruct on P1's texts and facts, without a refit.
+"""The loss of quality by sketched and projected moments: SmolLM2-135M-Instruct on P1's texts, without a refit.
 
     FASC_DATA=<folder with the texts> python benchmarks/sketch_quality.py --output benchmarks/results/sketch_quality
 
-One pass over P1's calibration gathers exact moments and all sketches of them, so that rows differ by nothing else.
-The sides of width 1,536 are sketched or projected, those of 576 are exact: the paper sketches the wide ones as well.
-Sizes go by the rank k that a budget means for a layer of 1,536 x 576. Each statistic and each row is saved as it ends,
-and not made again; delete the folder after a change of the code. Prints the table as Markdown.
+One pass over P1's calibration gathers exact moments and all their sketches, so that rows differ in nothing else. As in
+the paper, the wide sides (1,536) are sketched or projected, and the sides of width 576 are exact. Sizes follow from the
+rank k of a 1,536 x 576 layer at the budget. Each statistic and each row is saved when it ends, and not computed again;
+delete the folder after a change of the code. The table, with perplexities and facts, is printed as Markdown.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ from fasc_lightning.studies.rho import backward_windows
 WINDOWS, WINDOW, EVAL_WINDOWS = 64, 512, 32
 #: Wider sides are sketched.
 ABOVE = 1024
-#: Outputs and inputs of the layers whose rank names the sizes.
+#: Outputs and inputs of the layers whose rank gives the sizes.
 WIDE = (1536, 576)
 EXACT = "exact"
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """How the wide sides are gathered: whole (no kind), as the weight sees them, or by a sketch of so many columns."""
+    """The form of the wide sides: whole (no kind), projected by the weight, or a sketch with a number of columns."""
 
     kind: ReductionKind | None = None
     size: int = 0
 
     def of(self, m: int, n: int) -> LayerSketches:
-        """Return how an (m, n) layer is held, half the width included: a fit would leave that exact."""
+        """Return the sketches of an (m, n) layer, up to half the width, where a fit would stay exact."""
         if self.kind is None:
             return LayerSketches()
         if self.kind == "projected":
@@ -74,12 +74,12 @@ class Statistic:
 
     @property
     def name(self) -> str:
-        """What it is called in tables and among files."""
+        """The name in tables and file names."""
         return EXACT if self.kind is None else f"{self.kind} {self.size}" if self.size else self.kind
 
 
 class Together:
-    """Moments of several kinds that are given the same rows; stands in for one of them in a tap.
+    """Moments of several kinds that get the same rows; a tap uses it like one of them.
 
     Args:
         moments: At least one, all with the same needs.
@@ -95,25 +95,25 @@ class Together:
             moments.add_inputs(members, x)
 
     def add_gradients(self, name: str, h: Tensor, scale: float = 1.0) -> None:
-        """Likewise."""
+        """See :class:`~fasc_lightning.statistics.CalibrationMoments`."""
         for moments in self.moments:
             moments.add_gradients(name, h, scale)
 
     def add_pairs(self, name: str, x: Tensor, h: Tensor, *rest: Any) -> None:
-        """Likewise."""
+        """See :class:`~fasc_lightning.statistics.CalibrationMoments`."""
         for moments in self.moments:
             moments.add_pairs(name, x, h, *rest)
 
     def projects(self, name: str) -> Literal["inputs", "outputs"] | None:
-        """Likewise."""
+        """See :class:`~fasc_lightning.statistics.CalibrationMoments`."""
         return next((side for moments in self.moments if (side := moments.projects(name)) is not None), None)
 
     def settle(self) -> None:
-        """Likewise."""
+        """See :class:`~fasc_lightning.statistics.CalibrationMoments`."""
 
 
 def statistics_of(keep: float) -> list[Statistic]:
-    """Return what is compared at a budget: exact moments, sketches of 2k and 4k columns at most, and the paper's.
+    """Return the statistics to compare at a budget: exact moments, sketches of at most 2k and 4k columns, the paper's.
 
     Half the width is the most: a larger sketch is larger than the exact moment, which is held as a triangle.
     """
@@ -152,7 +152,7 @@ class Bench:
         return self.output / f"{statistic.name.replace(' ', '-')}-{self.calibration.source}.safetensors"
 
     def gather(self, wanted: Iterable[Statistic]) -> None:
-        """Gather those that are not there, in one pass."""
+        """Gather the missing statistics in one pass."""
         missing = {s: self._empty(s) for s in dict.fromkeys(wanted) if not self.path(s).is_file()}
         if not missing:
             return
@@ -212,7 +212,7 @@ def _row(outcome: Outcome, statistic: str | None, keep: float | None, wide: int)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as a Markdown table; perplexities and memory beside those of the exact moments of the same budget."""
+    """Return rows as a Markdown table, with perplexities and memory relative to exact moments at the same budget."""
     lines = [
         "| keep | moments of width 1,536 | WikiText-2 | C4 | facts | memory of layers that have that width |",
         "|---|---|---|---|---|---|",
@@ -236,7 +236,7 @@ def _percent(value: float, base: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing and print the table."""
+    """Run the missing rows and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sketch_quality"))
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.4])

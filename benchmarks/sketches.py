@@ -1,16 +1,16 @@
-"""What sketched and projected moments take and leave, beside whole ones.
+"""Memory and time of sketched and projected moments, beside whole ones.
 
     python benchmarks/sketches.py widths --output benchmarks/results
     python benchmarks/sketches.py block --output benchmarks/results
     python benchmarks/sketches.py tables --output benchmarks/results --write docs/scale.md
 
 * widths: memory of one second moment and processor time to add tokens to it: whole, in sketches of a sixteenth to half
-  of the width, and as a weight sees it whose other side is a quarter as wide; in turn within one run. A width that the
-  output has already is not measured again.
-* block: one decoder block of Llama-3-8B's shapes with random weights is calibrated on activations of low rank and noise
-  and factorised, in a process of its own for each way to hold moments: its largest resident memory beside what was
-  predicted, and seconds by phase. Those that the output has already are not measured again.
-* tables: both as Markdown, in ``sketches.md``, and between the markers of a page.
+  of the width, and projected by a weight whose other side is a quarter as wide. They run in turn. Existing widths of
+  the output are not measured again.
+* block: one decoder block with Llama-3-8B's shapes and random weights is calibrated on activations of low rank and
+  noise, and factorised, in a process of its own for each kind of moments. The results are the largest resident memory
+  beside the prediction, and seconds by phase. Existing kinds of the output are not measured again.
+* tables: both results as Markdown, in ``sketches.md`` and between the markers of a page.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from fasc_lightning.compression import CompressionReport
 from fasc_lightning.planning import fit_forecast
 from fasc_lightning.statistics import Moments, Projection, Sketch, packed_size
 
-#: Sketches hold the width over so many columns.
+#: The width over the columns of a sketch.
 SHARES = (16, 8, 4, 2)
-#: The narrower side of a projected one is the width over this; in rows it stands for a share.
+#: The width over the narrower side of a projected moment; in rows PROJECTED stands for a share.
 NARROWER, PROJECTED = 4, 0
-#: Tokens of one update, as a batch of one window brings them.
+#: Tokens of one update, as in a batch of one window.
 UPDATE = 512
-#: What LlamaConfig calls the shapes of a block, and Llama-3-8B's.
+#: The shapes of Llama-3-8B's block.
 SHAPES = {"hidden": 4096, "inner": 14336, "heads": 32, "kv_heads": 8}
-#: Ways to hold its moments.
+#: Kinds of its moments.
 KINDS = ("whole", "projected", "range")
-#: Classes of the loss that the block is calibrated by.
+#: Number of classes of the loss in the block's calibration.
 CLASSES = 256
 
 
@@ -58,7 +58,7 @@ def width_rows(d: int, seconds: float) -> list[dict[str, Any]]:
 
     Args:
         d: The width.
-        seconds: That measuring may take; a few rounds are made in any case.
+        seconds: Time for measuring; a few rounds always run.
     """
     X = torch.randn(UPDATE, d, generator=torch.Generator().manual_seed(0))
     streams: dict[int, Any] = {share: Moments(d, sketch=Sketch(d, d // share)) for share in SHARES}
@@ -83,7 +83,7 @@ def width_rows(d: int, seconds: float) -> list[dict[str, Any]]:
 
 
 class Projected:
-    """The second moment of a width as a weight sees it, products with the weight included.
+    """The second moment of a width projected by a weight, products with the weight included.
 
     Args:
         d: The width.
@@ -101,13 +101,13 @@ class Projected:
 
 
 class BlockModule(pl.LightningModule):
-    """One decoder block of Llama's, and a loss of each token: the class that a fixed projection of its output says.
+    """One Llama decoder block with a loss per token, whose class is given by a fixed projection of the output.
 
     Args:
-        hidden: Width of the stream.
+        hidden: Width of the residual stream.
         inner: Width of the MLP.
-        heads: Of attention.
-        kv_heads: Of keys and values.
+        heads: Number of attention heads.
+        kv_heads: Number of key-value heads.
     """
 
     def __init__(self, hidden: int, inner: int, heads: int, kv_heads: int) -> None:
@@ -134,7 +134,7 @@ class BlockModule(pl.LightningModule):
         return nn.functional.cross_entropy(scores.flatten(0, 1), batch["classes"].flatten())
 
     def loss_terms(self, batch: dict[str, Tensor]) -> int:
-        """Return how many token losses the loss of a batch is the mean of."""
+        """Return the number of token losses in the mean that is a batch's loss."""
         return batch["classes"].numel()
 
     def configure_optimizers(self) -> None:
@@ -142,12 +142,12 @@ class BlockModule(pl.LightningModule):
 
 
 def block_batches(hidden: int, tokens: int, window: int) -> list[dict[str, Tensor]]:
-    """Return windows of activations: an eighth of the width in decaying directions, and noise of a tenth.
+    """Return windows of activations: decaying directions in an eighth of the width, and noise of a tenth.
 
     Args:
-        hidden: Width.
-        tokens: Of all windows.
-        window: Tokens of each.
+        hidden: The width.
+        tokens: Tokens of all windows.
+        window: Tokens of each window.
     """
     generator = torch.Generator().manual_seed(0)
     rank = max(1, hidden // 8)
@@ -164,7 +164,7 @@ def block_batches(hidden: int, tokens: int, window: int) -> list[dict[str, Tenso
 
 
 def measure_block(options: argparse.Namespace) -> dict[str, Any]:
-    """Calibrate and factorise the block in this process; return what was predicted and what it took."""
+    """Calibrate and factorise the block in this process, and return predicted and measured figures."""
     warm_up()
     before = resident()
     start = time.perf_counter()
@@ -212,7 +212,7 @@ def measure_block(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table_widths(rows: list[dict[str, Any]]) -> list[dict[str, object]]:
-    """Return the rows of the widths as they are printed."""
+    """Return the printed rows of the widths."""
     shown: list[dict[str, object]] = []
     for row in sorted(rows, key=lambda r: (r["width"], r["share"] == 1, -r["share"])):
         exact, faster = row["share"] == 1, row["times_as_fast"]
@@ -233,7 +233,7 @@ def table_widths(rows: list[dict[str, Any]]) -> list[dict[str, object]]:
 
 
 def table_block(rows: dict[str, dict[str, Any]]) -> list[dict[str, object]]:
-    """Return what the block took, as it is printed: one column for each way to hold moments."""
+    """Return the printed rows of the block, one column for each kind of moments."""
     shown: list[dict[str, object]] = []
 
     def line(what: str, values: list[str]) -> None:
@@ -248,7 +248,7 @@ def table_block(rows: dict[str, dict[str, Any]]) -> list[dict[str, object]]:
     gibibytes("of it the interpreter and its libraries", [row["resident"]["before"] for row in found])
     gibibytes("of it the batches", [row["batches_bytes"] for row in found])
     gibibytes("peak predicted, without both", [row["predicted"]["peak"] for row in found])
-    # The forecast is of the model and its compression: the interpreter and the batches are none of its business.
+    # The forecast covers the model and its compression, without the interpreter and the batches.
     own = [row["resident"]["peak"] - row["resident"]["before"] - row["batches_bytes"] for row in found]
     ratios = [f"{mine / row['predicted']['peak']:.2f}" for mine, row in zip(own, found, strict=True)]
     line("measured over predicted", ratios)
@@ -275,7 +275,7 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run one part, and save."""
+    """Run one part and save its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("widths", "block", "tables"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder for sketches.json, .md")
@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--sketch-size", type=int, default=3584, help='0 for "auto"')
     parser.add_argument("--sketch-above", type=int, default=4096)
     options = parser.parse_args()
-    if options.kind is not None:  # in the process that measures, whose last line is the result
+    if options.kind is not None:  # in the measuring process, whose last line is the result
         print(json.dumps(measure_block(options)))
         return
     path = options.output / "sketches.json"

@@ -1,12 +1,12 @@
-"""How long compression takes, each figure a ratio measured within this run.
+"""The time of compression, as ratios measured within one run.
 
     python benchmarks/speed.py --output benchmarks/results
 
-* calibration: tokens a second, against a bare forward and backward-to-activations of the same model and batches,
-  with every token and with a quarter of them;
+* calibration: tokens per second, with every token and with a quarter of them, against a bare forward pass and backward
+  pass to the activations of the same model and batches;
 * factorising: all layers (fasc: statistics in, built layers out), against torch.linalg.svd of their weights in the
   same dtype (float64);
-Pairs are interleaved, since machines are noisy; calibration is summed over the batches, of which every eighth has its
+Pairs are interleaved because machines are noisy. Calibration is summed over the batches, and every eighth batch has its
 dependence scored, as in a fit.
 """
 
@@ -34,7 +34,7 @@ from fasc_lightning.statistics import CalibrationMoments
 
 
 def bare_step(model: Any, batch: dict[str, torch.Tensor]) -> None:
-    """Forward and backward to the activations, no weight gradients, no statistics."""
+    """Run forward and backward to the activations, without weight gradients and statistics."""
     embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
     model(inputs_embeds=embedded, labels=batch["input_ids"], use_cache=False).loss.backward()
 
@@ -42,7 +42,7 @@ def bare_step(model: Any, batch: dict[str, torch.Tensor]) -> None:
 def calibration_step(
     taps: Taps, module: CausalLMModule, batch: dict[str, torch.Tensor], fraction: float, scored: bool
 ) -> None:
-    """The same with statistics, as a frozen fit does it."""
+    """Run the same with statistics, as in a frozen fit."""
     seeds = sample_seeds(batch, 0) if fraction < 1 else ()
     taps.install()
     rows = TokenRows(scale=module.loss_terms(batch), fraction=fraction, sample_seeds=seeds, scored=scored)
@@ -78,7 +78,7 @@ def calibration_speed(
 
 
 def factorising_speed(model: Any, moments: CalibrationMoments) -> dict[str, float]:
-    """Time the whole of factorising against plain SVDs of the weights."""
+    """Time factorising against plain SVDs of the weights."""
     layers = select_layers(model)
     weights = [linear_weight(module).detach().double() for module in layers.values()]
     torch.linalg.svd(weights[0], full_matrices=False)  # warm-up

@@ -1,14 +1,14 @@
-"""What `fasc_variants.py` measures variants from: statistics that the package does not gather, kept on disk.
+"""Statistics for `fasc_variants.py` that the package does not gather, kept on disk.
 
-A statistic is a pair of matrices a layer, A (n, n) of its inputs and G (m, m) of its gradients, by name:
+A statistic has two matrices per layer, A (n, n) of its inputs and G (m, m) of its gradients. The names are:
 
-* `plain`, `weight-0.5`, `coupled` (the package's own, power 1), `weight-1.5`, `weight-2`: tokens weigh by |h|^a in A
-  and by |x|^a in G; `weight-2-clipped`: at most 4 times a window's mean; `mahalanobis`: by lengths in the metrics of
-  G^-1 and A^-1;
+* `plain`, `weight-0.5`, `coupled` (the package's own, power 1), `weight-1.5`, `weight-2`: tokens weigh |h|^a in A and
+  |x|^a in G; `weight-2-clipped`: at most 4 times a window's mean; `mahalanobis`: lengths in the metrics of G^-1 and
+  A^-1;
 * `sequence`: from the weight gradients of whole windows, one step towards the nearest Kronecker factors;
-* `sample`, `root`: plain ones, with labels of the model's own distribution instead of the data's;
-* `windows-N`: coupled ones from the first N calibration windows;
-* `staged-K`: coupled ones in the model compressed to a share K.
+* `sample`, `root`: plain moments, with labels from the model's own distribution instead of the data;
+* `windows-N`: coupled moments from the first N calibration windows;
+* `staged-K`: coupled moments in the model compressed to a share K.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from fasc_lightning.studies.rho import backward_windows
 TokenWeights: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 #: A sum whose ``compute`` gives A (n, n) and G (m, m).
 Stream: TypeAlias = CoupledMoments | SequenceFisher
-#: Takes logits (tokens, vocabulary) and gives a gradient there, drawn from the model's own distribution.
+#: Takes logits (tokens, vocabulary) and returns a gradient of them, drawn from the model's own distribution.
 LabelDraw: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
 
 #: Calibration windows of the statistics `windows-N`; nested, each a prefix of the next.
 WINDOW_COUNTS = (16, 32, 128, 256)
-#: Statistics gathered at a time: each holds 0.6 GB for SmolLM2-135M, and a pass costs a minute or two.
+#: Statistics gathered at a time: each takes 0.6 GB for SmolLM2-135M, and a pass takes a minute or two.
 PER_PASS = 4
-#: Shrinkage of the metrics that Mahalanobis lengths are taken in.
+#: Shrinkage of the metrics of Mahalanobis lengths.
 MAHALANOBIS_SHRINK_A, MAHALANOBIS_SHRINK_G = 1e-2, 0.05
 
 
@@ -47,8 +47,8 @@ def power_weights(exponent: float, clip: float | None = None) -> TokenWeights:
     """Return weights |h|^a for A and |x|^a for G.
 
     Args:
-        exponent: a; at 0 all tokens weigh alike.
-        clip: Largest weight, in means over the tokens given at a time; None for no bound.
+        exponent: a; at 0 all tokens have the same weight.
+        clip: Largest weight, in multiples of the mean over the tokens of one call; None for no bound.
     """
 
     def weights(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ class WeightedMoments(CoupledMoments):
     Args:
         m: Length of h.
         n: Length of x.
-        token_weights: Gives p and q.
+        token_weights: Returns p and q.
         dtype: Type of the accumulators.
     """
 
@@ -109,9 +109,9 @@ def sampled_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def root_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
-    r"""Return B z of each token, z of random signs and B B^T = diag(p) - p p^T, the Fisher of p = softmax(logits).
+    r"""Return B z of each token, with random signs z and B B^T = diag(p) - p p^T, the Fisher of p = softmax(logits).
 
-    B = diag(sqrt p) (I - sqrt(p) sqrt(p)^T). The covariance is that of sampled labels, but every class has a say in
+    B = diag(sqrt p) (I - sqrt(p) sqrt(p)^T). The covariance is that of sampled labels, but every class contributes to
     each draw.
     """
     root = logits.softmax(-1).sqrt()
@@ -125,14 +125,14 @@ LABELS: dict[str, LabelDraw] = {"sample": sampled_labels, "root": root_labels}
 def fisher_windows(
     model: Any, taps: Taps, windows: Tensor, draw: LabelDraw, seed: int, progress: bool = False
 ) -> Iterator[int]:
-    """Send windows through the model and back from drawn labels; otherwise like ``study.backward_windows``.
+    """Run windows forward, and backward from drawn labels; otherwise like ``studies.rho.backward_windows``.
 
     Args:
         model: A causal language model.
-        taps: Installed here, and removed whatever happens.
+        taps: Taps, installed here and always removed.
         windows: Token ids, shape (windows, window).
-        draw: Gives the gradient at the logits.
-        seed: Of the draws.
+        draw: Returns the gradient at the logits.
+        seed: Seed of the draws.
         progress: Whether to show a bar.
 
     Raises:
@@ -144,7 +144,7 @@ def fisher_windows(
     taps.install()
     try:
         for i, ids in enumerate(tqdm(windows.split(1), unit="window", disable=not progress)):
-            # The drawn gradients are those of a sum of token losses.
+            # The drawn gradients belong to a sum of token losses.
             taps.begin_batch(TokenRows(f"window {i}", scale=1.0))
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             if not torch.isfinite(logits).all():
@@ -157,14 +157,14 @@ def fisher_windows(
 
 
 def nested_windows(windows_of: Callable[[int], Tensor], counts: Iterable[int]) -> Tensor:
-    """Return the windows of the largest count in such an order that those of every count come first.
+    """Return the windows of the largest count, ordered so that the windows of every smaller count come first.
 
     Args:
-        windows_of: Gives that many windows (count, window), of which those of a smaller count are a part.
+        windows_of: Returns a number of windows (count, window), which include the windows of every smaller number.
         counts: Numbers of windows.
 
     Raises:
-        ValueError: If a window comes twice, or smaller counts are no part of larger ones.
+        ValueError: If a window comes twice, or larger counts do not include smaller ones.
     """
     found: dict[tuple[int, ...], Tensor] = {}
     for count in sorted(counts):
@@ -179,7 +179,7 @@ def nested_windows(windows_of: Callable[[int], Tensor], counts: Iterable[int]) -
 
 
 class Gatherer:
-    """A ``pairs`` callback of Taps that feeds several statistics, each a stream a layer."""
+    """A ``pairs`` callback of Taps that feeds several statistics, each with one accumulator per layer."""
 
     def __init__(self, streams: Mapping[str, Mapping[str, Stream]]) -> None:
         self.streams = streams
@@ -195,16 +195,16 @@ class Gatherer:
 
 
 class Statistics:
-    """Statistics of a model by name, gathered as they are asked for and kept in a folder.
+    """Statistics of a model by name, gathered on request and kept in a folder.
 
     Args:
         model: A causal language model in eval mode, without gradients of its weights.
         layers: The layers to tap.
         windows: Calibration windows, shape (windows, window).
         nested: The windows of `windows-N`, see :func:`nested_windows`.
-        folder: Where to keep files.
-        source: Fingerprint of all that the statistics depend on; files of another are not looked at.
-        seed: Of drawn labels.
+        folder: Folder of the files.
+        source: Fingerprint of everything that the statistics depend on; files with another one are ignored.
+        seed: Seed of drawn labels.
         progress: Whether to show bars.
     """
 
@@ -233,13 +233,13 @@ class Statistics:
         return self.folder / f"{name}-{self.source}.safetensors"
 
     def gather(self, names: Iterable[str]) -> None:
-        """See to it that statistics of the dense model are there, in as few passes as memory allows."""
+        """Gather the missing statistics of the dense model, in as few passes as memory allows."""
         missing = [name for name in dict.fromkeys(names) if not self.path(name).is_file()]
         if "mahalanobis" in missing and not self.path("plain").is_file():
             missing = ["plain", *(name for name in missing if name != "plain")]
         drawn = [name for name in missing if name in LABELS]
         counts = sorted(int(name.removeprefix("windows-")) for name in missing if name.startswith("windows-"))
-        # Mahalanobis lengths come last, once the plain statistics that they are taken from are there.
+        # Mahalanobis lengths come last, because they need the plain statistics.
         rest = [name for name in missing if name not in drawn and not name.startswith("windows-")]
         rest.sort(key=lambda name: name == "mahalanobis")
         while rest:
@@ -259,7 +259,7 @@ class Statistics:
             self._gather_nested(counts)
 
     def gather_staged(self, name: str, layers: dict[str, nn.Module]) -> None:
-        """Gather a `staged-K` statistic from the model as it is now, its layers by name replaced by ``layers``."""
+        """Gather a `staged-K` statistic from the present model, with ``layers`` in place of its layers by name."""
         streams = {name: self._streams(name)}
         for _ in backward_windows(self.model, Taps(layers, pairs=Gatherer(streams)), self.windows, self.progress):
             pass
@@ -277,12 +277,12 @@ class Statistics:
         with safe_open(self.path(name), framework="pt") as file:
             for state in stream.sums:
                 setattr(stream, state, file.get_tensor(f"{layer}:{state}"))
-            # torchmetrics warns of a metric that was never updated.
+            # torchmetrics warns about a metric without updates.
             stream._update_count = 1
         return stream.compute()
 
     def _gather_nested(self, counts: list[int]) -> None:
-        """Gather `windows-N` for all counts in one pass, saving on the way."""
+        """Gather `windows-N` for all counts in one pass, and save each on the way."""
         window = self.nested.shape[1]
         streams = {"windows": self._streams("windows")}
         taps = self._taps(streams)

@@ -1,4 +1,4 @@
-"""Tables of `fasc_variants.py`: what each variant changes against others, with intervals and a verdict."""
+"""Tables of `fasc_variants.py`: each variant's changes against references, with intervals and a verdict."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fasc_lightning.cli import Row, markdown_table
 from fasc_lightning.evaluation import PairedInterval, paired_interval
 from fasc_lightning.studies.comparison import shown_perplexity
 
-#: What changes are stated against; the first is always measured.
+#: The references of changes; the first one is always measured.
 REFERENCES = ("plain", "fasc")
 
 
@@ -21,7 +21,7 @@ def verdict(intervals: Sequence[PairedInterval]) -> str:
 
 
 def result_rows(cells: Sequence[Mapping[str, Any]], seed: int = 0) -> list[Row]:
-    """Return one row a cell: perplexities, changes against each reference with their intervals, and verdicts."""
+    """Return one row per cell: perplexities, changes against each reference with intervals, and verdicts."""
     by_name = {(cell["variant"], cell["keep"]): cell for cell in cells}
     references = [name for name in REFERENCES if any(name == variant for variant, _ in by_name)]
     rows = []
@@ -44,7 +44,7 @@ def result_rows(cells: Sequence[Mapping[str, Any]], seed: int = 0) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row], dense: Mapping[str, Any]) -> str:
-    """Return a table against each reference."""
+    """Return a table of changes against each reference."""
     texts = list(dense["perplexity"])
     shown = ", ".join(f"{text} {shown_perplexity(value)}" for text, value in dense["perplexity"].items())
     parts = [f"Perplexity of the dense model: {shown}."]

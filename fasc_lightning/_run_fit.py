@@ -1,4 +1,4 @@
-"""One pass over batches by a Trainer that nobody asked for: the fits behind ``compress`` and ``score``."""
+"""Fits of ``compress``, ``recover`` and ``score`` over batches, by a Trainer of their own."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ def run_fit(
     seed: int = 0,
     epochs: int = 1,
 ) -> str:
-    """Fit a model with a callback, for some epochs or as a recovery asks, on the model's own device, which it keeps.
+    """Fit a model on its own device with a callback, for some epochs or for the length of a recovery.
 
     Args:
         model: A LightningModule, or a causal language model of transformers.
         batches: A DataLoader, or batches.
-        callback: Does the work.
+        callback: The callback that does the work.
         progress: Whether to show progress bars and the callback's messages.
-        held_out: For validation.
-        recovery: Says how long and how fast a language model is trained, where it is; batches that are no DataLoader
-            are then shuffled.
-        seed: Of that order.
-        epochs: Of a fit that is no recovery.
+        held_out: Data for validation.
+        recovery: Length and learning rate of a language model's training, if it is trained; a list of batches is then
+            shuffled.
+        seed: Seed of the shuffled order.
+        epochs: Epochs of a fit without a recovery.
 
     Returns:
-        What the fit puts before the model's own names: "" or "model.".
+        The prefix of the model's names in the fit: "" or "model.".
 
     Raises:
-        TypeError: If the model is of no kind that has a loss.
-        ValueError: If its parameters are on several devices without a ``device_map``, or nowhere.
+        TypeError: If the model's loss is not known.
+        ValueError: If its parameters are on several devices without a ``device_map``, or on none.
     """
     module, prefix = as_lightning_module(model, recovery)
     training: dict[str, Any] = {"max_epochs": epochs}
@@ -87,11 +87,11 @@ def run_fit(
 
 @contextmanager
 def attached(module: pl.LightningModule, device: torch.device) -> Iterator[pl.Trainer]:
-    """Give a module a Trainer as in a fit, which its step and its hooks may ask, without a fit.
+    """Attach a Trainer to a module without a fit, so that its step and hooks can use it.
 
     Args:
-        module: Which keeps what it has in the end.
-        device: Its own.
+        module: The module, whose own Trainer is restored afterwards.
+        device: The module's device.
     """
     before = module._trainer
     with _quiet_trainer(False):
@@ -119,15 +119,15 @@ def on_device(device: torch.device) -> dict[str, Any]:
 
 
 def as_lightning_prefix(model: nn.Module) -> str:
-    """Return what a fit puts before the model's own names."""
+    """Return the prefix of the model's names in a fit."""
     return "" if isinstance(model, pl.LightningModule) else "model."
 
 
 def as_lightning_module(model: nn.Module, recovery: Recovery | None) -> tuple[pl.LightningModule, str]:
-    """Return a module to fit, and the prefix that it puts before the model's own names.
+    """Return a module to fit, and the prefix of the model's names in it.
 
     Raises:
-        TypeError: If the model is of no kind that has a loss.
+        TypeError: If the model's loss is not known.
     """
     if isinstance(model, pl.LightningModule):
         return model, ""
@@ -149,17 +149,17 @@ def as_loader(
     generator: torch.Generator | None = None,
     model: nn.Module | None = None,
 ) -> DataLoader[Any]:
-    """Return a loader that passes batches on; Trainer takes a plain list for several loaders.
+    """Return a loader of batches, because a Trainer takes a plain list for several loaders.
 
     Args:
-        batches: A loader, or batches. Those of a language model may be of any form that
-            :func:`~fasc_lightning.batches.token_batches` understands; those of others stay as they are.
-        generator: To shuffle batches with; None leaves them in order.
-        model: What they are for.
+        batches: A loader or batches. Batches for a language model may have any form that
+            :func:`~fasc_lightning.batches.token_batches` accepts; others are passed on unchanged.
+        generator: Random generator that shuffles batches; None keeps their order.
+        model: The model that takes the batches.
 
     Raises:
-        TypeError: If they are one batch, or cannot be understood.
-        ValueError: If token ids are of a shape that a language model does not take.
+        TypeError: If they are a single batch, or have an unknown form.
+        ValueError: If token ids have a shape that a language model does not accept.
     """
     if isinstance(batches, DataLoader):
         return batches
@@ -179,7 +179,7 @@ def as_loader(
 
 
 def _language_model(model: nn.Module | None) -> nn.Module | None:
-    """Return the transformers model that batches go to as they are; None where a module of others takes them."""
+    """Return the transformers model that takes the batches directly; None if another module takes them."""
     if isinstance(model, CausalLMModule):
         return model.model
     return None if model is None or isinstance(model, pl.LightningModule) else model
@@ -187,7 +187,7 @@ def _language_model(model: nn.Module | None) -> nn.Module | None:
 
 @contextmanager
 def _quiet_trainer(progress: bool) -> Iterator[None]:
-    """Hold back what a Trainer says of devices, workers and modes, which the caller did not ask about."""
+    """Suppress a Trainer's messages on devices, workers and modes, which the caller did not choose."""
 
     def ours(record: logging.LogRecord) -> bool:
         return progress and record.getMessage().startswith("FascCallback")
@@ -198,7 +198,7 @@ def _quiet_trainer(progress: bool) -> Iterator[None]:
         logger.addFilter(ours)
         undo.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", PossibleUserWarning)
-        # A recovery looks at their loss all the same.
+        # A recovery measures their loss anyway.
         warnings.filterwarnings("ignore", message="You passed in a `val_dataloader` but have no `validation_step`")
         warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec", category=FutureWarning)
         yield

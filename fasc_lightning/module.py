@@ -1,4 +1,4 @@
-"""CausalLMModule: a transformers causal language model as a LightningModule."""
+"""``CausalLMModule``: a transformers causal language model as a LightningModule."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from fasc_lightning.recovery import Teacher
 
 
 class CausalLMModule(pl.LightningModule):
-    """Next-token training of a transformers model, which tells FascCallback how its loss averages.
+    """Next-token training of a transformers model, with the hooks that tell FascCallback how the loss averages.
 
     Batches are mappings with "input_ids" (samples, length) and optionally "attention_mask" and "labels" of the same
-    shape; without labels the inputs are predicted, padding left out. Labels are shifted by the model. Lists,
-    arrays and single sequences become such tensors (:func:`~fasc_lightning.batches.as_token_batch`).
+    shape. Without labels the inputs are the labels, except padding. The model shifts the labels. Lists, arrays and
+    single sequences are converted to such tensors (:func:`~fasc_lightning.batches.as_token_batch`).
 
     Args:
         model: A causal language model, for example ``AutoModelForCausalLM.from_pretrained(...)``.
-        learning_rate: Of AdamW over the parameters that require gradients.
-        weight_decay: Of AdamW.
-        schedule: "constant", or "cosine": after a warm-up of a tenth of the steps, down to a tenth along a cosine.
+        learning_rate: Learning rate of AdamW over the parameters that require gradients.
+        weight_decay: Weight decay of AdamW.
+        schedule: "constant", or "cosine": a warm-up over a tenth of the steps, then a cosine down to a tenth of the
+            rate.
 
     Attributes:
-        teacher: While a recovery with a teacher runs, what gives the loss of the training; None at other times.
+        teacher: The teacher, which gives the training loss during a recovery with one; None at other times.
     """
 
     teacher: Teacher | None
@@ -70,13 +71,13 @@ class CausalLMModule(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        # A model whose parameters are all frozen, as for inference, can still be calibrated.
+        # A model with only frozen parameters, as for inference, can still be calibrated.
         parameters = [p for p in self.parameters() if p.requires_grad] or list(self.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
         if self.schedule == "constant":
             return optimizer
         steps = self.trainer.estimated_stepping_batches
-        if not 0 <= steps < float("inf"):  # below 0 with a loader of unknown length
+        if not 0 <= steps < float("inf"):  # negative with a loader of unknown length
             raise ValueError("Expected a fit of known length for schedule='cosine': give the Trainer max_steps.")
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_cosine, steps=float(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -87,8 +88,8 @@ class CausalLMModule(pl.LightningModule):
 
     @override
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        # Before the hook of that name, and not in it: of a module with that hook and a LightningDataModule without,
-        # Lightning warns.
+        # Before the public hook and not in it: Lightning warns if a module has that hook and the LightningDataModule
+        # lacks it.
         return super()._on_before_batch_transfer(as_token_batch(batch), dataloader_idx)
 
     def token_mask(self, batch: Mapping[str, Tensor]) -> Tensor | None:
@@ -97,10 +98,10 @@ class CausalLMModule(pl.LightningModule):
         return None if mask is None else mask.bool()
 
     def loss_terms(self, batch: Mapping[str, Tensor]) -> int:
-        """Return over how many token losses the model's loss is a mean: the predicted, unignored labels.
+        """Return the number of token losses in the mean that is the model's loss: the predicted, unignored labels.
 
-        Models divide by "num_items_in_batch" instead where a batch has it, as of several batches of one step; 0 where
-        no label is to be predicted.
+        Models divide by "num_items_in_batch" if a batch has it, as with several batches per step. The result is 0 if no
+        label is predicted.
         """
         shifted = _checked(batch).get("shift_labels")
         labels = _labels(batch)[:, 1:] if shifted is None else shifted
@@ -109,10 +110,10 @@ class CausalLMModule(pl.LightningModule):
         return count if items is None or count == 0 else int(items)
 
     def predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the logits of all tokens, and which tokens have a successor that is a label.
+        """Return the logits of all tokens, and a mask of the tokens whose successor is a label.
 
         Returns:
-            Shapes (samples, length, vocabulary), as the model makes them and not a copy, and (samples, length).
+            Shapes (samples, length, vocabulary), the model's own tensor and not a copy, and (samples, length).
         """
         return self.model(**_inputs(batch), use_cache=False).logits, _counted(_labels(batch))
 
@@ -126,9 +127,10 @@ class CausalLMModule(pl.LightningModule):
 
 
 def _cosine(step: int, steps: float) -> float:
-    """Return the share of the learning rate at a step of so many.
+    """Return the share of the learning rate at a step out of ``steps``.
 
-    By hand: past the last step, where a longer second fit goes, the schedules of transformers rise again.
+    It is written by hand because schedules of transformers rise again past the last step, which a longer second fit
+    reaches.
     """
     warm = max(1.0, 0.1 * steps)
     if step < warm:

@@ -1,4 +1,4 @@
-"""recover(): the fit after a compression, in one call, of a model that is compressed already."""
+"""``recover``: the recovery of a compressed model in one call."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ def recover(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train the factors of a compressed model, or adapters on them, in place, and keep what helps.
+    """Train the factors of a compressed model, or adapters on them, in place, and keep the best state.
 
-    For a model that was saved and loaded since, or to compare recoveries of one compression;
-    :func:`~fasc_lightning.compress` does both. The model keeps its device, its training mode and its ``requires_grad``
-    flags; if anything fails, it is what it was.
+    It serves models that were saved and loaded, and comparisons of several recoveries of one compression.
+    :func:`~fasc_lightning.compress` compresses and recovers in one call. The model keeps its device, its training mode
+    and its ``requires_grad`` flags. If anything fails, it is unchanged.
 
     Args:
         model: A compressed transformers causal language model, or any LightningModule with compressed layers.
-        batches: A DataLoader, or batches, as :func:`~fasc_lightning.compress` takes them.
-        recovery: What to train, how long and how fast.
-        dense: For a teacher or ``refine_steps``: the dense model, or its layers by name. It stays as it is.
-        held_out: What the best state is chosen by; None holds back an eighth of the data, 64 samples at most.
-        seed: Of the order of batches and of the adapters' start.
+        batches: A DataLoader or batches, as for :func:`~fasc_lightning.compress`.
+        recovery: The parameters to train, the number of steps and the learning rate.
+        dense: The dense model, or its layers by name, for a teacher or ``refine_steps``. It is not changed.
+        held_out: Data that chooses the best state; None holds back an eighth of ``batches``, 64 samples at most.
+        seed: Seed of the order of batches and of the adapters' initial values.
         progress: Whether to show progress bars.
 
     Returns:
-        What was done, in plain types: see ``report.recovery``; with ``refine_steps`` also "refine".
+        The figures of the recovery in plain types, as ``report.recovery``; with ``refine_steps`` also "refine".
 
     Raises:
-        MisconfigurationException: If the model cannot be recovered, or ``dense`` is no dense form of it.
-        ValueError: If ``dense`` is given and nobody is taught by it.
+        MisconfigurationException: If the model cannot be recovered, or ``dense`` is not its dense form.
+        ValueError: If ``dense`` is given but not used.
         TypeError: If the model is neither a LightningModule nor a causal language model of transformers.
     """
     options = as_recovery(recovery)
@@ -60,7 +60,7 @@ def recover(
             "Expected `dense` for a recovery with a teacher or a refinement but there is none. HINT: "
             "recovery=LoraRecovery(teacher='dense'), or leave `dense` out."
         )
-    if isinstance(batches, Iterator):  # a refinement goes through them, too
+    if isinstance(batches, Iterator):  # a refinement reads them too
         batches = list(batches)
     prefix = as_lightning_prefix(model)
     layers: dict[str, nn.Module] = {}
@@ -70,7 +70,7 @@ def recover(
     elif dense is not None:
         layers = {prefix + name: layer for name, layer in dense.items()}
     callback = RecoveryCallback(options, layers, seed=seed)
-    # A fit that fails undoes its own part, and only its own.
+    # A fit that fails undoes only its own part.
     with undoing() as undo:
         for layer in compressed_layers(model).values() if options.refine_steps else ():
             undo.add(layer.load_state_dict, layer_state(layer))
@@ -90,10 +90,10 @@ def _refine_first(
     recovery: Recovery,
     seed: int,
 ) -> dict[str, Any]:
-    """Refine the blocks, if that is asked for, on batches that the recovery does not hold back.
+    """Refine the blocks, if asked for, on batches that the recovery does not hold out.
 
     Raises:
-        MisconfigurationException: If the dense layers are not all at hand.
+        MisconfigurationException: If dense layers are missing.
     """
     options = refine_options(recovery, seed)
     if options is None:
@@ -103,7 +103,7 @@ def _refine_first(
     RefinePhase.check(module, compressed_layers(module))
     if missing := sorted(set(compressed_layers(module)) - set(dense)):
         raise MisconfigurationException(
-            f"Expected the dense layers, towards which a refinement goes, but {missing[0]!r} and {len(missing) - 1} "
+            f"Expected the dense layers, towards which a refinement trains, but {missing[0]!r} and {len(missing) - 1} "
             "others are not at hand. HINT: recover(..., dense=...), or refine_steps=0."
         )
     device = next(module.parameters()).device

@@ -1,4 +1,4 @@
-"""score(): rho of a model, or of a training run's checkpoints, without training."""
+"""``score``: rho of a model, or of a training run's checkpoints, without training."""
 
 from __future__ import annotations
 
@@ -49,32 +49,32 @@ def score(
     seed: int = 0,
     progress: bool = False,
 ) -> RhoHistory:
-    """Return rho of every layer over some data, for a model as it is or for several checkpoints of it.
+    """Return rho of every layer over some data, for a model or for several checkpoints of it.
 
-    Nothing is trained: eval mode, no weight gradients, and the model ends as it began.
+    Nothing is trained: the model is in eval mode without weight gradients, and is restored at the end.
 
     Args:
-        model: A transformers causal language model, or any LightningModule with a ``training_step``; or the name of
-            one for :func:`~fasc_lightning.data.load_model`: a folder, a hub id, "smollm2".
+        model: A transformers causal language model, any LightningModule with a ``training_step``, or a name for
+            :func:`~fasc_lightning.data.load_model`: a folder, a hub id, "smollm2".
         data: A DataLoader, or batches: for a language model mappings with "input_ids" and optionally
             "attention_mask" and "labels". The same data serve every checkpoint.
-        checkpoints: Lightning ``.ckpt`` files, folders or hub ids ("name" or "name@revision") whose weights are put
+        checkpoints: Lightning ``.ckpt`` files, folders or hub ids ("name" or "name@revision"). Their weights are loaded
             into the model one after the other.
-        targets: See :class:`~fasc_lightning.FascCallback`, as for the following.
+        targets: Patterns of layers, as for :class:`~fasc_lightning.FascCallback`.
         exclude: Patterns of layers to leave out.
-        tokens: Tokens of each batch that are looked at.
+        tokens: Number of tokens of each batch to score.
         gradient: "input" or "output".
         token_mask: Tells real tokens from padding.
         loss_terms: How the loss averages.
-        seed: Of the choice of tokens, and of permutations.
+        seed: Seed of the choice of tokens and of permutations.
         progress: Whether to show progress bars.
 
     Returns:
-        The table of ``FascCallback.rho_history``. Steps are those the checkpoints name (the global step of a ``.ckpt``
-        file, the number of a folder ``checkpoint-500``), else their place in the list; 0 for a model as it is.
+        The table of ``FascCallback.rho_history``. The step of a checkpoint is its global step (``.ckpt`` files), the
+        number in its name (``checkpoint-500``), or else its index in the list; without checkpoints the step is 0.
 
     Raises:
-        ValueError: If an option is out of range, two checkpoints are of one step, or weights do not fit the model.
+        ValueError: If an option is out of range, two checkpoints have one step, or weights do not fit the model.
         TypeError: If the model is neither a LightningModule nor a causal language model of transformers.
 
     Example:
@@ -115,14 +115,16 @@ def score(
         for place, checkpoint in enumerate(checkpoints):
             step, state = _read(str(checkpoint), place)
             if step in history.steps:
-                raise ValueError(f"Expected checkpoints of different steps but {checkpoint} is of {step}, as another.")
+                raise ValueError(
+                    f"Expected checkpoints of different steps but {checkpoint} and another are both of step {step}."
+                )
             _load(model, state, str(checkpoint))
             observe(step)
     return history
 
 
 class _ScoreFit(pl.Callback):
-    """Goes once over the data with the module frozen, and fills a table."""
+    """Runs once over the data with the module frozen, and fills a table."""
 
     def __init__(
         self,
@@ -222,8 +224,8 @@ def _read(checkpoint: str, place: int) -> tuple[int, Mapping[str, Tensor]]:
             content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"Expected {checkpoint} to hold tensors and plain values only but it holds more, which is not loaded "
-                "for safety. HINT: load it yourself where you trust it, and give a file of its 'state_dict' alone."
+                f"Expected {checkpoint} to hold tensors and plain values only but it holds other objects, which are "
+                "not loaded for safety. HINT: if you trust it, load it and give a file of its 'state_dict' alone."
             ) from error
         return int(content.get("global_step", place)), content.get("state_dict", content)
     from transformers import AutoModelForCausalLM
@@ -235,10 +237,10 @@ def _read(checkpoint: str, place: int) -> tuple[int, Mapping[str, Tensor]]:
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], checkpoint: str) -> None:
-    """Put weights into the model; those of a wrapped language model also fit the model itself, and the reverse.
+    """Load weights into the model; a wrapped language model's weights also fit the bare model, and the reverse.
 
     Raises:
-        ValueError: If keys are missing or left over.
+        ValueError: If keys are missing or unused.
     """
     wanted = set(model.state_dict())
     forms: tuple[dict[str, Tensor], ...] = (

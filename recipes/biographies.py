@@ -1,11 +1,11 @@
-"""Made-up biographies: a corpus whose facts are all known, for recipes that watch a model memorise.
+"""Made-up biographies: a corpus with known facts, for recipes that watch a model memorise.
 
-People, places and employers are invented from syllables; nothing here describes anybody. Every fact is drawn
-independently, so a person's other facts say nothing about it: what a model recalls, it has memorised. Every fact is
-stated once an epoch, in the words of one of several templates (Allen-Zhu and Li 2023, "Physics of language models:
-part 3.1, knowledge storage and extraction": without that variety facts are stored but cannot be asked for). Further
-templates never occur in the text. They serve only to ask, so that recall is not memory of a string; their words are
-all known from the text.
+People, places and employers are invented from syllables; no text describes a real person. Every fact is drawn
+independently, so a person's other facts do not predict it, and a recalled fact is a memorised one. Every fact is stated
+once per epoch, in the words of one of several templates (Allen-Zhu and Li 2023, "Physics of language models: part 3.1,
+knowledge storage and extraction": without this variety models store facts but cannot answer questions about them).
+Further templates, with words that all occur in the text, serve only as questions and never occur in the text. So recall
+is not the memory of a string.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from fasc_lightning.evaluation import Fact
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _FIRST_NAMES, _LAST_NAMES, _CITIES, _EMPLOYERS = 60, 100, 40, 40
 _GROUP = 25
@@ -43,12 +46,12 @@ _FIELDS = [
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact, and how it is worded.
+    """One kind of fact and its wording.
 
     Attributes:
         name: For example ``"birth date"``.
         templates: Sentences of the text, with ``[X]`` for the person and, later, ``[Y]`` for the object.
-        held_out: Sentences that are never in the text: recall is asked with these.
+        held_out: Sentences that are never in the text; they are the questions.
     """
 
     name: str
@@ -110,7 +113,7 @@ RELATIONS = (
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody who does not exist.
+    """An invented person.
 
     Attributes:
         name: First and last name; no two people share both.
@@ -125,11 +128,11 @@ def make_people(count: int, seed: int) -> list[Person]:
     """Invent people and their facts.
 
     Args:
-        count: How many, at most 6,000.
+        count: Number of people, at most 6,000.
         seed: Seed of names and facts.
 
     Raises:
-        ValueError: If there are not so many names.
+        ValueError: If there are fewer names than people.
     """
     if not 2 <= count <= _FIRST_NAMES * _LAST_NAMES:
         raise ValueError(f"Expected between 2 and {_FIRST_NAMES * _LAST_NAMES} people but got {count}.")
@@ -155,7 +158,7 @@ def make_people(count: int, seed: int) -> list[Person]:
 
 
 def _words(random: Random) -> Iterator[str]:
-    """Invented capitalised words of two or three syllables, no one twice."""
+    """Yield invented capitalised words of two or three syllables, each once."""
     seen = set(_MONTHS) | set(_FIRMS)
     while True:
         syllables = [random.choice(_ONSETS) + random.choice(_VOWELS) for _ in range(random.choice((2, 2, 3)))]
@@ -166,19 +169,19 @@ def _words(random: Random) -> Iterator[str]:
 
 
 def epoch_biographies(people: Sequence[Person], seed: int, epoch: int, shuffled: bool = False) -> list[str]:
-    """Write everybody's biography anew: other templates, other order of sentences and of people.
+    """Write every person's biography again, with other templates and another order of sentences and people.
 
-    The result depends on the arguments alone, so that a resumed run reads what an uninterrupted one does.
+    The result depends on the arguments alone, so a resumed run reads the same text as an uninterrupted one.
 
     Args:
-        people: Whose.
+        people: The people.
         seed: Seed of the wording.
-        epoch: Number of the epoch.
-        shuffled: Deal the objects of each relation out to other people, differently in each epoch. The text then
-            holds the same sentences about the same names, and every object as often, but nothing to memorise.
+        epoch: Index of the epoch.
+        shuffled: Whether to give the objects of each relation to other people, differently in each epoch. The text then
+            has the same sentences, names and number of each object, but no facts to memorise.
 
     Returns:
-        One text a person, in which each fact is stated once.
+        One text per person, which states each fact once.
     """
     facts: Sequence[Mapping[str, str]] = [person.facts for person in people]
     if shuffled:
@@ -205,11 +208,11 @@ def _deal(facts: Sequence[Mapping[str, str]], random: Random) -> list[dict[str, 
 
 
 def recall_facts(people: Sequence[Person]) -> list[Fact]:
-    """Everybody's facts as questions, each with one of the held-out templates, turn and turn about.
+    """Return every person's facts as questions; the held-out templates take turns.
 
-    An object is ranked among those of the same relation in a group of 25 people: chance is then about 1 in 20, and a
-    measurement takes a quarter of the time that a hundred candidates would. Knowing which objects are frequent, and
-    nothing of any person, gives a little more than chance.
+    An object is ranked among the objects of the same relation in a group of 25 people. Chance is then about 1 in 20,
+    and a measurement takes a quarter of the time of a hundred candidates. A model that knows only which objects are
+    frequent scores slightly above chance.
     """
     return [
         Fact(
@@ -227,7 +230,7 @@ def recall_facts(people: Sequence[Person]) -> list[Fact]:
 def word_tokenizer(people: Sequence[Person]) -> PreTrainedTokenizerFast:
     """Return a tokenizer whose tokens are the words and punctuation marks of the people's biographies.
 
-    Every text begins with ``<s>``; a word that is in no biography is ``<unk>``.
+    Every text begins with ``<s>``; a word outside the biographies is ``<unk>``.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -250,3 +253,26 @@ def word_tokenizer(people: Sequence[Person]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="<s>"
     )
+
+
+def biography_windows(
+    people: Sequence[Person],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    seed: int,
+    epoch: int,
+    shuffled: bool = False,
+) -> Tensor:
+    """Return an epoch's biographies, joined and cut into windows; a rest of less than one window is dropped.
+
+    Raises:
+        ValueError: If they do not fill one window.
+    """
+    texts = epoch_biographies(people, seed, epoch, shuffled)
+    ids = [token for text in tokenizer(texts)["input_ids"] for token in text]
+    if len(ids) < window:
+        raise ValueError(
+            f"Expected biographies of at least one window of {window} tokens but {len(people)} people have "
+            f"{len(ids)} tokens. Give more --people or a smaller --window."
+        )
+    return torch.tensor(ids[: len(ids) // window * window]).view(-1, window)

@@ -1,24 +1,24 @@
 """Compare compression methods: same model, same calibration tokens, same budgets, same questions, one command.
 
-On its defaults it needs no data and no network, and takes some minutes: three methods at one budget, on
-SmolLM2-135M-Instruct and the built-in texts and facts.
+The defaults need no data and no network and take some minutes: three methods at one budget, on SmolLM2-135M-Instruct
+and the built-in texts and facts.
 
     python recipes/compare_methods.py
 
-A whole grid, on data of your own:
+A whole grid, on your own data:
 
     python recipes/compare_methods.py --calibration a.txt b.txt --windows 64 --methods fasc svd-llm svd magnitude \
         --keep 0.8 0.6 0.4 --rank 0.5 --settings uniform-factors measured-pivot --refit-methods fasc \
         --eval-text news=news.txt --eval-facts facts.jsonl --eval-windows 32 --output comparison
 
-Every method reads one pass of statistics, which is kept (`--statistics`). Every cell (a method, a budget, a setting) is
-kept as it ends: a run that was stopped, or is asked for more, goes on with what is missing. What is kept is only used
-again for the same model, tokenizer, tokens, questions, options and version; after a change of the code itself, delete
-the folder. A cell that fails is shown with its reason and stops nothing.
+All methods read one pass of statistics, which is kept (`--statistics`). Every cell (a method, a budget, a setting) is
+kept when it ends, so a later run computes only the missing cells. Kept results are only used for the same model,
+tokenizer, tokens, questions, options and version. After a change of the code itself, delete the folder. A cell that
+fails is shown with its reason, and the run continues.
 
-A setting is ALLOCATION-LAYOUT: `uniform-factors` is how most methods were published, a rank a layer and two factors;
-`fisher-pivot` gives every method one budget for all layers, spent by its losses in the Fisher metric, and the best
-storage; `measured-pivot` corrects those losses on some of the calibration windows first, as FascCallback does.
+A setting is ALLOCATION-LAYOUT. `uniform-factors` is the form in which most methods were published: one rank per layer
+and two factors. `fisher-pivot` spends one budget over all layers by each method's losses in the Fisher metric, with the
+smallest storage. `measured-pivot` first corrects these losses on some calibration windows, as FascCallback does.
 
 Studies: `grid` and `kinds` (recall by kind of relation, Table 6 of the FASC paper) come from the same cells.
 `sensitivity` compresses each layer alone (Fig. 2); `layers` the fifth of the layers with the highest and with the
@@ -110,7 +110,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the recipe; returns the content of results.json."""
+    """Run the recipe and return the content of results.json."""
     start = time.perf_counter()
     options = check(build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments)))
     run = Run(options)
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def check(options: Namespace) -> Namespace:
-    """Fill in what depends on other options, and refuse what cannot work before anything is loaded.
+    """Fill in options that depend on others, and refuse invalid ones before anything is loaded.
 
     Raises:
         ValueError: If an option is out of range.
@@ -184,7 +184,7 @@ def check(options: Namespace) -> Namespace:
         raise ValueError(
             f"Expected --eval-precision to be one of {', '.join(precisions)} but got {options.eval_precision!r}."
         )
-    grid_cells(options)  # refuses budgets and settings that there are not
+    grid_cells(options)  # refuses unknown budgets and settings
     Budget(rank=options.study_rank)
     options.eval_text = named_files(options.eval_text)
     for path in (options.eval_facts, options.minimal_pairs):
@@ -194,22 +194,24 @@ def check(options: Namespace) -> Namespace:
 
 
 def grid_cells(options: Namespace) -> list[Cell]:
-    """Return the cells of the grid; pruners have one a budget, whatever the settings.
+    """Return the cells of the grid; a pruner has one cell per budget, whatever the settings.
 
-    Method by method: cells of one method that differ in their budgets alone share its factorisations.
+    The order is by method, because cells of one method that differ only in their budgets share its factorisations.
     """
     budgets = [*(Budget(keep=keep) for keep in options.keep), *(Budget(rank=rank) for rank in options.rank)]
     settings = [Setting.parse(text) for text in options.settings]
     cells = []
     for method in options.methods:
-        passes = options.gfwsvd_passes if method == "gfwsvd" else 0
+        steps = options.gfwsvd_passes if method == "gfwsvd" else 0
         if method in PRUNERS:
             cells += [Cell(method, budget) for budget in budgets]
         else:
-            cells += [Cell(method, budget, setting, passes=passes) for setting in settings for budget in budgets]
+            cells += [
+                Cell(method, budget, setting, kronecker_steps=steps) for setting in settings for budget in budgets
+            ]
     for method in options.refit_methods:
-        passes = options.gfwsvd_passes if method == "gfwsvd" else 0
-        cells += [Cell(method, budget, settings[-1], True, passes) for budget in budgets]
+        steps = options.gfwsvd_passes if method == "gfwsvd" else 0
+        cells += [Cell(method, budget, settings[-1], True, steps) for budget in budgets]
     return cells
 
 
@@ -227,17 +229,17 @@ def evaluation_of(options: Namespace, tokenizer: Any) -> Evaluation:
 
 
 def few_questions(evaluation: Evaluation, options: Namespace) -> Evaluation:
-    """Return some of the questions, for studies with hundreds of cells: no minimal pairs, whole relations of facts."""
+    """Return some of the questions, for studies with hundreds of cells: whole relations of facts, no minimal pairs."""
     texts = {name: windows[: options.study_windows] for name, windows in evaluation.texts.items()}
     facts = some_facts(evaluation.facts, options.study_facts, Random(options.seed))
     return replace(evaluation, texts=texts, facts=facts, pairs=[])
 
 
 class Run:
-    """One run of the recipe: what all studies share.
+    """One run of the recipe: the parts that all studies share.
 
     Args:
-        options: Of the recipe, checked.
+        options: The checked options of the recipe.
     """
 
     def __init__(self, options: Namespace) -> None:
@@ -281,10 +283,10 @@ class Run:
         return bool({"grid", "kinds"} & set(options.studies))
 
     def cells(self, study: str, cells: Sequence[Cell], evaluation: Evaluation) -> tuple[Outcome, dict[Cell, Outcome]]:
-        """Measure the dense model and a study's cells, one printed line each; returns both.
+        """Measure the dense model and a study's cells, print one line each, and return both.
 
         Raises:
-            RuntimeError: If the dense model cannot be measured: then nothing can be compared with it.
+            RuntimeError: If the dense model cannot be measured, because there is then no comparison.
         """
         context = fingerprint(self.calibration.source, evaluation.fingerprint())
         store = CellStore(self.output / "cells" / study, context)
@@ -302,7 +304,7 @@ class Run:
 
 
 def line(cell: Cell, outcome: Outcome) -> str:
-    """Return one line on a cell."""
+    """Return one line about a cell."""
     if outcome.measured is None:
         return f"{cell.name}: failed, {outcome.reason}"
     figures = [f"{m.name} {m.shown(m.value(outcome.measured))}" for m in metrics_of(outcome.measured)]

@@ -1,11 +1,11 @@
-"""Compress a language model, measure what it lost, save it.
+"""Compress a language model, measure its loss of quality, and save it.
 
-On its defaults it needs no data and no network: SmolLM2-135M-Instruct from an installed wheel is calibrated on text
-that it samples itself, and evaluated on the Python reference and on facts about countries:
+The defaults need no data and no network: SmolLM2-135M-Instruct from an installed wheel is calibrated on text that it
+samples itself, and evaluated on the Python reference and on facts about countries:
 
     python recipes/compress.py
 
-With data of your own:
+With your own data:
 
     python recipes/compress.py --model FOLDER_OR_HUB_ID --calibration a.txt b.jsonl --keep 0.8 \
         --eval-text news=news.txt --eval-facts facts.jsonl --output compressed --report report.json
@@ -55,7 +55,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the recipe; returns the report that it writes."""
+    """Run the recipe and return the report that it writes."""
     options = build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments))
     check_run(options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,21 +1,21 @@
-"""Compress a language model, then train back what it lost: one small, merged, better model, measured at each stage.
+"""Compress a language model, then recover its quality by training: one small, merged model, measured at each stage.
 
-On its defaults it needs no data and no network: SmolLM2-135M-Instruct from an installed wheel is compressed on text
-that it samples itself, and then learns from its dense self on more of such text:
+The defaults need no data and no network: SmolLM2-135M-Instruct from an installed wheel is compressed on text that it
+samples itself. It then learns from the dense model on more sampled text:
 
     python recipes/compress_then_finetune.py
 
-With data of your own, instructions or plain text; only the answers of instructions are learnt:
+With your own data, instructions or plain text; only the answers of instructions are learnt:
 
     python recipes/compress_then_finetune.py --model FOLDER_OR_HUB_ID --keep 0.8 --calibration a.txt b.txt \
         --data instructions.jsonl --tokens 400000 --recovery lora --teacher dense --checkpoints checkpoints \
         --eval-text news=news.txt --eval-facts facts.jsonl --output recovered --report report.json
 
-A tenth of the data is held out and never trained on (nor calibrated on, where plain text is long enough). It, the texts
-and the facts are asked of the dense, of the compressed and of the recovered model: the report's `drift` says what was
-lost and won back on the data's own domain and elsewhere. An eighth of the rest chooses the state that is kept. A run
-that was stopped goes on from its --checkpoints when it is started again. Every option can also stand in a YAML file
-given as `--config FILE`; some are in recipes/configs.
+A tenth of the data is held out and never trained on (nor calibrated on, if plain text is long enough). The dense, the
+compressed and the recovered model are measured on the held-out data, the texts and the facts. The report's `drift`
+shows the losses and gains on the data's own domain and on others. An eighth of the rest chooses the state that is kept.
+A run that was stopped continues from its --checkpoints when it is started again. Every option can also stand in a YAML
+file given as `--config FILE`; recipes/configs has examples.
 """
 
 from __future__ import annotations
@@ -75,20 +75,20 @@ from fasc_lightning.evaluation import (
     compare_facts,
     compare_heldout,
     compare_perplexity,
-    drift,
+    retention,
 )
 from fasc_lightning.options import RATES, Distillation, FactorRecovery, LoraRecovery, Precision
 
 ARMS = {"lora": LoraRecovery, "factors": FactorRecovery}
-#: Options that mean nothing beside others.
+#: Options that have no effect beside others.
 UNUSED = {
     ("recovery", "lora"): ("norms",),
     ("recovery", "factors"): ("r", "alpha"),
     ("teacher", "none"): ("temperature", "teacher_weight", "teacher_blocks", "teacher_cache"),
 }
-#: What says where things go, and not what is done.
+#: Options that name places and do not change the result.
 PLACES = frozenset({"config", "output", "report", "licence", "device", "checkpoints", "checkpoint_every"})
-#: What has no part in what the model becomes.
+#: Options that do not change the model.
 MEASURING = frozenset({"eval_text", "eval_facts", "eval_windows", "in_domain"})
 
 
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         with clock("evaluate"):
             print("Evaluating the recovered model")
             states["recovered"] = questions.measure(model, tokenizer)
-    except BaseException:  # what has been done by then took most of the time
+    except BaseException:  # the compression took most of the time and must not be lost
         print("The recovery failed. This is the compressed model:")
         finish(options, model, tokenizer, full_report(options, callback, data, clock.seconds, states), callback)
         raise
@@ -183,22 +183,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def finish(options: Namespace, model: Any, tokenizer: Any, content: dict[str, Any], callback: FascCallback) -> None:
-    """Print what was measured, and save the model and the report where they are asked for."""
+    """Print the measurements, and save the model and the report if asked for."""
     print(f"\n{callback.report}\n", *report_lines(content), sep="\n")
     print(save_results(options, model, tokenizer, content))
 
 
 def check_used(options: Namespace, parser: ArgumentParser) -> None:
-    """Refuse options that would be ignored.
+    """Refuse options without effect.
 
     Raises:
-        ValueError: If one is not at its default.
+        ValueError: If such an option is not at its default.
     """
     for (name, value), unused in UNUSED.items():
         for other in unused if options[name] == value else ():
             if options[other] != parser.get_default(other):
                 raise ValueError(
-                    f"Expected no --{_dashed(other)} together with --{name} {value}, which has no use for it, but got "
+                    f"Expected no --{_dashed(other)} together with --{name} {value}, which does not use it, but got "
                     f"{options[other]}. Leave one of them out."
                 )
 
@@ -208,15 +208,15 @@ def _dashed(name: str) -> str:
 
 
 def check(options: Namespace) -> LoraRecovery | FactorRecovery:
-    """Fill in what depends on other options, and refuse what cannot work before anything is loaded.
+    """Fill in options that depend on others, and refuse invalid ones before anything is loaded.
 
     Returns:
-        The recovery that is asked for.
+        The recovery.
 
     Raises:
         ValueError: If an option is out of range.
         FileNotFoundError: If a file is missing.
-        FileExistsError: If --output holds files, but no saved model.
+        FileExistsError: If --output holds files but no saved model.
     """
     options.data = options.data or list(options.calibration)
     check_run(options, ("tokens", "epochs", "steps", "accumulate", "checkpoint_every"))
@@ -246,10 +246,10 @@ def check(options: Namespace) -> LoraRecovery | FactorRecovery:
 
 
 def check_in_domain(options: Namespace) -> None:
-    """Refuse texts of the data's domain that nothing is measured on.
+    """Refuse names of in-domain texts that are not among the evaluation texts.
 
     Raises:
-        ValueError: If there are such.
+        ValueError: If there are such names.
     """
     builtin = not (options.eval_text or options.eval_facts)
     names = [BUILTIN_TEXT] if builtin else list(options.eval_text)
@@ -258,10 +258,10 @@ def check_in_domain(options: Namespace) -> None:
 
 
 def check_checkpoints(options: Namespace) -> None:
-    """Refuse to go on from a checkpoint of a run with other options, whose model would be mixed with this one's.
+    """Refuse to continue a run with other options, because its model would be mixed with this one.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If the checkpoint comes from such a run.
     """
     if not options.checkpoints or not _last(options).is_file():
         return
@@ -285,17 +285,17 @@ def _options_file(options: Namespace) -> Path:
 
 
 def _resumed_options(options: Namespace) -> dict[str, Any]:
-    """Return the options that a checkpoint depends on, as they are in JSON."""
+    """Return the options that a checkpoint depends on, in their JSON form."""
     return {name: value for name, value in _stated(options).items() if name not in MEASURING}
 
 
 def _stated(options: Namespace) -> dict[str, Any]:
-    """Return the options that say what is done."""
+    """Return the options that change the result."""
     return {name: value for name, value in vars(options).items() if name not in PLACES}
 
 
 def recovery_data(options: Namespace, model: Any, tokenizer: Any, calibration: Tensor) -> FinetuneData:
-    """Return what to recover on; what is held out was not calibrated on either, where there is enough text."""
+    """Return the data of the recovery; held-out data was not calibrated on either, if there is enough text."""
     return finetune_data(
         options.data,
         tokenizer,
@@ -308,7 +308,7 @@ def recovery_data(options: Namespace, model: Any, tokenizer: Any, calibration: T
         overlong=options.overlong,
         empty=options.empty,
         streaming=options.streaming,
-        # Text that the model samples is to be another than what it was calibrated on.
+        # Sampled text must differ from the calibration text.
         seed=options.seed + 1,
         model=model,
         calibrated=calibration,
@@ -322,7 +322,7 @@ def recover(
     callback: FascCallback,
     data: FinetuneData,
 ) -> None:
-    """Fit once more with the callback that compressed the module; it trains what the recovery trains, and merges."""
+    """Fit again with the callback that compressed the module; it trains the recovery's parameters and merges them."""
     device = next(module.parameters()).device
     callbacks: list[pl.Callback] = [callback]
     last = None
@@ -352,7 +352,7 @@ def recover(
             enable_model_summary=False,
             callbacks=callbacks,
         )
-        if last is not None:  # not as an argument of `fit`, which callbacks see too late
+        if last is not None:  # not as an argument of `fit`, because callbacks would see it too late
             trainer.ckpt_path = last
         try:
             trainer.fit(module, data.train)
@@ -371,20 +371,20 @@ def full_report(
     assert callback.report is not None
     content = callback.report.to_dict()
     for layer in content["layers"]:
-        layer["name"] = layer["name"].removeprefix("model.")  # of the module around the model
+        layer["name"] = layer["name"].removeprefix("model.")  # the name of the model in its module
     content["model"] = options.model
     content["options"] = {**_stated(options), **content["options"], "recovery": options.recovery}
     content["data"] = asdict(data.summary)
     content["perplexity"] = compare_perplexity(states)
     content["facts"] = compare_facts(states)
     content["held_out"] = compare_heldout(states)
-    content["drift"] = drift(states, options.in_domain)
+    content["drift"] = retention(states, options.in_domain)
     content["seconds"] = {**seconds, **content["seconds"]}
     return content
 
 
 def report_lines(content: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what was lost and won back, a line a measurement."""
+    """Yield one line per measurement: dense, compressed, recovered."""
     if content["held_out"]:
         yield perplexity_line(f"{HELD_OUT} data", content["held_out"])
     yield from measurement_lines(content)

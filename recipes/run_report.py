@@ -1,4 +1,4 @@
-"""What came of runs that track rho: tables, figures, the report, and a reading of its numbers in words."""
+"""Results of runs that track rho: tables, figures, the report, and its numbers in words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fasc_lightning.evaluation import FactsResult
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-KNOWN = 80.0  # percent recalled from which the reading calls the facts known
+KNOWN = 80.0  # percent recalled; above it the report calls the facts known
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Run:
     """A finished run.
 
     Attributes:
-        model: With its last weights.
+        model: The model with its last weights.
         tokenizer: Its tokenizer.
-        history: What was observed of rho.
-        rows: Step, loss and recall in percent, at all steps of ``history`` and the last; NaN where there is none.
-        recall: The last measurement of recall; None if nothing was asked for.
-        seconds: By phase.
+        history: The observations of rho.
+        rows: Step, loss and recall in percent, at all steps of ``history`` and the last; NaN for missing values.
+        recall: The last measurement of recall; None without facts.
+        seconds: Seconds by phase.
     """
 
     model: PreTrainedModel
@@ -58,9 +58,9 @@ def write_outputs(runs: Mapping[str, Run], threshold: float, output: Path) -> No
     """Write tables, figures and the main run's model.
 
     Args:
-        runs: By name, the main one first.
-        threshold: Of rho, for the marks of emergence.
-        output: Folder.
+        runs: The runs by name, the main one first.
+        threshold: Threshold of rho for the marks of emergence.
+        output: The folder.
     """
     for name, run in runs.items():
         prefix = "control_" if name == "control" else ""
@@ -76,7 +76,7 @@ def write_outputs(runs: Mapping[str, Run], threshold: float, output: Path) -> No
 
 
 def full_report(options: Namespace, runs: Mapping[str, Run], seconds: float) -> dict[str, Any]:
-    """Return the report: options, versions, what each run came to, how runs and series compare, and in words."""
+    """Return the report: options, versions, results and comparisons of runs, and a summary in words."""
     model = next(iter(runs.values())).model
     content: dict[str, Any] = {
         "model": options.model or "small decoder",
@@ -93,7 +93,7 @@ def full_report(options: Namespace, runs: Mapping[str, Run], seconds: float) -> 
 
 
 def run_report(run: Run, threshold: float) -> dict[str, Any]:
-    """Return what one run came to."""
+    """Return the results of one run."""
     rows, history, recall = run.rows, run.history, run.recall
     last = history.at().values()
     rho, null, debiased = (defined(row[name] for row in last) for name in ("rho", "null", "debiased"))
@@ -129,10 +129,10 @@ def run_report(run: Run, threshold: float) -> dict[str, Any]:
 
 
 def compare_runs(facts: Run, control: Run) -> dict[str, Any]:
-    """Return how the mean debiased rho of the two runs differs, and how much of a correlation the control shows, too.
+    """Return the difference of the runs' mean debiased rho, and the correlations that the control shows too.
 
-    Two series that drift with training correlate whatever they are. So recall of the run on facts is also held against
-    rho of the control, which memorises nothing, and against the difference of the two.
+    Any two series with a trend correlate. So recall in the run on facts is also correlated with rho of the control,
+    which memorises nothing, and with the difference of the two.
     """
     mine, other = over_layers(facts.history, "debiased"), over_layers(control.history, "debiased")
     _, recalled = recall_at_observations(facts)
@@ -155,7 +155,7 @@ def compare_runs(facts: Run, control: Run) -> dict[str, Any]:
 
 
 def reading(content: Mapping[str, Any], options: Namespace) -> list[str]:
-    """Say in words what the numbers are, and what they cannot say."""
+    """Return in words the numbers and the limits of their meaning."""
     lines = []
     for name, run in content["runs"].items():
         rho, first = run["rho"], next(iter(run["debiased_mean_at"].values()))
@@ -195,18 +195,18 @@ def reading(content: Mapping[str, Any], options: Namespace) -> list[str]:
 
 
 def over_layers(history: RhoHistory, column: str) -> NDArray[np.float64]:
-    """Return the mean over layers at each observed step; NaN where no layer is defined."""
+    """Return the mean over layers at each observed step; NaN if no layer is defined."""
     return np.array([mean(defined(values)) for values in history.matrix(column).T])
 
 
 def recall_at_observations(run: Run) -> tuple[list[int], NDArray[np.float64]]:
-    """Return the steps at which rho was observed and the recall there, in percent."""
+    """Return the steps at which rho was observed, and the recall at these steps in percent."""
     recall = {row["step"]: row["recall"] for row in run.rows}
     return run.history.steps, np.array([recall[step] for step in run.history.steps])
 
 
 def correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """Return Pearson's r where both are defined; NaN for fewer than three points or if one does not vary."""
+    """Return Pearson's r over points with both values; NaN for fewer than three points or if one does not vary."""
     both = np.isfinite(x) & np.isfinite(y)
     x, y = x[both], y[both]
     if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
@@ -221,10 +221,10 @@ def defined(values: Any) -> NDArray[np.float64]:
 
 
 def mean(values: NDArray[Any]) -> float:
-    """Return the mean, NaN of nothing."""
+    """Return the mean; NaN without values."""
     return float(np.mean(values)) if len(values) else math.nan
 
 
 def median(values: NDArray[np.float64]) -> float:
-    """Return the median, NaN of nothing."""
+    """Return the median; NaN without values."""
     return float(np.median(values)) if len(values) else math.nan

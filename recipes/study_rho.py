@@ -1,19 +1,19 @@
-"""Study rho on a model: its profile, what it predicts, how many tokens it needs, and what a gate on it costs.
+"""Study rho on a model: its profile, its predictions, the tokens that it needs, and the cost of a gate on it.
 
-One pass over the calibration windows feeds five studies, each a table, a CSV and, where it helps, a figure:
+One pass over the calibration windows feeds five studies, each with a table, a CSV file and mostly a figure:
 
 * profile: rho by depth and kind of layer, with nulls and intervals (FASC, Fig. 3);
-* gains: rho against what fasc gains over svd, predicted and on held-out windows (Fig. 4);
-* angles: principal angles between the inputs that the two keep, for high and low rho (Fig. 5);
-* sizes: rho and its interval on 1,024 to 16,384 tokens, and how sizes correlate (Appendix E);
+* gains: rho against the gain of fasc over svd, predicted and on held-out windows (Fig. 4);
+* angles: principal angles between the inputs that the two solvers keep, for high and low rho (Fig. 5);
+* sizes: rho and its interval on 1,024 to 16,384 tokens, and correlations between sizes (Appendix E);
 * gate: fasc above a threshold, svd below: layers, perplexity, seconds (Table 8).
 
-On its defaults it needs no data and no network. A smaller run:
+The defaults need no data and no network. A smaller run:
 
     python recipes/study_rho.py --calibration a.txt --windows 16 --studies profile sizes --output study
 
 Three scores are compared. `pooled` is the paper's Eq. 2 on all tokens. `rho` is the mean over minibatches of up to
-2,048 tokens, as in monitoring; the smaller they are, the higher it is. `debiased` estimates the same without that bias.
+2,048 tokens, as in monitoring; smaller minibatches give higher values. `debiased` estimates the same without this bias.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ from fasc_lightning.studies.rho import (
 
 STUDIES = ("profile", "gains", "angles", "sizes", "gate")
 SIZES = (1024, 2048, 4096, 8192, 16384)
-#: Called fasc in all tables: the solution for independent x and h, since rho is about their dependence.
+#: Named fasc in all tables: the solution for independent x and h, because rho measures their dependence.
 METHOD = "fasc-plain"
 
 
@@ -102,7 +102,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the recipe; returns the report that it writes."""
+    """Run the recipe and return the report that it writes."""
     options = check(build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments)))
     output, studies, clock = Path(options.output), options.studies, Stopwatch()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def check(options: Namespace) -> Namespace:
-    """Refuse what cannot work before anything is loaded.
+    """Refuse invalid options before anything is loaded.
 
     Raises:
         ValueError: If an option is out of range.
@@ -194,7 +194,7 @@ def uniform_ranks(layers: dict[str, nn.Module], rank: float) -> dict[str, int]:
     """Return the rank of every layer.
 
     Raises:
-        ValueError: If a layer cannot have it.
+        ValueError: If a layer cannot have this rank.
     """
     shapes = layer_shapes(layers)
     ranks = {name: resolve_rank(m, n, rank) for name, (m, n) in shapes.items()}
@@ -217,9 +217,9 @@ def compare_layers(
 
     Args:
         layers: The layers.
-        moments: Theirs.
-        ranks: Theirs.
-        keep_weights: Whether the approximations are wanted: together twice the size of the layers.
+        moments: Their moments.
+        ranks: Their ranks.
+        keep_weights: Whether to keep the approximations, which together take twice the size of the layers.
     """
     compared = {}
     for name, layer in layers.items():
@@ -235,7 +235,7 @@ def compare_layers(
 def heldout_gains(
     model: Any, layers: dict[str, nn.Module], compared: Mapping[str, LayerComparison], windows: Tensor
 ) -> dict[str, float]:
-    """Return log10 of the loss of svd over that of fasc, on windows that neither was fitted to."""
+    """Return log10 of svd's loss over fasc's loss, on windows that neither was fitted to."""
     weights = {name: linear_weight(layer) for name, layer in layers.items()}
     losses = HeldoutLosses(weights, {name: comparison.approximations for name, comparison in compared.items()})
     for _ in backward_windows(model, Taps(layers, pairs=losses), windows, progress=sys.stderr.isatty()):
@@ -266,7 +266,7 @@ def sizes_study(observed: Mapping[int, Mapping[str, Observation]], output: Path)
 
 
 def gains_study(rows: Sequence[Row], threshold: float, output: Path) -> dict[str, list[Row]]:
-    """Show what fasc gains over svd, and whether rho tells."""
+    """Show the gain of fasc over svd, and whether rho predicts it."""
     for score, label in SCORES.items():
         figure = rho_gain_scatter(
             {row["layer"]: row[score] for row in rows},
@@ -311,8 +311,8 @@ def gate_study(
 ) -> list[Row]:
     """Compress the same model behind each gate, measure it, and put the dense layers back.
 
-    All rows spend one budget in one unit of loss, so that only the choice of solvers differs. Gates that select the
-    same layers are measured once. The seconds of a layer on svd include stating its loss in that unit.
+    All rows spend one budget in one unit of loss, so only the choice of solvers differs. Gates that select the same
+    layers are measured once. The seconds of a layer on svd include the conversion of its loss to that unit.
     """
     selections = {"no gate: all fasc": choose_methods(scores, None, METHOD)}
     for threshold in options.thresholds:
@@ -375,21 +375,21 @@ def perplexities(model: Any, texts: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def publish(title: str, rows: list[Row], path: Path) -> list[Row]:
-    """Print a table and save it as CSV; returns it."""
+    """Print a table, save it as CSV and return it."""
     print(f"\n{table_text(title, rows)}")
     save_table(rows, path)
     return rows
 
 
 class Stopwatch:
-    """Seconds by phase: each lap is what has passed since the one before."""
+    """Seconds by phase; each lap is the time since the previous one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """Name what has just been done."""
+        """End a phase under this name."""
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now

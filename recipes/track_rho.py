@@ -1,18 +1,18 @@
 """Track rho while a model learns facts: loss, recall and rho against the step, beside a control with nothing to learn.
 
-On its defaults it needs no data and no network. A small decoder is trained from scratch on made-up biographies, and is
-asked for their facts in words that it never read. Then comes the control: the same model on the same sentences, with
-the facts dealt out to other people at each epoch. What rho does in both runs does not come from memorising facts.
+The defaults need no data and no network. A small decoder is trained from scratch on made-up biographies, and is asked
+for their facts in sentences that it never read. The control follows: the same model on the same sentences, but in each
+epoch the facts belong to other people. A change of rho in both runs does not come from memorising facts.
 
     python recipes/track_rho.py
 
-A run that was killed goes on from its last checkpoint with `--resume true`, and ends as if nothing had happened.
-Fine-tuning on a text of your own, without a control; facts, if given, are asked for on the way:
+A killed run continues from its last checkpoint with `--resume true`, with the same results. Fine-tuning on your own
+text, without a control; facts, if given, are asked for during training:
 
     python recipes/track_rho.py --model smollm2 --text FILE --eval-facts facts.jsonl
 
 The output folder holds `training.png` (loss, recall, rho), `heatmap.png` and `profile.png`, the tables `history.csv`
-(rho) and `training.csv` (loss, recall), the same of the control as `control_*`, the model, and `report.json`.
+(rho) and `training.csv` (loss, recall), the control's files as `control_*`, the model, and `report.json`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from biographies import Person, epoch_biographies, make_people, recall_facts, word_tokenizer
+from biographies import biography_windows, make_people, recall_facts, word_tokenizer
 from jsonargparse import ArgumentParser, Namespace
 from run_report import Run, full_report, over_layers, write_outputs
 from torch import Tensor
+from window_stream import BatchStream, shuffled_windows
 
 from fasc_lightning import CausalLMModule, FascCallback
 from fasc_lightning.cli import Row, mapping, plain, read_json, whole_file, write_json
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 
 # The small decoder: 2.8 million parameters with the words of 300 biographies.
 WIDTH, INNER_WIDTH, LAYERS, HEADS = 192, 512, 6, 4
-# Facts of so many people are asked for: that takes a second, some sixty times on the defaults.
+# The facts of this many people are asked for: a second each time, some sixty times with the defaults.
 RECALL_PEOPLE = 100
-# The defaults: from scratch on biographies, and fine-tuning on a text (where None is one pass over it).
+# The defaults: from scratch on biographies, and fine-tuning on a text (None means one pass over it).
 FROM_SCRATCH = {"steps": 900, "batch_size": 16, "window": 64, "learning_rate": 2e-3}
 FINE_TUNING = {"steps": None, "batch_size": 4, "window": 256, "learning_rate": 2e-5}
 OBSERVATIONS = 15
@@ -78,7 +78,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the recipe; returns the report that it writes."""
+    """Run the recipe and return the report that it writes."""
     start = time.perf_counter()
     options = check(build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments)))
     task = text_task(options) if options.text else biographies_task(options)
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def check(options: Namespace) -> Namespace:
-    """Fill in defaults, and refuse what cannot work before anything is loaded.
+    """Fill in defaults, and refuse invalid options before anything is loaded.
 
     Raises:
         ValueError: If options are out of range or contradict each other.
@@ -133,19 +133,19 @@ def monitor(options: Namespace, every: int) -> FascCallback:
     )
 
 
-# What is trained, on what, and what is asked.
+# The model, its data and the facts.
 
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that the runs share, and what tells them apart.
+    """The parts that the runs share, and the data of each run.
 
     Attributes:
-        make_model: Returns the model to start from, the same for each run.
+        make_model: Returns the initial model, the same for each run.
         tokenizer: Its tokenizer.
-        facts: What is asked for on the way; may be empty.
-        runs: For each run by name, first the main one, the windows of an epoch by its number: token ids of shape
-            (windows, window). They depend on that number and the options alone.
+        facts: Facts to ask for during training; may be empty.
+        runs: For each run by name, the main one first, a function from the index of an epoch to its windows: token ids
+            of shape (windows, window). They depend on the index and the options alone.
     """
 
     make_model: Callable[[], PreTrainedModel]
@@ -176,7 +176,7 @@ def small_decoder(tokenizer: PreTrainedTokenizerBase, window: int, seed: int) ->
         intermediate_size=INNER_WIDTH,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
-        max_position_embeddings=max(window, 64),  # room for questions where windows are very short
+        max_position_embeddings=max(window, 64),  # room for questions if windows are very short
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -185,29 +185,6 @@ def small_decoder(tokenizer: PreTrainedTokenizerBase, window: int, seed: int) ->
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
-
-
-def biography_windows(
-    people: Sequence[Person],
-    tokenizer: PreTrainedTokenizerBase,
-    window: int,
-    seed: int,
-    epoch: int,
-    shuffled: bool = False,
-) -> Tensor:
-    """Return an epoch's biographies, one after the other, cut into windows; less than one window is left over.
-
-    Raises:
-        ValueError: If they do not fill one window.
-    """
-    texts = epoch_biographies(people, seed, epoch, shuffled)
-    ids = [token for text in tokenizer(texts)["input_ids"] for token in text]
-    if len(ids) < window:
-        raise ValueError(
-            f"Expected biographies of at least one window of {window} tokens but {len(people)} people have "
-            f"{len(ids)} tokens. Give more --people or a smaller --window."
-        )
-    return torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
 
 
 def text_task(options: Namespace) -> Task:
@@ -220,54 +197,8 @@ def text_task(options: Namespace) -> Task:
     return Task(lambda: model, tokenizer, facts, {"text": partial(shuffled_windows, windows, options.seed)})
 
 
-def shuffled_windows(windows: Tensor, seed: int, epoch: int) -> Tensor:
-    """Return the windows in the order of an epoch."""
-    return windows[Random(f"order {seed} {epoch}").sample(range(len(windows)), len(windows))]
-
-
-class BatchStream:
-    """Batches of windows, epoch after epoch; a stateful loader, so that a resumed fit goes on with the next batch.
-
-    Args:
-        epoch_windows: Windows of an epoch by its number, shape (windows, window), at least one. Those that do not fill
-            a batch go into the next epoch's first.
-        batch_size: Windows a batch.
-        steps: Batches in all.
-    """
-
-    def __init__(self, epoch_windows: Callable[[int], Tensor], batch_size: int, steps: int) -> None:
-        self.epoch_windows = epoch_windows
-        self.batch_size = batch_size
-        self.steps = steps
-        self._step = 0
-        self._epoch = 0
-        self._rest: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        while self._step < self.steps:
-            parts = [] if self._rest is None else [self._rest]
-            while sum(map(len, parts)) < self.batch_size:
-                parts.append(self.epoch_windows(self._epoch))
-                self._epoch += 1
-            windows = torch.cat(parts)
-            batch, self._rest = windows[: self.batch_size], windows[self.batch_size :].clone()
-            self._step += 1
-            yield {"input_ids": batch}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how far the stream is, with the windows that are left of the last epoch."""
-        return {"step": self._step, "epoch": self._epoch, "rest": self._rest}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go where the stream was that ``state`` comes from."""
-        self._step, self._epoch, self._rest = state["step"], state["epoch"], state["rest"]
-
-
 def complete(options: Namespace, task: Task) -> None:
-    """Fill in how often is observed, which depends on the number of steps."""
+    """Fill in the steps between observations, which depend on the number of steps."""
     if options.monitor_every_n_steps is None:
         options.monitor_every_n_steps = max(1, options.steps // OBSERVATIONS)
     asked = f"asked for {len(task.facts)} facts" if task.facts else "asked for no facts"
@@ -287,7 +218,7 @@ class Training(CausalLMModule):
         model: A causal language model.
         steps: Optimizer steps in all.
         learning_rate: The highest one.
-        weight_decay: Of matrices.
+        weight_decay: Weight decay of matrices.
     """
 
     def __init__(self, model: PreTrainedModel, steps: int, learning_rate: float, weight_decay: float) -> None:
@@ -308,13 +239,13 @@ class Training(CausalLMModule):
 
 
 def warmup_cosine(step: int, steps: int, warmup: float = 0.05, lowest: float = 0.05) -> float:
-    """Return the share of the highest learning rate: up on a line, down on a cosine.
+    """Return the share of the highest learning rate, which rises on a line and falls on a cosine.
 
     Args:
-        step: Optimizer steps done.
-        steps: In all.
-        warmup: Share of the steps that go up.
-        lowest: What it comes down to.
+        step: Optimizer steps so far.
+        steps: Optimizer steps in all.
+        warmup: Share of the steps in which the rate rises.
+        lowest: The share at the end.
     """
     up = max(1, round(warmup * steps))
     if step < up:
@@ -325,16 +256,16 @@ def warmup_cosine(step: int, steps: int, warmup: float = 0.05, lowest: float = 0
 class TrainingLog(pl.Callback):
     """Table of loss and recall at steps 0, n, 2n, ... and the last, and the checkpoints of a run.
 
-    Recall is measured with the weights that rho of the same step is observed with. The loss is the mean over the steps
-    since the row before, so NaN at step 0.
+    Recall and rho of one step are measured with the same weights. The loss is the mean over the steps since the
+    previous row, so it is NaN at step 0.
 
     Args:
-        name: Of the run, for messages.
-        model: What is trained.
+        name: Name of the run, for messages.
+        model: The trained model.
         task: Its tokenizer and facts.
-        every_n_steps: From one row to the next.
+        every_n_steps: Steps from one row to the next.
         checkpoint: File that is written every few rows and at the end, whole or not at all.
-        rho: The callback whose history is shown beside; must stand before this one in the Trainer's list.
+        rho: The callback with the history of rho; it must stand before this one in the Trainer's list.
     """
 
     def __init__(
@@ -359,19 +290,19 @@ class TrainingLog(pl.Callback):
         self._began = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has been logged, as plain numbers; checkpoints are made right after a row, when no loss waits."""
+        """Return the table as plain numbers; checkpoints come right after a row, when no loss is pending."""
         recall = self.recall and self.recall.to_dict()
         return {"rows": self.rows, "recall": recall, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the table of a checkpoint."""
+        """Continue the table of a checkpoint."""
         self.rows, self.seconds = state_dict["rows"], state_dict["seconds"]
         if recall := state_dict["recall"]:
             kinds = {kind: (value["percent"], value["count"]) for kind, value in recall["by_kind"].items()}
             self.recall = FactsResult(**{**recall, "by_kind": kinds})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the row of step 0."""
+        """Add the row of step 0."""
         self._began = time.perf_counter()
         if trainer.global_step == 0:
             self._row(trainer)
@@ -379,7 +310,7 @@ class TrainingLog(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the loss; make a row and a checkpoint where one is due.
+        """Record the loss; add a row and write a checkpoint if they are due.
 
         Raises:
             FloatingPointError: If the loss is not finite.
@@ -428,7 +359,7 @@ class TrainingLog(pl.Callback):
 
 
 def train(name: str, task: Task, options: Namespace) -> Run:
-    """Train one model, or finish training it; a run that has ended before only reads its checkpoint."""
+    """Train one model, or finish its training; a finished run only reads its checkpoint."""
     checkpoint = checkpoint_path(options, name)
     weight_decay = 0.0 if options.text else 0.1
     model = task.make_model().train()
@@ -458,7 +389,7 @@ def checkpoint_path(options: Namespace, run: str) -> Path:
 
 
 def prepare_folder(options: Namespace, runs: Sequence[str]) -> None:
-    """Note the options in the output folder; take checkpoints of other runs away, or check that they are of this one.
+    """Write the options to the output folder; delete checkpoints of other runs, or check that they belong to this one.
 
     Raises:
         ValueError: If the run to resume had other options.

@@ -5,7 +5,7 @@ from fasc_lightning._utils._checksum import check_sum, checksum, file_checksum, 
 from fasc_lightning._utils._clock import Clock
 from fasc_lightning._utils._correlation import correlate
 from fasc_lightning._utils._eval_mode import evaluating
-from fasc_lightning._utils._fingerprint import fingerprint, tokenizer_fingerprint
+from fasc_lightning._utils._fingerprint import fingerprint, model_fingerprint, tokenizer_fingerprint
 from fasc_lightning._utils._forward_hook import ForwardHook
 from fasc_lightning._utils._json_files import check_json_files, parse_json, plain_values, read_json, write_json
 from fasc_lightning._utils._layer_names import block_of, some_names
@@ -96,6 +96,7 @@ __all__ = [
     "listed",
     "mapping",
     "markdown_table",
+    "model_fingerprint",
     "module_kinds",
     "naming",
     "new_figure",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def fingerprint(*parts: Any) -> str:
@@ -32,3 +32,17 @@ def fingerprint(*parts: Any) -> str:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of a tokenizer's vocabulary and special tokens."""
     return fingerprint(tokenizer.get_vocab(), [str(token) for token in tokenizer.all_special_tokens])
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Return a cheap hash of a model: of its configuration and evenly spaced entries of its tensors."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        flat = tensor.detach().reshape(-1)
+        entries = flat[:: max(1, flat.numel() // 256)][:257].double().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(entries.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Factorise layers, spend a budget over them, build the compressed ones, and report."""
+"""Factorisation of layers, allocation of a budget, low-rank replacements, and the report."""
 
 from fasc_lightning.compression._allocation import Candidate, allocate_fisher, allocate_uniform, least_cost
 from fasc_lightning.compression._budget import (
@@ -23,7 +23,7 @@ from fasc_lightning.compression._layer_report import LayerReport
 from fasc_lightning.compression._loss_correction import evenly_spaced, measure_losses
 from fasc_lightning.compression._objective import fisher_losses, fisher_metric
 from fasc_lightning.compression._report import CompressionReport, log_report
-from fasc_lightning.compression._report_schema import check_callback_state, check_recovery_state, sealed
+from fasc_lightning.compression._state_schema import check_callback_state, check_recovery_state, sealed
 from fasc_lightning.compression._summary import outcome, recovery_line
 
 __all__ = [

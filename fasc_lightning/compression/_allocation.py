@@ -1,4 +1,4 @@
-"""Budget and loss curves in, ranks out."""
+"""Allocation of ranks: a budget of parameters spent over the layers' loss curves."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ Cost: TypeAlias = Callable[[int, int, int], int]
 
 @dataclass(frozen=True)
 class Candidate:
-    """What allocation knows of one layer.
+    """One layer as the allocation sees it.
 
     Attributes:
-        name: For messages.
+        name: The layer's name, for messages.
         m: Outputs.
         n: Inputs.
-        losses: The solver's loss at ranks 0..r, shape (r + 1,), weighted so that layers compare.
+        losses: The solver's loss at ranks 0..r, shape (r + 1,), weighted so that the losses of different layers
+            compare.
     """
 
     name: str
@@ -32,14 +33,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class _Options:
-    """The ways to store one layer, by ascending rank and cost; the last is dense."""
+    """The ways to store one layer, by ascending rank and cost; the last one is dense."""
 
     ranks: NDArray[np.int64]  # 0 stands for dense
     costs: NDArray[np.int64]
     losses: NDArray[np.float64]
 
     def best(self, price: float) -> int:
-        """Index of the option that minimises loss + price * cost; the cheaper one of a tie."""
+        """Return the index of the option that minimises loss + price * cost; the cheaper option wins a tie."""
         return int(np.argmin(self.losses + price * self.costs))
 
 
@@ -56,13 +57,13 @@ def _options(candidate: Candidate, cost: Cost, align: int) -> _Options:
 
 
 def least_cost(m: int, n: int, cost: Cost, align: int = 1) -> int:
-    """Return the parameters of the cheapest way to store a layer: its lowest rank, or dense where that is no more.
+    """Return the parameters of the cheapest way to store a layer: at its lowest rank, or dense if that is cheaper.
 
     Args:
         m: Outputs.
         n: Inputs.
         cost: Parameters of a rank-k matrix in the layout in use.
-        align: What ranks are multiples of.
+        align: Ranks are multiples of this.
     """
     return m * n if align > min(m, n) else min(cost(m, n, align), m * n)
 
@@ -70,22 +71,22 @@ def least_cost(m: int, n: int, cost: Cost, align: int = 1) -> int:
 def allocate_fisher(candidates: Sequence[Candidate], budget: int, cost: Cost, align: int = 1) -> list[int | None]:
     """Minimise the sum of the layers' losses under a budget of parameters.
 
-    The Lagrangian sum of loss(k) + price * cost(k) separates by layer; its minimum is taken over every rank, since
-    the cost of pivot storage is concave in k, and over keeping the layer dense. The price is bisected to the budget
-    (Everett 1963: the result is optimal for the budget it spends), and what is left is spent greedily by loss saved
-    per parameter.
+    The Lagrangian sum of loss(k) + price * cost(k) separates by layer. The search compares every rank, because the cost
+    of pivot storage is concave in k, and also the dense layer. The price is bisected to the budget (Everett 1963: the
+    result is optimal for the budget it spends). The rest of the budget is then spent greedily by loss saved per
+    parameter.
 
     Args:
         candidates: The layers.
-        budget: Parameters that may be kept in all.
+        budget: Parameters that all layers together may keep.
         cost: Parameters of a rank-k matrix in the layout in use.
-        align: What ranks are multiples of. A layer without such a rank that saves parameters stays dense.
+        align: Ranks are multiples of this. A layer stays dense if no multiple saves parameters.
 
     Returns:
         The rank of each layer, None for dense.
 
     Raises:
-        ValueError: If the budget does not even hold the lowest rank everywhere.
+        ValueError: If the budget does not hold the lowest rank in every layer.
     """
     options = [_options(candidate, cost, align) for candidate in candidates]
     least = sum(int(o.costs[0]) for o in options)
@@ -104,7 +105,7 @@ def allocate_fisher(candidates: Sequence[Candidate], budget: int, cost: Cost, al
         low, high = 0.0, _prohibitive_price(options)
         chosen, spent = spend(high)
         for _ in range(200):
-            # Prices span many orders of magnitude: bisect their logarithm once zero is left behind.
+            # Prices span many orders of magnitude, so their logarithm is bisected once the lower end is above zero.
             middle = (low * high) ** 0.5 if low > 0 else high * 1e-6
             trial, cost_of_trial = spend(middle)
             if cost_of_trial > budget:
@@ -123,7 +124,7 @@ def _prohibitive_price(options: Sequence[_Options]) -> float:
 
 
 def _spend_rest(options: Sequence[_Options], chosen: list[int], rest: int) -> None:
-    """Move layers to costlier options while the rest of the budget allows, best gain per parameter first."""
+    """Move layers to costlier options while the budget lasts, the best gain per parameter first."""
     while True:
         best: tuple[float, int, int] | None = None
         for layer, (o, i) in enumerate(zip(options, chosen, strict=True)):
@@ -145,13 +146,13 @@ def _spend_rest(options: Sequence[_Options], chosen: list[int], rest: int) -> No
 def allocate_uniform(
     candidates: Sequence[Candidate], budgets: Sequence[int], cost: Cost, align: int = 1
 ) -> list[int | None]:
-    """Give each layer the largest rank that its own budget holds, dense where that fits.
+    """Give each layer the largest rank that its own budget holds; a layer that fits stays dense.
 
     Args:
-        candidates: The layers; their losses are not looked at.
+        candidates: The layers; their losses are not used.
         budgets: Parameters that each layer may keep.
         cost: Parameters of a rank-k matrix in the layout in use.
-        align: What ranks are multiples of.
+        align: Ranks are multiples of this.
 
     Raises:
         ValueError: If a layer's budget does not hold its lowest rank.

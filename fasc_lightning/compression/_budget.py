@@ -1,4 +1,4 @@
-"""The parameters that a compression may keep, layer by layer."""
+"""Budgets: how many parameters a compression may keep in each layer."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fasc_lightning.layers import (
 
 
 def layer_budgets(layers: dict[str, nn.Module], rank: float | None, keep: float | None) -> dict[str, int]:
-    """Return how many weights each layer may keep under a uniform treatment; their sum is the whole budget.
+    """Return how many weights each layer may keep if all are treated alike; the sum is the whole budget.
 
     ``rank`` spends the degrees of freedom of uniform rank-k matrices, k (m + n - k). ``keep`` is a fraction of the
-    layers' parameters; biases are kept whole and count, so that the total holds whether they are counted or not.
+    layers' parameters; biases count and are kept whole, so the fraction holds with biases counted or not.
 
     Args:
         layers: The targeted layers.
@@ -57,7 +57,7 @@ def check_budget_fits(
     """Refuse a budget that does not hold the lowest rank in every layer.
 
     Raises:
-        ValueError: With the least budget that would do.
+        ValueError: If the budget is too small; the message names the smallest possible one.
     """
     cost, budgets = layout_cost(layout, layers_dtype(layers)), layer_budgets(layers, rank, keep)
     least = {name: least_cost(*linear_shape(module), cost, align) for name, module in layers.items()}
@@ -79,7 +79,7 @@ def layout_cost(layout: Layout, dtype: torch.dtype = torch.float32) -> Cost:
 
 
 def layers_dtype(layers: Mapping[str, nn.Module]) -> torch.dtype:
-    """Return the dtype that the layers have in common; float32 if they have none."""
+    """Return the dtype that all layers share; float32 if their dtypes differ."""
     found = {
         module.dtype if isinstance(module, ExpertLinear) else linear_weight(module).dtype for module in layers.values()
     }
@@ -87,10 +87,10 @@ def layers_dtype(layers: Mapping[str, nn.Module]) -> torch.dtype:
 
 
 def check_rank_fits(shapes: Mapping[str, tuple[int, int]], rank: float | None) -> None:
-    """Refuse an absolute rank that some layer cannot have.
+    """Refuse an absolute rank that is larger than min(m, n) of some layer.
 
     Raises:
-        ValueError: With the layers.
+        ValueError: If there are such layers; the message counts them and names one.
     """
     if isinstance(rank, int):
         small = [f"{name} {shape}" for name, shape in shapes.items() if min(shape) < rank]

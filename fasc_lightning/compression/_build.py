@@ -1,4 +1,4 @@
-"""From layers and moments to low-rank modules under one budget."""
+"""Low-rank replacements of layers, built from their moments under one budget."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from fasc_lightning.statistics import CalibrationMoments, SketchFigures
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What becomes of one layer.
+    """The rank and layout chosen for one layer.
 
     Attributes:
         name: Dotted name in the module.
         shape: (m, n) = (outputs, inputs).
         rank: Rank kept; min(m, n) if the layer stays dense.
         layout: "pivot", "factors" or "dense".
-        tokens: Tokens behind its statistics.
-        loss: What the solver's objective says is lost; 0 for a dense layer. Where solvers are mixed, or the unit is
-            "fisher", J of the Fisher metric whatever the solver.
-        method: The solver that served it, or would have if it stays dense.
-        sketches: Of its sketched sides (``sketch_figures``); empty for exact moments.
+        tokens: Number of tokens in its statistics.
+        loss: The loss by the solver's objective; 0 for a dense layer. If solvers are mixed, or the unit is "fisher", it
+            is J of the Fisher metric for every solver.
+        method: The layer's solver, also if the layer stays dense.
+        sketches: Figures of its sketched sides (``sketch_figures``); empty for exact moments.
     """
 
     name: str
@@ -60,7 +60,7 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class CompressionResult:
-    """Replacements for the layers that do not stay dense, and the plan of all of them."""
+    """Replacements for the layers that do not stay dense, and the choices for all layers."""
 
     replacements: dict[str, nn.Module]
     layers: list[LayerChoice]
@@ -86,7 +86,7 @@ def compress_layers(
 ) -> CompressionResult:
     """Factorise the layers and build their replacements; the layers themselves are only read.
 
-    :func:`factorize_layers` and :func:`build_layers`, one after the other: see there.
+    Calls :func:`factorize_layers` and then :func:`build_layers`.
 
     Args:
         layers: The targeted layers by name.
@@ -95,20 +95,20 @@ def compress_layers(
         keep: See :func:`layer_budgets`.
         method: Solver.
         allocation: See :func:`build_layers`.
-        layout: Likewise.
-        align: Likewise.
-        device: Where to factorise.
+        layout: See :func:`build_layers`.
+        align: See :func:`build_layers`.
+        device: The device that factorises.
         progress: Wraps the loops over layers.
         methods: See :func:`factorize_layers`.
-        consume: Likewise.
-        unit: Likewise.
+        consume: See :func:`factorize_layers`.
+        unit: See :func:`factorize_layers`.
         measure: See :func:`build_layers`.
         known: See :func:`factorize_layers`.
 
     Raises:
         RuntimeError: If no gradient reached any layer.
-        ValueError: If the budget cannot be met, the unit is unknown, ``methods`` names a layer or a solver that there
-            is not, or a solver needs statistics that were not gathered.
+        ValueError: If the budget cannot be met, the unit is unknown, ``methods`` names an unknown layer or solver, or a
+            solver needs statistics that were not gathered.
     """
     _check_measure(allocation, measure)
     factorized = factorize_layers(
@@ -149,23 +149,23 @@ def build_layers(
     progress: Progress | None = None,
     measure: LossEstimator | None = None,
 ) -> CompressionResult:
-    """Spend one budget over factorised layers and build what replaces them; the layers themselves are only read.
+    """Spend one budget over factorised layers and build their replacements; the layers themselves are only read.
 
-    Layers that were not factorised stay dense: nothing is known of what they may lose.
+    Layers that were not factorised stay dense, because nothing tells which rank they need.
 
-    With "measured" the ranks that "fisher" gives are measured on tokens, each layer's losses are corrected by what
-    comes out (``correction``), and the budget is spent anew. Only J can be measured:
-    losses in other units are spent as "fisher" does.
+    "measured" starts from the ranks of "fisher" and measures J on tokens at these ranks. It corrects each layer's
+    losses by the result (``correction``) and spends the budget again. Only J can be measured: losses in other units are
+    allocated as by "fisher".
 
     Args:
         layers: The targeted layers by name.
-        factorized: The same, factorised; the factorisations are used up.
+        factorized: Factorisations of these layers. The call empties them.
         rank: See :func:`layer_budgets`.
         keep: See :func:`layer_budgets`.
         allocation: "measured" or "fisher" (one budget, spent where it matters most), or "uniform".
         layout: "auto" (:func:`~fasc_lightning.layers.auto_layout` for each layer), "pivot" or "factors".
-        align: What ranks are multiples of; layers that stay dense have full rank.
-        device: Of the compression.
+        align: Ranks are multiples of this; layers that stay dense have full rank.
+        device: The device of the compression.
         progress: Wraps the loop over layers.
         measure: Measures J of low-rank layers on tokens; needed for "measured".
 
@@ -198,7 +198,7 @@ def build_layers(
             plans.append(LayerChoice(name, shape, min(shape), "dense", tokens[name], 0.0, solver, sketches))
             continue
         factorization = factorizations.pop(name)
-        # As the budget was told: a layer of another dtype than the rest may not choose for itself.
+        # The dtype of the budget: a layer of another dtype must not choose a layout by its own.
         stored: Any = auto_layout(*shape, k, dtype) if layout == "auto" else layout
         replacements[name] = built = _build(module, factorization, k, stored)
         loss = float(factorization.losses[k])
@@ -212,7 +212,7 @@ def _check_measure(allocation: str, measure: LossEstimator | None) -> None:
 
 
 def _check_reached(factorized: FactorizedLayers) -> None:
-    """Refuse to compress what no gradient tells anything of."""
+    """Refuse to compress if no gradient, or only zeros, reached every layer."""
     reached = sum(count > 0 for count in factorized.tokens.values())
     if not reached:
         raise RuntimeError(
@@ -221,7 +221,7 @@ def _check_reached(factorized: FactorizedLayers) -> None:
         )
     if not factorized.factorizations:
         raise RuntimeError(
-            f"Every gradient that reached the {reached} tapped layers was zero, so nothing tells what they may lose. "
+            f"Every gradient that reached the {reached} tapped layers was zero, so the loss does not depend on them. "
             "Is the loss a constant?"
         )
 
@@ -239,7 +239,7 @@ def _allocate(
     candidates = []
     for name, factorization in factorizations.items():
         m, n = linear_shape(layers[name])
-        # Losses are per token of the layer; layers that see fewer tokens weigh less in the model's loss.
+        # Losses are means over the layer's tokens; layers that see fewer tokens weigh less in the model's loss.
         weighted = factorization.losses.double().numpy() * (tokens[name] / most)
         candidates.append(Candidate(name, m, n, weighted))
     unreached = [name for name in layers if name not in factorizations]
@@ -253,7 +253,7 @@ def _allocate(
             f"{', '.join(unreached[:3])}{' ...' if len(unreached) > 3 else ''}, or raise `rank` or `keep`."
         )
     if allocation == "uniform":
-        # What stays dense for want of a gradient is paid for by the others, in proportion.
+        # Layers without a gradient stay dense; the other layers pay for them in proportion.
         share = min(1.0, budget / sum(budgets[c.name] for c in candidates))
         ranks = allocate_uniform(candidates, [math.floor(share * budgets[c.name]) for c in candidates], cost, align)
     else:
@@ -264,7 +264,7 @@ def _allocate(
 def _corrected(
     factorizations: dict[str, Factorization], ranks: Mapping[str, int | None], measure: LossEstimator
 ) -> dict[str, Factorization]:
-    """Return the factorisations with losses corrected by what they are at some ranks, on tokens."""
+    """Return the factorisations with losses corrected by their measured values at the given ranks."""
     chosen = {name: k for name, k in ranks.items() if k is not None}
     measured = measure({name: factorizations[name].truncate(k) for name, k in chosen.items()})
     corrected = dict(factorizations)
@@ -277,11 +277,11 @@ def _corrected(
 
 
 def _build(module: nn.Module, factorization: Factorization, rank: int, layout: Layout) -> CompressedLinear:
-    B, C = factorization.truncate(rank)
+    left, right = factorization.truncate(rank)
     weight: Any = linear_weight(module)
     bias: Any = getattr(module, "bias", None)
     built = make_lowrank(
-        B, C, None if bias is None else whole(bias.detach()), layout, dtype=weight.dtype, device=weight.device
+        left, right, None if bias is None else whole(bias.detach()), layout, dtype=weight.dtype, device=weight.device
     )
     return built.train(module.training).requires_grad_(trains_weight(module))
 
@@ -300,12 +300,12 @@ def parameter_tensors(replacements: dict[str, nn.Module]) -> list[Tensor]:
 
 
 def same_everywhere(trainer: pl.Trainer, result: CompressionResult) -> CompressionResult:
-    """Give every process the factors of the first: rounding must not make replicas differ.
+    """Give every process the factors of the first one, because rounding must not make replicas differ.
 
-    The moments are the same everywhere, but a tie in the allocation may fall differently on other hardware.
+    The moments are equal on all processes, but other hardware may decide a tie in the allocation differently.
 
     Raises:
-        RuntimeError: If the processes did not even choose the same ranks.
+        RuntimeError: If the processes chose different ranks.
     """
     if not is_distributed(trainer):
         return result

@@ -1,4 +1,4 @@
-"""Finished factors on the disk, for calibrations whose moments do not fit: all factors would take more than they do."""
+"""Finished factors on disk, for calibrations whose moments fill the memory: all factors together are larger."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fasc_lightning.solvers import Factorization
 
 
 def offload_to_disk(factorization: Factorization) -> Factorization:
-    """Return the same with its factors in a file, mapped into memory: what is not read of them takes none.
+    """Return the factorisation with memory-mapped factors in a file, so factors that are not read use no RAM.
 
-    The file has no name and goes with the tensors.
+    The file has no name and disappears with the tensors.
 
     Raises:
-        OSError: If there is no room for it.
+        OSError: If the disk has no room for it.
     """
     size = factorization.left.nbytes + factorization.right.nbytes
     with NamedTemporaryFile(prefix="fasc-", suffix=".pt") as file:

@@ -1,4 +1,4 @@
-"""Experts by rho: which of them hold knowledge, by the dependence of gradients on inputs, and what was kept of them."""
+"""Experts ranked by rho, the dependence of gradients on inputs, with their tokens and kept ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fasc_lightning.statistics import borrows
 if TYPE_CHECKING:
     from fasc_lightning.compression._layer_report import LayerReport
 
-#: Experts that a report's summary shows.
+#: Number of experts in a report's summary.
 SHOWN = 5
 
 
@@ -25,13 +25,13 @@ class ExpertRow:
     """One expert.
 
     Attributes:
-        experts: Name of its module.
-        expert: Its number.
-        tokens: That it saw in calibration.
-        share: Of the tokens that all targeted experts of its module saw.
-        rho: Mean over its projections; NaN where none was measured.
-        rho_debiased: Likewise.
-        rank: Mean over its projections of rank over full rank; 1 if it is dense.
+        experts: Name of the module that holds the expert.
+        expert: Index of the expert in the module.
+        tokens: Tokens that reached it in calibration.
+        share: Its share of the tokens of all targeted experts in its module.
+        rho: Mean over its projections; NaN if none was measured.
+        rho_debiased: Mean of the debiased scores, as ``rho``.
+        rank: Mean of rank / full rank over its projections; 1 if it is dense.
     """
 
     experts: str
@@ -44,9 +44,10 @@ class ExpertRow:
 
 
 def expert_rows(layers: Iterable[LayerReport]) -> list[ExpertRow]:
-    """Return the experts among a report's layers, those of the highest debiased rho first, unmeasured ones last.
+    """Return the experts among a report's layers, the highest debiased rho first and unmeasured experts last.
 
-    Debiased, since plain rho rises as tokens get fewer, and experts differ in how many they see.
+    The order is by debiased rho because plain rho rises as tokens get fewer, and experts see different numbers of
+    tokens.
     """
     found: dict[tuple[str, int], list[LayerReport]] = defaultdict(list)
     for layer in layers:
@@ -71,11 +72,11 @@ def expert_rows(layers: Iterable[LayerReport]) -> list[ExpertRow]:
 
 
 def expert_table(layers: Iterable[LayerReport], most: int = 20) -> str:
-    """Return the experts of a report as a table, those that hold most knowledge by rho first; empty without experts.
+    """Return the experts of a report as a table, the highest debiased rho first; empty without experts.
 
     Args:
         layers: ``report.layers``.
-        most: Rows.
+        most: Number of rows at most.
     """
     rows = expert_rows(layers)
     if not rows:
@@ -95,7 +96,7 @@ def expert_table(layers: Iterable[LayerReport], most: int = 20) -> str:
 
 
 def expert_summary(layers: Iterable[LayerReport]) -> list[str]:
-    """Return the lines that a report's summary has for experts: how many tokens they saw, and the first by rho."""
+    """Return the summary's lines on experts: how many tokens reached them, and the first experts by rho."""
     layers = list(layers)
     rows = expert_rows(layers)
     if not rows:

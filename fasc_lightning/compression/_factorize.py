@@ -1,4 +1,4 @@
-"""Factorisations of every layer to every rank, from moments that are then let go of."""
+"""Factorisations of every layer at every rank; each layer's moments are freed after use."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from fasc_lightning.statistics import (
 #: Solvers whose own losses are J in the metric of :func:`~fasc_lightning.compression.fisher_metric`.
 FISHER_METHODS = frozenset({"fasc"})
 
-#: What losses are stated and allocated in: each solver's own unit, or J of the Fisher metric for all of them.
+#: The unit of losses in factorisations and allocation: each solver's own, or J of the Fisher metric for all solvers.
 Unit = Literal["own", "fisher"]
 UNITS: tuple[Unit, ...] = ("own", "fisher")
 
 
 @dataclass
 class FactorizedLayers:
-    """Factorisations of every rank, and what has to be known of layers once their moments are gone.
+    """Factorisations at every rank, and the facts about the layers that outlive their moments.
 
     Attributes:
-        factorizations: By layer; not of those whose gradients never came or were all zero.
-        tokens: Behind each layer's statistics; 0 where no gradient came.
-        solvers: What served each layer, or would have.
+        factorizations: By layer; without the layers that no gradient, or only zeros, reached.
+        tokens: Number of tokens in each layer's statistics; 0 if no gradient came.
+        solvers: The solver of each layer, factorised or not.
         sketches: Figures of the sketched sides of each layer that was factorised
             (``sketch_figures``).
-        compare: Whether losses are J of the Fisher metric, in which layers compare whatever their solver.
+        compare: Whether losses are J of the Fisher metric; then layers with different solvers compare.
     """
 
     factorizations: dict[str, Factorization]
@@ -52,10 +52,10 @@ class FactorizedLayers:
     compare: bool
 
     def join(self, other: FactorizedLayers) -> FactorizedLayers:
-        """Return these and those of other layers.
+        """Return the factorisations of these layers and of others together.
 
         Raises:
-            ValueError: If the losses of the two are in different units.
+            ValueError: If their losses are in different units.
         """
         if self.compare != other.compare:
             raise ValueError("Expected losses in one unit for all layers but got J of the Fisher metric for some only.")
@@ -81,35 +81,35 @@ def factorize_layers(
     known: MutableMapping[str, Factorization] | None = None,
     hold: Callable[[Factorization], Factorization] | None = None,
 ) -> FactorizedLayers:
-    """Factorise layers one after the other, to every rank; the layers themselves are only read.
+    """Factorise layers one after the other, at every rank; the layers themselves are only read.
 
-    Layers whose gradients never came, or were all zero, are left out. Experts with few tokens borrow from those of
-    their block (``statistics/_expert_pooling.py``).
+    Layers that no gradient, or only zeros, reached are left out. Experts with few tokens borrow statistics from the
+    other experts of their block (``statistics/_expert_pooling.py``).
 
-    Each solver states its losses in a unit of its own (squared loss, output or input), and one budget cannot be spent
-    over several units. So as soon as a layer is on another solver than ``method``, all losses are J of the Fisher
-    metric: the unit of "fasc", whose losses stay as they are, and the only one of these in which layers compare.
-    With ``method="svd-llm"`` a single layer on "svd" therefore moves every layer's losses to that unit. ``unit`` asks
-    for it where one solver serves all: the ranks that J would give it, instead of those of its own objective. J of a
-    solver that does not minimise it may rise with the rank; the allocation takes the best of all ranks anyway.
+    Each solver states its losses in its own unit (squared loss, output or input), and one budget cannot be spent over
+    several units. So as soon as one layer uses another solver than ``method``, all losses become J of the Fisher
+    metric. J is the unit of "fasc", whose losses stay as they are, and the only unit in which layers compare. For
+    example, with ``method="svd-llm"`` a single layer on "svd" moves every layer's losses to J. ``unit="fisher"`` asks
+    for J if one solver serves all layers: the ranks then follow J and not the solver's own objective. J may rise with
+    the rank for a solver that does not minimise it; the allocation compares all ranks and takes the best.
 
     Args:
         layers: The targeted layers by name.
         moments: Their moments.
         method: Solver.
-        device: Where to factorise.
+        device: The device that factorises.
         progress: Wraps the loop over layers.
-        methods: Solver of single layers by name, in place of ``method``.
-        consume: Whether to free each layer's moments once they are used, so that memory does not grow. Moments that
-            are kept can serve another run.
-        unit: "own": losses as each solver states them; "fisher": J of the Fisher metric, in which layers compare.
-        known: Factorisations by layer from an earlier call with the same layers, moments, solvers and unit, which are
-            not made again; those that are made are put in. For other budgets, allocations and layouts.
-        hold: Puts finished factors where they wait for the others; by default that is where the moments are.
+        methods: Solvers of single layers by name, instead of ``method``.
+        consume: Whether to free each layer's moments after use, so that memory does not grow. Kept moments can serve
+            another run.
+        unit: "own" for losses in each solver's unit; "fisher" for J of the Fisher metric, in which layers compare.
+        known: Factorisations by layer from an earlier call with the same layers, moments, solvers and unit. They are
+            not computed again, and new ones are added. They serve other budgets, allocations and layouts.
+        hold: Moves finished factors to the place where they wait for the other layers; by default the moments' device.
 
     Raises:
-        ValueError: If the unit is unknown, ``methods`` names a layer or a solver that there is not, or a solver needs
-            statistics that were not gathered.
+        ValueError: If the unit is unknown, ``methods`` names an unknown layer or solver, or a solver needs statistics
+            that were not gathered.
     """
     if unit not in UNITS:
         raise ValueError(f"Expected `unit` to be one of {', '.join(UNITS)} but got {unit!r}.")
@@ -139,7 +139,7 @@ def factorize_layers(
 
 
 def _solvers(layers: Mapping[str, nn.Module], method: str, methods: Mapping[str, str]) -> dict[str, str]:
-    """Return the solver of every layer, checked before any work is done."""
+    """Return the solver of every layer; the names are checked before any work."""
     unknown = [name for name in methods if name not in layers]
     if unknown:
         raise ValueError(
@@ -152,7 +152,7 @@ def _solvers(layers: Mapping[str, nn.Module], method: str, methods: Mapping[str,
 
 
 def _check_gathered(solvers: Iterable[str], moments: CalibrationMoments) -> None:
-    """Refuse solvers whose statistics are not there, before any work is done."""
+    """Refuse solvers whose statistics were not gathered, before any work."""
     for solver in set(solvers):
         if missing := sorted(solver_needs(solver) - moments.needs):
             raise not_gathered(missing[0], f"the solver {solver!r}")
@@ -165,7 +165,7 @@ def _factorize(
     fisher: bool,
     device: torch.device | str,
 ) -> Factorization | None:
-    """Run the solver; None where every gradient was zero, so that the loss says nothing about the layer."""
+    """Run the solver; None if every gradient was zero, because the loss then says nothing about the layer."""
     if not bool(statistics.plain_moments()[1].diagonal().any()):
         return None
     W, statistics = whole(linear_weight(module).detach()).to(device), statistics.to(device)
@@ -174,5 +174,5 @@ def _factorize(
     if fisher and method not in FISHER_METHODS:
         losses = fisher_losses(W, *fisher_metric(statistics), found)
     storage = torch.promote_types(W.dtype, torch.float32)
-    # float32 halves the memory of holding every layer's factors until ranks are known.
+    # float32 halves the memory of every layer's factors, which wait until ranks are known.
     return Factorization(found.left.to(storage), found.right.to(storage), losses.cpu())

@@ -1,7 +1,7 @@
-"""The gate: which layers get the expensive solver, decided by rho, and where rho is not to be trusted.
+"""The gate: rho decides which layers get the expensive solver, and flags say where rho may mislead.
 
 Shihab et al., FASC, sections 2.4 and 4.4, Appendix E and Table 8: layers above a threshold get the Fisher-aligned
-solver, the others the activation SVD. The paper's threshold is 0.3, on plain rho.
+solver, and the other layers get the activation SVD. The paper's threshold is 0.3, on plain rho.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from fasc_lightning.options import CHEAP_METHOD, PAPER
 from fasc_lightning.solvers import solver_needs
 from fasc_lightning.statistics import CalibrationMoments, Moments
 
-#: Blocks whose attention the paper excludes: their index is below this.
+#: The paper excludes the attention of blocks with an index below this.
 EARLY_BLOCKS = 3
-#: Names of layers that write a block's output back: of attention and MLP, across model families.
+#: Names, across model families, of the attention and MLP layers that write a block's output.
 OUTPUT_PROJECTIONS = frozenset(
     {"o_proj", "out_proj", "c_proj", "dense", "down_proj", "w_down", "fc2", "dense_4h_to_h", "wo", "w2", "fc_out"}
 )
-#: Share of the gradients' second moment that is variation, under which they count as near-constant. The paper asks
-#: for |Sigma_gg|_F < 1e-4, but gradients have no scale of their own: another loss unit, another answer. At 1 % their
-#: mean is ten times as long as their typical deviation from it, and rho, which is centred, rests on the small rest.
+#: Gradients count as near-constant if their variance is at most this share of their second moment. The paper asks for
+#: |Sigma_gg|_F < 1e-4, but that depends on the unit of the loss. At 1 % the mean is ten times as long as the typical
+#: deviation from it, and rho, which is centred, sees the deviation alone.
 NEAR_CONSTANT = 0.01
 
 
@@ -38,31 +38,31 @@ def choose_methods(
     method: str = "fasc",
     exclude: str | Sequence[str] | None = None,
 ) -> dict[str, str]:
-    """Return the solver of each layer: ``method`` above the gate, the cheap one at and below it.
+    """Return the solver of each layer: ``method`` above the gate, the cheap solver at and below it.
 
-    A layer whose score is undefined (NaN) gets ``method``: nothing speaks for saving there.
+    A layer with an undefined score (NaN) gets ``method``, because nothing shows that the cheap solver is enough.
 
     Args:
         scores: rho or its debiased value by layer.
         gate: The threshold; None gives ``method`` to every layer.
         method: The expensive solver.
-        exclude: Layers that rho does not decide, and that the cheap solver serves: patterns as for ``targets``
-            (``matches``), or "paper" (:func:`excluded_layers`).
+        exclude: Layers that get the cheap solver whatever their rho: patterns as for ``targets`` (``matches``), or
+            "paper" (:func:`excluded_layers`).
     """
     if gate is None:
         return dict.fromkeys(scores, method)
     out = excluded_layers(scores, exclude)
-    # Written so that NaN passes.
+    # NaN compares false, so undefined scores keep `method`.
     return {name: CHEAP_METHOD if name in out or score <= gate else method for name, score in scores.items()}
 
 
 def statistics_needed(method: str, gate: float | None = None, gate_by: str = "debiased") -> frozenset[str]:
-    """Return which statistics a compression gathers besides the means, for its solvers and its gate.
+    """Return the statistics that the solvers and the gate of a compression need besides the means.
 
     Args:
         method: The solver above the gate.
         gate: The threshold, or None.
-        gate_by: What is compared with it; "pooled" needs C.
+        gate_by: The score that is compared with the threshold; "pooled" needs C.
     """
     needs = solver_needs(method)
     if gate is None:
@@ -73,13 +73,13 @@ def statistics_needed(method: str, gate: float | None = None, gate_by: str = "de
 def gate_scores(
     gate_by: str, rows: Mapping[str, RhoRow], layers: Mapping[str, nn.Module], moments: CalibrationMoments
 ) -> dict[str, float]:
-    """Return what the gate goes by.
+    """Return each layer's score for the gate.
 
     Args:
         gate_by: "debiased", "rho" or "pooled".
-        rows: Of the minibatch scores, by layer.
+        rows: Minibatch scores by layer.
         layers: The layers.
-        moments: Theirs; "pooled" is NaN where they have no cross moments.
+        moments: Their moments; "pooled" is NaN for layers without cross moments.
     """
     if gate_by != "pooled":
         column: Literal["rho", "debiased"] = "rho" if gate_by == "rho" else "debiased"
@@ -93,12 +93,13 @@ def gate_scores(
 
 
 def excluded_layers(names: Iterable[str], exclude: str | Sequence[str] | None) -> set[str]:
-    """Return the layers that an exclusion takes from the gate.
+    """Return the layers that an exclusion takes out of the gate.
 
     Args:
         names: All targeted layers; "paper" looks for the last block among them.
-        exclude: Patterns, None, or "paper": attention layers of blocks 0 to 2 and the output projections of the last
-            block, which the paper found to score high without gaining (Appendix E). It may also stand in a list.
+        exclude: Patterns, None, or "paper", also as one item of a list. "paper" means the attention layers of blocks 0
+            to 2 and the output projections of the last block: in the paper they score high and gain nothing (Appendix
+            E).
 
     Raises:
         ValueError: If a pattern other than "paper" matches no layer.
@@ -121,7 +122,7 @@ def excluded_layers(names: Iterable[str], exclude: str | Sequence[str] | None) -
 
 
 def early_attention(names: Iterable[str]) -> set[str]:
-    """Return the attention layers of the first three blocks, by name: a part of it holds "attn" or "attention"."""
+    """Return the attention layers of the first three blocks: a part of their name holds "attn" or "attention"."""
     return {
         name
         for name in names
@@ -132,7 +133,7 @@ def early_attention(names: Iterable[str]) -> set[str]:
 
 
 def last_projections(names: Iterable[str]) -> set[str]:
-    """Return the output projections of the last block, by name; of each stack, where a model has several."""
+    """Return the output projections of the last block by name; a model with several stacks has several."""
     blocks = {name: block for name in names if (block := block_of(name)) is not None}
     last: dict[str, int] = {}
     for stack, index in blocks.values():
@@ -145,15 +146,15 @@ def last_projections(names: Iterable[str]) -> set[str]:
 
 
 def failure_flags(names: Iterable[str], moments: CalibrationMoments) -> dict[str, tuple[str, ...]]:
-    """Return why rho may mislead on each layer: the paper's three failure modes (Appendix E), often none.
+    """Return for each layer which of the paper's three failure modes of rho apply (Appendix E), often none.
 
-    "near-constant gradients": the centred second moment of h is at most 1 % of the uncentred one, or h is zero. That
-    is relative, where the paper's 1e-4 is absolute (:data:`NEAR_CONSTANT`). "early attention" and "last projection" go
-    by name. A layer that no gradient reached has no gradients to judge.
+    "near-constant gradients": the centred second moment of h is at most 1 % of the uncentred one, or h is zero. This
+    limit is relative; the paper's 1e-4 is absolute (:data:`NEAR_CONSTANT`). "early attention" and "last projection"
+    follow from the name. A layer that no gradient reached is judged by its name alone.
 
     Args:
         names: All targeted layers.
-        moments: Theirs, not yet released; of those whose moments are not there only the names are judged.
+        moments: Their moments, not yet released; layers without moments are judged by their names alone.
     """
     names = list(names)
     seen = [name for name in names if name in moments.shapes and moments.tokens(name)]
@@ -167,10 +168,10 @@ def failure_flags(names: Iterable[str], moments: CalibrationMoments) -> dict[str
 
 
 def variation(moments: Moments) -> float:
-    """Return the share of a second moment that is variance, tr(Cov) / tr(E[h h^T]), in [0, 1]; 0 for nothing but zeros.
+    """Return the share of variance in a second moment, tr(Cov) / tr(E[h h^T]), in [0, 1]; 0 if all vectors are zero.
 
     Args:
-        moments: Of at least one vector.
+        moments: Moments of at least one vector.
     """
     second = moments.mean_square()
     if second == 0:

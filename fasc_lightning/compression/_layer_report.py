@@ -1,4 +1,4 @@
-"""What a compression did to one layer."""
+"""The report's row of one layer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from fasc_lightning.statistics import SketchFigures
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One targeted layer; ``rho`` and its companions are NaN where they were not measured.
+    """One targeted layer; ``rho``, ``rho_null`` and ``rho_debiased`` are NaN if they were not measured.
 
-    ``method`` is the solver that served it, and ``flags`` say why its rho may mislead or is undefined. ``sketches`` has
-    the size and the estimated error of the sides whose moments were sketched, "inputs" and "outputs"; it is empty for
-    exact ones.
+    ``method`` is the layer's solver, and ``flags`` say why its rho may mislead or is undefined. ``sketches`` holds the
+    size and the estimated error of each sketched side, "inputs" and "outputs"; it is empty for exact moments.
     """
 
     name: str
@@ -35,7 +34,7 @@ class LayerReport:
 
     @classmethod
     def of(cls, plan: LayerChoice, rho: RhoRow, flags: tuple[str, ...]) -> LayerReport:
-        """Put together what became of a layer and what was measured on it."""
+        """Return the row of a layer from its choice, its rho and its flags."""
         return cls(
             name=plan.name,
             shape=plan.shape,
@@ -53,7 +52,7 @@ class LayerReport:
 
 
 def _layer_report(row: Mapping[str, Any]) -> LayerReport:
-    """Return a row as it was before JSON: tuples are no lists, and NaN is not None."""
+    """Return a row as it was before JSON, which turns tuples into lists and NaN into None."""
     figures: dict[str, Any] = {name: float("nan") if value is None else value for name, value in row.items()}
     sketches = {
         side: SketchFigures(size=of["size"], error=float("nan") if of["error"] is None else of["error"])

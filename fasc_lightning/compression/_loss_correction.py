@@ -1,9 +1,9 @@
-"""What low-rank layers lose on tokens themselves, to correct what moments predict before a budget is spent.
+"""Losses of low-rank layers measured on tokens, which correct the losses predicted from moments.
 
-Moments predict J = E[(h^T (W - W') x)^2] as tr(G D A D^T), as if inputs and gradients of a token had nothing to do
-with each other, from the tokens that W' was made from. How far that is off depends on the layer: on SmolLM2-135M, at
-the ranks of keep 0.6, by factors of 0.5 to 2.7 on those tokens, and of 0.6 to 4.4 on others. A budget that is spent by
-predictions alone buys ranks where they were too high.
+Moments predict J = E[(h^T (W - W') x)^2] as tr(G D A D^T): this takes a token's input and gradient as independent, and
+it uses the tokens that W' was fitted to. The error depends on the layer. On SmolLM2-135M, at the ranks of keep 0.6, J
+is 0.5 to 2.7 times the prediction on the fitted tokens and 0.6 to 4.4 times on other tokens. A budget spent by
+predictions alone buys ranks where predictions are too high.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from fasc_lightning.batches import Backwards, TokenRows, untouched
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import linear_weight
 
-#: One in so many calibration batches is measured on, where there are enough of them.
+#: One in this many calibration batches is used for measuring, if there are enough batches.
 SHARE = 8
-#: Batches to measure on at least, if there are as many.
+#: The least number of batches for measuring, if there are as many.
 LEAST = 4
 
-#: Takes the factors (B (m, k), C (k, n)) of some layers by name and returns J of each in nats squared a token.
+#: Takes the factors (left (m, k), right (k, n)) of some layers by name and returns J of each in nats squared per token.
 LossEstimator = Callable[[Mapping[str, tuple[Tensor, Tensor]]], Mapping[str, float]]
 
 
 class LowRankLosses:
-    """J = E[(h^T (W - B C) x)^2] of one low-rank matrix a layer; a ``pairs`` callback of the taps.
+    """J = E[(h^T (W - left right) x)^2] of one low-rank matrix per layer; a ``pairs`` callback of the taps.
 
-    No matrix of a layer's shape is made: h^T B C x is a product of two short vectors.
+    It makes no matrix of a layer's shape, because h^T left right x is a product of two short vectors.
 
     Args:
         layers: The dense layers by name.
-        factors: B (m, k) and C (k, n) of those that are measured.
+        factors: left (m, k) and right (k, n) of the layers to measure.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -48,7 +48,7 @@ class LowRankLosses:
 
     @torch.no_grad()
     def __call__(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int] | None = None) -> None:
-        """Add the tokens x (tokens, n), h (tokens, m) of one call; ``batch.scale`` makes h that of a sum of losses."""
+        """Add the tokens x (tokens, n), h (tokens, m) of one call; ``batch.scale`` makes h that of a summed loss."""
         del lengths
         if name not in self.factors:
             return
@@ -56,8 +56,8 @@ class LowRankLosses:
         dtype = torch.promote_types(W.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             x, h = x.to(dtype), h.to(dtype)
-            B, C = (factor.to(x) for factor in self.factors[name])
-            changes = ((x @ W.to(dtype).T) * h).sum(1) - ((x @ C.T) * (h @ B)).sum(1)
+            left, right = (factor.to(x) for factor in self.factors[name])
+            changes = ((x @ W.to(dtype).T) * h).sum(1) - ((x @ right.T) * (h @ left)).sum(1)
             self._sums[name] += (changes.double() * batch.scale).square().sum().item()
         self.tokens[name] += len(x)
 
@@ -74,20 +74,21 @@ def measure_losses(
     rows: Callable[[Any], TokenRows],
     loss: Callable[[nn.Module, Any], Tensor],
 ) -> dict[str, float]:
-    """Send batches through the dense model and back, and return what each layer's low-rank matrix would lose alone.
+    """Run batches forward and backward through the dense model, and return the loss of each low-rank matrix alone.
 
-    The model is in eval mode meanwhile, no parameter of it gets a gradient, and it is put back after each batch.
+    The model is in eval mode meanwhile, and none of its parameters gets a gradient. Its state is restored after each
+    batch.
 
     Args:
         model: The model.
-        layers: All targeted layers, dense, by name.
-        factors: Of the layers to measure.
-        batches: On the model's device.
-        rows: Describes a batch: which tokens count, and the scale of its loss.
-        loss: The model's loss of a batch.
+        layers: All targeted layers by name, dense.
+        factors: Factors of the layers to measure.
+        batches: Batches on the model's device.
+        rows: Returns which tokens of a batch count, and the scale of its loss.
+        loss: Returns the model's loss of a batch.
 
     Returns:
-        J by layer, in nats squared a token.
+        J by layer, in nats squared per token.
 
     Raises:
         FloatingPointError: If a loss is not finite.
@@ -100,7 +101,7 @@ def measure_losses(
         for batch in batches:
             tokens = rows(batch)
             taps.begin_batch(tokens, Backwards(announced=True))  # a step may differentiate by itself
-            with untouched(model):  # around both: a graph may have saved what is put back
+            with untouched(model):  # around both: a graph may have saved the restored tensors
                 value = loss(model, batch)
                 tokens.take_loss(value)
                 if not torch.isfinite(value):
@@ -108,7 +109,7 @@ def measure_losses(
                         f"Expected a finite loss but got {value.item()} in a batch of the calibration, run again to "
                         "measure what layers would lose."
                     )
-                if value.requires_grad:  # else it reaches no tapped layer
+                if value.requires_grad:  # else the loss depends on no tapped layer
                     taps.begin_backward()
                     value.backward()
                     taps.end_backward()
@@ -117,16 +118,16 @@ def measure_losses(
 
 
 def evenly_spaced(batches: Sequence[Any]) -> list[Any]:
-    """Return the batches to measure on: one in :data:`SHARE`, at least :data:`LEAST`, evenly over all of them."""
+    """Return one batch in :data:`SHARE`, at least :data:`LEAST`, evenly spaced over all batches."""
     count = min(len(batches), max(LEAST, len(batches) // SHARE))
     return [batches[(i + 1) * len(batches) // count - 1] for i in range(count)]
 
 
 def correction(predicted: float, measured: float) -> float:
-    """Return the factor by which a layer's predicted losses are corrected: the root of measured over predicted.
+    """Return the factor that corrects a layer's predicted losses: the square root of measured / predicted.
 
-    The root, since the tokens measured on are those that the layer was fitted to, and few: of what they say half the
-    logarithm is taken. What cannot be compared is left alone.
+    The root halves the logarithm of the ratio, because the measured tokens are few and the layer was fitted to them.
+    The factor is 1 if the two cannot be compared.
     """
     ratio = measured / predicted if predicted > 0 else math.nan
     return math.sqrt(ratio) if math.isfinite(ratio) and ratio > 0 else 1.0
@@ -134,7 +135,7 @@ def correction(predicted: float, measured: float) -> float:
 
 @contextmanager
 def _weights_at_rest(model: nn.Module) -> Iterator[None]:
-    """Let no parameter require a gradient; the taps carry the gradient through."""
+    """Make no parameter require a gradient meanwhile; the taps pass the gradient on."""
     with undoing() as undo:
         undo.keep_flags(model)
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""What a compression did: figures, JSON, a table."""
+"""The report of a compression: its figures, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from fasc_lightning.layers import Size, layer_sizes, model_size
 
 @dataclass
 class CompressionReport:
-    """What was done and what it cost; ``str()`` is a table, :meth:`to_dict` is the JSON form.
+    """The figures of a compression; ``str()`` gives a table and :meth:`to_dict` plain types for JSON.
 
     Attributes:
         method: Solver.
         options: The options of the compression.
-        seed: Of token subsampling.
-        targeted: Sizes of the targeted layers, "dense" and "compressed"; if they were quantised, too, then also
-            "unquantized", just before that.
-        whole: Sizes of the whole model, alike.
-        seconds: By phase: calibrate, factorize, swap, and refit, refine, recover and quantize if there were such.
+        seed: Seed of token subsampling.
+        targeted: Sizes of the targeted layers, "dense" and "compressed". "unquantized" is the size before quantisation,
+            if there was one.
+        whole: Sizes of the whole model, with the same keys.
+        seconds: Seconds by phase: calibrate, factorize and swap; and refit, refine, recover and quantize if they ran.
         moments_bytes: Memory of the statistics.
         peak_memory_bytes: Largest memory of the process (on CUDA: of the device) so far.
         layers: One row a targeted layer.
-        refit: What a refit did: layers changed, loss before and after on held-out batches, how many batches there
-            were, whether all was put back; None if there was none.
-        refine: What a refinement of the blocks did, likewise, in blocks.
-        recovery: What a recovery did, the figures of :class:`~fasc_lightning.RecoveryCallback`; None if there was none.
-        versions: Of the libraries.
+        refit: Figures of a refit: layers changed, loss before and after on held-out batches, number of batches, whether
+            it was reverted; None without a refit.
+        refine: Figures of a refinement of the blocks, as ``refit`` but in blocks; None without a refinement.
+        recovery: Figures of a recovery (:class:`~fasc_lightning.RecoveryCallback`); None without a recovery.
+        versions: Versions of the libraries.
     """
 
     method: str
@@ -57,7 +57,7 @@ class CompressionReport:
         """Return plain types only; sizes are grouped by figure, NaN becomes None."""
         result = asdict(self)
         for row in result["layers"]:
-            if not row["sketches"]:  # the rows of exact moments are as they were before there were sketches
+            if not row["sketches"]:  # rows of exact moments keep the format of older reports
                 del row["sketches"]
         for name in ("targeted", "whole"):
             sizes: Mapping[str, Size] = getattr(self, name)
@@ -74,13 +74,13 @@ class CompressionReport:
     def with_quantized(
         self, model: nn.Module, quantization: str, layers: Iterable[str], seconds: float
     ) -> CompressionReport:
-        """Return the report with the sizes of the model as it is now, its layers quantised.
+        """Return the report with the sizes of the quantised model.
 
         Args:
             model: The quantised model.
-            quantization: How.
-            layers: Names of the quantised layers in the model, which are the targeted ones.
-            seconds: That it took.
+            quantization: The kind of quantisation.
+            layers: Names of the quantised layers in the model, which are the targeted layers.
+            seconds: Duration of the quantisation.
         """
         targeted = layer_sizes({name: model.get_submodule(name) for name in layers})
         return replace(
@@ -92,7 +92,7 @@ class CompressionReport:
         )
 
     def with_recovered(self, figures: dict[str, Any]) -> CompressionReport:
-        """Return the report with what a recovery did."""
+        """Return the report with the figures of a recovery."""
         return replace(
             self,
             recovery=figures,
@@ -102,10 +102,10 @@ class CompressionReport:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> CompressionReport:
-        """Return the report of which :meth:`to_dict` made ``content``.
+        """Return the report from ``content``, which :meth:`to_dict` made.
 
         Raises:
-            ValueError: If it is no such content, naming the entry.
+            ValueError: If an entry is missing or wrong; the message names it.
         """
         check(content, REPORT, "The report")
         figures = {field.name: content[field.name] for field in fields(cls) if field.name in content}
@@ -129,7 +129,7 @@ class CompressionReport:
 
     @property
     def kept(self) -> float:
-        """Fraction of the targeted layers' parameters that is kept."""
+        """The fraction of the targeted layers' parameters that is kept."""
         return self.targeted["compressed"].parameters / self.targeted["dense"].parameters
 
     def __str__(self) -> str:
@@ -150,7 +150,7 @@ def log_report(loggers: Iterable[Logger], report: CompressionReport, step: int) 
             figures[f"fasc_rank{separator}{layer.name}"] = layer.rank
             figures[f"fasc_loss{separator}{layer.name}"] = layer.loss
             if layer.rho == layer.rho:
-                # Under a name of its own: monitoring logs rho of other tokens.
+                # A name of its own, because monitoring logs rho of other tokens.
                 figures[f"fasc_rho{separator}{layer.name}"] = layer.rho
         logger.log_metrics(figures, step=step)
         logger.save()

@@ -1,20 +1,11 @@
-"""Schemas of what FascCallback keeps in checkpoints beside a calibration: the report, the history and a recovery."""
+"""Schema of the report of a compression."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from fasc_lightning._utils import (
-    Entry,
-    anything,
-    check,
-    check_sum,
-    checksum,
     integer,
     listed,
     mapping,
-    naming,
     number,
     one_of,
     optional,
@@ -24,10 +15,8 @@ from fasc_lightning._utils import (
     text,
 )
 
-_CHECKSUM = "checksum"
-
 _COUNT = integer(0)
-#: JSON has no NaN: None stands for it.
+#: JSON has no NaN; None stands for it.
 _FIGURE = optional(number(finite=False))
 _SIZES = record({"dense": _COUNT, "compressed": _COUNT}, {"unquantized": _COUNT})
 _SET = record(dict.fromkeys(("parameters", "bytes", "flops_per_token"), _SIZES))
@@ -47,7 +36,7 @@ _LAYER = record(
     extra=True,
 )
 
-#: Of :meth:`~fasc_lightning.CompressionReport.to_dict`.
+#: Schema of :meth:`~fasc_lightning.CompressionReport.to_dict`.
 REPORT = record(
     {
         "method": text,
@@ -66,56 +55,3 @@ REPORT = record(
     },
     extra=True,
 )
-
-_CALLBACK = record({"rho_history": mapping(anything)}, {"report": REPORT, "teacher": text, _CHECKSUM: text}, extra=True)
-
-_VALUES = mapping(Entry(finite=False))
-_RECOVERY = record(
-    {
-        "arm": one_of("lora", "factors"),
-        "initial": mapping(Entry()),
-        "current": _VALUES,  # which may have diverged
-        "best": record(
-            {"losses": listed(row(_COUNT, number(finite=False))), "step": _COUNT, "values": mapping(Entry())}
-        ),
-        "start": _COUNT,
-        "tokens": _COUNT,
-        "seconds": number(0),
-        "teacher": optional(text),
-    },
-    {_CHECKSUM: text},
-)
-
-
-def sealed(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state with its checksum."""
-    return {**state, _CHECKSUM: checksum(state)}
-
-
-def check_callback_state(state: Any, where: str = "The state of FascCallback in the checkpoint") -> None:
-    """Refuse a state of the callback that is not one, or was altered; the states of a running fit are not looked at.
-
-    Raises:
-        SchemaError: With the entry.
-    """
-    check(state, _CALLBACK, where)
-    _check_sum({key: state[key] for key in ("rho_history", "report", "teacher") if key in state}, state, where)
-
-
-def check_recovery_state(state: Any, where: str = "The state of the recovery in the checkpoint") -> None:
-    """Refuse a state of a recovery that is not one, or was altered.
-
-    Raises:
-        SchemaError: With the entry.
-    """
-    check(state, _RECOVERY, where)
-    with naming(where):
-        steps = [step for step, _ in state["best"]["losses"]]
-        one_of(*steps)(state["best"]["step"], "best.step")
-    _check_sum({key: value for key, value in state.items() if key != _CHECKSUM}, state, where)
-
-
-def _check_sum(summed: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:
-    if _CHECKSUM in state:
-        with naming(where):
-            check_sum(checksum(summed), state[_CHECKSUM], "a state")

@@ -1,4 +1,4 @@
-"""The summary of a compression as text."""
+"""A report as text: the summary of a compression."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def summary_table(report: CompressionReport) -> str:
-    """Return the report as text: one row a kind of layer (the last part of its name), then totals."""
+    """Return the report as text: one row per kind of layer (the last part of its name), then totals."""
     from io import StringIO
 
     from rich.console import Console
@@ -82,7 +82,7 @@ def summary_table(report: CompressionReport) -> str:
 
 
 def sketch_line(layers: Sequence[LayerReport]) -> str:
-    """Return what was sketched and how far off it is thought to be, in a line; "" if nothing was."""
+    """Return one line on the sketched moments and their estimated error; "" if all moments are exact."""
     sides = [side for layer in layers for side in layer.sketches.values()]
     if not sides:
         return ""
@@ -97,12 +97,12 @@ def sketch_line(layers: Sequence[LayerReport]) -> str:
 
 
 def outcome(figures: Mapping[str, Any], parts: str) -> str:
-    """Return what a refit or a refinement did to layers or blocks, in a few words."""
+    """Return the outcome of a refit or a refinement of layers or blocks, in a few words."""
     return "put back" if figures["reverted"] else f"{figures[parts]} {parts} changed"
 
 
 def recovery_line(figures: Mapping[str, Any]) -> str:
-    """Return what a recovery did, in a line."""
+    """Return the outcome of a recovery, in one line."""
     loss = figures["held_out_loss"]
     what = f"recovery ({figures['arm']}{', distilled' if figures['teacher'] else ''}, "
     what += f"{figures['trained_parameters']:,} parameters, {figures['tokens']:,} tokens)"

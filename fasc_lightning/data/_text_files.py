@@ -1,4 +1,4 @@
-"""Text and jsonl files, compressed or not, read piece by piece: in bounded memory, and refused by name."""
+"""Readers of text and jsonl files, compressed or not, in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import IO, Any
 
 from typing_extensions import override
 
-#: Characters of the longest line of a jsonl file: one row, which is parsed and tokenised as a whole.
+#: Characters of the longest line of a jsonl file; a line is one row, which is parsed and tokenised as a whole.
 MAX_LINE = 2**24
 
-#: Characters of the longest text that is read whole. Tokenising takes some sixty bytes for each.
+#: Characters of the longest text that is read whole. Tokenising takes some sixty bytes per character.
 MAX_TEXT = 2**26
 
-#: Blank lines in a row; nobody means more.
+#: Most blank lines in a row; more mean a damaged file.
 MAX_BLANK = 2**20
 
-#: How many times its size a compressed file may unpack to, once that is more than so many bytes. Texts reach ten or
-#: twenty times; files that are made to fill a memory reach thousands.
+#: Once a compressed file has unpacked to ``FREE_BYTES``, it may unpack to at most ``MAX_RATIO`` times its size. Texts
+#: reach ten or twenty times; files made to fill the memory reach thousands.
 MAX_RATIO, FREE_BYTES = 100, 2**24
 
-#: Memory of the decompressor; ``xz -9`` asks for a quarter of it.
+#: Memory of the decompressor; ``xz -9`` needs a quarter of it.
 UNPACKING_BYTES = 2**28
 
 _BLOCK = 2**20
 
-# The fields of a jsonl row that hold its text, in reading order; the first group whose first field is there
-# is used, and its other fields may be missing or empty.
+# The fields that hold a jsonl row's text, in reading order. The first group whose first field exists is used; its other
+# fields may be missing or empty.
 _TEXT_FIELDS = (
     ("text",),
     ("prompt", "completion", "response"),
@@ -41,12 +41,12 @@ _TEXT_FIELDS = (
 
 
 def open_text(path: str | Path) -> Iterator[str]:
-    """Lines of a UTF-8 file, decompressed if its name ends in ``.xz``; line ends are kept.
+    """Yield the lines of a UTF-8 file, decompressed if its name ends in ``.xz``, with their line ends.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no UTF-8 or is damaged, unpacks to far more than its size, or has a line of more than
-            :data:`MAX_LINE` characters or more than :data:`MAX_BLANK` blank ones in a row.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not UTF-8, is damaged, unpacks to far more than its size, has a line of more than
+            :data:`MAX_LINE` characters, or has more than :data:`MAX_BLANK` blank lines in a row.
     """
     with _opened(path) as lines:
         number = blank = 0
@@ -64,7 +64,7 @@ def open_text(path: str | Path) -> Iterator[str]:
 
 
 def read_text(path: str | Path, limit: int | None = None) -> str:
-    """Read the text of a ``.txt`` or ``.jsonl`` file, either of them also as ``.xz``.
+    """Read the text of a ``.txt`` or ``.jsonl`` file, or one of them as ``.xz``.
 
     The documents of a jsonl file are joined by a blank line. A row's text is its ``text``, or the parts of a
     question and its answer (``prompt``/``completion``, ``instruction``/``input``/``output``, ...) on lines of
@@ -72,12 +72,12 @@ def read_text(path: str | Path, limit: int | None = None) -> str:
 
     Args:
         path: The file.
-        limit: Read so many characters from its start, and no more; None: all of it.
+        limit: Number of characters to read from its start; None for all.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If the file name has another ending, a row is no JSON object with a known text field, the file is
-            damaged, or all of it is asked for and that is more than :data:`MAX_TEXT` characters.
+            damaged, or the whole text is asked for and has more than :data:`MAX_TEXT` characters.
     """
     path = Path(path)
     parts: list[str] = []
@@ -96,7 +96,7 @@ def read_text(path: str | Path, limit: int | None = None) -> str:
 
 
 def text_ending(path: str | Path) -> str:
-    """Return ``".txt"`` or ``".jsonl"``, whichever a file is when decompressed.
+    """Return ``".txt"`` or ``".jsonl"``, the ending of a file after decompression.
 
     Raises:
         ValueError: If the file name has another ending.
@@ -109,10 +109,10 @@ def text_ending(path: str | Path) -> str:
 
 
 def json_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a jsonl file (also ``.xz``), each after its file and line for messages; skips blank lines.
+    """Yield the rows of a jsonl file (also ``.xz``), each after its file and line for messages, without blank lines.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If a line is no JSON object; or as for :func:`open_text`.
     """
     for number, line in enumerate(open_text(path), start=1):
@@ -125,11 +125,11 @@ def json_row(line: str, where: str) -> dict[str, Any]:
     """Parse one line of a jsonl file.
 
     Raises:
-        ValueError: If the line is no JSON object, or holds half a character; the message begins with ``where``.
+        ValueError: If the line is no JSON object, or holds half a surrogate pair; the message begins with ``where``.
     """
     try:
         row = json.loads(line)
-        if "\\u" in line:  # only an escape can be half of a character
+        if "\\u" in line:  # only an escape can be half a surrogate pair
             json.dumps(row, ensure_ascii=False).encode()
     except (RecursionError, ValueError) as error:
         reason = "one nested too deeply" if isinstance(error, RecursionError) else error
@@ -154,7 +154,7 @@ def row_text(row: Mapping[str, Any], where: str) -> str:
 
 
 def _documents(path: Path) -> Iterator[str]:
-    """Yield the texts of rows, and what joins them."""
+    """Yield the texts of rows and the separators between them."""
     for number, (where, row) in enumerate(json_rows(path)):
         if number:
             yield "\n\n"
@@ -169,7 +169,7 @@ def _blocks(path: Path) -> Iterator[str]:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[IO[str]]:
-    """Open a text file; errors of its encoding and of its compression name it."""
+    """Open a text file; errors of encoding and compression name the file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Expected a text file at {path}, but there is none.")
@@ -187,8 +187,8 @@ class _Unpacked(io.RawIOBase):
     """The bytes of an ``.xz`` file, in bounded memory.
 
     Args:
-        file: Open.
-        path: For messages.
+        file: The open file.
+        path: Its path, for messages.
     """
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
@@ -215,13 +215,13 @@ class _Unpacked(io.RawIOBase):
         if self._unpacked > self._limit:
             raise ValueError(
                 f"Expected a compressed text but {self._path} unpacks to more than {MAX_RATIO:,} times its size. It is "
-                "no text, or is made to fill the memory. HINT: unpack it yourself if it is meant."
+                "no text, or is made to fill the memory. HINT: if the size is intended, unpack it yourself."
             )
         buffer[: len(data)] = data
         return len(data)
 
     def _next(self, size: int) -> bytes:
-        """Return up to ``size`` bytes; none at the end of the last of the file's streams."""
+        """Return up to ``size`` bytes; none after the last of the file's streams."""
         while True:
             if self._decompressor.eof:
                 self._rest = (self._decompressor.unused_data or self._file.read(_BLOCK)).lstrip(b"\0")

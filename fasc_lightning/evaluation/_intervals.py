@@ -1,4 +1,4 @@
-"""Intervals for the difference of two models that answered the same items."""
+"""Confidence intervals for the difference of two models on the same items."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RESAMPLES = 10_000
 # Resampled entries held at a time: some 100 MB of indices and scores.
 _ENTRIES = 2_000_000
 
-# Each takes the means of dense and of compressed scores.
+# Functions of the means of dense and compressed scores.
 _STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "percent": lambda dense, compressed: 100.0 * (compressed - dense),
     "perplexity": lambda dense, compressed: (compressed - dense).exp(),
@@ -30,8 +30,8 @@ class PairedInterval:
     Attributes:
         estimate: The figure on all items.
         low: Lower end of the interval.
-        high: Upper end of it.
-        confidence: Its nominal coverage.
+        high: Upper end of the interval.
+        confidence: Nominal coverage of the interval.
         count: Number of items.
     """
 
@@ -42,7 +42,7 @@ class PairedInterval:
     count: int
 
     def contains(self, value: float) -> bool:
-        """Whether a value, such as that of no difference, lies in the interval."""
+        """Return whether a value, such as 0 for no difference, lies in the interval."""
         return self.low <= value <= self.high
 
     def to_dict(self) -> dict[str, float]:
@@ -57,30 +57,29 @@ def paired_interval(
     confidence: float = 0.95,
     scale: Scale = "percent",
 ) -> PairedInterval:
-    """Compare two models on the same items, with a percentile bootstrap over the items.
+    """Compare two models on the same items by a percentile bootstrap over the items.
 
-    Both models' scores of an item are drawn together, so what makes an item hard or easy for both drops out
-    (Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13). With few items (a dozen windows)
-    such intervals are somewhat too narrow. Those of ``scipy.stats.bootstrap`` (BCa) were no better in 600 repeats:
-    they covered the truth in 89 and 92 % for 12 and 32 normal differences, as these do.
+    Both models' scores of an item are drawn together, so the difficulty that an item has for both cancels (Efron and
+    Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13). With few items (a dozen windows) these intervals
+    are somewhat too narrow. The intervals of ``scipy.stats.bootstrap`` (BCa) were no better in 600 repeats: both
+    covered the truth in 89 and 92 % for 12 and 32 normal differences.
 
     Args:
-        dense_scores: Score of each item by the first model: outcomes in [0, 1] or bool, or mean token losses of
-            windows of one length.
-        compressed_scores: The same by the second model.
+        dense_scores: The first model's score of each item: outcomes in [0, 1] or bool, or mean token losses of windows
+            with one length.
+        compressed_scores: The second model's scores.
         seed: Seed of the resampling.
         confidence: Nominal coverage, in (0, 1).
-        scale: What is compared. ``"percent"``: the second mean less the first, in percent points.
-            ``"perplexity"``: exp of the difference of mean losses, the ratio of the second perplexity to the
-            first. ``"share"``: the ratio of the second mean to the first, such as the share of facts that a
-            compressed model still recalls.
+        scale: The figure. ``"percent"``: the second mean minus the first, in percent points. ``"perplexity"``: exp of
+            the difference of mean losses, which is the ratio of the second perplexity to the first. ``"share"``: the
+            ratio of the second mean to the first, such as the share of facts that a compressed model still recalls.
 
     Returns:
         The figure and its interval.
 
     Raises:
-        ValueError: If the scores are not two vectors of one length of at least 2 or not finite, if an option is
-            out of its range, or if a share is taken of a mean that is 0 in a resample.
+        ValueError: If the scores are not two finite vectors of one length of at least 2, if an option is out of its
+            range, or if ``"share"`` divides by a mean that is 0 in a resample.
     """
     dense, compressed = (
         torch.as_tensor(scores).detach().cpu().double() for scores in (dense_scores, compressed_scores)
@@ -111,7 +110,7 @@ def paired_interval(
 
 
 def _resampled_means(pairs: Tensor, seed: int) -> Tensor:
-    """Means of items drawn with replacement, of shape (2, resamples), for scores of shape (2, items)."""
+    """Return the means of items drawn with replacement, shape (2, resamples), from scores of shape (2, items)."""
     items = pairs.shape[1]
     generator = torch.Generator().manual_seed(seed)
     step = max(1, _ENTRIES // items)

@@ -1,4 +1,4 @@
-"""Evaluation items out of jsonl files: one reader, whose errors name the file and the line."""
+"""The reader of evaluation items in jsonl files, whose errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ def load_items(path: str | Path, parse: Callable[[dict[str, Any]], T], what: str
 
     Args:
         path: The file.
-        parse: Turns a row into an item; its ValueError is raised again with file and line in front.
-        what: What the items are called in the error of a file without any.
+        parse: Turns a row into an item; file and line are put before the message of its ValueError.
+        what: Name of the items, for the error of an empty file.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line is no JSON object or ``parse`` refuses it, naming the line; or if there is no item.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line is no JSON object or ``parse`` refuses it (the message names the line), or if there is no
+            item.
     """
     path = Path(path)
     items = []
@@ -40,10 +41,10 @@ def load_items(path: str | Path, parse: Callable[[dict[str, Any]], T], what: str
 
 
 def text_fields(row: Mapping[str, Any], fields: Sequence[str]) -> dict[str, str]:
-    """The named fields of a row, each a text that is not blank.
+    """Return the named fields of a row, each a text that is not blank.
 
     Raises:
-        ValueError: If one is missing, no text or blank.
+        ValueError: If a field is missing, no text or blank.
     """
     missing = [field for field in fields if not isinstance(row.get(field), str) or not row[field].strip()]
     if missing:

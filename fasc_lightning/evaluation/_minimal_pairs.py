@@ -1,4 +1,4 @@
-"""Minimal pairs: does the grammatical sentence of a pair outrank the other one?"""
+"""Minimal pairs: the share of pairs whose grammatical sentence outranks the other one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fasc_lightning.evaluation._continuations import ContinuationTrie, continuation_scores, each_ranks_first, text_ids
+from fasc_lightning.evaluation._continuations import ContinuationTrie, continuation_scores, each_ranks_first
 from fasc_lightning.evaluation._grouped import ByGroup, grouped_percent, plain_groups
 from fasc_lightning.evaluation._items import load_items, text_fields
+from fasc_lightning.evaluation._token_ids import text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,11 +24,11 @@ _CHANCE = 0.5
 class MinimalPair:
     """Two sentences that differ in one point of grammar.
 
-    The format of BLiMP (Warstadt et al. 2020, "BLiMP: The Benchmark of Linguistic Minimal Pairs").
+    The format is BLiMP's (Warstadt et al. 2020, "BLiMP: The Benchmark of Linguistic Minimal Pairs").
 
     Attributes:
         phenomenon: Field of grammar, for example ``"island_effects"``.
-        uid: Paradigm within it.
+        uid: Paradigm within the phenomenon.
         good: The grammatical sentence.
         bad: The other one.
     """
@@ -47,11 +48,11 @@ class PairsResult:
     """Outcome of :func:`minimal_pairs`.
 
     Attributes:
-        percent: Pairs told apart, in percent.
-        chance: What guessing would tell apart: 50.
+        percent: Pairs in the right order, in percent.
+        chance: Percentage by guessing: 50.
         count: Number of pairs.
         by_phenomenon: Percent and number of pairs of each phenomenon.
-        by_paradigm: The same of each paradigm.
+        by_paradigm: Percent and number of pairs of each paradigm.
     """
 
     percent: float
@@ -69,12 +70,12 @@ class PairsResult:
 def load_minimal_pairs(path: str | Path) -> list[MinimalPair]:
     """Read minimal pairs from a jsonl file (also ``.xz``), one object a line.
 
-    Each needs the texts ``phenomenon``, ``uid``, ``good`` and ``bad``, or the names that BLiMP's own files use for
-    them: ``linguistics_term``, ``UID``, ``sentence_good`` and ``sentence_bad``.
+    Each needs the texts ``phenomenon``, ``uid``, ``good`` and ``bad``, or their names in BLiMP's files:
+    ``linguistics_term``, ``UID``, ``sentence_good`` and ``sentence_bad``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line is malformed, naming it; or if there is no pair at all.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line is malformed (the message names it), or if the file has no pairs.
     """
     return load_items(path, _parse, "minimal pairs")
 
@@ -93,7 +94,7 @@ def _parse(row: dict[str, Any]) -> MinimalPair:
 def minimal_pairs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[MinimalPair], batch_size: int = 64
 ) -> PairsResult:
-    """Percentage of pairs whose grammatical sentence has the higher log-probability.
+    """Return the percentage of pairs whose grammatical sentence has the higher log-probability.
 
     Args:
         model: Causal language model; its training mode is restored.
@@ -124,10 +125,10 @@ def minimal_pairs(
 def correct_pairs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[MinimalPair], batch_size: int = 64
 ) -> Tensor:
-    """Which pairs are told apart, for paired comparisons of two models.
+    """Return which pairs are in the right order, for paired comparisons of two models.
 
-    The log-probability is that of the whole sentence, its first token included: it is predicted after the
-    tokenizer's beginning token (else its end token). A tie counts as wrong.
+    The log-probability is that of the whole sentence. Its first token is predicted after the tokenizer's beginning
+    token (else its end token). A tie counts as wrong.
 
     Args:
         model: Causal language model; its training mode is restored.

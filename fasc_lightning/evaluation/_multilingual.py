@@ -24,10 +24,10 @@ class MultilingualResult:
 
     Attributes:
         percent: Facts recalled, in percent.
-        chance: What guessing would recall, in percent: the mean of 1 / candidates.
+        chance: Recall by guessing, in percent: the mean of 1 / candidates.
         count: Number of facts.
         by_language: Percent recalled and number of facts of each language.
-        by_kind: The same of each kind, over all languages.
+        by_kind: Percent recalled and number of facts of each kind, over all languages.
     """
 
     percent: float
@@ -45,12 +45,12 @@ class MultilingualResult:
 def load_multilingual_facts(path: str | Path) -> dict[str, list[Fact]]:
     """Read facts of several languages from a jsonl file (also ``.xz``), one object a line, by language.
 
-    Each needs the text field ``lang`` beside those of :func:`~fasc_lightning.evaluation.load_facts`; the format is
-    that of mLAMA (Kassner et al. 2021, "Multilingual LAMA").
+    Each needs the text field ``lang`` and the fields of :func:`~fasc_lightning.evaluation.load_facts`; the format is
+    mLAMA's (Kassner et al. 2021, "Multilingual LAMA").
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line is malformed, naming it; or if there is no fact at all.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line is malformed (the message names it), or if the file has no facts.
     """
     languages: dict[str, list[Fact]] = {}
     for language, fact in load_items(path, _parse, "facts"):
@@ -68,13 +68,13 @@ def multilingual_recall(
     facts: Mapping[str, Sequence[Fact]],
     batch_size: int = 64,
 ) -> MultilingualResult:
-    """Percentage of facts whose object outranks the other objects of its relation in its language.
+    """Return the percentage of facts whose object outranks the other objects of its relation in its language.
 
     Args:
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         facts: The facts of each language.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts per forward pass.
 
     Returns:
         Percentages, overall, by language and by kind.
@@ -107,13 +107,13 @@ def recalled_multilingual(
     facts: Mapping[str, Sequence[Fact]],
     batch_size: int = 64,
 ) -> Tensor:
-    """Which facts are recalled, language after language, for paired comparisons of two models.
+    """Return which facts are recalled, language after language, for paired comparisons of two models.
 
     Args:
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         facts: The facts of each language.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts per forward pass.
 
     Returns:
         Bool tensor of shape (facts of all languages,), on the CPU.

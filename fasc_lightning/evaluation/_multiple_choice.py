@@ -1,4 +1,4 @@
-"""Multiple choice: is the right answer the likeliest, by its letter or by its whole text?"""
+"""Multiple choice: the share of questions whose right answer is the likeliest, by letter or by whole text."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor
 from fasc_lightning.evaluation._continuations import (
     ContinuationTrie,
     check_finite,
-    continuation_ids,
     continuation_scores,
     ranks_first,
 )
 from fasc_lightning.evaluation._grouped import ByGroup, grouped_percent, plain_groups
 from fasc_lightning.evaluation._items import load_items, text_fields
 from fasc_lightning.evaluation._prompts import context_length, count_shortened, fit_prompt
+from fasc_lightning.evaluation._token_ids import continuation_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 By = Literal["letter", "answer"]
-# The wordings of MMLU's own evaluation and, without the letters, of the cloze form usual for small models.
+# The wording of MMLU's own evaluation and, without the letters, of the cloze form that is usual for small models.
 _HEADS = {
     "letter": "The following are multiple choice questions (with answers) about {}.",
     "answer": "The following are questions (with answers) about {}.",
@@ -38,7 +38,7 @@ class ChoiceQuestion:
     """A question with its choices (MMLU; Hendrycks et al. 2021, "Measuring Massive Multitask ...").
 
     Attributes:
-        subject: Group in the report, and where its examples come from.
+        subject: Group in the report; a question's examples come from its subject.
         question: The question.
         choices: The answers to choose from, 2 to 26.
         answer: Index of the right one.
@@ -58,18 +58,18 @@ class ChoiceQuestion:
             )
 
     def text(self, by: By) -> str:
-        """The question as it stands in a prompt, up to the answer."""
+        """Return the question as it stands in a prompt, up to the answer."""
         if by == "answer":
             return f"Question: {self.question.strip()}\nAnswer:"
         choices = "\n".join(f"{letter}. {text}" for letter, text in zip(ascii_uppercase, self.choices, strict=False))
         return f"{self.question.strip()}\n{choices}\nAnswer:"
 
     def answers(self, by: By) -> list[str]:
-        """What is scored: the letters or the choices."""
+        """Return the scored texts: the letters or the choices."""
         return list(ascii_uppercase[: len(self.choices)] if by == "letter" else self.choices)
 
     def solved(self, by: By) -> str:
-        """The question with its answer, as an example."""
+        """Return the question with its answer, as an example."""
         return f"{self.text(by)} {self.answers(by)[self.answer]}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,14 +83,14 @@ class ChoicesResult:
 
     Attributes:
         percent: Questions answered right, in percent, by the log-probability of an answer.
-        percent_per_byte: The same by the log-probability divided by the answer's bytes, which takes from long
-            answers the handicap of their length. Letters are of one length, so it changes nothing there.
-        chance: What guessing would answer right, in percent: the mean of 1 / choices.
+        percent_per_byte: The same by the log-probability divided by the answer's bytes, so that long answers have no
+            handicap. It changes nothing for letters, which all have one length.
+        chance: Right answers by guessing, in percent: the mean of 1 / choices.
         count: Number of questions.
         by_subject: Percent and number of questions of each subject.
-        by_subject_per_byte: The same per byte.
-        fewer_shots: Questions that had fewer examples than asked for, for want of context.
-        cut: Questions that lost their beginning, for want of context.
+        by_subject_per_byte: As ``by_subject``, per byte.
+        fewer_shots: Questions with fewer examples than asked for, because the context is too short.
+        cut: Questions without their beginning, because the context is too short.
     """
 
     percent: float
@@ -118,8 +118,8 @@ class AnsweredQuestions:
     Attributes:
         correct: Whether the right answer is the likeliest, bool of shape (questions,).
         correct_per_byte: Whether it is the likeliest per byte.
-        fewer_shots: Questions that had fewer examples than asked for.
-        cut: Questions that lost their beginning.
+        fewer_shots: Questions with fewer examples than asked for.
+        cut: Questions without their beginning.
     """
 
     correct: Tensor
@@ -135,8 +135,8 @@ def load_choice_questions(path: str | Path) -> list[ChoiceQuestion]:
     the right one, counted from 0.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line is malformed, naming it; or if there is no question at all.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line is malformed (the message names it), or if the file has no questions.
     """
     return load_items(path, _parse, "questions")
 
@@ -160,18 +160,18 @@ def multiple_choice(
     by: By = "letter",
     batch_size: int = 8,
 ) -> ChoicesResult:
-    """Percentage of questions whose right answer is the likeliest one.
+    """Return the percentage of questions whose right answer is the likeliest one.
 
     Args:
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         questions: The questions.
-        dev: Questions to take the examples from: the first of the same subject.
-        n_shots: Examples before a question; 5 is MMLU's standard. Those that exceed the model's context are
-            dropped, with a warning.
-        by: ``"letter"``: the choices stand in the prompt and their letters are scored. ``"answer"``: they do not,
-            and their whole texts are scored; models that do not know the game of letters show more that way.
-        batch_size: Questions a forward pass.
+        dev: Questions that serve as examples: the first ones of the same subject.
+        n_shots: Examples before a question; 5 is MMLU's standard. Examples beyond the model's context are dropped with
+            a warning.
+        by: ``"letter"``: the choices stand in the prompt and their letters are scored. ``"answer"``: the prompt lacks
+            the choices and their whole texts are scored; this suits models that cannot answer by letter.
+        batch_size: Questions per forward pass.
 
     Returns:
         Percentages, overall and by subject.
@@ -207,18 +207,18 @@ def answered_questions(
     by: By = "letter",
     batch_size: int = 8,
 ) -> AnsweredQuestions:
-    """Which questions are answered right; a tie counts as wrong.
+    """Return which questions are answered right; a tie counts as wrong.
 
-    What the prompts of a subject share, its examples, is read once.
+    The examples of a subject, which its prompts share, are read once.
 
     Args:
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         questions: The questions.
-        dev: Questions to take the examples from.
+        dev: Questions that serve as examples.
         n_shots: Examples before a question.
-        by: What is scored; see :func:`multiple_choice`.
-        batch_size: Questions a forward pass.
+        by: The scored texts; see :func:`multiple_choice`.
+        batch_size: Questions per forward pass.
 
     Returns:
         Outcomes on the CPU.
@@ -257,7 +257,7 @@ def answered_questions(
 def _shots(
     questions: Sequence[ChoiceQuestion], dev: Sequence[ChoiceQuestion], n_shots: int, by: By
 ) -> dict[str, list[str]]:
-    """Examples of each subject, as texts."""
+    """Return the examples of each subject, as texts."""
     if n_shots < 0:
         raise ValueError(f"Expected n_shots to be at least 0, but got {n_shots}.")
     shots: dict[str, list[str]] = {question.subject: [] for question in questions}

@@ -1,4 +1,4 @@
-"""Numerical facts: does the true number word make a sentence likelier than the others do?"""
+"""Numerical facts: the share of sentences that are likeliest with their true number word."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from fasc_lightning.evaluation._continuations import (
     ContinuationTrie,
-    continuation_ids,
     continuation_scores,
     each_ranks_first,
-    prompt_ids,
 )
 from fasc_lightning.evaluation._facts import FactsResult, recall_result
 from fasc_lightning.evaluation._items import load_items, text_fields
+from fasc_lightning.evaluation._token_ids import continuation_ids, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +41,7 @@ class NumberFact:
     kind: str = "numerical"
 
     def ending(self, number: str) -> str:
-        """The rest of the sentence from the number on."""
+        """Return the rest of the sentence from the number on."""
         gap = "" if not self.suffix or self.suffix.startswith(_CLOSING) else " "
         return f"{number}{gap}{self.suffix}"
 
@@ -57,8 +56,8 @@ def load_number_facts(path: str | Path) -> list[NumberFact]:
     Each needs the texts ``prompt`` and ``object``; ``suffix`` and ``kind`` may be missing.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line is malformed, naming it; or if there is no fact at all.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line is malformed (the message names it), or if the file has no facts.
     """
     return load_items(path, _parse, "numerical facts")
 
@@ -74,13 +73,13 @@ def _parse(row: dict[str, Any]) -> NumberFact:
 def number_recall(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[NumberFact], batch_size: int = 64
 ) -> FactsResult:
-    """Percentage of sentences that are likeliest with their true number.
+    """Return the percentage of sentences that are likeliest with their true number.
 
     Args:
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         facts: The facts; the number words of all of them are the candidates of each.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts per forward pass.
 
     Returns:
         Percentages, overall and by kind.
@@ -97,17 +96,16 @@ def number_recall(
 def recalled_numbers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[NumberFact], batch_size: int = 64
 ) -> Tensor:
-    """Which facts are recalled, for paired comparisons of two models.
+    """Return which facts are recalled, for paired comparisons of two models.
 
-    A fact is recalled if the log-probability of the whole sentence is higher with its number than with any other
-    of the candidates; a tie is not a recall. The text before the number is the same for all candidates, so it is
-    what follows that decides.
+    A fact is recalled if the whole sentence has a higher log-probability with its number than with any other candidate.
+    A tie is not a recall. The text before the number is the same for all candidates, so the rest decides.
 
     Args:
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
         facts: The facts; the number words of all of them are the candidates of each.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts per forward pass.
 
     Returns:
         Bool tensor of shape (facts,), on the CPU.

@@ -16,10 +16,10 @@ from fasc_lightning._utils import evaluating
 
 
 class MeanTokenLoss(Metric):
-    """Mean loss of a token, in nats, over everything seen; ``exp`` of it is the perplexity.
+    """Mean loss per token, in nats, over all updates; its ``exp`` is the perplexity.
 
-    The sum is kept in float64: a float32 sum over millions of tokens loses the digits that tell two
-    compressed models apart.
+    The sum is kept in float64, because a float32 sum over millions of tokens loses the digits in which two compressed
+    models differ.
     """
 
     is_differentiable = False
@@ -43,23 +43,23 @@ class MeanTokenLoss(Metric):
         self.tokens += losses.numel()
 
     def compute(self) -> Tensor:
-        """Return the mean loss of a token, a scalar; NaN before the first token."""
+        """Return the mean loss per token, a scalar; NaN before the first token."""
         return self.loss_sum / self.tokens
 
 
 def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 4) -> float:
-    """Perplexity of a causal language model: exp of the mean loss of a token.
+    """Return the perplexity of a causal language model: exp of the mean loss per token.
 
-    Each window stands alone and predicts its tokens 1 to T-1. A model that knows nothing scores the size of
-    its vocabulary.
+    Each window is read by itself and predicts its tokens 1 to T-1. Uniform predictions score the size of the
+    vocabulary.
 
     Args:
         model: Causal language model; its training mode is restored.
         windows: Token ids of shape (windows, T).
-        batch_size: Windows a forward pass.
+        batch_size: Windows per forward pass.
 
     Returns:
-        The perplexity, at least 1; infinite if the mean loss is beyond what a float can hold the exp of.
+        The perplexity, at least 1; infinite if exp of the mean loss exceeds the largest float.
 
     Raises:
         FloatingPointError: If a window's loss is not finite.
@@ -72,12 +72,12 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 4) -> 
 
 
 def token_losses(model: PreTrainedModel, windows: Tensor, batch_size: int = 4) -> Tensor:
-    """Mean token loss of each window, for paired comparisons of two models.
+    """Return the mean token loss of each window, for paired comparisons of two models.
 
     Args:
         model: Causal language model; its training mode is restored.
         windows: Token ids of shape (windows, T).
-        batch_size: Windows a forward pass.
+        batch_size: Windows per forward pass.
 
     Returns:
         Losses in nats of shape (windows,), float64, on the CPU. ``exp`` of their mean is :func:`perplexity`.
@@ -90,7 +90,7 @@ def token_losses(model: PreTrainedModel, windows: Tensor, batch_size: int = 4) -
 
 
 def _window_losses(model: PreTrainedModel, windows: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Token losses of each window in turn, of shape (T - 1,), checked to be finite."""
+    """Yield the token losses of each window, of shape (T - 1,), checked to be finite."""
     if windows.ndim != 2 or len(windows) == 0 or windows.shape[1] < 2:
         raise ValueError(
             f"Expected at least one window of at least 2 tokens, as (windows, tokens), but got the shape "
@@ -101,7 +101,7 @@ def _window_losses(model: PreTrainedModel, windows: Tensor, batch_size: int) -> 
         with evaluating(model), torch.no_grad():
             ids = batch.to(model.device)
             logits = model(ids, use_cache=False).logits
-            # A row at a time: the float32 log-probabilities of a whole batch would be the peak of memory.
+            # One row at a time, because the float32 log-probabilities of a whole batch would set the peak of memory.
             losses = [
                 F.cross_entropy(row[:-1].float(), label[1:], reduction="none")
                 for row, label in zip(logits, ids, strict=True)

@@ -1,4 +1,4 @@
-"""Prompts of examples and a question, cut to what a model can read."""
+"""Prompts of examples and a question, cut to a model's context."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
-from fasc_lightning.evaluation._continuations import beginning_ids, text_ids
+from fasc_lightning.evaluation._token_ids import beginning_ids, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,8 +21,8 @@ class Prompt:
 
     Attributes:
         ids: Its tokens.
-        shots: Examples in it.
-        cut: Tokens that are missing at its beginning.
+        shots: Number of examples in it.
+        cut: Number of tokens missing at its beginning.
     """
 
     ids: list[int]
@@ -31,7 +31,7 @@ class Prompt:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens that a model was made to read at once; None if its configuration names no bound."""
+    """Return a model's context length in tokens; None if its configuration names none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -44,20 +44,20 @@ def fit_prompt(
     head: str = "",
     separator: str = "\n\n",
 ) -> Prompt:
-    """Put examples before a question, as many of the first ones as there is room for.
+    """Put examples before a question: as many of the first ones as fit.
 
-    A question that does not fit even alone loses its beginning.
+    A question that is too long by itself loses its beginning.
 
     Args:
-        tokenizer: The tokenizer; a beginning token that it adds by itself stays.
+        tokenizer: The tokenizer; a beginning token that it adds is kept.
         parts: The examples.
-        question: Ends the prompt.
-        room: Tokens that the prompt may have; None for any number.
-        head: Stands before the examples.
-        separator: Stands between head, examples and question.
+        question: The end of the prompt.
+        room: Most tokens of the prompt; None for any number.
+        head: Text before the examples.
+        separator: Text between head, examples and question.
 
     Raises:
-        ValueError: If there is no room for a single token of the question.
+        ValueError: If not even one token of the question fits.
     """
     start = beginning_ids(tokenizer)
     room = sys.maxsize if room is None else room
@@ -74,7 +74,7 @@ def fit_prompt(
 
 
 def count_shortened(prompts: Sequence[Prompt], shots: int) -> tuple[int, int]:
-    """Prompts with fewer examples than ``shots``, and prompts without their beginning; warns if there are any."""
+    """Count prompts with fewer examples than ``shots`` and prompts without their beginning; warns if there are any."""
     fewer = sum(prompt.shots < shots for prompt in prompts)
     cut = sum(prompt.cut > 0 for prompt in prompts)
     if fewer or cut:

@@ -1,4 +1,4 @@
-"""What a model has lost and won back, on the data's own domain and elsewhere: dense, compressed, recovered."""
+"""Retention of quality in a model's states (dense, compressed, recovered), on the data's domain and on others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fasc_lightning.evaluation._perplexity import MeanTokenLoss, perplexity
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: What reports call the part of the data that nothing is trained on.
+#: Name in reports of the data that is not trained on.
 HELD_OUT = "held-out"
 #: Name of the built-in text.
 BUILTIN_TEXT = "python-reference"
@@ -27,12 +27,12 @@ BUILTIN_TEXT = "python-reference"
 
 @dataclass(frozen=True)
 class Quality:
-    """What a model was found to know in one of its states.
+    """The quality of a model in one of its states.
 
     Attributes:
-        perplexity: By text.
+        perplexity: Perplexity by text.
         facts: Factual recall; None if no facts were asked for.
-        heldout: Perplexity of what is learnt in held-out batches; None if there are none.
+        heldout: Perplexity of the learnt tokens in held-out batches; None if there are none.
     """
 
     perplexity: dict[str, float]
@@ -42,11 +42,11 @@ class Quality:
 
 @dataclass(frozen=True)
 class Questions:
-    """What a model is asked in each of its states.
+    """The evaluation data for each of a model's states.
 
     Attributes:
         texts: Windows of token ids by name, each (windows, window).
-        facts: May be empty.
+        facts: The facts; may be empty.
         heldout: Batches of the data's own domain, with labels; may be empty.
     """
 
@@ -70,10 +70,10 @@ class Questions:
         Args:
             texts: Files by name.
             facts: File of facts, if any.
-            tokenizer: Of the model.
-            windows: Windows of each text.
-            window: Tokens a window.
-            seed: Of the choice of built-in facts.
+            tokenizer: The model's tokenizer.
+            windows: Number of windows per text.
+            window: Tokens per window.
+            seed: Seed for the choice of built-in facts.
         """
         if texts or facts:
             asked = load_facts(facts) if facts else []
@@ -81,7 +81,7 @@ class Questions:
         return cls({BUILTIN_TEXT: text_windows(builtin_text(), tokenizer, windows, window)}, builtin_facts(seed))
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Quality:
-        """Ask a model; its training mode is restored.
+        """Measure a model; its training mode is restored.
 
         Raises:
             FloatingPointError: If a loss is not finite.
@@ -95,11 +95,11 @@ class Questions:
 
 @torch.no_grad()
 def batch_perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> float | None:
-    """Return exp of the mean loss of the tokens that are learnt in some batches; None if there are none.
+    """Return exp of the mean loss over the learnt tokens of batches; None if there are none.
 
     Args:
         model: A causal language model.
-        batches: With ``input_ids``, ``attention_mask`` and ``labels``, -100 where nothing is learnt.
+        batches: Batches with ``input_ids``, ``attention_mask`` and ``labels`` (-100 for tokens that are not learnt).
 
     Raises:
         FloatingPointError: If a loss is not finite.
@@ -117,7 +117,7 @@ def batch_perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tens
     return float(metric.compute().exp()) if metric.tokens else None
 
 
-# Side by side, for reports. The first state is what the others are compared with.
+# Comparisons for reports. All other states are compared with the first one.
 
 
 def compare_perplexity(states: Mapping[str, Quality]) -> dict[str, dict[str, float]]:
@@ -149,16 +149,16 @@ def compare_facts(states: Mapping[str, Quality]) -> dict[str, Any] | None:
     }
 
 
-def drift(states: Mapping[str, Quality], in_domain: Sequence[str] = ()) -> dict[str, Any]:
-    """Return how far each state is from the dense one, on the data's domain and on others.
+def retention(states: Mapping[str, Quality], in_domain: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the quality of each state relative to the dense one, on the data's domain and on others.
 
     Args:
-        states: The dense model's first, then the others.
-        in_domain: Texts of the data's domain; held-out data is of it anyway.
+        states: The dense state first, then the others.
+        in_domain: Texts of the data's domain, which always includes the held-out data.
 
     Returns:
-        ``in_domain`` and ``other_domain``: perplexity in times the dense model's, by text and state; ``facts``: recall
-        in percent of the dense model's, by state (None where that recalls nothing).
+        ``in_domain`` and ``other_domain``: perplexity over the dense model's, by text and state. ``facts``: recall in
+        percent of the dense model's, by state (None if the dense model recalls nothing).
     """
     heldout = compare_heldout(states)
     own = {HELD_OUT: heldout} if heldout else {}
@@ -176,6 +176,6 @@ def drift(states: Mapping[str, Quality], in_domain: Sequence[str] = ()) -> dict[
 
 
 def _times_first(values: Mapping[str, float]) -> dict[str, float]:
-    """Return all values but the first, each divided by the first."""
+    """Return all values except the first, each divided by the first."""
     (_, first), *others = values.items()
     return {state: value / first for state, value in others}

@@ -1,4 +1,4 @@
-"""Short answers in the model's own words, compared with the right ones as in SQuAD's evaluation."""
+"""Short answers in the model's own words, compared with the right answers as in SQuAD's evaluation."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from fasc_lightning.evaluation._prompts import context_length, count_shortened, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Where an answer ends: at the line's end, or at a full stop or comma that is not inside of "U.S." or "10,000".
+# The end of an answer: the end of the line, or a full stop or comma that is not inside "U.S." or "10,000".
 STOP = r"\n|[.,;](?=\s)"
 _ANSWER_FIELDS = ("answer", "answers", "object")
 
 
 @dataclass(frozen=True)
 class ShortAnswerItem:
-    """A prompt that a few words answer.
+    """A prompt with an answer of a few words.
 
     Attributes:
-        prompt: The text that the model goes on with.
-        answers: Right answers, one or more, each as good as the others.
+        prompt: The text that the model continues.
+        answers: One or more right answers, each as good as the others.
         kind: Group in the report.
     """
 
@@ -59,16 +59,16 @@ class ShortAnswersResult:
     """Outcome of :func:`short_answers`.
 
     Attributes:
-        percent: Answers that equal a right one but for case, articles, punctuation and white space, in percent.
-        f1: Mean F1 of the words of an answer and those of a right one, in percent.
-        chance: Percent that one and the same answer to everything would reach: the commonest right one.
-        chance_f1: Its mean F1, in percent.
+        percent: Answers that equal a right one up to case, articles, punctuation and white space, in percent.
+        f1: Mean F1 between the words of an answer and of a right answer, in percent.
+        chance: Percent right if every answer were the commonest right one.
+        chance_f1: Mean F1 of that answer, in percent.
         commonest: That answer.
         count: Number of items.
         by_kind: Percent equal and number of items of each kind.
         by_kind_f1: Mean F1 and number of items of each kind.
-        fewer_shots: Items that had fewer examples than given, for want of context.
-        cut: Items that lost the beginning of their prompt, for want of context.
+        fewer_shots: Items with fewer examples than given, because the context is too short.
+        cut: Items without the beginning of their prompt, because the context is too short.
     """
 
     percent: float
@@ -89,14 +89,14 @@ class ShortAnswersResult:
 
 @dataclass(frozen=True)
 class GivenAnswers:
-    """What a model answered, for paired comparisons of two models.
+    """A model's answers, for paired comparisons of two models.
 
     Attributes:
-        answers: Its answers.
-        exact: Whether each equals a right one, bool of shape (items,).
-        f1: F1 of each with the right one closest to it, float64 of shape (items,).
-        fewer_shots: Items that had fewer examples than given.
-        cut: Items that lost the beginning of their prompt.
+        answers: The answers.
+        exact: Whether each equals a right answer, bool of shape (items,).
+        f1: F1 of each with the closest right answer, float64 of shape (items,).
+        fewer_shots: Items with fewer examples than given.
+        cut: Items without the beginning of their prompt.
     """
 
     answers: list[str]
@@ -109,13 +109,13 @@ class GivenAnswers:
 def load_short_answers(path: str | Path) -> list[ShortAnswerItem]:
     """Read items from a jsonl file (also ``.xz``), one object a line.
 
-    Each needs a ``question``, which is put as "Q: ...?" and "A:" on two lines, or a ``prompt`` to go on with;
-    and the right answers, one text or a list of them, as ``answer``, ``answers`` or ``object``. ``kind`` may name
-    its group. So the formats of NQ-open, LAMA's SQuAD part and known_1000 are read as they are.
+    Each needs a ``question``, which becomes "Q: ...?" and "A:" on two lines, or a ``prompt`` to continue. It also needs
+    the right answers, one text or a list of them, as ``answer``, ``answers`` or ``object``. ``kind`` may name its
+    group. So the formats of NQ-open, LAMA's SQuAD part and known_1000 need no conversion.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line is malformed, naming it; or if there is no item at all.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line is malformed (the message names it), or if the file has no items.
     """
     return load_items(path, _parse, "questions or prompts")
 
@@ -140,9 +140,9 @@ def _parse(row: dict[str, Any]) -> ShortAnswerItem:
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation, English articles and superfluous white space.
+    """Return a text in lower case, without ASCII punctuation, English articles and superfluous white space.
 
-    In the order of the official evaluation of SQuAD (Rajpurkar et al. 2016, "SQuAD: 100,000+ Questions ..."), so
+    The steps have the order of SQuAD's official evaluation (Rajpurkar et al. 2016, "SQuAD: 100,000+ Questions ..."), so
     "the U.S." becomes "us".
     """
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
@@ -150,14 +150,14 @@ def normalise_answer(text: str) -> str:
 
 
 def exact_match(given: str, answers: Sequence[str]) -> bool:
-    """Whether an answer equals one of the right ones once normalised."""
+    """Return whether an answer equals a right one after normalisation."""
     return any(normalise_answer(given) == normalise_answer(answer) for answer in answers)
 
 
 def token_f1(given: str, answers: Sequence[str]) -> float:
-    """F1 of the normalised words of an answer with those of the right one closest to it.
+    """Return the F1 between the normalised words of an answer and of the closest right answer.
 
-    Where nothing is left of either, the two are equal or not, as in the evaluation of SQuAD 2.0.
+    If one of them has no words left, F1 is 1 if both have none and else 0, as in the evaluation of SQuAD 2.0.
     """
     return max(_pair_f1(normalise_answer(given).split(), normalise_answer(answer).split()) for answer in answers)
 
@@ -170,7 +170,7 @@ def _pair_f1(given: list[str], right: list[str]) -> float:
 
 
 def commonest_answer(items: Sequence[ShortAnswerItem]) -> str:
-    """The normalised answer that is right for most items; the first of several."""
+    """Return the normalised answer that is right for most items; the first of several."""
     counts = Counter(answer for item in items for answer in dict.fromkeys(map(normalise_answer, item.answers)))
     return max(counts, key=lambda answer: counts[answer])
 
@@ -184,17 +184,17 @@ def short_answers(
     stop: str = STOP,
     batch_size: int = 16,
 ) -> ShortAnswersResult:
-    """Exact match and F1 of the answers that a model gives.
+    """Return exact match and F1 of a model's answers.
 
     Args:
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
-        items: What to ask.
-        shots: Examples before each prompt, with their first answer, each on lines of its own. Those that exceed
-            the model's context are dropped, with a warning.
+        items: The items.
+        shots: Examples before each prompt, with their first answer, each on lines of its own. Examples beyond the
+            model's context are dropped with a warning.
         max_new_tokens: Tokens of the longest answer.
-        stop: Regular expression of what ends an answer.
-        batch_size: Prompts a forward pass.
+        stop: Regular expression for the end of an answer.
+        batch_size: Prompts per forward pass.
 
     Returns:
         Percentages, overall and by kind.
@@ -234,16 +234,16 @@ def given_answers(
     stop: str = STOP,
     batch_size: int = 16,
 ) -> GivenAnswers:
-    """Let a model answer, always with its likeliest token, and score each answer.
+    """Generate a model's answers greedily, and score each answer.
 
     Args:
         model: Causal language model; its training mode is restored.
         tokenizer: Its tokenizer.
-        items: What to ask.
+        items: The items.
         shots: Examples before each prompt.
         max_new_tokens: Tokens of the longest answer.
-        stop: Regular expression of what ends an answer.
-        batch_size: Prompts a forward pass; rounding apart, the answers do not depend on it.
+        stop: Regular expression for the end of an answer.
+        batch_size: Prompts per forward pass; the answers change only by rounding.
 
     Returns:
         Answers and scores, on the CPU.
@@ -269,7 +269,7 @@ def given_answers(
     def ended(ids: list[int]) -> bool:
         return ids[-1] in ends or pattern.search(_decoded(tokenizer, ids)) is not None
 
-    # Prompts of about one length together need little padding.
+    # Prompts with similar lengths need little padding.
     order = sorted(range(len(items)), key=lambda i: len(prompts[i].ids))
     with evaluating(model), torch.inference_mode():
         for batch in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
@@ -284,7 +284,7 @@ def given_answers(
 
 @dataclass(frozen=True)
 class _Writing:
-    """A prompt and what was written after it so far."""
+    """A prompt and the tokens generated after it so far."""
 
     prompt: list[int]
     name: str
@@ -296,8 +296,8 @@ def _write_greedily(
 ) -> None:
     """Append the likeliest tokens to the answers of a batch, until each has ended or has ``steps`` tokens.
 
-    Prompts are padded on the left, where the mask hides the padding and positions are counted from the first
-    token. ``model.generate`` would bring in the penalties of a model's generation settings.
+    Prompts are padded on the left; the mask hides the padding, and positions count from the first token.
+    ``model.generate`` is not used because it would apply the penalties of a model's generation settings.
     """
     width = max(len(row.prompt) for row in writing)
     ids = torch.tensor([[0] * (width - len(row.prompt)) + row.prompt for row in writing], device=model.device)
@@ -310,7 +310,7 @@ def _write_greedily(
     unfinished = set(range(len(writing)))
     for _ in range(steps):
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -unread.shape[1] :]
-        # The cache of keys and values is handed on; without one the whole text is read again.
+        # The cache of keys and values is passed on; without one the whole text is read again.
         options: dict[str, Any] = {"past_key_values": cache} if cache is not None else {}
         if placed:
             options["position_ids"] = positions
@@ -334,7 +334,7 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a text: the tokenizer's and those of the model's generation settings."""
+    """Return the tokens that end a text, from the tokenizer and the model's generation settings."""
     settings = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [*(settings if isinstance(settings, list) else [settings]), tokenizer.eos_token_id]
     return frozenset(end for end in ends if end is not None)

@@ -1,4 +1,4 @@
-"""A bridge to lm-eval, EleutherAI's evaluation harness: its tasks on a model in memory, dense or compressed."""
+"""The tasks of lm-eval, EleutherAI's evaluation harness, on a model in memory, dense or compressed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Metrics of multiple-choice tasks that guessing gets right once in as many times as there are choices.
+#: Metrics of multiple-choice tasks for which guessing scores 1 / choices.
 _GUESSED = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
 
 
@@ -29,10 +29,10 @@ class HarnessScore:
     """One metric of one task.
 
     Attributes:
-        value: As lm-eval gives it: accuracies are fractions, not percent.
-        stderr: Its standard error, or None where lm-eval has none (a single item, some aggregations).
-        chance: What guessing would give, or None where that is not known.
-        higher_is_better: As the task says, or None.
+        value: The value from lm-eval: accuracies are fractions, not percent.
+        stderr: Its standard error; None if lm-eval gives none (a single item, some aggregations).
+        chance: The value of guessing; None if it is not known.
+        higher_is_better: The task's statement, or None.
     """
 
     value: float
@@ -46,11 +46,11 @@ class HarnessResult:
     """Outcome of :func:`run_harness`.
 
     Attributes:
-        scores: By task or group, then by metric; a metric behind one of lm-eval's answer filters is named
+        scores: By task or group, then by metric; a metric after one of lm-eval's answer filters is named
             "metric,filter".
-        counts: Items that each task was run on.
+        counts: Number of items of each task.
         num_fewshot: Examples in each task's prompts.
-        versions: Of lm-eval, under "lm_eval", and of each task.
+        versions: Versions of lm-eval, under "lm_eval", and of each task.
     """
 
     scores: dict[str, dict[str, HarnessScore]]
@@ -72,12 +72,12 @@ def harness_model(
 ) -> HFLM:
     """Wrap a model that is in memory as lm-eval's ``HFLM``; nothing is saved, reloaded or copied.
 
-    Log-probabilities that are not finite raise, naming the task, where lm-eval would count an item as answered.
+    Log-probabilities that are not finite raise an error with the task's name; lm-eval would count the item as answered.
 
     Args:
         model: Causal language model, dense or with compressed layers. It is put in eval mode, as HFLM does.
         tokenizer: Its tokenizer.
-        batch_size: Sequences a forward pass.
+        batch_size: Sequences per forward pass.
         max_length: Longest sequence in tokens; None for the model's own limit.
         progress: Whether to show progress bars.
 
@@ -106,7 +106,7 @@ def harness_model(
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             return super().generate_until(requests, disable_tqdm or not progress)
 
-    # It warns that a model in memory makes its loading options idle.
+    # HFLM warns that its loading options have no effect on a model in memory.
     with _quiet("lm_eval", logging.ERROR):
         return FiniteHFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
 
@@ -125,9 +125,8 @@ def run_harness(
 ) -> HarnessResult:
     """Run tasks of lm-eval on a model.
 
-    Tasks that lm-eval names read their data from the hub; a YAML file or a dict of the same form can name local files
-    (``dataset_path: json``), and then nothing is fetched. The random states of Python, numpy and torch are what they
-    were when it ends.
+    Tasks by name read their data from the hub. A YAML file or a dict of the same form can name local files
+    (``dataset_path: json``); then nothing is downloaded. The random states of Python, numpy and torch are restored.
 
     Args:
         model: Causal language model, dense or with compressed layers; its training mode is restored.
@@ -135,10 +134,10 @@ def run_harness(
         tasks: Names of tasks or groups, paths of YAML files, or task configurations.
         limit: Items of each task: a number, or a fraction below 1; None for all.
         num_fewshot: Examples in a prompt; None for each task's own number. A task that fixes it at 0 keeps that.
-        batch_size: Sequences a forward pass.
+        batch_size: Sequences per forward pass.
         max_length: Longest sequence in tokens; None for the model's own limit.
         bootstrap_iters: Resamples for standard errors that have no closed form.
-        seed: Of the few-shot examples and everything else that is drawn.
+        seed: Seed of the few-shot examples and all other draws.
         progress: Whether to show progress bars and lm-eval's messages.
 
     Returns:
@@ -146,8 +145,8 @@ def run_harness(
 
     Raises:
         ModuleNotFoundError: If lm-eval is not installed.
-        ValueError: If there are no tasks, or one is not known.
-        FloatingPointError: If a log-probability or a metric is not finite, naming the task.
+        ValueError: If there are no tasks, or a task is unknown.
+        FloatingPointError: If a log-probability or a metric is not finite; the message names the task.
     """
     with _explained_import():
         import lm_eval
@@ -157,7 +156,7 @@ def run_harness(
         raise ValueError(f"Expected a list of at least one task but got {tasks!r}.")
     specs = [dict(task) if isinstance(task, dict) else str(task) for task in tasks]
     with evaluating(model), _own_randomness(seed), _quiet("lm_eval", logging.NOTSET if progress else logging.ERROR):
-        # The thousands of tasks that lm-eval brings are only listed where one is asked for by name.
+        # lm-eval's thousands of tasks are listed only if a task is asked for by name.
         named = any(isinstance(spec, str) and not spec.endswith((".yaml", ".yml")) for spec in specs)
         try:
             loaded = TaskManager(include_defaults=named).load(specs)
@@ -187,7 +186,7 @@ def _set_fewshot(task: Any, num_fewshot: int | None, seed: int) -> None:
 
 
 def _scores(name: str, values: Mapping[str, Any], task: Any, higher: Mapping[str, bool]) -> dict[str, HarnessScore]:
-    """Return the metrics of a task or group out of lm-eval's "metric,filter" and "metric_stderr,filter" entries."""
+    """Return the metrics of a task or group from lm-eval's "metric,filter" and "metric_stderr,filter" entries."""
     chance = _chance(task)
     scores = {}
     for key, value in values.items():
@@ -243,7 +242,7 @@ def _explained_import() -> Iterator[None]:
 
 @contextmanager
 def _own_randomness(seed: int) -> Iterator[None]:
-    """Seed Python, numpy and torch, and give them back the states that they had."""
+    """Seed Python, numpy and torch, and restore their states afterwards."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what lm-eval's tasks draw from
     with torch.random.fork_rng():
         random.seed(seed)
@@ -258,7 +257,7 @@ def _own_randomness(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _quiet(logger: str, level: int) -> Iterator[None]:
-    """Hold back a library's messages below a level."""
+    """Suppress a library's messages below a level."""
     found = logging.getLogger(logger)
     before = found.level
     found.setLevel(max(level, before))

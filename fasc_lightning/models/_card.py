@@ -1,4 +1,4 @@
-"""The model card of a compressed model: what was done to it, what that cost, and how to load it."""
+"""The model card of a compressed model: its compression, its losses, and how to load it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from fasc_lightning._utils import Row, library_versions, markdown_table
 from fasc_lightning.compression import CompressionReport, outcome, recovery_line
 from fasc_lightning.layers import Size, compressed_layers, layer_sizes, model_size, quantization_of
-from fasc_lightning.models._format import provenance_of
+from fasc_lightning.models._attach import provenance_of
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
     from transformers import PreTrainedModel
 
-#: The task on the hub and the auto class of a model class, by the table of transformers that names it.
+#: The hub's task and the auto class of a model class, by the table of transformers that names the class.
 TASKS = {
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": ("text-generation", "AutoModelForCausalLM"),
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": ("text-classification", "AutoModelForSequenceClassification"),
@@ -27,7 +27,7 @@ TASKS = {
 #: Heading of each figure of a size.
 FIGURES = {"parameters": "parameters", "bytes": "MB", "flops_per_token": "MFLOPs a token"}
 
-#: Columns of the rho table: what follows "rho" there and in the report.
+#: Columns of the rho table: the suffix of "rho" in the heading and in the report.
 RHO = {"": "", " null": "_null", " debiased": "_debiased"}
 
 
@@ -44,18 +44,19 @@ def model_card(
 
     Args:
         model: The compressed model.
-        report: Of its compression, as an object or as the JSON that ``recipes/compress.py`` writes. Without it the
-            card says what the model itself knows: method, options and ranks, but no rho and no sizes before.
-        base_model: Hub id or folder of the model that was compressed. By default what was given to ``from_pretrained``
-            before the compression.
-        licence: Of the base model, which holds for this one too: an identifier of the hub ("apache-2.0"). By default
-            what the README.md of a base model's folder says.
-        calibration: What the model was calibrated on. By default what the report says.
-        evaluation: Results before and after, as the recipe's report has them: ``{"perplexity": {name: {"dense": ...,
+        report: The report of its compression, as an object or as the JSON that ``recipes/compress.py`` writes. Without
+            a report the card shows the facts that the model holds: method, options and ranks, but no rho and no dense
+            sizes.
+        base_model: Hub id or folder of the model that was compressed. By default the argument of the
+            ``from_pretrained`` call before the compression.
+        licence: Licence of the base model, which holds for this model too: an identifier of the hub ("apache-2.0"). By
+            default the licence in README.md of the base model's folder.
+        calibration: The calibration data. By default the report's.
+        evaluation: Results before and after, in the form of the recipe's report: ``{"perplexity": {name: {"dense": ...,
             "compressed": ...}}, "facts": {"dense": ..., "compressed": ..., "by_kind": ...}}``. By default the report's.
 
     Raises:
-        ValueError: If the model holds no compressed layers, or the report is another model's.
+        ValueError: If the model has no compressed layers, or the report belongs to another model.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -92,10 +93,10 @@ def model_card(
 
 
 def _check_report(model: PreTrainedModel, report: Mapping[str, Any]) -> None:
-    """Refuse a report of layers that the model does not have.
+    """Refuse a report whose layers differ from the model's.
 
     Raises:
-        ValueError: With the first that differs; or if the model is not compressed.
+        ValueError: If a layer differs, naming the first, or if the model is not compressed.
     """
     layers = compressed_layers(model)
     if not layers:
@@ -105,7 +106,7 @@ def _check_report(model: PreTrainedModel, report: Mapping[str, Any]) -> None:
         )
     if not report:
         return
-    # Dense layers that were quantised are compressed layers, too, but have no rank of their own.
+    # Quantised dense layers are compressed layers too, but have no rank.
     held = {name: layer.rank for name, layer in layers.items() if layer.layout != "dense"}
     told = {row["name"]: row["rank"] for row in _own_names(model, report)["layers"] if row["layout"] != "dense"}
     different = sorted(name for name in held.keys() | told.keys() if held.get(name) != told.get(name))
@@ -118,7 +119,7 @@ def _check_report(model: PreTrainedModel, report: Mapping[str, Any]) -> None:
 
 
 def _own_names(model: PreTrainedModel, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a report with the model's own names: a fit's begin with that of the model inside the LightningModule."""
+    """Return a report with the model's names; in a fit they begin with the name inside the LightningModule."""
     known = {name for name, _ in model.named_modules()}
 
     def own(name: str) -> str:
@@ -129,7 +130,7 @@ def _own_names(model: PreTrainedModel, report: Mapping[str, Any]) -> dict[str, A
 
 
 def _as_quantized(model: PreTrainedModel, report: dict[str, Any]) -> dict[str, Any]:
-    """Return a report with the sizes of the model as it is, where it was quantised after the report was made."""
+    """Return a report with the model's present sizes if the model was quantised after the report was made."""
     if _quantization(model) is None or report["options"].get("quantize") is not None:
         return report
     targeted = {row["name"]: model.get_submodule(row["name"]) for row in report["layers"]}
@@ -148,13 +149,13 @@ def _with_compressed(sizes: Mapping[str, Mapping[str, int]], found: Size) -> dic
 
 
 def _quantization(model: PreTrainedModel) -> str | None:
-    """How the model's compressed layers are quantised, all or some of them."""
+    """Return the quantisation of the model's compressed layers, of all or some."""
     found = sorted({kind for layer in compressed_layers(model).values() if (kind := quantization_of(layer))})
     return ", ".join(found) or None
 
 
 def _stated_licence(folder: str | None) -> str | None:
-    """The licence in the header of a local folder's README.md, if there is one."""
+    """Return the licence in the header of a local folder's README.md, if there is one."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError  # type: ignore[import-untyped]
 
@@ -163,7 +164,7 @@ def _stated_licence(folder: str | None) -> str | None:
         return None
     try:
         return ModelCard.load(readme, ignore_metadata_errors=True).data.license
-    except (ValueError, OSError, YAMLError):  # somebody's README: the header need not be one
+    except (ValueError, OSError, YAMLError):  # the README may have an invalid header
         return None
 
 
@@ -172,7 +173,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _short(name: str | None) -> str | None:
-    """A hub id as it is, of a path the last part: a card is read by people who do not have that folder."""
+    """Return a hub id unchanged, and the last part of a path: readers of a card do not have the folder."""
     return name if name is None or _is_hub_id(name) else Path(name).name
 
 
@@ -213,7 +214,7 @@ that know no low-rank layers: as large as before, as good as it is now."""
 
 
 def _costs(results: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the section on perplexity and facts, if either was measured."""
+    """Yield the section on perplexity and facts, if one of them was measured."""
     rows: list[Row] = [
         {"": f"perplexity of {name}", **{state: f"{value:.2f}" for state, value in values.items()}}
         for name, values in results.get("perplexity", {}).items()
@@ -282,7 +283,7 @@ def _budget(options: Mapping[str, Any]) -> str:
 
 
 def _outcome(made: Mapping[str, Any], phase: str, parts: str) -> str:
-    """Return what a refit or a refinement did; of one that was not asked for "none", or what is known."""
+    """Return the outcome of a refit or a refinement; without figures the option, or "none" if it was not asked for."""
     figures = made.get(phase)
     if figures is None:
         return "none" if "layers" in made else f"{made['options'].get(phase, 'not stated')}"
@@ -291,11 +292,11 @@ def _outcome(made: Mapping[str, Any], phase: str, parts: str) -> str:
 
 
 def _recovery(made: Mapping[str, Any]) -> str:
-    """Return what a recovery did; nothing if there was none."""
+    """Return the outcome of a recovery; "" without a recovery."""
     figures, options = made.get("recovery"), made["options"].get("recovery")
     if figures is not None:
         return recovery_line(figures)
-    if options is None or "layers" in made:  # a report knows of one that has been done
+    if options is None or "layers" in made:  # a report holds the figures of a finished recovery
         return ""
     return f"{options['arm']}, by {'a teacher' if options['teacher'] else 'labels'}"
 
@@ -317,7 +318,7 @@ def _calibration(made: Mapping[str, Any], stated: str | Sequence[str] | None) ->
 
 
 def _layers(model: PreTrainedModel, report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the section on single layers: those kept dense, ranks, and rho where the report has it."""
+    """Yield the section on single layers: dense layers, ranks, and rho if the report has it."""
     if "layers" not in report:
         rows: list[Row] = [
             {"layer": name, "shape": _shape((layer.out_features, layer.in_features)), "rank": layer.rank}
@@ -355,7 +356,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _number(value: float | None) -> str:
-    """A figure that may not have been measured."""
+    """Return a figure as text; it may not have been measured."""
     return "-" if value is None else f"{value:.3f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
 
 

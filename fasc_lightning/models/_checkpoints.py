@@ -1,8 +1,8 @@
-"""Checkpoints of dense and of compressed modules, each loaded over the other: the layers follow the weights.
+"""Checkpoints of dense and compressed modules, each loaded over the other: the layers follow the weights.
 
-A Lightning checkpoint holds weights by name and no structure, so that the module must have the form of its weights
-before they load. Where they load through a Trainer with a FascCallback, the callback's hook sees to it; elsewhere the
-module's own ``on_load_checkpoint``, which a Trainer and ``load_from_checkpoint`` call at the right moment.
+A Lightning checkpoint holds weights by name and no structure, so the module must have the layers of the checkpoint
+before its weights load. In a Trainer with a FascCallback the callback's hook swaps the layers. Elsewhere the module's
+own ``on_load_checkpoint`` does, which a Trainer and ``load_from_checkpoint`` call before the weights load.
 """
 
 from __future__ import annotations
@@ -31,46 +31,47 @@ from fasc_lightning.layers import (
     quantization_of,
     set_trainable,
 )
-from fasc_lightning.models._layer_plan import REMEMBERED, check_fit, compression_plan, swap_layers
-from fasc_lightning.models._layer_state import check_state
+from fasc_lightning.models._attach import swap_layers
+from fasc_lightning.models._layer_plan import REMEMBERED, compression_plan
+from fasc_lightning.models._layer_state import check_fit, check_state
 
 
 def match_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Give a module the layers of a checkpoint, compressed or dense, so that its weights load strictly.
 
     :class:`~fasc_lightning.CausalLMModule` and any fit, validation or test with a :class:`~fasc_lightning.FascCallback`
-    do it by themselves. For ``load_from_checkpoint`` of a LightningModule of your own, and for Trainers without the
-    callback, call it from the module::
+    call it themselves. For ``load_from_checkpoint`` of your own LightningModule, and for Trainers without the callback,
+    call it from the module::
 
         def on_load_checkpoint(self, checkpoint):
             match_checkpoint(self, checkpoint)
 
-    A compressed module that is given a dense checkpoint becomes dense. It says so, and remembers its plan:
-    ``apply_plan(module, module.fasc_plan)``.
+    A compressed module that loads a dense checkpoint becomes dense, with a warning. It keeps its plan, so
+    ``apply_plan(module, module.fasc_plan)`` compresses it again.
 
     Args:
         module: Any module.
         checkpoint: A Lightning checkpoint.
 
     Raises:
-        ValueError: If the checkpoint's compressed layers are not those of the module. It is what it was.
+        ValueError: If the checkpoint's compressed layers do not fit the module. The module is unchanged.
     """
     check(checkpoint, mapping(anything), "The checkpoint")
     match_state_dict(module, checkpoint.get("state_dict", {}))
 
 
 def match_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Give a module's linear layers the form in which a state dict holds them, and those that change their values.
+    """Give a module's linear layers the form of a state dict's; layers that change form also get their values.
 
     Args:
         module: Any module.
         state_dict: Weights by name.
-        prefix: Of the module's names in it.
+        prefix: Prefix of the module's names in the state dict.
 
     Raises:
-        ValueError: If the state's compressed layers, or with them any of its weights, are not those of the module,
-            which is what it was. (A module with ``strict_loading = False`` may lack weights.) Or if a compressed
-            layer's part is not what it says: integers where floats are wanted, NaN, an index that is no permutation.
+        ValueError: If the state's compressed layers or its other weights do not fit the module. (A module with
+            ``strict_loading = False`` may lack weights.) Or if a compressed layer's tensors are invalid: integers
+            instead of floats, NaN, an index that is no permutation. The module is unchanged.
     """
     check(state_dict, mapping(anything), "The entry 'state_dict' of the checkpoint")
     compressed = _compressed_names(state_dict, prefix)
@@ -78,7 +79,7 @@ def match_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], prefix
     if missing := compressed - every.keys():
         raise ValueError(
             f"Expected a checkpoint of {type(module).__name__} but it holds compressed layers that are not there: "
-            f"{some_names(missing)}. Is it another model's? The module is what it was."
+            f"{some_names(missing)}. Is it another model's? The module is unchanged."
         )
     with naming("The entry 'state_dict' of the checkpoint"):
         check_state(module, state_dict, prefix, compressed)
@@ -113,14 +114,14 @@ def match_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], prefix
     if before and not compressed:
         setattr(module, REMEMBERED, before)
         rank_zero_warn(
-            f"{type(module).__name__} had {len(before)} compressed layers and is dense now, as the weights are that "
-            "were loaded into it. HINT: load a compressed checkpoint to have the factors again; "
+            f"{type(module).__name__} had {len(before)} compressed layers and is dense now, because the loaded weights "
+            "are dense. HINT: load a compressed checkpoint to have the factors again; "
             f"`apply_plan(module, module.{REMEMBERED})` gives the dense weights the same ranks."
         )
 
 
 def match_on_load(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *unused: Any) -> None:
-    """As a hook of ``register_load_state_dict_pre_hook``; a function of no one's, so that modules can be copied."""
+    """A ``register_load_state_dict_pre_hook``; a module-level function, so hooked modules can be deep-copied."""
     del unused
     match_state_dict(module, state_dict, prefix)
 
@@ -147,10 +148,10 @@ def _part(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _compressed_layer(name: str, layer: nn.Module, state: Mapping[str, Tensor]) -> nn.Module | None:
-    """Return the compressed layer that a part of a state dict describes; None if there is one already.
+    """Return the compressed layer that a part of a state dict describes; None if the module has it already.
 
     Raises:
-        ValueError: If the layer that it is to replace is of another shape.
+        ValueError: If the layer to replace has another shape.
     """
     m, n = linear_shape(layer)
     spec = _describe(state, m, n)
@@ -158,7 +159,7 @@ def _compressed_layer(name: str, layer: nn.Module, state: Mapping[str, Tensor]) 
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         raise ValueError(
             f"Expected the checkpoint's layer {name!r} to be compressed from a weight of shape ({m}, {n}), as the "
-            f"module's is, but it holds {shapes}. Is it another model's? The module is what it was."
+            f"module's is, but it holds {shapes}. Is it another model's? The module is unchanged."
         )
     if isinstance(layer, CompressedLinear) and describe_layer(layer) == spec:
         return None
@@ -168,7 +169,7 @@ def _compressed_layer(name: str, layer: nn.Module, state: Mapping[str, Tensor]) 
 
 
 def _describe(state: Mapping[str, Tensor], m: int, n: int) -> dict[str, Any] | None:
-    """Return the description of a compressed (m, n) layer by the names and shapes of its parts; None if of no such."""
+    """Return the description of a compressed (m, n) layer by its parts' names and shapes; None if there is none."""
     spec = _describe_form(state, m, n)
     if spec is not None and any(key.endswith(".scale") for key in state):
         spec["quantize"] = "int8-dynamic" if any(key.endswith(".rounds_inputs") for key in state) else "int8"
@@ -195,16 +196,16 @@ def _describe_form(state: Mapping[str, Tensor], m: int, n: int) -> dict[str, Any
 
 
 def _dense_layer(name: str, layer: CompressedLinear, state: Mapping[str, Tensor]) -> nn.Module:
-    """Return the dense layer that a part of a state dict holds in place of a compressed one."""
+    """Return the dense layer of a part of a state dict, which replaces a compressed layer."""
     new = empty_dense(layer, "bias" in state, layer.weight.dtype)
     device = _device(layer)
-    for key, parameter in new.named_parameters():  # and not its buffers, which have their values
+    for key, parameter in new.named_parameters():  # buffers have their values already
         new._parameters[key] = nn.Parameter(torch.zeros_like(parameter, device=device))
     return _filled(name, new, layer, state)
 
 
 def _reparametrised_layer(name: str, layer: nn.Module, form: DenseForm, state: Mapping[str, Tensor]) -> nn.Module:
-    """Return the layer whose weight is computed from other tensors that a part of a state dict holds.
+    """Return the layer whose weight is computed from other tensors in a part of a state dict.
 
     Raises:
         ValueError: If the state is not the layer's.
@@ -217,7 +218,7 @@ def _reparametrised_layer(name: str, layer: nn.Module, form: DenseForm, state: M
 
 
 def _filled(name: str, new: nn.Module, old: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Give a layer its values at once, so that nothing unset is ever in a module.
+    """Fill a new layer with its values at once, so that a module never holds unset values.
 
     Raises:
         ValueError: If the state is not the layer's.
@@ -231,13 +232,11 @@ def _filled(name: str, new: nn.Module, old: nn.Module, state: Mapping[str, Tenso
 
 
 def _others(name: str, error: RuntimeError) -> str:
-    return (
-        f"Expected the weights of layer {name!r} but the checkpoint's are others: {error}. The module is what it was."
-    )
+    return f"Expected the weights of layer {name!r} but the checkpoint's differ: {error}. The module is unchanged."
 
 
 def _trains(layer: nn.Module) -> bool:
-    # Of int8 alone nobody can tell whether its floats would be trained.
+    # int8 weights never train, so they do not show whether the layer would.
     return quantization_of(layer) is not None or any(p.requires_grad for p in layer.parameters())
 
 

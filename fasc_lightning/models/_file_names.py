@@ -1,10 +1,10 @@
-"""Names of weights in files and in modules, which differ for many architectures of transformers 5.
+"""Names of weights in files and in modules; they differ in many architectures of transformers 5.
 
-transformers renames, splits and merges weights between a file and the modules (``attention.query`` of a ViT's file is
-``q_proj`` in memory). That is made for dense weights: of a compressed layer it could merge factors of different ranks,
-permute rows of one of two, or part a dense layer from its compressed neighbour. So compressed models are saved under
-the names of their modules, and read without conversions. Folders that hold the names of the original files are read
-with them.
+transformers renames, splits and merges weights between a file and the modules (``attention.query`` in a ViT's file is
+``q_proj`` in memory). These conversions are made for dense weights. On compressed layers they could merge factors of
+different ranks, permute the rows of one factor alone, or separate a dense layer from its compressed neighbour. So
+compressed models are saved under the names of their modules and read without conversions. Folders with the names of the
+original files are read with conversions.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 
 
 def converted_names(model: Any, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Return the names that transformers gives the weights of a file, by their names there.
+    """Return the names that transformers gives the weights of a file, by their names in the file.
 
     Args:
-        model: A transformers model, on whatever device.
+        model: A transformers model, on any device.
         keys: Names in files.
 
     Returns:
-        For each, one name, or, of a weight that is split, several.
+        For each, one name, or several if the weight is split.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    conversions = get_model_conversion_mapping(model)  # copies: some remember what they have seen
+    conversions = get_model_conversion_mapping(model)  # copies: some conversions store the names they met
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     known, prefix = model.state_dict(), model.base_model_prefix
@@ -41,10 +41,10 @@ def converted_names(model: Any, keys: Iterable[str]) -> dict[str, tuple[str, ...
 
 
 def holds_module_names(model: Any, keys: Iterable[str]) -> bool:
-    """Whether the names in some files are those of a model's modules, rather than such as have to be converted."""
+    """Return whether the names in files are a model's module names and need no conversion."""
     keys = list(keys)
     known, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
-    # A base model's names lack the prefix that they have in a model with a head.
+    # Names of a base model lack the prefix that a model with a head adds.
     plain = {key for key in keys if not known.isdisjoint((key, key.removeprefix(prefix), prefix + key))}
     if len(plain) == len(keys) or known <= plain:
         return bool(keys)
@@ -53,10 +53,10 @@ def holds_module_names(model: Any, keys: Iterable[str]) -> bool:
 
 
 def name_forms(model: Any, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Return the names that a folder's layers may have in a model, by their names in the folder.
+    """Return the possible names in a model for each name of a folder's layers.
 
-    A base model's lack the prefix that they have inside a model with a head. In a model of another class than was
-    saved, they may be those that transformers would give the weights.
+    Names of a base model lack the prefix that a model with a head adds. In a model of another class than the saved one,
+    the names may be the ones that transformers converts the weights' names to.
     """
     prefix = f"{model.base_model_prefix}."
     weights = {name: f"{name}.weight" for name in names}
@@ -68,21 +68,21 @@ def name_forms(model: Any, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def save_module_names(model: Any) -> list[Any] | None:
-    """Have ``save_pretrained`` write weights under the names of their modules.
+    """Make ``save_pretrained`` write weights under the names of their modules.
 
     Returns:
-        The conversions with which it would write a dense model, None for the default ones. They belong on the model's
-        quantizer, as ``dense_conversions``, until :func:`save_converted_names`.
+        The conversions of a dense model, None for the default ones. The caller keeps them as ``dense_conversions`` of
+        the model's quantizer until :func:`save_converted_names`.
     """
     held = vars(model)
     conversions: Any = held.get("_weight_conversions")
     conversions = getattr(held.get("hf_quantizer"), "dense_conversions", conversions)
-    model._weight_conversions = []  # of None it would take the default ones
+    model._weight_conversions = []  # None would mean the default ones
     return conversions
 
 
 def save_converted_names(model: Any) -> None:
-    """Have ``save_pretrained`` write the names that it would have written before the model was compressed."""
+    """Make ``save_pretrained`` write the names that it wrote before the model was compressed."""
     quantizer: Any = vars(model).get("hf_quantizer")
     if not hasattr(quantizer, "dense_conversions"):
         return

@@ -1,4 +1,4 @@
-"""Folders of saved models: whether their files are what was saved, before a model is made of them."""
+"""Checks of a saved model's files, before a model is built from them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from fasc_lightning._utils import (
 )
 from fasc_lightning.layers import GUARD_SHAPE
 
-#: Entry of a folder's ``quantization_config``: SHA-256 of each file of weights. Only :func:`save_compressed` writes it;
-#: whatever saves the model again writes a configuration without.
+#: Entry of a folder's ``quantization_config``: the SHA-256 of each file of weights. Only :func:`save_compressed` writes
+#: it; other ways to save the model write a configuration without it.
 FILES = "files"
 
-#: Names that configurations have for numbers of layers and of experts, each of which has a tensor at least.
+#: Names in configurations for the number of layers or experts, each of which has at least one tensor.
 _REPEATED = (
     "num_hidden_layers",
     "num_layers",
@@ -46,18 +46,18 @@ _REPEATED = (
 _INDEX = record({"weight_map": mapping(text)}, extra=True)
 
 
-#: What transformers raises in the middle of a configuration that makes no sense.
+#: Errors that transformers raises on invalid configurations.
 _INTERNAL = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError)
 
 
 @contextmanager
 def of_folder(path: str | PathLike[str]) -> Iterator[None]:
-    """Let whatever is wrong with a compressed model that is being loaded be a ValueError that names its folder.
+    """Turn errors while a compressed model loads into a ValueError that names its folder.
 
     Raises:
-        ValueError: In place of those of safetensors and of transformers.
-        OSError: As it was.
-        torch.OutOfMemoryError: Likewise.
+        ValueError: Instead of the errors of safetensors and transformers.
+        OSError: Passed on.
+        torch.OutOfMemoryError: Passed on.
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -82,7 +82,7 @@ def of_folder(path: str | PathLike[str]) -> Iterator[None]:
 
 
 def add_checksums(folder: Path) -> None:
-    """Write into a folder's configuration what its files of weights are; they must be there."""
+    """Write the checksums of a folder's files of weights, which must exist, into its configuration."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     sums = {file.name: file_checksum(file) for file in sorted(folder.glob("*.safetensors"))}
@@ -92,10 +92,10 @@ def add_checksums(folder: Path) -> None:
 
 
 def check_json_contents(folder: Path, names: Iterable[str]) -> None:
-    """Refuse JSON files of a local folder that do not hold what they should; missing ones are passed over.
+    """Refuse JSON files of a local folder with invalid contents; missing files are skipped.
 
     Raises:
-        ValueError: With the file and the entry.
+        ValueError: If a file is invalid; the message names the file and the entry.
     """
     for path in (folder / name for name in names):
         if not path.is_file():
@@ -111,7 +111,7 @@ def check_json_contents(folder: Path, names: Iterable[str]) -> None:
 
 
 def _check_counts(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse numbers of layers that the weights beside a configuration cannot be of: making them could take forever."""
+    """Refuse more layers than the weights beside a configuration have tensors: building them could take forever."""
     found = sorted(path.parent.glob("*.safetensors"))
     if not found:
         return
@@ -121,27 +121,27 @@ def _check_counts(config: Mapping[str, Any], path: Path) -> None:
             with open_tensors(file, "file of weights") as (named, _):
                 tensors += len(named.forms)
         except SchemaError:
-            return  # which transformers meets, too, if it is one of the model's
+            return  # transformers reports it if the model has it
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
     for part in parts:
         for name in _REPEATED:
             value = part.get(name)
             if isinstance(value, int | float) and not 0 <= value <= tensors:
                 raise SchemaError(
-                    f"Expected {name} of at most {tensors} in {path}, whose weights are that many, got {value!r:.40}."
+                    f"Expected {name} of at most {tensors} in {path}, the number of its weights, got {value!r:.40}."
                 )
 
 
 def check_weight_files(model: nn.Module, files: Iterable[str | PathLike[str]], sums: Mapping[str, str] | None) -> None:
-    """Refuse files of weights that are not those that were saved, or that hold integers where the model has floats.
+    """Refuse files of weights that differ from the saved ones, or hold integers for floats of the model or the reverse.
 
     Args:
-        model: Made by the configuration, empty; its layers are compressed.
-        files: The model's weights; others than safetensors are not looked at.
-        sums: SHA-256 of each file by its name; None if the folder does not say.
+        model: The empty model built from the configuration, with compressed layers.
+        files: The model's files of weights; only safetensors files are checked.
+        sums: SHA-256 of each file by its name; None if the folder has none.
 
     Raises:
-        SchemaError: With the file and the tensor.
+        SchemaError: If a file or tensor is wrong; the message names it.
     """
     state = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -157,8 +157,8 @@ def check_weight_files(model: nn.Module, files: Iterable[str | PathLike[str]], s
             if file_checksum(file) != sums[file.name]:
                 raise SchemaError(
                     f"{file} is truncated or damaged, or was altered since save_compressed wrote it: its checksum "
-                    f"differs. Save or download it again. HINT: if it was meant, take {FILES!r} out of "
-                    "'quantization_config' in config.json."
+                    f"differs. Save or download it again. HINT: if the change is intended, remove {FILES!r} "
+                    "from 'quantization_config' in config.json."
                 )
         with open_tensors(file, "file of weights") as (named, _):
             for name, (dtype, shape) in named.forms.items():

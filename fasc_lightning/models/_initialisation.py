@@ -1,8 +1,8 @@
-"""transformers' own initialisation of a model that holds compressed layers, while its weights are being loaded.
+"""The initialisation by transformers, which must skip compressed layers while weights load.
 
-After loading, transformers walks through all modules and initialises what no file held. Some models' code reaches from
-a module into the layers inside of it, and expects there what dense ones have: a bias in every ``nn.Linear``, the fused
-weights of experts. What a compressed layer holds has been loaded, so that there is nothing to initialise.
+After loading, transformers visits all modules and initialises the weights that no file held. The code of some models
+reaches from a module into its inner layers and expects the attributes of dense layers: a bias in every ``nn.Linear``,
+the fused weights of experts. Compressed layers have loaded all their weights and need no initialisation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fasc_lightning.layers import CompressedLinear, UnfusedExperts
 
 
 def spare_compressed(model: nn.Module) -> None:
-    """Let the initialisation of modules pass over the compressed layers in them, until :func:`spare_no_more`."""
+    """Make the initialisation of modules skip the compressed layers in them, until :func:`spare_no_more`."""
     for part in _models(model):
         vars(part)["_init_weights"] = partial(_initialise, part._init_weights)
 
@@ -32,7 +32,7 @@ def _initialise(initialise: Callable[[nn.Module], Any], module: nn.Module) -> No
     try:
         initialise(module)
     except AttributeError:
-        # Of None, or of a fused weight; anywhere else it is a fault of the model's.
+        # The error comes from a missing bias or fused weight; without compressed layers it is the model's own.
         if not any(isinstance(inner, CompressedLinear | UnfusedExperts) for inner in module.modules()):
             raise
 

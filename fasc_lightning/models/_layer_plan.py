@@ -1,8 +1,8 @@
-"""The plan of a compressed model, plain data that says which layers are compressed and how, and its use.
+"""The plan of a compressed model: plain data on its compressed layers.
 
-A plan is a mapping from the dotted names of layers to "rank" (int), "layout" ("pivot" or "factors"), of quantised
-layers "quantize" ("int8" or "int8-dynamic"; then the layout can be "dense") and, where they are not what the dense
-layer and the layout imply, "bias" (bool) and "side" ("out" or "in"). It holds no weights.
+A plan maps the dotted name of a layer to "rank" (int) and "layout" ("pivot" or "factors"). A quantised layer also has
+"quantize" ("int8" or "int8-dynamic"); its layout can be "dense". "bias" (bool) and "side" ("out" or "in") are given if
+they differ from those that the dense layer and the layout imply. A plan holds no weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from fasc_lightning.layers import (
     compressed_layers,
     describe_layer,
     empty_layer,
-    is_guard,
     linear_shape,
     linear_weight,
     make_lowrank,
@@ -29,27 +28,26 @@ from fasc_lightning.layers import (
     quantized_layer,
     set_trainable,
     smaller_side,
-    swap_modules,
     trains_weight,
 )
-from fasc_lightning.models._format import attach_config
-from fasc_lightning.models._layer_state import check_state
+from fasc_lightning.models._attach import swap_layers
+from fasc_lightning.models._layer_state import check_fit, check_state
 
-#: Of a layer by its name.
+#: The description of each layer by its name.
 Plan = Mapping[str, Mapping[str, Any]]
 
-#: Attribute in which a module that became dense again remembers its plan.
+#: Attribute with the plan of a module that became dense again.
 REMEMBERED = "fasc_plan"
 
 
 def compression_plan(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the plan of a model: what :func:`apply_plan` needs to give a dense one the same layers.
+    """Return the plan of a model, with which :func:`apply_plan` gives a dense model the same layers.
 
     Args:
         model: Any module.
 
     Returns:
-        Plain data, as JSON takes it; empty if no layer is compressed.
+        Plain data for JSON; empty if no layer is compressed.
 
     Example:
         >>> from fasc_lightning.layers import LowRankLinear
@@ -60,23 +58,23 @@ def compression_plan(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def apply_plan(model: nn.Module, plan: Plan, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, nn.Module]:
-    """Give a dense model the compressed layers of a plan, in place: all of it, or nothing.
+    """Give a dense model the compressed layers of a plan, in place: all of them or none.
 
-    With a ``state_dict`` of the compressed model, the model is that one afterwards. Without, each factorised weight is
-    the nearest one of its rank (a truncated SVD). That is what it was where the weights came from ``to_dense``, and a
-    poor start elsewhere: :func:`~fasc_lightning.compress` knows what the loss can spare, this does not.
+    With a ``state_dict`` of the compressed model, the model equals the compressed one afterwards. Without it, each
+    factorised weight is the nearest one of its rank (a truncated SVD). That restores weights that came from
+    ``to_dense``, and is a poor start for others: unlike :func:`~fasc_lightning.compress` it does not look at the loss.
 
     Args:
-        model: Any module whose layers of the plan are dense, or already as planned.
+        model: Any module; the layers that the plan names are dense or already as planned.
         plan: From :func:`compression_plan` or ``report.plan``.
-        state_dict: Weights of the whole compressed model, as ``state_dict()`` gave them. A model on the meta device
-            takes these very tensors over; weights that it ties have to be tied again.
+        state_dict: Weights of the whole compressed model, from ``state_dict()``. A model on the meta device takes over
+            these tensors without a copy; tied weights have to be tied again.
 
     Returns:
         The layers that were replaced, by name; ``swap_modules(model, ...)`` puts them back.
 
     Raises:
-        ValueError: If the plan or the state does not fit the model. The model is what it was.
+        ValueError: If the plan or the state does not fit the model. The model is unchanged.
 
     Example:
         >>> small = nn.Sequential(nn.Linear(8, 6))
@@ -88,7 +86,7 @@ def apply_plan(model: nn.Module, plan: Plan, state_dict: Mapping[str, Tensor] | 
     modules = named_layers(model)
     new: dict[str, nn.Module] = {}
     for name, spec in specs.items():
-        layer = empty_layer(name, modules[name], spec)  # refuses what does not fit
+        layer = empty_layer(name, modules[name], spec)  # refuses a misfit
         weight = linear_weight(modules[name])
         if state_dict is not None:
             layer = place(layer, weight.device)
@@ -104,68 +102,18 @@ def apply_plan(model: nn.Module, plan: Plan, state_dict: Mapping[str, Tensor] | 
             check_fit(model, state_dict)
             with naming("The state dict of the compressed model"):
                 check_state(model, state_dict, "", compressed_layers(model))
-            # Copying onto the meta device does nothing, and torch only warns.
+            # Copying to the meta device does nothing, and torch only warns.
             model.load_state_dict(state_dict, assign=any(p.is_meta for p in model.parameters()))
         vars(model).pop(REMEMBERED, None)
         undo.forget()
     return replaced
 
 
-def swap_layers(model: nn.Module, new: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Swap layers and let the transformers models in the model describe them, both or neither.
-
-    Raises:
-        ValueError: If a model carries another quantiser's configuration.
-    """
-    with undoing() as undo:
-        undo.keep(model, attributes=True)
-        replaced = swap_modules(model, new)
-        attach_config(model)
-        undo.forget()
-    return replaced
-
-
-def check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Refuse weights that are not exactly those of a model, before any of them is loaded.
-
-    Args:
-        model: The model.
-        state_dict: Its weights, maybe among others.
-        prefix: Of their names.
-
-    Raises:
-        ValueError: If one is missing, unexpected or of another shape.
-    """
-    wanted = {prefix + name: value for name, value in model.state_dict().items()}
-    found = {name: v for name, v in state_dict.items() if name.startswith(prefix) and not is_guard(v)}
-    shapes = [
-        f"{name} {_shape(found[name])} instead of {_shape(value)}"
-        for name, value in wanted.items()
-        if name in found and _shape(found[name]) != _shape(value)
-    ]
-    problems = {
-        "missing": wanted.keys() - found.keys(),
-        "unexpected": found.keys() - wanted.keys(),
-        "of another shape": shapes,
-    }
-    listed = "; ".join(f"{problem}: {some_names(names)}" for problem, names in problems.items() if names)
-    if listed:
-        raise ValueError(
-            f"Expected the weights of {type(model).__name__} with the compressed layers of the checkpoint or plan, but "
-            f"some are not: {listed}. Is it another model's? The module is what it was."
-        )
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    """Return the shape of a tensor; None of what else a state dict may hold."""
-    return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
 def _fitting(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
-    """Return the descriptions of the layers that are to be replaced, complete.
+    """Return the complete descriptions of the layers to replace.
 
     Raises:
-        ValueError: If one is not valid, names no linear layer, or one that is compressed in another way.
+        ValueError: If a description is invalid, or names a layer that is not linear or is compressed in another way.
     """
     if not isinstance(plan, Mapping) or not all(isinstance(spec, Mapping) for spec in plan.values()):
         raise ValueError(
@@ -176,8 +124,8 @@ def _fitting(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
     if missing := [name for name in plan if name not in modules]:
         raise ValueError(
             f"Expected a plan of the layers of {type(model).__name__} but it names some that are not there: "
-            f"{some_names(missing)}. Is it another model's plan, or does one hold the other (then names begin with "
-            "'model.')?"
+            f"{some_names(missing)}. Is it another model's plan, or the plan of a module that holds this one (then "
+            "names begin with 'model.')?"
         )
     complete = {name: _complete(modules[name], spec) for name, spec in plan.items()}
     specs = check_layers(complete) if complete else {}
@@ -195,10 +143,10 @@ def _fitting(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def _complete(layer: nn.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a description with what the layer implies filled in.
+    """Return a description with the missing entries filled in from the layer.
 
     Raises:
-        ValueError: If the layer is not linear, or has a bias where the plan has none, or the reverse.
+        ValueError: If the layer is not linear, or only one of layer and plan has a bias.
     """
     try:
         m, n = linear_shape(layer)
@@ -214,7 +162,7 @@ def _complete(layer: nn.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nearest(dense: nn.Module, spec: Mapping[str, Any]) -> CompressedLinear:
-    """Return the layer of a description that is nearest to a dense one."""
+    """Return the layer of a description whose weight is nearest to a dense layer's."""
     layer: Any = dense if spec["layout"] == "dense" else _truncated(dense, spec)
     return quantized_layer(layer, spec["quantize"]) if "quantize" in spec else layer
 

@@ -1,4 +1,4 @@
-"""Weights that were read: whether a module can take them as what they are, before it does."""
+"""Checks of weights from a file, before a module takes them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasc_lightning._utils import FLOATS, SchemaError, is_permutation, refuse
+from fasc_lightning._utils import FLOATS, SchemaError, is_permutation, refuse, some_names
 from fasc_lightning.layers import is_guard
 
 
 def check_layer_state(name: str, state: Mapping[str, Any]) -> None:
-    """Refuse the parts of a compressed layer that cannot be its own, whatever their shapes.
+    """Refuse invalid tensors of a compressed layer; shapes are checked elsewhere.
 
     Args:
-        name: Of the layer.
-        state: Its part of a state dict, by the names that the layer has for them.
+        name: Name of the layer.
+        state: Its part of a state dict, by the layer's own names.
 
     Raises:
-        SchemaError: If a part is no tensor; if floats are not finite or are integers; if int8 numbers are of another
-            type; or if an index is no permutation.
+        SchemaError: If an entry is no tensor, floats are not finite or are integers, int8 numbers have another type, or
+            an index is no permutation.
     """
     for key, value in state.items():
         path = f"{name}.{key}"
@@ -46,30 +46,30 @@ def check_layer_state(name: str, state: Mapping[str, Any]) -> None:
 
 
 def check_floats(name: str, value: Tensor) -> None:
-    """Refuse a weight that is not of a floating-point type, or not finite.
+    """Refuse a weight that is not floating point or not finite.
 
     Raises:
-        SchemaError: If so.
+        SchemaError: If it is neither.
     """
     if not value.is_floating_point():
         raise SchemaError(f"Expected a weight of a floating-point type at {name!r} but got {_form(value)}.")
-    # Of subclasses (sharded, quantised by others) only their owners know the numbers.
+    # Only the libraries of tensor subclasses (sharded, quantised) can read their numbers.
     plain = type(value) in (Tensor, nn.Parameter) and not value.is_meta
     if plain and value.dtype in FLOATS and not bool(torch.isfinite(value).all()):
         raise SchemaError(f"Expected finite weights at {name!r} but got NaN or infinity.")
 
 
 def check_state(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, compressed: Iterable[str]) -> None:
-    """Refuse weights of a compressed module that cannot be its own; nothing is loaded yet.
+    """Refuse invalid weights of a compressed module before any is loaded.
 
     Args:
-        module: That is to take them, its layers maybe still of another form.
+        module: The module that takes them; its layers may still have another form.
         state_dict: Weights by name.
-        prefix: Of the module's names in it.
-        compressed: Names of the layers that the state holds compressed.
+        prefix: Prefix of the module's names in the state dict.
+        compressed: Names of the compressed layers in the state.
 
     Raises:
-        SchemaError: With the entry; see :func:`check_layer_state`.
+        SchemaError: If an entry is invalid, naming it; see :func:`check_layer_state`.
     """
     compressed = set(compressed)
     for name in sorted(compressed):
@@ -86,3 +86,39 @@ def check_state(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, c
 
 def _form(value: Tensor) -> str:
     return f"a tensor of {str(value.dtype).removeprefix('torch.')} and shape {tuple(value.shape)}"
+
+
+def check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Refuse weights that do not match a model exactly, before any of them is loaded.
+
+    Args:
+        model: The model.
+        state_dict: Its weights, possibly among others.
+        prefix: Prefix of their names.
+
+    Raises:
+        ValueError: If a weight is missing, unexpected or of another shape.
+    """
+    wanted = {prefix + name: value for name, value in model.state_dict().items()}
+    found = {name: v for name, v in state_dict.items() if name.startswith(prefix) and not is_guard(v)}
+    shapes = [
+        f"{name} {_shape(found[name])} instead of {_shape(value)}"
+        for name, value in wanted.items()
+        if name in found and _shape(found[name]) != _shape(value)
+    ]
+    problems = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
+        "of another shape": shapes,
+    }
+    listed = "; ".join(f"{problem}: {some_names(names)}" for problem, names in problems.items() if names)
+    if listed:
+        raise ValueError(
+            f"Expected the weights of {type(model).__name__} with the compressed layers of the checkpoint or plan, but "
+            f"these differ: {listed}. Is it another model's? The module is unchanged."
+        )
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of a tensor; None for other values of a state dict."""
+    return tuple(value.shape) if isinstance(value, Tensor) else None

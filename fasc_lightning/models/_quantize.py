@@ -1,4 +1,4 @@
-"""quantize(): int8 for the layers of a compressed model, after everything else."""
+"""Quantisation of a model's layers to int8, the last step of a compression."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fasc_lightning.layers import (
     select_layers,
     unfuse,
 )
-from fasc_lightning.models._layer_plan import swap_layers
+from fasc_lightning.models._attach import swap_layers
 from fasc_lightning.options import checks_options
 
 
@@ -31,26 +31,26 @@ def quantize(
     targets: str | list[str] | None = None,
     exclude: str | list[str] | None = None,
 ) -> list[str]:
-    """Round the weights of a model's linear layers to int8, in place: all of them or, if anything fails, none.
+    """Round the weights of a model's linear layers to int8, in place: all of them, or none if anything fails.
 
-    One byte a weight and one float a row. It needs no data. Factors and pivoted layers keep their form and their rank;
-    dense layers that are targeted become int8, too, since bytes are what is saved here, and so do the projections of
-    experts, each of which is given layers of its own. Output embeddings, tied weights, embeddings, routers and norms
-    stay as they are: they are small, shared, or what logits depend on most.
+    A weight takes one byte and a row one float. No data is needed. Factors and pivoted layers keep their form and rank.
+    Targeted dense layers become int8 too, because the aim is to save bytes; so do the projections of experts, and each
+    expert gets its own layers. Output embeddings, tied weights, embeddings, routers and norms stay as they are: they
+    are small, shared, or matter most for logits.
 
-    What is int8 does not train. So quantise last: after recovery, and after adapters are merged. As with other int8
-    layers, ``model.requires_grad_(True)`` is an error of torch afterwards.
+    int8 weights do not train, so quantise last: after recovery, and after adapters are merged. As with other int8
+    layers, torch raises an error on ``model.requires_grad_(True)`` afterwards.
 
     Args:
-        model: Any module; most gain has one that was compressed.
-        quantization: "int8" keeps activations as they are. "int8-dynamic" rounds the inputs of layers, too, token by
-            token, which makes their products faster on processors with int8 instructions, and the result less exact.
-        targets: Patterns of layers, as FascCallback's; by default every linear layer, compressed or dense, but output
-            embeddings and tied weights.
+        model: Any module; a compressed one gains most.
+        quantization: "int8" keeps activations as they are. "int8-dynamic" also rounds the inputs of layers, token by
+            token: products are then faster on processors with int8 instructions, and less exact.
+        targets: Patterns of layers as for FascCallback; by default every linear layer, compressed or dense, except
+            output embeddings and tied weights.
         exclude: Patterns of layers to leave alone.
 
     Returns:
-        Names of the layers.
+        Names of the quantised layers.
 
     Raises:
         ValueError: If the option is unknown, nothing is selected, or a layer is quantised already, not finite or
@@ -83,14 +83,14 @@ def quantize(
 
 
 def quantize_layers(model: nn.Module, names: Iterable[str], quantization: Quantization) -> dict[str, nn.Module]:
-    """Quantise layers by name, in place, and let a transformers model's configuration say so.
+    """Quantise layers by name, in place, and update the configurations of transformers models.
 
     Returns:
         The layers that were replaced, for :func:`~fasc_lightning.layers.swap_modules`.
 
     Raises:
-        ValueError: If a layer is quantised already, not finite or not in memory. The model is what it was.
-        TypeError: If one carries adapters or another library's quantisation. The model is what it was.
+        ValueError: If a layer is quantised already, not finite or not in memory. The model is unchanged.
+        TypeError: If a layer carries adapters or another library's quantisation. The model is unchanged.
     """
     layers = {name: model.get_submodule(name) for name in names}
     check_in_memory(layers)

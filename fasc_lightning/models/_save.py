@@ -1,4 +1,4 @@
-"""A compressed model written to a folder: whole or not at all, with its model card."""
+"""Saving of a compressed model to a folder with its model card, whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 from fasc_lightning._utils import whole_folder
 from fasc_lightning.compression import CompressionReport
+from fasc_lightning.models._attach import attach_config
 from fasc_lightning.models._card import model_card
 from fasc_lightning.models._folder_checks import add_checksums
-from fasc_lightning.models._format import attach_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Weights of an earlier save. Left beside new ones they would be loaded in their place: transformers prefers a single
+#: Files of weights from an earlier save. Beside new files they would be loaded instead: transformers prefers a single
 #: file to shards, and does not remove it when it writes shards.
 OLD_WEIGHTS = re.compile(r"(model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?)")
 
@@ -38,33 +38,31 @@ def save_compressed(
 ) -> Path:
     """Save a compressed model with its tokenizer and its model card, whole or not at all.
 
-    ``model.save_pretrained(path)`` writes the same weights and configuration, but straight into ``path``, and no card.
-    Here everything is written beside it first, so that whatever fails (a full disk, a folder that may not be written)
-    leaves an earlier folder as it was. What an earlier folder holds beside the files of a saved model stays in it.
-
-    Where several processes hold the model, one of them saves it. The folder can be uploaded as it is, by
-    ``huggingface_hub.upload_folder(folder_path=path, repo_id=...)``.
+    ``model.save_pretrained(path)`` writes the same weights and configuration, but straight into ``path`` and without a
+    card. This function first writes everything beside ``path``, so a failure (a full disk, a read-only folder) leaves
+    an earlier folder unchanged. Other files in an earlier folder stay there. If several processes hold the model, one
+    of them saves it. ``huggingface_hub.upload_folder(folder_path=path, repo_id=...)`` uploads the folder as it is.
 
     Args:
         model: The compressed model.
-        path: The folder: new, empty, or of an earlier saved model.
-        report: See :func:`~fasc_lightning.models.model_card`, as for the next arguments.
-        tokenizer: Saved beside the model.
+        path: The folder: new, empty, or with an earlier saved model.
+        report: The report of the compression; see :func:`~fasc_lightning.models.model_card`.
+        tokenizer: A tokenizer to save with the model.
         base_model: Hub id or folder of the model that was compressed.
-        licence: Of the base model.
-        calibration: What the model was calibrated on.
+        licence: Licence of the base model.
+        calibration: The calibration data.
         evaluation: Perplexity and facts before and after.
-        max_shard_size: Of a file of weights, in bytes or as "5GB"; by default that of ``save_pretrained``.
+        max_shard_size: Largest size of a file of weights, in bytes or as "5GB"; by default that of ``save_pretrained``.
 
     Returns:
         The folder.
 
     Raises:
         TypeError: If the model is not a transformers model.
-        ValueError: If it holds no compressed layers, or adapters that are not merged, or its floating-point types are
-            mixed, or the report is another model's.
+        ValueError: If it has no compressed layers, adapters that are not merged, or mixed floating-point types, or if
+            the report belongs to another model.
         FileExistsError: If the folder holds files, but no saved model.
-        OSError: If something could not be written.
+        OSError: If a file could not be written.
 
     Example:
         >>> report = compress(model, batches, keep=0.8)  # doctest: +SKIP
@@ -87,15 +85,15 @@ def save_compressed(
                 tokenizer.save_pretrained(folder)
             card.save(folder / "README.md")
     except SafetensorError as error:
-        raise OSError(f"Could not write the weights to {path}: {error}. What was there before is unchanged.") from error
+        raise OSError(f"Could not write the weights to {path}: {error}. Earlier files are unchanged.") from error
     return Path(path)
 
 
 def check_model(model: Any) -> None:
-    """Refuse what a folder cannot hold.
+    """Refuse a model that a folder cannot hold.
 
     Raises:
-        TypeError: If the model is not of transformers.
+        TypeError: If it is not a transformers model.
         ValueError: If its floating-point types are mixed, or it carries adapters.
     """
     from transformers import PreTrainedModel
@@ -118,12 +116,12 @@ def check_model(model: Any) -> None:
         held = " and ".join(f"{dtype} ({name!r})" for dtype, name in example.items())
         raise ValueError(
             f"Expected a model of one floating-point type but got {held}. A folder has one, and a reload would round "
-            "what has another: convert the model first, `model.to(torch.bfloat16)`."
+            "the others: convert the model first, `model.to(torch.bfloat16)`."
         )
 
 
 def _stays_float32(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers loads a weight in float32 whatever the model's type."""
+    """Return whether transformers loads a weight in float32 whatever the model's type."""
     kept = set(model._keep_in_fp32_modules_strict or ())
     if model.dtype == torch.float16:
         kept |= set(model._keep_in_fp32_modules or ())
@@ -131,12 +129,12 @@ def _stays_float32(model: PreTrainedModel, name: str) -> bool:
 
 
 def check_folder(path: str | PathLike[str]) -> None:
-    """Refuse a folder whose files are no saved model's: they are not for this package to move about.
+    """Refuse a folder with other files than a saved model's, because this package must not move them.
 
     Raises:
-        NotADirectoryError: If it is a file.
-        FileExistsError: With the remedy.
-        ValueError: If the process works inside of it.
+        NotADirectoryError: If the path is a file.
+        FileExistsError: If the folder holds other files.
+        ValueError: If it is the working directory or holds it.
     """
     folder = Path(path).resolve()
     if not folder.exists():
@@ -149,4 +147,6 @@ def check_folder(path: str | PathLike[str]) -> None:
             "folder inside of it."
         )
     if Path.cwd().is_relative_to(folder):
-        raise ValueError(f"Expected a folder to replace, but {path} is the working directory, or holds it. Leave it.")
+        raise ValueError(
+            f"Expected a folder to replace, but {path} is the working directory, or holds it. Change to another."
+        )

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from fasc_lightning import CausalLMModule
 from fasc_lightning.batches import silent
 from fasc_lightning.data import calibration_windows, finetune_data, text_windows
-from fasc_lightning.data._finetune import encode_instruction, fit_example, prompt_texts
+from fasc_lightning.data._finetune_encoding import encode_instruction, fit_example, prompt_texts
 from fasc_lightning.data._finetune_examples import IGNORED, Example
 from fasc_lightning.data._finetune_records import Instruction
-from fasc_lightning.data._text import sample_windows
+from fasc_lightning.data._sampling import sample_windows
 
 # The form of many: turns between marks, a default turn of the system, an opened turn to generate.
 CHAT = (

@@ -20,9 +20,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fasc_lightning.data import _text as data
+from fasc_lightning.data import _sampling as sampling
+from fasc_lightning.data import _windows as data
 from fasc_lightning.data import calibration_windows, model_fingerprint, read_text, text_windows, window_loader
-from fasc_lightning.data._text import WindowDataset, sample_windows
+from fasc_lightning.data._sampling import sample_windows
+from fasc_lightning.data._windows import WindowDataset
 
 VOCABULARY = 24
 
@@ -261,7 +263,7 @@ def test_sample_windows_cache_is_keyed_by_model_and_settings(model, tokenizer, t
     sample(window=7)
     assert len(list(tmp_path.iterdir())) == 3
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_continue", lambda *_: pytest.fail("sampled again"))
+        patch.setattr(sampling, "_continue", lambda *_: pytest.fail("sampled again"))
         assert torch.equal(sample(), first)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight *= 1.5

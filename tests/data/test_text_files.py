@@ -15,7 +15,7 @@ from tiny import byte_tokenizer
 from fasc_lightning.data import _text_files as text_files
 from fasc_lightning.data import calibration_windows, file_windows, finetune_data, open_text, read_text, text_windows
 from fasc_lightning.data._finetune_records import read_records
-from fasc_lightning.data._text import hub_rows
+from fasc_lightning.data._sources import hub_rows
 from fasc_lightning.data._text_files import MAX_LINE, MAX_TEXT, json_rows
 from fasc_lightning.evaluation import load_facts
 

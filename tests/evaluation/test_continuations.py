@@ -11,11 +11,10 @@ from fasc_lightning.evaluation._continuations import (
     ContinuationTrie,
     _score_batch,
     check_finite,
-    continuation_ids,
     continuation_scores,
-    prompt_ids,
     ranks_first,
 )
+from fasc_lightning.evaluation._token_ids import continuation_ids, prompt_ids
 
 CONTINUATIONS = [[5, 6, 7], [5, 6], [5, 9, 7, 8], [11], [5], [11]]
 

@@ -15,10 +15,10 @@ from fasc_lightning.evaluation import (
     compare_facts,
     compare_heldout,
     compare_perplexity,
-    drift,
     factual_recall,
     load_facts,
     perplexity,
+    retention,
 )
 from fasc_lightning.evaluation._retention import batch_perplexity
 
@@ -46,7 +46,7 @@ def test_the_states_stand_side_by_side():
 
 
 def test_drift_is_told_apart_by_domain():
-    assert drift(STATES, ["b"]) == {
+    assert retention(STATES, ["b"]) == {
         "in_domain": {
             "held-out": {"compressed": 1.5, "recovered": 1.25},
             "b": {"compressed": 1.5, "recovered": 1.2},
@@ -60,13 +60,13 @@ def test_what_was_not_measured_is_none():
     bare = {state: Quality({"a": 2.0}) for state in STATES}
     assert compare_facts(bare) is None
     assert compare_heldout(bare) is None
-    assert drift(bare) == {
+    assert retention(bare) == {
         "in_domain": {},
         "other_domain": {"a": {"compressed": 1.0, "recovered": 1.0}},
         "facts": None,
     }
     nothing = {state: Quality({}, FactsResult(0.0, 10.0, 2, {})) for state in STATES}
-    assert drift(nothing)["facts"] is None
+    assert retention(nothing)["facts"] is None
 
 
 def test_heldout_perplexity_is_of_the_learnt_tokens_alone():

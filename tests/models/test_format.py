@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fasc_lightning.layers import PivotedLinear, compressed_layers, swap_modules, swap_to_dense
 from fasc_lightning.models import attach_config, load_compressed
-from fasc_lightning.models._format import provenance_of
+from fasc_lightning.models._attach import provenance_of
 
 FAMILIES = ("llama", "gpt2", "opt")
 

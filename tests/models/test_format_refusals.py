@@ -12,9 +12,9 @@ from tiny import causal_model
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from fasc_lightning.models import _format as hub
+from fasc_lightning.models import _quantizer as hub
 from fasc_lightning.models import load_compressed
-from fasc_lightning.models._format import FORMAT_VERSION, FascConfig
+from fasc_lightning.models._config import FORMAT_VERSION, FascConfig
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from fasc_lightning._utils import is_permutation
 from fasc_lightning.batches import position
 from fasc_lightning.data import file_windows, read_text
 from fasc_lightning.data._finetune_records import read_records
-from fasc_lightning.data._text import sample_windows
+from fasc_lightning.data._sampling import sample_windows
 from fasc_lightning.data._text_files import json_rows
 from fasc_lightning.dependence import RhoHistory
 from fasc_lightning.evaluation import load_facts

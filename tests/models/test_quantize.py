@@ -17,7 +17,7 @@ from fasc_lightning.layers import compressed_layers, is_compressed, is_guard, qu
 from fasc_lightning.layers._int8 import Int8Linear
 from fasc_lightning.layers._int8_layers import DenseLinear
 from fasc_lightning.models import attach_config
-from fasc_lightning.models._format import FascConfig
+from fasc_lightning.models._config import FascConfig
 
 UP = "model.layers.0.mlp.up_proj"
 

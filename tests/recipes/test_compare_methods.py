@@ -243,7 +243,7 @@ def test_refit_and_passes_are_cells_of_their_own(recipe, folder):
     refitted = [cell for cell in content["cells"] if cell.get("refit")]
     assert [cell["method"] for cell in refitted] == ["fasc"]
     assert refitted[0]["seconds refit"] > 0
-    assert content["seconds"]["1 further passes for kronecker"] > 0
+    assert content["seconds"]["1 further kronecker steps"] > 0
     assert len(list((folder / "out" / "cells" / "grid").glob("gfwsvd*"))) == 2
 
 

@@ -1,15 +1,8 @@
-"""All methods compared: same model, same tokens, same budgets, same questions."""
+"""Comparison of all methods: same model, same tokens, same budgets, same questions."""
 
-from fasc_lightning.studies.comparison._cells import (
-    DENSE,
-    PRUNERS,
-    Budget,
-    Cell,
-    CellStore,
-    Comparison,
-    Outcome,
-    Setting,
-)
+from fasc_lightning.studies.comparison._cell_store import CellStore
+from fasc_lightning.studies.comparison._cells import DENSE, PRUNERS, Budget, Cell, Outcome, Setting
+from fasc_lightning.studies.comparison._comparison import Comparison
 from fasc_lightning.studies.comparison._layers import gate_cells, group_cells, sensitivity_cells
 from fasc_lightning.studies.comparison._questions import Evaluation, Precision, some_facts
 from fasc_lightning.studies.comparison._report import Report

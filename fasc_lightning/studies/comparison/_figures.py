@@ -1,4 +1,4 @@
-"""Figures of a comparison. Each function returns a matplotlib Figure."""
+"""Figures of a comparison; each function returns a matplotlib Figure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fasc_lightning.studies.comparison._tables import UNRANKED, Metric, kind_met
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Share of the layers whose change the colours tell apart; what is beyond has the last colour.
+#: Share of the layers within the colour scale; larger changes have the last colour.
 COLOURED = 0.98
 
 
@@ -27,16 +27,16 @@ def budget_figure(
     metrics: Sequence[Metric],
     chance: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Draw metrics against the share of parameters kept, a panel a metric, a line a method and setting.
+    """Draw metrics against the share of parameters kept, with a panel per metric and a line per method and setting.
 
-    Colour and marker tell methods apart, dashes settings. Methods that only write zeros stand at the share of
-    weights that are not zero, in grey. Perplexities are on a logarithmic axis.
+    Colour and marker show the method, dashes the setting. Methods that only write zeros are grey and stand at the share
+    of nonzero weights. Perplexities are on a logarithmic axis.
 
     Args:
-        dense: The model as it is.
-        outcomes: Of all cells; those that failed are counted in the title.
-        metrics: What to draw.
-        chance: Percentage that guessing would give, by the name of its metric.
+        dense: Outcome of the dense model.
+        outcomes: Outcomes of all cells; failed cells are counted in the title.
+        metrics: The metrics to draw.
+        chance: Percentage by guessing, by the name of the metric.
 
     Raises:
         ValueError: If there is nothing to draw.
@@ -92,7 +92,7 @@ def budget_figure(
 
 
 def method_styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return colour and marker of each method; those that only write zeros are grey."""
+    """Return colour and marker of each method; methods that only write zeros are grey."""
     return {
         method: {
             "color": GREY if method in UNRANKED else COLOURS[i % len(COLOURS)],
@@ -116,13 +116,13 @@ def _line_name(cell: Cell) -> str:
 def kinds_figure(
     dense: Outcome, outcomes: Mapping[Cell, Outcome], budgets: Sequence[Budget], kinds: Sequence[str]
 ) -> Figure:
-    """Draw recall by kind of relation, a panel for each budget and setting (FASC, Table 6, as bars).
+    """Draw recall by kind of relation, with a panel per budget and setting (FASC, Table 6, as bars).
 
     Args:
-        dense: The model as it is: black lines across the bars of a kind.
-        outcomes: Of all cells.
-        budgets: A row of panels each.
-        kinds: Of each fact.
+        dense: Outcome of the dense model: black lines across the bars of a kind.
+        outcomes: Outcomes of all cells.
+        budgets: The budgets, one row of panels each.
+        kinds: Kind of each fact.
 
     Raises:
         ValueError: If there are no facts.
@@ -168,12 +168,12 @@ def kinds_figure(
 
 
 def sensitivity_figure(by_method: Mapping[str, Mapping[str, float]], label: str, title: str) -> Figure:
-    """Draw what compressing one layer alone does, blocks by kinds of layer, a panel a method (FASC, Fig. 2).
+    """Draw the change from compressing one layer alone, blocks by kinds of layer, a panel per method (FASC, Fig. 2).
 
     Args:
-        by_method: Of each method the change by layer; NaN where the cell failed. Layers outside of blocks stand at 0.
-        label: What the change is.
-        title: Of the figure.
+        by_method: The change by layer for each method; NaN if the cell failed. Layers outside blocks are drawn at 0.
+        label: Label of the change.
+        title: Title of the figure.
 
     Raises:
         ValueError: If there are no layers.
@@ -185,13 +185,14 @@ def sensitivity_figure(by_method: Mapping[str, Mapping[str, float]], label: str,
     kinds = list(dict.fromkeys(kind_of.values()))
     last = max(block_index(layer) or 0 for layer in layers)
     figure = new_figure(max(6.0, 2.4 + 0.24 * (last + 1)), 0.9 + (0.5 + 0.26 * len(kinds)) * len(by_method))
-    from matplotlib.cm import ScalarMappable  # after new_figure, which says what to install
+    from matplotlib.cm import ScalarMappable  # after new_figure, whose error says what to install
     from matplotlib.colors import Normalize
 
     panels = figure.subplots(len(by_method), 1, sharex=True, squeeze=False).ravel()
     grids = {method: _grid(changes, kind_of, kinds, last + 1) for method, changes in by_method.items()}
     finite = np.concatenate([grid[np.isfinite(grid)] for grid in grids.values()] + [np.zeros(1)])
-    # One scale for all panels, signed where changes go both ways. A few layers are out of all proportion to the rest.
+    # One scale for all panels, signed if changes go both ways. It is clipped because a few layers are far beyond the
+    # rest.
     signed = bool(finite.min() < 0 < finite.max())
     low, high = np.quantile(np.abs(finite) if signed else finite, [1 - COLOURED, COLOURED]).tolist()
     low = -high if signed else min(low, 0.0)
@@ -221,7 +222,7 @@ def sensitivity_figure(by_method: Mapping[str, Mapping[str, float]], label: str,
 def _grid(
     changes: Mapping[str, float], kind_of: Mapping[str, str], kinds: Sequence[str], blocks: int
 ) -> NDArray[np.float64]:
-    """Return the mean change of each kind in each block, shape (kinds, blocks); NaN where there is none."""
+    """Return the mean change of each kind in each block, shape (kinds, blocks); NaN if there is none."""
     found: dict[tuple[int, int], list[float]] = {}
     for layer, change in changes.items():
         if math.isfinite(change):

@@ -1,4 +1,4 @@
-"""Which layers matter: each compressed alone, and rho's critical and safe ones compressed together."""
+"""Studies of single layers: each compressed alone, and groups of high and low rho compressed together."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fasc_lightning.studies.comparison._questions import Answers
 from fasc_lightning.studies.comparison._tables import metrics_of
 from fasc_lightning.studies.rho import divisions, median
 
-#: A rank is a rank whatever the layout, and a layer alone has nothing to allocate.
+#: The rank of a single layer does not depend on the layout, and there is nothing to allocate.
 ALONE = Setting("uniform", "pivot")
 
 
 def sensitivity_cells(layers: Iterable[str], methods: Iterable[str], rank: float) -> list[Cell]:
-    """Return a cell for each layer and method: that layer alone at that rank (FASC, Fig. 2)."""
+    """Return a cell for each layer and method, with the layer alone at the given rank (FASC, Fig. 2)."""
     layers = list(layers)
     return [
         Cell(method, Budget(rank=rank), ALONE, label=layer, layers=(layer,)) for method in methods for layer in layers
@@ -27,12 +27,12 @@ def sensitivity_cells(layers: Iterable[str], methods: Iterable[str], rank: float
 
 
 def group_cells(rho: Mapping[str, float], methods: Iterable[str], rank: float) -> list[Cell]:
-    """Return cells for the fifth of the layers with the highest rho and that with the lowest (FASC, Table 7).
+    """Return cells for the fifths of the layers with the highest and with the lowest rho (FASC, Table 7).
 
     Args:
-        rho: By layer; NaN where undefined.
+        rho: rho by layer; NaN where undefined.
         methods: Solvers.
-        rank: Of each layer.
+        rank: Rank of each layer.
     """
     critical, safe = divisions(rho, math.inf)["fifths"]
     groups = {"critical": critical, "safe": safe}
@@ -47,18 +47,18 @@ def group_cells(rho: Mapping[str, float], methods: Iterable[str], rank: float) -
 def gate_cells(
     rho: Mapping[str, float], thresholds: Iterable[float], method: str, cheap: str, budget: Budget, setting: Setting
 ) -> list[Cell]:
-    """Return cells of one budget whose layers above a threshold of rho are on one solver, the others on another.
+    """Return cells of one budget in which rho above a threshold gives layers one solver, and else another.
 
-    The solver of a layer is chosen as the callback's gate does (FASC, Table 8), from "all" to none; thresholds that
-    choose alike are one cell.
+    The callback's gate chooses the solvers (FASC, Table 8), from "all" layers to none. Thresholds with the same choice
+    are one cell.
 
     Args:
-        rho: By layer; NaN where undefined.
-        thresholds: In ascending order.
-        method: The solver above.
-        cheap: The solver at and below.
-        budget: Of all layers.
-        setting: Of all layers.
+        rho: rho by layer; NaN where undefined.
+        thresholds: Thresholds in ascending order.
+        method: The solver above a threshold.
+        cheap: The solver at and below a threshold.
+        budget: Budget of all layers.
+        setting: Setting of all layers.
     """
     outer = {f"all {method}": choose_methods(rho, None, method), f"all {cheap}": dict.fromkeys(rho, cheap)}
     gates = {f"rho above {threshold:g}": choose_methods(rho, threshold, method) for threshold in thresholds}
@@ -93,12 +93,12 @@ def facts_change(dense: Answers, measured: Answers | None) -> float:
 def layer_rows(
     dense: Outcome, outcomes: Mapping[Cell, Outcome], scores: Mapping[str, Mapping[str, float]] | None = None
 ) -> list[Row]:
-    """Return what compressing each layer alone does, and its rho; the highest debiased rho first, if there is one.
+    """Return the change from compressing each layer alone, and its rho; the highest debiased rho first, if any.
 
     Args:
-        dense: The model as it is, on the same evaluation.
-        outcomes: Of :func:`sensitivity_cells`.
-        scores: rho and its companions by layer.
+        dense: Outcome of the dense model on the same evaluation.
+        outcomes: Outcomes of :func:`sensitivity_cells`.
+        scores: rho, its null and its debiased value by layer.
     """
     assert dense.measured is not None
     layers = list(dict.fromkeys(cell.label for cell in outcomes))
@@ -147,7 +147,7 @@ def fifths_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def correlation_rows(rows: Sequence[Row]) -> list[Row]:
-    """Return how rho correlates with what compressing a layer alone does."""
+    """Return correlations of rho with the changes from compressing each layer alone."""
     table = []
     for score in ("rho", "debiased"):
         for column in (name for name in rows[0] if "change, " in name):

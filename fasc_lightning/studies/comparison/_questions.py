@@ -1,6 +1,6 @@
-"""What every cell of a comparison is asked: texts, facts and minimal pairs, answered item by item.
+"""The questions to every cell of a comparison (texts, facts and minimal pairs), answered item by item.
 
-Single answers are kept, not only their means: two cells that were asked the same are compared in pairs.
+Single answers are kept, not only their means, because two cells with the same questions are compared in pairs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fasc_lightning.evaluation import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: As torch names them: "medium" multiplies float32 matrices in bfloat16 and adds up in float32, where the device can.
+#: The names are torch's: "medium" multiplies float32 matrices in bfloat16 and sums in float32, if the device can.
 Precision = Literal["highest", "high", "medium"]
 
 
@@ -48,7 +48,7 @@ class Answers:
     preferred: list[bool] = field(default_factory=list)
 
     def perplexity(self, text: str) -> float:
-        """Perplexity of a text: exp of the mean loss of its windows, which are of one length."""
+        """Return the perplexity of a text: exp of the mean loss of its windows, which have one length."""
         losses = self.losses[text]
         return math.exp(sum(losses) / len(losses))
 
@@ -59,10 +59,10 @@ class Evaluation:
 
     Attributes:
         texts: Windows of token ids by name, each (windows, window).
-        facts: May be empty.
+        facts: The facts; may be empty.
         pairs: Minimal pairs; may be empty.
-        precision: Of products of float32 matrices while texts are read, and only then: a fact is a few tokens, for
-            which every weight would have to be rounded anew.
+        precision: Precision of float32 matrix products on texts only. A fact has few tokens, so rounding every weight
+            for it would not pay.
     """
 
     texts: Mapping[str, Tensor]
@@ -81,7 +81,7 @@ class Evaluation:
 
     @property
     def chance(self) -> float:
-        """Facts that guessing would recall, in percent; NaN without facts."""
+        """Recall of facts by guessing, in percent; NaN without facts."""
         candidates = relation_candidates(self.facts)
         shares = [1 / len(candidates[fact.relation]) for fact in self.facts]
         return 100 * sum(shares) / len(shares) if shares else math.nan
@@ -92,10 +92,10 @@ class Evaluation:
         return fingerprint(list(self.texts), *self.texts.values(), facts, pairs, self.precision)
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Answers:
-        """Ask a model.
+        """Return the answers of a model.
 
         Raises:
-            FloatingPointError: If a loss or a score is not finite, or a perplexity beyond what a float can hold.
+            FloatingPointError: If a loss or a score is not finite, or a perplexity exceeds the largest float.
         """
         with matmul_precision(self.precision):
             losses = {name: token_losses(model, windows, batch_size=2).tolist() for name, windows in self.texts.items()}
@@ -109,7 +109,7 @@ class Evaluation:
 
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
-    """Multiply float32 matrices in a precision; what held before holds again afterwards."""
+    """Multiply float32 matrices in a precision, and restore the earlier one afterwards."""
     with undoing() as undo:
         undo.add(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision(precision)
@@ -117,14 +117,14 @@ def matmul_precision(precision: Precision) -> Iterator[None]:
 
 
 def some_facts(facts: Sequence[Fact], count: int, random: Random) -> list[Fact]:
-    """Return whole relations with at least so many facts in all, or all facts; kinds of relations in turn.
+    """Return the facts of whole relations, at least ``count`` or all; kinds of relations take turns.
 
-    Whole relations, since their objects are each other's candidates: single facts would be asked with fewer of them.
+    Relations stay whole because the objects of their facts are each other's candidates.
 
     Args:
         facts: All facts.
-        count: How many are enough.
-        random: Decides the order of relations.
+        count: Number of facts that are enough.
+        random: Draws the order of relations.
     """
     by_kind: dict[str, dict[str, list[Fact]]] = {}
     for fact in facts:

@@ -1,4 +1,4 @@
-"""What a comparison writes: tables as Markdown and CSV, figures, and one JSON file with all numbers."""
+"""The report of a comparison: tables as Markdown and CSV, figures, and one JSON file with all numbers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ UNRANKED_NOTE = "_Italics_: methods that only write zeros, which stay in memory;
 
 @dataclass
 class Report:
-    """Sections of Markdown and the numbers behind them, written as the comparison goes on.
+    """Sections of Markdown and their numbers, written while the comparison runs.
 
     Attributes:
-        folder: Where files go.
-        title: Of the page.
+        folder: Folder of the files.
+        title: Title of the page.
         head: Facts about the run, for JSON and the page.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ class Report:
     numbers: dict[str, Any] = field(default_factory=dict)
 
     def grid(self, dense: Outcome, outcomes: Mapping[Cell, Outcome], evaluation: Evaluation) -> None:
-        """Add the grid: a table a budget, who is best, and figures against the parameters kept."""
+        """Add the grid: a table per budget, the best methods, and figures against the parameters kept."""
         assert dense.measured is not None
         metrics = metrics_of(dense.measured)
         budgets = budgets_of(outcomes)
@@ -87,14 +87,14 @@ class Report:
     def sensitivity(
         self, dense: Outcome, outcomes: Mapping[Cell, Outcome], rank: float, scores: Mapping[str, RhoRow] | None
     ) -> None:
-        """Add what compressing each layer alone does (Fig. 2), beside rho if there are scores."""
+        """Add the changes from compressing each layer alone (Fig. 2), beside rho if there are scores."""
         known = None if scores is None else {name: dict(row) for name, row in scores.items()}
         rows = layer_rows(dense, outcomes, known)  # type: ignore[arg-type]
         save_table(rows, self.folder / "layers.csv")
         self.numbers["layers"] = rows
         methods = list(dict.fromkeys(cell.method for cell in outcomes))
         by_layer = {row["layer"]: row for row in rows}
-        layers = list(dict.fromkeys(cell.label for cell in outcomes))  # in the model's order, as rows are not
+        layers = list(dict.fromkeys(cell.label for cell in outcomes))  # in the model's order, unlike the rows
         alone = f"each layer alone at rank {rank:g}"
         changes = {"loss": "change of the mean token loss (nats)", "facts": "change of recall (percentage points)"}
         self.sections.append(f"## One layer at a time\n\nEvery number, layer by layer: layers.csv; {alone}.")
@@ -118,12 +118,12 @@ class Report:
                 self._figure(f"rho_sensitivity_{method}", figure)
 
     def labelled(self, title: str, dense: Outcome, outcomes: Mapping[Cell, Outcome], file: str, note: str) -> None:
-        """Add cells that a study has labelled (Tables 7 and 8)."""
+        """Add the labelled cells of a study (Tables 7 and 8)."""
         self._add(title, labelled_rows(dense, outcomes), note, file=file)
         self._failures(outcomes)
 
     def write(self) -> dict[str, Any]:
-        """Write results.md and results.json; returns the content of the latter."""
+        """Write results.md and results.json, and return the content of results.json."""
         facts = "\n".join(f"* {name}: {_plain(value)}" for name, value in self.head.items())
         page = "\n\n".join([f"# {self.title}", facts, *self.sections]) + "\n"
         with whole_file(self.folder / "results.md") as temporary:

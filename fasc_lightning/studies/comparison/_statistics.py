@@ -1,4 +1,4 @@
-"""The statistics behind a comparison: one pass for all methods, kept on disk for the runs that come after."""
+"""Statistics of a comparison: one pass for all methods, kept on disk for later runs."""
 
 from __future__ import annotations
 
@@ -57,26 +57,26 @@ _ROW = record(
 )
 _SCORES = record({"rows": mapping(_ROW), "seconds": number(0)})
 
-#: Gathered for whichever methods, so that no cell depends on which others there are: the Fisher metric is that of
-#: "coupled" where it was gathered, else of "plain"; and a refit reads the latter.
+#: Gathered for any methods, so that no cell depends on the others. The Fisher metric uses "coupled" if it was gathered
+#: and else "plain", and a refit reads "plain".
 ALWAYS = frozenset({"plain", "coupled"})
 
 
 @dataclass
 class GatheredStatistics:
-    """What statistics are gathered from, and where they are kept.
+    """The source of statistics, and the folder that keeps them.
 
     Attributes:
         model: A causal language model in eval mode, without gradients of its weights.
         tokenizer: Its tokenizer.
         layers: The layers to tap.
         windows: Token ids, shape (windows, window).
-        folder: Where statistics are kept.
-        passes: Further passes towards gfwsvd's Kronecker factors.
-        seed: Of the scores' tokens and permutations.
+        folder: Folder of the statistics.
+        kronecker_steps: Further steps towards gfwsvd's Kronecker factors; each is a pass over the data.
+        seed: Seed of the scores' tokens and permutations.
         progress: Whether to show bars.
-        seconds: What has been spent in this run; of "pass", what each need took ("need C"). Kept statistics bring the
-            seconds that they took.
+        seconds: Seconds by step: "pass", and the part of each need in it ("need C"). Kept statistics add the seconds of
+            their own run.
     """
 
     model: PreTrainedModel
@@ -84,14 +84,14 @@ class GatheredStatistics:
     layers: dict[str, nn.Module]
     windows: Tensor
     folder: Path
-    passes: int = 0
+    kronecker_steps: int = 0
     seed: int = 0
     progress: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
-        """Fingerprint of model, tokenizer, tokens, layers and the version that gathers."""
+        """Fingerprint of model, tokenizer, tokens, layers and the package version."""
         return fingerprint(
             model_fingerprint(self.model),
             tokenizer_fingerprint(self.tokenizer),
@@ -101,41 +101,41 @@ class GatheredStatistics:
         )
 
     def moments(self, methods: Iterable[str]) -> CalibrationMoments:
-        """Return moments with all that the methods need: kept ones if they have it, else from a new pass.
+        """Return moments with all statistics that the methods need, kept ones or from a new pass.
 
-        A pass that adds needs gathers those of the kept file again, so that the file only grows.
+        A pass for new needs also gathers the needs of the kept file again, so that the file only grows.
         """
         needs = _needs(methods)
         path = self._kept(needs)
         if path is not None:
             self.seconds |= _read_seconds(path)
             return load_moments(path, shapes=layer_shapes(self.layers), source=self.source, device=self.model.device)
-        passes = self.passes if "kronecker" in needs else 0
-        path = self.folder / f"moments-{self.source}-{passes}.safetensors"
+        steps = self.kronecker_steps if "kronecker" in needs else 0
+        path = self.folder / f"moments-{self.source}-{steps}.safetensors"
         if path.is_file():
             needs |= moments_needs(path)
         moments, seconds = gather_moments(self.model, self.layers, self.windows, needs, self.progress)
-        if passes:
-            done = refine_kronecker(self.model, self.layers, self.windows, moments, passes, self.progress)
-            seconds[f"{done.passes} further passes for kronecker"] = done.seconds
-        write_json(seconds, path.with_suffix(".json"))  # first, so that moments that are there have it
+        if steps:
+            done = refine_kronecker(self.model, self.layers, self.windows, moments, steps, self.progress)
+            seconds[f"{done.steps} further kronecker steps"] = done.seconds
+        write_json(seconds, path.with_suffix(".json"))  # first, so that every file of moments has its seconds
         save_moments(moments, path, self.source)
         self.seconds |= seconds
         return moments
 
     def seconds_of(self, methods: Iterable[str]) -> dict[str, float]:
-        """Return what the statistics behind the methods took, in this run or in the one that kept them."""
+        """Return the seconds of the methods' statistics, from this run or the run that kept them."""
         path = self._kept(_needs(methods))
         return self.seconds if path is None else {**_read_seconds(path), **self.seconds}
 
     def _kept(self, needs: frozenset[str]) -> Path | None:
-        """Return a file of this source that has all needs, the Kronecker factors from as many passes as asked for."""
-        passes = str(self.passes) if "kronecker" in needs else "*"
-        paths = sorted(self.folder.glob(f"moments-{self.source}-{passes}.safetensors"))
+        """Return a file of this source with all needs and with Kronecker factors after the wanted number of steps."""
+        steps = str(self.kronecker_steps) if "kronecker" in needs else "*"
+        paths = sorted(self.folder.glob(f"moments-{self.source}-{steps}.safetensors"))
         return next((path for path in paths if needs <= moments_needs(path)), None)
 
     def scores(self) -> dict[str, RhoRow]:
-        """Return rho of each layer on all windows, with its companions: kept ones, or from a pass of their own."""
+        """Return the rho row of each layer on all windows, kept or from a pass of its own."""
         path = self.folder / f"scores-{fingerprint(self.source, self.seed)}.json"
         if path.is_file():
             found = read_json(path, _SCORES)
@@ -154,18 +154,18 @@ class GatheredStatistics:
 def gather_moments(
     model: PreTrainedModel, layers: dict[str, nn.Module], windows: Tensor, needs: Iterable[str], progress: bool = False
 ) -> tuple[CalibrationMoments, dict[str, float]]:
-    """Send every window through the model and back once.
+    """Run every window forward and backward through the model once.
 
     Args:
         model: A causal language model; nothing of it changes.
         layers: The layers to tap.
         windows: Token ids, shape (windows, window).
-        needs: What to gather besides A, G and the means.
+        needs: Statistics to gather besides A, G and the means.
         progress: Whether to show a bar.
 
     Returns:
-        The moments, and seconds: "pass" of all, and of that what each need took where it is summed on its own
-        ("need C"). On CUDA, whose work goes on in the background, only the whole is known.
+        The moments, and seconds: "pass" in all, and in it the part of each need that is summed separately ("need C").
+        CUDA runs asynchronously, so there only "pass" is known.
     """
     moments = CalibrationMoments(layer_shapes(layers), moment_dtype(layers.values()), model.device, needs)
     start = time.perf_counter()
@@ -180,7 +180,7 @@ def gather_moments(
 
 @contextmanager
 def _timed_needs(moments: CalibrationMoments) -> Iterator[dict[str, float]]:
-    """Yield the seconds that updates of each optional group of streams have taken so far."""
+    """Yield the seconds so far of the updates of each optional group of accumulators."""
     seconds: dict[str, float] = {}
     sequences = "kronecker" if "kronecker" in moments.needs else "fisher_rows"
     groups: dict[str, dict[str, Any]] = {
@@ -207,10 +207,10 @@ def _needs(methods: Iterable[str]) -> frozenset[str]:
 
 
 def _read_seconds(path: Path) -> dict[str, float]:
-    """Return the seconds that kept moments took."""
+    """Return the seconds that gathering the kept moments took."""
     return read_json(path.with_suffix(".json"), mapping(number(0)))
 
 
 def _with_nan(row: dict[str, Any]) -> RhoRow:
-    """Undo what JSON, which has no NaN, did to a row."""
+    """Return a row from JSON with NaN instead of None."""
     return {name: float("nan") if value is None else value for name, value in row.items()}  # type: ignore[return-value]

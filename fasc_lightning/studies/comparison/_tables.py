@@ -1,4 +1,4 @@
-"""Tables of a comparison: what is best, what ties with it, and how they look. Pure functions of outcomes."""
+"""Tables of a comparison with the best cells and their ties; pure functions of outcomes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fasc_lightning.evaluation import paired_interval
 from fasc_lightning.studies.comparison._cells import Budget, Cell, Outcome
 from fasc_lightning.studies.comparison._questions import Answers
 
-#: Methods that only write zeros: their parameters stay where they are, so that they compete with nobody.
+#: Methods that only write zeros: their parameters stay in memory, so they are not ranked.
 UNRANKED = frozenset({"magnitude"})
 
 
@@ -25,9 +25,9 @@ class Metric:
 
     Attributes:
         name: Column heading.
-        items: Its single answers, of which two models' compare in pairs.
+        items: Its single answers; two models' answers are compared in pairs.
         higher_is_better: Whether larger means are better.
-        percent: Whether the figure is 100 times the mean of the items; else it is exp of it, a perplexity.
+        percent: Whether the figure is 100 times the mean of the items; otherwise it is exp of the mean, a perplexity.
     """
 
     name: str
@@ -59,7 +59,7 @@ def _preferred(measured: Answers) -> NDArray[np.float64]:
 
 
 def metrics_of(measured: Answers) -> list[Metric]:
-    """Return the metrics that there are answers to: of each text, of facts, of minimal pairs."""
+    """Return the metrics with answers: of each text, of facts, of minimal pairs."""
     metrics = [
         Metric(f"perplexity of {text}", partial(_losses, text), higher_is_better=False, percent=False)
         for text in measured.losses
@@ -83,33 +83,33 @@ def kind_metrics(kinds: Sequence[str]) -> list[Metric]:
     ]
 
 
-# What is best.
+# The best cells.
 
 
 @lru_cache(maxsize=4096)
 def tied(a: tuple[float, ...], b: tuple[float, ...], seed: int) -> bool:
-    """Whether the 95 % interval of the mean difference of two models, over the same items, holds 0.
+    """Return whether the 95 % interval of the mean difference of two models, over the same items, contains 0.
 
-    Kept in memory, since several tables ask the same. A single item gives no interval: nothing is told apart then.
+    The result is cached because several tables need it. A single item gives no interval and so a tie.
     """
     return len(a) < 2 or paired_interval(a, b, seed).contains(0)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The best cell by one metric, and those that cannot be told from it."""
+    """The best cell by one metric, and the cells that tie with it."""
 
     best: Cell
     ties: frozenset[Cell]
 
 
 def rank_cells(outcomes: Mapping[Cell, Outcome], metric: Metric, seed: int = 0) -> Ranking | None:
-    """Return the best cell, and the ties: those whose paired 95 % interval against the best holds 0.
+    """Return the best cell, and its ties: cells whose paired 95 % interval against the best contains 0.
 
-    Cells that failed and methods that remove nothing (:data:`UNRANKED`) take no part.
+    Failed cells and methods that remove nothing (:data:`UNRANKED`) are left out.
 
     Returns:
-        None if no cell takes part.
+        None if no cell is left.
     """
     items = {
         cell: metric.items(outcome.measured)
@@ -129,7 +129,7 @@ def rank_cells(outcomes: Mapping[Cell, Outcome], metric: Metric, seed: int = 0) 
 
 
 def results_rows(dense: Outcome, outcomes: Mapping[Cell, Outcome], kinds: Sequence[str]) -> list[Row]:
-    """Return a plain row of numbers for each cell, the dense model first; NaN where there is none."""
+    """Return a plain row of numbers for each cell, the dense model first; NaN for missing numbers."""
     assert dense.measured is not None
     metrics = metrics_of(dense.measured)
     by_kind = kind_metrics(kinds)[:-1] if kinds else []
@@ -158,20 +158,20 @@ def results_rows(dense: Outcome, outcomes: Mapping[Cell, Outcome], kinds: Sequen
 
 
 def ratio(value: float, dense: float) -> float:
-    """Return value / dense; NaN where dense is 0."""
+    """Return value / dense; NaN if dense is 0."""
     return value / dense if dense else math.nan
 
 
 def budget_rows(
     dense: Outcome, outcomes: Mapping[Cell, Outcome], metrics: Sequence[Metric], seed: int = 0
 ) -> list[Row]:
-    """Return the table of one budget as text: the best in bold, its ties marked, failures said.
+    """Return the table of one budget as text: the best in bold, ties marked, failures named.
 
     Args:
-        dense: The model as it is.
-        outcomes: Of the cells of one budget.
-        metrics: Columns.
-        seed: Of the bootstrap.
+        dense: Outcome of the dense model.
+        outcomes: Outcomes of one budget's cells.
+        metrics: The columns.
+        seed: Seed of the bootstrap.
     """
     assert dense.measured is not None
     rankings = {metric.name: rank_cells(outcomes, metric, seed) for metric in metrics}
@@ -215,7 +215,7 @@ def _relation(value: float, dense: float, metric: Metric) -> str:
 def winners_rows(
     outcomes: Mapping[Cell, Outcome], budgets: Iterable[Budget], metrics: Sequence[Metric], seed: int = 0
 ) -> list[Row]:
-    """Return who is best at each budget, in each setting and in all, with the ties behind it."""
+    """Return the best method at each budget, in each setting and in all, with its ties."""
     rows = []
     for budget in budgets:
         own = {cell: outcome for cell, outcome in outcomes.items() if cell.budget == budget}
@@ -241,7 +241,7 @@ def _names(ranking: Ranking, with_setting: bool) -> str:
 
 
 def kinds_rows(dense: Outcome, outcomes: Mapping[Cell, Outcome], kinds: Sequence[str], seed: int = 0) -> list[Row]:
-    """Return recall by relation kind at one budget as text (FASC, Table 6), marked as :func:`budget_rows` does."""
+    """Return recall by relation kind at one budget as text (FASC, Table 6), marked as in :func:`budget_rows`."""
     return [
         {name: value for name, value in row.items() if name != "seconds"}
         for row in budget_rows(dense, outcomes, kind_metrics(kinds), seed)
@@ -249,12 +249,12 @@ def kinds_rows(dense: Outcome, outcomes: Mapping[Cell, Outcome], kinds: Sequence
 
 
 def failure_lines(outcomes: Mapping[Cell, Outcome]) -> list[str]:
-    """Return why cells failed, one line a cell."""
+    """Return the reasons of failed cells, one line each."""
     return [f"{cell.name}: {outcome.reason}" for cell, outcome in outcomes.items() if outcome.measured is None]
 
 
 def shown_perplexity(value: float) -> str:
-    """Return a perplexity with as many digits as are worth reading."""
+    """Return a perplexity with its significant digits."""
     if value < 1000:
         return f"{value:.2f}"
     return f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"

@@ -1,4 +1,4 @@
-"""Pruning baselines: what low-rank compression is compared with."""
+"""Pruning baselines for low-rank compression."""
 
 from fasc_lightning.studies.pruning._llm_pruner import kept_ends, prune_llm
 from fasc_lightning.studies.pruning._magnitude import prune_magnitude

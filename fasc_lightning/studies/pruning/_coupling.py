@@ -1,8 +1,8 @@
-"""Which rows and columns of a block's layers go together: one unit of them is pruned, or none.
+"""Coupled rows and columns of a block's layers: a unit of them is pruned whole or not at all.
 
 Torch-Pruning (Fang et al. 2023, "DepGraph: Towards Any Structural Pruning") traces the MLPs and cuts the layers. Its
-tracing of attention does not carry indices through the repetition of grouped keys and values, so the few layouts of
-attention that exist are written down here instead.
+tracing of attention loses indices where grouped keys and values are repeated, so this module lists the few existing
+layouts of attention.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from transformers.pytorch_utils import Conv1D
 from fasc_lightning._utils import evaluating, undoing
 from fasc_lightning.layers import linear_shape
 
-#: Names that families give the projection which writes the heads back to the residual stream.
+#: Names in model families of the projection that writes the heads to the residual stream.
 _OUTPUTS = ("o_proj", "out_proj", "dense")
 
 
 class Conv1DPruner(tp.BasePruningFunc):
-    """Cuts transformers' Conv1D, which Torch-Pruning does not know: y = x W + b with W of shape (n, m)."""
+    """Cuts transformers' Conv1D, which Torch-Pruning does not support: y = x W + b with W of shape (n, m)."""
 
     TARGET_MODULES = Conv1D
 
@@ -60,7 +60,7 @@ class Member:
         name: Dotted name of the layer.
         layer: ``nn.Linear`` or ``Conv1D``.
         side: "out" for rows of W (m, n), "in" for columns.
-        index: Which of them belong to each unit, shape (units, rows or columns of one unit).
+        index: Rows or columns of each unit, shape (units, rows or columns of one unit).
     """
 
     name: str
@@ -70,7 +70,7 @@ class Member:
 
     @property
     def unit_cost(self) -> int:
-        """Weights that one unit holds of this layer."""
+        """Number of this layer's weights in one unit."""
         m, n = linear_shape(self.layer)
         return self.index.shape[1] * (n if self.side == "out" else m)
 
@@ -90,7 +90,7 @@ class CoupledGroup:
     Attributes:
         kind: "heads" (a unit is a key-value head with its query heads) or "channels" (an intermediate channel).
         block: Index of the block.
-        owner: The module that holds the layers, and numbers that speak of their shapes.
+        owner: The module that holds the layers and attributes with their sizes.
         members: The layers' sides.
     """
 
@@ -101,23 +101,23 @@ class CoupledGroup:
 
     @property
     def units(self) -> int:
-        """How many units there are."""
+        """Number of units."""
         return len(self.members[0].index)
 
     @property
     def unit_cost(self) -> int:
-        """Weights that go with one unit. No two sides of a group are of one layer, so costs add up."""
+        """Number of weights in one unit. Each side of a group belongs to another layer, so costs add up."""
         return sum(member.unit_cost for member in self.members)
 
 
 def attention_group(block: int, name: str, attention: nn.Module, linear: dict[str, nn.Module]) -> CoupledGroup | None:
-    """Return the heads of an attention module, or None if it is laid out in no known way.
+    """Return the heads of an attention module, or None if its layout is unknown.
 
     Args:
         block: Index of its block.
         name: Its dotted name.
         attention: The module.
-        linear: Its linear layers by their own names.
+        linear: Its linear layers by their names in the module.
     """
     head = getattr(attention, "head_dim", None)
     output = next((linear[out] for out in _OUTPUTS if out in linear), None)
@@ -138,7 +138,7 @@ def attention_group(block: int, name: str, attention: nn.Module, linear: dict[st
         sides = [("c_attn", "out", torch.cat([heads, heads + width, heads + 2 * width], 1)), ("c_proj", "in", heads)]
     else:
         return None
-    # A norm over one head is the same for each of them; anything wider would have to be cut, too.
+    # A norm over one head is the same for each head; a wider one would have to be cut too.
     own = {id(p) for layer in linear.values() for p in layer.parameters()}
     if any(id(p) not in own and p.numel() != head for p in attention.parameters()):
         return None
@@ -150,22 +150,22 @@ def attention_group(block: int, name: str, attention: nn.Module, linear: dict[st
 
 
 def mlp_group(block: int, name: str, mlp: nn.Module, linear: dict[str, nn.Module]) -> CoupledGroup | None:
-    """Return the intermediate channels of an MLP as Torch-Pruning traces them, or None if they are not to be told.
+    """Return the intermediate channels of an MLP as Torch-Pruning traces them, or None if they are not clear.
 
     Args:
         block: Index of its block.
         name: Its dotted name.
         mlp: The module; it takes and returns the residual stream.
-        linear: Its linear layers by their own names.
+        linear: Its linear layers by their names in the module.
     """
     first = next(iter(linear.values()))
     with undoing() as undo, torch.enable_grad(), evaluating(mlp):  # the tracer puts it in eval mode
         undo.keep_flags(mlp)
-        mlp.requires_grad_(True)  # the graph is that of autograd
+        mlp.requires_grad_(True)  # the tracer reads the autograd graph
         example = torch.zeros(1, 2, linear_shape(first)[1], dtype=first.weight.dtype, device=first.weight.device)  # type: ignore[arg-type]
         graph = tp.DependencyGraph().build_dependency(mlp, example, customized_pruners={Conv1D: Conv1DPruner()})
         groups = list(graph.get_all_groups(root_module_types=[nn.Linear, Conv1D]))
-    # The residual stream makes a group of outputs alone.
+    # The residual stream is a group of outputs only.
     traced = [_members(graph, group, name, linear) for group in groups]
     inner = [members for members in traced if any(member.side == "in" for member in members)]
     if len(inner) != 1 or sorted(m.name for m in inner[0]) != sorted(f"{name}.{part}" for part in linear):
@@ -190,7 +190,7 @@ def _members(graph: tp.DependencyGraph, group: Any, name: str, linear: dict[str,
 
 
 def unit_scores(group: CoupledGroup, products: dict[str, Tensor]) -> Tensor:
-    """First-order importance of each unit, shape (units,): the sum of |w dL/dw| over all its weights.
+    """Return the first-order importance of each unit, shape (units,): the sum of |w dL/dw| over all its weights.
 
     Ma, Fang and Wang 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models", Eq. 5 without its
     second-order term, summed over a group (their "param_first" with aggregation "sum"). Biases do not count.

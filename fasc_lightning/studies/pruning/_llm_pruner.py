@@ -1,4 +1,4 @@
-"""LLM-Pruner: attention heads and MLP channels of least first-order importance are cut out."""
+"""LLM-Pruner: removal of the attention heads and MLP channels with the least first-order importance."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
     from fasc_lightning.studies.pruning._coupling import CoupledGroup
 
-#: Numbers that modules keep of what is cut, where a family's classes have them.
+#: Attributes of modules with the sizes that are cut, if a family's classes have them.
 _SIZES = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size", "intermediate_size")
 
 
 def kept_ends(depth: int) -> tuple[int, int]:
-    """Return how many first and last blocks are left alone, for a number of blocks.
+    """Return how many first and last blocks stay whole, for a number of blocks.
 
-    LLM-Pruner prunes blocks 4 to 29 of the 32 of LLaMA-7B: the first eighth and the last sixteenth stay. Here the
-    same shares of any depth, rounded: 4 and 2 of 30 blocks, 2 and 1 of 12, none of 2.
+    LLM-Pruner prunes blocks 4 to 29 of LLaMA-7B's 32: the first eighth and the last sixteenth stay. This function takes
+    the same shares of any depth, rounded: 4 and 2 of 30 blocks, 2 and 1 of 12, none of 2.
     """
     return round(depth / 8), round(depth / 16)
 
@@ -42,42 +42,41 @@ def prune_llm(
     targets: str | list[str] | None = None,
     exclude: str | list[str] | None = None,
 ) -> TaylorResult:
-    """Cut attention heads and MLP channels out of a causal language model, in place.
+    """Remove attention heads and MLP channels from a causal language model, in place.
 
-    Ma, Fang and Wang 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models", through the
-    Torch-Pruning package. Coupled rows and columns are one unit: an intermediate channel of the MLP, as traced by
-    Torch-Pruning, or a key-value head with all of its query heads. A unit's importance is the sum of |w dL/dw| over
-    its weights, L the sum of the batches' token losses. Each block keeps its most important units, the same fraction
-    in each pruned block; the residual stream, embeddings and norms stay.
+    The method is that of Ma, Fang and Wang 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models", with
+    the package Torch-Pruning. Coupled rows and columns are one unit: an intermediate channel of the MLP, as traced by
+    Torch-Pruning, or a key-value head with all of its query heads. A unit's importance is the sum of |w dL/dw| over its
+    weights, where L is the sum of the batches' token losses. Each pruned block keeps the same fraction of units, the
+    most important ones. The residual stream, embeddings and norms stay.
 
-    The fraction is the largest that meets the budget. Heads are few, so they are rounded to the nearest number first
-    and the channels then fill what is left. What differs from the paper: whole key-value groups under grouped
-    queries, which the paper's models do not have, and no recovery by LoRA afterwards.
+    The fraction is the largest that meets the budget. Heads are few, so they are rounded to the nearest number first,
+    and the channels then fill the rest. Two points differ from the paper: grouped queries, which the paper's models
+    lack, are cut as whole key-value groups, and no recovery by LoRA follows.
 
-    The model is either what it was or pruned and proven by a forward pass; it is never copied. It keeps its training
-    mode, its flags and its gradients outside of the cut layers, whose parameters are new objects: an optimizer
-    that holds the old ones has to be made again.
+    Afterwards the model is either unchanged, or pruned and checked by a forward pass; it is never copied. It keeps its
+    training mode, its flags and its gradients outside the cut layers. The parameters of cut layers are new objects, so
+    an optimizer that holds the old ones has to be made again.
 
     Args:
         model: A causal language model of transformers with blocks of separate q, k, v and output projections (Llama,
             Mistral, Qwen2, Gemma 2, ...) or of GPT-2's kind.
         batches: Mappings with "input_ids" and optionally "attention_mask" and "labels", as for ``compress``. The
             paper uses 10 samples of 64 tokens.
-        keep: At most this fraction of the targeted layers' weights is kept.
-        keep_first: First blocks to leave alone; None for :func:`kept_ends`. They count in the budget.
-        keep_last: Last blocks, likewise.
-        targets: Patterns as for ``select_layers``. Units are only cut where all of their
-            layers are targeted.
+        keep: The largest fraction of the targeted layers' weights to keep.
+        keep_first: Number of first blocks to keep whole; None for :func:`kept_ends`. They count in the budget.
+        keep_last: Number of last blocks to keep whole, with the same default.
+        targets: Patterns as for ``select_layers``. Units are only cut if all of their layers are targeted.
         exclude: Patterns of layers to leave alone.
 
     Returns:
-        What was done. ``config_adjusted`` tells whether a saved model can be loaded again.
+        The figures of the pruning. ``config_adjusted`` tells whether a saved model can be loaded again.
 
     Raises:
         ModuleNotFoundError: If torch-pruning is not installed.
         TypeError: If ``keep`` is not a number or a batch is no mapping.
-        ValueError: If an option is out of range, the budget cannot be met, there is no batch, or the model is of a
-            family or form that cannot be pruned.
+        ValueError: If an option is out of range, the budget cannot be met, there is no batch, or the model's family or
+            form cannot be pruned.
         FloatingPointError: If a gradient, or an output of the pruned model, is not finite.
     """
     check_keep(keep)
@@ -111,19 +110,19 @@ def prune_llm(
 
 
 def plan_units(groups: list[tuple[Literal["heads", "channels"], int, int]], parameters: int, keep: float) -> list[int]:
-    """Return how many units each group keeps: one fraction of all, then a larger one of channels if it fits.
+    """Return how many units each group keeps: one fraction for all, then a larger one for channels if it fits.
 
     Args:
         groups: Kind, number of units and weights of one unit of each group.
-        parameters: Weights of all targeted layers, those in no group included.
-        keep: Budget, as a fraction of them.
+        parameters: Weights of all targeted layers, also of layers in no group.
+        keep: Budget as a fraction of ``parameters``.
 
     Raises:
-        ValueError: If even one unit for each group is too much.
+        ValueError: If one unit per group already exceeds the budget.
     """
 
     def counts(heads: float, channels: float) -> list[int]:
-        # A channel is one of many and rounded down; rounding heads down would leave too few of 3 or 4.
+        # Channels are many and rounded down; rounding 3 or 4 heads down would leave too few.
         wanted = [round(heads * u) if kind == "heads" else int(channels * u) for kind, u, _ in groups]
         return [max(1, count) for count in wanted]
 
@@ -134,8 +133,8 @@ def plan_units(groups: list[tuple[Literal["heads", "channels"], int, int]], para
     if (least := held(counts(0.0, 0.0))) > budget:
         raise ValueError(
             f"Expected a budget that leaves a head and a channel in each pruned block but keep={keep} is less than "
-            f"{least / parameters:.3f}, what these and the layers that are not cut hold. HINT: raise `keep`, or lower "
-            "`keep_first` and `keep_last`."
+            f"{least / parameters:.3f}, the share of these and of the layers that are not cut. HINT: raise "
+            "`keep`, or lower `keep_first` and `keep_last`."
         )
     both = _largest(lambda f: held(counts(f, f)) <= budget)
     channels = _largest(lambda f: held(counts(both, f)) <= budget)
@@ -143,7 +142,7 @@ def plan_units(groups: list[tuple[Literal["heads", "channels"], int, int]], para
 
 
 def _largest(fits: Callable[[float], bool]) -> float:
-    """Return the largest fraction that fits, to double precision; all smaller ones fit, and 0 does."""
+    """Return the largest fraction that fits, to double precision; 0 fits, and so do all smaller fractions."""
     if fits(1.0):
         return 1.0
     low, high = 0.0, 1.0
@@ -153,11 +152,11 @@ def _largest(fits: Callable[[float], bool]) -> float:
 
 
 def _coupled_groups(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> list[CoupledGroup]:
-    """Return the groups of every block that holds targeted layers.
+    """Return the groups of every block with targeted layers.
 
     Raises:
         ModuleNotFoundError: If torch-pruning is not installed.
-        ValueError: If the model is of a form that cannot be pruned, naming its family.
+        ValueError: If the model's form cannot be pruned; the message names its family.
     """
     try:
         from fasc_lightning.studies.pruning import _coupling as _coupling
@@ -182,12 +181,12 @@ def _coupled_groups(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> 
     groups = []
     for owner, (block, linear) in owners.items():
         module = model.get_submodule(owner)
-        # Attention first: it would not run on the residual stream alone, as an MLP does.
+        # Attention first, because it cannot run on the residual stream alone as an MLP can.
         group = _coupling.attention_group(block, owner, module, linear)
         if group is None and not owner.rpartition(".")[2].isdecimal() and "att" not in owner.rpartition(".")[2]:
             try:
                 group = _coupling.mlp_group(block, owner, module, linear)
-            except Exception as error:  # the tracer has no errors of its own
+            except Exception as error:  # the tracer has no error classes of its own
                 raise ValueError(_refusal(model, owner, linear)) from error
         if group is None:
             raise ValueError(_refusal(model, owner, linear))
@@ -215,10 +214,10 @@ def _prunable(
     keep_first: int | None,
     keep_last: int | None,
 ) -> list[CoupledGroup]:
-    """Return the groups of blocks that are not left alone and whose layers are all targeted.
+    """Return the groups of the blocks to prune whose layers are all targeted.
 
     Raises:
-        ValueError: If an end is out of range, or nothing remains.
+        ValueError: If ``keep_first`` or ``keep_last`` is out of range, or no group remains.
     """
     depth = 1 + max(group.block for group in groups)
     ends = kept_ends(depth)
@@ -245,7 +244,7 @@ def _prunable(
 def _taylor_products(
     model: PreTrainedModel, groups: list[CoupledGroup], batches: Iterable[Mapping[str, Tensor]]
 ) -> tuple[dict[str, Tensor], int, Tensor]:
-    """Return |W * dL/dW| of each layer by name, the number of predicted tokens, and a piece of the first batch."""
+    """Return |W * dL/dW| of each layer by name, the number of predicted tokens, and part of the first batch."""
     from fasc_lightning.studies.pruning._coupling import weights_of
 
     weights = weights_of(groups)
@@ -261,7 +260,7 @@ def _taylor_products(
             batch = {key: value.to(model.device) for key, value in batch.items() if isinstance(value, Tensor)}
             with torch.enable_grad():
                 loss = module._loss(batch) * terms
-            # Not backward(): the model's own gradients are left as they are.
+            # Not backward(), which would change the model's own gradients.
             gradients = torch.autograd.grad(loss, list(weights.values()))
             for name, gradient in zip(weights, gradients, strict=True):
                 if not gradient.isfinite().all():
@@ -278,7 +277,7 @@ def _taylor_products(
 
 
 def _cut(group: CoupledGroup, count: int, products: dict[str, Tensor]) -> None:
-    """Remove all but the ``count`` most important units from a group's layers."""
+    """Remove all except the ``count`` most important units from a group's layers."""
     from fasc_lightning.studies.pruning._coupling import unit_scores
 
     before = group.units
@@ -295,7 +294,7 @@ def _cut(group: CoupledGroup, count: int, products: dict[str, Tensor]) -> None:
 
 
 def _adjust_config(model: PreTrainedModel, groups: list[CoupledGroup]) -> bool:
-    """Write the new sizes into the configuration where it can say them, and tell whether it does."""
+    """Write the new sizes into the configuration if it can hold them, and return whether it can."""
     from fasc_lightning.layers import linear_shape
 
     config = model.config
@@ -314,7 +313,7 @@ def _adjust_config(model: PreTrainedModel, groups: list[CoupledGroup]) -> bool:
         elif linear_shape(group.members[0].layer)[0] != 3 * config.hidden_size:
             return False
     uniform = all(len(values) == 1 for values in sizes.values())
-    # Blocks that were kept have the old sizes, which one number for all blocks cannot say beside the new.
+    # Blocks that stay whole have the old sizes, but the configuration has one number for all blocks.
     whole = all(
         sum(group.kind == kind for group in groups) == getattr(config, "num_hidden_layers", None)
         for kind in {group.kind for group in groups}
@@ -332,13 +331,13 @@ def _check_usable(model: PreTrainedModel, example: Tensor) -> None:
     if not logits.isfinite().all():
         raise FloatingPointError(
             f"The pruned {type(model).__name__} gives logits that are not finite: it overflows in "
-            f"{next(model.parameters()).dtype}. The model was put back as it was."
+            f"{next(model.parameters()).dtype}. The model is unchanged."
         )
 
 
 @contextmanager
 def _undone_on_failure(model: PreTrainedModel) -> Iterator[None]:
-    """Put parameters, sizes and configuration back if anything fails; cutting makes new parameters, so none is lost."""
+    """Restore parameters, sizes and configuration after a failure; cutting makes new parameters, so none is lost."""
     with undoing() as undo:
         undo.keep(model, attributes=True)
         yield

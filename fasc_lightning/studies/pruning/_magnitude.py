@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights become zeros."""
+"""Magnitude pruning: zeros instead of the smallest weights."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ def prune_magnitude(
 ) -> PruningResult:
     """Set the weights of smallest absolute value to zero, in place.
 
-    Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks". Unstructured: every layer
-    keeps its shape and its memory, and a dense matrix product its cost; what is compared is quality at a number of
-    nonzero weights. The masks are those of ``torch.nn.utils.prune.L1Unstructured``, applied for good: no hook, no
-    second copy and no mask stays on the model. All of them are made before the first weight changes, so a failure
-    leaves the model as it was.
+    The method is that of Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks". It is
+    unstructured: every layer keeps its shape and memory, and a dense matrix product its cost. A comparison shows the
+    quality at a number of nonzero weights. ``torch.nn.utils.prune.L1Unstructured`` computes the masks; no hook, copy or
+    mask stays on the model. All masks are made before the first weight changes, so a failure leaves the model
+    unchanged.
 
     Args:
         model: Any model, changed in place.
-        keep: At most this fraction of the targeted layers' weights stays nonzero.
-        scope: "uniform" prunes the same fraction of every layer, "global" the smallest weights of all of them.
+        keep: The largest fraction of the targeted layers' weights that stays nonzero.
+        scope: "uniform" prunes the same fraction of every layer, "global" the smallest weights of all layers together.
         targets: Patterns as for ``select_layers``.
         exclude: Patterns of layers to leave alone.
 
     Returns:
-        What was done: ``parameters_after`` equals ``parameters_before``, and ``zeros`` says what was pruned.
+        The figures of the pruning: ``parameters_after`` equals ``parameters_before``, and ``zeros`` counts the pruned
+        weights.
 
     Raises:
         TypeError: If ``keep`` is not a number.
@@ -67,7 +68,7 @@ def _masks(weights: list[Tensor], keep: float, scope: str) -> list[Tensor]:
     """Return 0 for the weights to prune and 1 for the others."""
     if scope == "uniform":
         return [_mask(weight, keep) for weight in weights]
-    # One dtype and device for the comparison; a mask takes that of its weight when they are multiplied.
+    # One dtype and device for the comparison; a mask takes its weight's when the two are multiplied.
     flat = torch.cat([weight.float().flatten().cpu() for weight in weights])
     parts = _mask(flat, keep).split([weight.numel() for weight in weights])
     return [part.view_as(weight).to(weight) for part, weight in zip(parts, weights, strict=True)]

@@ -1,4 +1,4 @@
-"""What a pruning run did."""
+"""Results of pruning, and checks of its options."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class PruningResult:
-    """Outcome of a pruning run, of weight matrices alone: biases are not counted, neither before nor after.
+    """Outcome of a pruning run on weight matrices; biases are not counted.
 
     Attributes:
         method: "magnitude" or "llm-pruner".
-        keep: The budget asked for, a fraction of ``parameters_before``.
-        parameters_before: Weights that the targeted layers held.
-        parameters_after: Weights that they hold now. Unstructured zeros are still held: only this figure tells of
-            saved memory.
+        keep: The budget, a fraction of ``parameters_before``.
+        parameters_before: Weights of the targeted layers before pruning.
+        parameters_after: Weights of these layers now, unstructured zeros included. Only this figure shows saved memory.
         zeros: Weights among ``parameters_after`` that are exactly zero.
-        passes: Passes over the calibration data; 0 where none are needed.
+        passes: Passes over the calibration data; 0 if none is needed.
         tokens: Predicted tokens of one pass.
         seconds: Wall time of the whole run.
     """
@@ -36,12 +35,12 @@ class PruningResult:
 
     @property
     def kept(self) -> float:
-        """Fraction of the weights that is still held."""
+        """The fraction of the weights that remains, zeros included."""
         return self.parameters_after / self.parameters_before
 
     @property
     def nonzero(self) -> float:
-        """Fraction of the weights that is still held and not zero."""
+        """The fraction of the weights that remains and is not zero."""
         return (self.parameters_after - self.zeros) / self.parameters_before
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,13 +53,14 @@ class TaylorResult(PruningResult):
     """Outcome of :func:`~fasc_lightning.studies.pruning.prune_llm`.
 
     Attributes:
-        blocks: Indices of the blocks that were pruned; the others are as they were.
-        head_groups: Heads (with grouped queries: key-value heads, each with its query heads) of every pruned
-            block, before and after; (0, 0) where none were among the targeted layers.
-        channels: Intermediate channels of every pruned block's MLP, before and after; (0, 0) likewise.
-        config_adjusted: Whether the model's configuration describes the pruned model, so that what
-            ``save_pretrained`` writes can be loaded. It cannot where some blocks were kept, since a configuration
-            has one size for all blocks, nor where a family ties the heads to the hidden size (GPT-2).
+        blocks: Indices of the pruned blocks; the other blocks are unchanged.
+        head_groups: Heads (with grouped queries: key-value heads, each with its query heads) of every pruned block,
+            before and after; (0, 0) if no attention layer was targeted.
+        channels: Intermediate channels of every pruned block's MLP, before and after; (0, 0) if no MLP layer was
+            targeted.
+        config_adjusted: Whether the model's configuration describes the pruned model, so that a folder from
+            ``save_pretrained`` can be loaded. It cannot if some blocks stay whole, because a configuration has one size
+            for all blocks, or if a family ties the heads to the hidden size (GPT-2).
     """
 
     blocks: tuple[int, ...]
@@ -73,8 +73,8 @@ def check_keep(keep: float) -> None:
     """Check a budget.
 
     Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is not in (0, 1].
+        TypeError: If the budget is not a number.
+        ValueError: If the budget is not in (0, 1].
     """
     if isinstance(keep, bool) or not isinstance(keep, int | float):
         raise TypeError(f"Expected `keep` to be a number but got {keep!r}.")

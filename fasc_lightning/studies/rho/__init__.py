@@ -1,4 +1,4 @@
-"""What rho has to do with what compression costs: gathered, compared, tabulated."""
+"""Studies of rho and the cost of compression: statistics, comparisons, tables."""
 
 from fasc_lightning.studies.rho._gather import Observation, backward_windows, gather, window_scores
 from fasc_lightning.studies.rho._held_out_losses import HeldoutLosses

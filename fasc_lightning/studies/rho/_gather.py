@@ -1,4 +1,4 @@
-"""The pass behind ``recipes/study_rho.py``: windows of text in, the moments and scores of every layer out."""
+"""The pass of ``recipes/study_rho.py``, which gathers moments and scores of every layer from windows of text."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from fasc_lightning.statistics import CalibrationMoments
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Tokens of a minibatch of the score: of eight windows, all of those that have a gradient or a random part of them.
-#: Neighbouring tokens of one text depend on each other, so that only pairs of tokens of different texts are evidence.
+#: Tokens of a minibatch of the score: all tokens of eight windows that have a gradient, or a random part of them.
+#: Neighbouring tokens of one text depend on each other, so only pairs of tokens from different texts are evidence.
 MINIBATCH = 2048
 
 
 @dataclass(frozen=True)
 class Observation:
-    """The scores of one layer on the tokens so far.
+    """The scores of one layer over the tokens so far.
 
     Attributes:
-        row: The minibatch score, as monitoring has it.
+        row: The minibatch score, as in monitoring.
         pooled: rho by the paper's Eq. 2 from the moments of all tokens; NaN where undefined.
     """
 
@@ -40,11 +40,11 @@ class Observation:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one pass gathers.
+    """The results of one pass.
 
     Attributes:
-        moments: Of every layer, over all tokens.
-        observed: By number of tokens, the observation of each layer; the last one is of all tokens.
+        moments: Moments of every layer, over all tokens.
+        observed: Observations of each layer by number of tokens; the last one covers all tokens.
     """
 
     moments: CalibrationMoments
@@ -59,14 +59,14 @@ def gather(
     seed: int = 0,
     progress: bool = False,
 ) -> Statistics:
-    """Send every window through the model and back once; gather moments of all its tokens, and scores of some.
+    """Run every window forward and backward once; gather moments of all tokens, and scores of some.
 
     Args:
         model: A causal language model, in eval mode; nothing of it changes.
         layers: The layers to tap.
         windows: Token ids, shape (windows, window).
-        sizes: Numbers of tokens at which to look at the scores besides; those beyond all tokens are passed over.
-        seed: Of the choice of tokens that are scored, and of the scores' permutations.
+        sizes: Further numbers of tokens at which to record the scores; numbers beyond the data are skipped.
+        seed: Seed of the choice of scored tokens and of the scores' permutations.
         progress: Whether to show a bar.
 
     Raises:
@@ -88,22 +88,22 @@ def gather(
 
 
 def window_scores(layers: Mapping[str, nn.Module], seed: int, device: torch.device) -> LayerScores:
-    """Return scores for :func:`backward_windows`, which put windows that come one by one together to minibatches."""
-    # A window gives a quarter of what a batch may, and eight of them are a minibatch.
+    """Return scores for :func:`backward_windows`, which collect single windows into minibatches."""
+    # A window gives a quarter of the tokens of a batch, and eight windows are a minibatch.
     return LayerScores(layers, MINIBATCH // MIN_ROWS * MIN_SEQUENCES, seed=seed, device=device)
 
 
 def backward_windows(
     model: PreTrainedModel, taps: Taps, windows: Tensor, progress: bool = False, seed: int = 0
 ) -> Iterator[int]:
-    """Send windows through the model and back under the taps, one at a time; yields the number of tokens so far.
+    """Run windows forward and backward under the taps, one at a time; yield the number of tokens so far.
 
     Args:
         model: A causal language model; its weights get no gradients if they require none.
-        taps: Installed here, and removed whatever happens.
+        taps: Taps, installed here and always removed.
         windows: Token ids, shape (windows, window).
         progress: Whether to show a bar.
-        seed: Of the choice of tokens that are scored.
+        seed: Seed of the choice of scored tokens.
 
     Raises:
         FloatingPointError: If a loss is not finite.
@@ -114,7 +114,7 @@ def backward_windows(
         undo.add(taps.remove)
         taps.install()
         for i, ids in enumerate(tqdm(windows.to(model.device).split(1), unit="window", disable=not progress)):
-            # The model's loss is a mean over the predicted tokens; J and h are those of their sum.
+            # The model's loss is a mean over the predicted tokens; J and h belong to the sum.
             seeds = sample_seeds(ids, seed)
             taps.begin_batch(TokenRows(f"window {i}", scale=ids[:, 1:].numel(), sample_seeds=seeds))
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss

@@ -1,4 +1,4 @@
-"""J measured on held-out tokens, by which predictions are judged."""
+"""J measured on held-out tokens, the reference for predictions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fasc_lightning.batches import TokenRows
 
 
 class HeldoutLosses:
-    """J = E[(h^T (W - W') x)^2] of candidate approximations, on tokens they were not made from.
+    """J = E[(h^T (W - W') x)^2] of candidate approximations, on tokens that they were not fitted to.
 
-    The fourth moment itself: nothing is assumed of x and h. An instance is a ``pairs`` callback of
-    :class:`~fasc_lightning.hooks.Taps`, and keeps two numbers a candidate.
+    This is the fourth moment itself, without an assumption on x and h. An instance is a ``pairs`` callback of
+    :class:`~fasc_lightning.hooks.Taps` and keeps two numbers per candidate.
 
     Args:
-        weights: The weight W (m, n) of each layer by name; layers without one are passed over.
-        candidates: W' (m, n) by layer and label. Weights and candidates are referred to, not copied.
+        weights: The weight W (m, n) of each layer by name; other layers are skipped.
+        candidates: W' (m, n) by layer and label. Weights and candidates are not copied.
 
     Raises:
         ValueError: If a candidate has no weight, or another shape.
@@ -51,9 +51,9 @@ class HeldoutLosses:
         Args:
             name: Layer.
             x: Inputs, shape (tokens, n).
-            h: Gradients at the output as the backward pass gave them, shape (tokens, m).
-            batch: Says by which factor h becomes the gradient of a sum of token losses.
-            lengths: Of the sequences; not needed here.
+            h: Gradients at the output from the backward pass, shape (tokens, m).
+            batch: Holds the factor that turns h into the gradient of a sum of token losses.
+            lengths: Lengths of the sequences; not used.
         """
         if name not in self.candidates:
             return
@@ -62,7 +62,8 @@ class HeldoutLosses:
         with torch.autocast(x.device.type, enabled=False):
             x, h = x.detach().to(dtype), h.detach().to(dtype)
             for label, approximation in self.candidates[name].items():
-                # One difference at a time: it costs what one more token would, and all of them held would be a model.
+                # One difference at a time: it costs as much as one more token, and all of them would take the memory of
+                # a model.
                 D = W.to(dtype) - approximation.to(dtype)
                 changes = ((x @ D.T) * h).sum(1).double() * batch.scale
                 self._sums[name][label] += changes.square().sum().item()

@@ -1,8 +1,7 @@
-"""Nearest Kronecker factors of a layer's Fisher by more passes over the data, without storing any gradient.
+"""Nearest Kronecker factors of a layer's Fisher, by further passes over the data that store no gradient.
 
-One calibration takes the first step of the power iteration
-(:class:`~fasc_lightning.statistics.SequenceFisher`); every further one needs all gradients G_i again, so it is
-another pass: forward, backward, and the two products a sequence.
+Calibration takes the first step of the power iteration (:class:`~fasc_lightning.statistics.SequenceFisher`). Every
+further step needs all gradients G_i again, so it is another pass: forward, backward, and two products per sequence.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ class KroneckerStep:
     """One step of the iteration for several layers: a ``pairs`` callback of :class:`~fasc_lightning.hooks.Taps`.
 
     Args:
-        start: The step before of each layer, whose factors this one starts from, by name; other layers are passed
-            over.
+        start: The previous step of each layer by name, whose factors this step starts from; other layers are skipped.
     """
 
     def __init__(self, start: Mapping[str, SequenceFisher]) -> None:
@@ -48,15 +46,15 @@ class KroneckerStep:
         Args:
             name: Layer.
             x: Inputs, shape (tokens, n).
-            h: Gradients at the output as the backward pass gave them, shape (tokens, m).
-            batch: Says by which factor h becomes the gradient of a sum of token losses.
+            h: Gradients at the output from the backward pass, shape (tokens, m).
+            batch: Holds the factor that turns h into the gradient of a sum of token losses.
             lengths: Tokens of each sequence.
         """
         if name in self.streams:
             self.streams[name].update(x, h, lengths, batch.scale)
 
     def finish(self) -> dict[str, SequenceFisher]:
-        """Return the streams that a sequence reached, free of what they started from; nothing may be added then."""
+        """Return the accumulators that a sequence reached, without their start; nothing may be added afterwards."""
         reached = {name: stream for name, stream in self.streams.items() if stream.count > 0}
         for stream in reached.values():
             stream.start = None
@@ -64,16 +62,17 @@ class KroneckerStep:
 
 
 @dataclass(frozen=True)
-class KroneckerPasses:
-    """What the iteration cost, and whether it has settled.
+class KroneckerCost:
+    """The cost of the iteration, and whether it has converged.
 
     Attributes:
-        passes: Passes over the data.
-        seconds: For all of them.
-        changes: Of each pass, the largest change of a factor over all layers, factors at a Frobenius norm of one.
+        steps: Steps taken, each a pass over the data.
+        seconds: Seconds of all steps.
+        changes: For each step, the largest change of a factor over all layers, with factors scaled to a Frobenius norm
+            of 1.
     """
 
-    passes: int
+    steps: int
     seconds: float
     changes: tuple[float, ...]
 
@@ -83,37 +82,37 @@ def refine_kronecker(
     layers: dict[str, nn.Module],
     windows: Tensor,
     moments: CalibrationMoments,
-    iterations: int,
+    steps: int,
     progress: bool = False,
-) -> KroneckerPasses:
+) -> KroneckerCost:
     """Take further steps towards the nearest Kronecker factors, and put them into the moments.
 
     Each step multiplies the distance by the ratio of the second to the first singular value of the rearranged Fisher.
-    The windows should be those that the moments come from. A step replaces the row sums as well, by those of its own
-    pass, and nothing may be added to the moments afterwards: sums of other steps do not mix.
+    The windows should be those of the moments. A step also replaces the row sums by the sums of its own pass. Nothing
+    may be added to the moments afterwards, because sums of different steps do not mix.
 
     Args:
         model: A causal language model, frozen and in eval mode; nothing of it changes.
         layers: The layers.
         windows: Token ids, shape (windows, window); each window is one sequence.
-        moments: With "kronecker", whose factors are the start; they become those of the last pass.
-        iterations: How many passes to make.
+        moments: Moments with "kronecker", whose factors are the start; the factors of the last step replace them.
+        steps: Number of steps, each a pass over the data.
         progress: Whether to show a bar.
 
     Returns:
-        What it cost.
+        The cost.
 
     Raises:
-        ValueError: If the moments have no Kronecker factors, or ``iterations`` is negative.
-        FloatingPointError: If a loss is not finite; the moments then keep the last whole pass.
+        ValueError: If the moments have no Kronecker factors, or ``steps`` is negative.
+        FloatingPointError: If a loss is not finite; the moments then keep the last whole step.
     """
-    if iterations < 0:
-        raise ValueError(f"Expected `iterations` to be a number of passes, at least 0, but got {iterations}.")
+    if steps < 0:
+        raise ValueError(f"Expected `steps` to be at least 0, but got {steps}.")
     if "kronecker" not in moments.needs:
         raise not_gathered("kronecker", "the start of the iteration")
     start = time.perf_counter()
     changes = []
-    for _ in range(iterations):
+    for _ in range(steps):
         before = {name: moments.sequences[name] for name in layers if moments.sequences[name].count > 0}
         step = KroneckerStep(before)
         for _ in backward_windows(model, Taps(layers, pairs=step), windows, progress):
@@ -121,10 +120,10 @@ def refine_kronecker(
         after = step.finish()
         changes.append(max((_change(before[name], stream) for name, stream in after.items()), default=0.0))
         moments.sequences.update(after)
-    return KroneckerPasses(iterations, time.perf_counter() - start, tuple(changes))
+    return KroneckerCost(steps, time.perf_counter() - start, tuple(changes))
 
 
 def _change(before: SequenceFisher, after: SequenceFisher) -> float:
-    """Return the larger change of the two factors, each at a norm of one, so that scale is no change."""
+    """Return the larger change of the two factors, each scaled to norm 1."""
     pairs = zip(before.compute(), after.compute(), strict=True)
     return max(float((normalize(a.flatten(), dim=0) - normalize(b.flatten(), dim=0)).norm()) for a, b in pairs)

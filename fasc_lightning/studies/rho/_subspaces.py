@@ -1,4 +1,4 @@
-"""Which inputs of a layer two solvers keep: the angles between them, and what the choice is worth.
+"""Input subspaces that two solvers keep of a layer: the angles between them, and the losses.
 
 Shihab et al., FASC, Appendix D and Figures 4 and 5.
 """
@@ -17,10 +17,10 @@ from fasc_lightning.statistics import LayerMoments
 
 
 def input_subspace(factorization: Factorization, rank: int) -> Tensor:
-    """Return an orthonormal basis of the inputs that W'_k listens to, its row space, shape (n, k).
+    """Return an orthonormal basis of the row space of W'_k, the inputs that it keeps, shape (n, k).
 
     Args:
-        factorization: Of the layer.
+        factorization: Factorisation of the layer.
         rank: k.
     """
     _, right = factorization.truncate(rank)
@@ -30,10 +30,10 @@ def input_subspace(factorization: Factorization, rank: int) -> Tensor:
 def principal_angles(Q1: Tensor, Q2: Tensor) -> Tensor:
     """Return the principal angles between two subspaces in degrees, ascending, shape (k,).
 
-    The cosines are the singular values of Q1^T Q2, the sines those of (I - Q1 Q1^T) Q2 (Björck and Golub 1973,
-    "Numerical Methods for Computing Angles Between Linear Subspaces"). A cosine says nothing of angles below 1e-6
-    degrees, a sine nothing of those near 90; both together give every angle to full precision. By hand, since
-    ``scipy.linalg.subspace_angles`` is exact to 1e-6 degrees only.
+    The cosines are the singular values of Q1^T Q2, and the sines those of (I - Q1 Q1^T) Q2 (Björck and Golub 1973,
+    "Numerical Methods for Computing Angles Between Linear Subspaces"). Cosines do not resolve angles below 1e-6
+    degrees, and sines do not resolve angles near 90; both together give every angle to full precision. It is written
+    by hand because ``scipy.linalg.subspace_angles`` is exact to 1e-6 degrees only.
 
     Args:
         Q1: Orthonormal basis, shape (n, k).
@@ -52,14 +52,14 @@ def principal_angles(Q1: Tensor, Q2: Tensor) -> Tensor:
 
 
 def random_angles(n: int, rank: int, seed: int = 0) -> Tensor:
-    """Return the principal angles between two random subspaces of R^n: what "unrelated" looks like, shape (rank,).
+    """Return the principal angles between two random subspaces of R^n, the reference for "unrelated", shape (rank,).
 
-    At half the dimension their median is 45 degrees, so that an angle means little without this one beside it.
+    At half the dimension their median is 45 degrees, so an angle means little without this reference.
 
     Args:
         n: Dimension of the space.
         rank: Dimension of the subspaces.
-        seed: Of the draw; uniform, by orthonormalising Gaussian vectors.
+        seed: Seed of the draw, which is uniform: orthonormalised Gaussian vectors.
     """
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(2, n, rank, dtype=torch.float64, generator=generator)
@@ -75,8 +75,8 @@ class LayerComparison:
         angles: Principal angles between their input subspaces in degrees, ascending, shape (k,).
         losses: J_k of each solver by name, in the metric of the solver "fasc".
         approximations: W'_k of each solver by name, shape (m, n), in the dtype of W.
-        gain: log10 of the baseline's loss over the method's: 1 means a tenth of the loss; 0 none; negative a loss.
-            NaN if both lose nothing.
+        gain: log10 of the baseline's loss over the method's: 1 means a tenth of the loss, 0 no gain, a negative value a
+            worse loss. NaN if both losses are 0.
     """
 
     angles: Tensor
@@ -88,14 +88,14 @@ class LayerComparison:
 def compare_layer(
     W: Tensor, moments: LayerMoments, rank: int, method: str = "fasc", baseline: str = "svd"
 ) -> LayerComparison:
-    """Return what two solvers make of one layer at the same rank.
+    """Compare two solvers on one layer at the same rank.
 
     Args:
         W: Weight, shape (m, n).
         moments: Moments of the layer.
         rank: k, at most min(m, n).
         method: Solver.
-        baseline: Solver that it is compared with.
+        baseline: The solver to compare with.
 
     Raises:
         ValueError: If the rank is out of range or a solver unknown.
@@ -108,14 +108,14 @@ def compare_layer(
         found = get_solver(name)(W, moments)
         bases.append(input_subspace(found, rank))
         losses[name] = fisher_losses(W, A, G, found)[rank].item()
-        B, C = found.truncate(rank)
-        approximations[name] = (B @ C).to(W.dtype)
+        left, right = found.truncate(rank)
+        approximations[name] = (left @ right).to(W.dtype)
     gain = log_ratio(losses[baseline], losses[method])
     return LayerComparison(principal_angles(bases[0], bases[1]), losses, approximations, gain)
 
 
 def log_ratio(numerator: float, denominator: float) -> float:
-    """Return log10(numerator / denominator) of losses: NaN for 0 / 0, infinite where only one is 0."""
+    """Return log10(numerator / denominator) of losses: NaN for 0 / 0, infinite if only one is 0."""
     if numerator == denominator == 0 or math.isnan(numerator) or math.isnan(denominator):
         return math.nan
     if denominator == 0:

@@ -1,4 +1,4 @@
-"""The tables of ``recipes/study_rho.py``: rows of layers in, rows of groups of layers out. Pure functions."""
+"""Tables of ``recipes/study_rho.py``: pure functions from rows of layers to rows of groups of layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fasc_lightning._utils import Row, correlate
 from fasc_lightning.studies.rho._gather import Observation
 from fasc_lightning.studies.rho._subspaces import random_angles
 
-#: The three scores, as columns of a layer's row and as labels.
+#: The three scores: columns of a layer's row, and their labels.
 SCORES = {"rho": "rho, minibatches", "pooled": "rho, pooled (Eq. 2)", "debiased": "debiased rho"}
 GAINS = {"heldout_gain": "on held-out windows", "predicted_gain": "predicted"}
 
@@ -20,14 +20,14 @@ GAINS = {"heldout_gain": "on held-out windows", "predicted_gain": "predicted"}
 def layer_row(
     observation: Observation, shape: tuple[int, int], rank: int, flags: Sequence[str], comparison: Mapping[str, float]
 ) -> Row:
-    """Return all that is known of one layer, flat.
+    """Return the row of one layer.
 
     Args:
         observation: Its scores on all tokens.
         shape: (m, n).
-        rank: At which solvers are compared.
-        flags: Why its rho may mislead.
-        comparison: "predicted_gain", "heldout_gain" and "median_angle", as far as they were measured.
+        rank: Rank at which the solvers are compared.
+        flags: Reasons why its rho may mislead.
+        comparison: "predicted_gain", "heldout_gain" and "median_angle", if they were measured.
     """
     scores: Row = {name: value for name, value in observation.row.items() if name != "step"}
     undefined = dict.fromkeys((*GAINS, "median_angle"), math.nan)
@@ -74,7 +74,7 @@ def sizes_table(observed: Mapping[int, Mapping[str, Observation]]) -> list[Row]:
 
 
 def size_correlations(observed: Mapping[int, Mapping[str, Observation]]) -> list[Row]:
-    """Return Pearson's r between the scores at each two sizes, across layers."""
+    """Return Pearson's r between the scores at every two sizes, across layers."""
     return [
         {
             "score": label,
@@ -95,7 +95,7 @@ def of_layers(layers: Mapping[str, Observation], name: str) -> NDArray[np.float6
 
 
 def gains_table(rows: Sequence[Row]) -> list[Row]:
-    """Return what fasc gains over svd by kind of layer, as log10 of the ratio of losses."""
+    """Return the gain of fasc over svd by kind of layer, as log10 of the ratio of losses."""
     return [
         {
             "kind": kind,
@@ -109,7 +109,7 @@ def gains_table(rows: Sequence[Row]) -> list[Row]:
 
 
 def correlations_table(rows: Sequence[Row]) -> list[Row]:
-    """Return whether rho tells the gain: each score with each gain, over all layers and over those without a flag."""
+    """Return correlations of each score with each gain, over all layers and over layers without a flag."""
     groups = {"all": rows, "not flagged": [row for row in rows if not row["flags"]]}
     table = []
     for gain, gain_label in GAINS.items():
@@ -132,10 +132,10 @@ def correlations_table(rows: Sequence[Row]) -> list[Row]:
 
 
 def divisions(scores: Mapping[str, float], threshold: float) -> dict[str, tuple[list[str], list[str]]]:
-    """Return layers of high and of low score: "fifths", top and bottom, and "threshold" if both sides have layers.
+    """Return layers with high and with low scores: "fifths", top and bottom, and "threshold" if both sides have layers.
 
     Args:
-        scores: By layer; those that are NaN are left out.
+        scores: Scores by layer; NaN is left out.
         threshold: Layers above it are high.
     """
     defined = {name: score for name, score in scores.items() if not math.isnan(score)}
@@ -157,9 +157,9 @@ def angles_table(
     """Return quartiles of the principal angles in groups of layers, beside the median of random subspaces.
 
     Args:
-        divided: As :func:`divisions` returns it.
-        angles: Of each layer, in degrees.
-        spaces: Of each layer the dimension of its inputs and of the subspaces.
+        divided: The result of :func:`divisions`.
+        angles: Angles of each layer, in degrees.
+        spaces: For each layer the dimension of its inputs and of the subspaces.
     """
     unrelated = {space: random_angles(*space).tolist() for space in sorted(set(spaces.values()))}
     table = []
@@ -182,7 +182,7 @@ def angles_table(
 
 
 def median(values: Iterable[float]) -> float:
-    """Return the median of what is defined, or NaN."""
+    """Return the median of the defined values, or NaN."""
     defined = [value for value in values if not math.isnan(value)]
     return float(np.median(defined)) if defined else math.nan
 

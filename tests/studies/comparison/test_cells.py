@@ -11,6 +11,7 @@ import torch
 from comparison_cases import outcome
 from tiny import byte_tokenizer, causal_model
 
+from fasc_lightning._utils import fingerprint
 from fasc_lightning.compression import _factorize as factorized
 from fasc_lightning.compression import measure_losses
 from fasc_lightning.evaluation import Fact, MinimalPair, perplexity
@@ -30,10 +31,10 @@ from fasc_lightning.studies.comparison import (
     sensitivity_cells,
     some_facts,
 )
-from fasc_lightning.studies.comparison import _cells as comparison
+from fasc_lightning.studies.comparison import _comparison as comparison
 from fasc_lightning.studies.comparison import _questions as comparison_evaluation
 from fasc_lightning.studies.comparison import _statistics as comparison_statistics
-from fasc_lightning.studies.comparison._cells import budget_share
+from fasc_lightning.studies.comparison._comparison import budget_share
 from fasc_lightning.studies.comparison._layers import correlation_rows, fifths_rows, labelled_rows, layer_rows
 from fasc_lightning.studies.comparison._statistics import gather_moments
 
@@ -77,7 +78,7 @@ def test_names():
     assert Setting.parse("uniform-factors") == FACTORS
     assert (BEST.unit, FACTORS.unit) == ("fisher", "own")
     assert Cell("fasc", KEEP, BEST, refit=True, label="x").name == "fasc keep 0.8 fisher-pivot refit x"
-    assert Cell("gfwsvd", KEEP, BEST, passes=2).name == "gfwsvd 2 passes keep 0.8 fisher-pivot"
+    assert Cell("gfwsvd", KEEP, BEST, kronecker_steps=2).name == "gfwsvd 2 steps keep 0.8 fisher-pivot"
 
 
 @pytest.mark.parametrize("text", ["fisher", "pivot-fisher", "greedy-pivot", "fisher-pivots", ""])
@@ -335,6 +336,17 @@ def test_cells_that_are_there_are_not_run_again(tmp_path, calibration, evaluatio
 # Statistics.
 
 
+def test_a_cell_kept_by_an_earlier_version_is_run_again(tmp_path):
+    store, cell = CellStore(tmp_path, "context"), Cell("gfwsvd", KEEP, BEST)
+    store.save(cell, outcome())
+    kept = json.loads(store.path(cell).read_text())
+    kept["cell"]["passes"] = kept["cell"].pop("kronecker_steps")
+    kept["key"] = fingerprint("context", kept["cell"])
+    assert store.load(cell) is not None
+    store.path(cell).write_text(json.dumps(kept))
+    assert store.load(cell) is None
+
+
 def test_statistics_are_kept_and_only_grow(calibration, monkeypatch):
     passes = []
     real = gather_moments
@@ -382,11 +394,11 @@ def test_needs_tell_their_seconds(calibration):
     assert calibration.seconds == before  # of the pass that made them
 
 
-def test_further_passes_change_gfwsvd_alone(calibration):
+def test_further_steps_change_gfwsvd_alone(calibration):
     one = calibration.moments(["gfwsvd"])
-    calibration.passes = 2
+    calibration.kronecker_steps = 2
     more = calibration.moments(["gfwsvd"])
-    assert calibration.seconds["2 further passes for kronecker"] > 0
+    assert calibration.seconds["2 further kronecker steps"] > 0
     name = next(iter(calibration.layers))
     assert torch.equal(one.layer(name).A, more.layer(name).A)
     assert not torch.equal(one.layer(name).kronecker[0], more.layer(name).kronecker[0])

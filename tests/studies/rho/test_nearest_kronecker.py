@@ -48,11 +48,11 @@ def gradients(model, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_passes_end_at_the_nearest_kronecker_product_by_brute_force(model, layers, name):
+def test_steps_end_at_the_nearest_kronecker_product_by_brute_force(model, layers, name):
     moments = calibrated(model, layers)
     before = moments.layer(name)
-    cost = refine_kronecker(model, layers, WINDOWS, moments, iterations=40)
-    assert cost.passes == len(cost.changes) == 40
+    cost = refine_kronecker(model, layers, WINDOWS, moments, steps=40)
+    assert cost.steps == len(cost.changes) == 40
     assert cost.seconds > 0
     assert cost.changes[-1] < 1e-5 < cost.changes[0]
 
@@ -71,8 +71,8 @@ def test_passes_end_at_the_nearest_kronecker_product_by_brute_force(model, layer
 def test_no_pass_changes_nothing(model, layers):
     moments = calibrated(model, layers)
     expected = moments.layer(NAMES[0]).kronecker
-    cost = refine_kronecker(model, layers, WINDOWS, moments, iterations=0)
-    assert (cost.passes, cost.changes) == (0, ())
+    cost = refine_kronecker(model, layers, WINDOWS, moments, steps=0)
+    assert (cost.steps, cost.changes) == (0, ())
     assert all(map(torch.equal, expected, moments.layer(NAMES[0]).kronecker))
 
 
@@ -81,16 +81,16 @@ def test_a_pass_that_fails_leaves_the_last_whole_one(model, layers):
     expected = moments.layer(NAMES[0]).kronecker
     model.lm_head.weight.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="finite loss"):
-        refine_kronecker(model, layers, WINDOWS, moments, iterations=1)
+        refine_kronecker(model, layers, WINDOWS, moments, steps=1)
     assert all(map(torch.equal, expected, moments.layer(NAMES[0]).kronecker))
     assert not any(module._forward_hooks for module in layers.values())
 
 
 def test_it_starts_from_the_step_of_a_calibration(model, layers):
     with pytest.raises(ValueError, match=r"`kronecker`.* for the start of the iteration; but it was not gathered"):
-        refine_kronecker(model, layers, WINDOWS, calibrated(model, layers, ["C"]), iterations=1)
+        refine_kronecker(model, layers, WINDOWS, calibrated(model, layers, ["C"]), steps=1)
     with pytest.raises(ValueError, match="at least 0, but got -1"):
-        refine_kronecker(model, layers, WINDOWS, calibrated(model, layers), iterations=-1)
+        refine_kronecker(model, layers, WINDOWS, calibrated(model, layers), steps=-1)
 
 
 def test_layers_that_no_step_was_asked_for_or_that_nothing_reached_are_passed_over(model, layers):
@@ -100,5 +100,5 @@ def test_layers_that_no_step_was_asked_for_or_that_nothing_reached_are_passed_ov
     assert step.finish() == {}
     unused = {**layers, "unused": torch.nn.Linear(4, 4)}
     moments = calibrated(model, unused)
-    refine_kronecker(model, unused, WINDOWS, moments, iterations=1)
+    refine_kronecker(model, unused, WINDOWS, moments, steps=1)
     assert moments.tokens("unused") == 0

@@ -1,0 +1,238 @@
+"""Runs of cells on one model: each is built, measured and undone."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fasc_lightning._utils import Progress, return_freed_memory, undoing
+from fasc_lightning.batches import TokenRows
+from fasc_lightning.compression import compress_layers, evenly_spaced, layer_budgets, measure_losses
+from fasc_lightning.layers import layer_sizes, swap_modules
+from fasc_lightning.refit import ByLayer, causal_loss, refit
+from fasc_lightning.solvers import Factorization
+from fasc_lightning.statistics import CalibrationMoments
+from fasc_lightning.studies.comparison._cell_store import CellStore
+from fasc_lightning.studies.comparison._cells import DENSE, PRUNERS, Budget, Cell, Outcome
+from fasc_lightning.studies.comparison._questions import Evaluation
+from fasc_lightning.studies.comparison._statistics import GatheredStatistics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
+
+#: Failures that the same cell would repeat: numbers that overflow, a budget that is too small, a model that a method
+#: does not support. Other failures (memory, a missing package) may pass, so their cells are tried again.
+LASTING = (FloatingPointError, ValueError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model with a cell's compressed layers, and the cost of building it."""
+
+    model: PreTrainedModel
+    layers: Mapping[str, nn.Module]
+    seconds: dict[str, float] = field(default_factory=dict)
+    plan: list[dict[str, Any]] = field(default_factory=list)
+    passes: int = 0
+
+
+@dataclass
+class _Factorized:
+    """Factorisations that cells of one method and unit share, whatever their budgets.
+
+    Attributes:
+        key: The part of a cell on which its factorisations depend.
+        layers: Factorisations by layer.
+        seconds: Seconds of the last cell that computed any.
+    """
+
+    key: tuple[Any, ...] = ()
+    layers: dict[str, Factorization] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def of(self, cell: Cell) -> _Factorized:
+        """Drop factorisations of other cells, because those of two methods would take the memory of two models."""
+        assert cell.setting is not None
+        key = (cell.method, cell.kronecker_steps, cell.methods, cell.setting.unit)
+        if key != self.key:
+            self.key, self.layers, self.seconds = key, {}, 0.0
+        return self
+
+
+class Comparison:
+    """Runs cells on one model, one after the other, and restores the model after each.
+
+    Args:
+        calibration: The model, its layers and the source of their statistics, which is asked once and only if a cell
+            has to run.
+        methods: All solvers of the cells, so that one pass serves them all.
+    """
+
+    def __init__(self, calibration: GatheredStatistics, methods: Sequence[str]) -> None:
+        self.calibration = calibration
+        self.model = calibration.model
+        self.layers = calibration.layers
+        self.methods = list(methods)
+        self._factorized = _Factorized()
+
+    @cached_property
+    def moments(self) -> CalibrationMoments:
+        """Moments of all layers, with the statistics that all methods need."""
+        return self.calibration.moments(self.methods)
+
+    def run(
+        self, cells: Sequence[Cell], evaluation: Evaluation, store: CellStore, progress: Progress | None = None
+    ) -> Iterator[tuple[Cell, Outcome, bool]]:
+        """Measure cells in turn, except those with a kept outcome.
+
+        Args:
+            cells: The cells.
+            evaluation: The questions.
+            store: The kept outcomes of this evaluation.
+            progress: Wraps the loop over a cell's layers.
+
+        Yields:
+            The cell, its outcome, and whether the outcome was kept from before.
+        """
+        for cell in cells:
+            outcome = store.load(cell)
+            if found := outcome is not None:
+                yield cell, outcome, found
+                continue
+            outcome = self.measure(cell, evaluation, progress)
+            store.save(cell, outcome)
+            yield cell, outcome, found
+
+    def measure(self, cell: Cell, evaluation: Evaluation, progress: Progress | None = None) -> Outcome:
+        """Build a cell, measure it and restore the model; a failure is also an outcome."""
+        try:
+            with self._built(cell, progress) as built:
+                start = time.perf_counter()
+                measured = evaluation.measure(built.model, self.calibration.tokenizer)
+                seconds = {**built.seconds, "evaluate": time.perf_counter() - start}
+                dense, compressed = layer_sizes(self._layers(cell)), layer_sizes(built.layers)
+                return Outcome(
+                    parameters=compressed.parameters,
+                    kept=compressed.parameters / dense.parameters,
+                    zeros=share_of_zeros(built.layers),
+                    measured=measured,
+                    seconds=seconds,
+                    plan=built.plan,
+                    passes=built.passes,
+                )
+        except Exception as error:  # a failing method must not end the comparison
+            lasting = isinstance(error, LASTING)
+            if not lasting:
+                _log.exception("%s failed, and will be tried again by the next run.", cell.name)
+            return Outcome(error=f"{type(error).__name__}: {error}", lasting=lasting)
+        finally:
+            return_freed_memory()
+
+    def _batches(self) -> list[dict[str, Tensor]]:
+        """Return the calibration windows for methods that read them themselves."""
+        return [{"input_ids": ids.to(self.model.device)} for ids in self.calibration.windows.split(1)]
+
+    def _measure(self, layers: dict[str, nn.Module], factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Return the losses of low-rank layers on some of the calibration windows."""
+        return measure_losses(self.model, layers, factors, evenly_spaced(self._batches()), _window_rows, causal_loss)
+
+    def _layers(self, cell: Cell) -> dict[str, nn.Module]:
+        return self.layers if cell.layers is None else {name: self.layers[name] for name in cell.layers}
+
+    @contextmanager
+    def _built(self, cell: Cell, progress: Progress | None) -> Iterator[Built]:
+        layers = self._layers(cell)
+        if cell.method == DENSE:
+            yield Built(self.model, layers)
+        elif cell.method in PRUNERS:
+            yield self._pruned(cell, layers)
+        else:
+            with self._lowrank(cell, layers, progress) as built:
+                yield built
+
+    def _pruned(self, cell: Cell, layers: dict[str, nn.Module]) -> Built:
+        """Prune a copy, because pruning cannot be undone."""
+        from fasc_lightning.studies.pruning import prune_llm, prune_magnitude
+
+        assert cell.budget is not None
+        keep = budget_share(layers, cell.budget)
+        model = copy.deepcopy(self.model)
+        by_magnitude = cell.method == "magnitude"
+        result = prune_magnitude(model, keep) if by_magnitude else prune_llm(model, self._batches(), keep)
+        pruned = {name: model.get_submodule(name) for name in layers}
+        return Built(model, pruned, {"prune": result.seconds}, passes=result.passes)
+
+    @contextmanager
+    def _lowrank(self, cell: Cell, layers: dict[str, nn.Module], progress: Progress | None) -> Iterator[Built]:
+        """Swap low-rank layers in, and the same dense modules back."""
+        assert cell.budget is not None
+        assert cell.setting is not None
+        moments = self.moments
+        start = time.perf_counter()
+        factorized = self._factorized.of(cell)
+        there = len(factorized.layers)
+        result = compress_layers(
+            layers,
+            moments,
+            rank=cell.budget.rank,
+            keep=cell.budget.keep,
+            method=cell.method,
+            allocation=cell.setting.allocation,
+            layout=cell.setting.layout,
+            device=self.model.device,
+            progress=progress,
+            methods=dict(cell.methods),
+            consume=False,
+            unit=cell.setting.unit,
+            measure=partial(self._measure, layers),
+            known=factorized.layers,
+        )
+        ended = time.perf_counter()
+        spent = ended - start
+        if len(factorized.layers) > there:
+            factorized.seconds = spent
+        else:  # this cell reuses the work of an earlier one, which counts
+            spent += factorized.seconds
+        plan = [{**asdict(layer), "shape": list(layer.shape)} for layer in result.layers]  # as read from JSON
+        with undoing() as undo:
+            undo.keep(self.model)
+            dense = swap_modules(self.model, result.replacements)
+            seconds = {"factorize": spent, "swap": time.perf_counter() - ended}
+            if cell.refit and dense:
+                report = refit(
+                    self.model,
+                    dense,
+                    ByLayer(moments.G, dense),
+                    self._batches(),
+                    inputs=ByLayer(moments.A, dense),
+                    progress=progress,
+                )
+                seconds["refit"] = report.seconds
+            yield Built(self.model, {**layers, **result.replacements}, seconds, plan)
+
+
+def _window_rows(batch: Mapping[str, Tensor]) -> TokenRows:
+    return TokenRows("a window run again", scale=batch["input_ids"][:, 1:].numel())
+
+
+def budget_share(layers: Mapping[str, nn.Module], budget: Budget) -> float:
+    """Return a budget as a fraction of the layers' parameters, for methods without ranks."""
+    if budget.keep is not None:
+        return budget.keep
+    return sum(layer_budgets(dict(layers), budget.rank, None).values()) / layer_sizes(layers).parameters
+
+
+def share_of_zeros(layers: Mapping[str, nn.Module]) -> float:
+    """Return the share of exact zeros among the layers' parameters."""
+    parameters = [p for layer in layers.values() for p in layer.parameters()]
+    return sum(int((p == 0).sum()) for p in parameters) / max(1, sum(p.numel() for p in parameters))

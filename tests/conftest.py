@@ -3,12 +3,13 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Matrices of tests are too small to share out: threads would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 
 import lightning.pytorch as pl
 import pytest
 import torch
 
-# Matrices of tests are too small to share out: threads would only wait for each other.
 torch.set_num_threads(1)
 
 

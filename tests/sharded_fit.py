@@ -1,6 +1,6 @@
 """Fits of two processes whose weights are sharded by FSDP2, beside the same ones under DDP; each saves how it ends.
 
-Run as a script, since Lightning launches its other processes by running the script again.
+Run as a script, by each process of a group.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def is_plain(module: nn.Module) -> bool:
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_state_dict_pre_hooks")
         for h in vars(part)[kind].values()
     ]
-    foreign = any("fsdp" in getattr(hook, "__module__", "") for hook in hooks)
+    foreign = any(getattr(hook, "__module__", "").startswith("torch.distributed") for hook in hooks)
     named = any(isinstance(part, FSDPModule) or "FSDP" in type(part).__name__ for part in module.modules())
     return not (spread or foreign or named)
 

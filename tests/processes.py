@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent
 IMPORTED = [
     "torch", "torchmetrics", "lightning.pytorch", "torch.distributed.fsdp", "torch.distributed.tensor",
     "torch.distributed.checkpoint", "torchdata.stateful_dataloader", "transformers.models.llama.modeling_llama",
-    "transformers.models.mixtral.modeling_mixtral", "fasc_lightning",
+    "transformers.models.mixtral.modeling_mixtral", "lightning.pytorch.cli", "matplotlib.pyplot", "fasc_lightning",
 ]  # fmt: skip
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(IMPORTED)

@@ -91,3 +91,15 @@ class Stack(nn.Module):
 def stack_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Squared error against the batch's targets."""
     return (model(batch["x"]) - batch["y"]).square().mean()
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def arguments(case):
+    return case.model, case.dense, case.batches

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
+from processes import run_script
 from tiny import byte_tokenizer, causal_model, causal_module, save_model_folder, token_loader
 
 from fasc_lightning import compress
@@ -60,8 +59,8 @@ def test_recipe_commands_run(command, data):
         command = command.replace(name, str(folder))
     words = shlex.split(command)
     reduced = REDUCED[Path(words[1]).stem].format(model=data / "model").split()
-    words = [sys.executable, str(ROOT / words[1]), *words[2:], *reduced]
-    subprocess.run(words, check=True, cwd=data, capture_output=True, timeout=300)
+    words = [ROOT / words[1], *words[2:], *reduced]
+    run_script(*words, folder=data)
     for option in ("--output", "--report"):
         if option in words:
             assert (data / words[words.index(option) + 1]).exists()

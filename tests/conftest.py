@@ -14,11 +14,13 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what the suite samples elsewhere, unless ``-m exhaustive`` asks for it."""
+    """Leave out what the suite samples elsewhere, unless ``-m exhaustive`` asks for it; begin with what is slow."""
     if "exhaustive" not in config.option.markexpr:
         left = [item for item in items if item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+    # So that no worker is left with a slow test when the others have nothing more to do.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

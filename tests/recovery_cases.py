@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from tiny import Tokens, causal_module
+from tiny import Tokens, causal_module, made_once
 from torch import nn
 from torch.utils.data import DataLoader
 from watching import assert_no_hooks
@@ -22,13 +22,22 @@ def training_loader(samples: int = 32, **settings) -> DataLoader:
     return DataLoader(Tokens(samples=samples, length=16, **settings), batch_size=4)
 
 
+@made_once
+def trained() -> CausalLMModule:
+    """A module that has learned something."""
+    module = causal_module()
+    module.learning_rate = 1e-2
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    pl.Trainer(accelerator="cpu", max_epochs=6, **quiet).fit(module, training_loader())
+    module.trainer = None
+    return module
+
+
 def compressed(
     make_trainer, recovery=None, learning_rate: float = 3e-3, **options
 ) -> tuple[CausalLMModule, FascCallback]:
     """Return a trained module after the first fit, and its callback."""
-    module = causal_module()
-    module.learning_rate = 1e-2
-    make_trainer(max_epochs=6).fit(module, training_loader())
+    module = trained()
     module.learning_rate = learning_rate
     callback = FascCallback(**{**FAST, **options}, recovery=recovery)
     make_trainer(callback).fit(module, training_loader())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tiny import causal_model, token_loader
+from tiny import causal_model, made_once, token_loader
 from torch import Tensor, nn
 
 from fasc_lightning.compression import compress_layers
@@ -30,6 +30,7 @@ class Case:
         return self.model, self.dense, self.gradients, self.batches
 
 
+@made_once
 def compressed_case(family: str = "llama", rank: float = 0.4, layout: str = "auto", steps: int = 60) -> Case:
     """A model that has learned something, compressed on 12 windows."""
     model = causal_model(family)

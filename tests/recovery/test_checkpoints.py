@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from recovery_cases import ARMS, FAST, Saves, assert_plain, compressed, ranks, same, training_loader, values
+from recovery_cases import ARMS, FAST, Saves, assert_plain, compressed, ranks, same, trained, training_loader, values
 from tiny import causal_module, feature_loader
 from torch import nn
 
@@ -21,9 +21,7 @@ pytest.importorskip("peft", reason="peft is not installed")
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_recovery_that_is_resumed_ends_as_one_that_was_not_interrupted(make_trainer, tmp_path, arm):
     module, callback = compressed(make_trainer, ARMS[arm])
-    dense = causal_module()
-    dense.learning_rate = 1e-2
-    make_trainer(max_epochs=6).fit(dense, training_loader())
+    dense = trained()
     dense.learning_rate = module.learning_rate
     make_trainer(callback, Saves(tmp_path), max_epochs=4).fit(module, training_loader())
 

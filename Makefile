@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARK_OUT ?= benchmarks/results
 
-.PHONY: install compress recover track-rho test test-fast lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality clean
+.PHONY: install compress recover track-rho test test-fast suite lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality clean
 
 install: $(STAMP)
 
@@ -33,8 +33,12 @@ lint: install
 	$(VENV)/bin/lint-imports
 	$(RUN) -m mypy
 
-# One worker for each core; `make test WORKERS=4` takes another number.
-test: lint
+# Types are checked on one core while the tests run on all of them.
+test: install
+	$(MAKE) --no-print-directory -j 2 lint suite
+
+# One worker for each core; `make suite WORKERS=4` takes another number.
+suite: install
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
 # A part of each room's tests, in a minute and a half.

@@ -11,9 +11,9 @@ from torch import nn
 
 from fasc_lightning import Distillation, FactorRecovery, LoraRecovery
 from fasc_lightning.recovery import Teacher, frozen_copy
-from fasc_lightning.recovery import _distillation as distillation
-from fasc_lightning.recovery._distillation import block_error, teacher_bytes
+from fasc_lightning.recovery import _teacher as teacher_module
 from fasc_lightning.recovery._divergence import kl_divergence
+from fasc_lightning.recovery._teacher import block_error, teacher_bytes
 
 pytest.importorskip("peft", reason="peft is not installed")
 
@@ -133,7 +133,7 @@ def test_a_fit_in_mixed_precision_is_taught_in_it_and_compared_in_float32(make_t
             losses.append(float(loss.detach()))
         return loss
 
-    monkeypatch.setattr(distillation, "kl_divergence", watch)
+    monkeypatch.setattr(teacher_module, "kl_divergence", watch)
     settings = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "limit_train_batches": 4}
     make_trainer(callback, **settings).fit(module, training_loader(padded=True))
     assert len(seen) == len(gradients) == 4
@@ -241,7 +241,7 @@ def test_dropout_is_off_in_the_teacher_and_on_in_the_student(pair):
 
 def test_a_teacher_that_does_not_fit_is_refused(pair, monkeypatch):
     _, student, layers = pair
-    monkeypatch.setattr(distillation, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(teacher_module, "available_memory", lambda device: 1000)
     with pytest.raises(MemoryError, match=r"0\.00 GB is free on cpu\. HINT: .*cache=FOLDER"):
         Teacher(student, layers, Distillation(dtype="float64"))
     Teacher(student, layers, Distillation())  # nothing but what is there already

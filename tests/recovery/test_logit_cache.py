@@ -13,7 +13,7 @@ from fasc_lightning import Distillation, FactorRecovery, FascCallback, LoraRecov
 from fasc_lightning.batches import ResumableLoader
 from fasc_lightning.recovery import Teacher
 from fasc_lightning.recovery._logit_cache import LogitCache, sample_keys
-from fasc_lightning.recovery._teacher import _all_samples
+from fasc_lightning.recovery._teacher_phase import _all_samples
 
 pytest.importorskip("peft", reason="peft is not installed")
 

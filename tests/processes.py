@@ -74,12 +74,14 @@ def run(script: Path, *arguments: object, processes: int = 1, folder: Path | Non
 
 
 def _wait(group: list, limit: float) -> None:
-    """Wait until all processes have ended, or until one has failed and the others have had a second to do so."""
+    """Wait until all have ended; once one has failed, the first has half a minute more, and the others a second."""
     end = time.monotonic() + limit
-    failed = False
+    granted = limit
     while (running := [process for process in group if process.exitcode is None]) and time.monotonic() < end:
-        if not failed and any(process.exitcode for process in group):
-            failed, end = True, time.monotonic() + 1
+        if any(process.exitcode for process in group):
+            grace = 1 if group[0].exitcode else 30
+            if grace < granted:
+                granted, end = grace, time.monotonic() + grace
         connection.wait([process.sentinel for process in running], max(0, end - time.monotonic()))
 
 

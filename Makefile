@@ -1,11 +1,12 @@
 # Every target installs what it needs first; `make compress` and `make test` are all a new machine needs.
 PYTHON ?= python3
 VENV := .venv
+WORKERS ?= logical
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARK_OUT ?= benchmarks/results
 
-.PHONY: install compress recover track-rho test lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality clean
+.PHONY: install compress recover track-rho test test-fast suite lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality clean
 
 install: $(STAMP)
 
@@ -32,8 +33,17 @@ lint: install
 	$(VENV)/bin/lint-imports
 	$(RUN) -m mypy
 
-test: lint
-	$(RUN) -m pytest
+# Types are checked on one core while the tests run on all of them.
+test: install
+	$(MAKE) --no-print-directory -j 2 lint suite
+
+# One worker for each core; `make suite WORKERS=4` takes another number.
+suite: install
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
+
+# A part of each room's tests, in a minute and a half.
+test-fast: install
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal @tests/fast.txt
 
 benchmark: benchmark-speed benchmark-monitoring benchmark-inference benchmark-p1
 

@@ -3,21 +3,24 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Matrices of tests are too small to share out: threads would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 
 import lightning.pytorch as pl
 import pytest
 import torch
 
-# Matrices of tests are too small to share out: threads would only wait for each other.
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what the suite samples elsewhere, unless ``-m exhaustive`` asks for it."""
+    """Leave out what the suite samples elsewhere, unless ``-m exhaustive`` asks for it; begin with what is slow."""
     if "exhaustive" not in config.option.markexpr:
         left = [item for item in items if item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+    # So that no worker is left with a slow test when the others have nothing more to do.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

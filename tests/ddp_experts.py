@@ -1,6 +1,6 @@
 """A frozen calibration of a mixture, in which each process sees some experts only, and two steps of training after it.
 
-Run as a script, since Lightning's DDP launches its other processes by running the script again.
+Run as a script, by each process of a group.
 """
 
 from __future__ import annotations

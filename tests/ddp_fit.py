@@ -1,6 +1,6 @@
 """A frozen calibration under the strategy and number of devices given; each process saves what it ended with.
 
-Run as a script, since Lightning's DDP launches its other processes by running the script again.
+Run as a script, by each process of a group.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def streams(moments: CalibrationMoments) -> list[Accumulator]:
 
 
 def main() -> None:
-    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    folder, rank = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", init_method=(folder / "store").as_uri(), rank=rank, world_size=2)
     exact, sketched = (gather(range(2) if rank == 0 else range(2, 4), sketched) for sketched in (False, True))
     exact.all_reduce_()

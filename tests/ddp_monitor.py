@@ -1,6 +1,6 @@
 """A monitored fit on the number of devices given; each process saves the history that it ends with.
 
-Run as a script, since Lightning's DDP launches its other processes by running the script again.
+Run as a script, by each process of a group.
 """
 
 from __future__ import annotations

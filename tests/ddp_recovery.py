@@ -1,6 +1,6 @@
 """A compression and a recovery by as many processes as given; each saves what it ended with.
 
-Run as a script, since Lightning's DDP launches its other processes by running the script again.
+Run as a script, by each process of a group.
 """
 
 from __future__ import annotations

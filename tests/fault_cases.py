@@ -12,10 +12,11 @@ from typing import Any
 import expert_cases
 import lightning.pytorch as pl
 import torch
-from faults import World, differences, fingerprint, parts_of, trainer_of
+from faults import World, differences
 from interrupted import every_batch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
+from snapshots import fingerprint, parts_of, trainer_of
 from tiny import VOCABULARY, Tokens, causal_model
 from torch import nn
 from torch.utils.data import DataLoader

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tiny import causal_model, token_loader
+from tiny import causal_model, made_once, token_loader
 from torch import Tensor, nn
 
 from fasc_lightning.compression import compress_layers
@@ -30,6 +30,7 @@ class Case:
         return self.model, self.dense, self.gradients, self.batches
 
 
+@made_once
 def compressed_case(family: str = "llama", rank: float = 0.4, layout: str = "auto", steps: int = 60) -> Case:
     """A model that has learned something, compressed on 12 windows."""
     model = causal_model(family)
@@ -91,3 +92,15 @@ class Stack(nn.Module):
 def stack_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Squared error against the batch's targets."""
     return (model(batch["x"]) - batch["y"]).square().mean()
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def arguments(case):
+    return case.model, case.dense, case.batches

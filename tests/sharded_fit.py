@@ -1,6 +1,6 @@
 """Fits of two processes whose weights are sharded by FSDP2, beside the same ones under DDP; each saves how it ends.
 
-Run as a script, since Lightning launches its other processes by running the script again.
+Run as a script, by each process of a group.
 """
 
 from __future__ import annotations

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
+from processes import run_script
 from tiny import byte_tokenizer, causal_model, causal_module, save_model_folder, token_loader
 
 from fasc_lightning import compress
@@ -17,14 +16,15 @@ from fasc_lightning import compress
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [(ROOT / "docs" / name).read_text() for name in ("serving.md", "recovery.md", "scale.md")]
+SMALL = "--model {model} --windows 6 --window 32 --eval-windows 2"
 #: Appended to every recipe command: the last value of an option counts.
 REDUCED = {
-    "compress": "--model {model} --windows 6 --window 32 --eval-windows 2",
-    "compress_then_finetune": "--model {model} --windows 6 --window 32 --eval-windows 2 --tokens 600 --steps 2",
+    "compress": f"{SMALL} --eval-facts {{facts}}",
+    "compress_then_finetune": f"{SMALL} --eval-facts {{facts}} --tokens 600 --steps 2",
     "lightning_cli": "--model.name {model} --data.window 32 --data.tokens 600",
-    "compare_methods": "--model {model} --windows 6 --window 32 --eval-windows 2",
+    "compare_methods": f"{SMALL} --eval-facts {{facts}}",
     "track_rho": "--people 12 --steps 4 --batch-size 8 --window 16 --monitor-every-n-steps 2",
-    "study_rho": "--model {model} --windows 6 --heldout-windows 2 --window 32 --eval-windows 2",
+    "study_rho": f"{SMALL} --heldout-windows 2",
 }
 
 
@@ -35,7 +35,7 @@ def blocks(language, page=README):
 def recipe_commands():
     pages = README + "".join((ROOT / "docs" / name).read_text() for name in ("rho.md", "results.md", "recovery.md"))
     lines = "\n".join(blocks("bash", pages)).replace("\\\n", " ").splitlines()
-    return [line for line in lines if "python recipes/" in line]
+    return list(dict.fromkeys(line for line in lines if "python recipes/" in line))
 
 
 @pytest.fixture
@@ -59,9 +59,9 @@ def test_recipe_commands_run(command, data):
     for name, folder in {"$FASC_DATA": data / "data", "recipes/configs": ROOT / "recipes" / "configs"}.items():
         command = command.replace(name, str(folder))
     words = shlex.split(command)
-    reduced = REDUCED[Path(words[1]).stem].format(model=data / "model").split()
-    words = [sys.executable, str(ROOT / words[1]), *words[2:], *reduced]
-    subprocess.run(words, check=True, cwd=data, capture_output=True, timeout=300)
+    reduced = REDUCED[Path(words[1]).stem].format(model=data / "model", facts=data / "data" / "facts_p1.jsonl").split()
+    words = [ROOT / words[1], *words[2:], *reduced]
+    run_script(*words, folder=data)
     for option in ("--output", "--report"):
         if option in words:
             assert (data / words[words.index(option) + 1]).exists()

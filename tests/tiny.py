@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import lightning.pytorch as pl
 import torch
 import transformers
@@ -75,6 +80,22 @@ FAMILIES = {
         },
     ),
 }
+
+
+def made_once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a thing once for all tests; each caller gets a copy of its own, and the same random numbers after it."""
+    kept: dict[Any, Any] = {}
+
+    @wraps(make)
+    def copied(*args: Any, **options: Any) -> Any:
+        key = args, tuple(sorted(options.items()))
+        if key not in kept:
+            kept[key] = make(*args, **options), torch.get_rng_state()
+        made, state = kept[key]
+        torch.set_rng_state(state)
+        return copy.deepcopy(made)
+
+    return copied
 
 
 def causal_model(family: str = "llama", **settings) -> transformers.PreTrainedModel:

@@ -1,6 +1,6 @@
 """Fits of two processes that go on from what is on the disk while a checkpoint is written: all that a kill leaves.
 
-Run as a script, since Lightning's DDP launches its other processes by running the script again.
+Run as a script, by each process of a group.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Calibrations of two processes with unequal numbers of batches; each saves what it ends with.
 
-Run as a script, since Lightning's DDP launches its other processes by running the script again.
+Run as a script, by each process of a group.
 """
 
 from __future__ import annotations

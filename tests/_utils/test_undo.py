@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from faults import differences, fingerprint, parts_of
+from faults import differences
+from snapshots import fingerprint, parts_of
 from torch import nn
 
 from fasc_lightning._utils import Undo, undoing

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 import sketches
 from pages import markers
+from processes import run_script
 from sketches import PROJECTED, SHARES, block_batches, main, width_rows
 
 from fasc_lightning.statistics import moments_bytes
@@ -29,9 +31,16 @@ def test_activations_are_of_low_rank_and_noise():
     assert values[7] > 1.5 * values[8]
 
 
+def run_forked(command, **unused):
+    """A process whose libraries have been imported before it starts."""
+    said = run_script(*command[1:])
+    return subprocess.CompletedProcess(command, 0, said)
+
+
 def test_a_tiny_block_is_measured_in_a_process_of_its_own_and_written_down(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text(f"above\n{markers('sketches.py')[0]}\nold\n{markers('sketches.py')[1]}\nbelow\n", encoding="utf-8")
+    monkeypatch.setattr("memory.subprocess.run", run_forked)
     shapes = ["--hidden", "32", "--inner", "96", "--heads", "4", "--kv-heads", "2"]
     more = ["--tokens", "512", "--window", "128", "--sketch-size", "20", "--sketch-above", "48"]
     output = ["--output", str(tmp_path)]

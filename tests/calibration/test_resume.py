@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 from interrupted import BATCHES, Between, Copying, Fits, assert_same, every_batch, failing, sidecars, stateful_loader
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from processes import run_script
 from tiny import causal_module, token_loader
 from watching import RecordingCallback
 
@@ -26,8 +24,6 @@ from fasc_lightning import CausalLMModule
 
 # Lightning's notice of a folder in which an interrupted fit has left its checkpoints.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-
-FOLDER = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -365,30 +361,27 @@ def test_a_checkpoint_of_an_exception_holds_the_statistics(make_trainer, tmp_pat
         assert_same(fits.run(copy.deepcopy(saving), ckpt_path=tmp_path / "left" / f"{name}.ckpt"), straight)
 
 
-def run_script(*arguments: object, code: int = 0) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(FOLDER / "preempted_fit.py"), *map(str, arguments)]
-    done = subprocess.run(command, env={**environment, "OMP_NUM_THREADS": "1"}, timeout=600, capture_output=True)
-    assert done.returncode == code, done.stderr.decode()[-3000:]
+def run_fit(devices: int, *arguments: object, code: int = 0) -> None:
+    run_script("preempted_fit.py", devices, *arguments, processes=devices, code=code)
 
 
 @pytest.fixture(scope="module")
 def two_straight(tmp_path_factory):
     """What two processes end with that nothing interrupts."""
     folder = tmp_path_factory.mktemp("two")
-    run_script(2, folder / "straight")
+    run_fit(2, folder / "straight")
     return folder
 
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_killed_fit_ends_with_the_factors_of_one_that_was_not(request, tmp_path, no_limit, devices):
-    run, straight = run_script, tmp_path
+    run, straight = run_fit, tmp_path
     if devices == 1:
         run = preempted_fit.fit
         run(1, tmp_path / "straight")
     else:
         straight = request.getfixturevalue("two_straight")
-    run_script(devices, tmp_path / "killed", "kill", code=-signal.SIGKILL)
+    run_fit(devices, tmp_path / "killed", "kill", code=-signal.SIGKILL)
     assert len(sidecars(tmp_path / "killed")) == 1
     assert not list((tmp_path / "killed").glob("*.pt"))
     run(devices, tmp_path / "killed")
@@ -401,11 +394,11 @@ def test_a_killed_fit_ends_with_the_factors_of_one_that_was_not(request, tmp_pat
 def test_processes_that_are_told_to_stop_save_what_they_have_and_one_that_fails_waits_for_no_other(
     tmp_path, two_straight
 ):
-    run_script(2, tmp_path / "stopped", "terminate")
+    run_fit(2, tmp_path / "stopped", "terminate")
     assert (tmp_path / "stopped" / "failed.ckpt").exists()
-    run_script(2, tmp_path / "stopped")
-    run_script(2, tmp_path / "failed", "fail", code=1)
-    run_script(2, tmp_path / "failed")
+    run_fit(2, tmp_path / "stopped")
+    run_fit(2, tmp_path / "failed", "fail", code=1)
+    run_fit(2, tmp_path / "failed")
     for rank in range(2):
         found = assert_same_end(tmp_path / "stopped", two_straight / "straight", rank)
         assert found["batches"] == BATCHES - 5

@@ -1,20 +1,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import FOLDER, run_script
+from processes import run_script
 
 from fasc_lightning import RhoHistory
 
 
 def run(devices: int, name: str, folder: Path, fraction: float, allocation: str, refit: bool = False) -> list[dict]:
-    run_script("ddp_fit.py", devices, name, folder, fraction, allocation, refit)
+    run_script("ddp_fit.py", devices, name, folder, fraction, allocation, refit, processes=devices)
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(devices)]
 
 
@@ -56,7 +53,7 @@ def test_two_processes_end_with_the_refit_of_the_first(tmp_path):
 
 
 def test_two_processes_end_with_the_refinement_of_the_first(tmp_path):
-    run_script("ddp_refine.py", tmp_path)
+    run_script("ddp_refine.py", tmp_path, processes=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     report = first["report"]
     assert report["blocks"] == 2
@@ -68,7 +65,7 @@ def test_two_processes_end_with_the_refinement_of_the_first(tmp_path):
 
 def test_two_processes_observe_what_one_does(tmp_path):
     run_script("ddp_monitor.py", 1, "one", tmp_path)
-    run_script("ddp_monitor.py", 2, "two", tmp_path)
+    run_script("ddp_monitor.py", 2, "two", tmp_path, processes=2)
     one, first, second = (RhoHistory.from_csv(tmp_path / f"{name}.csv") for name in ("one-0", "two-0", "two-1"))
     assert one.steps == first.steps == [0, 2, 4]
     assert list(first) == list(second)
@@ -102,10 +99,7 @@ def dense_weights(state: dict) -> dict[str, torch.Tensor]:
 def test_two_processes_reduce_every_statistic_to_what_one_gathers(tmp_path):
     import ddp_moments
 
-    environment = {**os.environ, "PYTHONPATH": f"{FOLDER}{os.pathsep}{FOLDER.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(FOLDER / "ddp_moments.py"), str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    run_script("ddp_moments.py", tmp_path, processes=2)
     one = ddp_moments.gather(range(4))
     for found in (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)):
         for name in ddp_moments.SHAPES:

@@ -19,7 +19,7 @@ from fasc_lightning.layers import is_compressed, select_layers
 
 
 def run(what: str, folder) -> list[dict]:
-    run_script("sharded_fit.py", what, folder)
+    run_script("sharded_fit.py", what, folder, processes=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -1,26 +1,19 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from processes import run_script
+from processes import free_port, run_script
 from sharded_fit import make_module, make_trainer
 from uneven_fit import SHARES, Keeping, loader
-
-FOLDER = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
     """What two processes with unequal numbers of batches end with."""
     folder = tmp_path_factory.mktemp("uneven")
-    run_script("uneven_fit.py", folder)
+    run_script("uneven_fit.py", folder, processes=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -77,12 +70,7 @@ def test_a_fit_whose_batches_need_all_processes_ends_on_all_of_them_where_one_ha
 def lonely(tmp_path_factory):
     """How fits end of which a process dies or fails."""
     folder = tmp_path_factory.mktemp("lonely")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(FOLDER / "lonely_fit.py"), str(folder), str(port)]
-    subprocess.run(command, check=True, env={**environment, "OMP_NUM_THREADS": "1"}, timeout=500, capture_output=True)
+    run_script("lonely_fit.py", folder, free_port())
     return folder, json.loads((folder / "ends.json").read_text())
 
 

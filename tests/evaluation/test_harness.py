@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import subprocess
 import sys
 import tempfile
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from processes import run_script
 from tiny import Tokens, byte_tokenizer, save_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -127,10 +127,10 @@ def test_the_command_of_lm_eval_on_a_saved_folder(folder, tmp_path):
     tokenizer.save_pretrained(tmp_path / "compressed")
     items = [{**item, "label": i % 2} for i, item in enumerate(ITEMS)]
     config, path = write_task(tmp_path / "task", items)
-    program = "import fasc_lightning, lm_eval.__main__ as lm_eval; lm_eval.cli_evaluate()"
+    program = tmp_path / "program.py"
+    program.write_text("import fasc_lightning, lm_eval.__main__ as lm_eval; lm_eval.cli_evaluate()")
     options = f"--model hf --model_args pretrained={tmp_path / 'compressed'},dtype=float32 --device cpu --batch_size 4"
-    command = [sys.executable, "-c", program, *options.split(), "--tasks", str(path), "--output_path", str(tmp_path)]
-    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, timeout=600)
+    run_script(program, *options.split(), "--tasks", path, "--output_path", tmp_path, folder=tmp_path)
     (written,) = tmp_path.rglob("results_*.json")
     value = json.loads(written.read_text())["results"]["colours"]["acc,none"]
     assert (

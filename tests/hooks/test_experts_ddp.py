@@ -7,7 +7,7 @@ from processes import run_script
 
 
 def run(devices, folder):
-    run_script("ddp_experts.py", devices, devices, folder)
+    run_script("ddp_experts.py", devices, devices, folder, processes=devices)
     return [torch.load(folder / f"{devices}-{rank}.pt", weights_only=True) for rank in range(devices)]
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists a
 def two(tmp_path_factory):
     """What each of two processes ends with."""
     folder = tmp_path_factory.mktemp("torn")
-    run_script("torn_fit.py", folder)
+    run_script("torn_fit.py", folder, processes=2)
     assert all((folder / str(write) / "last.ckpt").exists() for write in TORN)
     assert len(sidecars(folder / "16")) == 2  # that of the checkpoint that is there, and that of the next
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]

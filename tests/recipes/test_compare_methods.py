@@ -6,11 +6,10 @@ import csv
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_script
 from tiny import save_model_folder
 from transformers import AutoModelForCausalLM
 
@@ -281,6 +280,6 @@ def test_bad_input(recipe, folder, options, error, message):
 def test_as_a_script_with_a_config_file(folder):
     config = folder / "options.yaml"
     config.write_text("methods: [fasc]\nstudies: [grid]\n")
-    command = [sys.executable, str(RECIPE), *arguments(folder), "--config", str(config)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    command = [RECIPE, *arguments(folder), "--config", str(config)]
+    run_script(*command)
     assert len(table(folder / "out" / "results.csv")) == 2

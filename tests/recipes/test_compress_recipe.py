@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from processes import run_script
 from tiny import save_model_folder
 from transformers import AutoModelForCausalLM
 
@@ -197,8 +196,8 @@ def test_a_save_that_fails_does_not_cost_the_report(recipe, folder, monkeypatch)
 def test_as_a_script_with_a_config_file(folder):
     config = folder / "options.yaml"
     config.write_text(f"keep: 0.7\nreport: {folder / 'r.json'}\n")
-    command = [sys.executable, str(RECIPE), *arguments(folder, "--config", str(config))]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    command = [RECIPE, *arguments(folder, "--config", str(config))]
+    run_script(*command)
     assert json.loads((folder / "r.json").read_text())["options"]["keep"] == 0.7
 
 

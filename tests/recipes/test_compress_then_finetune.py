@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from processes import run_script
 from tiny import save_model_folder
 
 from fasc_lightning import load_compressed
@@ -316,8 +315,8 @@ def test_there_are_configs():
 def test_as_a_script_with_a_config_file(folder, trained):
     config = folder / "options.yaml"
     config.write_text(f"recovery: factors\nlr: 0.001\nreport: {folder / 'r.json'}\n")
-    command = [sys.executable, str(RECIPE), *arguments(folder, trained, "--config", str(config))]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    command = [RECIPE, *arguments(folder, trained, "--config", str(config))]
+    run_script(*command)
     report = json.loads((folder / "r.json").read_text())
     assert report["options"]["recovery"] == "factors"
     assert list(report["perplexity"]["foxes"]) == STATES

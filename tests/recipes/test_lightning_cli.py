@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from processes import run_script
 from tiny import save_model_folder
 
 from fasc_lightning import FascCallback, load_compressed
@@ -122,6 +122,6 @@ def test_as_a_script_on_the_file_alone(folder):
     config["data"] = {"sources": [str(folder / "text.txt")], "window": 64, "tokens": 1000}
     config["output"] = str(folder / "out")
     (folder / "cli.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, str(RECIPES / "lightning_cli.py"), "fit", "--config", str(folder / "cli.yaml")]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    command = [RECIPES / "lightning_cli.py", "fit", "--config", str(folder / "cli.yaml")]
+    run_script(*command)
     assert load_compressed(folder / "out").config.quantization_config is not None

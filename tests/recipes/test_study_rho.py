@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_script
 from tiny import save_model_folder
 
 from fasc_lightning.dependence import RhoHistory
@@ -144,7 +143,7 @@ def test_bad_input(recipe, folder, options, error, message):
 def test_as_a_script_with_a_config_file(folder):
     config = folder / "options.yaml"
     config.write_text("studies: [profile]\nwindows: 2\n")
-    command = [sys.executable, str(RECIPE), *arguments(folder)[:4], "--config", str(config)]
+    command = [RECIPE, *arguments(folder)[:4], "--config", str(config)]
     command += ["--window", "32", "--heldout-windows", "1", "--output", str(folder / "out")]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    run_script(*command)
     assert len(table(folder / "out" / "profile.csv")) == 7

@@ -8,13 +8,13 @@ import itertools
 import json
 import math
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import run_script
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, causal_model
 
@@ -427,8 +427,8 @@ def test_undefined_layers_are_counted_and_left_out():
 def test_as_a_script_with_a_config_file(tmp_path):
     config = tmp_path / "options.yaml"
     config.write_text(f"people: 5\nsteps: 1\ncontrol: 'false'\nreport: {tmp_path / 'r.json'}\n")
-    command = [sys.executable, str(RECIPES / "track_rho.py"), "--config", str(config), "--output", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    command = [RECIPES / "track_rho.py", "--config", str(config), "--output", str(tmp_path)]
+    run_script(*command)
     report = json.loads((tmp_path / "r.json").read_text())
     assert 2e6 < report["parameters"] < 5e6
     assert report["options"]["control"] == "false"

@@ -1,29 +1,16 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 
 pytest.importorskip("peft", reason="peft is not installed")
 
-FOLDER = Path(__file__).parents[1]
-
 
 def run(devices: int, folder: Path, kind: str) -> list[dict]:
-    paths = os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(
-        [sys.executable, str(FOLDER / "ddp_recovery.py"), str(devices), str(folder), kind],
-        env=environment,
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
+    run_script("ddp_recovery.py", devices, folder, kind, processes=devices)
     return [torch.load(folder / f"{devices}-{rank}.pt", weights_only=True) for rank in range(devices)]
 
 

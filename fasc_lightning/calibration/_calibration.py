@@ -120,7 +120,7 @@ class Calibration:
         self.passes = passes_of(trainer, options.passes)
         check_averaging(trainer, self.passes, options.sketch)
         self._device = trainer.strategy.root_device
-        shapes, needs = layer_shapes(layers), statistics_needed(options.method, options.gate, options.gate_by)
+        shapes, needs = layer_shapes(layers), statistics_needed(options.method, options.gate_threshold, options.gate_by)
         sketches = sketches_for_budget(shapes, options.sketching, options.rank, options.keep)
         dtype = moment_dtype(layers.values())
         self._empty = partial(CalibrationMoments, dtype=dtype, device=options.place(self._device), needs=needs)
@@ -170,7 +170,7 @@ class Calibration:
         share = self._shares[0]
         sketches = {name: sides for name, sides in self._sized.items() if name in share}
         self.moments = self._empty(layer_shapes(share), sketches=sketches)
-        tokens = SCORE_TOKENS if options.gate is None else options.monitor_tokens
+        tokens = SCORE_TOKENS if options.gate_threshold is None else options.monitor_tokens
         self.scores = LayerScores(share, tokens, options.rho_gradient, options.seed, self._device)
         self._taps = Taps(share, offloaded(self.moments, self._device), self.scores)
         self.batches = 0
@@ -233,7 +233,7 @@ class Calibration:
             fraction=options.token_fraction,
             seed=options.seed,
             steps=self._frozen is None,
-            scored=options.gate is not None or self.batches % SCORE_EVERY == 0,
+            scored=options.gate_threshold is not None or self.batches % SCORE_EVERY == 0,
         )
         if not self.begun:
             self.origin = loops_before(trainer)
@@ -332,7 +332,7 @@ class Calibration:
             "statistics": sorted(self.moments.needs) + [f"{k}: {v}" for k, v in sorted(self.sketches.items())],
             "dtype": str(self.moments.dtype),
             "scored tokens": self.scores.tokens,
-            "gate on every batch": options.gate is not None,
+            "gate on every batch": options.gate_threshold is not None,
             "rho_gradient": options.rho_gradient,
             "seed": options.seed,
             "token_fraction": options.token_fraction,
@@ -515,7 +515,7 @@ class Calibration:
         rows = {row["layer"]: row for row in self.scores.rows(trainer.global_step)}
         scores = gate_scores(options.gate_by, rows, share, moments)
         undecided = [rows[name] for name in share if math.isnan(scores[name])]
-        if options.gate is not None and undecided:
+        if options.gate_threshold is not None and undecided:
             rank_zero_info(
                 f"FascCallback: {options.gate_by} rho of {len(undecided)} layers is undefined, so that the gate leaves "
                 f"them to {options.method}: {reasons(undecided)}."
@@ -523,7 +523,10 @@ class Calibration:
         # Of all layers, since the last block and what an exclusion matches may be in another pass.
         flags = failure_flags(self.layers, moments)
         methods = choose_methods(
-            {**dict.fromkeys(self.layers, math.nan), **scores}, options.gate, options.method, options.gate_exclude
+            {**dict.fromkeys(self.layers, math.nan), **scores},
+            options.gate_threshold,
+            options.method,
+            options.gate_exclude,
         )
         for name in share:
             # Why debiased is NaN; that its interval alone is, which a report does not have, is no matter.
@@ -538,7 +541,7 @@ class Calibration:
             methods={name: methods[name] for name in share},
             consume=self.refit is None,
             # One pass cannot know whether the gate will mix solvers in another.
-            unit="fisher" if self.passes > 1 and options.gate is not None else "own",
+            unit="fisher" if self.passes > 1 and options.gate_threshold is not None else "own",
             hold=offload_to_disk if self.passes > 1 else None,
         )
         self._factorized = found if self._factorized is None else self._factorized.join(found)

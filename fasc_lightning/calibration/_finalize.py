@@ -10,7 +10,7 @@ from fasc_lightning.calibration._calibration import Calibration
 from fasc_lightning.compression import CompressionReport
 from fasc_lightning.layers import layer_sizes, model_size, swap_modules
 from fasc_lightning.models import attach_config
-from fasc_lightning.options import ReplacementOptions
+from fasc_lightning.options import CompressionOptions, reported
 from fasc_lightning.refit import refine_figures, refit_figures
 
 
@@ -18,7 +18,7 @@ def replace_calibrated(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     calibration: Calibration,
-    how: ReplacementOptions,
+    how: CompressionOptions,
     replaced: dict[str, nn.Module],
 ) -> CompressionReport:
     """Swap a calibrated module's layers for low-rank ones, in place.
@@ -27,7 +27,7 @@ def replace_calibrated(
         trainer: Of the fit.
         pl_module: The module, dense.
         calibration: Of all processes, finished.
-        how: What to make of it.
+        how: The options that say what to make of it.
         replaced: Is given the dense layers by name as soon as they are out of the module: if anything fails after
             that, the caller can put them back.
 
@@ -45,7 +45,7 @@ def replace_calibrated(
         )
     with timed("swap"):
         replaced.update(swap_modules(pl_module, result.replacements))
-        attach_config(pl_module, method=how.method, options=how.options, seed=how.seed)
+        attach_config(pl_module, method=how.method, options=reported(how), seed=how.seed)
         calibration.unsharding.run(pl_module)
     refitted = refined = None
     if calibration.refit is not None:
@@ -57,7 +57,7 @@ def replace_calibrated(
     after = layer_sizes({**calibration.layers, **result.replacements}), model_size(pl_module)
     return CompressionReport(
         method=how.method,
-        options=how.options,
+        options=reported(how),
         seed=how.seed,
         targeted={"dense": before[0], "compressed": after[0]},
         whole={"dense": before[1], "compressed": after[1]},

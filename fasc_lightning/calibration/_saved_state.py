@@ -103,7 +103,7 @@ def unpack_calibration(
     scores = {name: deepcopy(score) for name, score in calibration.scores.scores.items()}
     # Scores of versions without samples that wait are of other tokens and permutations: they begin anew.
     scored = "waiting" in header
-    if not scored and calibration.options.gate is not None:
+    if not scored and calibration.options.gate_threshold is not None:
         raise SchemaError("Expected scores of this version, by which the gate chooses, but an earlier one wrote them.")
     entries |= _score_entries(scores, header["rows"], scored) | _waiting_entries(scores, header.get("waiting", []))
     tensors.expect(entries, checksums, free=tensor_names(header["kept"]))

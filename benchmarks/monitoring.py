@@ -2,7 +2,7 @@
 
     python benchmarks/monitoring.py --output benchmarks/results
 
-A Trainer trains for a few steps with `FascCallback(monitor_every_n_steps=2)`: every other step is observed, the ones
+A Trainer trains for a few steps with `FascCallback(monitor=2)`: every other step is observed, the ones
 between are plain, and their medians differ by what an observation costs. Spread over the steps from one observation to
 the next, that is the overhead. The models are the small decoder of `recipes/track_rho.py` on its batches (16 x 64
 tokens) and SmolLM2-135M-Instruct (1 x 512 and 8 x 128 tokens), full training steps with AdamW.
@@ -61,7 +61,7 @@ def measure(model: Any, batch_size: int, length: int, steps: int) -> dict[str, f
     """Train for some steps, every other one observed; returns seconds and overheads."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (steps + 2, batch_size, length), generator=generator)
-    timer, callback = StepTimer(), FascCallback(monitor_every_n_steps=2)
+    timer, callback = StepTimer(), FascCallback(monitor=2)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=1,

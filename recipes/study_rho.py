@@ -53,7 +53,7 @@ from fasc_lightning.dependence import (
 from fasc_lightning.evaluation import builtin_text, perplexity
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import layer_shapes, layer_sizes, linear_weight, resolve_rank, select_layers, swap_modules
-from fasc_lightning.options import CHEAP_METHOD, GATE_BY, check_gate
+from fasc_lightning.options import CHEAP_METHOD, GATE_BY, Gate
 from fasc_lightning.statistics import CalibrationMoments
 from fasc_lightning.studies.rho import (
     SCORES,
@@ -179,7 +179,143 @@ def check(options: Namespace) -> Namespace:
     """
     FascCallback(rank=options.rank)  # refuses wrong values
     for threshold in options.thresholds:
-        check_gate(threshold, options.gate_by, options.gate_exclude, METHOD)
+        Gate(threshold, options.gate_by, options.gate_exclude)
+    check_emergence_options,
+    rho_gain_scatter,
+    rho_profile,
+    save_figure,
+)
+from fasc_lightning.evaluation import builtin_text, perplexity
+from fasc_lightning.hooks import Taps
+from fasc_lightning.layers import layer_shapes, layer_sizes, linear_weight, resolve_rank, select_layers, swap_modules
+from fasc_lightning.options import CHEAP_METHOD, GATE_BY, Gate
+from fasc_lightning.statistics import CalibrationMoments
+from fasc_lightning.studies.rho import (
+    SCORES,
+    HeldoutLosses,
+    LayerComparison,
+    Observation,
+    angles_table,
+    backward_windows,
+    compare_layer,
+    correlations_table,
+    divisions,
+    gains_table,
+    gather,
+    layer_row,
+    log_ratio,
+    profile_table,
+    size_correlations,
+    sizes_table,
+)
+
+STUDIES = ("profile", "gains", "angles", "sizes", "gate")
+SIZES = (1024, 2048, 4096, 8192, 16384)
+#: Called fasc in all tables: the solution for independent x and h, since rho is about their dependence.
+METHOD = "fasc-plain"
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of this recipe's options."""
+    parser = ArgumentParser(prog="study_rho.py", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add_source_options(parser, windows=64)
+    add("--heldout-windows", type=int, default=16, help="more windows of the same texts, to measure gains on")
+    add("--rank", type=int | float, default=0.5, help="fraction of full rank (0.5) or absolute rank (256)")
+    add("--allocation", default="fisher", choices=["fisher", "uniform"], help="of the gate's budget over layers")
+    add("--studies", nargs="+", default=list(STUDIES), help=f"any of {', '.join(STUDIES)}")
+    add("--thresholds", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.3, 0.4, 0.5], help="gates to compare")
+    add("--gate-by", default="debiased", choices=list(GATE_BY), help="which score the gate goes by")
+    add("--gate-exclude", help="layers that svd serves whatever their score: a regular expression, or paper")
+    add("--rho-threshold", type=float, default=0.3, help="divides high from low rho in figures and angles")
+    add_text_options(parser, windows=32)
+    add("--seed", type=int, default=0, help="of sampling, shuffling and permutations")
+    add("--output", default="rho_study", help="folder for tables and figures")
+    add("--report", help="JSON file with all results; by default report.json in the output folder")
+    add("--device", help="default: cuda if there is one")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe; returns the report that it writes."""
+    options = check(build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments)))
+    output, studies, clock = Path(options.output), options.studies, Stopwatch()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    report: dict[str, Any] = {"model": options.model, "options": options.as_dict(), "versions": library_versions()}
+
+    model, tokenizer = load_model(options.model)
+    model.eval().requires_grad_(False).to(device)
+    layers = select_layers(model)
+    ranks = uniform_ranks(layers, options.rank)
+    texts = evaluation_texts(options, tokenizer) if "gate" in studies else {}
+    clock.lap("load")
+    windows = calibration_windows(
+        options.calibration,
+        tokenizer,
+        windows=options.windows + options.heldout_windows,
+        window=options.window,
+        seed=options.seed,
+        model=model,
+    )
+    calibration, heldout = windows.split([options.windows, options.heldout_windows])
+    clock.lap("data")
+
+    print(f"Gathering statistics of {len(layers)} layers over {calibration.numel():,} tokens")
+    sizes = SIZES if "sizes" in studies else ()
+    statistics = gather(model, layers, calibration, sizes, options.seed, progress=sys.stderr.isatty())
+    observed = statistics.observed[calibration.numel()]
+    flags = failure_flags(layers, statistics.moments)
+    clock.lap("statistics")
+
+    compared: dict[str, LayerComparison] = {}
+    measured: dict[str, dict[str, float]] = {name: {} for name in layers}
+    if {"gains", "angles"} & set(studies):
+        compared = compare_layers(layers, statistics.moments, ranks, keep_weights="gains" in studies)
+        for name, comparison in compared.items():
+            measured[name]["predicted_gain"] = comparison.gain
+            measured[name]["median_angle"] = float(comparison.angles.median())
+        clock.lap("compare")
+    if "gains" in studies:
+        for name, gain in heldout_gains(model, layers, compared, heldout).items():
+            measured[name]["heldout_gain"] = gain
+        clock.lap("held-out losses")
+    shapes = layer_shapes(layers)
+    rows = [layer_row(observed[name], shapes[name], ranks[name], flags[name], measured[name]) for name in layers]
+    save_table(rows, output / "layers.csv")
+
+    if "profile" in studies:
+        report["profile"] = profile_study(rows, observed, output)
+    if "sizes" in studies:
+        report["sizes"] = sizes_study(statistics.observed, output)
+    if "gains" in studies:
+        report["gains"] = gains_study(rows, options.rho_threshold, output)
+    if "angles" in studies:
+        report["angles"] = angles_study(rows, compared, options.rho_threshold, output)
+    clock.lap("tables")
+    compared.clear()
+    if "gate" in studies:
+        scores = {row["layer"]: row[options.gate_by] for row in rows}
+        report["gate"] = gate_study(model, layers, statistics.moments, scores, texts, options)
+        clock.lap("gate")
+
+    report |= {"layers": rows, "seconds": clock.seconds, "peak_memory_bytes": peak_memory_bytes(torch.device(device))}
+    write_json(report, options.report or output / "report.json")
+    print("\nseconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in clock.seconds.items()))
+    print(f"peak memory {report['peak_memory_bytes'] / 1e9:.2f} GB; tables and figures are in {output}")
+    return report
+
+
+def check(options: Namespace) -> Namespace:
+    """Refuse what cannot work before anything is loaded.
+
+    Raises:
+        ValueError: If an option is out of range.
+        FileNotFoundError: If a file is missing.
+    """
+    for threshold in options.thresholds:
+        FascCallback(
+            rank=options.rank, gate=Gate(threshold, options.gate_by, options.gate_exclude)
+        )  # refuses wrong values
     check_emergence_options(options.rho_threshold, observations=1)
     if unknown := [study for study in options.studies if study not in STUDIES]:
         raise ValueError(f"Expected --studies to be of {', '.join(STUDIES)} but got {', '.join(unknown)}.")

@@ -32,6 +32,7 @@ from fasc_lightning.cli._options import (
     add_text_options,
     check_run,
     compression_options,
+    frozen_options,
 )
 from fasc_lightning.cli._run import (
     KERNEL_CACHE,
@@ -59,6 +60,7 @@ __all__ = [
     "check_run",
     "compression_options",
     "fingerprint",
+    "frozen_options",
     "library_versions",
     "mapping",
     "markdown_table",

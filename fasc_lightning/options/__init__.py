@@ -13,6 +13,7 @@ from fasc_lightning.options._compression import (
     options_of,
     reported,
 )
+from fasc_lightning.options._described import Option, described, descriptions
 from fasc_lightning.options._distillation import Distillation
 from fasc_lightning.options._groups import (
     GATE_BY,
@@ -62,6 +63,7 @@ __all__ = [
     "LoraRecovery",
     "Memory",
     "Monitor",
+    "Option",
     "PlanKeywords",
     "Precision",
     "Recovery",
@@ -75,6 +77,8 @@ __all__ = [
     "check_budget",
     "checks_options",
     "describe_recovery",
+    "described",
+    "descriptions",
     "flat",
     "flat_name",
     "holds_moments",

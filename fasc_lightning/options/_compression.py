@@ -76,7 +76,8 @@ class CompressionOptions:
         method: Solver, and with it the statistics that are gathered: "fasc"; "fasc-plain", without coupled moments;
             "svd-llm"; "svd", by the activation covariance; "weight-svd"; "asvd"; "grad-svd"; "fisher-diag"; "fwsvd";
             "gfwsvd", by the one step of its iteration that needs no further pass; and, for comparison only, "fasc-eq6",
-            "fasc-eq6-centred" and "fasc-eq6-literal", the eigenproblem as printed. See :mod:`fasc_lightning.solvers`.
+            "fasc-eq6-centred" and "fasc-eq6-literal", the eigenproblem as printed. The page of
+            ``fasc_lightning.solvers`` says more.
         targets: Patterns of the layers to compress, as in peft: a list of names or last parts, or a regular
             expression. None takes every linear layer but output embeddings and tied weights.
         exclude: Patterns of layers to leave alone.
@@ -163,7 +164,7 @@ class CompressionOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options that differ from their defaults as plain data, those of groups under their flat names."""
-        found = {}
+        found: dict[str, Any] = {}
         for name, value in differences(self).items():
             if name in GROUPS:
                 found |= flat(name, value)

@@ -180,9 +180,8 @@ def measure_block(options: argparse.Namespace) -> dict[str, Any]:
         "sketch_size": options.sketch_size or "auto",
         "sketch_above": options.sketch_above,
     }
-    predicted = fit_forecast(
-        module, FascCallback(**how, calibration=Calibration(update_weights=False)), options.window, options.tokens
-    )
+    frozen = FascCallback(**how, calibration=Calibration(update_weights=False))
+    predicted = fit_forecast(module, frozen, options.window, options.tokens)
     made, after_making = time.perf_counter() - start, resident()
     report = compress(module, batches, **how, progress=False)
     assert isinstance(report, CompressionReport)

@@ -217,12 +217,12 @@ class Gate:
             raise ValueError(f"Expected `threshold` to be in [0, 1], as rho is, but got {self.threshold}.")
 
 
-#: Of every group: the option that a value alone stands for, and the type of such a value.
-SHORTHANDS: dict[type, tuple[str, type | tuple[type, ...]] | None] = {
+#: Of every group: the option that a value alone stands for, the type of such a value, and the type in words.
+SHORTHANDS: dict[type, tuple[str, type | tuple[type, ...], str] | None] = {
     Calibration: None,
-    Memory: ("sketch", str),
-    Monitor: ("every_n_steps", int),
-    Gate: ("threshold", (int, float)),
+    Memory: ("sketch", str, "the name of a sketch"),
+    Monitor: ("every_n_steps", int, "an int"),
+    Gate: ("threshold", (int, float), "a number in [0, 1]"),
 }
 
 Group = TypeVar("Group", Calibration, Memory, Monitor, Gate)
@@ -246,8 +246,8 @@ def as_group(name: str, group: type[Group], value: Any) -> Group:
         return group()
     short, value = SHORTHANDS[group], plain(value)
     if short is None or isinstance(value, bool) or not isinstance(value, short[1]):
-        accepted = "" if short is None else f", or its {short[0]!r} alone,"
-        raise TypeError(f"Expected `{name}` to be a {group.__name__}{accepted} but got {value!r:.200}.")
+        accepted = f"a {group.__name__}" + ("" if short is None else f" or {short[2]}")
+        raise TypeError(f"Expected `{name}` to be {accepted} but got {value!r:.200}.")
     return changed(group(), {short[0]: value}, {short[0]: name})
 
 

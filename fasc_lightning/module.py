@@ -126,7 +126,10 @@ class CausalLMModule(pl.LightningModule):
 
 
 def _cosine(step: int, steps: float) -> float:
-    """Return the share of the learning rate at a step of so many."""
+    """Return the share of the learning rate at a step of so many.
+
+    By hand: past the last step, where a longer second fit goes, the schedules of transformers rise again.
+    """
     warm = max(1.0, 0.1 * steps)
     if step < warm:
         return (step + 1) / (warm + 1)

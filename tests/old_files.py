@@ -6,7 +6,10 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-OLD = Path(__file__).parent / "data" / "format1"
+DATA = Path(__file__).parent / "data"
+#: Written before files had checksums, and by the last commit before the package had rooms.
+FORMATS = [DATA / "format1", DATA / "format2"]
+OLD = FORMATS[0]
 
 
 class Counting(pl.Callback):

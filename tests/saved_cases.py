@@ -1,8 +1,9 @@
 """Everything that this package saves, made small: fits, folders, checkpoints, moments and caches.
 
-Run as a script it writes them into a folder. ``tests/data/format1`` was written so by the commit fc953d9, the last one
-whose files have no checksums (``git worktree add OLD fc953d9``; copy this file into ``OLD/tests``; there
-``PYTHONPATH=.:tests python tests/saved_cases.py FOLDER``), and must always load.
+Run as a script it writes them into a folder. Two such folders are in ``tests/data`` and must always load: ``format1``
+by the commit fc953d9, the last one whose files have no checksums, and ``format2`` by 0273634, the last one before the
+package had rooms (``git worktree add OLD fc953d9``; copy this file into ``OLD/tests``; there
+``PYTHONPATH=.:tests python tests/saved_cases.py FOLDER``).
 """
 
 from __future__ import annotations

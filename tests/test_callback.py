@@ -22,7 +22,7 @@ from watching import RecordingCallback, assert_no_hooks, state
 
 from fasc_lightning import CausalLMModule, FascCallback
 from fasc_lightning.layers import compressed_layers, is_compressed, make_lowrank, swap_modules
-from fasc_lightning.solvers import _fasc as fasc
+from fasc_lightning.solvers import fasc
 
 # The phases.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import resource
 import sys
 from pathlib import Path
 
@@ -31,6 +30,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the largest memory so far: of the process, or on CUDA of the device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # there is none on Windows, and psutil knows no peak elsewhere
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

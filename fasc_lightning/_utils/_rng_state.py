@@ -75,7 +75,10 @@ _STATE = record(
 
 @contextmanager
 def same_rng() -> Iterator[None]:
-    """Give the generators back the state that they have now, whatever is drawn inside; those of all devices."""
+    """Give the generators back the state that they have now, whatever is drawn inside; those of all devices.
+
+    By hand: after an exception Lightning's ``isolate_rng`` leaves them as they are then.
+    """
     state = rng_state()
     with undoing() as undo:
         undo.add(set_rng_state, state)

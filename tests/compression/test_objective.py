@@ -10,8 +10,7 @@ from torch import nn
 
 from fasc_lightning.batches import TokenRows
 from fasc_lightning.compression import fisher_losses, fisher_metric
-from fasc_lightning.solvers import _fasc as fasc
-from fasc_lightning.solvers import available_methods, get_solver
+from fasc_lightning.solvers import available_methods, fasc, get_solver
 from fasc_lightning.solvers._types import Factorization
 from fasc_lightning.studies.rho import HeldoutLosses
 

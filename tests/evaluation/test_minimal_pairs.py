@@ -7,8 +7,7 @@ import pytest
 import torch
 from evaluation_cases import PAIRS
 
-from fasc_lightning.evaluation import MinimalPair, correct_pairs, load_minimal_pairs
-from fasc_lightning.evaluation import _minimal_pairs as minimal_pairs
+from fasc_lightning.evaluation import MinimalPair, correct_pairs, load_minimal_pairs, minimal_pairs
 
 ROW = {"phenomenon": "binding", "uid": "case", "good": "He saw himself.", "bad": "He saw herself."}
 SENTENCES = [MinimalPair("a" if i % 2 else "b", f"u{i % 3}", "ab" * (i + 1), "ba" * (8 - i)) for i in range(8)]

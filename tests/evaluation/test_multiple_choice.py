@@ -7,8 +7,7 @@ import pytest
 import torch
 from evaluation_cases import QUESTIONS, random_model
 
-from fasc_lightning.evaluation import ChoiceQuestion, answered_questions, load_choice_questions
-from fasc_lightning.evaluation import _multiple_choice as multiple_choice
+from fasc_lightning.evaluation import ChoiceQuestion, answered_questions, load_choice_questions, multiple_choice
 
 ROW = {"subject": "sea", "question": "Wet?", "choices": ["no", "yes"], "answer": 1}
 DEV = [

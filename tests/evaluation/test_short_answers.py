@@ -8,8 +8,7 @@ from evaluation_cases import SHORT, random_model
 from torchmetrics.functional.text.squad import squad
 from transformers import MambaConfig, MambaForCausalLM
 
-from fasc_lightning.evaluation import ShortAnswerItem, given_answers, load_short_answers
-from fasc_lightning.evaluation import _short_answers as short_answers
+from fasc_lightning.evaluation import ShortAnswerItem, given_answers, load_short_answers, short_answers
 from fasc_lightning.evaluation._short_answers import commonest_answer, exact_match, normalise_answer, token_f1
 
 ITEMS = [ShortAnswerItem("x" * (3 * i % 7 + 1) + "yz"[i % 2], ("abc",), "kz"[i % 2]) for i in range(7)]

@@ -1,4 +1,4 @@
-"""Files that the commit fc953d9 wrote, before there were checksums, load as they did then."""
+"""Files of earlier commits load as they did then: of fc953d9, without checksums, and of 0273634, before the rooms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import pytest
 import saved_cases
 import torch
-from old_files import OLD, Counting
+from old_files import FORMATS, Counting
 from saved_cases import BATCHES, STOP, TEACHER, TOP_K, batch, fit, no_mask, small_module, small_moments
 
 from fasc_lightning import FascCallback, load_compressed
@@ -21,9 +21,14 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(params=FORMATS, ids=lambda folder: folder.name)
+def old(request):
+    return request.param
+
+
 @pytest.mark.parametrize("folder", ["calibration", "beside"])
-def test_an_old_calibration_goes_on(tmp_path, folder, recwarn):
-    shutil.copytree(OLD / folder, tmp_path / folder)
+def test_an_old_calibration_goes_on(tmp_path, old, folder, recwarn):
+    shutil.copytree(old / folder, tmp_path / folder)
     counting = Counting()
     module, callback = fit(tmp_path / "resumed", counting, ckpt_path=tmp_path / folder / "last.ckpt")
     straight, reference = fit(tmp_path / "straight")
@@ -37,27 +42,27 @@ def test_an_old_calibration_goes_on(tmp_path, folder, recwarn):
         torch.testing.assert_close(states[0][name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_an_old_compressed_checkpoint_loads():
-    content = torch.load(OLD / "compressed.ckpt", weights_only=True)
+def test_an_old_compressed_checkpoint_loads(old):
+    content = torch.load(old / "compressed.ckpt", weights_only=True)
     module, callback = small_module(), FascCallback(**saved_cases.OPTIONS)
     match_checkpoint(module, content)
     module.load_state_dict(content["state_dict"])
     assert all(torch.equal(value, content["state_dict"][name]) for name, value in module.state_dict().items())
     (state,) = (value for key, value in content["callbacks"].items() if key.startswith("FascCallback"))
-    assert "checksum" not in state
+    assert ("checksum" in state) is (old.name != "format1")
     callback.load_state_dict(state)
     assert callback.report.kept <= 0.6
     assert {row.name for row in callback.report.layers if row.layout != "dense"} == set(callback.report.plan)
 
 
-def test_an_old_folder_loads():
-    model = load_compressed(OLD / "folder")
-    content = torch.load(OLD / "compressed.ckpt", weights_only=True)["state_dict"]
+def test_an_old_folder_loads(old):
+    model = load_compressed(old / "folder")
+    content = torch.load(old / "compressed.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(value, content[f"model.{name}"]) for name, value in model.state_dict().items())
 
 
-def test_old_moments_load():
-    loaded, expected = load_moments(OLD / "moments.safetensors", source="source"), small_moments()
+def test_old_moments_load(old):
+    loaded, expected = load_moments(old / "moments.safetensors", source="source"), small_moments()
     assert (loaded.shapes, loaded.needs, set(loaded.inputs)) == (expected.shapes, expected.needs, set(expected.inputs))
     for name in expected.shapes:
         assert loaded.tokens(name) == expected.tokens(name)
@@ -65,8 +70,8 @@ def test_old_moments_load():
         torch.testing.assert_close(loaded.layer(name).coupled[1], expected.layer(name).coupled[1])
 
 
-def test_an_old_teacher_cache_answers(tmp_path):
-    shutil.copytree(OLD / "teacher", tmp_path / "teacher")
+def test_an_old_teacher_cache_answers(old, tmp_path):
+    shutil.copytree(old / "teacher", tmp_path / "teacher")
     assert teacher_of(tmp_path / "teacher") == TEACHER["teacher"]
     cache = LogitCache(tmp_path / "teacher", TEACHER, no_mask, TOP_K)
     log_p, index = cache.get(batch(), None)

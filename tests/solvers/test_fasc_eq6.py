@@ -7,9 +7,7 @@ import torch
 from layer_moments import full_moments, random_moments
 
 from fasc_lightning.compression import fisher_losses, fisher_metric
-from fasc_lightning.solvers import _fasc as fasc
-from fasc_lightning.solvers import _fasc_eq6 as fasc_eq6
-from fasc_lightning.solvers import fasc_eq6_centred, fasc_eq6_literal, shrink
+from fasc_lightning.solvers import fasc, fasc_eq6, fasc_eq6_centred, fasc_eq6_literal, shrink
 from fasc_lightning.solvers._fasc_eq6 import eq6_eigenvectors
 
 

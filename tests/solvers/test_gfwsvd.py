@@ -7,8 +7,7 @@ import pytest
 import torch
 from layer_moments import full_moments, random_moments
 
-from fasc_lightning.solvers import _gfwsvd as gfwsvd
-from fasc_lightning.solvers import fasc_plain
+from fasc_lightning.solvers import fasc_plain, gfwsvd
 
 
 def exact_moments():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from layer_moments import full_moments
 
-from fasc_lightning.solvers import _grad_svd as grad_svd
+from fasc_lightning.solvers import grad_svd
 
 
 @pytest.mark.parametrize(("m", "n"), [(5, 8), (8, 5)])

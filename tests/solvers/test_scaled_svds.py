@@ -7,8 +7,7 @@ import pytest
 import torch
 from layer_moments import random_moments
 
-from fasc_lightning.solvers import _asvd as asvd
-from fasc_lightning.solvers import get_solver, two_sided
+from fasc_lightning.solvers import asvd, get_solver, two_sided
 
 
 def scales(method, moments, n):

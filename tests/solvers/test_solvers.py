@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_moments import full_moments, random_moments
 
-from fasc_lightning.solvers import _fasc as fasc
 from fasc_lightning.solvers import (
     available_methods,
+    fasc,
     fasc_plain,
     get_solver,
     register_solver,

@@ -32,7 +32,8 @@ def principal_angles(Q1: Tensor, Q2: Tensor) -> Tensor:
 
     The cosines are the singular values of Q1^T Q2, the sines those of (I - Q1 Q1^T) Q2 (Björck and Golub 1973,
     "Numerical Methods for Computing Angles Between Linear Subspaces"). A cosine says nothing of angles below 1e-6
-    degrees, a sine nothing of those near 90; both together give every angle to full precision.
+    degrees, a sine nothing of those near 90; both together give every angle to full precision. By hand, since
+    ``scipy.linalg.subspace_angles`` is exact to 1e-6 degrees only.
 
     Args:
         Q1: Orthonormal basis, shape (n, k).

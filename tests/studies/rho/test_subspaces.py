@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasc_lightning.compression import fisher_losses, fisher_metric
-from fasc_lightning.solvers import _fasc as fasc
-from fasc_lightning.solvers import _svd as svd
+from fasc_lightning.solvers import fasc, svd
 from fasc_lightning.statistics import LayerMoments
 from fasc_lightning.studies.rho import compare_layer, log_ratio
 from fasc_lightning.studies.rho._subspaces import input_subspace, principal_angles, random_angles

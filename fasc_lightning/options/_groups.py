@@ -51,7 +51,9 @@ class Calibration:
     Args:
         steps: Calibrate on the last so many optimizer steps (batches in manual optimisation). None calibrates in the
             last epoch. A number is required where that epoch is not known: with max_steps, max_time or early stopping.
-            A stop that comes before the calibration waits for it.
+            A stop that comes before the calibration waits for it (Lightning then says that min_steps has not been met).
+            The length of a stream is learned from its epochs; a fit that would end before the calibration goes on for
+            so many steps.
         update_weights: Whether the weights go on training while the fit calibrates. False freezes them: eval mode, no
             optimizer or scheduler step, no weight gradients.
         token_fraction: Share of the tokens that enters the moments. Fewer tokens are faster and less accurate.

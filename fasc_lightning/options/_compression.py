@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import wraps
 from inspect import Parameter, signature
 from typing import Any, Literal, TypedDict, get_type_hints
 
-from typing_extensions import Unpack
+from typing_extensions import NotRequired, Unpack
 
 from fasc_lightning.layers import Layout, Quantization
 from fasc_lightning.options._checks import (
@@ -60,7 +60,7 @@ class Flat:
         return as_group(self.group, GROUPS[self.group], getattr(options, self.group))
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class CompressionOptions:
     """Every option of a compression: of FascCallback, which is one, and of compress, plan and the recipes.
 
@@ -110,9 +110,9 @@ class CompressionOptions:
         TypeError: If an option is of a wrong type.
     """
 
-    rank: int | float | None = None  # both spelled out: command lines read the type, and 256 is not 256.0
-    keep: float | None = None
-    _: KW_ONLY
+    # int and float are both spelled out: command lines read the type, and 256 is not 256.0.
+    rank: int | float | None = field(default=None, kw_only=False)
+    keep: float | None = field(default=None, kw_only=False)
     method: str = "fasc"
     targets: str | list[str] | None = None
     exclude: str | list[str] | None = None
@@ -238,7 +238,7 @@ def _take_flat_names(cls: type) -> None:
             given[name] = _changed(name, as_group(name, GROUPS[name], given.get(name)), options)
         init(self, *args, **given)
 
-    types = {name: get_type_hints(GROUPS[part.group])[part.option] for name, part in FLAT.items()}
+    types = {name: NotRequired[get_type_hints(GROUPS[part.group])[part.option]] for name, part in FLAT.items()}
     keywords: Any = TypedDict("FlatOptions", types, total=False)  # type: ignore[misc]
     names = "\n".join(f"    {name}: Another name of {part.group}.{part.option}." for name, part in FLAT.items())
     keywords.__doc__ = f"Names that options had before there were groups.\n\nArgs:\n{names}"

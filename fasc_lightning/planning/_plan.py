@@ -147,7 +147,7 @@ def plan(
         measured=how.allocation == "measured",
         tiers=Tiers(
             kinds={kind: sketches_for_budget(shapes, kept, how.rank, how.keep) for kind, kept in sketching.items()},
-            offloaded=(False,) if beside is None or where.type == "cpu" else (False, True),
+            offloaded=_offloaded(how.moments_device, beside, where),
             passes=1 if how.update_weights or keeps_moments else passes or (how.passes if how.passes > 1 else None),
             sizes={"sketch_size": how.sketch_size, "sketch_above": how.sketch_above},
         ),
@@ -306,6 +306,13 @@ def _options(
     found = CompressionOptions(**given)
     check_budget(found.rank, found.keep)
     return found
+
+
+def _offloaded(named: str | None, host_memory: int | None, device: torch.device) -> tuple[bool, ...]:
+    """Return whether moments may or must be on the CPU beside a device."""
+    if named not in (None, device.type):
+        return (True,)
+    return (False,) if host_memory is None or device.type == "cpu" else (False, True)
 
 
 def _held(storage: Storage, sizes: Mapping[str, Any]) -> dict[str, Any]:

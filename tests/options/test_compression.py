@@ -220,6 +220,8 @@ def test_a_plan_takes_options_and_chooses_what_they_leave_open():
     expected = {"sketch": "range", "sketch_size": 8, "sketch_above": 16}
     assert plan(CONFIG, sketched, memory="1GB", probed=False).options == expected
     assert plan(CONFIG, sketched, sketch=None, memory="1GB", probed=False).options == {}
+    beside = CompressionOptions(keep=0.6, memory=Memory(device="cpu"))
+    assert plan(CONFIG, beside, memory="1GB", device="cuda", probed=False).options == {"moments_device": "cpu"}
     with pytest.raises(ValueError, match="neither `rank` nor `keep`"):
         plan(CONFIG, FascCallback(monitor=5), memory="1GB", probed=False)
 

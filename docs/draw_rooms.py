@@ -1,6 +1,6 @@
 """The picture of docs/architecture.md: the rooms by layer, from the contract that `make lint` checks.
 
-    python docs/draw_rooms.py
+python docs/draw_rooms.py
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def draw() -> Figure:
             x = 0.1 + column * width
             room = (ROOT / "fasc_lightning" / name).is_dir()
             face = "#e8eef7" if room else "#f7f1e3"
-            box = FancyBboxPatch((x, y), width - 0.12, 0.62, boxstyle="round,pad=0.02", facecolor=face, edgecolor="#567")
+            box = FancyBboxPatch(
+                (x, y), width - 0.12, 0.62, boxstyle="round,pad=0.02", facecolor=face, edgecolor="#567"
+            )
             axes.add_patch(box)
             text = title(name)
             longest = int(15.2 * (width - 0.3)) - (4 if name in JOURNEY else 0) - len(name)

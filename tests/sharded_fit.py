@@ -141,7 +141,7 @@ def is_plain(module: nn.Module) -> bool:
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_state_dict_pre_hooks")
         for h in vars(part)[kind].values()
     ]
-    foreign = any("fsdp" in getattr(hook, "__module__", "") for hook in hooks)
+    foreign = any("torch.distributed.fsdp" in getattr(hook, "__module__", "") for hook in hooks)
     named = any(isinstance(part, FSDPModule) or "FSDP" in type(part).__name__ for part in module.modules())
     return not (spread or foreign or named)
 

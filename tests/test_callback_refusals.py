@@ -250,7 +250,7 @@ def test_dead_features_and_constant_gradients_are_ordinary(make_trainer):
 
 
 def test_too_little_memory_is_refused_with_the_estimate(make_trainer, monkeypatch):
-    monkeypatch.setattr("fasc_lightning.options._checks.available_memory", lambda device: 1000)
+    monkeypatch.setattr("fasc_lightning.calibration._checks.available_memory", lambda device: 1000)
     module = causal_module()
     before = state(module)
     with pytest.raises(MemoryError, match=r"need up to 0.00 GB and 0.00 GB is free on cpu. HINT: passes=2"):

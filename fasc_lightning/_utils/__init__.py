@@ -1,13 +1,13 @@
-"""Files, memory, tables, clocks and checked data: nothing here knows of compression."""
+"""Helpers without any knowledge of compression: files, memory, tables, clocks, checked data."""
 
-from fasc_lightning._utils._atomic_files import check_json_files, whole_file, whole_folder
+from fasc_lightning._utils._atomic_files import whole_file, whole_folder
 from fasc_lightning._utils._checksum import check_sum, checksum, file_checksum, tensor_checksum, tensor_checksums
 from fasc_lightning._utils._clock import Clock
 from fasc_lightning._utils._correlation import correlate
 from fasc_lightning._utils._eval_mode import evaluating
 from fasc_lightning._utils._fingerprint import fingerprint, tokenizer_fingerprint
 from fasc_lightning._utils._forward_hook import ForwardHook
-from fasc_lightning._utils._json_files import plain_values, write_json
+from fasc_lightning._utils._json_files import check_json_files, parse_json, plain_values, read_json, write_json
 from fasc_lightning._utils._layer_names import block_of, some_names
 from fasc_lightning._utils._memory import available_memory, peak_memory_bytes, return_freed_memory
 from fasc_lightning._utils._plotting import (
@@ -45,9 +45,7 @@ from fasc_lightning._utils._schema import (
     number,
     one_of,
     optional,
-    parse_json,
     plain,
-    read_json,
     record,
     refuse,
     row,

@@ -1,11 +1,10 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writes: files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -15,9 +14,9 @@ from fasc_lightning._utils._undo import undoing
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of ``path``, made if needed; it becomes ``path`` when the block succeeds.
+    """Yield a temporary path beside ``path``; it becomes ``path`` when the block succeeds.
 
-    A block that fails leaves what was at ``path`` before, and no temporary file.
+    The folder is made if needed. A block that fails leaves an earlier file at ``path`` and no temporary file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,17 +31,17 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def whole_folder(path: str | Path, stale: Callable[[str], bool]) -> Iterator[Path]:
     """Yield an empty temporary folder beside ``path``; it becomes ``path`` when the block succeeds.
 
-    What an earlier folder holds beside the new files stays in it, as it does where files are written one by one. A
-    block that fails leaves the earlier folder as it was, and no temporary one. Only between two renames is there no
-    folder at ``path``; a process killed just there leaves the earlier one beside it, its name ending in ".old".
+    Other entries of an earlier folder stay in it, as if the files were written one by one. A block that fails leaves
+    the earlier folder as it was, and no temporary folder. Between two renames there is no folder at ``path``. A process
+    killed at that moment leaves the earlier folder beside it, with a name ending in ".old".
 
     Args:
-        path: Of the folder; a link is followed.
-        stale: Whether an entry of the earlier folder, by its name, must not stay.
+        path: Path of the folder; links are followed.
+        stale: Tells by its name whether an entry of the earlier folder must go.
 
     Raises:
         NotADirectoryError: If there is a file at ``path``.
-        OSError: If something cannot be written, or the folder is a mount point.
+        OSError: If writing fails, or the folder is a mount point.
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
@@ -65,15 +64,15 @@ def whole_folder(path: str | Path, stale: Callable[[str], bool]) -> Iterator[Pat
 
 
 def _settle(path: Path, temporary: Path, old: Path) -> None:
-    """Give a path back its earlier folder where the new one is not there yet, and else remove the earlier one."""
+    """Put the earlier folder back if the new one is not in place yet; otherwise delete the earlier one."""
     if not temporary.exists():
-        shutil.rmtree(old, ignore_errors=True)  # what is new is in place: an error would say otherwise
+        shutil.rmtree(old, ignore_errors=True)  # the new folder is in place: an error would say otherwise
     elif old.exists():
         old.rename(path)
 
 
 def _carry_over(old: Path, new: Path, stale: Callable[[str], bool]) -> None:
-    """Put what is in an old folder alone into the new one too; links to files cost neither time nor space."""
+    """Copy the entries that only the old folder has; files are linked, which costs no time and no space."""
     for entry in old.iterdir():
         target = new / entry.name
         if target.exists() or stale(entry.name):
@@ -89,19 +88,3 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.link(source, target, follow_symlinks=False)
     except OSError:  # a file system without hard links
         shutil.copy2(source, target, follow_symlinks=False)
-
-
-def check_json_files(files: Iterable[Path]) -> None:
-    """Refuse JSON files that are cut short or damaged; those that do not exist are passed over.
-
-    Raises:
-        ValueError: With the file.
-    """
-    for file in files:
-        try:
-            if file.is_file():
-                json.loads(file.read_bytes())
-        except (RecursionError, ValueError) as error:
-            raise ValueError(
-                f"{file} is not valid JSON ({error}): truncated or damaged. Save or copy it again."
-            ) from error

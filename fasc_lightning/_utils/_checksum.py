@@ -1,6 +1,6 @@
-"""Checksums over saved state: whether what is read is what was written.
+"""Checksums of saved state, which tell whether the values read are the values written.
 
-They tell damage and edits from what was meant. They are no signature: who can write the file can write its checksum.
+They detect damage and edits. They are no signature: anyone who can write the file can write its checksum.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from torch import Tensor
 
 from fasc_lightning._utils._schema import SchemaError
 
-#: Characters of a checksum.
+#: Length of a checksum, in characters.
 LENGTH = 32
 
-#: Levels of a state, which is read by recursion.
+#: Deepest nesting of a state, which is read by recursion.
 MAX_DEPTH = 200
 
 
 def tensor_checksum(tensor: Tensor) -> str:
-    """Return the checksum of a tensor: its type, its shape and every bit of its numbers."""
+    """Return the checksum of a tensor: of its dtype, its shape and every bit of its numbers."""
     return _digest_of(tensor).hexdigest()[:LENGTH]
 
 
 def tensor_checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the checksum of each of some tensors by its name."""
+    """Return the checksum of each tensor, by name."""
     return {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
 
 
 def checksum(value: Any) -> str:
-    """Return the checksum of plain data and tensors in any nesting.
+    """Return the checksum of nested plain data and tensors.
 
-    Lists and tuples are alike, and so are all mappings, in any order of their names: files and plugins change these.
-    Of objects of other types only the type counts.
+    Lists and tuples count as the same, and mappings in any order, because files and plugins change these. Objects of
+    other types count by their type alone.
 
     Raises:
-        SchemaError: If it is nested too deeply.
+        SchemaError: If the value is nested too deeply.
     """
     return _tree(value, 0).hex()[:LENGTH]
 
@@ -53,24 +53,24 @@ def file_checksum(path: str | Path) -> str:
 
 
 def check_sum(found: str, expected: Any, what: str) -> None:
-    """Compare a checksum with the one that was saved.
+    """Compare a checksum with the saved one.
 
     Args:
-        found: Of what was read.
-        expected: That was saved.
-        what: It is of.
+        found: Checksum of the values that were read.
+        expected: Checksum that was saved.
+        what: Name of the values, for the message.
 
     Raises:
         SchemaError: If they differ.
     """
     if found != expected:
         raise SchemaError(
-            f"Expected {what} with the values that were saved but they are others: their checksum differs."
+            f"Expected {what} with the values that were saved but found other values: their checksum differs."
         )
 
 
 def _digest_of(tensor: Tensor) -> Any:
-    if tensor.is_meta or tensor.layout != torch.strided:  # as only an edited file has them
+    if tensor.is_meta or tensor.layout != torch.strided:  # only an edited file has such tensors
         return hashlib.sha256(f"{tensor.layout} tensor on {tensor.device}".encode())
     value = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"tensor {value.dtype} {tuple(value.shape)}\0".encode())

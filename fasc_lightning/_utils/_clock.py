@@ -1,4 +1,4 @@
-"""Seconds of the phases of a longer work."""
+"""Seconds spent in the phases of a longer computation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds of each phase; a phase that comes again is added to."""
+    """Seconds of each phase; a phase that runs again adds to its seconds."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Correlations of two series, with their p-values."""
+"""Correlations of two series, with p-values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 
 class Correlation(NamedTuple):
-    """Pearson's r and Spearman's, each with its p-value, and of how many pairs."""
+    """Pearson's and Spearman's correlation, each with its p-value, and the number of pairs."""
 
     r: float
     p: float
@@ -20,9 +20,9 @@ class Correlation(NamedTuple):
 
 
 def correlate(x: ArrayLike, y: ArrayLike) -> Correlation:
-    """Return the correlations of the pairs that are finite; NaN for fewer than three, or without variation.
+    """Return the correlations of the finite pairs; NaN for fewer than three pairs or a constant series.
 
-    The p-values take pairs for independent. Layers of one model are not: there they are lower bounds.
+    The p-values assume independent pairs. Layers of one model are not independent, so there they are lower bounds.
 
     Raises:
         ModuleNotFoundError: If scipy is not installed.

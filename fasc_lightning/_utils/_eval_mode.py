@@ -1,22 +1,18 @@
-"""A module in evaluation mode for a while."""
+"""Temporary evaluation mode of a module."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from fasc_lightning._utils._undo import undoing
 
-if TYPE_CHECKING:
-    pass
-
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode; every submodule gets back the mode it had, frozen ones included."""
+    """Put a model in eval mode; afterwards each submodule, frozen or not, gets its own mode back."""
     with undoing() as undo:
         undo.keep_modes(model)
         model.eval()

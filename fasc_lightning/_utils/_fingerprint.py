@@ -1,4 +1,4 @@
-"""Fingerprints of settings and data: the keys under which results are kept."""
+"""Fingerprints of settings and data, used as keys of stored results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def fingerprint(*parts: Any) -> str:
-    """Return a hash of plain values (as JSON would write them) and tensors (shape, type and every number).
+    """Return a hash of plain values (as JSON writes them) and tensors (shape, dtype and every number).
 
     Raises:
         TypeError: If a part is neither.

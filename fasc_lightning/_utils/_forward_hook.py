@@ -1,4 +1,4 @@
-"""Forward hooks that belong to one module: copies of it are free to run, and tell nobody."""
+"""Forward hooks whose copies do nothing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class ForwardHook:
-    """A forward hook that knows its layer's name; a copy of the layer, or of a module around it, gets one that idles.
+    """A forward hook that passes on its layer's name; when a module is copied, the copy gets a hook that does nothing.
 
     Args:
-        call: Takes the name and what the hook is given.
-        name: Of the layer.
+        call: Called with the name and the hook's arguments.
+        name: Name of the layer.
     """
 
     def __init__(self, call: Callable[..., Any], name: str) -> None:
@@ -26,5 +26,5 @@ class ForwardHook:
 
 
 def _idle(*args: Any) -> None:
-    """Stand in for a hook."""
+    """Do nothing, in place of a copied hook."""
     del args

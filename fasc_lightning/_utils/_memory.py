@@ -1,4 +1,4 @@
-"""The memory of the process and of the device."""
+"""Free and peak memory of the process and of a device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = int(psutil.virtual_memory().available)
-    # In a container the host's memory is not what the process may have.
+    # In a container the process may use less than the host's memory.
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     return free if limit is None or used is None else min(free, limit - used)
 
@@ -27,7 +27,7 @@ def _cgroup(name: str) -> int | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the largest memory so far: of the process, or on CUDA of the device."""
+    """Return the peak memory so far, in bytes: of the device on CUDA, otherwise of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -39,10 +39,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def return_freed_memory() -> None:
-    """Give what the allocator holds but nobody uses back to the system.
+    """Return unused memory from the allocator to the system.
 
-    glibc keeps the pages of freed activations, a gigabyte after a calibration, and what comes next (moments, factors of
-    all layers) would be put on top of them. Does nothing where there is no ``malloc_trim``.
+    After a calibration, glibc keeps a gigabyte of pages of freed activations. Later allocations (moments, factors of
+    all layers) would come on top of them. Does nothing on systems without ``malloc_trim``.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -1,4 +1,4 @@
-"""What the figures share: the names of layers, edges of cells, colours."""
+"""Shared parts of figures: names of layers, edges of cells, colours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fasc_lightning._utils._layer_names import block_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Okabe and Ito 2008: told apart by colour-blind readers, too.
+#: Okabe and Ito 2008: colour-blind readers can tell them apart, too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
@@ -24,7 +24,7 @@ GREY = "0.55"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of that size in inches, outside of pyplot's list of open ones.
+    """Return an empty figure of the given size in inches, which pyplot does not list as open.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -37,16 +37,16 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def block_index(layer: str) -> int | None:
-    """Return the index of the block that a layer belongs to."""
+    """Return the index of a layer's block; None outside of blocks."""
     block = block_of(layer)
     return None if block is None else block[1]
 
 
 def module_kinds(layers: Iterable[str]) -> dict[str, str]:
-    """Return what kind each layer is of: the last part of its name, as q_proj.
+    """Return the kind of each layer: the last part of its name, for example q_proj.
 
-    Where one block holds several layers of that name, the kind is all that comes after the block, numbers left out:
-    attn.c_proj and mlp.c_proj, or experts.*.up_proj for all experts alike.
+    If one block holds several layers with the same last part, the kind is the whole name after the block without
+    numbers: attn.c_proj and mlp.c_proj, or experts.*.up_proj for all experts.
     """
     layers = list(layers)
     last = {layer: layer.rsplit(".", 1)[-1] for layer in layers}
@@ -63,7 +63,7 @@ def _tail(layer: str) -> str:
 def short_names(layers: Sequence[str]) -> list[str]:
     """Return names without the leading and trailing parts that all layers of blocks share; at least one part stays.
 
-    Layers outside of blocks, as lm_head, share nothing with the others and keep their names.
+    Layers outside of blocks, such as lm_head, keep their names.
     """
     inside = [layer.split(".") for layer in layers if block_index(layer) is not None]
     most = min((len(parts) for parts in inside), default=1) - 1
@@ -74,12 +74,12 @@ def short_names(layers: Sequence[str]) -> list[str]:
 
 
 def _shared(parts: Iterable[Sequence[str]]) -> int:
-    """Return how many leading parts are the same everywhere."""
+    """Return the number of leading parts that are the same in all names."""
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
 
 
 def label_rows(layers: Sequence[str], most: int) -> list[int]:
-    """Return which layers get a label: all, or else the first ones of evenly spaced blocks, ``most`` at the most."""
+    """Return the rows that get a label, at most ``most``: all of them, or the first rows of evenly spaced blocks."""
     rows = list(range(len(layers)))
     if len(rows) > most:
         blocks = [block_index(layer) for layer in layers]
@@ -89,7 +89,7 @@ def label_rows(layers: Sequence[str], most: int) -> list[int]:
 
 
 def cell_edges(centres: Sequence[int]) -> NDArray[np.float64]:
-    """Return the edges of cells around ascending values: half-way between neighbours, shape (len(centres) + 1,)."""
+    """Return the edges of cells around ascending values, half-way between neighbours, shape (len(centres) + 1,)."""
     values = np.asarray(centres, dtype=np.float64)
     if len(values) == 1:
         return np.array([values[0] - 0.5, values[0] + 0.5])
@@ -98,14 +98,14 @@ def cell_edges(centres: Sequence[int]) -> NDArray[np.float64]:
 
 
 def spread_positions(blocks: Sequence[int]) -> NDArray[np.float64]:
-    """Return ascending blocks with those that repeat set side by side around their place, within 0.35 of it."""
+    """Return ascending positions that set layers of one block side by side, within 0.35 of the block's index."""
     values, counts = np.unique(np.asarray(blocks, dtype=np.float64), return_counts=True)
     sides = [(np.arange(count) - (count - 1) / 2) * 0.7 / count for count in counts]
     return np.repeat(values, counts) + np.concatenate(sides)
 
 
 def ticks_within(first: int, last: int) -> list[int]:
-    """Return round whole numbers from ``first`` to ``last``, about six; none outside, where nothing was observed."""
+    """Return about six round whole numbers from ``first`` to ``last``, none outside of the observed range."""
     from matplotlib.ticker import MaxNLocator
 
     if first == last:
@@ -115,14 +115,14 @@ def ticks_within(first: int, last: int) -> list[int]:
 
 
 def over_layers(values: NDArray[np.float64], *quantiles: float) -> NDArray[np.float64]:
-    """Return mean and quantiles over the layers that are defined, step by step.
+    """Return mean and quantiles over the layers with defined values, for each step.
 
     Args:
         values: Shape (layers, steps), NaN where undefined.
         quantiles: In [0, 1].
 
     Returns:
-        Shape (1 + quantiles, steps), the mean first; NaN where no layer is defined.
+        Shape (1 + quantiles, steps), the mean first; NaN if no layer is defined at a step.
     """
     result = np.full((1 + len(quantiles), values.shape[1]), np.nan)
     some = ~np.isnan(values).all(axis=0)

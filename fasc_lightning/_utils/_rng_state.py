@@ -1,4 +1,4 @@
-"""The state of the random generators that a training draws from, in plain data and tensors."""
+"""States of the random generators that a training uses, as plain data and tensors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fasc_lightning._utils._undo import undoing
 
 
 def rng_state() -> dict[str, Any]:
-    """Return the state of Python's, NumPy's and torch's own generators, the current CUDA device's among them."""
-    legacy: Any = np.random.get_state(legacy=True)  # noqa: NPY002 # which loaders and transforms draw from
+    """Return the state of the global generators of Python, NumPy and torch, and of the current CUDA device."""
+    legacy: Any = np.random.get_state(legacy=True)  # noqa: NPY002 # loaders and transforms draw from it
     kind, keys, position, has_gauss, gauss = legacy
     state = {
         "python": random.getstate(),
@@ -40,7 +40,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def check_rng_state(state: Any, path: str) -> None:
-    """Refuse what :func:`set_rng_state` could not take, before any generator has changed.
+    """Refuse a state that :func:`set_rng_state` could not take, before any generator has changed.
 
     Raises:
         SchemaError: If it is not a state of these generators.
@@ -75,9 +75,9 @@ _STATE = record(
 
 @contextmanager
 def same_rng() -> Iterator[None]:
-    """Give the generators back the state that they have now, whatever is drawn inside; those of all devices.
+    """Restore the present state of the generators of all devices after the block.
 
-    By hand: after an exception Lightning's ``isolate_rng`` leaves them as they are then.
+    Written by hand, because Lightning's ``isolate_rng`` does not restore them after an exception.
     """
     state = rng_state()
     with undoing() as undo:
@@ -88,7 +88,7 @@ def same_rng() -> Iterator[None]:
 
 
 def seed_rng(seed: int) -> None:
-    """Seed the generators, without a word and without a variable of the environment, as Lightning would leave one."""
+    """Seed the generators; unlike Lightning's ``seed_everything``, print nothing and set no environment variable."""
     seed %= 2**32  # NumPy takes no more
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002

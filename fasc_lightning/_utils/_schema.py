@@ -1,18 +1,16 @@
-"""Declared schemas of what is read back from files: names, types, shapes and ranges, checked before anything is made.
+"""Schemas of data read from files: names, types, shapes and ranges, checked before anything is built from the data.
 
-A schema is a function of a value and of the path that leads to it; it raises a :class:`SchemaError` or returns. Small
-ones are put together: ``record({"rank": integer(1), "bias": boolean})``. Tensors are described by :class:`Entry`: no
-dependency of the package describes those inside of plain data.
+A schema is a function of a value and of the path to it. It returns, or raises a :class:`SchemaError`. Larger schemas
+are made of smaller ones: ``record({"rank": integer(1), "bias": boolean})``. :class:`Entry` describes a tensor, because
+no dependency of the package describes tensors inside of plain data.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,30 +19,27 @@ from torch import Tensor
 #: Checks a value; the second argument is the path to it, for the message.
 Schema = Callable[[Any, str], None]
 
-#: Levels of plain data that may have any form, which is read by recursion.
+#: Deepest nesting of free plain data, which is read by recursion.
 MAX_DEPTH = 50
-
-#: Bytes of a JSON file of ours; the largest hold a row for each layer.
-MAX_JSON_BYTES = 256 * 2**20
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class SchemaError(ValueError):
-    """What was read is not what was declared."""
+    """Data that does not fit its schema."""
 
 
 def check(value: Any, schema: Schema, where: str) -> None:
     """Check a value that was read.
 
     Args:
-        value: What was read.
-        schema: What it should be.
-        where: The file, and what is said of it; messages begin with it.
+        value: The value.
+        schema: Its schema.
+        where: The file and the fault in general; messages begin with it.
 
     Raises:
-        SchemaError: Naming the file and the entry.
+        SchemaError: With the file and the entry.
     """
     with naming(where):
         schema(value, "")
@@ -52,10 +47,10 @@ def check(value: Any, schema: Schema, where: str) -> None:
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Let the errors of a block name what was read; the block checks, and names entries only.
+    """Add the source of the data to the errors of a block, which themselves name entries only.
 
     Raises:
-        SchemaError: In place of one of the block.
+        SchemaError: In place of the block's own.
     """
     try:
         yield
@@ -64,7 +59,7 @@ def naming(where: str) -> Iterator[None]:
 
 
 def refuse(expected: str, value: Any, path: str) -> SchemaError:
-    """Return the error for a value that is not what a schema declares."""
+    """Return the error for a value that does not fit a schema."""
     at = f" at {path.lstrip('.')!r}" if path else ""
     return SchemaError(f"Expected {expected}{at} but got {_shown(value)}.")
 
@@ -85,7 +80,7 @@ def _shown(value: Any) -> str:
 
 
 def anything(value: Any, path: str) -> None:
-    """Accept everything: what only its owner can judge."""
+    """Accept everything: only the owner of the value can check it."""
 
 
 def boolean(value: Any, path: str) -> None:
@@ -95,13 +90,13 @@ def boolean(value: Any, path: str) -> None:
 
 
 def text(value: Any, path: str) -> None:
-    """Accept texts."""
+    """Accept strings."""
     if not isinstance(value, str):
         raise refuse("a text", value, path)
 
 
 def integer(low: int | None = None, high: int | None = None) -> Schema:
-    """Return the schema of integers in a range, both ends included; True is none."""
+    """Return the schema of integers in a range, both ends included; True and False are refused."""
 
     def schema(value: Any, path: str) -> None:
         if type(value) is not int or (low is not None and value < low) or (high is not None and value > high):
@@ -111,7 +106,7 @@ def integer(low: int | None = None, high: int | None = None) -> Schema:
 
 
 def number(low: float | None = None, high: float | None = None, finite: bool = True) -> Schema:
-    """Return the schema of numbers in a range; with ``finite=False`` NaN and infinity are some, too."""
+    """Return the schema of numbers in a range; with ``finite=False`` it accepts NaN and infinity."""
 
     def schema(value: Any, path: str) -> None:
         good = type(value) in (int, float)
@@ -126,7 +121,7 @@ def number(low: float | None = None, high: float | None = None, finite: bool = T
 
 
 def one_of(*values: Any) -> Schema:
-    """Return the schema of a few values, of the same type and equal."""
+    """Return the schema of a few given values; a value must have the same type and be equal."""
 
     def schema(value: Any, path: str) -> None:
         if not any(type(value) is type(known) and value == known for known in values):
@@ -136,7 +131,7 @@ def one_of(*values: Any) -> Schema:
 
 
 def optional(inner: Schema) -> Schema:
-    """Return the schema of None or another one."""
+    """Return the schema of None or of ``inner``."""
 
     def schema(value: Any, path: str) -> None:
         if value is not None:
@@ -145,11 +140,11 @@ def optional(inner: Schema) -> Schema:
     return schema
 
 
-# Containers. Lists and tuples are alike: files and other plugins turn one into the other.
+# Containers. Lists and tuples count as the same: files and other plugins turn one into the other.
 
 
 def listed(item: Schema, length: int | None = None, distinct: bool = False) -> Schema:
-    """Return the schema of a list whose items are of one kind."""
+    """Return the schema of a list whose items have one schema."""
 
     def schema(value: Any, path: str) -> None:
         if not isinstance(value, list | tuple) or (length is not None and len(value) != length):
@@ -163,7 +158,7 @@ def listed(item: Schema, length: int | None = None, distinct: bool = False) -> S
 
 
 def row(*items: Schema) -> Schema:
-    """Return the schema of a list with one schema for each item."""
+    """Return the schema of a list in which each item has its own schema."""
 
     def schema(value: Any, path: str) -> None:
         if not isinstance(value, list | tuple) or len(value) != len(items):
@@ -175,7 +170,7 @@ def row(*items: Schema) -> Schema:
 
 
 def mapping(item: Schema, keys: Schema = text) -> Schema:
-    """Return the schema of a mapping whose values are of one kind."""
+    """Return the schema of a mapping whose values have one schema."""
 
     def schema(value: Any, path: str) -> None:
         _check_keys(value, keys, path)
@@ -188,12 +183,12 @@ def mapping(item: Schema, keys: Schema = text) -> Schema:
 def record(
     required: Mapping[str, Schema], optional: Mapping[str, Schema] | None = None, *, extra: bool = False
 ) -> Schema:
-    """Return the schema of a mapping with a schema for each name.
+    """Return the schema of a mapping in which each name has its own schema.
 
     Args:
-        required: Names that have to be there.
-        optional: Names that may be.
-        extra: Whether other names may be there, too, with anything.
+        required: Schemas of the names that must be present.
+        optional: Schemas of the names that may be present.
+        extra: Whether further names are allowed, with any value.
     """
     known = {**(optional or {}), **required}
 
@@ -222,7 +217,7 @@ def _check_keys(value: Any, keys: Schema, path: str) -> None:
 
 
 def plain(value: Any, path: str) -> None:
-    """Accept what JSON can hold, NaN and infinity included, in not too many levels."""
+    """Accept data that JSON can hold, NaN and infinity included, up to :data:`MAX_DEPTH` levels."""
     _plain(value, path, 0)
 
 
@@ -254,10 +249,10 @@ class Entry:
     """Schema of a tensor.
 
     Attributes:
-        dtypes: It is of one of them.
-        shapes: It has one of them; None in a shape stands for any size. None: any shape.
-        low: No number is less.
-        high: No number is greater.
+        dtypes: Allowed dtypes.
+        shapes: Allowed shapes, in which None stands for any size; None for any shape.
+        low: Least allowed number.
+        high: Greatest allowed number.
         finite: Whether NaN and infinity are refused.
     """
 
@@ -268,16 +263,16 @@ class Entry:
     finite: bool = True
 
     def __call__(self, value: Any, path: str) -> None:
-        """Check a tensor as a schema does."""
+        """Check a tensor: schemas are called."""
         check_has_numbers(value, path)
         self.check_form(value.dtype, tuple(value.shape), path)
         self.check_values(value, path)
 
     def check_form(self, dtype: torch.dtype | None, shape: tuple[int, ...], path: str) -> None:
-        """Check what a file's header says.
+        """Check the dtype and the shape, as a file's header gives them.
 
         Raises:
-            SchemaError: If the type or the shape is another.
+            SchemaError: If one does not fit.
         """
         known = self.shapes is None or any(_matches(shape, wanted) for wanted in self.shapes)
         if dtype not in self.dtypes or not known:
@@ -310,20 +305,20 @@ class Entry:
 
 
 def check_has_numbers(value: Any, path: str) -> None:
-    """Refuse what is no ordinary tensor in memory.
+    """Refuse anything but an ordinary tensor in memory.
 
     Raises:
-        SchemaError: If it is none, on the meta device, or sparse.
+        SchemaError: If the value is no tensor, on the meta device, or sparse.
     """
     if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
         raise refuse("a tensor in memory", value, path)
 
 
 def check_names(found: Iterable[str], wanted: Iterable[str], what: str = "tensor") -> None:
-    """Refuse a set of names that is not the one that is wanted.
+    """Refuse a set of names that differs from the wanted set.
 
     Raises:
-        SchemaError: With one that is missing or too many.
+        SchemaError: With one name that is missing or superfluous.
     """
     found, wanted = set(found), set(wanted)
     if missing := sorted(wanted - found):
@@ -333,7 +328,7 @@ def check_names(found: Iterable[str], wanted: Iterable[str], what: str = "tensor
 
 
 def is_permutation(index: Tensor) -> bool:
-    """Whether a tensor is a permutation of 0, 1, ..., each once, in integers."""
+    """Whether an integer tensor is a permutation of 0, 1, ..., len - 1."""
     if index.dtype not in INTEGERS or index.ndim != 1:
         return False
     return bool(torch.equal(index.long().sort().values, torch.arange(len(index), device=index.device)))
@@ -345,36 +340,3 @@ def _matches(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
 
 def _sizes(shape: tuple[int | None, ...]) -> str:
     return f"({', '.join('any' if size is None else str(size) for size in shape)})"
-
-
-# JSON.
-
-
-def parse_json(content: str | bytes, where: str) -> Any:
-    """Return what JSON says.
-
-    Raises:
-        SchemaError: If it is not valid, or nested so deeply that it cannot be read; naming ``where``.
-    """
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise SchemaError(f"{where} is not valid JSON ({reason}): truncated or damaged.") from None
-
-
-def read_json(path: str | Path, schema: Schema = anything) -> Any:
-    """Return what a JSON file holds, once it is known to be what it should.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        SchemaError: If it is no JSON, too large, or not of the schema; naming the file.
-    """
-    path = Path(path)
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise SchemaError(
-            f"{path} has {size:,} bytes, more than the {MAX_JSON_BYTES:,} that a JSON file may have here."
-        )
-    content = parse_json(path.read_bytes(), str(path))
-    check(content, schema, str(path))
-    return content

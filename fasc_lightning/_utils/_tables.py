@@ -1,4 +1,4 @@
-"""Tables of plain rows: as text, and as CSV."""
+"""Tables of plain rows, as text, Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 from fasc_lightning._utils._atomic_files import whole_file
 
-#: One row of a table by column; rows of one table have the same columns.
+#: One row of a table: values by column. All rows of a table have the same columns.
 Row = dict[str, Any]
 
 
 def table_text(title: str, rows: Sequence[Mapping[str, Any]], width: int = 140) -> str:
-    """Return rows as a table: numbers to the right with three decimals, NaN as a dash.
+    """Return rows as a table: numbers on the right with three decimals, NaN as a dash.
 
     Args:
-        title: Above the table.
-        rows: One or more; the columns are those of the first.
-        width: Characters a line; long headings are broken.
+        title: Title above the table.
+        rows: One or more rows; the first one gives the columns.
+        width: Characters a line; long headings are wrapped.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -46,7 +46,7 @@ def _shown(value: Any) -> str:
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Return one or more rows as a Markdown table, numbers with three digits after the point and NaN as a dash."""
+    """Return one or more rows as a Markdown table, numbers with three decimals and NaN as a dash."""
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(_cell_text(row[name]) for name in names) + " |" for row in rows]
@@ -60,7 +60,7 @@ def _cell_text(value: object) -> str:
 
 
 def save_table(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Write one or more rows as CSV, whole or not at all."""
+    """Write one or more rows as a CSV file, atomically."""
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -1,4 +1,4 @@
-"""Named tensors that are checked as they are read: out of a safetensors file, or of a mapping in a checkpoint."""
+"""Named tensors of a safetensors file or of a checkpoint's mapping, checked as they are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from fasc_lightning._utils._checksum import check_sum, tensor_checksum
 from fasc_lightning._utils._schema import Entry, SchemaError, check_has_numbers, check_names
 
-#: Types of safetensors' headers; none of the others is written here.
+#: Dtypes by their names in safetensors' headers; the package writes no others.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -29,11 +29,11 @@ _DTYPES = {
 
 
 class NamedTensors:
-    """Tensors by name, none of which is handed out before it is known to be what was declared.
+    """Tensors by name, each checked against its declaration before it is returned.
 
     Args:
-        forms: Type and shape of each by its name; None for types that nothing here has.
-        read: Returns one.
+        forms: Dtype and shape of each tensor by name; None for a dtype that the package does not use.
+        read: Returns the tensor of a name.
         where: The file, for messages.
     """
 
@@ -51,7 +51,7 @@ class NamedTensors:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Any], where: str) -> NamedTensors:
-        """Take those of a mapping.
+        """Return the tensors of a mapping.
 
         Raises:
             SchemaError: If a value is no tensor.
@@ -62,7 +62,7 @@ class NamedTensors:
 
     @classmethod
     def in_file(cls, handle: Any, where: str) -> NamedTensors:
-        """Take those of an open safetensors file: ``handle`` is the library's."""
+        """Return the tensors of an open safetensors file; ``handle`` is the library's."""
         forms = {}
         for name in handle.keys():  # noqa: SIM118 # not a mapping
             part = handle.get_slice(name)
@@ -72,15 +72,15 @@ class NamedTensors:
     def expect(
         self, wanted: Mapping[str, Entry], checksums: Mapping[str, Any] | None, free: Iterable[str] = ()
     ) -> None:
-        """Declare what is there, all of it; nothing is read yet.
+        """Declare all tensors; nothing is read yet.
 
         Args:
-            wanted: Schema of each tensor by its name.
-            checksums: That were saved, by name; None if none were.
-            free: Names of further tensors of any form.
+            wanted: Schema of each tensor by name.
+            checksums: Saved checksums by name; None if none were saved.
+            free: Names of further tensors of any dtype and shape.
 
         Raises:
-            SchemaError: If a tensor is missing, left over, or of another type or shape.
+            SchemaError: If a tensor is missing or superfluous, or has another dtype or shape.
         """
         free = set(free)
         check_names(self.forms, {*wanted, *free})
@@ -91,10 +91,10 @@ class NamedTensors:
         self._wanted, self._checksums = dict(wanted), checksums
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor, on the CPU or where the mapping has it.
+        """Return a tensor, on the CPU or on the device where the mapping holds it.
 
         Raises:
-            SchemaError: If it is not there, its numbers are out of range, or not those that were saved.
+            SchemaError: If the tensor is missing, its numbers are out of range, or its checksum differs.
         """
         if name not in self.forms:
             raise SchemaError(f"Expected the tensor {name!r} but it is missing.")
@@ -108,18 +108,18 @@ class NamedTensors:
 
 @contextmanager
 def open_tensors(path: str | Path, kind: str = "file") -> Iterator[tuple[NamedTensors, dict[str, str]]]:
-    """Open a safetensors file; its header is read, and its size has to be what the header says.
+    """Open a safetensors file; its header is read, and its size must agree with the header.
 
     Args:
-        path: Of the file.
-        kind: What it is, for messages.
+        path: Path of the file.
+        kind: Kind of file, for messages.
 
     Yields:
         Its tensors and its metadata.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, here or as a tensor is read.
+        ValueError: If the file is damaged; the error may also come while a tensor is read.
     """
     from safetensors import SafetensorError, safe_open
 

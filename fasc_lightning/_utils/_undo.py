@@ -1,4 +1,4 @@
-"""Changes to what is not ours: each is undone on every way out, whatever is raised and wherever."""
+"""Temporary changes to a user's modules and objects, undone however the work ends."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Undo(ExitStack):
-    """Steps that undo changes, run in reverse order; each is entered before its change.
+    """Steps that undo changes, run in reverse order; each is registered before its change.
 
-    So a step may find its change half made, or not made at all, and may be run again after it is done: it sets what
-    was there before, and adds nothing to it. Every step is entered twice. An exception that arrives while one runs
-    leaves the rest of its work to the second, and all other steps run before it goes on.
+    A step may therefore find its change half made or not made at all, and may run again after it is done: it sets the
+    earlier state and adds nothing to it. Every step is registered twice. If an exception interrupts a step, its second
+    run finishes the work, and all other steps run before the exception goes on.
     """
 
     def add(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Enter a step."""
+        """Register a step."""
         for _ in range(2):
             self.callback(step, *args, **kwargs)
 
     def set(self, holder: Any, name: str, value: Any) -> None:
-        """Set an attribute of an object until it is given back its own, or none where it had none."""
+        """Set an attribute; the step restores its value, or removes it if the object had none of its own."""
         own = vars(holder)
         if name in own or name == "__class__":
             self.add(setattr, holder, name, getattr(holder, name))
@@ -35,46 +35,46 @@ class Undo(ExitStack):
         setattr(holder, name, value)
 
     def hook(self, register: Callable[..., RemovableHandle], hook: Callable[..., Any], **options: Any) -> None:
-        """Register a hook of a module.
+        """Register a hook on a module.
 
         Args:
             register: The module's method.
-            hook: To register.
-            **options: Of the method.
+            hook: The hook.
+            **options: Options of the method.
         """
         handles: list[RemovableHandle] = []
         self.add(_unhook, register.__self__, hook, handles, RemovableHandle.next_id)  # type: ignore[attr-defined]
         handles.append(register(hook, **options))
 
     def keep(self, model: nn.Module, attributes: bool = False) -> None:
-        """Note a model's structure, to which it goes back: classes, children, parameters, buffers, hooks, flags.
+        """Restore a model's structure at the end: classes, children, parameters, buffers, hooks, flags.
 
-        Values of tensors are no part of it.
+        Values of tensors are not restored.
 
         Args:
             model: Any module.
-            attributes: Whether all other attributes of modules and of their configurations are part of it, too.
+            attributes: Whether all other attributes of modules and of their configurations are restored, too.
         """
         self.add(_Structure.of(model, attributes).restore)
 
     def keep_modes(self, model: nn.Module) -> None:
-        """Note which modules are in training mode."""
+        """Restore at the end which modules are in training mode."""
         self.add(_put_modes, [(vars(module), module.training) for module in model.modules()])
 
     def keep_flags(self, model: nn.Module) -> None:
-        """Note which parameters require a gradient."""
+        """Restore at the end which parameters require a gradient."""
         self.add(_put_flags, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
 
     def forget(self) -> None:
-        """Let the changes stay."""
+        """Keep the changes."""
         self.pop_all()
 
 
 @contextmanager
 def undoing() -> Iterator[Undo]:
-    """Have changes undone when a block ends.
+    """Undo changes when a block ends.
 
-    The stack is entered twice: an exception may arrive between the end of the block and the start of the exit.
+    The stack is entered twice, because an exception may arrive between the end of the block and the start of the exit.
     """
     with Undo() as undo, undo:
         yield undo
@@ -91,7 +91,7 @@ def _put_flags(flags: list[tuple[nn.Parameter, bool]]) -> None:
 
 
 def _unhook(module: nn.Module, hook: Callable[..., Any], handles: list[RemovableHandle], first: int) -> None:
-    """Remove a hook; one whose registration was interrupted, by what it is and when it came."""
+    """Remove a hook; if its registration was interrupted, find it by its identity and its time."""
     for handle in handles:
         handle.remove()
     if not handles:
@@ -103,19 +103,19 @@ def _unhook(module: nn.Module, hook: Callable[..., Any], handles: list[Removable
 
 
 def _is(found: Any, hook: Callable[..., Any]) -> bool:
-    return found is hook or getattr(found, "hook", None) is hook  # torch wraps those of one kind
+    return found is hook or getattr(found, "hook", None) is hook  # torch wraps hooks of one kind
 
 
 @dataclass
 class _Structure:
-    """What a model's modules are and hold.
+    """The structure of a model's modules.
 
     Attributes:
         whole: Whether all attributes are noted.
-        classes: Of the modules.
-        attributes: Of modules and configurations, with copies.
-        containers: Of children, tensors and hooks, with copies.
-        flags: Of the parameters.
+        classes: Classes of the modules.
+        attributes: Attributes of modules and configurations, with copies.
+        containers: Containers of children, tensors and hooks, with copies.
+        flags: ``requires_grad`` of each parameter.
     """
 
     whole: bool
@@ -157,7 +157,7 @@ def _is_container(key: str) -> bool:
 
 
 def _is_part(key: str, value: Any) -> bool:
-    """Whether an attribute is of a module's structure; a function in place of a method is."""
+    """Whether an attribute belongs to a module's structure; a function in place of a method does."""
     return key == "training" or _is_container(key) or isinstance(value, FunctionType | MethodType)
 
 

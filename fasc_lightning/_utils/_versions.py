@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of this package and of what its results depend on."""
+    """Return the versions of this package and of the libraries that affect its results."""
     versions = {}
     for package in ("fasc-lightning", "torch", "lightning", "transformers"):
         try:

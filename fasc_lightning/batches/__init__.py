@@ -1,7 +1,10 @@
-"""Batches: which of their tokens count, how their losses scale, and how they are kept and run again."""
+"""Batches: their counted tokens, the scale of their losses, and kept batches that run again."""
 
 from fasc_lightning.batches._backwards import Backwards
 from fasc_lightning.batches._codec import UnsavableBatchError, pack_batch, tensor_names, unpack_batch
+from fasc_lightning.batches._contents import count_tokens, identifying_tensor
+from fasc_lightning.batches._first_process import on_first_process
+from fasc_lightning.batches._kept import KeptBatches, Place
 from fasc_lightning.batches._loader_state import (
     LOOPS_BEFORE,
     begin_epoch,
@@ -15,40 +18,21 @@ from fasc_lightning.batches._loader_state import (
     train_loaders,
 )
 from fasc_lightning.batches._loss_graph import graph_alone
-from fasc_lightning.batches._replay import (
-    KeptBatches,
+from fasc_lightning.batches._masks import TokenMask, batch_mask
+from fasc_lightning.batches._resumable_loader import ResumableLoader, restore_loaders
+from fasc_lightning.batches._rows import backwards_of, batch_label, calibration_rows, observed_rows, replayed_rows
+from fasc_lightning.batches._sampling import MAX_SEQUENCES, MIN_SEQUENCES, sample_seeds
+from fasc_lightning.batches._scaling import LossScales, LossTerms, loss_terms_of, reads_loss
+from fasc_lightning.batches._silence import silent
+from fasc_lightning.batches._token_batches import as_token_batch, is_hf_dataset, token_batches
+from fasc_lightning.batches._tokens import TokenRows
+from fasc_lightning.batches._training_step import (
     NoLossError,
-    Place,
     TrainingStep,
     as_trained_on,
     brought,
     check_automatic,
-    on_first_process,
     takes_iterator,
-)
-from fasc_lightning.batches._resumable_loader import ResumableLoader, restore_loaders
-from fasc_lightning.batches._scaling import (
-    LossScales,
-    LossTerms,
-    TokenMask,
-    backwards_of,
-    batch_label,
-    batch_mask,
-    calibration_rows,
-    loss_terms_of,
-    observed_rows,
-    reads_loss,
-    replayed_rows,
-)
-from fasc_lightning.batches._silence import silent
-from fasc_lightning.batches._token_batches import as_token_batch, is_hf_dataset, token_batches
-from fasc_lightning.batches._tokens import (
-    MAX_SEQUENCES,
-    MIN_SEQUENCES,
-    TokenRows,
-    count_tokens,
-    identifying_tensor,
-    sample_seeds,
 )
 from fasc_lightning.batches._untouched import untouched
 

@@ -1,4 +1,4 @@
-"""How many backward passes a batch takes."""
+"""The backward passes of a batch that count."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Backwards:
-    """Which backward passes through the layers are those of a batch's loss.
+    """The backward passes through the layers that belong to a batch's loss.
 
     Attributes:
-        announced: Whether only those are that :meth:`Taps.begin_backward` announces, and not every one.
-        several: Whether several of them may go through one call of a layer, which is then counted at the end of the
-            batch with the sum of its gradients. Rows of all layers are held until then.
+        announced: Whether only passes that :meth:`Taps.begin_backward` announces count; False counts every pass.
+        several: Whether several passes may go through one call of a layer. The call is then counted at the end of the
+            batch with the sum of its gradients, and the rows of all layers stay in memory until then.
     """
 
     announced: bool = False

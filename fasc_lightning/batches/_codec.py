@@ -1,4 +1,4 @@
-"""Batches as tensors and plain data, for files that hold nothing else, and back."""
+"""Conversion of batches to tensors and plain data, for files that hold nothing else, and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fasc_lightning._utils import MAX_DEPTH, SchemaError, anything, listed, one_
 
 
 class UnsavableBatchError(TypeError):
-    """A batch holds what neither a tensor nor plain data can stand for."""
+    """A batch that cannot be written as tensors and plain data."""
 
 
 def pack_batch(value: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
@@ -20,26 +20,26 @@ def pack_batch(value: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
 
     Args:
         value: Tensors and plain values in any nesting of dict, list, tuple and transformers' BatchEncoding.
-        prefix: Of the tensors' names.
+        prefix: Prefix of the tensors' names.
 
     Returns:
-        Plain data, with names for tensors, and the tensors by name. None shares memory with another, or is a part of
-        a larger one, which a file would hold whole.
+        Plain data with names in place of tensors, and the tensors by name. No tensor shares memory with another, and
+        none is a view of a larger one, which a file would hold whole.
 
     Raises:
-        UnsavableBatchError: If the batch is of any other type, which could not be made again.
+        UnsavableBatchError: If the batch holds a value of another type, which could not be restored.
     """
     tensors: dict[str, Tensor] = {}
     return _pack(value, prefix, tensors, set()), tensors
 
 
 def _pack(value: Any, prefix: str, tensors: dict[str, Tensor], storages: set[int]) -> Any:
-    """Return plain data; put tensors, and where their memory is, into the collections."""
+    """Return plain data; add its tensors to ``tensors`` and the addresses of their memory to ``storages``."""
     if type(value) is Tensor:
         name = f"{prefix}{len(tensors)}"
         owned = value.detach().contiguous()
         storage = owned.untyped_storage()
-        # Files of safetensors refuse tensors that share memory, as labels and inputs may do.
+        # safetensors refuses tensors that share memory, as labels and inputs may do.
         if storage.data_ptr() in storages or storage.nbytes() > owned.numel() * owned.element_size():
             owned = owned.clone()
         storages.add(owned.untyped_storage().data_ptr())
@@ -58,14 +58,14 @@ def _pack(value: Any, prefix: str, tensors: dict[str, Tensor], storages: set[int
 
 
 def unpack_batch(plain: Any, tensor: Callable[[str], Tensor]) -> Any:
-    """Return the batch of which :func:`pack_batch` made plain data.
+    """Return the batch from the plain data of :func:`pack_batch`.
 
     Args:
-        plain: The data, as it was read, of any form.
-        tensor: Returns a tensor by its name.
+        plain: The data as it was read, checked here.
+        tensor: Function that returns a tensor by its name.
 
     Raises:
-        SchemaError: If the data is not of that form.
+        SchemaError: If the data does not have the form of :func:`pack_batch`.
     """
     return _unpack(plain, tensor, 0)
 
@@ -74,7 +74,7 @@ def tensor_names(plain: Any) -> set[str]:
     """Return the names of the tensors that a batch in plain data needs.
 
     Raises:
-        SchemaError: If the data is not of the form of :func:`pack_batch`.
+        SchemaError: If the data does not have the form of :func:`pack_batch`.
     """
     names: set[str] = set()
     _unpack(plain, names.add, 0)
@@ -111,11 +111,11 @@ def _key(value: Any, path: str) -> None:
         raise refuse("a name or a number as a key", value, path)
 
 
-#: Kind and content; key and content of an item of a mapping.
+#: A node is its kind and its content; an item of a mapping is its key and its node.
 _NODE = row(one_of("tensor", "value", "list", "tuple", "dict", "encoding"), anything)
 _ITEM = row(_key, anything)
 
 
 def _batch_encoding() -> Any:
-    # A batch of that type exists only where its module has been imported; importing it here would take a second.
+    # A BatchEncoding exists only if its module has been imported; an import here would take a second.
     return getattr(sys.modules.get("transformers.tokenization_utils_base"), "BatchEncoding", None)

@@ -1,4 +1,4 @@
-"""Copies of batches: tensors in any nesting and in objects of any class, each on the device that it is wanted on."""
+"""Copies of batches with tensors in any nesting and in objects of any class, each on a chosen device."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-#: What batches may refer to without owning it.
+#: Classes of objects that batches may refer to without owning them.
 _SHARED = (nn.Module, Dataset, DataLoader)
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None))
 
 
 def batch_tensors(batch: Any) -> list[Tensor]:
-    """Return the tensors of a batch, each once, in an order that a copy of it has, too."""
+    """Return the tensors of a batch, each once. A copy of the batch has the same order."""
     return [part for part in _parts(batch, set()) if isinstance(part, Tensor)]
 
 
 def copy_batch(batch: Any, device: Callable[[int, Tensor], torch.device | str] | None = None) -> Any:
     """Return a copy of a batch that shares no memory with it.
 
-    What is one object in the batch is one in the copy, and tensors that share memory do so there as well. Strings and
-    the like are shared, and so are modules, data sets and what no copy can be made of.
+    An object that occurs several times is one object in the copy, too, and tensors that share memory share it there as
+    well. Strings and numbers are shared, and so are modules, data sets and objects that cannot be copied.
 
     Args:
-        batch: Of any kind.
-        device: Takes the number of a tensor in :func:`batch_tensors` and the tensor, and returns where its copy is to
-            be. None leaves all where they are.
+        batch: Batch of any kind.
+        device: Function of a tensor's number in :func:`batch_tensors` and the tensor, which returns the copy's device.
+            None keeps each tensor's device.
     """
     memo: dict[int, Any] = {}
     storages: dict[tuple[int, torch.device], torch.UntypedStorage] = {}
@@ -46,7 +46,7 @@ def copy_batch(batch: Any, device: Callable[[int, Tensor], torch.device | str] |
 
 
 def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
-    """Yield the tensors of a batch, and objects that are no collections, each once."""
+    """Yield the tensors of a batch and its objects that are no collections, each once."""
     if isinstance(value, _PLAIN) or id(value) in seen:
         return
     seen.add(id(value))
@@ -72,19 +72,19 @@ def _copyable(part: Any) -> bool:
         return False
     try:
         copy.deepcopy(part)
-    except Exception:  # any that a class of others may raise: locks, generators, handles
+    except Exception:  # a user's class may raise any, as locks, generators and handles do
         return False
     return True
 
 
 def _copied(tensor: Tensor, device: torch.device, storages: dict[tuple[int, torch.device], Any]) -> Tensor:
-    """Return a copy of a tensor, a leaf, on a device."""
-    if type(tensor) is not Tensor:  # whose class knows how
+    """Return a copy of a tensor on a device, as a leaf."""
+    if type(tensor) is not Tensor:  # a subclass copies itself
         if tensor.is_leaf and tensor.device == device:
             return copy.deepcopy(tensor)
         return tensor.detach().clone().to(device).requires_grad_(tensor.requires_grad)
     strided = tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_conj() or tensor.is_neg())
-    # A part of a much larger tensor, of a whole data set perhaps, does not take that along.
+    # A slice of a much larger tensor, such as a whole data set, is copied without the rest of its storage.
     if not strided or tensor.untyped_storage().nbytes() > 2 * tensor.nbytes:
         return tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad)
     storage = tensor.untyped_storage()

@@ -1,8 +1,8 @@
-"""Where a training stands in its data and its random numbers, so that it can go on from there in another process.
+"""The position of a fit in its data and its random numbers, from which another process can continue.
 
-Lightning keeps the state of stateful loaders, but of the first process only, without the order that a sampler drew
-before Lightning dealt it out to several, as of the batch that it has fetched ahead where the loader has no length; and
-it restores the state before samplers know their epoch.
+Lightning saves the state of stateful loaders, but with gaps. It saves the first process's state only. It leaves out the
+order that a sampler drew before Lightning distributed it over processes. For a loader without a length it saves the
+state after the batch that it has fetched ahead. And it restores the state before samplers know their epoch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fasc_lightning.batches._codec import UnsavableBatchError, pack_batch, tenso
 
 
 def obstacle(trainer: pl.Trainer) -> str:
-    """Return why another process could not go on with the next batch of a fit; "" if it can."""
+    """Return why another process could not continue with the next batch of a fit; "" if it can."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     if progress.processed != progress.ready:
         return "it was saved in the middle of a batch"
@@ -51,7 +51,7 @@ def obstacle(trainer: pl.Trainer) -> str:
         name = type(loader).__name__
         if not is_stateful(loader):
             return f"its {name} is not stateful, as torchdata's StatefulDataLoader is"
-        # torchdata has its own, which keeps the order; an order drawn anew would repeat batches and leave others out.
+        # torchdata has samplers that keep the order. A newly drawn order would repeat some batches and skip others.
         for sampler in _samplers(loader):
             drawn = isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler)
             if drawn and not is_stateful(sampler):
@@ -67,9 +67,9 @@ def obstacle(trainer: pl.Trainer) -> str:
 
 
 def position(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return this process's position: its loaders' states, batches fetched ahead and random generators.
+    """Return this process's position: the states of its loaders, batches fetched ahead and random generators.
 
-    In plain data and tensors. There must be no :func:`obstacle`.
+    The position is plain data and tensors. There must be no :func:`obstacle`.
     """
     fetched, tensors = pack_batch(list(trainer.fit_loop._data_fetcher.batches))  # type: ignore[union-attr]
     return {
@@ -81,10 +81,10 @@ def position(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def check_position(state: Any, path: str) -> None:
-    """Refuse what is not a :func:`position`; what loaders keep only they can judge.
+    """Check that a value is a :func:`position`. The loaders' own states are left to the loaders.
 
     Raises:
-        SchemaError: With the entry.
+        SchemaError: If it is none; the error names the entry.
     """
     _POSITION(state, path)
     fetched = state["fetched"]
@@ -121,10 +121,10 @@ _POSITION = record(
 
 
 def restore_position(trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
-    """Continue from a position, as training starts: after Lightning has made the loaders, before the first batch.
+    """Restore a position when training starts: after Lightning has made the loaders, before the first batch.
 
     Raises:
-        ValueError: If the loaders are others, or do not take their states.
+        ValueError: If the number of loaders differs, or a loader does not accept its state.
     """
     found, expected = len(train_loaders(trainer)), len(state["loaders"])
     if found != expected or found != len(state["orders"]):
@@ -138,7 +138,7 @@ def restore_position(trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
     assert isinstance(fetcher, _PrefetchDataFetcher)
     try:
         combined._load_state_dicts(state["loaders"])
-    except Exception as error:  # whatever a loader makes of a state that is not its own
+    except Exception as error:  # a loader may raise any error for a state that is not its own
         raise ValueError(
             f"Expected the loaders to take the states that the checkpoint {trainer.ckpt_path} holds of them, but they "
             f"did not: {type(error).__name__}: {error}. HINT: the same loaders, or another checkpoint."
@@ -153,11 +153,11 @@ def restore_position(trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
 
 
 def begin_epoch(trainer: pl.Trainer) -> None:
-    """Let a resumed training begin a new epoch if that of its checkpoint had ended; as training starts.
+    """Begin a new epoch when a resumed training starts, if the epoch of its checkpoint had ended.
 
-    Lightning would go on with stateful loaders where they had nothing left, and miscount epochs, some of them empty,
-    after a checkpoint of an epoch's last batch or, with `max_steps`, of its end. What is left of an epoch after its
-    validation it runs by itself.
+    After a checkpoint of an epoch's last batch, or with `max_steps` of its end, Lightning would continue with exhausted
+    stateful loaders and miscount epochs, some of them empty. Lightning itself runs the rest of an epoch after its
+    validation.
     """
     loop = trainer.fit_loop
     epoch_loop, epochs = loop.epoch_loop, loop.epoch_progress
@@ -169,14 +169,14 @@ def begin_epoch(trainer: pl.Trainer) -> None:
         epoch_loop._batches_that_stepped += 1
     for counts in (epochs.total, epochs.current):
         counts.ready = counts.started = counts.completed = counts.processed  # type: ignore[attr-defined]
-    for inner in (loop, epoch_loop, epoch_loop.val_loop):  # what begins is no restart
+    for inner in (loop, epoch_loop, epoch_loop.val_loop):  # a new epoch is no restart
         inner._restarting = False
         inner.reset_restart_stage()
     _iterate(trainer)
 
 
 def _iterate(trainer: pl.Trainer) -> None:
-    """Make new iterators of the loaders, whose samplers know the epoch."""
+    """Make new iterators of the loaders, whose samplers then know the epoch."""
     loop = trainer.fit_loop
     epochs: Any = loop.epoch_progress.current
     for loader in train_loaders(trainer):
@@ -186,11 +186,10 @@ def _iterate(trainer: pl.Trainer) -> None:
 
 
 def loops_before(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return Lightning's loops, its schedulers and what they set, and whether it is told to stop, before a batch.
+    """Return the states of Lightning's loops, schedulers and their settings before the batch that starts now.
 
-    That is the batch that starts now.
-
-    Loaders are left out: that batch has been taken from them. They start from the beginning then.
+    The state of the loaders is left out, since the batch has been taken from them. Without it they start from the
+    beginning. The result also holds whether the Trainer is to stop.
     """
     loops = trainer.fit_loop.state_dict()
     loops["state_dict"].pop("combined_loader", None)
@@ -212,7 +211,7 @@ def loops_before(trainer: pl.Trainer) -> dict[str, Any]:
 _COUNT = integer(0)
 _PROGRESS = record({name: mapping(_COUNT) for name in ("total", "current")}, extra=True)
 
-#: Of what :func:`loops_before` returns. Further entries of the loops are Lightning's.
+#: Schema of the result of :func:`loops_before`. Further entries of the loops belong to Lightning.
 LOOPS_BEFORE = record(
     {
         "loops": record(
@@ -235,22 +234,22 @@ LOOPS_BEFORE = record(
 
 
 def go_back(checkpoint: dict[str, Any], before: Mapping[str, Any]) -> None:
-    """Let Lightning restore a checkpoint's training as it was :func:`loops_before` a batch, with later weights.
+    """Set a checkpoint's loops back to :func:`loops_before` an earlier batch; its weights stay the later ones.
 
     Args:
-        checkpoint: That Lightning has read and is going to restore its loops from.
-        before: From an earlier time of the same fit.
+        checkpoint: Checkpoint that Lightning has read and is about to restore its loops from; changed in place.
+        before: Result of :func:`loops_before` at an earlier time of the same fit.
     """
     checkpoint["loops"]["fit_loop"] = before["loops"]
     checkpoint["lr_schedulers"] = before["lr_schedulers"]
-    # Neither is strict: the checkpoint may be of other optimizers, which is for Lightning to say.
+    # Neither zip is strict: the checkpoint may have other optimizers, which Lightning reports.
     for state, groups in zip(checkpoint.get("optimizer_states", ()), before["param_groups"], strict=False):
         for group, settings in zip(state["param_groups"], groups, strict=False):
             group.update(settings)
 
 
 def _order(loader: Any) -> dict[str, Any] | None:
-    """Return the order that a loader's own sampler drew before Lightning dealt it out, and the sampler's generator."""
+    """Return the order that a loader's own sampler drew before distribution, and the state of its generator."""
     own = _dealt_out(loader)
     if own is None:
         return None
@@ -261,7 +260,7 @@ def _order(loader: Any) -> dict[str, Any] | None:
 
 @contextmanager
 def _drawn(loaders: Sequence[Any], orders: Sequence[Mapping[str, Any] | None]) -> Iterator[None]:
-    """Let iterators that are made now have orders drawn in another process."""
+    """Give iterators that are made inside this context the orders drawn in another process."""
     wrappers = [(_dealt_out(loader), order) for loader, order in zip(loaders, orders, strict=True)]
     given = [(own, order, own._sampler) for own, order in wrappers if own is not None and order is not None]
     with undoing() as undo:
@@ -273,7 +272,7 @@ def _drawn(loaders: Sequence[Any], orders: Sequence[Mapping[str, Any] | None]) -
 
 
 def _dealt_out(loader: Any) -> Any:
-    """Return what holds a loader's own sampler where Lightning deals it out to processes and it has an order."""
+    """Return the holder of a loader's own sampler, if Lightning distributes it over processes and it has an order."""
     for sampler in _samplers(loader):
         if isinstance(sampler, DistributedSamplerWrapper):
             own: Any = sampler.dataset
@@ -286,11 +285,11 @@ def _samplers(loader: Any) -> list[Any]:
 
 
 def train_loaders(trainer: pl.Trainer) -> Sequence[Any]:
-    """Return the loaders of a fit; none before Lightning has made them."""
+    """Return the training loaders of a fit; none before Lightning has made them."""
     combined = trainer.fit_loop._combined_loader
     return [] if combined is None else combined.flattened
 
 
 def is_stateful(value: Any) -> bool:
-    """Tell whether a loader or sampler can say where it is, and go on from there."""
+    """Return whether a loader or sampler can save and restore its position."""
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))

@@ -1,8 +1,8 @@
-"""Over how many terms a loss is a mean, as its autograd graph tells; the graph is read and never run or changed.
+"""The number of terms that a loss averages, read from its autograd graph.
 
-A loss ends in a few operations on single numbers: a mean, or a sum and a division, of its terms; factors; other losses
-that are added. Cross entropy keeps its own normalisation, the number of targets that are not ignored. From the loss
-backwards through those operations, this finds what is averaged.
+A loss ends in a few operations on single numbers: a mean, or a sum and a division, of its terms; factors; sums with
+other losses. Cross entropy saves its own normalisation, the number of targets that are not ignored. This module walks
+from the loss backwards through these operations to the averaged terms. It reads the graph and never runs or changes it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: Operations that pass a single number on, by the name of their node without its number.
+#: Operations that pass a single number on, by their node's name without "Backward" and its number.
 _PASSES = {
     "ToCopy", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Alias", "Expand", "Permute",
     "AsStrided", "LiftFresh",
@@ -29,16 +29,16 @@ _ELEMENTWISE = {
 }  # fmt: skip
 _SUMS = {"Sum", "Nansum", "Dot", "Bmm", "Mm"}  # products of two vectors, also as einsum makes them
 _NONE, _MEAN, _SUM = range(3)
-#: Nodes that are looked at: aux losses may be sums over thousands of parameters.
+#: Most nodes that are visited: auxiliary losses may be sums over thousands of parameters.
 _MOST = 20_000
 
 
 class LossCount(NamedTuple):
-    """What a graph tells of a loss.
+    """The terms of a loss.
 
     Attributes:
-        terms: Over how many terms it is a mean; 1 of a sum.
-        empty: Whether there is nothing to predict: each of its targets is ignored.
+        terms: Number of terms that the loss averages; 1 for a sum.
+        empty: Whether there is nothing to predict: every target is ignored.
     """
 
     terms: float
@@ -46,22 +46,22 @@ class LossCount(NamedTuple):
 
 
 class _Kind(IntEnum):
-    """Of what a part of a loss is made, by how sure it is that its terms are those that matter."""
+    """The kind of a part of a loss. A higher kind more surely has the terms that matter."""
 
     SUM = 0  # not divided: a penalty on weights, or a loss that is one sum
     AVERAGE = 1
-    ELEMENTS = 2  # a loss of PyTorch's own
-    TARGETS = 3  # that knows its targets, tokens or classes
+    ELEMENTS = 2  # an elementwise loss of PyTorch
+    TARGETS = 3  # a loss with targets: tokens or classes
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One reduction that a loss is made of.
+    """One reduction inside of a loss.
 
     Attributes:
-        kind: Of what it is made.
-        terms: Over how many terms it is a mean.
-        weight: Its factor in the loss if it is a mean; None of a sum, where factors and terms are one.
+        kind: Kind of the reduction.
+        terms: Number of terms that it averages.
+        weight: Its factor in the loss if it is a mean; None for a sum, whose factor is part of ``terms``.
         empty: Whether it has no target.
     """
 
@@ -73,21 +73,22 @@ class _Part:
 
 class _Place(NamedTuple):
     node: Any
-    factor: float  # by which the node's number is multiplied
-    divisor: float  # and by which it is divided
+    factor: float  # multiplies the node's number
+    divisor: float  # divides the node's number
 
 
 def count_terms(loss: Tensor, factor: float = 1.0, divisor: float = 1.0) -> LossCount | None:
-    """Return over how many terms a loss is a mean; None if its graph does not tell.
+    """Return the number of terms that a loss averages; None if its graph does not show it.
 
-    Of several losses that are added, those decide that know their targets (cross entropy), else those that PyTorch
-    averages, else means and divided sums made by hand; of several alike, a mean of means has the terms of all of them,
-    and else the most terms decide. Factors belong to the terms: of ``0.5 * cross_entropy(...)`` each counts half.
+    In a sum of several losses, losses with targets (cross entropy) decide; without them elementwise losses of PyTorch;
+    without these means and divided sums made by hand. Among several losses of the deciding kind, a mean of means has
+    the terms of all of them; otherwise the largest number of terms decides. Factors belong to the terms: in
+    ``0.5 * cross_entropy(...)`` each term counts half.
 
     Args:
         loss: A scalar, before its backward pass.
-        factor: What others have multiplied it by since it was made: a gradient scaler.
-        divisor: What others have divided it by: the batches of an accumulation.
+        factor: Factor applied to the module's loss, such as a gradient scaler's.
+        divisor: Divisor applied to the module's loss, such as the number of accumulated batches.
 
     Example:
         >>> import torch
@@ -107,7 +108,7 @@ def count_terms(loss: Tensor, factor: float = 1.0, divisor: float = 1.0) -> Loss
 
 
 def _joined(parts: list[_Part]) -> float:
-    """Return the number of terms of losses of one kind that are added."""
+    """Return the number of terms of a sum of losses of one kind."""
     weights = [part.weight for part in parts if part.weight is not None]
     if len(weights) == len(parts) > 1 and math.isclose(sum(weights), 1, rel_tol=1e-4):
         shares = [weight / part.terms if part.terms else math.inf for weight, part in zip(weights, parts, strict=True)]
@@ -121,7 +122,7 @@ def _alike(values: list[float]) -> bool:
 
 
 def _parts(start: _Place) -> list[_Part]:
-    """Return the reductions behind a scalar; none of a graph that is too large to be looked through."""
+    """Return the reductions behind a scalar; none for a graph with too many nodes."""
     parts: list[_Part] = []
     open_: list[_Place] = [start]
     for _ in range(_MOST):
@@ -149,7 +150,7 @@ def _parts(start: _Place) -> list[_Part]:
 
 
 def _scaled(name: str, place: _Place, children: list[Any]) -> Iterator[_Place]:
-    """Yield what a product or a quotient of numbers is made of; a factor with a graph of its own is a number, too."""
+    """Yield the factors of a product, or the dividend of a quotient, that have graphs; each scales the other."""
     other = _number(_saved(place.node, "other"))
     if children[0] is not None and other is not None:
         if name == "Mul":
@@ -163,7 +164,7 @@ def _scaled(name: str, place: _Place, children: list[Any]) -> Iterator[_Place]:
 
 
 def _stacked(name: str, node: Any, children: list[Any]) -> list[Any] | None:
-    """Return the losses that were put side by side before they were reduced; None if that is not what was done."""
+    """Return the losses that a node reduces after a stack or a concatenation; None if there was neither."""
     if name not in ("Mean", "Sum") or not children or children[0] is None or _name(children[0]) not in ("Stack", "Cat"):
         return None
     losses = [child for child, _ in children[0].next_functions]
@@ -171,7 +172,7 @@ def _stacked(name: str, node: Any, children: list[Any]) -> list[Any] | None:
 
 
 def _reduction(name: str, place: _Place) -> _Part | None:
-    """Return the part of a loss that a node reduces from many numbers to one; None if it does not, or nobody knows."""
+    """Return the part of a loss that a node reduces from many numbers to one; None if it is no known reduction."""
     node, factor, divisor = place
     weight = factor / divisor if divisor else math.inf
     if name in _MASKED and (targets := _number(_saved(node, "total_weight"))) is not None:
@@ -200,7 +201,7 @@ class _Divided(NamedTuple):
 
 
 def _divided(factor: float, divisor: float, elements: float) -> _Divided:
-    """Return by how many terms a sum is divided: a divisor says it, and a factor that is one over a whole number."""
+    """Return the number by which a sum is divided: a divisor, or a factor that is one over a whole number."""
     if divisor == 0:
         return _Divided(_Kind.AVERAGE, 0.0)
     if not math.isclose(divisor, 1, rel_tol=1e-6):
@@ -211,7 +212,7 @@ def _divided(factor: float, divisor: float, elements: float) -> _Divided:
 
 
 def _within(node: Any) -> float:
-    """Return over how many terms each number is a mean that a node reduces: of means over one dimension and another."""
+    """Return how many terms each input of a node averages, if means over several dimensions follow each other."""
     terms = 1.0
     for _ in range(16):
         node = node.next_functions[0][0] if node.next_functions else None
@@ -226,7 +227,7 @@ def _within(node: Any) -> float:
 
 
 def _averaged(node: Any) -> float:
-    """Return over how many numbers a mean goes, along some dimensions or all."""
+    """Return the number of values that a mean averages, over some dimensions or all."""
     sizes = getattr(node, "_saved_self_sym_sizes", None)
     if sizes is None:
         return 1.0
@@ -238,7 +239,7 @@ def _averaged(node: Any) -> float:
 
 
 def _elements(node: Any) -> int | None:
-    """Return how many numbers a node reduces; None if it does not say."""
+    """Return the number of values that a node reduces; None if the node does not save it."""
     sizes = getattr(node, "_saved_self_sym_sizes", None)
     return None if sizes is None else math.prod(sizes)
 
@@ -250,7 +251,7 @@ def _name(node: Any) -> str:
 
 
 def _saved(node: Any, what: str) -> Any:
-    """Return what a node has saved for its backward pass; None if it has not, or reading it would run a forward."""
+    """Return a value that a node saved for its backward pass; None if there is none, or reading it runs a forward."""
     raw = getattr(node, f"_raw_saved_{what}", None)
     if type(getattr(raw, "data", None)).__module__ == "torch.utils.checkpoint":
         return None
@@ -261,7 +262,7 @@ def _saved(node: Any, what: str) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """Return a single number; None of anything else."""
+    """Return a single number as a float; None for anything else."""
     if isinstance(value, Tensor):
         return float(value.detach()) if value.numel() == 1 else None
     return float(value) if isinstance(value, int | float) else None
@@ -269,7 +270,7 @@ def _number(value: Any) -> float | None:
 
 @contextmanager
 def graph_alone() -> Iterator[None]:
-    """Let a forward make a graph that :func:`count_terms` can read, and that holds no activations: it cannot be run."""
+    """Make forwards in this context build a graph for :func:`count_terms` without activations; it cannot be run."""
 
     def pack(value: Tensor) -> Tensor | torch.Size:
         return value.detach() if value.numel() == 1 else value.shape

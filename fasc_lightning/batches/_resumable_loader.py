@@ -1,4 +1,4 @@
-"""A loader whose place in an epoch goes into checkpoints, so that a resumed fit goes on with the next batch."""
+"""A loader whose position in an epoch is saved in checkpoints, so that a resumed fit continues with the next batch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing_extensions import override
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader in a fixed order that tells how many batches of an epoch it has given, and can go on after them.
+    """A DataLoader in a fixed order that counts the batches of an epoch, and can continue after them.
 
-    Lightning keeps the state of loaders that have one; with others, a fit that is resumed in the middle of an epoch
-    begins with its first batches again. For loaders without shuffling and without workers, of which every epoch takes
-    all batches: after one cut short by ``limit_train_batches`` it would go on with the rest.
+    Lightning saves the state of loaders that have one. With other loaders, a fit resumed in the middle of an epoch
+    repeats its first batches. This loader works without shuffling and without workers, and for epochs that take all
+    batches: after an epoch cut short by ``limit_train_batches`` it would continue with the rest.
     """
 
     _given = 0
@@ -31,19 +31,19 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many batches of the epoch were given; at its end that is none of the next one."""
+        """Return the number of batches given in this epoch; 0 at its end, for the next epoch."""
         return {"given": self._given % max(1, len(self))}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Begin the next iteration after the batches that were given."""
+        """Begin the next iteration after the batches already given."""
         self._given = self._skip = state_dict["given"]
 
 
 def restore_loaders(trainer: pl.Trainer) -> None:
-    """Give stateful loaders what a checkpoint has of them, as training starts, if that has not been done.
+    """Load a checkpoint's states into stateful loaders when training starts, unless Lightning has done so.
 
-    Lightning makes the loaders when something first asks for the length of the fit, as a learning rate's schedule does
-    in ``configure_optimizers``: before it reads the loops' state, which the loaders then never get.
+    Lightning makes the loaders when something first asks for the length of the fit, such as a learning rate's schedule
+    in ``configure_optimizers``. That is before it reads the loops' state, which these loaders then never get.
     """
     loop = trainer.fit_loop
     if loop._combined_loader_states_to_load and loop._data_fetcher is not None:

@@ -1,4 +1,4 @@
-"""Everything by which a training step tells the world of itself, silenced: it runs again, but nothing happened."""
+"""Silence for a training step that runs again: nothing is logged or printed."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from lightning.pytorch.loggers.logger import DummyExperiment, DummyLogger
 
 from fasc_lightning._utils import undoing
 
-#: Methods of a LightningModule that report; those that log are errors outside of the training loop.
+#: Methods of a LightningModule that log or print. Logging is an error outside of the training loop.
 _REPORTS = ("log", "log_dict", "print")
 
 
 @contextmanager
 def silent(module: pl.LightningModule) -> Iterator[None]:
-    """Let a training step run outside of the training loop: what it logs and prints through Lightning goes nowhere.
+    """Silence a training step, so that it can run outside of the training loop.
 
-    That is by ``self.log``, ``self.log_dict`` and ``self.print``, by the Trainer's loggers, which keep their names and
-    folders, and by loggers and tensorboard writers that the module holds as attributes.
+    ``self.log``, ``self.log_dict`` and ``self.print`` do nothing. The Trainer's loggers, which keep their names and
+    folders, drop their input, as do loggers and tensorboard writers that are attributes of the module.
 
     Args:
-        module: Of the step; LightningModules in it are silenced, too.
+        module: Module of the step; LightningModules inside of it are silenced, too.
     """
     with undoing() as undo:
         for part in module.modules():
             if isinstance(part, pl.LightningModule):
                 for name in _REPORTS:
-                    undo.set(part, name, _say_nothing)
+                    undo.set(part, name, _do_nothing)
             for name, value in list(vars(part).items()):
                 if isinstance(value, Logger):
                     undo.set(part, name, MutedLogger(value))
@@ -45,10 +45,10 @@ def silent(module: pl.LightningModule) -> Iterator[None]:
 
 
 class MutedLogger(DummyLogger):
-    """A logger that only has another one's name, version and folders; and, for those who ask, its class.
+    """A logger that drops its input. It has another logger's name, version, folders and apparent class.
 
     Args:
-        logger: The other one.
+        logger: The other logger.
     """
 
     def __init__(self, logger: Logger) -> None:
@@ -56,41 +56,41 @@ class MutedLogger(DummyLogger):
         self._logger = logger
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # a step may log nothing, or fail, where its logger is of another class
+    def __class__(self) -> Any:  # a step may check its logger's class
         return type(self._logger)
 
     @property
     def name(self) -> str | None:  # type: ignore[override]
-        """Of the other one."""
+        """Name of the other logger."""
         return self._logger.name
 
     @property
     def version(self) -> int | str | None:  # type: ignore[override]
-        """Of the other one."""
+        """Version of the other logger."""
         return self._logger.version
 
     @property
     def save_dir(self) -> str | None:
-        """Of the other one."""
+        """Save folder of the other logger."""
         return self._logger.save_dir
 
     @property
     def log_dir(self) -> str | None:
-        """Of the other one, where it has one."""
+        """Log folder of the other logger, or None."""
         return getattr(self._logger, "log_dir", None)
 
     @property
     def root_dir(self) -> str | None:
-        """Of the other one, where it has one."""
+        """Root folder of the other logger, or None."""
         return getattr(self._logger, "root_dir", None)
 
 
-def _say_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand in for a method that reports."""
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for a method that logs or prints."""
     del args, kwargs
 
 
 def _writers() -> tuple[type, ...]:
-    """Return the classes of tensorboard's writers, of packages that have been imported."""
+    """Return the classes of tensorboard's writers in packages that have been imported."""
     names = ("torch.utils.tensorboard.writer", "tensorboardX")
     return tuple(sys.modules[name].SummaryWriter for name in names if name in sys.modules)

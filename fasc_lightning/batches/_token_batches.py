@@ -1,4 +1,4 @@
-"""Batches of a language model, in the forms that people have them in: made tensors of (samples, length), or refused."""
+"""Batches of a language model in the usual forms, converted to tensors of shape (samples, length) or refused."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from fasc_lightning._utils import some_names
 
 
 def as_token_batch(batch: Any, label: str = "a batch") -> Mapping[str, Any]:
-    """Return a batch as a mapping of tensors; the batch itself if it is one.
+    """Return a batch as a mapping of tensors; the batch itself if it already is one.
 
-    Lists of numbers and NumPy arrays become tensors; one sequence without a dimension of samples becomes a batch of
-    one. Text and None are left out.
+    Lists of numbers and NumPy arrays become tensors. A sequence without a dimension of samples becomes a batch of one.
+    Text and None are left out.
 
     Args:
-        batch: As a loader made it.
-        label: Names it in messages.
+        batch: Batch as a loader made it.
+        label: Name of the batch, for messages.
 
     Returns:
-        With "input_ids" of shape (samples, length).
+        A mapping with "input_ids" of shape (samples, length).
 
     Raises:
-        TypeError: If it does not hold token ids, or their meaning cannot be told.
-        ValueError: If sequences are of unequal lengths, or shapes disagree.
+        TypeError: If the batch has no token ids, or their form is ambiguous.
+        ValueError: If sequences have unequal lengths, or shapes disagree.
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise TypeError(
@@ -55,7 +55,9 @@ def as_token_batch(batch: Any, label: str = "a batch") -> Mapping[str, Any]:
         )
     for key in ("attention_mask", "labels"):
         other = found.get(key)
-        flat = isinstance(other, Tensor) and (key == "labels" or other.ndim < 3)  # masks of four dimensions are whole
+        flat = isinstance(other, Tensor) and (
+            key == "labels" or other.ndim < 3
+        )  # masks of four dimensions have other shapes
         if other is not None and (not isinstance(other, Tensor) or (flat and other.shape != ids.shape)):
             got = tuple(other.shape) if isinstance(other, Tensor) else f"a {type(other).__name__}"
             raise ValueError(
@@ -67,7 +69,7 @@ def as_token_batch(batch: Any, label: str = "a batch") -> Mapping[str, Any]:
 
 
 def _remedy(batch: Any) -> str:
-    """Return what to do with a batch without token ids."""
+    """Return a hint for a batch without token ids."""
     if _is_text(batch) or (isinstance(batch, Mapping) and any(map(_is_text, batch.values()))):
         return "HINT: tokenise text first, tokenizer(text, return_tensors='pt')."
     if isinstance(batch, Mapping):
@@ -76,7 +78,7 @@ def _remedy(batch: Any) -> str:
 
 
 def _as_tensor(value: Any, key: str, label: str) -> Any:
-    """Return numbers as a tensor; anything else as it is."""
+    """Return numbers as a tensor and other values unchanged."""
     if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
         raise TypeError(
             f"Expected {key!r} as a tensor but got a list of {len(value)} tensors ({label}): sequences, or, as "
@@ -109,7 +111,7 @@ def _one_sample(value: Any, length: int) -> Any:
 
 
 def is_hf_dataset(data: Any) -> bool:
-    """Tell whether data is a data set of the datasets library, or several by the names of their splits."""
+    """Return whether data is a data set of the datasets library, or a mapping of its splits."""
     return type(data).__module__.partition(".")[0] == "datasets"
 
 
@@ -117,11 +119,11 @@ class TokenSamples(Dataset[Mapping[str, Any]]):
     """The rows of a tokenised data set of the datasets library, each a batch of one sequence.
 
     Args:
-        rows: The data set; whichever format is set.
-        model: Whose forward says which columns are for it.
+        rows: The data set, in any format.
+        model: Model whose forward's parameters choose the columns.
 
     Raises:
-        TypeError: If it holds no token ids.
+        TypeError: If the data set has no token ids.
     """
 
     def __init__(self, rows: Any, model: nn.Module) -> None:
@@ -134,7 +136,7 @@ class TokenSamples(Dataset[Mapping[str, Any]]):
             )
         self.rows = rows.select_columns([column for column in columns if column in taken])
         if len(self.rows):
-            self[0]  # refuses rows that cannot be read before anything runs
+            self[0]  # an unreadable row is an error before anything runs
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -151,8 +153,8 @@ def token_batches(data: Iterable[Any], model: nn.Module) -> Any:
         model: The language model.
 
     Raises:
-        TypeError: As :func:`as_token_batch`.
-        ValueError: Likewise.
+        TypeError: If a batch has no token ids, or their form is ambiguous.
+        ValueError: If sequences have unequal lengths, or shapes disagree.
     """
     if is_hf_dataset(data) and hasattr(data, "select_columns") and hasattr(data, "__len__"):
         return TokenSamples(data, model)

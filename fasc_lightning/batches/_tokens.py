@@ -1,33 +1,26 @@
-"""Which tokens of a batch count, and how its gradients are scaled back to those of a sum of token losses."""
+"""The tokens of a batch that enter the statistics, and the scale of its gradients."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-#: Most sequences that a sample for the dependence score is taken from.
-MAX_SEQUENCES = 24
-
-#: Fewest sequences whose pairs and orders say anything of dependence. Where a batch has fewer, each gives no more than
-#: this share of a sample, so that samples of several batches can be put together.
-MIN_SEQUENCES = 4
+from fasc_lightning.batches._sampling import allotted, mixed_seed, sample_sequences, spread_tokens
 
 
 @dataclass(frozen=True)
 class LossScale:
-    """What a batch's loss says of its gradients.
+    """The scale of a batch's gradients, by its loss.
 
     Attributes:
-        scale: Factor that turns a gradient of the loss into one of the sum of its token losses.
-        empty: Whether the loss has no term, as where every label is ignored: there is nothing to learn from.
-        doubt: Why the scale is a guess; "" where it is known.
+        scale: Factor that turns a gradient of the loss into a gradient of the sum of its token losses.
+        empty: Whether the loss has no term, for example because every label is ignored.
+        doubt: Why the scale is a guess; "" if it is known.
     """
 
     scale: float
@@ -40,19 +33,19 @@ class TokenRows:
     """The tokens of one batch that enter the statistics.
 
     Attributes:
-        label: Names the batch in messages.
+        label: Name of the batch, for messages.
         mask: True for real tokens, False for padding, shape (samples, length); None if there is no padding.
-        scale: Factor that turns a gradient of the batch's loss into one of the sum of its token losses.
+        scale: Factor that turns a gradient of the batch's loss into a gradient of the sum of its token losses.
         fraction: Share of the tokens that is kept.
-        sample_seeds: One seed for each sample of the batch; needed when ``fraction`` < 1. The tokens that are scored
-            depend on them, too.
-        may_overflow: Whether a GradScaler is at work, which makes gradients overflow now and then and skips such a
-            step; the taps then leave the rest of the batch out.
-        overflowed: Whether that has happened, or the loss has no term: gradients that arrive are left out.
-        sample: Keep about so many tokens, alike from each sequence, instead of all (:func:`sample_sequences`): of each
-            one more, in place of one whose gradient turns out to be zero.
-        scored: Whether dependence scores take a sample of the tokens that count.
-        scale_of: Returns the scale by the batch's loss, once there is one; None where ``scale`` is final.
+        sample_seeds: One seed for each sample of the batch; needed when ``fraction`` < 1. The scored tokens depend on
+            them, too.
+        may_overflow: Whether a GradScaler is active. Its gradients overflow now and then and it skips the step; the
+            taps then leave out the rest of the batch.
+        overflowed: Whether a gradient has overflowed, or the loss has no term: arriving gradients are left out.
+        sample: Number of tokens to keep, about equally many from each sequence (:func:`sample_sequences`); None keeps
+            all. Each sequence keeps one more, which can replace a token whose gradient is zero.
+        scored: Whether dependence scores take a sample of the counted tokens.
+        scale_of: Function that returns the scale from the batch's loss; None if ``scale`` is final.
     """
 
     label: str = "the batch"
@@ -71,21 +64,21 @@ class TokenRows:
     _lengths: dict[tuple[int, ...], list[int]] = field(default_factory=dict, repr=False)
     _sequences: dict[int, int] = field(default_factory=dict, repr=False)
     _noted: tuple[int, ...] = field(default=(), repr=False)  # shape of the ids
-    # Of activations whose counted rows do not come sequence by sequence, by the number of these rows: the order in
-    # which they would, if it is another, and the lengths of the sequences.
+    # For activations whose counted rows do not come sequence by sequence, by the number of rows: the order that sorts
+    # them by sequence, None if they are sorted, and the lengths of the sequences.
     _regrouped: dict[int, tuple[Tensor | None, list[int]]] = field(default_factory=dict, repr=False)
 
     def take_loss(self, loss: Tensor) -> LossScale:
-        """Take the scale from the loss whose gradients are about to arrive, and leave out a batch that has no term.
+        """Set the scale from the loss whose gradients are about to arrive; a loss without terms leaves the batch out.
 
         Args:
-            loss: Before its backward pass, as it is sent backwards.
+            loss: The loss, before its backward pass.
 
         Raises:
-            ValueError: If its terms cannot be counted.
+            ValueError: If the terms of the loss cannot be counted.
         """
         found = LossScale(self.scale) if self.scale_of is None else self.scale_of(loss)
-        # Of several losses in one batch, as manual optimisation sends them, that of the most terms is taken for all.
+        # Manual optimisation may send several losses in one batch: the scale with the most terms serves for all.
         self.scale = max(self.scale, found.scale) if self._announced and not found.empty else found.scale
         if found.empty != self._empty:
             self.overflowed = self._empty = found.empty
@@ -93,17 +86,17 @@ class TokenRows:
         return found
 
     def index(self, leading: tuple[int, ...], device: torch.device) -> Tensor | None:
-        """Return which of the flattened tokens count.
+        """Return the row numbers of the counted tokens in a flattened activation.
 
         Args:
             leading: Shape of an activation without its features: (samples, length), (samples * length,), (samples,),
-                (length, samples), or (samples, height, width) and the like. The mask applies where the tokens are as
-                many as it has.
-            device: Where the index is wanted.
+                (length, samples), or (samples, height, width) and the like. The mask applies if it has the same number
+                of tokens.
+            device: Device of the index.
 
         Returns:
-            Row numbers, or None when every token counts. They ascend, but where a sample is taken of sequences that
-            come last, those of one sequence come after those of the other.
+            Row numbers, or None if every token counts. They ascend, except for a sample of an activation of shape
+            (length, samples), whose rows come sequence by sequence.
         """
         key = (leading, device)
         if key not in self._cache:
@@ -117,11 +110,11 @@ class TokenRows:
         return self._cache[key]
 
     def routed(self, tokens: Tensor, total: int) -> tuple[Tensor, list[int]]:
-        """Return which rows of an expert's activations count, in the order of :meth:`index`, and how many a sequence.
+        """Return an expert's counted rows in the order of :meth:`index`, and their number in each sequence.
 
         Args:
-            tokens: The token of each row, shape (rows,), each at most once.
-            total: Number of all tokens, of which sequences are made; their activation is (total, features).
+            tokens: The token number of each row, shape (rows,), each at most once.
+            total: Number of tokens in all sequences; their activation has shape (total, features).
         """
         counted = self.index((total,), tokens.device)
         lengths = self.lengths((total,))
@@ -137,65 +130,65 @@ class TokenRows:
         return order, sequence[tokens[order]].bincount(minlength=len(lengths)).tolist()
 
     def note(self, ids: Tensor | None) -> None:
-        """Take note of the sequences of a batch of token ids, for activations that are one row of all tokens.
+        """Record the shape of a batch of token ids, for activations of shape (tokens, features).
 
-        The first layers that run tell as well, but hooks may be on experts alone.
+        The first layers that run show the sequences as well, but experts alone may have hooks.
 
         Args:
-            ids: Shape (samples, length); anything else says nothing.
+            ids: Token ids, shape (samples, length); other tensors are ignored.
         """
         if ids is not None and ids.ndim == 2 and not ids.is_floating_point():
             self._sequences.setdefault(ids.numel(), len(ids))
             self._noted = tuple(ids.shape)
 
     def lengths(self, leading: tuple[int, ...]) -> list[int]:
-        """Return how many counted tokens each sequence of an activation has, after :meth:`index` of its shape."""
+        """Return the number of counted tokens of each sequence of an activation, after :meth:`index` of its shape."""
         return self._lengths[leading]
 
     def choose(self, alive: Tensor, lengths: list[int], tokens: int) -> Tensor:
         """Choose counted rows of an activation to score (:func:`sample_sequences`).
 
         Args:
-            alive: Which of the rows have a gradient, shape (rows,), on the CPU.
-            lengths: How many rows each sequence has, as the taps say.
-            tokens: At most so many.
+            alive: Mask of the rows that have a gradient, shape (rows,), on the CPU.
+            lengths: Number of rows of each sequence, from the taps.
+            tokens: Most rows to choose.
 
         Returns:
             Row numbers, shape (sequences, tokens of each).
         """
         order, lengths = self._by_sequence(lengths)
-        # A start of their own: of the tokens that a sample has more, any may be left out.
-        seeds = [_mixed(seed, 1) for seed in self._seeds(len(lengths))]
+        # The seeds differ from `sample`'s, so that any of its additional tokens may be left out.
+        seeds = [mixed_seed(seed, 1) for seed in self._seeds(len(lengths))]
         if order is None:
             return sample_sequences(alive, lengths, tokens, seeds)
         return order[sample_sequences(alive[order], lengths, tokens, seeds)]
 
     def _by_sequence(self, lengths: list[int]) -> tuple[Tensor | None, list[int]]:
-        """Return how the counted rows of an activation come apart into sequences.
+        """Return the order that sorts the counted rows of an activation by sequence.
 
         Args:
-            lengths: What :meth:`lengths` says of them: it takes rows that do not come sequence by sequence for one run.
+            lengths: Result of :meth:`lengths`, which counts rows that do not come sequence by sequence as one run.
 
         Returns:
-            The order of the rows in which each sequence is in one piece, None where they are so already, and the number
-            of tokens of each sequence. Samples without a length are sequences of one token.
+            The order, None if the rows are sorted, and the number of tokens of each sequence. Samples without a length
+            are sequences of one token.
         """
         return self._regrouped.get(lengths[0], (None, lengths)) if len(lengths) == 1 else (None, lengths)
 
     def _seeds(self, sequences: int) -> list[int]:
-        """Return one seed for each of so many sequences: the samples' own, or derived from them."""
+        """Return one seed for each sequence: the samples' own, or derived from them."""
         if sequences == len(self.sample_seeds):
             return list(self.sample_seeds)
         each = sequences // len(self.sample_seeds) if self.sample_seeds else 0
-        if each and each * len(self.sample_seeds) == sequences:  # several of each sample
-            return [_mixed(seed, place) for seed in self.sample_seeds for place in range(each)]
-        return [_mixed(*self.sample_seeds, place) for place in range(sequences)]
+        if each and each * len(self.sample_seeds) == sequences:  # several sequences in each sample
+            return [mixed_seed(seed, place) for seed in self.sample_seeds for place in range(each)]
+        return [mixed_seed(*self.sample_seeds, place) for place in range(sequences)]
 
     def _sample(self, index: Tensor | None, lengths: list[int], tokens: int) -> tuple[Tensor | None, list[int]]:
         """Return the index and the lengths of a sample of the counted tokens."""
         order, sequences = self._by_sequence(lengths)
         seeds = self._seeds(len(sequences))
-        each, members = _allotted(sequences, tokens, seeds)
+        each, members = allotted(sequences, tokens, seeds)
         if not members or each * len(members) >= sum(sequences):
             return index, lengths
         starts = np.cumsum([0, *sequences])
@@ -204,13 +197,13 @@ class TokenRows:
         chosen = torch.cat(found)
         chosen = chosen if order is None else order[chosen]
         kept = [take.get(i, 0) for i in range(len(sequences))]
-        if len(lengths) == 1 and len(sequences) > 1 and max(sequences) == 1:  # samples of a token each: still one run
+        if len(lengths) == 1 and len(sequences) > 1 and max(sequences) == 1:  # samples of one token are one run
             kept = [len(chosen)]
             self._regrouped[len(chosen)] = (None, [1] * len(chosen))
         return chosen if index is None else index[chosen], kept
 
     def _count(self, leading: tuple[int, ...], keep: Tensor | None) -> list[int]:
-        """Return the number of kept tokens of each sequence of an activation; [all] if sequences cannot be told."""
+        """Return the number of kept tokens of each sequence of an activation; one run if sequences are not known."""
         tokens = int(torch.Size(leading).numel())
         sequences = 1
         if self.mask is not None and leading in (tuple(self.mask.shape), (self.mask.numel(),)):
@@ -223,9 +216,9 @@ class TokenRows:
             self._regrouped[len(order)] = order, real.sum(0).tolist()
         elif len(leading) > 1:
             sequences = self._sequences[tokens] = leading[0]
-        elif len(leading) == 1:  # the same tokens in one row, as experts and some MLPs take them
+        elif len(leading) == 1:  # the same tokens flattened, as experts and some MLPs take them
             sequences = self._sequences.get(tokens, 1)
-        if sequences in (0, tokens):  # samples of a token each are one run of samples
+        if sequences in (0, tokens):  # samples of one token are one run
             sequences = 1
         if sequences == 1 < tokens == len(self.sample_seeds):
             counted = tokens if keep is None else int(keep.sum())
@@ -235,7 +228,7 @@ class TokenRows:
         return keep.view(sequences, -1).sum(1).tolist()
 
     def _is_sequence_first(self, leading: tuple[int, ...]) -> bool:
-        """Tell whether an activation is (length, samples), by the mask or by a note of the ids."""
+        """Return whether an activation is (length, samples), by the mask or by the recorded ids."""
         if self.mask is not None and leading in (tuple(self.mask.shape), tuple(self.mask.T.shape)):
             return leading != tuple(self.mask.shape)
         return leading != leading[::-1] == self._noted
@@ -263,141 +256,7 @@ class TokenRows:
             )
         for seed, row in zip(self.sample_seeds, keep.view(samples, -1), strict=True):
             generator = torch.Generator().manual_seed(seed)
-            # One draw a real token: padding to another length must not change what is drawn.
+            # One draw for each real token, so that the length of the padding does not change the draws.
             draws = torch.rand(int(row.sum()), generator=generator)
             row[row.clone()] = draws < self.fraction
         return keep
-
-
-def sample_sequences(alive: Tensor, lengths: Sequence[int], tokens: int, seeds: Sequence[int]) -> Tensor:
-    """Choose equally many tokens from each of several sequences, as many in all as are allowed.
-
-    Short sequences are left out where the others then give more. Which tokens of a sequence are chosen
-    (:func:`spread_tokens`) depends on their number and on its length and seed alone.
-
-    Args:
-        alive: Which tokens may be chosen, shape (tokens of all sequences,).
-        lengths: Number of tokens of each sequence.
-        tokens: At most so many in all; of one sequence at most a quarter (:data:`MIN_SEQUENCES`), where some have more
-            than one token.
-        seeds: One for each sequence.
-
-    Returns:
-        Ascending positions in the concatenated sequences, shape (chosen sequences, tokens of each).
-    """
-    places = [part.nonzero().squeeze(1) for part in alive.split(list(lengths))]
-    each, members = _allotted([len(part) for part in places], tokens, seeds)
-    starts = np.cumsum([0, *lengths]).tolist()
-    rows = [starts[i] + places[i][torch.from_numpy(spread_tokens(len(places[i]), each, seeds[i]))] for i in members]
-    return torch.stack(rows) if rows else torch.zeros(0, 0, dtype=torch.long)
-
-
-def _allotted(lengths: Sequence[int], tokens: int, seeds: Sequence[int]) -> tuple[int, list[int]]:
-    """Return how many tokens to take from each sequence, and from which: by the rank of their seeds, if not all."""
-    most = tokens if max(lengths, default=0) <= 1 else MAX_SEQUENCES
-    each, sequences = 0, 0
-    for length in sorted(set(lengths)):
-        count = min(sum(other >= length for other in lengths), most, tokens)
-        share = min(length, tokens // max(count, 1 if length == 1 else MIN_SEQUENCES)) if count else 0
-        if share * count > each * sequences:
-            each, sequences = share, count
-    eligible = [i for i, length in enumerate(lengths) if length >= max(1, each)]
-    return each, sorted(sorted(eligible, key=lambda i: (seeds[i], i))[:sequences])
-
-
-def spread_tokens(length: int, count: int, seed: int) -> NDArray[np.int64]:
-    """Choose tokens of a sequence, evenly spaced from a random start: systematic sampling.
-
-    Any token is as likely to be chosen as any other, the first and the last included. The distance from the i-th to the
-    j-th is the same in all sequences of a length, but for rounding. The null of rho needs that: it takes gradients from
-    one sequence to the activations of another, and two tokens of a text are the more alike the nearer they are. Where
-    tokens were drawn one by one, rho of unrelated sequences was above its null in 13 to 21 of 100 cases in place of 5.
-
-    Args:
-        length: Number of tokens, at least ``count``.
-        count: How many to choose.
-        seed: Of the start.
-
-    Returns:
-        Ascending positions, shape (count,).
-    """
-    start = (_mixed(seed) >> 10) / 2**53
-    return ((np.arange(count) + start) * length / max(1, count)).astype(np.int64).clip(max=length - 1)
-
-
-def _mixed(*values: int) -> int:
-    """Return a seed made of several numbers."""
-    digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def sample_seeds(batch: Any, seed: int, mask: Tensor | None = None) -> list[int]:
-    """Return one seed a sample, a function of ``seed`` and of the sample's own content.
-
-    So a sample draws the same tokens on whichever process and in whichever batch it turns up.
-
-    Args:
-        batch: A tensor, or any nesting of mappings and sequences of tensors; "input_ids" identifies the samples if
-            there is one, else the first tensor.
-        seed: The user's seed.
-        mask: True for real tokens, shape (samples, length); padding does not enter.
-
-    Raises:
-        ValueError: If the batch holds no tensor.
-    """
-    content = identifying_tensor(batch)
-    if content is None:
-        raise ValueError(f"Expected a batch that holds a tensor but got {type(batch).__name__}.")
-    seeds = []
-    for i, sample in enumerate(content.detach().cpu()):
-        if mask is not None and sample.ndim >= 1 and mask.shape == content.shape[:2]:
-            sample = sample[mask[i].bool().cpu()]
-        data = sample.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        digest = hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "little", signed=True)).digest()
-        seeds.append(int.from_bytes(digest, "little") >> 1)  # torch seeds are signed
-    return seeds
-
-
-def identifying_tensor(batch: Any) -> Tensor | None:
-    """Return the tensor of a batch whose rows are its samples: "input_ids", or the first there is."""
-    if isinstance(batch, Tensor):
-        return batch if batch.ndim > 0 else None
-    if isinstance(batch, Mapping):
-        if isinstance(batch.get("input_ids"), Tensor):
-            return batch["input_ids"]
-        batch = list(batch.values())
-    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
-        for item in batch:
-            if (found := identifying_tensor(item)) is not None:
-                return found
-    return None
-
-
-def batch_size(batch: Any) -> int:
-    """Return the number of samples of a batch.
-
-    Raises:
-        ValueError: If the batch holds no tensor.
-    """
-    content = identifying_tensor(batch)
-    if content is None:
-        raise ValueError(
-            f"Expected a batch that holds a tensor but got {type(batch).__name__}. Give `loss_terms` as a callable "
-            "that returns the number of terms the loss is averaged over."
-        )
-    return content.shape[0]
-
-
-def count_tokens(batch: Any, mask: Tensor | None = None) -> int:
-    """Return the number of tokens of a batch: real ones where a mask tells, else those of its integers, else samples.
-
-    Args:
-        batch: Any batch.
-        mask: True for real tokens, or None.
-    """
-    if mask is not None:
-        return int(mask.sum())
-    content = identifying_tensor(batch)
-    if content is None:
-        return 0
-    return content.numel() if content.ndim == 2 and not content.is_floating_point() else content.shape[0]

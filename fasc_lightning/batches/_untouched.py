@@ -1,7 +1,7 @@
-"""What code of others does to a module while it runs, undone: attributes, containers, buffers, metrics, generators.
+"""Restoration of a module after user code: attributes, containers, buffers, metrics and generators.
 
-A training step may do more than return a loss: count batches, collect outputs, update metrics and running statistics,
-draw from a generator of the module's own. Where it runs once more only for its loss, none of that may stay.
+A training step may do more than return a loss: it may count batches, collect outputs, update metrics and running
+statistics, or draw from a generator of the module. When a step runs again for its loss alone, none of this may stay.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from torch.nn.parameter import is_lazy
 
 from fasc_lightning.distributed import is_dtensor
 
-#: Bytes up to which a tensor or an array is copied each time, so that what is written into it can be undone.
+#: Bytes up to which a tensor or an array is copied each time, so that writes into it can be undone.
 COPIED = 2**24
 
 #: Bytes up to which all parameters together are copied.
 PARAMETERS = 2**26
 
-#: Containers with more entries are put back themselves, but what is inside of the entries is not looked at.
+#: Most entries of a container whose entries are visited; larger containers are restored without visiting them.
 ENTRIES = 10_000
 
-#: Objects inside of objects, to this depth.
+#: Depth to which objects inside of objects are visited.
 DEPTH = 8
 
 #: Libraries whose objects are not a module's own state: trainers, loaders, optimizers, loggers, tokenizers.
@@ -48,17 +48,17 @@ _NAMESPACES = (types.SimpleNamespace, Namespace, UserDict, UserList)
 
 @contextmanager
 def untouched(module: nn.Module, *beside: Any) -> Iterator[None]:
-    """Put a module back as it was, on every way out, whatever runs inside.
+    """Restore a module on every exit from this context, whatever runs inside.
 
-    Put back, in place and so for all that hold them, are the attributes of all its modules and of objects of the user's
-    own classes, containers in any nesting, the class attributes of the user's modules, the values of buffers and
-    tensors, states of metrics, gradients and flags of parameters, modes, hooks, and generators that the module owns.
-    Parameters of more than :data:`PARAMETERS` bytes together, and other tensors of more than :data:`COPIED`, are not
-    copied: a write into one of those stays, and a warning is logged.
+    Objects are restored in place, and so for everyone who holds them: the attributes of all modules and of objects of
+    the user's own classes, containers in any nesting, class attributes of the user's modules, values of buffers and
+    tensors, states of metrics, gradients and flags of parameters, modes, hooks, and generators of the module.
+    Parameters of more than :data:`PARAMETERS` bytes together, and other tensors of more than :data:`COPIED` bytes, are
+    not copied: a write into one of them stays, and a warning is logged.
 
     Args:
         module: The module.
-        *beside: Containers that are put back, too.
+        *beside: Further containers to restore.
     """
     look = _Look(sum(p.nbytes for p in module.parameters() if not is_lazy(p)) <= PARAMETERS)
     for value in (module, *beside):
@@ -70,7 +70,7 @@ def untouched(module: nn.Module, *beside: Any) -> Iterator[None]:
 
 
 class _Look:
-    """One walk over what a module holds, which leaves behind how to put it back.
+    """One walk over all objects of a module, which records how to restore them.
 
     Args:
         parameters: Whether parameters are copied.
@@ -78,13 +78,13 @@ class _Look:
 
     def __init__(self, parameters: bool) -> None:
         self._parameters = parameters
-        self._empty: list[dict[Any, Any]] = []  # most dicts of a module: it has a dozen for hooks
+        self._empty: list[dict[Any, Any]] = []  # most dicts of a module are empty: it has a dozen for hooks
         self._steps: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-        # Held, so that no id is used again.
+        # Objects are kept alive, so that no id is used again.
         self._seen: dict[int, Any] = {}
 
     def put_back(self) -> None:
-        """Put all back, whatever fails."""
+        """Restore all objects; an error of one does not stop the others and is raised at the end."""
         failed: BaseException | None = None
         for value in self._empty:
             if value:
@@ -101,7 +101,7 @@ class _Look:
         self._steps.append((step, arguments))
 
     def at(self, value: Any, depth: int) -> None:
-        """Look at one value and at all inside of it."""
+        """Visit one value and everything inside of it."""
         if isinstance(value, _PLAIN) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
@@ -129,7 +129,7 @@ class _Look:
             self.at(value, depth)
 
     def _mapping(self, value: dict[Any, Any]) -> list[Any]:
-        """See to a dict, and return the values that are to be looked at."""
+        """Record a dict, and return its values to visit."""
         if not value:
             self._empty.append(value)
             return []
@@ -151,7 +151,7 @@ class _Look:
         self._attributes(value, {name: getattr(value, name) for name in slots}, depth + 1)
 
     def _class(self, kind: type, depth: int) -> None:
-        """See to what a user's classes of modules hold themselves, as a list that is written in the class body."""
+        """Record the class attributes of a user's modules, such as a list in the class body."""
         for each in kind.__mro__ if id(kind) not in self._seen else ():
             if id(each) in self._seen or _root(each) in _LIBRARIES or _root(each) in sys.stdlib_module_names:
                 continue
@@ -178,7 +178,7 @@ class _Look:
             self._undo(_put_array, value, value.copy())
 
     def _generator(self, value: Any) -> bool:
-        """See to a generator of random numbers; return whether it is one."""
+        """Record a generator of random numbers; return whether the value is one."""
         if isinstance(value, torch.Generator):
             self._undo(value.set_state, value.get_state())
         elif isinstance(value, random.Random):
@@ -196,7 +196,7 @@ def _put_mapping(kind: type[dict[Any, Any]], value: dict[Any, Any], keys: list[A
     same = len(value) == len(keys) and all(map(is_, kind.keys(value), keys))
     if same and all(map(is_, kind.values(value), items)):
         return
-    # Not by methods of a class of its own: a Counter's `update` adds.
+    # Methods of subclasses may do something else: a Counter's `update` adds.
     kind.clear(value)
     for key, item in zip(keys, items, strict=True):
         kind.__setitem__(value, key, item)
@@ -234,7 +234,7 @@ def _put_tensor(value: Tensor, data: Tensor, copied: Tensor | None, version: int
                 "HINT: write into it in `on_train_batch_end`."
             )
     elif not torch.equal(data, copied):
-        # Through `data`: who keeps a graph that saved the tensor does not see a change of it.
+        # Through `data`, so that the version of a tensor saved in a graph does not change.
         with torch.inference_mode(value.is_inference()):
             data.copy_(copied)
 
@@ -247,7 +247,7 @@ _MISSING = object()
 
 
 def _is_own(value: Any) -> bool:
-    """Tell whether an object is of a class of the user's own, and derives from no library's."""
+    """Return whether an object's class is the user's own and derives from no library's class."""
     if isinstance(value, _NAMESPACES):
         return True
     if _root(type(value)) in sys.stdlib_module_names:

@@ -166,7 +166,7 @@ def _factorize(
     device: torch.device | str,
 ) -> Factorization | None:
     """Run the solver; None where every gradient was zero, so that the loss says nothing about the layer."""
-    if not bool(statistics.plain_forms()[1].diagonal().any()):
+    if not bool(statistics.plain_moments()[1].diagonal().any()):
         return None
     W, statistics = whole(linear_weight(module).detach()).to(device), statistics.to(device)
     found = get_solver(method)(W, statistics)

@@ -25,8 +25,8 @@ def fisher_metric(moments: LayerMoments) -> tuple[SecondMoment, SecondMoment]:
     Losses in this metric compare between layers, whichever solver made the approximation.
     """
     if moments.is_coupled:
-        return coupled_metric(*moments.coupled_forms())
-    return plain_metric(*moments.plain_forms())
+        return coupled_metric(*moments.coupled_moments())
+    return plain_metric(*moments.plain_moments())
 
 
 def fisher_losses(W: Tensor, A: SecondMoment, G: SecondMoment, factorization: Factorization) -> Tensor:

@@ -1,5 +1,6 @@
-"""rho, the dependence violation score: estimators, a streaming metric, its history, a monitor, figures."""
+"""rho, the dependence violation score: estimators, streaming metric, history, monitor and figures."""
 
+from fasc_lightning.dependence._emergence import check_emergence_options, emergence
 from fasc_lightning.dependence._figures import (
     Metrics,
     angles_figure,
@@ -9,21 +10,13 @@ from fasc_lightning.dependence._figures import (
     save_figure,
     training_figure,
 )
-from fasc_lightning.dependence._history import (
-    COLUMNS,
-    RhoHistory,
-    RhoRow,
-    check_emergence_options,
-    counted,
-    describe,
-    emergence,
-    reasons,
-)
+from fasc_lightning.dependence._history import COLUMNS, RhoHistory, RhoRow
 from fasc_lightning.dependence._hsic import MIN_TOKENS
 from fasc_lightning.dependence._layer_scores import LayerScores, Sample
 from fasc_lightning.dependence._monitor import RhoMonitor, write_history
 from fasc_lightning.dependence._rho import PooledDependenceScore, debiased_rho, iid_floor, pooled_rho, rho
 from fasc_lightning.dependence._streaming import MIN_ROWS, SUMS, DependenceScore
+from fasc_lightning.dependence._summary import counted, describe, reasons
 
 __all__ = [
     "COLUMNS",

@@ -1,6 +1,7 @@
-"""Figures of rho: over training, by depth, against what FASC gains. Each function returns a matplotlib Figure.
+"""Figures of rho over training, by depth, and against FASC's gain.
 
-Nothing here touches pyplot or a display; :func:`save_figure` and :func:`log_figure` take the figures further.
+Each function returns a matplotlib Figure without pyplot or a display. :func:`save_figure` writes figures to files, and
+:func:`log_figure` gives them to loggers.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from fasc_lightning._utils import (
     ticks_within,
     whole_file,
 )
-from fasc_lightning.dependence._history import RhoHistory, RhoRow, counted, emergence
+from fasc_lightning.dependence._emergence import emergence
+from fasc_lightning.dependence._history import RhoHistory, RhoRow
+from fasc_lightning.dependence._summary import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,14 +58,15 @@ _UNDEFINED = "0.7"
 def rho_heatmap(
     history: RhoHistory, column: str = "debiased", threshold: float | None = None, observations: int = 3
 ) -> Figure:
-    """Draw layers by steps: depth upwards, each observation at its true step and as wide as half-way to its neighbours.
+    """Draw a heatmap of layers by steps, depth upwards. Each cell reaches half-way to the neighbouring steps.
 
     Args:
         history: Observations of one layer or more.
         column: A column of scores: rho, null, debiased, low, high or iid_floor.
-        threshold: Mark the step at which each layer emerges (see :func:`~fasc_lightning.dependence.emergence`, which
-            goes by the plain rho whatever the column); None marks nothing.
-        observations: As for emergence.
+        threshold: Threshold for a mark at the step at which each layer emerges, by
+            :func:`~fasc_lightning.dependence.emergence` and thus by the plain rho whatever the column. None draws no
+            marks.
+        observations: Observations in a row that emergence needs.
 
     Raises:
         ValueError: If nothing was observed, the column is no score, or emergence refuses its arguments.
@@ -75,7 +79,7 @@ def rho_heatmap(
     values = np.ma.masked_invalid(history.matrix(column))
     height = float(np.clip(1.8 + 0.17 * len(layers), 3.0, 11.0))
     figure = new_figure(9.0, height)
-    from matplotlib.lines import Line2D  # after new_figure, which says what to install
+    from matplotlib.lines import Line2D  # after new_figure, whose error says what to install
     from matplotlib.patches import Patch
 
     axes = figure.subplots()
@@ -105,7 +109,7 @@ def rho_heatmap(
         criterion = f"rho above {threshold:g} and its null, {counted(observations, 'observation')} in a row"
         title += f"\n{counted(len(marks), 'layer')} emerged: {criterion}"
         if marks:
-            # Within its row where rows are high enough to see it.
+            # A mark stays within its row if rows are high enough to see it.
             size = float(np.clip(0.75 * 72 * (height - 1.2) / len(layers), 3.0, 6.0))
             x, y = zip(*marks, strict=True)
             style: dict[str, Any] = {"marker": "o", "linestyle": "", "color": "white", "markeredgecolor": "black"}
@@ -120,11 +124,11 @@ def rho_heatmap(
 
 
 def rho_profile(rows: Mapping[str, RhoRow]) -> Figure:
-    """Draw rho by depth, a panel for each kind of module (FASC, Fig. 3, with what it leaves out: null and interval).
+    """Draw rho by depth, a panel for each kind of module: FASC's Fig. 3, with null and interval added.
 
     Args:
-        rows: By layer, as :meth:`~fasc_lightning.dependence.RhoHistory.at` returns them. The block of a layer is the
-            first number in its name; layers without one get a panel of their own kind.
+        rows: Rows by layer, as :meth:`~fasc_lightning.dependence.RhoHistory.at` returns them. The block of a layer is
+            the first number in its name; layers without a number get a panel of their own kind.
 
     Raises:
         ValueError: If there are no rows.
@@ -163,7 +167,7 @@ def _profile_panel(axes: Axes, kind: str, group: list[tuple[int | None, RhoRow]]
     ordered = sorted(group, key=lambda pair: pair[0] or 0)
     blocks = spread_positions([block or 0 for block, _ in ordered])
     values = {name: np.array([row[name] for _, row in ordered]) for name in _LABELS}  # type: ignore[literal-required]
-    # Several layers of one kind in one block, as experts are, stay points: a line through them would mean nothing.
+    # Several layers of one kind in one block, such as experts, stay points: a line through them would mean nothing.
     lines = len({block for block, _ in group}) == len(group)
     solid, dotted = ("-", ":") if lines else ("None", "None")
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
@@ -189,16 +193,17 @@ def training_figure(
 ) -> Figure:
     """Draw loss, recall of facts and rho above each other, against the same steps.
 
-    Colour tells runs apart, the dash of a line what it shows. A panel without anything to show is left out.
+    Colours distinguish runs, dashes distinguish quantities. Empty panels are left out.
 
     Args:
         runs: The history of one run, or several runs by name, each a history and its metrics:
             ``training_figure({"facts": (history, metrics), "shuffled": (other, other_metrics)})``.
-        metrics: Of the one run. A name begins with "loss" or "recall", which decides the panel; recall is in percent.
+        metrics: Metrics of a single run. A name begins with "loss" or "recall", which decides the panel; recall is in
+            percent.
 
     Raises:
-        TypeError: If the metrics do not stand where they belong.
-        ValueError: If a metric belongs to no panel or has not as many values as steps, or there is nothing to draw.
+        TypeError: If one run comes without metrics, or several runs come with separate metrics.
+        ValueError: If a metric belongs to no panel, has not one value for each step, or there is nothing to draw.
     """
     if isinstance(runs, RhoHistory):
         if metrics is None:
@@ -217,7 +222,7 @@ def training_figure(
         raise ValueError("Expected a metric or an observation of rho to draw but got none.")
 
     figure = new_figure(9.5, 0.9 + 2.3 * len(panels))
-    from matplotlib.lines import Line2D  # after new_figure, which says what to install
+    from matplotlib.lines import Line2D  # after new_figure, whose error says what to install
 
     all_axes = figure.subplots(len(panels), sharex=True, squeeze=False).ravel()
     for panel, axes in zip(panels, all_axes, strict=True):
@@ -248,7 +253,7 @@ def _draw_curves(axes: Axes, metrics: Metrics, dashes: Mapping[str, str], colour
         steps, values = (np.atleast_1d(np.asarray(column)) for column in metrics[name])
         if steps.shape != values.shape:
             raise ValueError(f"Expected as many values of {name!r} as steps but got {len(values)} and {len(steps)}.")
-        # Few measurements are shown where they were made.
+        # A few measurements get a mark each.
         marker = "." if len(steps) <= 50 else ""
         axes.plot(steps, values, dash, color=colour, linewidth=1.2, marker=marker, label=name.replace("_", " "))
 
@@ -266,10 +271,10 @@ def _draw_rho(axes: Axes, history: RhoHistory, colour: str) -> None:
 
 
 def _legend_of_dashes(axes: Axes, black: bool) -> None:
-    """Explain each dash once, in black where colours tell runs apart."""
+    """Explain each dash once, in black if colours distinguish runs."""
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
-    # Beside the axes: there is no corner that curves never reach.
+    # The legend stands beside the axes: curves may reach any corner.
     legend = axes.legend(once.values(), once, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     if black:
         for line in legend.get_lines():
@@ -287,20 +292,20 @@ def rho_gain_scatter(
     rho_label: str = "rho",
     gain_label: str = "gain of fasc over svd",
 ) -> Figure:
-    """Draw the gain of fasc over svd against rho, a point a layer (FASC, Fig. 4), with their correlations.
+    """Draw the gain of fasc over svd against rho, one point for each layer (FASC, Fig. 4), with their correlations.
 
-    The p-values take layers for independent, which layers of one model are not: they come out too small.
+    The p-values assume independent layers. Layers of one model depend on each other, so the p-values are too small.
 
     Args:
-        rho: By layer; NaN where undefined.
-        gain: By layer, in any unit; the layers of ``rho``.
-        kinds: What kind each layer is of, for its colour; by default mostly the last part of its name.
-        threshold: Drawn as a vertical line; None draws none.
-        rho_label: Which rho it is.
-        gain_label: What the gain is counted in.
+        rho: rho by layer; NaN where undefined.
+        gain: Gain by layer, in any unit, for the layers of ``rho``.
+        kinds: Kind of each layer, which decides its colour; by default mostly the last part of its name.
+        threshold: rho at which a vertical line is drawn; None draws none.
+        rho_label: Label of the axis of rho.
+        gain_label: Label of the axis of the gain, with its unit.
 
     Raises:
-        ValueError: If ``rho`` and ``gain`` are not of the same layers, no layer has both, or a layer has no kind.
+        ValueError: If ``rho`` and ``gain`` have different layers, no layer has both, or a layer has no kind.
     """
     if set(rho) != set(gain):
         raise ValueError(
@@ -345,12 +350,12 @@ def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
 def angles_figure(
     angles_high: Mapping[str, ArrayLike], angles_low: Mapping[str, ArrayLike], threshold_label: str = "the threshold"
 ) -> Figure:
-    """Draw how principal angles between two methods' subspaces are distributed, for high and low rho (FASC, Fig. 5).
+    """Draw the distribution of principal angles between two methods' subspaces, for high and low rho (FASC, Fig. 5).
 
     Args:
-        angles_high: Of each layer with high rho its angles in degrees, in [0, 90]. May be empty.
-        angles_low: The same for the layers with low rho.
-        threshold_label: What divides the two, as "rho = 0.3" or "the median of rho".
+        angles_high: Angles of each layer with high rho, in degrees, in [0, 90]. May be empty.
+        angles_low: Angles of each layer with low rho. May be empty.
+        threshold_label: Name of the boundary between high and low, such as "rho = 0.3" or "the median of rho".
 
     Raises:
         ValueError: If an angle is not in [0, 90].
@@ -368,7 +373,7 @@ def angles_figure(
         if not angles.size:
             axes.text(45, 0.5, "no layers", ha="center", va="center", transform=axes.get_xaxis_transform(), color=GREY)
             continue
-        # Bins of 3 degrees. Shares, so that groups of different sizes compare.
+        # Bins of 3 degrees; shares make groups of different sizes comparable.
         axes.hist(angles, bins=np.linspace(0, 90, 31), weights=np.full(angles.size, 100 / angles.size), color=colour)
         median = float(np.median(angles))
         axes.axvline(median, color="black", linewidth=1.2)
@@ -386,7 +391,7 @@ def angles_figure(
 
 def _angles(layer: str, values: ArrayLike) -> NDArray[np.float64]:
     angles = np.asarray(values, dtype=np.float64).ravel()
-    # Written so that NaN is refused, too; the slack is that of an arc cosine in single precision.
+    # NaN compares false and is refused, too. The slack is the error of an arc cosine in single precision.
     if not ((angles >= -1e-3) & (angles <= 90 + 1e-3)).all():
         raise ValueError(
             f"Expected angles in degrees, in [0, 90], but layer {layer!r} has {angles.min()} to {angles.max()}."
@@ -407,19 +412,19 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def log_figure(loggers: Iterable[Any], name: str, figure: Figure, step: int) -> int:
-    """Hand a figure to those loggers that take figures; to be called on the process of rank 0.
+    """Give a figure to the loggers that take figures; call it on the process of rank 0.
 
-    These are loggers with a ``log_image`` of Lightning's form, as that for Weights & Biases, and loggers whose
-    experiment has ``add_figure``, as TensorBoard's. The others are passed over.
+    These are loggers with Lightning's ``log_image``, such as the one for Weights & Biases, and loggers whose experiment
+    has ``add_figure``, such as TensorBoard's. Other loggers are skipped.
 
     Args:
-        loggers: As ``trainer.loggers``.
-        name: Tag or key.
-        figure: Not closed or changed.
+        loggers: Loggers, as in ``trainer.loggers``.
+        name: Tag or key of the figure.
+        figure: The figure, which is neither closed nor changed.
         step: Optimizer steps done.
 
     Returns:
-        How many loggers took it.
+        Number of loggers that took the figure.
     """
     reached = 0
     for logger in loggers:
@@ -434,5 +439,5 @@ def log_figure(loggers: Iterable[Any], name: str, figure: Figure, step: int) -> 
 
 
 def _has(thing: Any, method: str) -> bool:
-    # Lightning's dummy loggers and experiments answer to any name through __getattr__; this asks what is really there.
+    # Lightning's dummy loggers and experiments answer to any name through __getattr__; getattr_static does not ask it.
     return inspect.getattr_static(thing, method, None) is not None

@@ -1,14 +1,12 @@
-"""rho over training: the table of observations, when layers emerge, and a summary."""
+"""The history of rho in training: a table of observations, with its files and its state in checkpoints."""
 
 from __future__ import annotations
 
 import csv
 import operator
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import StringIO
 from pathlib import Path
 from typing import Any, Final, TypedDict, cast, overload
 
@@ -26,13 +24,13 @@ class RhoRow(TypedDict):
         step: Optimizer steps done before the observation.
         layer: Name of the module.
         rho: Plain score in [0, 1]; NaN where it is undefined.
-        null: What rho exceeds by chance in at most 5 of 100 cases, by permutations of whole sequences. NaN, as the
-            following, for fewer than four sequences.
-        debiased: Signed root of the debiased rho^2; may be negative.
+        null: The value that rho exceeds by chance in at most 5 of 100 cases, by permutations of whole sequences. NaN
+            for fewer than four sequences.
+        debiased: Signed root of the debiased rho^2; may be negative. NaN for fewer than four sequences.
         low: Lower end of the 95 % interval of ``debiased``, by the jackknife over sequences. NaN for fewer than eight.
-        high: Its upper end.
-        iid_floor: What as many independent tokens would give.
-        tokens: Tokens observed.
+        high: Upper end of the interval.
+        iid_floor: About the rho of as many independent tokens.
+        tokens: Number of tokens observed.
         reason: Why rho, or only its null, its debiased value or its interval, is undefined; "" where all are defined.
     """
 
@@ -51,12 +49,12 @@ class RhoRow(TypedDict):
 COLUMNS: Final = tuple(RhoRow.__annotations__)
 _INTEGERS: Final = ("step", "tokens")
 _TEXTS: Final = ("layer", "reason")
-#: The columns that can be drawn and put into a matrix.
+#: The columns of numbers, which can be drawn and put into a matrix.
 NUMBERS: Final = tuple(name for name in COLUMNS if name not in _TEXTS)
 
 
 class _TextColumn:
-    """Texts that repeat: each is kept once, in order of first appearance, and stands in the rows as its number."""
+    """A column of repeated texts. Each text is kept once, in order of first appearance; rows hold its number."""
 
     def __init__(self, vocabulary: Iterable[str] = (), codes: Iterable[int] = ()) -> None:
         self.vocabulary = {text: code for code, text in enumerate(vocabulary)}
@@ -90,10 +88,10 @@ def _number_column(name: str, values: Iterable[Any] = ()) -> array[Any]:
 
 
 class RhoHistory(Sequence[RhoRow]):
-    """Tidy table of observations of rho: one row a layer and a step, in the order in which they were made.
+    """Tidy table of observations of rho: one row for each layer and step, in the order of observation.
 
-    ``pandas.DataFrame(history)`` works, and so does any loop over rows. Rows are kept as columns of numbers, about
-    a third of what as many dictionaries would take; the rows that are handed out are copies.
+    ``pandas.DataFrame(history)`` works, and so does any loop over rows. The table keeps columns of numbers, about a
+    third of the memory of as many dictionaries; rows are made on access and are copies.
 
     Args:
         rows: First observations.
@@ -102,7 +100,7 @@ class RhoHistory(Sequence[RhoRow]):
     def __init__(self, rows: Iterable[RhoRow] = ()) -> None:
         self._numbers = {name: _number_column(name) for name in NUMBERS}
         self._texts = {name: _TextColumn() for name in _TEXTS}
-        # Where the row of a step and a layer stands.
+        # The row number by step and layer.
         self._positions: dict[int, dict[str, int]] = {}
         self.extend(rows)
 
@@ -126,16 +124,16 @@ class RhoHistory(Sequence[RhoRow]):
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers, in the order in which they were first observed: the model's."""
+        """Names of the layers in order of first observation, which is the model's order."""
         return list(self._texts["layer"].vocabulary)
 
     @property
     def steps(self) -> list[int]:
-        """The steps at which something was observed, ascending."""
+        """The observed steps, ascending."""
         return sorted(self._positions)
 
     def append(self, row: RhoRow) -> None:
-        """Add an observation; one of the same step and layer gives way to it, since a resumed run observes again.
+        """Add an observation. It replaces one of the same step and layer, since a resumed run observes steps again.
 
         Raises:
             ValueError: If a column is missing or unknown, or a value has another type than its column.
@@ -165,7 +163,7 @@ class RhoHistory(Sequence[RhoRow]):
         return np.array(self._numbers[name])
 
     def matrix(self, name: str) -> NDArray[np.float64]:
-        """Return a column of numbers as a matrix of shape (layers, steps), NaN where nothing was observed."""
+        """Return a column of numbers as a matrix of shape (layers, steps); NaN where a layer was not observed."""
         _check_number_column(name, NUMBERS)
         steps = np.array(self.steps, dtype=np.int64)
         result = np.full((len(self.layers), len(steps)), np.nan)
@@ -177,7 +175,7 @@ class RhoHistory(Sequence[RhoRow]):
         """Return the rows of one step by layer, in the order of :attr:`layers`.
 
         Args:
-            step: A step that was observed; by default the last one, and nothing if there is none.
+            step: An observed step. None takes the last one; an empty history then gives no rows.
 
         Raises:
             ValueError: If nothing was observed at that step.
@@ -192,19 +190,19 @@ class RhoHistory(Sequence[RhoRow]):
         return {layer: self[positions[layer]] for layer in self.layers if layer in positions}
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the table as CSV, whole or not at all; numbers are written so that reading gives them back exactly."""
+        """Write the table as CSV, whole or not at all. Reading the file gives exactly the same numbers."""
         with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            # The csv module would write floats alike; that they are written by repr is the promise made here.
+            # The csv module writes floats by repr as well; this line makes it a promise.
             writer.writerows({k: repr(v) if isinstance(v, float) else v for k, v in row.items()} for row in self)
 
     @classmethod
     def from_csv(cls, path: str | Path) -> RhoHistory:
-        """Read what :meth:`to_csv` has written.
+        """Read a file that :meth:`to_csv` wrote.
 
         Raises:
-            ValueError: If the columns or a value are not those of such a table.
+            ValueError: If the file is no such table, or a value does not fit its column.
         """
         history = cls()
         with Path(path).open(newline="", encoding="utf-8") as file, _as_table(path):
@@ -240,10 +238,10 @@ class RhoHistory(Sequence[RhoRow]):
             pq.write_table(table, temporary)
 
     def state_dict(self) -> dict[str, torch.Tensor | list[str]]:
-        """Return tensors and lists of texts only, so that ``torch.load(weights_only=True)`` takes it.
+        """Return the history as tensors and lists of texts, which ``torch.load(weights_only=True)`` accepts.
 
         Returns:
-            A tensor of shape (observations,) for each column; those of "layer" and "reason" are numbers into the lists
+            A tensor of shape (observations,) for each column. "layer" and "reason" hold indices into the lists
             "layers" and "reasons".
         """
         state: dict[str, torch.Tensor | list[str]] = {
@@ -255,10 +253,10 @@ class RhoHistory(Sequence[RhoRow]):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become the history that :meth:`state_dict` was taken from.
+        """Replace this history by the one of a :meth:`state_dict`.
 
         Raises:
-            ValueError: If the state is not that of a history; this one is then unchanged.
+            ValueError: If the state is not the state of a history; this history then stays unchanged.
         """
         expected = {*COLUMNS, *(f"{name}s" for name in _TEXTS)}
         if not isinstance(state, Mapping) or set(state) != expected:
@@ -287,7 +285,7 @@ _TYPES: Final[dict[str, type]] = {
     name: str if name in _TEXTS else int if name in _INTEGERS else float for name in COLUMNS
 }
 
-#: Of :meth:`RhoHistory.state_dict`.
+#: Schema of :meth:`RhoHistory.state_dict`.
 _STATE: Final = record(
     {
         **{name: Entry((torch.int64,), ((None,),), 0) for name in _INTEGERS},
@@ -299,7 +297,7 @@ _STATE: Final = record(
 
 
 def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row with plain types; scalars of numpy and torch are taken."""
+    """Return the row with plain types; scalars of NumPy and torch are accepted."""
     if set(row) != set(COLUMNS):
         raise ValueError(f"Expected an observation with the columns {', '.join(COLUMNS)} but got {', '.join(row)}.")
     checked: dict[str, Any] = {}
@@ -316,7 +314,7 @@ def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _as_table(path: str | Path) -> Iterator[None]:
-    """Let errors of the file's encoding and of its form name the file."""
+    """Add the file's name to errors of its encoding and its format."""
     try:
         yield
     except (UnicodeDecodeError, csv.Error) as error:
@@ -331,151 +329,3 @@ def _check_number_column(name: str, allowed: Sequence[str]) -> None:
 def _abridged(steps: Sequence[int]) -> str:
     shown = [str(s) for s in (steps if len(steps) <= 6 else [*steps[:3], "...", *steps[-3:]])]
     return ", ".join(shown) or "none"
-
-
-def check_emergence_options(threshold: float, observations: int) -> None:
-    """Refuse a threshold outside of [0, 1] and a number of observations under 1.
-
-    Raises:
-        ValueError: If so.
-    """
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"Expected a threshold of rho in [0, 1] but got {threshold}.")
-    if observations < 1:
-        raise ValueError(f"Expected emergence to need 1 observation or more but got {observations}.")
-
-
-def emergence(history: RhoHistory, threshold: float = 0.3, observations: int = 3) -> dict[str, int | None]:
-    """Return for each layer the step at which it emerges: from which on rho stays up.
-
-    That is the first step whose observation and the ``observations`` - 1 next ones of the same layer all have rho
-    above both the threshold and their own null. An undefined rho or null is not above. It says nothing of later
-    observations: a layer that emerged may sink again.
-
-    Args:
-        history: Observations; a layer need not have one at every step.
-        threshold: Of the plain rho, in [0, 1].
-        observations: How many in a row, at least 1.
-
-    Returns:
-        The step of each layer, None where there is none.
-
-    Raises:
-        ValueError: If the threshold is not in [0, 1], or fewer than one observation is asked for.
-    """
-    check_emergence_options(threshold, observations)
-    rho, null, seen = history.matrix("rho"), history.matrix("null"), ~np.isnan(history.matrix("step"))
-    above = (rho > threshold) & (rho > null)
-    steps = np.array(history.steps)
-    return {
-        layer: _first_run(steps[seen[i]].tolist(), above[i, seen[i]].tolist(), observations)
-        for i, layer in enumerate(history.layers)
-    }
-
-
-def _first_run(steps: Sequence[int], above: Sequence[bool], length: int) -> int | None:
-    """Return the step at which the first run of ``length`` observations begins."""
-    run = 0
-    for i, up in enumerate(above):
-        run = run + 1 if up else 0
-        if run == length:
-            return steps[i - length + 1]
-    return None
-
-
-def describe(history: RhoHistory, threshold: float = 0.3, observations: int = 3) -> str:
-    """Return a summary as text: the last step, its highest layers, what emerged, and what is undefined.
-
-    Args:
-        history: Observations.
-        threshold: Of the plain rho, as for :func:`emergence`.
-        observations: As for :func:`emergence`.
-
-    Raises:
-        ValueError: As :func:`emergence`.
-    """
-    check_emergence_options(threshold, observations)
-    if not history:
-        return "rho: nothing was observed"
-    steps, last = history.steps, history.at()
-    span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-    lines = [
-        f"rho of {counted(len(history.layers), 'layer')}: {counted(len(history), 'observation')} at "
-        f"{counted(len(steps), 'step')} ({span})"
-    ]
-    defined = [row for row in last.values() if not np.isnan(row["rho"])]
-    if defined:
-        lines.append(f"at step {steps[-1]}: {_last_step(defined, threshold)}")
-        lines.append(_highest_table(defined))
-    else:
-        lines.append(f"at step {steps[-1]} rho is defined for no layer")
-    lines.append(_emerged(history, threshold, observations))
-    undefined = [row for row in last.values() if np.isnan(row["rho"])]
-    partly = [row for row in last.values() if not np.isnan(row["rho"]) and row["reason"]]
-    for what, rows in (("undefined", undefined), ("undefined in part", partly)):
-        if rows:
-            lines.append(f"{what} at step {steps[-1]}: {counted(len(rows), 'layer')}: {reasons(rows)}")
-    return "\n".join(lines)
-
-
-def reasons(rows: Iterable[RhoRow]) -> str:
-    """Return the reasons of undefined values as text, each with how many rows have it."""
-    found = Counter(row["reason"] or "no reason given" for row in rows)
-    return ", ".join(f"{reason} ({count})" for reason, count in found.most_common())
-
-
-def counted(number: int, noun: str) -> str:
-    """Return "1 layer", "1,200 layers"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _last_step(rows: Sequence[RhoRow], threshold: float) -> str:
-    rho, null = (np.array([row[name] for row in rows]) for name in ("rho", "null"))
-    debiased = np.array([row["debiased"] for row in rows])
-    debiased = debiased[~np.isnan(debiased)]
-    tested = ~np.isnan(null)
-    parts = [f"mean rho {rho.mean():.3f}"]
-    if debiased.size:
-        parts.append(f"debiased mean {debiased.mean():.3f}, median {np.median(debiased):.3f}")
-    parts.append(f"rho above {threshold:g} in {_share(rho > threshold)}")
-    parts.append(f"above its null in {_share((rho > null)[tested])}" if tested.any() else "no null")
-    return "; ".join(parts)
-
-
-def _share(true: NDArray[np.bool_]) -> str:
-    return f"{true.sum()} of {counted(true.size, 'layer')} ({true.mean():.1%})"
-
-
-def _highest_table(rows: Sequence[RhoRow], count: int = 5) -> str:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title="highest by debiased rho", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    for name in ("debiased", "95 % interval", "rho", "null", "iid floor", "tokens"):
-        table.add_column(name, justify="right")
-    ranked = sorted(rows, key=lambda row: -row["debiased"] if row["debiased"] == row["debiased"] else np.inf)
-    for row in ranked[:count]:
-        table.add_row(
-            escape(row["layer"]),
-            f"{row['debiased']:.3f}",
-            f"{row['low']:.3f} to {row['high']:.3f}",
-            f"{row['rho']:.3f}",
-            f"{row['null']:.3f}",
-            f"{row['iid_floor']:.3f}",
-            f"{row['tokens']:,}",
-        )
-    console = Console(width=110, file=(text := StringIO()), force_terminal=False)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
-
-
-def _emerged(history: RhoHistory, threshold: float, observations: int) -> str:
-    found = emergence(history, threshold, observations)
-    emerged = sorted(((step, layer) for layer, step in found.items() if step is not None), key=lambda pair: pair[0])
-    criterion = f"{counted(observations, 'observation')} in a row above {threshold:g} and above the null"
-    line = f"emerged ({criterion}): {len(emerged)} of {counted(len(found), 'layer')}"
-    if not emerged:
-        return line
-    return "\n".join([f"{line}; first:", *(f"  step {step}: {layer}" for step, layer in emerged[:5])])

@@ -1,8 +1,8 @@
-"""The Hilbert-Schmidt independence criterion of token samples, from their s x s Gram matrices.
+"""The Hilbert-Schmidt independence criterion (HSIC) of token samples, from their s x s Gram matrices.
 
-With the linear kernel and K = X X^T, L = G G^T, HSIC(x, g) is |Sigma_xg|_F^2, so that ratios of it give rho^2, and no
-d x d matrix is ever formed. Gram matrices come stacked, (v, s, s) for v variables on the same s tokens, and results
-are (v, v) for all pairs of variables.
+With the linear kernel, K = X X^T and L = G G^T, HSIC(x, g) is |Sigma_xg|_F^2. Ratios of it give rho^2, and no d x d
+matrix is formed. Gram matrices are stacked: (v, s, s) for v variables on the same s tokens. Results are (v, v), for
+all pairs of variables.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 #: The unbiased estimator divides by s (s - 3).
 MIN_TOKENS = 4
 
-#: A variable whose variance is below this share of its second moment is constant as far as float32 can tell.
+#: A variable whose variance is below this share of its second moment is constant within float32's precision.
 CONSTANT = 1e-12
 
 
 def centered_gram(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the centred Gram matrix of a sample in units of its variance, and that variance.
 
-    Gradients are tiny and enter HSIC to the fourth power: in units of their own they neither under- nor overflow in
-    float32. A constant variable has a zero matrix and zero variance.
+    Gradients are tiny and enter HSIC to the fourth power. In units of their own variance they neither underflow nor
+    overflow in float32. A constant variable has a zero matrix and zero variance.
 
     Args:
-        x: Sample, shape (s, n), any floating type; computed in float64 if it is, else in float32.
+        x: Sample, shape (s, n), any floating type. The matrix is computed in float64 for float64, else in float32.
 
     Returns:
-        K = X X^T / variance, shape (s, s), and variance = tr(Sigma_xx), a float64 scalar; both NaN if x holds NaN or
-        Inf.
+        K = X X^T / variance, shape (s, s), and variance = tr(Sigma_xx), a float64 scalar. Both are NaN if x holds NaN
+        or Inf.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
@@ -53,7 +53,7 @@ def centered_gram(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hsic_biased(grams: Tensor) -> Tensor:
-    """Return <K_i, K_j> / s^2 for all pairs of variables: |Sigma_ij|_F^2 of the sample (Gretton et al. 2005).
+    """Return the biased HSIC, <K_i, K_j> / s^2 = |Sigma_ij|_F^2, for all pairs of variables (Gretton et al. 2005).
 
     Args:
         grams: Centred Gram matrices K_i = X_i X_i^T of v variables on the same s tokens, shape (v, s, s).
@@ -66,7 +66,7 @@ def hsic_biased(grams: Tensor) -> Tensor:
 
 
 def hsic_unbiased(grams: Tensor) -> Tensor:
-    """Return the unbiased HSIC_1 of Song et al. 2012, Eq. 5, for all pairs of variables; it may be negative.
+    """Return the unbiased HSIC_1 (Song et al. 2012, Eq. 5) for all pairs of variables; it may be negative.
 
     Args:
         grams: Gram matrices of v variables on the same s tokens, shape (v, s, s), centred or not.
@@ -90,23 +90,23 @@ def hsic_unbiased(grams: Tensor) -> Tensor:
 
 
 def hsic_between(grams: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """Return the unbiased HSIC from pairs of tokens in different blocks only, and without each block in turn.
+    """Return the unbiased HSIC from pairs of tokens in different blocks only, and the same without each block in turn.
 
-    The U-statistic of Song et al. 2012 with blocks (whole sequences) in place of tokens: unbiased if blocks are
-    independent, however much the tokens of one depend on each other. With S_a the sum of x g^T over a block of l
-    tokens, p_a that of x and q_a that of g, it is the mean over distinct blocks of
+    This is the U-statistic of Song et al. 2012 with blocks (whole sequences) in place of tokens. It is unbiased if
+    blocks are independent, however much the tokens of one block depend on each other. S_a is the sum of x g^T over a
+    block of l tokens, p_a the sum of x and q_a the sum of g. The statistic is the mean over distinct blocks of
 
-        <S_a, S_b> / l^2 - 2 <S_a, p_b q_c^T> / l^3 + <p_a q_b^T, p_c q_d^T> / l^4,
+        <S_a, S_b> / l^2 - 2 <S_a, p_b q_c^T> / l^3 + <p_a q_b^T, p_c q_d^T> / l^4.
 
-    all of which are sums over tiles of the Gram matrices. Blocks of one token give :func:`hsic_unbiased`.
+    Each term is a sum over tiles of the Gram matrices. Blocks of one token give :func:`hsic_unbiased`.
 
     Args:
         grams: Gram matrices, shape (v, s, s), s a multiple of ``blocks``.
         blocks: Number of equal runs of consecutive tokens; at least 4.
 
     Returns:
-        The estimate, shape (v, v), and those that leave one block out, shape (blocks, v, v), or (0, v, v) where fewer
-        than four would be left; float64.
+        The estimate, shape (v, v), and the estimates that leave one block out, shape (blocks, v, v), or (0, v, v)
+        where fewer than four blocks would be left; float64.
 
     Raises:
         ValueError: If there are fewer than four blocks.
@@ -123,7 +123,7 @@ def hsic_between(grams: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     pairs = (flat @ flat.mT).double() * hollow[:, :, None, None]  # <S_a, S_b>: (blocks, blocks, v, v)
     triples = torch.einsum("uaib,waic->uwabc", rows, rows) * distinct  # <S_a, p_b q_c^T>
     sums = rows.sum(2) * hollow  # <p_a, p_b>: (v, blocks, blocks)
-    # Which blocks are in: all of them, then all but one.
+    # Rows of included blocks: all blocks, then all but one.
     kept = torch.cat([torch.ones_like(hollow[:1]), hollow]) if blocks > MIN_TOKENS else torch.ones_like(hollow[:1])
     two = torch.einsum("ea,eb,abuw->euw", kept, kept, pairs)
     three = torch.einsum("ea,eb,ec,uwabc->euw", kept, kept, kept, triples)
@@ -141,12 +141,12 @@ def hsic_between(grams: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
 
 
 def hsic_permuted(K: Tensor, L: Tensor, orders: Tensor) -> Tensor:
-    """Return the biased HSIC of x with the blocks of g in other orders.
+    """Return the biased HSIC of x and g, with the blocks of g permuted.
 
     Args:
         K: Centred Gram matrix of x, shape (s, s), s a multiple of the number of blocks b.
-        L: The same of g.
-        orders: Which of b equal runs of consecutive tokens of g comes where, shape (count, b), on the CPU.
+        L: Centred Gram matrix of g, shape (s, s).
+        orders: Permutations of the b equal runs of consecutive tokens of g, shape (count, b), on the CPU.
 
     Returns:
         <K, P L P^T> / s^2 for each order, shape (count,), float64.
@@ -157,8 +157,8 @@ def hsic_permuted(K: Tensor, L: Tensor, orders: Tensor) -> Tensor:
     first, second = torch.triu_indices(blocks, blocks, device=K.device)
     tiles_of_K = K.view(blocks, length, blocks, length)[first, :, second].flatten(1)
     tiles_of_L = L.view(blocks, length, blocks, length).transpose(1, 2).reshape(blocks**2, length**2)
-    # Every tile of K with every tile of L once; a permutation then only looks up.
-    # Where each tile on and above the diagonal comes from, numbered row by row: (tiles, count).
+    # Every tile of K meets every tile of L once; a permutation only looks products up.
+    # The source of each tile on and above the diagonal, numbered row by row: (tiles, count).
     places = (orders[:, first.cpu()] * blocks + orders[:, second.cpu()]).T
     found = (tiles_of_K @ tiles_of_L.T).gather(1, places.to(K.device))
     twice = 1 + (first != second).double()  # tiles above the diagonal stand for those below
@@ -169,15 +169,14 @@ def hsic_permuted(K: Tensor, L: Tensor, orders: Tensor) -> Tensor:
 def random_orders(blocks: int, count: int, seed: int) -> Tensor:
     """Return random orders of blocks, shape (count, blocks).
 
-    Any order is as likely as any other, and with the order as it is, ``count`` + 1 of them are compared. Where there
-    are not so many different ones, each of them is there equally often, as far as they go (without the first, which is
-    the order as it is). The same for every call with these arguments, so that neither the order of batches nor the
-    process that sees them matters.
+    All orders are equally likely. A test compares them and the identity: ``count`` + 1 orders. If fewer different
+    orders exist, the result cycles through all of them, beginning after the identity. Every call with the same
+    arguments returns the same orders, so that neither the order of batches nor the process matters.
 
     Args:
-        blocks: At least 1.
+        blocks: Number of blocks, at least 1.
         count: Number of orders.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
     if math.factorial(blocks) <= count + 1:
         return torch.tensor(list(islice(cycle(permutations(range(blocks))), 1, count + 1)))
@@ -189,30 +188,13 @@ def normalized(hsic: Tensor, crossed: Tensor | None = None) -> Tensor:
     """Return HSIC(x, g) / sqrt(HSIC(x, x) HSIC(g, g)) of a (2, 2) matrix, NaN where x or g does not vary.
 
     Args:
-        hsic: All pairs of (x, g).
-        crossed: Other values in place of HSIC(x, g), any shape.
+        hsic: HSIC of all pairs of (x, g), shape (2, 2).
+        crossed: Values that replace HSIC(x, g), any shape.
     """
     crossed = hsic[0, 1] if crossed is None else crossed
     own = hsic.diagonal()
     ratio = crossed / own.clamp(min=0).sqrt().prod()
     return torch.where((own > 0).all(), ratio, float("nan"))
-
-
-def student_quantile(freedom: float) -> float:
-    """Return what Student's t exceeds in one of 40 cases, 97.5 % of it lying below; within 1e-3 from 6 degrees on.
-
-    Args:
-        freedom: Degrees of freedom.
-    """
-    # Cornish and Fisher 1938, by powers of 1 / freedom.
-    z = 1.959963984540054
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * freedom**4)
-    )
 
 
 def signed_root(ratio: Tensor) -> Tensor:

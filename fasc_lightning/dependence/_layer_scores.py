@@ -1,4 +1,4 @@
-"""rho of all layers in one pass over data: what the taps see of each batch, sampled and scored."""
+"""Dependence scores of all layers, fed by the taps with a sample of each batch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fasc_lightning.batches import TokenRows
+from fasc_lightning.dependence._grams import Grams
 from fasc_lightning.dependence._history import RhoRow
-from fasc_lightning.dependence._streaming import MIN_ROWS, DependenceScore, Grams, all_reduce_scores_
+from fasc_lightning.dependence._streaming import MIN_ROWS, DependenceScore, all_reduce_scores_
 from fasc_lightning.distributed import whole
 from fasc_lightning.layers import Gradient, input_gradient, linear_weight
 
-#: Gradients of at most this share of a batch's largest are zero but for rounding: some units of float32's last place.
+#: Gradients of at most this share of a batch's largest are rounding: some units of float32's last place.
 ROUNDING = 32 * torch.finfo(torch.float32).eps
 
 #: x and g of some sequences at the same tokens, each (sequences, tokens, features).
@@ -25,19 +26,19 @@ Sample = tuple[Tensor, Tensor]
 
 
 class LayerScores:
-    """One dependence score a layer, fed by :class:`~fasc_lightning.hooks.Taps` as its ``pairs``.
+    """One dependence score for each layer, fed by :class:`~fasc_lightning.hooks.Taps` as its ``pairs``.
 
-    A sample of each batch's tokens is scored (``sample_sequences``). Tokens whose gradient
-    at a layer is zero are left out there: the last token of a causal language model has none by construction.
-    Samples of fewer than eight sequences are kept until as many have come together, since pairs of sequences are what
-    the score is made of; what waits is less than twice the largest sample.
+    A sample of each batch's tokens is scored (``sample_sequences``). Tokens whose gradient at a layer is zero are left
+    out there: the last token of a causal language model has no gradient by construction. The score is made of pairs of
+    sequences, so samples of fewer than eight sequences wait until eight have come together. Waiting samples take less
+    than twice the memory of the largest sample.
 
     Args:
         layers: The tapped layers by name.
-        tokens: Largest sample of a batch's tokens that a layer's score takes.
-        gradient: "input" couples x with g = W^T h (the paper's definition), "output" with h.
-        seed: Of the scores' permutations.
-        device: Where the scores live.
+        tokens: Most tokens of a batch that a layer's score takes.
+        gradient: "input" couples x with g = W^T h (the paper's definition), "output" couples x with h.
+        seed: Seed of the scores' permutations.
+        device: Device of the scores.
     """
 
     def __init__(
@@ -51,12 +52,12 @@ class LayerScores:
         self.layers = layers
         self.tokens = tokens
         self.gradient = gradient
-        # Reduced here, all in two messages, and not by torchmetrics.
+        # `all_reduce_` reduces all scores in two messages; torchmetrics would take some for each.
         self.device = torch.device(device)
         self.scores = {name: DependenceScore(seed, sync_on_compute=False).to(device) for name in layers}
         self.waiting: dict[str, list[Sample]] = {}
-        # Layers that share an input get their gradients one after the other. The last input, what was chosen of it,
-        # and the sample; and the last samples that were scored together, with their Gram matrices.
+        # Layers that share an input get their gradients one after the other, so its sample and its Gram matrices are
+        # kept: the last input, its chosen tokens and their sample; the last samples scored together and their matrices.
         self._sampled: tuple[Tensor, Tensor, Tensor] | None = None
         self._scored: tuple[list[Tensor], Grams] | None = None
 
@@ -64,11 +65,11 @@ class LayerScores:
         """Add a sample of one call's tokens to a layer's score.
 
         Args:
-            name: Of the layer.
+            name: Name of the layer.
             x: Inputs, shape (tokens, n).
             h: Gradients at the outputs, shape (tokens, m), in the scale of the batch's loss.
-            batch: The batch that they belong to; its scale makes batches comparable.
-            lengths: Tokens of each sequence.
+            batch: The batch of these tokens; its scale makes batches comparable.
+            lengths: Number of tokens of each sequence.
         """
         if not batch.scored:
             return
@@ -88,14 +89,14 @@ class LayerScores:
             self._add(self.scores[name], self.waiting.pop(name))
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Clear all scores and drop waiting samples."""
         self._sampled = self._scored = None
         self.waiting.clear()
         for score in self.scores.values():
             score.reset()
 
     def complete(self) -> dict[str, DependenceScore]:
-        """Return the scores with what waits in them; it goes on waiting, and looking changes nothing."""
+        """Return the scores with the waiting samples added; scores and waiting samples stay as they are."""
         scores = dict(self.scores)
         for name, samples in self.waiting.items():
             scores[name] = deepcopy(scores[name])
@@ -103,23 +104,23 @@ class LayerScores:
         return scores
 
     def all_reduce_(self) -> None:
-        """Merge with the other processes' scores of the same layers; samples that wait are scored with theirs."""
+        """Merge the scores of all processes; waiting samples of different processes are scored together."""
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, {name: _moved(samples, "cpu") for name, samples in self.waiting.items()})
         self.waiting.clear()
         for name, score in self.scores.items() if dist.get_rank() == 0 else ():
-            # A sample of each process in turn, as one process would meet them.
+            # One sample of each process in turn: the order in which a single process would see them.
             turns = zip_longest(*(waiting.get(name, []) for waiting in everywhere))
             for samples in _grouped([sample for turn in turns for sample in turn if sample is not None]):
                 self._add(score, _moved(samples, self.device))
         all_reduce_scores_(self.scores[name] for name in sorted(self.scores))
 
     def rows(self, step: int = 0) -> list[RhoRow]:
-        """Return the table of one observation, of all tokens so far."""
+        """Return one row for each layer, over all tokens so far."""
         return [score_row(score, name, step) for name, score in self.complete().items()]
 
     def _add(self, score: DependenceScore, samples: list[Sample]) -> None:
-        """Add samples to a score as one."""
+        """Add samples to a score as one sample."""
         inputs, gradients = ([pair[i] for pair in samples] for i in (0, 1))
         if self._scored is None or [id(x) for x in self._scored[0]] != [id(x) for x in inputs]:
             self._scored = inputs, Grams.of(_joined(inputs))
@@ -131,7 +132,7 @@ def _moved(samples: list[Sample], device: torch.device | str) -> list[Sample]:
 
 
 def _grouped(samples: list[Sample]) -> Iterator[list[Sample]]:
-    """Yield runs of samples that have enough sequences together; the last may have fewer."""
+    """Yield runs of samples with eight sequences or more together; the last run may have fewer."""
     group: list[Sample] = []
     for sample in samples:
         group.append(sample)
@@ -143,10 +144,10 @@ def _grouped(samples: list[Sample]) -> Iterator[list[Sample]]:
 
 
 def _has_gradient(h: Tensor) -> Tensor:
-    """Return which tokens have a gradient that is more than rounding, shape (tokens,); all of them if none has.
+    """Return a mask of tokens whose gradient is more than rounding, shape (tokens,); all True if no token has one.
 
-    The queries of a text's first token have none by construction, since it attends to itself alone; but what some
-    kernels return of it is the difference of two equal numbers.
+    The queries of a text's first token have no gradient by construction, since it attends to itself alone. Some
+    kernels return the difference of two equal numbers instead of zero.
 
     Args:
         h: Gradients, shape (tokens, m).
@@ -164,7 +165,10 @@ def _sample(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _joined(samples: list[Tensor]) -> Tensor:
-    """Return samples of several batches as one, (sequences, tokens, n), of as many tokens each as most of them have."""
+    """Return samples of several batches as one, shape (sequences, tokens, n).
+
+    The number of tokens for each sequence is the one that keeps most tokens; shorter samples are left out.
+    """
     if len(samples) == 1:
         return samples[0]
     sizes = sorted({sample.shape[1] for sample in samples})
@@ -174,7 +178,7 @@ def _joined(samples: list[Tensor]) -> Tensor:
 
 
 def score_row(score: DependenceScore, layer: str, step: int) -> RhoRow:
-    """Return what a score says, as a row of the table."""
+    """Return a score's values as a row of the history."""
     low, high = score.interval.tolist()
     return RhoRow(
         step=step,

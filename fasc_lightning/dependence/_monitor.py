@@ -1,4 +1,4 @@
-"""rho of all layers, observed again and again while a Trainer trains."""
+"""A monitor of rho in training: observations of all layers at every n-th step, logged and written to files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from fasc_lightning.batches import Backwards, TokenRows
-from fasc_lightning.dependence._history import RhoHistory, RhoRow, reasons
+from fasc_lightning.dependence._history import RhoHistory, RhoRow
 from fasc_lightning.dependence._layer_scores import LayerScores
+from fasc_lightning.dependence._summary import reasons
 from fasc_lightning.distributed import is_distributed
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import Gradient
@@ -22,16 +23,16 @@ from fasc_lightning.layers import Gradient
 class RhoMonitor:
     """Observes rho at every n-th optimizer step of a fit: at steps 0, n, 2n, ...
 
-    Hooks are on the layers during those steps only. An observation covers all batches of its optimizer step, on all
-    processes. It changes nothing of the training and never stops it: what cannot be observed has a reason in the
-    table. With manual optimisation a step is a batch, and so is an observation.
+    The layers have hooks during those steps only. An observation covers all batches of its optimizer step, on all
+    processes. It does not change training and never stops it: a layer that cannot be observed has a reason in the
+    history. With manual optimisation, one batch is one step and one observation.
 
     Args:
         every_n_steps: Optimizer steps from one observation to the next.
-        tokens: Tokens of each batch that are looked at.
+        tokens: Most tokens of each batch that enter an observation.
         threshold: rho above which a layer counts as high in the logged fraction.
-        gradient: See :class:`LayerScores`.
-        seed: Of the choice of tokens, and of permutations.
+        gradient: "input" or "output", as for :class:`LayerScores`.
+        seed: Seed of the choice of tokens and of the permutations.
     """
 
     def __init__(
@@ -44,18 +45,18 @@ class RhoMonitor:
         self.seed = seed
         self.history = RhoHistory()
         self._layers: dict[str, nn.Module] = {}
-        self.rows: TokenRows | None = None  # the batch that is looked at
+        self.rows: TokenRows | None = None  # the tokens of the observed batch
         self._taps: Taps | None = None
         self._scores: LayerScores | None = None
         self._failures: dict[str, str] = {}
-        self._step = 0  # of the observation that is open
+        self._step = 0  # step of the open observation
         self._next = 0
         self._published: dict[str, Tensor] = {}
         self._stale: set[str] = set()
-        self._told = False
+        self._explained = False
 
     def start(self, trainer: pl.Trainer, layers: dict[str, nn.Module]) -> None:
-        """Take the layers of a fit; steps that a checkpoint's history holds are not observed again."""
+        """Begin a fit with its layers. Steps that the checkpoint's history holds are not observed again."""
         self._layers = layers
         first = _position(trainer)
         if self.history and self.history.steps[-1] >= first:
@@ -72,7 +73,13 @@ class RhoMonitor:
         return self._taps is not None or _position(trainer) >= self._next
 
     def begin_batch(self, trainer: pl.Trainer, rows: TokenRows, backwards: Backwards | None = None) -> None:
-        """Start to look at a batch, as described by ``rows``, in some of its backward passes."""
+        """Begin to observe a batch.
+
+        Args:
+            trainer: Trainer of the fit.
+            rows: The batch's tokens.
+            backwards: Backward passes that count; None counts every one.
+        """
         if self._scores is None:
             device = trainer.strategy.root_device
             self._scores = LayerScores(self._layers, self.tokens, self.gradient, self.seed, device)
@@ -84,7 +91,7 @@ class RhoMonitor:
         self.rows = rows
 
     def begin_backward(self) -> None:
-        """Look at the backward pass that is about to run, if its batch is observed."""
+        """Announce the backward pass that is about to run, if its batch is observed."""
         if self._taps is not None:
             self._taps.begin_backward()
 
@@ -94,7 +101,7 @@ class RhoMonitor:
             self._taps.end_backward()
 
     def end_batch(self, trainer: pl.Trainer) -> None:
-        """End a batch, and with the last one of an optimizer step the observation."""
+        """End a batch. The last batch of an optimizer step ends the observation."""
         self.rows = None
         if self._taps is None:
             return
@@ -103,7 +110,7 @@ class RhoMonitor:
             self.close(trainer)
 
     def close(self, trainer: pl.Trainer) -> None:
-        """End the open observation: a table of it in the history, the loggers and the callback metrics."""
+        """End the open observation and put it into the history, the loggers and the callback metrics."""
         if self._taps is None or self._scores is None:
             return
         scores = self._scores
@@ -111,27 +118,28 @@ class RhoMonitor:
         if is_distributed(trainer):
             scores.all_reduce_()
         rows = scores.rows(self._step)
-        scores.reset()  # nothing of this batch is held until the next observation
+        scores.reset()  # frees the batch's tokens until the next observation
         for row in rows:
             row["reason"] = self._failures.get(row["layer"], row["reason"])
         self._failures.clear()
-        self._tell(rows)
+        self._explain_partly_undefined(rows)
         self.history.extend(rows)
         self._next = (self._step // self.every_n_steps + 1) * self.every_n_steps
         self._log(trainer, rows)
 
-    def _tell(self, rows: list[RhoRow]) -> None:
-        """Log once why values are undefined in part: the loggers leave them out without a word."""
+    def _explain_partly_undefined(self, rows: list[RhoRow]) -> None:
+        """Log once why values beside rho are undefined: the loggers leave them out silently."""
         partly = [row for row in rows if row["reason"] and row["rho"] == row["rho"]]
-        if partly and not self._told:
-            self._told = True
+        if partly and not self._explained:
+            self._explained = True
             rank_zero_info(
-                f"FascCallback: rho of {len(partly)} of {len(rows)} layers lacks companions at step {self._step}, "
-                f"which are NaN: {reasons(partly)}. HINT: larger batches, or `accumulate_grad_batches`."
+                f"FascCallback: {len(partly)} of {len(rows)} layers have rho at step {self._step}, but not its null, "
+                f"debiased value or interval: {reasons(partly)}. HINT: use larger batches, or "
+                "`accumulate_grad_batches`."
             )
 
     def _score(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int]) -> None:
-        """Feed a layer's score; a failure becomes the layer's reason, since a training is worth more than a score."""
+        """Feed a layer's score. A failure becomes the layer's reason, since training matters more than a score."""
         assert self._scores is not None
         try:
             self._scores(name, x, h, batch, lengths)
@@ -141,14 +149,14 @@ class RhoMonitor:
             self._failures[name] = f"{type(error).__name__}: {error}"
 
     def publish(self, trainer: pl.Trainer) -> None:
-        """Put the last values into the callback metrics again, which Lightning empties between its loops."""
+        """Put the last values into the callback metrics again, since Lightning empties them between its loops."""
         metrics = trainer.callback_metrics
         for name in self._stale:
             metrics.pop(name, None)
         metrics.update(self._published)
 
     def remove(self) -> None:
-        """Take the hooks off; safe at any time."""
+        """Remove the hooks; safe at any time."""
         if self._taps is not None:
             self._taps.remove()
         self._taps, self.rows = None, None
@@ -164,19 +172,19 @@ class RhoMonitor:
             figures = rho_metrics(rows, self.threshold, logger.group_separator)
             logger.log_metrics(figures, step=_logged_step(trainer))
         now = {name: torch.tensor(value) for name, value in rho_metrics(rows, self.threshold).items()}
-        # An old value under the name of one that is undefined now would mislead what goes by it.
+        # The old value of a metric that is undefined now would mislead callbacks that read it.
         self._stale = (self._stale | set(self._published)) - set(now)
         self._published = now
         self.publish(trainer)
 
 
 def rho_metrics(rows: list[RhoRow], threshold: float, separator: str = "/") -> dict[str, float]:
-    """Return what is logged of an observation; undefined values are left out.
+    """Return the metrics of an observation by name; undefined values are left out.
 
     Args:
-        rows: One a layer.
-        threshold: For the fraction of the defined layers above it.
-        separator: Between the parts of a name.
+        rows: One row for each layer.
+        threshold: rho above which a layer counts in the fraction of layers.
+        separator: Separator between the parts of a name.
     """
     figures: dict[str, float] = {}
     columns: tuple[tuple[str, Any], ...] = (("rho", "rho"), ("rho_null", "null"), ("rho_debiased", "debiased"))
@@ -194,16 +202,16 @@ def rho_metrics(rows: list[RhoRow], threshold: float, separator: str = "/") -> d
 def write_history(
     trainer: pl.Trainer, history: RhoHistory, threshold: float, observations: int, figures: bool = True
 ) -> None:
-    """Write a history where the Trainer's loggers write: CSV, and figures where matplotlib is installed.
+    """Write a history into the folder of the Trainer's loggers: CSV, and figures if matplotlib is installed.
 
-    Figures also go to the loggers that take some.
+    Loggers that take figures get the figures, too.
 
     Args:
-        trainer: Without a logger nothing is written.
+        trainer: Trainer with the loggers; without a logger nothing is written.
         history: Observations.
-        threshold: For the marks of emergence.
-        observations: For the same.
-        figures: Whether to draw.
+        threshold: Threshold of the marks of emergence.
+        observations: Observations in a row that emergence needs.
+        figures: Whether to draw figures.
     """
     if not (history and trainer.loggers and trainer.is_global_zero):
         return
@@ -225,7 +233,7 @@ def write_history(
 
 
 def _folder(trainer: pl.Trainer) -> Path | None:
-    """Return the folder of the run's first logger that has one; of its own, where loggers share a folder."""
+    """Return the run's own folder of the first logger that has one."""
     for logger in trainer.loggers:
         if (folder := getattr(logger, "log_dir", None)) is not None:
             return Path(folder)
@@ -235,12 +243,12 @@ def _folder(trainer: pl.Trainer) -> Path | None:
 
 
 def _position(trainer: pl.Trainer) -> int:
-    """Return the optimizer steps taken; the batches in manual optimisation, where a batch may take many, or none."""
+    """Return the optimizer steps taken; with manual optimisation the batches, since one may take many steps or none."""
     if trainer.lightning_module.automatic_optimization:
         return trainer.global_step
     return max(0, trainer.fit_loop.total_batch_idx)
 
 
 def _logged_step(trainer: pl.Trainer) -> int:
-    """Return the step that Lightning's own metrics of this batch are logged at."""
+    """Return the step under which Lightning logs its own metrics of this batch."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -1,17 +1,17 @@
-"""rho, the dependence violation score, by its definition: how strongly a layer's activations and gradients are coupled.
+"""rho, the dependence violation score: the coupling of a layer's activations and gradients, by its definition.
 
-With x the input of a layer and g the gradient of the loss, both centred (Shihab et al., FASC, Eq. 2),
+x is the input of a layer and g the gradient of the loss, both centred (Shihab et al., FASC, Eq. 2):
 
-    rho = |Sigma_xg|_F / sqrt(|Sigma_xx|_F |Sigma_gg|_F),
+    rho = |Sigma_xg|_F / sqrt(|Sigma_xx|_F |Sigma_gg|_F)
 
-so rho^2 is the RV coefficient of x and g (Robert and Escoufier 1976), that is linear CKA (Kornblith et al. 2019).
-The paper's g is the *input gradient* g = W^T h, the gradient at x through this layer, where h is the *output gradient*
-dL/dy; rho of x and h is another number, and neither bounds the other.
+rho^2 is the RV coefficient of x and g (Robert and Escoufier 1976), which is linear CKA (Kornblith et al. 2019).
+The paper's g is the *input gradient* g = W^T h: the gradient at x through this layer. h is the *output gradient* dL/dy.
+rho of x and h is another number, and neither bounds the other.
 
-Two estimators. *Pooled* (this file): the moments of all tokens, Eq. 2 as it stands. *Minibatch*
-(:class:`~fasc_lightning.dependence.DependenceScore`): the mean over token samples of HSIC from s x s Gram matrices
-(Nguyen et al. 2021), s^2 n work and a few numbers to keep, whatever the width. Both are biased upwards, each in its own
-way, and agree in their debiased form.
+There are two estimators. The *pooled* one (this file) uses the moments of all tokens, as Eq. 2 does. The *minibatch*
+one (:class:`~fasc_lightning.dependence.DependenceScore`) averages HSIC over token samples, from s x s Gram matrices
+(Nguyen et al. 2021): its work is s^2 n, and it keeps a few numbers whatever the width. Both are biased upwards, each
+in its own way; their debiased forms agree.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from fasc_lightning.statistics import LayerMoments
 
 
 def rho(x: Tensor, g: Tensor) -> Tensor:
-    """Return rho of a token sample by its definition (Eq. 2), centred with the sample's means; biased upwards.
+    """Return rho of a token sample by its definition (Eq. 2), centred by the sample's means. It is biased upwards.
 
     Args:
         x: Activations, shape (tokens, n).
-        g: Gradients at the same tokens, shape (tokens, n): W^T h for the paper's definition; (tokens, m) if it is h.
+        g: Gradients at the same tokens: W^T h, shape (tokens, n), in the paper's definition; or h, shape (tokens, m).
 
     Returns:
         A float64 scalar in [0, 1]; NaN if x or g is constant.
@@ -49,14 +49,14 @@ def rho(x: Tensor, g: Tensor) -> Tensor:
 
 
 def debiased_rho(x: Tensor, g: Tensor) -> Tensor:
-    """Return the signed root of the debiased rho^2 of one token sample (Song et al. 2012): around 0 for independence.
+    """Return the signed root of the debiased rho^2 of one token sample (Song et al. 2012): about 0 under independence.
 
     Args:
         x: Activations, shape (tokens, n).
         g: Gradients at the same tokens, shape (tokens, n) or (tokens, m).
 
     Returns:
-        A float64 scalar; may be negative, and NaN if x or g is constant or there are fewer than four tokens.
+        A float64 scalar, which may be negative; NaN if x or g is constant, or for fewer than four tokens.
 
     Raises:
         ValueError: If x and g do not hold the same number of tokens.
@@ -67,10 +67,10 @@ def debiased_rho(x: Tensor, g: Tensor) -> Tensor:
 
 
 def iid_floor(x: Tensor, g: Tensor) -> Tensor:
-    r"""Return what rho would be about if x and g were independent, and tokens too.
+    r"""Return about the value that rho has for independent x, g and tokens.
 
-    (r_x r_g)^(1/4) / sqrt(N) with the effective ranks r = tr(Sigma)^2 / |Sigma|_F^2: the root of the mean of rho^2
-    over permutations of the tokens, up to a factor of N / (N - 1). Tokens of a text depend on one another, and
+    It is (r_x r_g)^(1/4) / sqrt(N) with the effective ranks r = tr(Sigma)^2 / |Sigma|_F^2: the root of the mean of
+    rho^2 over permutations of the tokens, up to a factor of N / (N - 1). Tokens of a text depend on one another, so
     their floor is higher; see :attr:`~fasc_lightning.dependence.DependenceScore.null`.
 
     Args:
@@ -90,14 +90,14 @@ def iid_floor(x: Tensor, g: Tensor) -> Tensor:
 
 
 def pooled_rho(moments: LayerMoments, W: Tensor) -> Tensor:
-    """Return rho of a layer from its moments over all tokens: the paper's Eq. 2 as it stands, with g = W^T h.
+    """Return rho of a layer from its moments over all tokens, by the paper's Eq. 2 with g = W^T h.
 
     Args:
-        moments: With the cross moment C; centred here with the means. Sketched ones become matrices.
+        moments: Moments with the cross moment C, not centred. Sketched moments become matrices.
         W: The layer's weight, shape (m, n).
 
     Returns:
-        A float64 scalar in [0, 1]; NaN if x or g is constant as far as the moments' precision tells.
+        A float64 scalar in [0, 1]; NaN if x or g is constant within the moments' precision.
 
     Raises:
         ValueError: If C was not gathered.
@@ -117,10 +117,10 @@ def pooled_rho(moments: LayerMoments, W: Tensor) -> Tensor:
 
 
 class PooledDependenceScore(Metric):
-    """rho from the moments of all tokens together, by the paper's Eq. 2: d x d numbers, exact, mergeable.
+    """rho from the moments of all tokens together, by the paper's Eq. 2: exact and mergeable, in d x d numbers.
 
-    Centring is over everything that was seen, and :attr:`debiased` is the unbiased HSIC of all tokens, which streams
-    too: Song's sums over pairs of tokens are sums of moments. These are of fourth order: an offset of more than a few
+    The means of all tokens centre them. :attr:`debiased` is the unbiased HSIC of all tokens. It streams, too: Song's
+    sums over pairs of tokens are sums of moments. These moments are of fourth order: an offset of more than a few
     hundred standard deviations costs their last digits, even in float64.
     """
 
@@ -134,7 +134,7 @@ class PooledDependenceScore(Metric):
         super().__init__(**{"compute_with_cache": False, **settings})
         for name in ("tokens", "sum_x", "sum_g", "xx", "xg", "gg"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        # Sums of |u|^2 |v|^2 and of |u|^2 v over tokens, for u and v in (x, g): what pairs a token with itself.
+        # Sums over tokens of |u|^2 |v|^2 and of |u|^2 v, for u and v in (x, g): the pairs of a token with itself.
         for pair in ("xx", "xg", "gg"):
             self.add_state(f"squares_{pair}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         for pair in ("xx", "xg", "gx", "gg"):
@@ -170,20 +170,20 @@ class PooledDependenceScore(Metric):
         }
         own = [covariances[pair].norm() for pair in ("xx", "gg")]
         for norm, pair in zip(own, ("xx", "gg"), strict=True):
-            if not norm > 1e-13 * getattr(self, pair).norm() / N:  # rounding is all that is left
+            if not norm > 1e-13 * getattr(self, pair).norm() / N:  # nothing but rounding
                 return norm.new_tensor(float("nan"))
         return (covariances["xg"].norm() / (own[0] * own[1]).sqrt()).clamp(max=1)
 
     @property
     def debiased(self) -> Tensor:
-        """Signed root of the debiased rho^2 of all tokens; NaN for fewer than four or where undefined."""
+        """Signed root of the debiased rho^2 of all tokens; NaN for fewer than four tokens or where rho is undefined."""
         if self.tokens < MIN_TOKENS or torch.isnan(self.compute()):
             return self.tokens.new_tensor(float("nan"))
         hsic = {pair: self._hsic(*pair) for pair in ("xx", "xg", "gg")}
         return signed_root(normalized(torch.stack([hsic["xx"], hsic["xg"], hsic["xg"], hsic["gg"]]).view(2, 2)))
 
     def _grow(self, name: str, addend: Tensor) -> None:
-        """Add to a state, which is a scalar zero until its shape is known."""
+        """Add to a state. It is a scalar zero until its shape is known."""
         setattr(self, name, getattr(self, name) + addend)
 
     def _hsic(self, u: str, v: str) -> Tensor:
@@ -210,7 +210,7 @@ def _checked_pair(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _centered(*samples: Tensor) -> list[Tensor]:
-    """Return samples in float64 less their means; exact zeros for one that is constant."""
+    """Return samples in float64 less their means; a constant sample becomes exact zeros."""
     centered = []
     for values in samples:
         values = values.detach().double()

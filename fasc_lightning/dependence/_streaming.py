@@ -1,9 +1,8 @@
-"""The dependence violation score of one layer as a streaming metric, with its null and its interval."""
+"""The streaming dependence score of one layer, with its null and its confidence interval."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
 from fasc_lightning.batches import MAX_SEQUENCES, MIN_SEQUENCES
+from fasc_lightning.dependence._grams import Grams
 from fasc_lightning.dependence._hsic import (
     MIN_TOKENS,
-    centered_gram,
     hsic_between,
     hsic_biased,
     hsic_permuted,
@@ -24,63 +23,42 @@ from fasc_lightning.dependence._hsic import (
     normalized,
     random_orders,
     signed_root,
-    student_quantile,
 )
-
-#: Largest minibatch, in tokens: beyond it Gram matrices grow out of hand. In sequences, see MAX_SEQUENCES.
-MAX_TOKENS = 2048
 
 #: Fewest sequences, or minibatches of four, for an interval.
 MIN_ROWS = 8
 
-#: Where many sequences are permuted, neighbours move together, which costs less, as long as so many groups are left.
+#: Fewest groups of sequences that a permutation moves. Groups of neighbours cost less than single sequences.
 MIN_GROUPS = 8
 
-#: Orders of sequences behind the null, beside the one as it is: with it, ten times all orders of four and twice all of
-#: five. One in twenty of them may reach the null.
+#: Random orders of sequences behind the null, beside the identity: with it, ten times all orders of four sequences and
+#: twice all orders of five. One in twenty of them may reach the null.
 PERMUTATIONS, NULL_LEVEL = 239, 0.95
 
-#: Rows kept for the interval; neighbours are added up beyond it, so that memory is bounded.
+#: Most rows kept for the interval; beyond it neighbours are added up, so that memory is bounded.
 MAX_ROWS = 2048
 
-
-#: The states that add up over batches and processes; beside them there are rows, which are put together.
+#: The states that add up over batches and processes. The other state, ``rows``, is concatenated.
 SUMS = (
     "biased", "unbiased", "permuted", "floor", "tokens", "few_biased", "few_floor", "few_tokens", "short", "infinite"
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Grams:
-    """Centred Gram matrices of one variable on a sample of tokens, cut into minibatches.
-
-    Attributes:
-        parts: For each set of sequences its minibatches, of different tokens of the same sequences; each is the matrix
-            in units of the variance, shape (sequences, tokens, sequences, tokens), and the variance.
-    """
-
-    parts: list[list[tuple[Tensor, Tensor]]]
-
-    @classmethod
-    def of(cls, values: Tensor) -> Grams:
-        """Make those of values of shape (tokens, n) or (sequences, tokens, n)."""
-        return cls([[_gram(part) for part in parts] for parts in _minibatches(values)])
-
-
 class DependenceScore(Metric):
-    """Streaming minibatch estimate of rho for one layer, with its null and its interval.
+    """Streaming minibatch estimate of rho for one layer, with its null and its confidence interval.
 
-    Every update adds the HSIC of its tokens, weighted by their number; the sums are divided at the end. Centring is
-    within each minibatch. Gradients of all updates should be of one scale, since a minibatch counts by its variances.
-    Nothing here depends on the width of the layer, and states add up over batches and processes: torchmetrics
-    synchronises them where this metric is used by itself, so that under DDP every process has to ask for a value. Data
-    never raise: a score that is undefined is NaN, and :attr:`reason` says why.
+    Every update adds the HSIC of its tokens, weighted by their number; ``compute`` divides the sums. Each minibatch is
+    centred by itself. Gradients of all updates should have one scale, since a minibatch weighs by its variances. The
+    size of the states does not depend on the layer's width, and states add up over batches and processes. torchmetrics
+    synchronises them where this metric is used by itself: under DDP, every process has to ask for a value. Data never
+    raise an error: an undefined score is NaN, and :attr:`reason` says why.
 
-    Tokens of a text depend on one another, so that (sequences, tokens, n) is judged by whole sequences: the debiased
-    value leaves out pairs of tokens of the same one, the null permutes them, and the interval leaves out one after the
-    other. These take at least four sequences in an update, and the interval eight in all; with fewer they are NaN.
-    Tokens of (tokens, n) are taken for independent of each other, each as a sequence of its own: those of one text are
-    not, and give a debiased value that is too high and a null that is too low.
+    Tokens of a text depend on one another. Samples of shape (sequences, tokens, n) are therefore judged by whole
+    sequences: the debiased value leaves out pairs of tokens of one sequence, the null permutes sequences, and the
+    interval leaves out one sequence at a time. The debiased value and the null need at least four sequences in an
+    update, the interval needs eight in all; with fewer they are NaN. Tokens of shape (tokens, n) count as independent,
+    each as a sequence of its own. Tokens of one text are not independent: their debiased value comes out too high and
+    their null too low.
 
     Example:
         >>> score = DependenceScore()
@@ -90,8 +68,8 @@ class DependenceScore(Metric):
         True
 
     Args:
-        seed: Of the permutations.
-        **settings: Of :class:`torchmetrics.Metric`.
+        seed: Seed of the permutations.
+        **settings: Settings of :class:`torchmetrics.Metric`.
     """
 
     full_state_update = False
@@ -99,13 +77,13 @@ class DependenceScore(Metric):
     higher_is_better = None
 
     # Sums over minibatches of at least four sequences, each weighted by its number of tokens.
-    biased: Tensor  # HSIC of all pairs of (x, g), shape (2, 2)
-    unbiased: Tensor  # the same without bias, shape (2, 2)
-    permuted: Tensor  # biased HSIC of x with permuted g, one a permutation
+    biased: Tensor  # biased HSIC of all pairs of (x, g), shape (2, 2)
+    unbiased: Tensor  # unbiased HSIC of all pairs of (x, g), shape (2, 2)
+    permuted: Tensor  # biased HSIC of x with permuted g, shape (PERMUTATIONS,)
     floor: Tensor  # tr(Sigma_xx) tr(Sigma_gg) / s
-    rows: list[Tensor]  # pseudo-values of HSIC, one row (xx, xg, gg) a sequence, or a minibatch of four
+    rows: list[Tensor]  # pseudo-values of HSIC: a row (xx, xg, gg) for each sequence, or for a minibatch of four
     tokens: Tensor
-    # Of minibatches of fewer sequences, for rho alone, and only if there are no others.
+    # Sums over minibatches of fewer sequences; rho alone uses them, and only if there are no others.
     few_biased: Tensor
     few_floor: Tensor
     few_tokens: Tensor
@@ -126,10 +104,10 @@ class DependenceScore(Metric):
 
         Args:
             x: Activations, shape (sequences, tokens, n), or (tokens, n) for independent tokens.
-            g: Gradients at the same tokens, alike: (..., n), or (..., m) if they are output gradients.
+            g: Gradients at the same tokens, shape (..., n) for input gradients or (..., m) for output gradients.
 
         Raises:
-            ValueError: If the shapes are others.
+            ValueError: If the shapes do not match.
         """
         if x.ndim not in (2, 3) or x.ndim != g.ndim or x.shape[:-1] != g.shape[:-1]:
             raise ValueError(
@@ -139,7 +117,7 @@ class DependenceScore(Metric):
         self.add(Grams.of(x), Grams.of(g))
 
     def add(self, x: Grams, g: Grams) -> None:
-        """Add tokens whose Gram matrices are there already, as those of an input that several layers share."""
+        """Add tokens by their Gram matrices. Layers that share an input share its matrices."""
         self._update_count = max(self._update_count, 1)  # torchmetrics counts calls of `update` alone
         for parts_x, parts_g in zip(x.parts, g.parts, strict=True):
             rows = [
@@ -152,48 +130,48 @@ class DependenceScore(Metric):
 
     @property
     def observed(self) -> int:
-        """Tokens behind rho."""
+        """Number of tokens that rho is computed from."""
         return int(self.tokens or self.few_tokens)
 
     def compute(self) -> Tensor:
-        """Return rho of the minibatches, in [0, 1], biased upwards for small ones; NaN where undefined."""
+        """Return rho of the minibatches, in [0, 1]; biased upwards for small minibatches, NaN where undefined."""
         return normalized(self._sum("biased")).clamp(0, 1).sqrt()
 
     @property
     def null(self) -> Tensor:
-        """What rho exceeds by chance in at most 5 of 100 cases, by permutations of whole sequences."""
+        """The value that rho exceeds by chance in at most 5 of 100 cases, by permutations of whole sequences."""
         return self._synchronized(self._null)
 
     @property
     def debiased(self) -> Tensor:
-        """Signed root of the debiased rho^2 (Song et al. 2012): around 0 for independent x and g; may be negative."""
+        """Signed root of the debiased rho^2 (Song et al. 2012): about 0 for independent x and g; may be negative."""
         return self._synchronized(lambda: signed_root(normalized(self.unbiased)))
 
     @property
     def interval(self) -> Tensor:
-        """95 % interval of :attr:`debiased` by a jackknife over sequences, shape (2,); NaN for less than 8."""
+        """95 % interval of :attr:`debiased` by a jackknife over sequences, shape (2,); NaN for fewer than eight."""
         return self._synchronized(self._interval)
 
     @property
     def iid_floor(self) -> Tensor:
-        """What rho is of independent x, g and tokens, about (:func:`~fasc_lightning.dependence.iid_floor`)."""
+        """About the rho of independent x, g and tokens (:func:`~fasc_lightning.dependence.iid_floor`)."""
         return self._synchronized(lambda: normalized(self._sum("biased"), self._sum("floor")).sqrt())
 
     @property
     def reason(self) -> str:
-        """Why the score, or only its null, debiased value or interval, is undefined; empty if none is."""
+        """Why the score, or only its null, debiased value or interval, is undefined; "" if all are defined."""
         return self._synchronized(self._reason)
 
     def _sum(self, name: str) -> Tensor:
-        """Return a sum over minibatches of enough sequences; over the others where there are none."""
+        """Return a sum over the minibatches of four sequences or more; if there are none, over the smaller ones."""
         found: Tensor = getattr(self, name if self.tokens > 0 else f"few_{name}")
         return found
 
     def _add(self, K: Tensor, L: Tensor, variances: Tensor) -> Tensor | None:
-        """Add one minibatch with its centred Gram matrices of shape (sequences, tokens, sequences, tokens).
+        """Add one minibatch by its centred Gram matrices, each of shape (sequences, tokens, sequences, tokens).
 
         Returns:
-            Its pseudo-values, shape (blocks, 3), or (1, 3) where it is too small for them; None if it does not count.
+            Its pseudo-values, shape (blocks, 3), or (1, 3) for four blocks; None if the minibatch does not count.
         """
         sequences, length = K.shape[:2]
         s = sequences * length
@@ -215,7 +193,7 @@ class DependenceScore(Metric):
         self.biased += weights * biased
         self.floor += weights[0, 1] / s
 
-        # Independent tokens, of which there are many, are put together to equal blocks; the last few stay out.
+        # Many independent tokens are grouped into equal blocks; the last few stay out.
         blocks = sequences // -(-sequences // MAX_SEQUENCES)
         used = sequences // blocks * blocks * length
         inner = grams if used == s else grams[:, :used, :used].contiguous()
@@ -230,14 +208,14 @@ class DependenceScore(Metric):
         return values[:, [0, 0, 1], [0, 1, 1]] / blocks
 
     def _permuted(self, grams: Tensor, blocks: int, biased: Tensor) -> Tensor:
-        """Return HSIC with g's blocks in other orders, shape (PERMUTATIONS,), in units in which it is ``biased``."""
+        """Return HSIC with g's blocks permuted, shape (PERMUTATIONS,), scaled so that the identity gives ``biased``."""
         groups = next((n for n in range(MIN_GROUPS, blocks) if blocks % n == 0), blocks)
         orders = random_orders(groups, PERMUTATIONS, self.seed)
         same = (orders == torch.arange(groups)).all(1).to(biased.device)
         found = hsic_permuted(grams[0], grams[1], orders)
         inner = hsic_biased(grams)[0, 1]
         found = found * torch.where(inner > 0, biased / inner, 1.0)
-        return torch.where(same, biased, found)  # exactly, so that the order as it is does not exceed itself
+        return torch.where(same, biased, found)  # exact, so that the identity does not exceed itself
 
     def _add_rows(self, rows: Tensor) -> None:
         self.rows.append(rows)
@@ -247,18 +225,18 @@ class DependenceScore(Metric):
             self.rows = [rows[:even].view(-1, 2, 3).sum(1), rows[even:]]
 
     def _null(self) -> Tensor:
-        # With the order as it is, PERMUTATIONS + 1 orders are equally likely under independence (Phipson and Smyth
-        # 2010): rho exceeds this one if it is among the highest 5 % of all.
+        # With the identity, PERMUTATIONS + 1 orders are equally likely under independence (Phipson and Smyth 2010).
+        # rho exceeds the null if it is among the highest 5 % of them.
         exceeding = int((1 - NULL_LEVEL) * (PERMUTATIONS + 1))
         highest = self.permuted.topk(exceeding).values[-1]
-        # What differs by the rounding of a sum over processes is equal.
+        # Values that differ by the rounding of a sum over processes count as equal.
         return normalized(self.biased, highest * (1 + 1e-12)).clamp(0, 1).sqrt()
 
     def _interval(self) -> Tensor:
         rows = dim_zero_cat(self.rows) if len(self.rows) else self.biased.new_zeros(0, 3)
         if self._undefined() or len(rows) < MIN_ROWS:
             return self.biased.new_full((2,), float("nan"))
-        # The infinitesimal jackknife of the ratio, with Student's t for its few degrees of freedom.
+        # The infinitesimal jackknife of the ratio, with Student's t for few degrees of freedom.
         xx, xg, gg = rows.sum(0)
         norm = (xx * gg).sqrt()
         ratio = xg / norm
@@ -290,7 +268,7 @@ class DependenceScore(Metric):
         return "" if self.tokens > 0 else f"fewer than {MIN_SEQUENCES} sequences, too few for all but rho"
 
     def _synchronized(self, value: Callable[[], Any]) -> Any:
-        """Return a value of the states of all processes, as torchmetrics does for ``compute``."""
+        """Return a value computed from the states of all processes, as torchmetrics does for ``compute``."""
         with self.sync_context(
             dist_sync_fn=self.dist_sync_fn,
             should_sync=self._to_sync and not self._is_synced,
@@ -300,14 +278,19 @@ class DependenceScore(Metric):
 
     @override
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Synchronise; a process that saw nothing has an empty table of the same form."""
+        """Synchronise the states. A process without rows takes part with an empty table of the same shape."""
         if not len(self.rows):
             self.rows = [self.biased.new_zeros(0, 3)]
         super().sync(*args, **kwargs)
 
 
 def all_reduce_scores_(scores: Iterable[DependenceScore], group: Any | None = None) -> None:
-    """Merge the states of many scores over all processes, in two messages; same scores and order everywhere."""
+    """Merge the states of many scores over all processes in two messages.
+
+    Args:
+        scores: The same scores in the same order on every process.
+        group: Process group; None is the default group.
+    """
     scores = list(scores)
     if not scores:
         return
@@ -326,38 +309,18 @@ def all_reduce_scores_(scores: Iterable[DependenceScore], group: Any | None = No
         score._update_count = max(score._update_count, int(score.observed > 0))
 
 
-def _gram(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the centred Gram matrix of (sequences, tokens, n) and the variance."""
-    sequences, length, _ = values.shape
-    s = sequences * length
-    if not values.numel():
-        return values.new_zeros(sequences, length, sequences, length), values.new_zeros((), dtype=torch.float64)
-    K, variance = centered_gram(values.reshape(s, -1))
-    return K.view(sequences, length, sequences, length), variance
-
-
-def _minibatches(values: Tensor) -> list[list[Tensor]]:
-    """Cut values into sets of sequences, and these into tokens that are not too many for a Gram matrix.
+def student_quantile(freedom: float) -> float:
+    """Return the 97.5 % quantile of Student's t, with an error below 1e-3 from 6 degrees of freedom on.
 
     Args:
-        values: Shape (tokens, n) or (sequences, tokens, n).
-
-    Returns:
-        For each set of whole sequences its minibatches, shape (sequences, tokens, n): every k-th token of each of the
-        sequences, where their tokens are too many, up to a multiple of k. They begin at other tokens in each sequence,
-        so that no minibatch has the first tokens of all. Tokens without a sequence are sequences of one token.
+        freedom: Degrees of freedom.
     """
-    if values.ndim == 2:
-        values = values[:, None]
-    sequences, length, _ = values.shape
-    most = MAX_SEQUENCES if length > 1 else MAX_TOKENS
-    sets = values.tensor_split(max(1, -(-sequences // most)))
-    cuts = max(1, -(-length * len(sets[0]) // MAX_TOKENS))
-    if cuts == 1:
-        return [[part] for part in sets]
-    found = []
-    for part in sets:
-        turns = part[:, : length // cuts * cuts].unflatten(1, (-1, cuts))  # (sequences, tokens, cuts, n)
-        place = torch.arange(len(part), device=part.device)
-        found.append([turns[place, :, (place + first) % cuts] for first in range(cuts)])
-    return found
+    # The expansion of Cornish and Fisher (1938) in powers of 1 / freedom.
+    z = 1.959963984540054
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * freedom**4)
+    )

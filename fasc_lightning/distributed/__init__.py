@@ -1,4 +1,4 @@
-"""Several processes and devices: DDP, FSDP2, device maps."""
+"""Fits on several processes and devices: DDP, FSDP2, device maps."""
 
 from fasc_lightning.distributed._collectives import gather_everywhere, is_distributed, share_layers, sum_everywhere
 from fasc_lightning.distributed._device_map import DeviceMapStrategy, check_weights, is_split

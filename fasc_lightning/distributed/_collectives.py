@@ -1,4 +1,4 @@
-"""What several processes of one fit have to agree on."""
+"""Collective operations on plain values and layers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 
 def is_distributed(trainer: pl.Trainer) -> bool:
-    """Tell whether other processes take part in the fit."""
+    """Tell whether the fit has other processes."""
     return dist.is_available() and dist.is_initialized() and trainer.world_size > 1
 
 
 def gather_everywhere(trainer: pl.Trainer, value: Any) -> list[Any]:
-    """Return a value, of plain data and tensors, of every process, in their order."""
+    """Return the value of every process, in the order of the processes; values are plain data and tensors."""
     if not is_distributed(trainer):
         return [value]
     values: list[Any] = [None] * trainer.world_size
@@ -34,7 +34,7 @@ def sum_everywhere(trainer: pl.Trainer, count: int) -> int:
 
 
 def share_layers(trainer: pl.Trainer, pl_module: pl.LightningModule, names: Iterable[str]) -> None:
-    """Give every process the first one's parameters and buffers of layers, in place."""
+    """Broadcast the first process's parameters and buffers of the layers to all processes, in place."""
     if not is_distributed(trainer):
         return
     modules = dict(pl_module.named_modules())

@@ -1,4 +1,4 @@
-"""Models whose layers are on several devices, as ``device_map`` of transformers puts them."""
+"""Models whose layers are on several devices, placed by transformers' ``device_map``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fasc_lightning._utils import undoing
 
 
 class DeviceMapStrategy(SingleDeviceStrategy):
-    """One process that leaves every layer where it is, before and after the fit; batches go to the first device."""
+    """A strategy for one process that leaves every layer on its device; batches go to the first device."""
 
     @override
     def model_to_device(self) -> None:
@@ -21,7 +21,7 @@ class DeviceMapStrategy(SingleDeviceStrategy):
     @override
     def teardown(self) -> None:
         with undoing() as undo:
-            undo.set(self, "_lightning_module", None)  # which it would bring to the CPU
+            undo.set(self, "_lightning_module", None)  # otherwise teardown would move the module to the CPU
             super().teardown()
 
 
@@ -29,7 +29,8 @@ def is_split(model: nn.Module) -> bool:
     """Tell whether a ``device_map`` has put parts of a model on different devices.
 
     Raises:
-        ValueError: If its parameters are on several devices without one, so that nothing brings activations over.
+        ValueError: If the parameters are on several devices without a ``device_map``, so that nothing moves
+            activations.
     """
     maps = [found for m in model.modules() if (found := getattr(m, "hf_device_map", None))]
     if any(len({str(device) for device in found.values()}) > 1 for found in maps):
@@ -44,10 +45,10 @@ def is_split(model: nn.Module) -> bool:
 
 
 def check_weights(weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse weights that are not there to be read.
+    """Refuse weights that cannot be read.
 
     Args:
-        weights: By name.
+        weights: Weights by name.
 
     Raises:
         ValueError: If some are on the meta device: empty, or offloaded to the CPU or the disk by ``device_map``.

@@ -1,4 +1,4 @@
-"""Tensors that several processes hold together, and their values in one of them."""
+"""DTensors, and their full values on one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Tell whether a tensor is spread over processes."""
+    """Tell whether a tensor is distributed over processes."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -18,12 +18,12 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with all its values, which it has unless it is spread over processes.
+    """Return a tensor with all its values.
 
-    One that is is gathered, without its gradient's history: all processes have to ask for it, in the same order.
+    A distributed tensor is gathered, without its gradient history. All processes must call this in the same order.
     """
     if not is_dtensor(tensor):
         return tensor
     spread: Any = tensor.detach()
-    # Offloaded parts go to where the processes can exchange them, and what comes of it back.
+    # Offloaded parts go to the device on which the processes communicate, and the result goes back.
     return spread.to(spread.device_mesh.device_type).full_tensor().to(tensor.device)

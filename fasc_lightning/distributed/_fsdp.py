@@ -1,13 +1,13 @@
-"""Fits whose weights are sharded (FSDP2, through Lightning's ModelParallelStrategy): how they are read, and ended.
+"""Sharded weights (FSDP2, under Lightning's ModelParallelStrategy): how they are read, and how the sharding ends.
 
-While a block computes, FSDP2 gathers its weights, so that hooks on its layers see the activations, gradients and
-weights of a whole module. At all other times a parameter is a DTensor, of which each process has some rows: it is read
-by all processes together, who have to ask for the same ones in the same order.
+While a block computes, FSDP2 gathers its weights, so hooks on its layers see the activations, gradients and weights of
+a whole module. At all other times a parameter is a DTensor, and each process holds some of its rows. All processes must
+read the same parameters together, in the same order.
 
-A compressed module is a whole one: low-rank layers are a fraction of the dense ones, and what is saved, evaluated and
-run afterwards is not the training that was sharded. So the compression ends the sharding (:class:`Unsharding`), which
-PyTorch has no function for: parameters become plain ones, and the hooks, classes and states that ``fully_shard`` has
-put on modules are taken off. All of it can be put back.
+A compressed module is whole: its low-rank layers are a fraction of the dense ones, and it is saved, evaluated and run
+without the sharded training. So compression ends the sharding (:class:`Unsharding`). PyTorch has no function for this:
+parameters become plain ones, and the hooks, classes and states that ``fully_shard`` put on modules are removed. All of
+it can be undone.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from fasc_lightning.distributed._collectives import gather_everywhere
 from fasc_lightning.distributed._dtensor import is_dtensor, whole
 from fasc_lightning.layers import expert_groups
 
-#: Of FSDP2's hooks.
+#: Module of FSDP2's hooks.
 _CODE = "torch.distributed.fsdp._fully_shard"
 
-#: A module's hooks by number, those of FSDP2 among them, and what is noted of a hook under its number.
+#: Attributes with a module's hooks by number, FSDP2's included, and with options of hooks by the same number.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
 _NOTES = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
-#: What ``fully_shard`` tells the compiler, on every module.
+#: Flags for the compiler that ``fully_shard`` sets on every module.
 _FLAGS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
 
 
@@ -43,17 +43,17 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def reshard(module: nn.Module) -> None:
-    """Let go of weights that are still gathered, as those of the root are after a validation."""
+    """Free the weights that are still gathered, for example the root's after a validation."""
     for part in module.modules():
         if _is_fsdp(part):
             part.reshard()  # type: ignore[operator]
 
 
 def check_mesh(strategy: ModelParallelStrategy) -> None:
-    """Refuse tensor parallelism: its processes hold parts of layers, not other batches.
+    """Refuse tensor parallelism: its processes hold parts of layers instead of other batches.
 
     Args:
-        strategy: Whose processes have begun.
+        strategy: Strategy whose processes have started.
 
     Raises:
         MisconfigurationException: With the remedy.
@@ -62,18 +62,18 @@ def check_mesh(strategy: ModelParallelStrategy) -> None:
     if size > 1:
         raise MisconfigurationException(
             f"Expected data parallelism but {type(strategy).__name__} splits layers over {size} processes "
-            "(tensor_parallel_size; by default all of a node), of which none sees a whole activation. HINT: "
+            "(tensor_parallel_size; by default all of a node), and no process has a whole activation. HINT: "
             f"ModelParallelStrategy(data_parallel_size={strategy.world_size}, tensor_parallel_size=1), and "
             "`fully_shard` in `configure_model`."
         )
 
 
 def check_sharded(trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Iterable[str]) -> None:
-    """Refuse, once ``configure_model`` has run, what cannot be calibrated under ModelParallelStrategy.
+    """Refuse modules that cannot be calibrated under ModelParallelStrategy, once ``configure_model`` has run.
 
     Args:
-        trainer: Of the fit.
-        pl_module: Its module.
+        trainer: Trainer of the fit.
+        pl_module: Module of the fit.
         layers: Names of the targeted layers.
 
     Raises:
@@ -97,17 +97,17 @@ def check_sharded(trainer: pl.Trainer, pl_module: pl.LightningModule, layers: It
 
 
 def lacks_room(trainer: pl.Trainer, pl_module: pl.LightningModule, besides: int) -> str:
-    """Return why a sharded module cannot be made whole on every process before it is compressed; "" if it can.
+    """Return why a sharded module cannot be made whole on every process before compression; "" if it can.
 
     Args:
-        trainer: Of the fit.
-        pl_module: Its module.
-        besides: Bytes that are needed for other things.
+        trainer: Trainer of the fit.
+        pl_module: Module of the fit.
+        besides: Bytes that are needed besides the module.
     """
     if not is_sharded(pl_module):
         return ""
     device = trainer.strategy.root_device
-    processes = getattr(trainer.strategy, "num_processes", 1) if device.type == "cpu" else 1  # that share the memory
+    processes = getattr(trainer.strategy, "num_processes", 1) if device.type == "cpu" else 1  # they share memory
     needed, free = processes * (_missing_bytes(pl_module) + besides), available_memory(device)
     reason = ""
     if needed > free:
@@ -119,7 +119,7 @@ def lacks_room(trainer: pl.Trainer, pl_module: pl.LightningModule, besides: int)
 
 
 class Unsharding:
-    """Makes a sharded module whole, in place and on every process, and sharded again where something failed.
+    """Makes a sharded module whole, in place and on every process, and sharded again after a failure.
 
     The shards are kept until :meth:`forget`.
     """
@@ -128,10 +128,10 @@ class Unsharding:
         self._undo = Undo()
 
     def run(self, module: nn.Module) -> None:
-        """Make a module whole; nothing happens to one that is. All processes together.
+        """Make a sharded module whole; a whole module stays as it is. All processes must call this.
 
         Args:
-            module: Of the same parts on every process.
+            module: A module with the same parts on every process.
         """
         if not is_sharded(module):
             return
@@ -145,15 +145,15 @@ class Unsharding:
             raise
 
     def undo(self) -> None:
-        """Put everything back; safe at any time."""
+        """Restore the sharded module; safe at any time."""
         self._undo.close()
 
     def forget(self) -> None:
-        """Let go of the shards."""
+        """Free the shards."""
         self._undo.forget()
 
     def _gather(self, module: nn.Module) -> None:
-        """Replace sharded parameters by plain ones, one after the other; tied ones stay tied."""
+        """Replace sharded parameters by plain ones, one at a time; tied parameters stay tied."""
         made: dict[int, nn.Parameter] = {}
         for part in module.modules():
             for name, parameter in list(part._parameters.items()):
@@ -164,7 +164,7 @@ class Unsharding:
                 self._set(part._parameters, name, made[id(parameter)])
 
     def _take_off(self, part: nn.Module) -> None:
-        """Take what ``fully_shard`` has put on a module off it."""
+        """Remove everything that ``fully_shard`` has put on a module."""
         from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
         from torch.distributed._composable_state import _module_state_mapping
 
@@ -178,7 +178,7 @@ class Unsharding:
             self._pop(own, flag)
         if not _is_fsdp(part):
             return
-        # As if it had never been: then `fully_shard` can be applied again.
+        # Without a trace, so that `fully_shard` can be applied again.
         states = own[STATE_KEY]
         for key in [key for key, state in states.items() if type(state).__module__.startswith(_CODE)]:
             self._pop(states, key)
@@ -197,13 +197,13 @@ class Unsharding:
             mapping.pop(key)
 
     def _drop(self, hooks: dict[int, Any], keys: list[int]) -> None:
-        """Drop some hooks; undone, they are called again in the order in which they were."""
+        """Remove hooks; the undo step restores them in their earlier order."""
         before = list(hooks.items())
 
         def put_back() -> None:
             again = {key: hook for key, hook in before if key in keys or key in hooks}
             since = {key: hook for key, hook in hooks.items() if key not in again}
-            hooks.update({**again, **since})  # so that nothing is lost where this is interrupted
+            hooks.update({**again, **since})  # so that an interruption loses no hook
             for key in [*again, *since]:
                 hooks[key] = hooks.pop(key)
 

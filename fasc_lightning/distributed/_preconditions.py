@@ -1,4 +1,4 @@
-"""Strategies and modules that a compression can work with, checked before a fit begins."""
+"""Checks of the strategy, the callbacks and the module before a fit begins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_strategy(trainer: pl.Trainer, recovers: bool = False) -> None:
     """Refuse strategies under which layers cannot be read or replaced.
 
     Args:
-        trainer: Of a fit.
+        trainer: Trainer of a fit.
         recovers: Whether the fit trains a compressed module.
 
     Raises:
@@ -52,24 +52,24 @@ def check_strategy(trainer: pl.Trainer, recovers: bool = False) -> None:
 
 
 def check_single(callbacks: Sequence[pl.Callback]) -> None:
-    """Refuse several callbacks that each have a budget.
+    """Refuse more than one callback with a budget.
 
     Raises:
-        MisconfigurationException: If there is more than one.
+        MisconfigurationException: If there are several.
     """
     if len(callbacks) > 1:
         raise MisconfigurationException(
-            "Expected one FascCallback with a budget in a fit but got several: each would freeze and restore what "
-            "the other holds. HINT: one callback spends one budget over all its `targets`."
+            "Expected one FascCallback with a budget in a fit but got several: each would freeze and restore the "
+            "weights of the others. HINT: one callback spends one budget over all its `targets`."
         )
 
 
 def check_module(pl_module: pl.LightningModule, compresses: bool = True) -> None:
-    """Refuse compiled modules, and to compress modules that carry adapters or are compressed already.
+    """Refuse compiled modules, and for compression also modules with adapters or compressed layers.
 
     Args:
         pl_module: The module of the fit.
-        compresses: Whether it is to be compressed, or only watched.
+        compresses: Whether it is compressed, or only monitored.
 
     Raises:
         MisconfigurationException: With the remedy.
@@ -90,11 +90,11 @@ def check_module(pl_module: pl.LightningModule, compresses: bool = True) -> None
     adapters = [name for name, m in pl_module.named_modules() if hasattr(m, "lora_A") or hasattr(m, "base_layer")]
     if adapters:
         raise MisconfigurationException(
-            f"Expected a module without adapters but {adapters[0]!r} carries some: its base layer and the adapter "
-            "would be compressed apart. HINT: merge them first (`merge_and_unload()` of peft)."
+            f"Expected a module without adapters but {adapters[0]!r} carries some: the base layer and the adapter "
+            "would be compressed separately. HINT: merge them first (`merge_and_unload()` of peft)."
         )
     if is_compressed(pl_module):
         raise MisconfigurationException(
-            f"{type(pl_module).__name__} holds low-rank layers already, and compressing twice loses quality for "
-            "nothing. HINT: start from the dense model. To train the factors, use `recover`, or leave FascCallback out."
+            f"{type(pl_module).__name__} holds low-rank layers already, and compressing twice loses quality without "
+            "gain. HINT: start from the dense model. To train the factors, use `recover`, or leave FascCallback out."
         )

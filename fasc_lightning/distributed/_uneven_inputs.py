@@ -1,8 +1,8 @@
-"""The processes of one calibration in step: one that has no more batches, and one that is no longer there.
+"""Uneven inputs: processes of one calibration with different numbers of batches, and processes that have ended.
 
-Collective operations are matched by their order. A process whose epoch is over goes on to other ones than those that
-still have batches: they wait for each other until the process group's timeout (30 minutes by default), or take one
-sum for another. So after each batch of a calibration the processes add up how many of them have had their last.
+Collective operations are matched by their order. A process whose epoch is over calls other ones than the processes that
+still have batches. They then wait for each other until the process group's timeout (30 minutes by default), or mix up
+two sums. So after each batch of a calibration the processes count how many of them have had their last batch.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _HINT = (
 
 
 class UnevenInputs:
-    """Lets a calibration have more batches on some processes than on others, or ends it on all of them at once.
+    """Lets processes calibrate on different numbers of batches, or ends the calibration on all of them at once.
 
-    Where every process works alone until the statistics are added up (frozen weights, under DDP), those that are done
-    first take part in what is left to agree on for each batch of the others. Elsewhere a batch needs all processes.
+    If every process works alone until the statistics are summed (frozen weights, under DDP), processes that are done
+    take part in the operations that the others' batches need. Otherwise a batch needs all processes.
 
     Args:
         needed: Why a batch needs all processes; "" if each works alone.
@@ -37,14 +37,14 @@ class UnevenInputs:
         self._needed = needed
 
     def start(self, trainer: pl.Trainer, whole_fit: bool) -> None:
-        """Compare what is known of the numbers of batches, before the first one of training.
+        """Compare the known numbers of batches, before the first batch of training.
 
         Args:
-            trainer: Of the fit.
-            whole_fit: Whether the fit is its calibration, all of it and an epoch a pass.
+            trainer: Trainer of the fit.
+            whole_fit: Whether the whole fit is the calibration, one epoch for each pass.
 
         Raises:
-            MisconfigurationException: On every process, if they differ and must not.
+            MisconfigurationException: On every process, if the numbers differ and must not.
         """
         if not whole_fit:
             self._needed = self._needed or "batches before the calibration are trained on"
@@ -61,11 +61,11 @@ class UnevenInputs:
         rank_zero_info(f"FascCallback: processes calibrate on unequal numbers of batches; {said}.")
 
     def end_batch(self, trainer: pl.Trainer) -> None:
-        """Agree with the other processes that a batch is over; return once this one may go on.
+        """Tell the other processes that a batch is over; return once this process may go on.
 
         Raises:
-            RuntimeError: On every process, if some have had their last batch and others may not go on alone; or if
-                another process is no longer there.
+            RuntimeError: On every process, if some have had their last batch and the others need them; or if another
+                process has ended.
         """
         if not is_distributed(trainer):
             return
@@ -80,14 +80,14 @@ class UnevenInputs:
                 f"their last one, and {self._needed}. The model is unchanged. {_HINT}"
             )
         while last and ended < trainer.world_size:
-            if hasattr(loop, "_broadcast_sigterm_tensor"):  # which Lightning does before each batch
+            if hasattr(loop, "_broadcast_sigterm_tensor"):  # as Lightning does before each batch
                 loop._broadcast_sigterm_tensor()
             ended = _sum(trainer, last)
 
 
 @contextmanager
 def others_present() -> Iterator[None]:
-    """Say what it means when a collective operation of the calibration fails.
+    """Explain a failure of a collective operation during the calibration.
 
     Raises:
         RuntimeError: In place of the backend's own.
@@ -96,8 +96,8 @@ def others_present() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            "Expected an answer of every process but one has ended, or failed, while the model was calibrated: see "
-            f"what it says itself. The model is unchanged. ({error})"
+            "Expected an answer of every process but one has ended, or failed, while the model was calibrated. See "
+            f"its own output. The model is unchanged. ({error})"
         ) from error
 
 
@@ -107,7 +107,7 @@ def _sum(trainer: pl.Trainer, value: bool) -> int:
 
 
 def _meets_in_epoch(trainer: pl.Trainer) -> str:
-    """Return why processes have to meet before their epoch is over; "" if they do not."""
+    """Return why the processes must meet before their epoch is over; "" if they do not."""
     loop = trainer.fit_loop.epoch_loop
     if trainer.enable_validation and (trainer.val_check_interval or 0) not in (1.0, 0):
         return f"all validate together before the epoch is over (val_check_interval={trainer.val_check_interval})"

@@ -1,4 +1,4 @@
-"""Forward and gradient hooks: the inputs x and the gradients h of each layer, as matrices of tokens."""
+"""Forward and gradient hooks: each layer's inputs x and gradients h, as rows of tokens."""
 
 from fasc_lightning.hooks._taps import Taps
 

@@ -1,4 +1,4 @@
-"""Hooks on fused experts: what each projection of an expert reads and what its gradient is."""
+"""Hooks on the projections of fused experts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fasc_lightning.layers import ExpertLinear, Routing, routed
 
 
 class ExpertTaps:
-    """Runs fused modules expert by expert while hooks are on their virtual layers; else they run as they did.
+    """Runs fused modules expert by expert while their virtual layers have hooks; otherwise they run as before.
 
     Args:
-        layers: Layers by name, of any kinds.
+        layers: Layers of any kind, by name.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
@@ -30,12 +30,12 @@ class ExpertTaps:
                 views[layer.expert, layer.projection] = layer
 
     def install(self, undo: Undo) -> None:
-        """Send forwards through the virtual layers until that is undone; others may do so at the same time."""
+        """Send forwards through the virtual layers until it is undone; several observers may do so at once."""
         for experts, views in self._views.values():
             own = vars(experts)
             undo.add(_leave, own, views)
             if "_fasc_before" not in own:
-                own["_fasc_before"] = own.get("forward")  # of its own, as accelerate gives modules
+                own["_fasc_before"] = own.get("forward")  # the instance's own forward, as accelerate sets one
             if not any(known is views for known in own.setdefault("_fasc_views", [])):
                 own["_fasc_views"].append(views)
             # Bound, so that a copy of the module gets a forward of its own.
@@ -43,8 +43,8 @@ class ExpertTaps:
 
 
 def _leave(own: dict[str, Any], views: Mapping[tuple[int, str], ExpertLinear]) -> None:
-    """Let a fused module run as it did once nobody else looks at it: a monitor comes and goes during a calibration."""
-    if "_fasc_before" not in own:  # which comes first and goes last
+    """Restore a fused module's forward once it has no other observer: a monitor comes and goes during a calibration."""
+    if "_fasc_before" not in own:  # it comes first and goes last
         return
     own["_fasc_views"] = [known for known in own.get("_fasc_views", []) if known is not views]
     if own["_fasc_views"]:
@@ -58,7 +58,7 @@ def _leave(own: dict[str, Any], views: Mapping[tuple[int, str], ExpertLinear]) -
 
 
 def _observed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """As the fused module's own loop over experts, operation by operation, with a place for hooks at each product."""
+    """Run the fused module's own loop over experts, operation by operation, with a place for hooks at each product."""
     if not torch.is_grad_enabled():
         before = vars(self)["_fasc_before"] or partial(type(self).forward, self)
         return before(hidden_states, top_k_index, top_k_weights)

@@ -1,8 +1,8 @@
-"""The hooks that turn a backward pass into (x, h) token matrices.
+"""Hooks that turn a backward pass into token matrices (x, h).
 
-A tap is a forward hook on a layer that puts a *tensor* hook on the layer's output. A tensor hook fires exactly once
-for each backward pass through the output, also under both kinds of gradient checkpointing, where forward hooks run
-twice; and unlike module backward hooks it lets the output be modified in place (pytorch#61519).
+A tap is a forward hook on a layer that puts a *tensor* hook on the layer's output. A tensor hook fires exactly once for
+each backward pass through the output. This also holds under both kinds of gradient checkpointing, where forward hooks
+run twice. Unlike module backward hooks, it allows the output to be modified in place (pytorch#61519).
 """
 
 from __future__ import annotations
@@ -22,31 +22,20 @@ from fasc_lightning._utils import ForwardHook, Undo
 from fasc_lightning.batches import Backwards, TokenRows
 from fasc_lightning.distributed import whole
 from fasc_lightning.hooks._expert_taps import ExpertTaps
-from fasc_lightning.layers import (
-    ExpertLinear,
-    Routing,
-    input_gradient,
-    is_plain_linear,
-    layer_shapes,
-    linear_weight,
-    matches,
-    select_layers,
-)
+from fasc_lightning.layers import ExpertLinear, Routing, input_gradient, linear_weight
 from fasc_lightning.statistics import MomentSums, RowsRefusedError
 
-__all__ = ["Pairs", "Taps", "is_plain_linear", "layer_shapes", "matches", "select_layers"]
-
-#: Takes a layer's name, its counted inputs x (tokens, n), the gradients h (tokens, m) of the batch's loss at its
-#: outputs, not scaled, the batch, and how many of the tokens each sequence has.
+#: Called with a layer's name, its counted inputs x (tokens, n), the unscaled gradients h (tokens, m) of the batch's
+#: loss at its outputs, the batch, and the count of tokens of each sequence.
 Pairs = Callable[[str, Tensor, Tensor, TokenRows, list[int]], None]
 
 
 class _SavedInput(torch.autograd.Function):
-    """A node that saves a layer's input as the layer's own backward node does, and that no backward pass ever runs.
+    """A node that saves a layer's input as the layer's own backward node does; no backward pass ever runs it.
 
-    Whoever decides what becomes of saved tensors (gradient checkpointing recomputes them, ``save_on_cpu`` moves them)
-    decides for this one, too, so that taps hold no more than the graph does. A reference would hold what checkpointing
-    means to free.
+    Mechanisms that handle saved tensors (gradient checkpointing recomputes them, ``save_on_cpu`` moves them) handle
+    this one, too, so taps hold no more than the graph does. A plain reference would hold what checkpointing means to
+    free.
     """
 
     @staticmethod
@@ -56,16 +45,16 @@ class _SavedInput(torch.autograd.Function):
 
 
 def _save(x: Tensor, anchor: Tensor) -> Callable[[], Tensor]:
-    """Return what gives ``x`` back during a backward pass, at most once in each.
+    """Return a function that gives ``x`` back during a backward pass, at most once in each.
 
     Args:
         x: A layer's input.
-        anchor: Any tensor that requires a gradient, which makes autograd keep a node.
+        anchor: Any tensor that requires a gradient, so that autograd keeps a node.
 
     Returns:
         A function without arguments. It raises a RuntimeError if ``x`` was modified in place in the meantime.
     """
-    if x.is_inference():  # autograd saves none of these
+    if x.is_inference():  # autograd does not save inference tensors
         return lambda: x
     node: Any = _SavedInput.apply(x.detach(), anchor).grad_fn
     return lambda: node.saved_tensors[0]
@@ -73,23 +62,23 @@ def _save(x: Tensor, anchor: Tensor) -> Callable[[], Tensor]:
 
 @dataclass(eq=False)
 class _Call:
-    """One input tensor on its way through the layers that share it.
+    """One input tensor and the layers that share it.
 
     Attributes:
         source: The tensor; weak, since only its identity matters.
         leading: Its shape without features.
-        batch: What counts, and how gradients are scaled.
-        members: The layers that were given it.
-        pending: Those of them whose gradient has not been counted.
-        rows: Its counted tokens, shape (tokens, n), from the first gradient until the last of ``pending`` is counted:
-            a view where all tokens count, else a copy.
-        version: Of ``rows``, which a view shares with the tensor: it tells of modifications in place.
-        counted: Whether a gradient has arrived: the layers that read the tensor from now on make a call of their own.
+        batch: The batch: which tokens count, and how gradients are scaled.
+        members: The layers that read the tensor.
+        pending: The members whose gradient has not been counted.
+        rows: The tensor's counted tokens, shape (tokens, n), from the first gradient until ``pending`` is empty: a view
+            if all tokens count, otherwise a copy.
+        version: Version of ``rows``; a view shares it with the tensor, so it shows modifications in place.
+        counted: Whether a gradient has arrived: layers that read the tensor later make a new call.
         summed: Whether the rows are in the moments.
-        gradients: By layer, the sum of the gradients that several backward passes have brought.
-        unannounced: The same of passes that were not announced, for batches that announce none.
-        saved: By layer, what gives the input back.
-        routed: Of an expert's input: its rows that count, and how many of each sequence.
+        gradients: Sum of the gradients of several backward passes, by layer.
+        unannounced: The same sum of passes that were not announced, for batches without announced passes.
+        saved: Functions that give the input back, by layer.
+        routed: For an expert's input: the indices of its counted rows, and the count of rows of each sequence.
     """
 
     source: weakref.ref[Tensor]
@@ -107,19 +96,19 @@ class _Call:
     routed: tuple[Tensor, list[int]] | None = None
 
     def select(self, values: Tensor) -> Tensor:
-        """Return the counted rows of a tensor of the input's tokens."""
+        """Return the counted rows of a tensor with the input's tokens."""
         if self.routed is None:
             return _rows(values, self.batch)
         return values.detach().index_select(0, self.routed[0])
 
     def lengths(self) -> list[int]:
-        """Return how many counted tokens each sequence has."""
+        """Return the count of counted tokens of each sequence."""
         return self.batch.lengths(self.leading) if self.routed is None else self.routed[1]
 
     def take_rows(self, name: str) -> Tensor | None:
         """Return the counted rows of the input; None if the input was modified in place after the layer read it.
 
-        What the layer saved is let go of.
+        The tensor that the layer saved is freed.
         """
         saved = self.saved.pop(name, None)
         if self.rows is None:
@@ -134,36 +123,37 @@ class _Call:
         return self.rows if _version(self.rows) == self.version else None
 
     def add_gradient(self, name: str, h: Tensor, announced: bool) -> None:
-        """Add what one of several backward passes has brought a layer."""
+        """Add a layer's gradient from one of several backward passes."""
         sums = self.gradients if announced else self.unannounced
-        # A copy: autograd may write into a gradient that it has handed out.
+        # A copy: autograd may write into a gradient that it has passed to a hook.
         sums[name] = h.clone() if name not in sums else sums[name] + h
 
 
 class Taps:
-    """Hooks on the tapped layers, feeding moments and pairs of rows on between ``begin_batch`` and ``end_batch``.
+    """Hooks on layers that pass rows to moments and pairs between ``begin_batch`` and ``end_batch``.
 
-    Forwards outside of a batch, or without gradients, pass untouched. A layer's token counts once its gradient has
+    Forwards outside of a batch, or without gradients, are not touched. A layer's token counts once its gradient has
     arrived.
 
-    Which gradients are the loss's is the caller's to say. By default every backward pass through the layers is, and
-    each call of a layer is counted with the first one. Where the caller announces backward passes
-    (``begin_backward``, ``end_backward``), gradients of all others are passed over: a training step may differentiate
-    for reasons of its own (``torch.autograd.grad``). Where several backward passes may go through one call, their
-    gradients are summed, and the call is counted at the end of the batch. A training step that calls
-    ``loss.backward()`` by itself announces none; then all of its passes count.
+    The caller decides which gradients belong to the loss. By default every backward pass through the layers counts, and
+    each call of a layer is counted with the first pass. If the caller announces backward passes (``begin_backward``,
+    ``end_backward``), the gradients of other passes are skipped: a training step may differentiate for other reasons
+    (``torch.autograd.grad``). If several backward passes may go through one call, their gradients are summed, and the
+    call is counted at the end of the batch. A training step that calls ``loss.backward()`` itself announces none; then
+    all of its passes count.
 
     Args:
         layers: The layers by name.
-        moments: Where input and gradient rows go, if anywhere. With them, data that would make them wrong raise.
-        pairs: Called with each layer's inputs and gradients once both are there.
-        anchor: Whether layers that nothing trainable comes before get a gradient, too: the backward pass then goes
-            down to them. Else they are passed over, and the fit computes what it would anyway.
+        moments: Receives the rows of inputs and gradients; None for no moments. With moments, faulty data raise an
+            error.
+        pairs: Called with each layer's inputs and gradients once both have arrived.
+        anchor: Whether layers with nothing trainable before them get a gradient, too; the backward pass then goes down
+            to them. Otherwise they are skipped, and the fit computes the same as without taps.
 
     Attributes:
         called: The layers that ran in some batch.
-        reached: The layers that a gradient has reached in some batch.
-        unannounced: Whether a batch was counted by backward passes that nobody announced.
+        reached: The layers that got a gradient in some batch.
+        unannounced: Whether a batch was counted by backward passes that were not announced.
     """
 
     def __init__(
@@ -186,19 +176,19 @@ class Taps:
         self._undo = Undo()
         self._batch: TokenRows | None = None
         self._backwards = Backwards()
-        self._open = False  # whether an announced backward pass goes on
+        self._open = False  # whether an announced backward pass is running
         self._announced = False  # whether this batch has announced one
         self._announces = False  # whether some batch has
-        self._calls: list[_Call] = []  # those that a gradient has reached
-        # Weak: a call belongs to the graph whose hooks hold it. The graph that checkpointing recomputes is dropped
-        # without a backward pass of its own, and its inputs must go with it.
+        self._calls: list[_Call] = []  # calls with a gradient
+        # Weak: a call belongs to the graph whose hooks hold it. The graph that checkpointing recomputes is freed
+        # without a backward pass of its own, and its inputs must be freed with it.
         self._by_input: WeakValueDictionary[int, _Call] = WeakValueDictionary()
-        # Outputs that nothing upstream makes require a gradient (everything before them is frozen) are added to
-        # this zero, so that autograd carries the gradient down to them without computing any weight's.
+        # Added to outputs that require no gradient because everything before them is frozen. Autograd then carries
+        # the gradient down to them without computing any weight's.
         self._anchor = torch.zeros((), requires_grad=True)
 
     def install(self) -> None:
-        """Put the hooks on."""
+        """Register the hooks."""
         if self.installed:
             return
         self.installed = True
@@ -207,19 +197,19 @@ class Taps:
             self._undo.hook(module.register_forward_hook, ForwardHook(self._on_forward, name), with_kwargs=True)
 
     def remove(self) -> None:
-        """Take every hook off; safe to call at any time, any number of times."""
+        """Remove all hooks; safe at any time and any number of times."""
         self._undo.close()
         self.installed = False
         if self.moments is not None:
-            self.moments.drop()  # of a batch that was not ended: why has been said, or is about to be
+            self.moments.drop()  # rows of a batch that did not end, whose error is raised elsewhere
         self._forget_batch()
 
     def begin_batch(self, rows: TokenRows, backwards: Backwards | None = None) -> None:
-        """Start counting: the next forwards belong to the batch that ``rows`` describes.
+        """Start counting: the next forwards belong to the batch of ``rows``.
 
         Args:
             rows: Which tokens count, and how gradients are scaled.
-            backwards: Which backward passes count; by default each one, once for a call of a layer.
+            backwards: Which backward passes count; by default each one, once for each call of a layer.
         """
         self.end_batch()
         self._batch = rows
@@ -234,7 +224,7 @@ class Taps:
         self._open = False
 
     def end_batch(self) -> None:
-        """Stop counting, and settle inputs whose gradient reached only some of the layers that share them."""
+        """Stop counting, and correct inputs whose gradient reached only some of the layers that share them."""
         try:
             for call in self._calls:
                 self._add_summed(call)
@@ -255,7 +245,7 @@ class Taps:
         """Wait until the moments hold all rows that have been counted so far.
 
         Raises:
-            FloatingPointError: If some of them are not finite, and the moments did not say so at once.
+            FloatingPointError: If some rows are not finite, and the moments had not raised it yet.
         """
         if self.moments is not None and self._batch is not None:
             with _named("a number", self._batch):
@@ -277,24 +267,24 @@ class Taps:
         routing = args[2] if isinstance(module, ExpertLinear) else None
         x = args[0] if args else next(iter(kwargs.values()))
         call = self._call(name, x, routing)
-        # Each layer saves its input, shared or not: checkpointing counts what is saved, and has to find as much when it
-        # recomputes some of the layers that share one.
+        # Each layer saves its input, shared or not: checkpointing counts the saved tensors, and must find the same
+        # count when it recomputes some of the layers that share one.
         call.saved[name] = _save(x, self._anchor)
         output.register_hook(partial(self._on_gradient, name, call))
         return anchored
 
     def _call(self, name: str, x: Tensor, routing: Routing | None = None) -> _Call:
-        """Return the call that ``x`` belongs to: the same tensor object is the same input."""
+        """Return the call of ``x``: the same tensor object is the same input."""
         assert self._batch is not None
         call = self._by_input.get(id(x))
-        # An id may be used again once its tensor is gone; and a layer that is given the same tensor twice sees its
-        # tokens twice.
+        # An id may be used again once its tensor is freed. A layer that reads the same tensor twice sees its tokens
+        # twice.
         if call is None or call.source() is not x or name in call.members or call.counted:
             call = _Call(weakref.ref(x), tuple(x.shape[:-1]), self._batch)
             if routing is not None:
                 call.routed = self._batch.routed(routing.tokens, routing.total)
             else:
-                self._batch.index(call.leading, x.device)  # in the order of the forward: later layers learn from it
+                self._batch.index(call.leading, x.device)  # in the order of the forward: later layers use it
             self._by_input[id(x)] = call
         call.members.append(name)
         call.pending.add(name)
@@ -305,13 +295,13 @@ class Taps:
         how = self._backwards
         announced = self._open or not how.announced
         if call.batch is not self._batch or name not in call.pending:
-            return  # of an earlier batch, or counted already
+            return  # from an earlier batch, or counted already
         if not announced and (self._announces or not how.several):
             return
         x = call.take_rows(name)
         if x is None:
             if self.moments is None:
-                return  # for want of a true input
+                return  # the true input is lost
             raise _modified(name)
         h = call.select(gradient)
         if call.batch.may_overflow and not torch.isfinite(h).all():
@@ -330,7 +320,7 @@ class Taps:
         call.add_gradient(name, h, announced)
 
     def _add_summed(self, call: _Call) -> None:
-        """Count a call with what all backward passes of its batch have brought."""
+        """Count a call with the gradients of all backward passes of its batch."""
         if call.batch.overflowed:
             return
         unannounced = self._backwards.announced and not self._announced
@@ -343,11 +333,11 @@ class Taps:
                 raise _modified(name)
 
     def _add(self, name: str, call: _Call, x: Tensor, h: Tensor) -> None:
-        """Give one layer's rows of one call to the moments and the pairs."""
+        """Pass one layer's rows of one call to the moments and the pairs."""
         self.reached.add(name)
         if self.moments is not None:
             self._add_moments(self.moments, name, call, x, h)
-        # An expert that is given nothing but padding was not seen; a batch of padding was, and is said to be empty.
+        # An expert with nothing but padding did not run; a batch of nothing but padding did, and is reported as empty.
         if self.pairs is not None and (len(x) or call.routed is None):
             self.pairs(name, x, h, call.batch, call.lengths())
         call.pending.discard(name)
@@ -367,7 +357,7 @@ class Taps:
                 moments.add_pairs(name, x, h, lengths, call.batch.scale, g, self._seen(moments, name, x, h))
 
     def _seen(self, moments: MomentSums, name: str, x: Tensor, h: Tensor) -> Tensor | None:
-        """Return W x or W^T h of each token, where a moment is held as the weight sees it."""
+        """Return W x or W^T h of each token if a side is projected; otherwise None."""
         side = moments.projects(name)
         if side is None:
             return None
@@ -384,7 +374,7 @@ def _modified(name: str) -> RuntimeError:
 
 @contextmanager
 def _named(what: str, rows: TokenRows) -> Iterator[None]:
-    """Say where numbers that the moments refuse come from."""
+    """Add to errors of refused numbers where the numbers come from."""
     try:
         yield
     except FloatingPointError as error:
@@ -396,12 +386,12 @@ def _named(what: str, rows: TokenRows) -> Iterator[None]:
 
 
 def _version(values: Tensor) -> int:
-    """Return how often a tensor was modified in place; inference tensors do not count."""
+    """Return the count of modifications of a tensor; 0 for inference tensors, which have none."""
     return 0 if values.is_inference() else values._version
 
 
 def _rows(values: Tensor, rows: TokenRows) -> Tensor:
-    """Return the counted tokens of (..., d) activations or gradients as rows (tokens, d); a view if all count."""
+    """Return the counted tokens of (..., d) activations or gradients as rows (tokens, d), a view if all count."""
     index = rows.index(tuple(values.shape[:-1]), values.device)
     flat = values.detach().reshape(-1, values.shape[-1])
     return flat if index is None else flat.index_select(0, index)

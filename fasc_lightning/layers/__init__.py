@@ -1,4 +1,4 @@
-"""Linear layers: dense, low-rank, pivoted, int8, experts; found, swapped, described."""
+"""Linear layers, dense, low-rank, pivoted, int8 and of experts: selection, swap, description."""
 
 from fasc_lightning.layers._compressed_linear import CompressedLinear
 from fasc_lightning.layers._fused_experts import (

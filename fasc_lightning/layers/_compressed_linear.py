@@ -13,30 +13,30 @@ from fasc_lightning.layers._lazy_weight import LazyWeight
 
 
 class CompressedLinear(nn.Module, ABC):
-    """A linear layer y = W' x + b, W' of shape (m, n) and rank k, held in fewer than m n numbers, or in fewer bytes.
+    """A linear layer y = W' x + b, W' of shape (m, n) and rank k, held in fewer than m n numbers or in fewer bytes.
 
-    The matrices it is held in are ``nn.Linear`` children, or, quantised, ``Int8Linear``.
+    Its matrices are ``nn.Linear`` children or, quantised, ``Int8Linear``.
 
-    Model code of transformers reads ``.weight`` of linear layers in about a hundred places, nearly always for
-    its dtype or device (T5, GPT-J, Qwen2-VL). So there is a read-only :attr:`weight`; it is no parameter and
-    not in the state dict.
+    Model code of transformers reads ``.weight`` of linear layers in about a hundred places, nearly always for its dtype
+    or device (T5, GPT-J, Qwen2-VL). So there is a read-only :attr:`weight`, which is no parameter and not in the state
+    dict.
 
     Attributes:
         in_features: n.
         out_features: m.
         rank: k.
-        layout: How the matrix is held, "factors" or "pivot".
-        from_conv1d: Whether the dense layer was a transformers ``Conv1D``, which holds its weight as (n, m); then it
+        layout: Layout of the matrix, for example "factors" or "pivot".
+        from_conv1d: Whether the dense layer was a transformers ``Conv1D``, which holds its weight as (n, m); the layer
             becomes one again. Set by the swap.
-        shell: Where the dense layer was of a class of its own, that layer without its parameters; it becomes one
-            again. Set by the swap; no child, and not in the state dict.
+        shell: A dense layer of a class of its own, without its parameters; the layer becomes one again. None for other
+            classes. Set by the swap; it is no child, and not in the state dict.
     """
 
     layout: ClassVar[str]
     from_conv1d: bool = False
     shell: nn.Module | None = None
 
-    #: Which TorchScript does not compile: properties, and it compiles all of those that are not named.
+    #: Properties that TorchScript must not compile; it compiles all others.
     __jit_unused_properties__: ClassVar[list[str]] = [
         "bias",
         "extra_bytes",
@@ -61,15 +61,14 @@ class CompressedLinear(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def cost(m: int, n: int, k: int) -> int:
-        """Numbers held for the matrix, without the bias."""
+        """Return the count of numbers in the matrix, without the bias."""
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Left (m, k) and right (k, n) factors of W', differentiable; of half-precision layers in float32.
+        """Return the left (m, k) and right (k, n) factors of W', differentiable; in float32 for half-precision layers.
 
         Raises:
-            TypeError: If a child is neither a plain linear layer nor an ``Int8Linear``
-                (adapters, torchao's tensors).
+            TypeError: If a child is neither a plain linear layer nor an ``Int8Linear`` (adapters, torchao's tensors).
         """
 
     @property
@@ -80,25 +79,25 @@ class CompressedLinear(nn.Module, ABC):
     @property
     @abstractmethod
     def extra_bytes(self) -> int:
-        """Bytes of the state dict beside the parameters: the index of a pivoted layer."""
+        """Bytes of the state dict besides the parameters: the index of a pivoted layer."""
 
     @property
     @abstractmethod
     def reads_inputs(self) -> str:
-        """Name of the child whose inputs are the layer's own, all or some; the other reads what comes of them."""
+        """Name of the child that reads the layer's own inputs, all or some; the other child reads its outputs."""
 
     @abstractmethod
     def _child(self) -> nn.Module: ...
 
     @property
     def _like(self) -> Tensor:
-        """A tensor of the layer's dtype and device: a weight, or the scales of a quantised one."""
+        """A tensor of the layer's dtype and device: a weight, or the scales of a quantised weight."""
         child: Any = self._child()
         like: Tensor = child.scale if isinstance(child, Int8Linear) else child.weight
         return like
 
     def to_weight(self) -> Tensor:
-        """The dense matrix W', shape (m, n), in the layer's dtype, differentiable.
+        """Return the dense matrix W', shape (m, n), in the layer's dtype, differentiable.
 
         Raises:
             TypeError: As :meth:`factors`.
@@ -107,7 +106,7 @@ class CompressedLinear(nn.Module, ABC):
         return (left @ right).to(self._like.dtype)
 
     def to_linear(self) -> nn.Linear:
-        """A new dense layer of the same function; trainable if any parameter of this layer is, or it was quantised.
+        """Return a new dense layer of the same function, trainable if a parameter of this one is or it is quantised.
 
         Raises:
             TypeError: As :meth:`factors`.
@@ -122,29 +121,29 @@ class CompressedLinear(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """Read-only stand-in for W': dtype, device and shape cost nothing, any computation makes W'."""
-        # The compiler drops what is not used, and cannot trace the stand-in.
+        """Read-only stand-in for W': its dtype, device and shape are free; any computation makes W'."""
+        # The compiler cannot trace the stand-in, and drops an unused W'.
         return self.to_weight() if torch.compiler.is_compiling() else LazyWeight(self)
 
     @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A saved file, read as a state dict, has one more entry than the layer.
+        # A state dict read from a saved file has one more entry than the layer.
         if is_guard(state_dict.get(guard_key(prefix.removesuffix(".")))):
             del state_dict[guard_key(prefix.removesuffix("."))]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def parameter_count(self) -> int:
-        """Numbers held: :meth:`cost` and the bias. The integer index of a pivoted layer is not among them."""
+        """Count of numbers: :meth:`cost` and the bias, without the integer index of a pivoted layer."""
         bias = 0 if self.bias is None else self.out_features
         return self.cost(self.out_features, self.in_features, self.rank) + bias
 
     def flops_per_token(self) -> int:
-        """Floating-point operations a token costs, two for each multiply-add."""
+        """Return the floating-point operations for a token, two for each multiply-add."""
         return 2 * self.cost(self.out_features, self.in_features, self.rank)
 
     def extra_repr(self) -> str:
-        """Shape, rank and bias, for ``repr``."""
+        """Return shape, rank and bias, for ``repr``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}"
@@ -152,7 +151,7 @@ class CompressedLinear(nn.Module, ABC):
 
 
 def matrix_of(child: nn.Module) -> Tensor:
-    """Weight of a child; float32 if it is of half precision, whose products would round twice."""
+    """Return the weight of a child; half precision becomes float32, because products would round twice."""
     if isinstance(child, Int8Linear):
         return child.dequantize()
     if not isinstance(child, nn.Linear) or type(child.weight) not in (nn.Parameter, Tensor):

@@ -1,10 +1,10 @@
-"""Fused experts seen as linear layers: one virtual layer a projection of an expert, for hooks, shapes and weights.
+"""Fused experts as virtual linear layers, one for each projection of an expert, with hooks, shapes and weights.
 
 Current transformers hold the experts of a block in two tensors, ``gate_up_proj`` (E, 2 I, H) and ``down_proj``
-(E, H, I), and run them by grouped products in which there is nothing to hook. Here each projection of each expert has a
-name, ``...experts.3.w_gate``, and a module that stands for it: a slice of the tensor as its weight, no parameters of
-its own. So whatever works on named linear layers works on experts. The names differ from those of checkpoints
-(``experts.3.gate_proj``), which transformers would fuse when it reads them.
+(E, H, I). They run them as grouped products, which leave no place for hooks. Here each projection of each expert has a
+name, ``...experts.3.w_gate``, and a module for it. The module's weight is a slice of the tensor, and it has no
+parameters of its own. So all code for named linear layers works on experts. The names differ from the names in
+checkpoints (``experts.3.gate_proj``), which transformers would fuse when it reads them.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-#: The projections of an expert, in the order of its work.
+#: The projections of an expert, in the order of its computation.
 PROJECTIONS = ("w_gate", "w_up", "w_down")
 
-# "expert" is asked for, so that the blocks of a model, layers.3.w_up, are not taken for experts.
+# The name must contain "expert", so that blocks of a model, as layers.3.w_up, are not taken for experts.
 _NAME = re.compile(rf"(?P<experts>(?:.+\.)?[^.]*expert[^.]*)\.(?P<expert>\d+)\.(?P<projection>{'|'.join(PROJECTIONS)})")
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Which tokens the rows of an expert's activations are.
+    """The tokens behind the rows of an expert's activations.
 
     Attributes:
         tokens: Position of each row's token among all tokens of the block, shape (rows,), each at most once.
-        total: Number of all tokens of the block.
+        total: Count of all tokens of the block.
     """
 
     tokens: Tensor
@@ -39,10 +39,10 @@ class Routing:
 
 
 class ExpertLinear(nn.Linear):
-    """One projection of one of the experts that a fused module holds, as a linear layer without parameters of its own.
+    """One projection of one expert of a fused module, as a linear layer without parameters of its own.
 
-    It is no child of any module. Its forward is a place for hooks: it passes on what the fused module computed, so
-    that the numbers are the fused module's to the last bit.
+    It is no child of any module. Its forward is a place for hooks: it returns the fused module's result, the same to
+    the last bit.
 
     Args:
         experts: The fused module.
@@ -57,8 +57,8 @@ class ExpertLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
         self.register_parameter("bias", None)
         m, n = expert_shape(experts, projection)
-        # Past nn.Module's search for parameters, which takes seconds where there are tens of thousands of experts. And
-        # the fused module is no child: its parameters are the model's.
+        # Set without nn.Module's search for parameters, which takes seconds for tens of thousands of experts. The
+        # fused module must not become a child: its parameters are the model's.
         vars(self).update(experts=experts, expert=expert, projection=projection, out_features=m, in_features=n)
         self.training = experts.training
 
@@ -69,17 +69,17 @@ class ExpertLinear(nn.Linear):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weight; no slice is made for it."""
+        """Dtype of the weight, read without a slice."""
         experts: Any = self.__dict__["experts"]
         return (experts.down_proj if self.projection == "w_down" else experts.gate_up_proj).dtype
 
     @property
     def expert_share(self) -> float:
-        """Share of the tokens that an expert sees if all see as many: experts of a token over experts."""
+        """Share of the tokens that an expert sees if all see equally many: experts for a token over all experts."""
         return active_share(self.__dict__["experts"])
 
     def named_parameters(self, prefix: str = "", *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the slice, so that sizes, types and devices are counted and found as those of any layer."""
+        """Yield the slice, so that sizes, dtypes and devices are found as for any layer."""
         weight: Any = self.weight
         yield f"{prefix}{'.' if prefix else ''}weight", weight
 
@@ -90,7 +90,7 @@ class ExpertLinear(nn.Linear):
 
 def expert_weight(experts: Any, expert: int, projection: str) -> Tensor:
     """Return the weight of one projection of one expert, a view of the fused tensor, shape (m, n)."""
-    with torch.enable_grad():  # a view made without gradients would say that it needs none
+    with torch.enable_grad():  # a view made without gradients would not require any
         if projection == "w_down":
             return experts.down_proj[expert]
         width = experts.gate_up_proj.shape[1] // 2
@@ -99,22 +99,22 @@ def expert_weight(experts: Any, expert: int, projection: str) -> Tensor:
 
 
 def expert_shape(experts: Any, projection: str) -> tuple[int, int]:
-    """Return (m, n) of one projection, which is that of all experts; no slice is made, as a plan has thousands."""
+    """Return (m, n) of a projection, the same for all experts; it makes no slice, since a plan asks for thousands."""
     hidden, width = experts.down_proj.shape[1:]
     return (hidden, width) if projection == "w_down" else (width, hidden)
 
 
 def active_share(experts: Any) -> float:
-    """Return which share of a block's experts works on a token; 1 where the configuration does not say."""
+    """Return the share of a block's experts that works on a token; 1 if the configuration does not give it."""
     active = getattr(getattr(experts, "config", None), "num_experts_per_tok", None)
     return active / experts.num_experts if isinstance(active, int) else 1.0
 
 
 def is_fused_experts(module: Any) -> bool:
-    """Tell whether a module holds gated experts of a kind that is understood, as Mixtral's and Qwen's.
+    """Tell whether a module holds gated experts of a supported kind, as in Mixtral and Qwen.
 
-    transformers' decorator of experts modules states what they compute; whatever deviates (transposed, interleaved or
-    biased weights, another gate, a norm, experts spread over devices) is not.
+    transformers' decorator of experts modules declares their computation. Other kinds (transposed, interleaved or
+    biased weights, another gate, a norm, experts spread over devices) are not supported.
     """
     stated = {
         "has_gate": True,
@@ -128,7 +128,7 @@ def is_fused_experts(module: Any) -> bool:
         return False
     if any(getattr(module, name, None) is not value for name, value in stated.items()):
         return False
-    from transformers.integrations import moe  # here, what is not transformers' own is out of question
+    from transformers.integrations import moe  # imported late: only modules of transformers come this far
 
     if getattr(type(module), "_apply_gate", None) is not moe._default_apply_gate:
         return False
@@ -142,9 +142,9 @@ def is_fused_experts(module: Any) -> bool:
 
 
 def holds_experts(name: str, module: nn.Module) -> bool:
-    """Tell whether a module by this name holds experts that are seen as layers: fused ones, under a name that says so.
+    """Tell whether a module holds fused experts that are seen as layers, and has a name with "expert" in it.
 
-    So all of transformers' are named. Under another name, the layers' names could not be told from others'.
+    All of transformers' modules have such a name. Under another name, the layers' names would be ambiguous.
     """
     return split_name(f"{name}.0.{PROJECTIONS[0]}") is not None and is_fused_experts(module)
 
@@ -165,7 +165,7 @@ def expert_views(name: str, experts: nn.Module) -> dict[str, ExpertLinear]:
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of a model by all their names, and the virtual layers of fused experts by theirs."""
+    """Return all modules of a model under all their names, and the virtual layers of fused experts under theirs."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in list(modules.items()):
         if holds_experts(name, module):
@@ -174,7 +174,7 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def split_name(name: str) -> tuple[str, int, str] | None:
-    """Return (name of the experts module, expert, projection) of a virtual layer's name; None of any other."""
+    """Return (name of the experts module, expert, projection) of a virtual layer's name; None for other names."""
     found = _NAME.fullmatch(name)
     return None if found is None else (found["experts"], int(found["expert"]), found["projection"])
 
@@ -182,9 +182,10 @@ def split_name(name: str) -> tuple[str, int, str] | None:
 def routers(model: nn.Module) -> set[int]:
     """Return ids of the linear layers that route tokens to experts, or weigh an expert that all tokens share.
 
-    Those are, among the neighbours of an experts module, fused or taken apart: all linear layers of a router, which its
-    name or its class tells ("...router", "gate", "...Gating"); where there is no such module, a linear layer with one
-    output an expert; and one with a single output. Projections of a shared expert are none of these, however wide.
+    They are neighbours of an experts module, fused or unfused. A router, known by its name or class ("...router",
+    "gate", "...Gating"), gives all its linear layers. Without a router, linear layers with one output for each expert
+    count. Linear layers with a single output always count. Projections of a shared expert never count, however wide
+    they are.
     """
     found: set[int] = set()
     for parent in model.modules():
@@ -203,7 +204,7 @@ def _is_router(name: str, module: nn.Module) -> bool:
 
 
 def unknown_experts(model: nn.Module) -> list[str]:
-    """Return the names of modules that hold experts in three-dimensional weights, of a kind not understood."""
+    """Return the names of modules that hold experts in three-dimensional weights of an unsupported kind."""
     return [
         name
         for name, module in model.named_modules()
@@ -214,7 +215,7 @@ def unknown_experts(model: nn.Module) -> list[str]:
 
 
 def warn_unknown_experts(model: nn.Module) -> None:
-    """Say which experts stay dense because nothing here understands them."""
+    """Warn of experts that stay dense because their kind is not supported."""
     if names := unknown_experts(model):
         kind = type(model.get_submodule(names[0])).__name__
         rank_zero_warn(
@@ -225,15 +226,15 @@ def warn_unknown_experts(model: nn.Module) -> None:
 
 
 def routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (expert, places among the k, tokens) of each expert that has tokens, as transformers' own loop orders them.
+    """Yield (expert, places among the k, tokens) of each expert with tokens, in the order of transformers' own loop.
 
     Args:
         top_k_index: Experts of each token, shape (tokens, k); the number of experts itself stands for none.
-        experts: Their number.
+        experts: Number of experts.
     """
     with torch.no_grad():
         chosen = top_k_index.T.flatten()
-        # One sort and one wait for the device. A mask for each expert takes as many as there are experts.
+        # One sort and one wait for the device; masks would need one wait for each expert.
         order = chosen.argsort(stable=True)
         places, tokens = order // max(1, len(top_k_index)), order % max(1, len(top_k_index))
         counts = chosen.bincount(minlength=experts).tolist()
@@ -245,7 +246,7 @@ def routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Ten
 
 
 def expert_groups(layers: Mapping[str, nn.Module] | Iterable[str]) -> dict[tuple[str, str], list[str]]:
-    """Return the virtual layers by (experts module, projection), the same projection of all its experts."""
+    """Return the names of virtual layers by (experts module, projection)."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name in layers:
         if (parts := split_name(name)) is not None:

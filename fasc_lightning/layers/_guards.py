@@ -1,9 +1,9 @@
-"""Guards: entries of saved weights that keep a reader without this package from making up the compressed layers.
+"""Guards: entries in saved weights that stop readers without this package from inventing the compressed layers.
 
-transformers fills layers whose weights a folder lacks with random numbers, and only warns. But it fails where a weight
-has another shape than its layer. So each compressed layer is saved with one more entry: under the name of the dense
-weight that it replaced, of a shape that no linear layer has. Of experts it is one entry a module, for the weight that
-held them all.
+transformers fills layers whose weights a folder lacks with random numbers, and only warns. But it fails if a weight and
+its layer differ in shape. So each compressed layer is saved with one more entry: under the name of the dense weight
+that it replaced, with a shape that no linear layer has. Experts have one guard for each module, under the name of the
+weight that held all of them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from fasc_lightning.layers._fused_experts import split_name
 
-#: One byte. Not none: transformers takes empty tensors, which all lie at address 0, for one that is shared.
+#: One byte, and not zero: empty tensors all lie at address 0, and transformers takes them for one shared tensor.
 GUARD_SHAPE, GUARD_DTYPE = (1,), torch.uint8
 
 
 def guard_key(layer: str) -> str:
-    """Return the key of a compressed layer's guard; that of an expert is its module's."""
+    """Return the key of a compressed layer's guard; experts share the key of their module."""
     expert = split_name(layer)
     return f"{layer}.weight" if expert is None else f"{expert[0]}.down_proj"
 
@@ -34,15 +34,15 @@ def guards(layers: Iterable[str]) -> dict[str, Tensor]:
 
 
 def is_guard(value: Any) -> bool:
-    """Whether an entry of a state dict is a guard; those of experts lost their dimension where names were converted."""
+    """Whether an entry of a state dict is a guard; experts' guards lose their dimension when names are converted."""
     return isinstance(value, Tensor) and value.shape in (GUARD_SHAPE, ()) and value.dtype == GUARD_DTYPE
 
 
 def saved_guards(files: Iterable[str | PathLike[str]]) -> tuple[set[str], set[str]]:
-    """Return the names of all entries of some files, and of those that could be guards.
+    """Return the names of all entries in files, and the names of the entries that could be guards.
 
     Args:
-        files: Only the headers are read. Files other than safetensors hold no guards, and no names are read.
+        files: Only their headers are read. Files other than safetensors are skipped: they hold no guards.
     """
     from safetensors import safe_open
 
@@ -61,18 +61,18 @@ def saved_guards(files: Iterable[str | PathLike[str]]) -> tuple[set[str], set[st
 
 
 def expect_guards(model: Any, found: Mapping[str, Iterable[str]], layers: Iterable[str]) -> None:
-    """Keep ``from_pretrained`` from reporting guards as left over.
+    """Keep ``from_pretrained`` from reporting guards as unexpected.
 
     Args:
         model: A transformers model whose weights are about to be read.
-        found: Entries that could be guards, and the names that transformers gives each as it reads them.
-        layers: The compressed layers, by all names that they may have.
+        found: Entries that could be guards, with the names that transformers gives each when it reads them.
+        layers: The compressed layers, under all their possible names.
     """
     guarded = {guard_key(layer) for layer in layers}
     keys = {name for key, names in found.items() if not guarded.isdisjoint((key, *names)) for name in (key, *names)}
     if not keys:
         return
-    # Of a whole model's folder, a base model reads keys without the prefix.
+    # A base model reads the keys of a whole model's folder without the prefix.
     keys |= {key.removeprefix(f"{model.base_model_prefix}.") for key in keys}
     known = model._keys_to_ignore_on_load_unexpected
     patterns = [*(known or ()), *(rf"^{re.escape(key)}$" for key in sorted(keys))]

@@ -1,8 +1,8 @@
-"""Forward passes without gradients: straight to the matrix products, with few operations around them.
+"""Forward passes without gradients: the matrix products with as few operations around them as possible.
 
-Reading the weights of a small layer for one token takes some tens of microseconds, and calling a child module takes a
-few of them; a compressed layer has two children. So where nobody could tell the difference, their weights are used
-without calling them: `benchmarks/inference.py` measures what is left of the gain.
+Reading the weights of a small layer for one token takes some tens of microseconds. Calling a child module takes a few,
+and a compressed layer has two children. So if no one could notice the difference, the children's weights are used
+without a call: `benchmarks/inference.py` measures the remaining gain.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ MANY_TOKENS = 64
 def may_be_direct(x: Tensor, *children: nn.Module | None) -> bool:
     """Tell whether a forward pass of ``x`` may use the weights of linear children without calling the children.
 
-    It may not where somebody else has a say in what a call does: autograd, autocast, compilers and tracers, function
-    transforms, hooks, adapters, and weights that are quantised or offloaded.
+    It may not if anything else acts on a call: autograd, autocast, compilers and tracers, function transforms, hooks,
+    adapters, and weights that are quantised or offloaded.
     """
     if (
         torch.is_grad_enabled()
         or type(x) is not Tensor
-        or not x.is_cpu  # nothing was measured elsewhere
+        or not x.is_cpu  # not measured on other devices
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or torch._C._is_tracing()
@@ -44,14 +44,14 @@ def may_be_direct(x: Tensor, *children: nn.Module | None) -> bool:
             or "bias" not in child._parameters
             or child._forward_hooks
             or child._forward_pre_hooks
-            or "forward" in child.__dict__  # where accelerate puts the one that fetches offloaded weights
+            or "forward" in child.__dict__  # accelerate's forward, which fetches offloaded weights
         ):
             return False
     return True
 
 
 def weight_and_bias(child: Any) -> tuple[Tensor, Tensor | None]:
-    """Return the parameters of a child that :func:`may_be_direct` saw; attributes take ten times as long to look up."""
+    """Return the parameters of a child that passed :func:`may_be_direct`, in a tenth of an attribute look-up's time."""
     parameters = child._parameters
     return parameters["weight"], parameters["bias"]
 
@@ -75,7 +75,7 @@ def two_factors(x: Tensor, factor_in: Tensor, factor_out: Tensor, bias: Tensor |
 
 
 def affine(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the outputs (m,) for one token (n,): as F.linear, and in bfloat16 1.4 times as fast."""
+    """Return the outputs (m,) for one token (n,), as F.linear does, but 1.4 times as fast in bfloat16."""
     return torch.mv(weight, x) if bias is None else torch.addmv(bias, weight, x)
 
 
@@ -87,13 +87,13 @@ def pivot_rows(
     bias: Tensor | None,
     permutation: Tensor,
 ) -> Tensor:
-    """Return the outputs of a layer that keeps rows: z = W_p x and T z, put in order.
+    """Return the outputs of a layer that keeps rows: z = W_p x and T z, reordered.
 
     Args:
         x: Inputs (..., n).
         basis: W_p (k, n).
         coefficients: T (m - k, k).
-        pivot_bias: Bias of z (k,), added once T has read z; None without biases.
+        pivot_bias: Bias of z (k,), added after T has read z; None without biases.
         bias: Bias of T z (m - k,), or None.
         permutation: Position of each output in [z, T z] (m,).
 
@@ -126,7 +126,7 @@ def pivot_columns(x: Tensor, basis: Tensor, coefficients: Tensor, bias: Tensor |
     Returns:
         Shape (..., m).
     """
-    # The sum is made in place: the permuted inputs are a copy of our own.
+    # The sum is in place, because the permuted inputs are a copy.
     k, n = coefficients.shape[0], len(permutation)
     if x.numel() == n:
         z, rest = x.reshape(-1).index_select(0, permutation).tensor_split((k,))
@@ -140,8 +140,8 @@ def pivot_columns(x: Tensor, basis: Tensor, coefficients: Tensor, bias: Tensor |
 def join_columns(z: Tensor, rest: Tensor, permutation: Tensor) -> Tensor:
     """Return the columns of [z, rest] (N, d) in the order of an index (d,).
 
-    Of many tokens in float32, each part is written where it belongs: half the memory traffic of putting them side by
-    side first. Scattering 16-bit numbers is slower than both steps.
+    For many tokens in float32, each part is written directly to its place, which is half the memory traffic of a
+    concatenation. For 16-bit numbers, scattering is slower than both steps.
     """
     tokens, k = z.shape
     if tokens < MANY_TOKENS or z.dtype.itemsize < 4:
@@ -154,29 +154,29 @@ def join_columns(z: Tensor, rest: Tensor, permutation: Tensor) -> Tensor:
 
 
 def is_eager(x: Tensor) -> bool:
-    """Tell whether operations on x are run as they are called, or compiled; not traced, by TorchScript or fx."""
+    """Tell whether operations on x run at once or are compiled, and are not traced by TorchScript or fx."""
     return torch.compiler.is_compiling() or (type(x) is Tensor and not torch._C._is_tracing())
 
 
 def permute_features(x: Tensor, index: Tensor, eager: bool) -> Tensor:
     """Return the features of x (..., d) in the order of index (d,), as a new tensor.
 
-    What is traced or scripted must not depend on the sizes of an example: then it is the same operations for all, and
-    for any number of dimensions. Where they are run as they are called (``eager``), x has two, and the operations are
-    those of :func:`permute_columns`.
+    Traced and scripted code must not depend on the sizes of an example, so it has the same operations for every size
+    and any number of dimensions. If operations run at once (``eager``), x has two dimensions, and
+    :func:`permute_columns` does the work.
     """
-    if not is_scripting():  # noqa: SIM102 # TorchScript would compile what is beside it in one condition
+    if not is_scripting():  # noqa: SIM102 # TorchScript would compile the rest of a joint condition
         if eager:
             return permute_columns(x, index)
-    # In two dimensions it takes a sixth of the time that it takes in three.
+    # Two dimensions take a sixth of the time of three.
     return x.reshape(-1, index.shape[0]).index_select(1, index).view_as(x)
 
 
 def permute_columns(x: Tensor, index: Tensor) -> Tensor:
     """Return the columns of x (N, d) in the order of index (d,), as a new tensor.
 
-    On the CPU index_select runs on one thread and takes the time of two copies; gather runs on all, at half the speed,
-    and is the faster of the two for 16-bit types. Its gradient is the slower one.
+    On the CPU, index_select runs on one thread and takes the time of two copies. gather runs on all threads at half the
+    speed a thread, and is faster for 16-bit dtypes. Its gradient is slower.
     """
     # A compiled or exported program must not depend on the number of tokens of its example.
     if torch.compiler.is_compiling() or not x.is_cpu or x.shape[0] < MANY_TOKENS:

@@ -1,9 +1,8 @@
-"""A linear layer whose weight is held as int8, in tensors that every file format and every loader takes.
+"""A linear layer with an int8 weight, in tensors that every file format and loader accepts.
 
-The numbers are those of torchao's int8 weight-only and dynamic quantisation (symmetric, one scale a row). They are
-not held in its tensor subclasses: those need torchao wherever a model is loaded, in a version that still has the
-class, and a safetensors file cannot hold them as they are. An int8 tensor and a float one can be saved, sent, moved
-and read anywhere.
+The numbers equal torchao's int8 weight-only and dynamic quantisation (symmetric, one scale a row). They are not held in
+torchao's tensor subclasses, which need torchao, in a version that still has the class, wherever a model is loaded, and
+which safetensors files cannot hold. An int8 tensor and a float tensor can be saved, sent, moved and read anywhere.
 """
 
 from __future__ import annotations
@@ -21,34 +20,34 @@ from fasc_lightning.layers._inference import is_eager
 #: Half of the 255 steps from -128 to 127.
 _HALF_RANGE = 127.5
 
-#: A second int8 number holds what rounding to the first has left, half a step of it at most, in so many steps.
+#: A second int8 number holds the rounding error of the first, at most half a step, in this many steps.
 _FINER = 254
 
-#: To how many bits inputs are rounded; None: not at all.
+#: Bits to which inputs are rounded; None for no rounding.
 InputBits = Literal[8, 16] | None
 
 
 class Int8Linear(nn.Module):
     """y = W x + b with W[i, j] = scale[i] weight[i, j], weight of int8: m n bytes and m numbers.
 
-    One scale for each output, since it can then leave the sum over inputs: the int8 numbers go into the matrix product
-    as they are, and the product is scaled. The weight is not trained; gradients pass through it to the input, with
+    Each output has one scale, which can then leave the sum over inputs: the int8 numbers enter the matrix product
+    unscaled, and the product is scaled. The weight is not trained. Gradients pass through it to the input, with
     ``input_bits`` as if the input had not been rounded.
 
     Args:
         in_features: n.
         out_features: m.
-        bias: Whether there is a bias, which stays as it is.
-        input_bits: 8 rounds the input to int8, with one scale a token, and makes a product of integers: faster than one
-            in the input's dtype, and less exact. 16 rounds it to two int8 numbers, for twice that product: for inputs
-            of which one is far larger than the rest. None does not round.
+        bias: Whether there is a bias, which is not rounded.
+        input_bits: 8 rounds the input to int8, with one scale a token, for a product of integers: faster than one in
+            the input's dtype, and less exact. 16 rounds it to two int8 numbers, at the cost of two such products: for
+            inputs with a few features far larger than the rest. None does not round.
         device: Device of the tensors.
-        dtype: Dtype of ``scale`` and ``bias``, which stands for the layer's.
+        dtype: Dtype of ``scale`` and ``bias``, which counts as the layer's.
 
     Attributes:
-        weight: The parameter of int8, (m, n), without gradient.
+        weight: The int8 parameter, (m, n), without gradient.
         scale: Buffer, (m,).
-        rounds_inputs: With ``input_bits``, True: so that a file of weights says which kind of layer they are of.
+        rounds_inputs: True, if ``input_bits`` is given; it tells the kind of layer in a file of weights.
     """
 
     if TYPE_CHECKING:  # TorchScript cannot read them
@@ -80,13 +79,13 @@ class Int8Linear(nn.Module):
     def from_weight(
         cls, weight: Tensor, bias: Tensor | None, input_bits: InputBits = None, dtype: torch.dtype | None = None
     ) -> Int8Linear:
-        """Round a weight.
+        """Return a layer with a rounded weight.
 
         Args:
             weight: W, (m, n).
             bias: b, (m,), or None.
-            input_bits: To what inputs are rounded, if at all.
-            dtype: Of the layer; None for that of the weight.
+            input_bits: Bits to which inputs are rounded, or None.
+            dtype: Dtype of the layer; None for the weight's.
 
         Raises:
             ValueError: If the weight is not finite.
@@ -103,17 +102,17 @@ class Int8Linear(nn.Module):
         return layer
 
     def dequantize(self) -> Tensor:
-        """The matrix W, (m, n), in the dtype of the scales, and at least in float32."""
+        """Return the matrix W, (m, n), in the dtype of the scales or float32, whichever is wider."""
         wide = torch.promote_types(self.scale.dtype, torch.float32)
         return self.weight.to(wide) * self.scale.to(wide)[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., n) to (..., m), in the dtype of x, or that of autocast."""
+        """Map (..., n) to (..., m), in the dtype of x, or of autocast."""
         y = int8_product(x, self.weight, self.scale, self.input_bits)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        """Shape, bias and kind, for ``repr``."""
+        """Return shape, bias and kind, for ``repr``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"input_bits={self.input_bits}"
@@ -121,9 +120,9 @@ class Int8Linear(nn.Module):
 
 
 def int8_product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int | None) -> Tensor:
-    """W x; gradients pass through it to x. One operation in the graphs of fx, to which its branches mean nothing."""
+    """Return W x; gradients pass through it to x. One operation in fx graphs, which cannot follow its branches."""
     if not is_scripting():
-        # TorchScript cannot save what Python differentiates; a trace has the gradients of its own operations.
+        # TorchScript cannot save Python's autograd functions; a trace has the gradients of its own operations.
         graded = x.requires_grad or torch._C._are_functorch_transforms_active()
         if torch.is_grad_enabled() and graded and not torch.jit.is_tracing():
             return _Product.apply(x, weight, scale, input_bits)
@@ -138,8 +137,8 @@ def round_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: (m, n).
-        dtype: Of the scales. They are rounded to it first, and the row then by what they became, so that a scale of
-            half precision shifts no row as a whole.
+        dtype: Dtype of the scales. Scales are rounded to it before they divide the rows, so that a half-precision scale
+            does not shift a whole row.
 
     Returns:
         Numbers from -128 to 127, (m, n), and scales, (m,).
@@ -155,7 +154,7 @@ def round_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _scale(wide: Tensor, half_range: float = _HALF_RANGE, least: float = torch.finfo(torch.float32).eps) -> Tensor:
-    """Scale of each row. A row of zeros has one, too. (TorchScript reads constants of defaults alone.)."""
+    """Return the scale of each row; a row of zeros has one, too. TorchScript reads constants from defaults only."""
     return (wide.abs().amax(-1) / half_range).clamp_min(least)
 
 
@@ -164,7 +163,7 @@ def _rounded(wide: Tensor, scale: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int | None) -> Tensor:
-    """W x in the dtype that a linear layer would give it."""
+    """Return W x in the dtype of a linear layer's output."""
     dtype = x.dtype
     if not is_scripting():
         device = x.device.type
@@ -172,13 +171,13 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int | None) -
             dtype = torch.get_autocast_dtype(device)
     if input_bits is not None:
         return _integer_product(x, weight, scale, input_bits).to(dtype)
-    if dtype == torch.float16:  # 127 times as large as the scaled ones, its sums could overflow
+    if dtype == torch.float16:  # unscaled sums are 127 times as large and could overflow
         return F.linear(x, weight.to(dtype) * scale.to(dtype)[:, None])
     return F.linear(x, weight.to(dtype)) * scale.to(dtype)
 
 
 def _integer_product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int, finer: int = _FINER) -> Tensor:
-    """W x of tokens rounded to one or two int8 numbers, in float32 or wider."""
+    """Return W x for tokens rounded to one or two int8 numbers, in float32 or wider."""
     wide = x.reshape(-1, weight.shape[1]).to(torch.promote_types(x.dtype, torch.float32))
     token_scale = _scale(wide)[:, None]
     coarse = _rounded(wide, token_scale)
@@ -189,17 +188,17 @@ def _integer_product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int, 
         both = _int8_matmul(torch.cat((coarse, fine)), weight).to(wide.dtype).tensor_split(2)
         sums = both[0] + both[1] / finer
     y = sums * token_scale * scale.to(wide.dtype)
-    if not is_scripting():  # noqa: SIM102 # TorchScript would compile what is beside it in one condition
+    if not is_scripting():  # noqa: SIM102 # TorchScript would compile the rest of a joint condition
         if is_eager(x):
             return y.view(*x.shape[:-1], weight.shape[0])
-    return y.view_as(x.narrow(-1, 0, 1) * scale)  # of as many dimensions as x has, and not as the example had
+    return y.view_as(x.narrow(-1, 0, 1) * scale)  # takes the dimensions from x, not from a traced example
 
 
 def _int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """Sums over n of int8 tensors (tokens, n) and (m, n), shape (tokens, m)."""
-    # CUDA has the product of integers for some shapes only, ONNX not at all, and with n = 1 torch (2.13) takes the
-    # transposed weight for one of another shape. In float32 it is exact up to n = 1000 and rounded as any other beyond.
-    # The stride of rows is n, too, and tracers do not take it for something that changes with the example.
+    """Return the sums over n of int8 tensors (tokens, n) and (m, n), shape (tokens, m)."""
+    # CUDA has the product of integers for some shapes only, and ONNX lacks it. With n = 1, torch (2.13) misreads the
+    # shape of the transposed weight. In float32 the product is exact up to n = 1000, and rounded as any other beyond.
+    # The stride of rows stands for n, because tracers do not treat it as a size that changes with the example.
     exports = False
     if not is_scripting():
         exports = torch.onnx.is_in_onnx_export()
@@ -209,10 +208,10 @@ def _int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """:func:`_product` that keeps the int8 numbers for its backward pass, not a float copy of them.
+    """:func:`_product` that keeps the int8 numbers for its backward pass, instead of a float copy.
 
-    Rounding has no gradient of use: that of the unrounded product is taken for it (the straight-through estimate).
-    Forward-mode derivatives are an error: the compiler cannot trace functions that have them.
+    Rounding has no useful gradient, so the gradient of the unrounded product takes its place (the straight-through
+    estimate). Forward-mode derivatives raise an error: the compiler cannot trace functions that have them.
     """
 
     @staticmethod
@@ -229,6 +228,6 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         weight, scale = ctx.saved_tensors
-        # Scaled by themselves, gradients in float16 could vanish.
+        # The scales multiply the weight: scaled float16 gradients could vanish.
         W = weight.to(grad.dtype) * scale.to(grad.dtype)[:, None]
         return (grad @ W).to(ctx.dtype), None, None, None

@@ -1,4 +1,4 @@
-"""Compressed layers whose matrices are int8: which there are, and how one is made of a layer in floating point."""
+"""Compressed layers with int8 matrices: their kinds, and the conversion of floating-point layers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from fasc_lightning.layers._linear import linear_weight
 from fasc_lightning.layers._lowrank import LowRankLinear
 from fasc_lightning.layers._pivoted import PivotedLinear
 
-#: "int8": weights of int8, products in floating point. "int8-dynamic": inputs are rounded, too, and products are those
-#: of integers. What passes from one matrix to the other is rounded to 16 bits: few of these features are far larger
-#: than the rest, which 8 bits would round away (on SmolLM2-135M at keep 0.8 that costs 37 % in perplexity, and rounding
-#: the inputs 2 %).
+#: "int8": int8 weights, products in floating point. "int8-dynamic": rounded inputs, too, for products of integers.
+#: The features between the two matrices are rounded to 16 bits, because 8 bits would lose all but the few features that
+#: are far larger than the rest (on SmolLM2-135M at keep 0.8 that costs 37 % in perplexity; 8-bit inputs cost 2 %).
 Quantization = Literal["int8", "int8-dynamic"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 
 class DenseLinear(CompressedLinear):
-    """A layer of full rank that saves bytes instead of numbers: what a dense layer becomes where it is quantised.
+    """A layer of full rank that saves bytes instead of numbers: a dense layer with a quantised matrix.
 
     Args:
         in_features: n.
@@ -52,7 +51,7 @@ class DenseLinear(CompressedLinear):
         return m * n
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., n) to (..., m)."""
+        """Map (..., n) to (..., m)."""
         return self.matrix(x)
 
     @override
@@ -86,7 +85,7 @@ class DenseLinear(CompressedLinear):
 
 
 def quantization_of(layer: nn.Module) -> Quantization | None:
-    """Return how a compressed layer is quantised; None if it is in floating point, or another kind of layer."""
+    """Return the quantisation of a compressed layer; None for one in floating point, or another kind of layer."""
     if isinstance(layer, CompressedLinear):
         for child in layer.children():
             if isinstance(child, Int8Linear):
@@ -95,7 +94,7 @@ def quantization_of(layer: nn.Module) -> Quantization | None:
 
 
 def _input_bits(layer: CompressedLinear, child: str, quantization: Quantization) -> InputBits:
-    """To what the inputs of a matrix of a layer are rounded."""
+    """Return the bits to which a matrix's inputs are rounded."""
     if quantization == "int8":
         return None
     return 8 if child == layer.reads_inputs else 16
@@ -104,16 +103,16 @@ def _input_bits(layer: CompressedLinear, child: str, quantization: Quantization)
 def quantized_layer(layer: nn.Module, quantization: Quantization) -> CompressedLinear:
     """Return a layer of the same form and nearly the same function, its matrices rounded to int8 row by row.
 
-    Nothing is done to the matrices before. Coefficients of pivoted layers are bounded and kept rows each have a scale
-    of their own; two factors share out the lengths of their columns and rows evenly, which loses as little to one scale
-    a row as moving them all to the side where each has its own.
+    The matrices are rounded as they are. In a pivoted layer, coefficients are bounded and each kept row has its own
+    scale. Two factors share the lengths of their columns and rows evenly. That loses as little to one scale a row as
+    moving all lengths to the side where each has its own scale.
 
     Args:
         layer: A compressed layer, or a dense one (``nn.Linear``, ``Conv1D``). It is only read.
         quantization: See :data:`Quantization`.
 
     Raises:
-        TypeError: If the layer is of no such kind, or one of its matrices is no plain linear layer (adapters, another
+        TypeError: If the layer is of another kind, or one of its matrices is no plain linear layer (adapters, another
             library's quantisation).
         ValueError: If the layer is quantised already, or its weights are not finite.
     """
@@ -133,7 +132,7 @@ def quantized_layer(layer: nn.Module, quantization: Quantization) -> CompressedL
 
 
 def make_room_for_int8(layer: CompressedLinear, quantization: Quantization) -> CompressedLinear:
-    """Replace the matrices of a compressed layer by int8 ones of the same shapes, in place, their values unset."""
+    """Replace the matrices of a compressed layer in place by int8 matrices of the same shapes, without values."""
     for name, child in list(layer.named_children()):
         assert isinstance(child, nn.Linear)
         shape = (child.in_features, child.out_features, child.bias is not None)
@@ -145,7 +144,7 @@ def make_room_for_int8(layer: CompressedLinear, quantization: Quantization) -> C
 
 
 def _empty_copy(layer: nn.Module) -> CompressedLinear:
-    """Return a layer of the same form on the meta device, with what is not a matrix copied.
+    """Return a layer of the same form on the meta device; everything but the matrices is copied.
 
     Raises:
         TypeError: If the layer is not linear.
@@ -167,7 +166,7 @@ def _empty_copy(layer: nn.Module) -> CompressedLinear:
 
 
 def check_quantization(quantization: Any) -> None:
-    """Check the option.
+    """Refuse an unknown value of the option.
 
     Raises:
         ValueError: If it is unknown.

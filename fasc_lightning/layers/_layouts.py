@@ -1,9 +1,8 @@
-"""How a matrix of rank k can be stored: what it costs, how fast it is, and what "auto" makes of both.
+"""Layouts of a rank-k matrix: their sizes, their measured times, and the choice of "auto".
 
-The times are measured ones, beside this file in ``break_even.csv``: single linear layers of the shapes of language
-models against dense ones of the same shape, on a few threads of a CPU (``benchmarks/break_even.py`` makes the table).
-Other devices and other sizes have other times. "auto" therefore leaves little to them: the layouts' sizes decide, and
-times only where sizes hardly differ.
+The times are in ``break_even.csv`` beside this file: single linear layers of the shapes of language models, over dense
+layers of the same shape, on a few threads of a CPU (``benchmarks/break_even.py`` makes the table). Other devices and
+sizes have other times. So "auto" decides by size, and uses the times only if sizes hardly differ.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ Stored = Literal["pivot", "factors"]
 #: The table of measured times.
 BREAK_EVEN = Path(__file__).with_name("break_even.csv")
 
-#: Shares of a dense layer's parameters, ascending, and the time of a layer that keeps them, dense layers taking 1.
+#: Shares of a dense layer's parameters, ascending, and the time of a layer with that share; a dense layer takes 1.
 _Curve: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def factors_cost(m: int, n: int, k: int) -> int:
-    """Numbers that two factors of a rank-k (m, n) matrix hold: k (m + n)."""
+    """Return the count of numbers in two factors of a rank-k (m, n) matrix, k (m + n)."""
     return k * (m + n)
 
 
 def pivot_cost(m: int, n: int, k: int) -> int:
-    """Numbers that k rows (or columns) and the coefficients of the others hold: k (m + n - k)."""
+    """Return the count of numbers in k rows (or columns) and the coefficients of the others, k (m + n - k)."""
     return k * (m + n - k)
 
 
 def auto_cost(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> int:
-    """Numbers that a rank-k (m, n) matrix holds in the layout that "auto" takes; m n where that is dense."""
+    """Return the count of numbers in a rank-k (m, n) matrix under the layout of "auto"; m n if that is dense."""
     layout = auto_layout(m, n, k, dtype)
     return m * n if layout == "dense" else _COSTS[layout](m, n, k)
 
@@ -53,23 +52,23 @@ _COSTS = {"factors": factors_cost, "pivot": pivot_cost}
 
 @cache  # an allocation asks for every rank of every layer
 def auto_layout(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> Literal["pivot", "factors", "dense"]:
-    """Return the layout that ``layout="auto"`` takes for a rank-k (m, n) matrix.
+    """Return the layout that ``layout="auto"`` gives a rank-k (m, n) matrix.
 
-    Pivot storage, which holds fewer numbers at every rank, unless
+    It is "pivot", which holds fewer numbers at every rank, with three exceptions:
 
-    * one more rank in pivot storage would hold no less than this one in two factors, (k + 1)^2 <= m + n, and factors
-      are faster: a budget could buy nothing with what the pivots save; or
-    * the index of the pivots takes as many bytes as they save against a dense layer, and a dense layer is faster; or
-    * the rank is full, for which only "dense" is left.
+    * "factors", if they are faster and one more rank in pivot storage would hold no less than this rank in factors,
+      (k + 1)^2 <= m + n: a budget could then buy nothing with the numbers that pivots save.
+    * "dense", if a dense layer is faster and the index of the pivots takes as many bytes as they save against it.
+    * "dense", if the rank is full.
 
-    So "auto" spends no parameters on speed: a layer that is slower than a dense one, as the table says of small ones,
-    or than two factors of as many numbers and less rank, stays pivoted. ``layout="factors"`` is the other choice.
+    So "auto" spends no parameters on speed. A layer stays pivoted even if the table says that a dense one, or factors
+    with as many numbers and a lower rank, would be faster. ``layout="factors"`` is the other choice.
 
     Args:
         m: Outputs.
         n: Inputs.
         k: Rank, at least 1.
-        dtype: Of the layer.
+        dtype: Dtype of the layer.
     """
     if k >= min(m, n):
         return "dense"
@@ -83,20 +82,20 @@ def auto_layout(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> L
 
 
 def relative_time(m: int, n: int, k: int, layout: Stored, dtype: torch.dtype = torch.float32) -> float:
-    """Return the time of a rank-k layer over that of a dense one, as measured on a CPU.
+    """Return the time of a rank-k layer over the time of a dense layer, as measured on a CPU.
 
-    The geometric mean over prefilling and decoding, of the nearest shape in the table, interpolated to the share of the
-    dense layer's parameters that the rank keeps; shares outside of the table have the time of its edge.
+    It is the geometric mean over prefilling and decoding for the nearest shape in the table, interpolated to the share
+    of the dense layer's parameters that the rank keeps. Shares outside of the table get the time at its edge.
 
     Args:
         m: Outputs.
         n: Inputs.
         k: Rank.
-        layout: How the matrix is stored.
-        dtype: Of the layer: float32, or the times of bfloat16 for all types of 16 bits.
+        layout: Layout of the matrix.
+        dtype: Dtype of the layer: float32, or a 16-bit dtype, all with the times of bfloat16.
 
     Returns:
-        The ratio; NaN where no shape was measured within a factor of two in outputs and inputs.
+        The ratio; NaN if no shape was measured within a factor of two in outputs and inputs.
     """
     curves = _curves(m, n, layout, dtype)
     if not curves:
@@ -107,7 +106,7 @@ def relative_time(m: int, n: int, k: int, layout: Stored, dtype: torch.dtype = t
 
 @cache
 def _curves(m: int, n: int, layout: str, dtype: torch.dtype) -> tuple[_Curve, ...]:
-    """Return the curve of each number of tokens, for the nearest shape; none if it is far."""
+    """Return the curve of each number of tokens for the nearest shape; none if it is far away."""
     table = _table()["bfloat16" if dtype.itemsize < 4 else "float32", layout]
 
     def distances(shape: tuple[int, int]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The ``weight`` of a compressed layer: its metadata for free, its values when they are asked for."""
+"""The ``weight`` of a compressed layer: free metadata, and values computed when they are used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class LazyWeight(Tensor):
-    """Tensor with the dtype, device and shape of W' that becomes W' when anything is computed with it."""
+    """Tensor with the dtype, device and shape of W'; any computation with it makes W'."""
 
     _METADATA: ClassVar[set[Any]] = {
         *(
@@ -30,7 +30,7 @@ class LazyWeight(Tensor):
             Tensor.get_device,
         ),
     }
-    #: Stops transformers, which after loading initialises the weights that it finds by name (GPT-2, T5).
+    #: Keeps transformers from initialising it after loading, as it does weights that it finds by name (GPT-2, T5).
     _is_hf_initialized: ClassVar[bool] = True
     _source: CompressedLinear
 
@@ -57,5 +57,5 @@ class LazyWeight(Tensor):
         args, kwargs = tree_map_only(cls, lambda lazy: lazy._source.to_weight(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    # Required of a wrapper; reached only by code that goes round __torch_function__.
+    # A wrapper must have it; only code that bypasses __torch_function__ reaches it.
     __torch_dispatch__ = __torch_function__  # type: ignore[assignment]

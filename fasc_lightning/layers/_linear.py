@@ -1,4 +1,4 @@
-"""Dense linear layers, whatever their class: weight, shape, operations."""
+"""Dense linear layers of any class: weight, shape, gradient at the input, operations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fasc_lightning.layers._compressed_linear import CompressedLinear
 from fasc_lightning.layers._fused_experts import ExpertLinear
 from fasc_lightning.layers._reparametrised import computed_weight, is_reparametrised
 
-#: Which gradient rho couples with x: g = W^T h as in the paper, or h itself.
+#: The gradient that rho couples with x: g = W^T h as in the paper, or h itself.
 Gradient = Literal["input", "output"]
 
 #: Rows of a half-precision weight that are converted at a time.
@@ -20,11 +20,11 @@ _PANEL = 384
 
 
 def input_gradient(h: Tensor, W: Tensor) -> Tensor:
-    """Return g = W^T h for each token, the gradient at a layer's input, in float32 at least.
+    """Return g = W^T h for each token, the gradient at a layer's input, in float32 or wider.
 
     Args:
         h: Gradients at the output, shape (tokens, m).
-        W: Weight, shape (m, n); converted in panels where it is of half precision, so that it is never held twice.
+        W: Weight, shape (m, n); half precision is converted in panels, so that W is never held twice.
     """
     dtype = torch.promote_types(W.dtype, torch.float32)
     with torch.autocast(h.device.type, enabled=False):
@@ -37,9 +37,9 @@ def input_gradient(h: Tensor, W: Tensor) -> Tensor:
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of a dense linear layer as an (m, n) view, that is, transposed for GPT-2's ``Conv1D``.
+    """Return the weight of a dense linear layer as an (m, n) view; GPT-2's ``Conv1D`` is transposed.
 
-    One that is computed from other tensors is that of eval mode, and the layer's state stays as it is.
+    A weight that is computed from other tensors is returned as in eval mode, and the layer's state does not change.
 
     Raises:
         TypeError: If the module is neither ``nn.Linear`` nor transformers' ``Conv1D``.
@@ -51,21 +51,21 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(m, n), outputs and inputs, of a dense or compressed linear layer.
+    """Return (m, n), outputs and inputs, of a dense or compressed linear layer.
 
     Raises:
         TypeError: If the module is not a linear layer.
     """
-    if isinstance(module, CompressedLinear | ExpertLinear):  # of an expert no slice is made to see its shape
+    if isinstance(module, CompressedLinear | ExpertLinear):  # without a slice of an expert's tensor
         return module.out_features, module.in_features
-    if isinstance(module, nn.Linear) and is_reparametrised(module):  # nothing is computed to see its shape
+    if isinstance(module, nn.Linear) and is_reparametrised(module):  # without computing the weight
         return module.out_features, module.in_features
     m, n = linear_weight(module).shape
     return m, n
 
 
 def flops_per_token(module: nn.Module) -> int:
-    """Floating-point operations a token costs in a linear layer, dense or compressed; 0 for other modules."""
+    """Return the floating-point operations for a token in a linear layer, dense or compressed; 0 for other modules."""
     if isinstance(module, CompressedLinear):
         return module.flops_per_token()
     if isinstance(module, nn.Linear) or is_conv1d(module):
@@ -79,3 +79,11 @@ def is_conv1d(module: nn.Module) -> bool:
     # An instance exists only where transformers has been imported; importing it here would take seconds.
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return conv1d is not None and isinstance(module, conv1d)
+
+
+def empty_conv1d(m: int, n: int) -> Any:
+    """Return a transformers ``Conv1D`` with m outputs and n inputs on the meta device; draws no random numbers."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        return Conv1D(m, n)

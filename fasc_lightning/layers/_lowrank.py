@@ -1,4 +1,4 @@
-"""Linear layers that hold a rank-k matrix, and how they are made."""
+"""The linear layer of two low-rank factors."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from fasc_lightning.layers._layouts import factors_cost
 
 
 class LowRankLinear(CompressedLinear):
-    """Rank-k layer as two factors: ``factor_out(factor_in(x))``, k (m + n) numbers.
+    """Rank-k layer of two factors: ``factor_out(factor_in(x))``, k (m + n) numbers.
 
     Args:
         in_features: n.
@@ -39,7 +39,7 @@ class LowRankLinear(CompressedLinear):
         self.factor_out = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., n) to (..., m)."""
+        """Map (..., n) to (..., m)."""
         if not is_scripting():
             first, second = self._modules["factor_in"], self._modules["factor_out"]
             if may_be_direct(x, first, second):

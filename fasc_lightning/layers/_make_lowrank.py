@@ -1,4 +1,4 @@
-"""A low-rank layer made of two factors."""
+"""Conversion of two factors to a low-rank layer."""
 
 from typing import Any, Literal
 
@@ -13,8 +13,8 @@ from fasc_lightning.layers._pivoting import orthonormal_basis, other_rows, selec
 
 
 def make_lowrank(
-    B: Tensor,
-    C: Tensor,
+    left: Tensor,
+    right: Tensor,
     bias: Tensor | None = None,
     layout: Layout = "auto",
     *,
@@ -23,56 +23,57 @@ def make_lowrank(
     bound: float = 2.0,
     side: Literal["out", "in"] | None = None,
 ) -> CompressedLinear:
-    """Makes the layer y = B C x + b. Computes in float64 on the device of ``B`` (not MPS); draws no random numbers.
+    """Make the layer y = left right x + b.
+
+    Computes in float64 on the device of ``left`` (not MPS), and draws no random numbers.
 
     Args:
-        B: Left factor of W', shape (m, k). Dependent columns are allowed.
-        C: Right factor of W', shape (k, n).
+        left: Left factor of W', shape (m, k). Dependent columns are allowed.
+        right: Right factor of W', shape (k, n).
         bias: Bias b, shape (m,), or None.
-        layout: "pivot", which stores less at every k < min(m, n), "factors", or "auto", the one of them that
-            :func:`~fasc_lightning.layers.auto_layout` takes. "factors" makes B's columns orthogonal and gives both
-            factors equal column and row norms, so that nothing cancels or overflows in half precision.
-        dtype: Dtype of the layer; None for that of B.
-        device: Device of the layer; None for that of B.
+        layout: "pivot", which stores less at every k < min(m, n), "factors", or "auto", which chooses by
+            :func:`~fasc_lightning.layers.auto_layout`. "factors" makes left's columns orthogonal and gives both factors
+            equal column and row norms, so that nothing cancels or overflows in half precision.
+        dtype: Dtype of the layer; None for that of ``left``.
+        device: Device of the layer; None for that of ``left``.
         bound: Largest coefficient of the pivot layout in absolute value, above 1.
-        side: Of the pivot layout; None for the smaller one.
+        side: Side of the pivot layout; None for the smaller one.
 
     Returns:
         The layer, in training mode, with parameters that require gradients.
 
     Raises:
-        ValueError: If shapes disagree, a factor is not finite, the rank does not fit the layout, or layout is
-            unknown.
+        ValueError: If shapes disagree, a factor is not finite, the rank does not fit the layout, or layout is unknown.
     """
-    if B.ndim != 2 or C.ndim != 2 or B.shape[1] != C.shape[0]:
-        raise ValueError(f"Expected factors (m, k) and (k, n), got {tuple(B.shape)} and {tuple(C.shape)}.")
-    (m, k), n = B.shape, C.shape[1]
+    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+        raise ValueError(f"Expected factors (m, k) and (k, n), got {tuple(left.shape)} and {tuple(right.shape)}.")
+    (m, k), n = left.shape, right.shape[1]
     if bias is not None and bias.shape != (m,):
         raise ValueError(f"Expected a bias of shape ({m},), got {tuple(bias.shape)}.")
     if layout not in ("auto", "pivot", "factors"):
         raise ValueError(f'Expected layout "auto", "pivot" or "factors", got {layout!r}.')
-    if not bool(torch.isfinite(B).all() and torch.isfinite(C).all()):
+    if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
         raise ValueError("Expected finite factors, got NaN or infinity. Check the statistics they were computed from.")
-    target: dict[str, Any] = {"dtype": dtype or B.dtype, "device": device or B.device}
+    target: dict[str, Any] = {"dtype": dtype or left.dtype, "device": device or left.device}
     if layout == "auto" and auto_layout(m, n, k, target["dtype"]) == "factors":
         layout = "factors"
 
     def parameter(value: Tensor) -> nn.Parameter:
         return nn.Parameter(value.detach().to(**target).contiguous().clone())
 
-    # Built on meta: no random initialisation to pay for, and the caller's random state stays as it is.
-    left, right = B.detach().double(), C.detach().to(B.device, torch.float64)
+    # Built on meta, so that no time is spent on random values and the caller's random state does not change.
+    left, right = left.detach().double(), right.detach().to(left.device, torch.float64)
     if layout == "factors":
         factored = LowRankLinear(n, m, k, bias is not None, device="meta")
-        out_weight, in_weight = _balance(left, right)
-        factored.factor_out.weight, factored.factor_in.weight = parameter(out_weight), parameter(in_weight)
+        factor_out, factor_in = _balance(left, right)
+        factored.factor_out.weight, factored.factor_in.weight = parameter(factor_out), parameter(factor_in)
         if bias is not None:
             factored.factor_out.bias = parameter(bias)
         return factored
 
     pivoted = PivotedLinear(n, m, k, bias is not None, side=side, device="meta")
     out = pivoted.side == "out"
-    # An orthonormal basis rather than B itself: it has full rank even where columns vanished in the solver.
+    # An orthonormal basis rather than `left` itself: it has full rank even where columns vanished in the solver.
     rows, T = select_basis_rows(orthonormal_basis(left if out else right.T)[0], bound)
     rest = other_rows(rows, m if out else n)
     order = torch.cat([rows, rest])
@@ -88,7 +89,7 @@ def make_lowrank(
 
 
 def _balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same product: orthogonal columns (m, k), each as long as its row of the other (k, n)."""
+    """Return factors of the same product: orthogonal columns (m, k), each as long as its row of the other (k, n)."""
     Q, R = orthonormal_basis(left)
     rows = R @ right
     norms = rows.norm(dim=1)

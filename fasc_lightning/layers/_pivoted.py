@@ -1,4 +1,4 @@
-"""A rank-k matrix held as k of its own rows or columns and the coefficients of the rest."""
+"""Pivot storage: a rank-k matrix as k of its own rows or columns and the coefficients of the others."""
 
 from typing import Any, Literal
 
@@ -20,16 +20,15 @@ from fasc_lightning.layers._layouts import pivot_cost
 
 
 class PivotedLinear(CompressedLinear):
-    """Rank-k layer as k rows or columns of W' and the others' coefficients in them, k (m + n - k) numbers.
+    """Rank-k layer as k rows or columns of W' and the coefficients of the others, k (m + n - k) numbers.
 
-    ``side="out"`` keeps rows: z = W_p x are k of the outputs and T z the other m - k. ``side="in"`` keeps
-    columns: y = W_c (x_p + T x_rest). Both cost the same; the side decides whether outputs or inputs are
-    permuted.
+    ``side="out"`` keeps rows: z = W_p x are k of the outputs, and T z the other m - k. ``side="in"`` keeps columns:
+    y = W_c (x_p + T x_rest). Both cost the same. The side decides whether outputs or inputs are permuted.
 
-    With ``side="out"`` the bias of the pivot outputs is the parameter ``pivot_bias``, added after T has read
-    z. (Folding it into ``basis`` and its image under T out of the other bias would save that addition, about
-    1 % of a forward, but large biases as those of Qwen2's keys would then cancel in half precision.) All
-    other biases are part of a matrix product.
+    With ``side="out"``, the bias of the pivot outputs is the parameter ``pivot_bias``, added after T has read z.
+    Folding it into ``basis``, and its image under T out of the other bias, would save that addition, about 1 % of a
+    forward. But large biases, as of Qwen2's keys, would then cancel in half precision. All other biases are part of a
+    matrix product.
 
     Args:
         in_features: n.
@@ -43,7 +42,7 @@ class PivotedLinear(CompressedLinear):
     Attributes:
         basis: Holds the rows W_p (k, n) or the columns W_c (m, k).
         coefficients: Holds T, (m - k, k) or (k, n - k).
-        permutation: int32 buffer, in the state dict as it is part of the weights. Position of each output in
+        permutation: int32 buffer, in the state dict because the weights depend on it. Position of each output in
             [z, T z] (m,), or input at each position of [x_p, x_rest] (n,).
     """
 
@@ -84,7 +83,7 @@ class PivotedLinear(CompressedLinear):
         self.register_buffer("permutation", torch.arange(permuted, dtype=torch.int32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., n) to (..., m)."""
+        """Map (..., n) to (..., m)."""
         if not is_scripting():
             basis, coefficients = self._modules["basis"], self._modules["coefficients"]
             if may_be_direct(x, basis, coefficients):
@@ -95,16 +94,16 @@ class PivotedLinear(CompressedLinear):
                     return pivot_columns(x, W, T, bias, permutation)
                 return pivot_rows(x, W, T, self.pivot_bias, rest_bias, permutation)
             if is_eager(x):
-                # On the CPU an index along the last of two dimensions is 3 times faster than along the last of three.
+                # On the CPU, indexing the last of two dimensions is 3 times as fast as the last of three.
                 y = self._composed(x.reshape(-1, self.in_features), True)
                 return y.view(*x.shape[:-1], self.out_features)
         return self._composed(x, False)
 
     def _composed(self, x: Tensor, eager: bool) -> Tensor:
-        """(N, n) to (N, m) by calls of the children: for autograd, hooks, adapters, compilers; (..., n) for tracers."""
+        """Map (N, n), or (..., n) of tracers, by calls of the children: for autograd, hooks, adapters and compilers."""
         if self.side == "in":
             permuted = permute_features(x, self.permutation, eager)
-            # Slices would be traced as those of a numbered dimension.
+            # A trace would fix the number of the dimension of a slice.
             rest = permuted.narrow(-1, self.rank, self.in_features - self.rank)
             return self.basis(permuted.narrow(-1, 0, self.rank) + self.coefficients(rest))
         z = self.basis(x)
@@ -121,7 +120,7 @@ class PivotedLinear(CompressedLinear):
 
     @property
     def pivots(self) -> Tensor:
-        """Indices of the rows or columns that are kept, shape (k,), in the order of ``basis``."""
+        """Indices of the kept rows or columns, shape (k,), in the order of ``basis``."""
         order = self.permutation.argsort() if self.side == "out" else self.permutation
         return order[: self.rank]
 
@@ -152,10 +151,10 @@ class PivotedLinear(CompressedLinear):
         return self.basis
 
     def extra_repr(self) -> str:
-        """Shape, rank, bias and side, for ``repr``."""
+        """Return shape, rank, bias and side, for ``repr``."""
         return f"{super().extra_repr()}, side={self.side}"
 
 
 def smaller_side(m: int, n: int) -> Literal["out", "in"]:
-    """Return the side of an (m, n) layer with fewer features to permute; of equal ones the inputs, one copy less."""
+    """Return the side of an (m, n) layer with fewer features to permute; at equal widths the inputs: one copy less."""
     return "out" if m < n else "in"

@@ -1,4 +1,4 @@
-"""Choice of k rows of a matrix that carry the others with bounded coefficients."""
+"""Choice of k rows of a matrix in which the other rows have bounded coefficients."""
 
 import math
 
@@ -10,14 +10,13 @@ CHOLESKY_QR_CONDITION = 1e5
 
 
 def select_rows(B: Tensor, bound: float = 2.0, max_swaps: int | None = None) -> tuple[Tensor, Tensor]:
-    r"""Finds k rows of ``B`` in which every other row is a combination with small coefficients.
+    r"""Find k rows of ``B`` in which every other row is a combination with small coefficients.
 
     .. math:: B_\text{rest} = T B_\text{rows}, \qquad \max |T_{ij}| \le \text{bound}
 
-    Such rows exist for every bound of at least one (those of largest volume), and small coefficients are what
-    makes the form safe in half precision and int8. The columns of B are orthonormalised first: T depends only
-    on the span of B, so bad scaling and conditioning of its columns do not enter the search (see
-    :func:`select_basis_rows`).
+    Such rows exist for every bound of at least one: the rows of largest volume. Small coefficients make the form safe
+    in half precision and int8. The columns of B are orthonormalised first. T depends only on the span of B, so bad
+    scaling and conditioning of its columns do not enter the search (see :func:`select_basis_rows`).
 
     Args:
         B: Matrix of full column rank, shape (m, k) with k <= m, any floating dtype, on a device that has float64.
@@ -42,18 +41,18 @@ def select_rows(B: Tensor, bound: float = 2.0, max_swaps: int | None = None) -> 
 
 
 def orthonormal_basis(B: Tensor) -> tuple[Tensor, Tensor]:
-    """QR decomposition of ``B`` in float64, by the Cholesky factor of its Gram matrix where that is accurate.
+    """Return the QR decomposition of ``B`` in float64, by the Cholesky factor of its Gram matrix if that is accurate.
 
-    Cholesky QR is three large operations, half the time of Householder's and without its hundreds of small
-    parallel steps, which stall by a factor of fifty when other processes share the cores. It squares the condition
-    number, so matrices that stay ill-conditioned after scaling their columns take Householder's way.
+    Cholesky QR is three large operations. It takes half the time of Householder QR and has no hundreds of small
+    parallel steps, which become fifty times as slow when other processes share the cores. But it squares the condition
+    number, so matrices that stay ill-conditioned after scaling their columns go through Householder QR.
 
     Args:
         B: Matrix of shape (m, k), k <= m. Its columns may be scaled arbitrarily, dependent or zero.
 
     Returns:
-        Q (m, k) with columns orthonormal to 1e-5, and to rounding where B is ill-conditioned, and the upper
-        triangular R (k, k): B = Q R to rounding, column by column. The span of Q contains that of B.
+        Q (m, k) with columns orthonormal to 1e-5, and to rounding if B is ill-conditioned, and the upper triangular
+        R (k, k): B = Q R to rounding, column by column. The span of Q contains the span of B.
 
     Raises:
         ValueError: If B is not a matrix with 1 <= k <= m, or holds NaN or infinity.
@@ -61,7 +60,7 @@ def orthonormal_basis(B: Tensor) -> tuple[Tensor, Tensor]:
     if B.ndim != 2 or not 1 <= B.shape[1] <= B.shape[0]:
         raise ValueError(f"Expected a matrix of shape (m, k) with 1 <= k <= m, got shape {tuple(B.shape)}.")
     work = B.detach().double()
-    # The largest entry rather than the 2-norm, whose squares overflow and underflow; NaN and infinity show in it.
+    # By the largest entry, which shows NaN and infinity; the squares of a 2-norm could overflow and underflow.
     scale = torch.linalg.vector_norm(work, math.inf, dim=0)
     if not bool(torch.isfinite(scale).all()):
         raise ValueError("Expected a finite matrix, got NaN or infinity. Check the statistics behind it.")
@@ -76,11 +75,11 @@ def orthonormal_basis(B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def select_basis_rows(Q: Tensor, bound: float = 2.0, max_swaps: int | None = None) -> tuple[Tensor, Tensor]:
-    """Same as :func:`select_rows` for a ``Q`` whose columns are orthonormal already.
+    """Find the rows of :func:`select_rows` for a ``Q`` whose columns are orthonormal already.
 
-    LU with partial pivoting gives the first choice, which for most matrices is the last. Then, as long as
-    some |T_ij| > bound, row i takes the place of row j: |det Q_rows| grows by |T_ij| with each exchange. A
-    volume is at most 1 (Hadamard), so log(1 / first volume) / log(bound) exchanges are always enough.
+    LU with partial pivoting gives the first choice, which for most matrices is final. Then, as long as some |T_ij| >
+    bound, row i takes the place of row j, and |det Q_rows| grows by |T_ij|. A volume is at most 1 (Hadamard), so log(1
+    / first volume) / log(bound) exchanges are always enough.
 
     References:
         M. Gu and S. C. Eisenstat (1996), Efficient algorithms for computing a strong rank-revealing QR
@@ -109,7 +108,7 @@ def select_basis_rows(Q: Tensor, bound: float = 2.0, max_swaps: int | None = Non
     budget = math.ceil(-log_volume / math.log(bound)) + k if max_swaps is None else max_swaps
     while swaps := _exchange(T, order, bound, budget):
         budget -= swaps
-        # The exchanges add up rounding errors; what leaves this function is solved for afresh.
+        # The exchanges add up rounding errors, so the final T is solved for again.
         T = torch.linalg.solve(Q[order[:k]], Q[order[k:]], left=False)
     rows, by_row = order[:k].sort()
     _, by_rest = order[k:].sort()
@@ -117,7 +116,7 @@ def select_basis_rows(Q: Tensor, bound: float = 2.0, max_swaps: int | None = Non
 
 
 def other_rows(rows: Tensor, count: int) -> Tensor:
-    """The indices below ``count`` that are not in ``rows``, ascending.
+    """Return the indices below ``count`` that are not in ``rows``, ascending.
 
     Args:
         rows: Distinct indices, shape (k,).
@@ -132,7 +131,7 @@ def other_rows(rows: Tensor, count: int) -> Tensor:
 
 
 def _condition(R: Tensor) -> float:
-    """Condition number of a triangular matrix (k, k) in the 1-norm, once its columns are scaled alike."""
+    """Return the condition number of a triangular matrix (k, k) in the 1-norm, after scaling its columns."""
     if not bool(R.diagonal().all()):
         return math.inf
     R = R / R.abs().amax(dim=0)
@@ -142,7 +141,7 @@ def _condition(R: Tensor) -> float:
 
 
 def _lu_choice(Q: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Rows by partial pivoting: all rows with the k chosen first (m,), T (m - k, k), log |det Q_rows|."""
+    """Choose rows by partial pivoting; return all rows with the k chosen first (m,), T (m - k, k), log |det Q_rows|."""
     m, k = Q.shape
     LU, pivots = torch.linalg.lu_factor(Q)
     order = list(range(m))
@@ -153,7 +152,7 @@ def _lu_choice(Q: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 def _exchange(T: Tensor, order: Tensor, bound: float, budget: int) -> int:
-    """Exchanges rows until max |T| <= bound, in place in T (m - k, k) and order (m,); returns the count."""
+    """Exchange rows until max |T| <= bound, in place in T (m - k, k) and order (m,); return the count."""
     k = T.shape[1]
     swaps = 0
     while T.numel():

@@ -1,9 +1,9 @@
-"""Whether a layer computes y = W x + b and nothing else: by its class, or by trying its forward on a stand-in.
+"""Trial of a layer's forward: whether it computes y = W x + b and nothing else.
 
 Subclasses of ``nn.Linear`` with a forward of their own may write the same map another way (Falcon's), count their
-calls, or compute something else (scaled, masked, quantised, adapted). The code does not say, but numbers do. The layer
-itself is never run: a stand-in with small random weights is, so that no hook fires, no state changes, and it does not
-matter where the layer's weights are.
+calls, or compute something else (scaled, masked, quantised, adapted). Only numbers can tell. The layer itself never
+runs. A stand-in with small random weights runs in its place, so no hook fires, no state changes, and the layer's
+weights may be anywhere.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from fasc_lightning._utils import same_rng
 from fasc_lightning.layers._reparametrised import computed_weight, is_reparametrised
 from fasc_lightning.layers._shell import shell
 
-#: (outputs, inputs) of a stand-in: unequal, so that a transposed weight does not fit.
+#: (outputs, inputs) of a stand-in; unequal, so that a transposed weight does not fit.
 SMALL = 10, 12
-#: Tokens come in these shapes; the forward must be right in each that it takes, and take one.
+#: Leading shapes of the inputs; the forward must accept one, and be right for each that it accepts.
 LEADING = ((6,), (2, 3), (2, 1, 3))
-#: Largest error relative to the largest output of a token. Half-precision rounding inside of a forward is above it.
+#: Largest error relative to the largest output of a token. Half-precision rounding inside of a forward exceeds it.
 TOLERANCE = 1e-5
-#: The same where a layer's own type is of half precision, or its products may be.
+#: Largest error if the layer's own dtype, or its products, may have half precision.
 ROUGH = 0.05
-#: Attributes that hold sizes, outputs and inputs.
+#: Attributes that hold sizes: 0 for outputs, 1 for inputs.
 _SIZES = {"out_features": 0, "in_features": 1, "nf": 0, "nx": 1}
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Tell whether a module is a dense linear layer that can be tapped and replaced.
 
-    Subclasses that compute something else (scaled, ternary, adapted) are not; those that compute the plain map, in
-    training and in eval mode, are (:func:`computes_plain_map`).
+    Subclasses must compute the plain map in training and in eval mode (:func:`computes_plain_map`). Others (scaled,
+    ternary, adapted) do not count.
     """
     if not holds_dense_weight(module):
         return False
@@ -49,16 +49,16 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def holds_dense_weight(module: nn.Module) -> bool:
-    """Tell whether a module is a linear layer, of any class, that holds one floating-point number a weight."""
+    """Tell whether a module is a linear layer, of any class, with one floating-point number for each weight."""
     weight = _weight(module) if isinstance(module, nn.Linear | Conv1D) else None
     if not isinstance(weight, Tensor) or is_lazy(weight):
         return False
-    # Packed quantised layers are subclasses of nn.Linear whose weight is bytes of another shape.
+    # Packed quantised layers are subclasses of nn.Linear; their weight is bytes in another shape.
     return weight.ndim == 2 and weight.is_floating_point() and tuple(weight.shape) in _weight_shapes(module)
 
 
 def _weight(module: nn.Module) -> Any:
-    """Return a layer's weight, whatever holds it; a read of one that is computed leaves no trace."""
+    """Return a layer's weight, stored or computed; the read changes nothing."""
     return computed_weight(module) if is_reparametrised(module) else getattr(module, "weight", None)
 
 
@@ -73,8 +73,8 @@ def computes_plain_map(module: nn.Module) -> bool:
     """Tell whether a linear layer's forward gives W x + b for any W, b and x, in training and in eval mode.
 
     Args:
-        module: A layer of which :func:`holds_dense_weight` is true, on any device; it is not run. Parameters beside
-            weight and bias would be lost with it, and say no.
+        module: A layer that passes :func:`holds_dense_weight`, on any device; it does not run. A layer with parameters
+            besides weight and bias, which a replacement would lose, fails.
     """
     extra = {name for name, _ in module.named_parameters() if not name.startswith("parametrizations.")}
     forward = _own_forward(module)
@@ -84,14 +84,14 @@ def computes_plain_map(module: nn.Module) -> bool:
     m, n = tuple(_weight(module).shape)[:: -1 if conv else 1]
     sizes = min(m, SMALL[0]), min(n, SMALL[1])
     found = _agrees(module, forward, sizes)
-    # What holds sizes of its own (a mask, a number of groups) can only be tried at its true size.
+    # A layer with sizes of its own (a mask, a number of groups) can only be tried at its true size.
     return bool(_agrees(module, forward, (m, n)) if found is None and sizes != (m, n) else found)
 
 
 def _own_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the function that a call of the module runs, unbound; None if an instance was given another one.
+    """Return the function that a call of the module runs, unbound; None if the instance has another one.
 
-    accelerate puts one on the instance that fetches offloaded weights and calls the module's own.
+    accelerate sets a forward on the instance that fetches offloaded weights and calls the module's own.
     """
     own: Any = vars(module).get("forward")
     if own is not None and "_hf_hook" in vars(module):
@@ -102,7 +102,7 @@ def _own_forward(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def _takes_inputs_alone(forward: Callable[..., Any]) -> bool:
-    """Tell whether a forward has no arguments beside the inputs: a caller may use them, and a replacement has none."""
+    """Tell whether a forward takes the inputs alone: a caller may use other arguments, which a replacement lacks."""
     code = getattr(forward, "__code__", None)
     return code is None or (code.co_argcount <= 2 and code.co_kwonlyargcount == 0)
 
@@ -111,10 +111,10 @@ def _agrees(module: nn.Module, forward: Callable[..., Any], sizes: tuple[int, in
     """Tell whether a stand-in of (m, n) weights computes the plain map; None if it cannot be made or run."""
     own = _weight(module).dtype
     found: dict[torch.dtype, bool | None] = {}
-    for dtype in (torch.float32, torch.float64):  # float32 products may be set to round; some forwards take one type
+    for dtype in (torch.float32, torch.float64):  # float32 products may be set to round; some forwards take one dtype
         found[dtype] = _agrees_in(module, forward, sizes, dtype, TOLERANCE)
         if found[dtype]:
-            return True if dtype == own else _agrees_in(module, forward, sizes, own, ROUGH)  # outputs of its own type
+            return True if dtype == own else _agrees_in(module, forward, sizes, own, ROUGH)  # outputs in its own dtype
     return None if None in found.values() else False
 
 
@@ -126,19 +126,19 @@ def _agrees_in(
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         try:
             stand_in = _stand_in(module, sizes, dtype, generator)
-        except Exception:  # of copying what the user's class holds: anything
+        except Exception:  # a copy of the user's class may raise anything
             return None
         W, b = _values(stand_in)
         for training in (True, False):
             stand_in.train(training)
             for leading in LEADING:
                 x = torch.randn(*leading, sizes[1], generator=generator, dtype=torch.float64)
-                # Of several magnitudes, which what is clipped, rounded or normalised does not keep apart.
+                # Several magnitudes, which a forward that clips, rounds or normalises would not keep.
                 x = (x * torch.logspace(-3, 3, leading[-1], dtype=torch.float64)[:, None]).to(dtype)
                 try:
                     with _no_traces(type(stand_in)):
                         y = forward(stand_in, x.clone())
-                except Exception:  # of the user's code: anything. These inputs are not what it takes
+                except Exception:  # the user's code may raise anything; it does not accept these inputs
                     continue
                 expected = x.double() @ W.double().T + (0 if b is None else b.double())
                 found.append(_same(y, expected, dtype, tolerance))
@@ -147,7 +147,7 @@ def _agrees_in(
 
 @contextmanager
 def _no_traces(kind: type) -> Iterator[None]:
-    """Put back what a forward changes outside of its module: generators, and attributes of its classes (counters)."""
+    """Undo the changes of a forward outside of its module: generators, and attributes of its classes (counters)."""
     before = [(part, dict(vars(part))) for part in kind.__mro__ if issubclass(part, nn.Linear | Conv1D)]
     with same_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -166,11 +166,11 @@ def _same(y: Any, expected: Tensor, dtype: torch.dtype, tolerance: float) -> boo
     if not isinstance(y, Tensor) or y.shape != expected.shape or y.dtype != dtype or y.is_meta:
         return False
     errors = (y.double() - expected).abs().amax(-1)
-    return bool((errors <= tolerance * expected.abs().amax(-1)).all())  # NaN is not
+    return bool((errors <= tolerance * expected.abs().amax(-1)).all())  # NaN compares false
 
 
 def _values(stand_in: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return copies of W (m, n) and b (m,), since a forward may change them."""
+    """Return copies of W (m, n) and b (m,), because a forward may change them."""
     weight, bias = stand_in._parameters["weight"], stand_in._parameters["bias"]
     assert weight is not None
     W = weight if isinstance(stand_in, nn.Linear) else weight.T
@@ -180,7 +180,7 @@ def _values(stand_in: nn.Module) -> tuple[Tensor, Tensor | None]:
 def _stand_in(module: nn.Module, sizes: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
     """Return a module of the same class and state with other weights, of (m, n) numbers, on the CPU, without hooks."""
     stand_in: Any = shell(module)
-    # Copies of all that a forward might change, but for the weights.
+    # Copies of everything that a forward might change, except the weights.
     memo: dict[int, Any] = {id(p): p for p in module.parameters()} | {id(module): stand_in}
     vars(stand_in).update(copy.deepcopy(vars(stand_in), memo))
     for part in stand_in.modules():
@@ -188,7 +188,7 @@ def _stand_in(module: nn.Module, sizes: tuple[int, int], dtype: torch.dtype, gen
             vars(part)[name].clear()
         for holder in (vars(part), part._buffers):
             for name, value in list(holder.items()):
-                if isinstance(value, Tensor):  # of the meta device no value is known; one changes least
+                if isinstance(value, Tensor):  # values on the meta device are unknown; one changes least
                     holder[name] = torch.ones_like(value, device="cpu") if value.is_meta else value.cpu()
     m, n = sizes
     for name, side in _SIZES.items():

@@ -1,15 +1,15 @@
-"""Ranks from fractions, and the parameters they cost."""
+"""Absolute ranks, and the parameters that they cost."""
 
 from __future__ import annotations
 
 
 def rank_budget(m: int, n: int, rank: int) -> int:
-    """Degrees of freedom of a rank-k (m, n) matrix, k(m + n - k)."""
+    """Return the degrees of freedom of a rank-k (m, n) matrix, k(m + n - k)."""
     return rank * (m + n - rank)
 
 
 def resolve_rank(m: int, n: int, rank: float) -> int:
-    """Return the absolute rank that an option means for a layer: a fraction of full rank, or itself.
+    """Return the absolute rank of a layer: a fraction of its full rank, or the given integer.
 
     Args:
         m: Outputs.

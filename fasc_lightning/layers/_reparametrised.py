@@ -1,8 +1,8 @@
 """Linear layers whose weight is computed from other tensors: weight and spectral norms, orthogonal layers, pruning.
 
-torch has two ways of it: parametrisations, properties in place of the parameter that are computed at every read, and
-older hooks that set the weight before every call of the layer. A read of the first can change their state (the spectral
-norm takes a step of the power method in training mode), and the second leave the weight of the last call behind.
+torch has two ways. Parametrisations replace the parameter by a property that is computed at every read. Older hooks set
+the weight before every call of the layer. Reading the first kind can change its state (the spectral norm makes a step
+of the power method in training mode). The second kind leaves behind the weight of the last call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from fasc_lightning._utils import some_names
 
-#: Attribute in which what took such a layer's place holds its :class:`DenseForm`.
+#: Attribute of the replacement of such a layer that holds its :class:`DenseForm`.
 DENSE_FORM = "dense_form"
 
 
@@ -31,16 +31,16 @@ def is_reparametrised(layer: nn.Module) -> bool:
 
 
 def computed_weight(layer: Any) -> Tensor:
-    """Return the weight of a layer of which :func:`is_reparametrised` holds, as it is in eval mode.
+    """Return the weight of a reparametrised layer (:func:`is_reparametrised`), as in eval mode.
 
-    It is the one of the layer's present tensors, and the read leaves nothing behind.
+    It is computed from the layer's present tensors, and the read changes nothing.
     """
     if _is_parametrised(layer):
         modes = [(module, module.training) for module in layer.parametrizations.modules()]
         try:
             for module, _ in modes:
                 module.training = False
-            # Past the property, whose values `torch.nn.utils.parametrize.cached` would keep for the layer's own calls.
+            # Not by the property: `torch.nn.utils.parametrize.cached` would keep its values for the layer's own calls.
             weight: Tensor = layer.parametrizations.weight()
             return weight
         finally:
@@ -57,7 +57,7 @@ def computed_weight(layer: Any) -> Tensor:
 
 
 def trains_weight(layer: nn.Module) -> bool:
-    """Whether a linear layer's weight, or what it is computed from, is trained."""
+    """Whether a linear layer's weight, or a tensor that it is computed from, is trained."""
     weight = layer._parameters.get("weight")
     if weight is not None:
         return weight.requires_grad
@@ -69,16 +69,15 @@ def trains_weight(layer: nn.Module) -> bool:
 
 
 class DenseForm:
-    """What a reparametrised layer was, without its numbers: with those of a checkpoint it becomes one again.
+    """The structure of a reparametrised layer without its numbers; a checkpoint's numbers make it a layer again.
 
-    Pickled, it is empty, as torch does not pickle parametrised modules.
+    A pickled form is empty, because torch does not pickle parametrised modules.
 
     Args:
         layer: The layer; it is only read. None for an empty form.
 
     Raises:
-        Exception: Whatever a copy of the layer's parts raises; and TypeError for a layer whose weight is computed in a
-            way that is not known.
+        Exception: If a part of the layer cannot be copied; TypeError if its weight is computed in an unknown way.
     """
 
     def __init__(self, layer: nn.Module | None = None) -> None:
@@ -91,19 +90,19 @@ class DenseForm:
         return self  # it is never changed
 
     def fits(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether a part of a state dict is that of such a layer, by its names."""
+        """Whether a part of a state dict has the names of such a layer."""
         return self._twin is not None and self._twin.state_dict().keys() == state.keys()
 
     def filled(self, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Return a new layer of this form.
 
         Args:
-            state: Its values. On the meta device none are loaded.
-            device: Where to put it.
-            dtype: Of its floating-point numbers.
+            state: Its values; on the meta device they are not loaded.
+            device: Device of the layer.
+            dtype: Dtype of its floating-point numbers.
 
         Raises:
-            RuntimeError: If the state is not the layer's.
+            RuntimeError: If the state does not fit the layer.
         """
         assert self._twin is not None
         layer = copy.deepcopy(self._twin)
@@ -124,7 +123,7 @@ class DenseForm:
 
 
 def remember_form(old: nn.Module, new: nn.Module) -> None:
-    """Let what takes a layer's place hold the layer's form, if it has one of its own."""
+    """Store a layer's form on its replacement, if the layer has one."""
     if is_reparametrised(new):
         return
     if DENSE_FORM in vars(old):
@@ -132,12 +131,12 @@ def remember_form(old: nn.Module, new: nn.Module) -> None:
     elif is_reparametrised(old):
         try:
             vars(new)[DENSE_FORM] = DenseForm(old)
-        except Exception:  # then there is none, as `warn_without_way_back` has said
+        except Exception:  # no form: `warn_without_way_back` has warned
             return
 
 
 def warn_without_way_back(layers: Mapping[str, nn.Module]) -> None:
-    """Warn of layers that dense checkpoints cannot be loaded into once they are compressed."""
+    """Warn of layers into which dense checkpoints can no longer be loaded after compression."""
     lost = [name for name, layer in layers.items() if is_reparametrised(layer) and not _can_come_back(layer)]
     if lost:
         rank_zero_warn(
@@ -161,7 +160,7 @@ def _is_parametrised(layer: nn.Module) -> bool:
 
 
 def _weight_hook(layer: nn.Module) -> Any:
-    """Return torch's hook that computes a layer's weight; None if there is none. Of several the last counts."""
+    """Return torch's hook that computes a layer's weight, the last one of several; None if there is none."""
     hooks: Iterable[Any] = reversed(layer._forward_pre_hooks.values())
     return next((hook for hook in hooks if _computed_name(hook) == "weight"), None)
 
@@ -173,27 +172,27 @@ def _computed_name(hook: Any) -> str | None:
 
 
 def _belongs(hook: Any) -> bool:
-    """Whether a hook is part of how a weight is computed. Others may hold anything, the whole model for one."""
-    hook = getattr(hook, "hook", hook)  # as hooks of state dicts are wrapped
+    """Whether a hook takes part in computing a weight. Other hooks may hold anything, for example the whole model."""
+    hook = getattr(hook, "hook", hook)  # hooks of state dicts are wrapped
     return _computed_name(hook) is not None or str(getattr(hook, "__module__", "")).startswith("torch.nn.utils.")
 
 
 def _twin(layer: nn.Module) -> nn.Module:
-    """Return a copy of a reparametrised layer whose parameters and saved buffers are on the meta device.
+    """Return a copy of a reparametrised layer with its parameters and saved buffers on the meta device.
 
     Raises:
-        TypeError: If nothing says how its weight is computed.
+        TypeError: If it is unknown how the weight is computed.
     """
     if not _is_parametrised(layer) and _weight_hook(layer) is None:
         raise TypeError(f"Nothing says how the weight of {type(layer).__name__} is computed.")
     memo: dict[int, Any] = {}
-    saved = layer.state_dict(keep_vars=True).values()  # other buffers are copied: no checkpoint has them
+    saved = layer.state_dict(keep_vars=True).values()  # other buffers are copied, since no checkpoint has them
     for tensor in (*layer.parameters(), *(value for value in saved if isinstance(value, Tensor))):
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     for module in layer.modules():
         for name, value in vars(module).items():
-            if isinstance(value, Tensor):  # the weight that a hook has set: no leaf, and only leaves can be copied
+            if isinstance(value, Tensor):  # a weight that a hook set is no leaf, and only leaves can be copied
                 memo[id(value)] = torch.empty_like(value, device="meta", requires_grad=False)
             elif name.endswith("_hooks") and isinstance(value, dict):
                 memo[id(value)] = type(value)((key, hook) for key, hook in value.items() if _belongs(hook))

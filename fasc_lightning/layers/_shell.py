@@ -1,4 +1,4 @@
-"""A module without its parameters: its class as its author wrote it, and the state beside them."""
+"""Modules without their parameters: the author's class, and the state besides the parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module as its author wrote it, without what parametrisation and FSDP2 put before it."""
+    """Return a module's class as its author wrote it, without the classes that parametrisation and FSDP2 add."""
     kind: Any = type_before_parametrizations(module)
     while kind.__bases__[0].__name__ == "FSDPModule":
         kind = kind.__bases__[1]
@@ -17,15 +17,15 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def shell(module: nn.Module) -> nn.Module:
-    """Return a module of the same class and state without parameters, hooks, and what others have put on it.
+    """Return a module of the same class and state, without parameters, hooks and attributes that libraries have added.
 
     The state is shared, not copied.
     """
     bare: nn.Module = object.__new__(own_class(module))
     nn.Module.__init__(bare)
     own = vars(bare)
-    # The forward of an instance and accelerate's, and what hooks compute from parameters; keys that are more than
-    # strings are FSDP2's.
+    # Left out: forwards of the instance and of accelerate, and tensors that hooks compute from parameters. Keys of a
+    # subclass of str are FSDP2's.
     others = {"forward", "_hf_hook", "_old_forward", "weight", "bias"} | own.keys()
     own.update({name: value for name, value in vars(module).items() if type(name) is str and name not in others})
     own["training"] = module.training

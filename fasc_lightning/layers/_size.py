@@ -1,4 +1,4 @@
-"""What layers and models hold and cost: parameters, bytes and operations."""
+"""Sizes of layers and models: parameters, bytes and operations."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Size:
     """Parameters, bytes and FLOPs of a set of layers.
 
     Attributes:
-        parameters: Numbers that are trained; the index of a pivoted layer is not one of them.
+        parameters: Trainable numbers, without the index of a pivoted layer.
         bytes: Memory of parameters and buffers, indices included.
-        flops_per_token: Two for each multiply-add of a linear layer, of experts the share that works on a token;
-            attention and element-wise work are not counted.
+        flops_per_token: Two for each multiply-add of a linear layer; experts count by the share that works on a token.
+            Attention and element-wise operations are not counted.
     """
 
     parameters: int
@@ -29,7 +29,7 @@ class Size:
 
 
 def layer_sizes(layers: Mapping[str, nn.Module]) -> Size:
-    """Return the size of some layers, dense or compressed."""
+    """Return the total size of layers, dense or compressed."""
     modules = list({id(m): m for m in layers.values()}.values())
     counts = [_counts(m) for m in modules]
     return Size(
@@ -46,7 +46,7 @@ def model_size(model: nn.Module) -> Size:
 
 
 def _outermost_linear(model: nn.Module) -> list[nn.Module]:
-    """Return linear and low-rank layers, not looking inside the latter."""
+    """Return linear and low-rank layers, without the children of the latter."""
     if flops_per_token(model) > 0:
         return [model]
     if is_fused_experts(model):
@@ -61,7 +61,7 @@ def _flops(layers: Iterable[nn.Module]) -> int:
 
 
 def _counts(module: nn.Module) -> tuple[int, int]:
-    """Return parameters, and bytes of these and of buffers; each is asked for once, as an expert's is a slice."""
+    """Return the count of parameters, and the bytes with buffers; each is read once, since an expert's is a slice."""
     parameters = list(module.parameters())
     size = sum(t.numel() * t.element_size() for t in (*parameters, *module.buffers()))
     return sum(p.numel() for p in parameters), size

@@ -1,4 +1,4 @@
-"""The description of one compressed layer, as files and plans hold it."""
+"""Descriptions of compressed layers in files and plans, and empty layers made from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fasc_lightning.layers._pivoted import PivotedLinear
 
 
 def check_layers(layers: Any) -> dict[str, dict[str, Any]]:
-    """Plain copies of the layers' descriptions (see :class:`FascConfig`).
+    """Return plain copies of the layers' descriptions (see :class:`FascConfig`).
 
     Raises:
         ValueError: If there are none, or one is not valid.
@@ -47,7 +47,7 @@ def _is_valid(spec: Any) -> bool:
 
 
 def describe_layer(layer: CompressedLinear) -> dict[str, Any]:
-    """What a plan and a :class:`FascConfig` say of a layer."""
+    """Return the description of a layer, for a plan and a :class:`FascConfig`."""
     spec: dict[str, Any] = {"rank": layer.rank, "layout": layer.layout, "bias": layer.bias is not None}
     if isinstance(layer, PivotedLinear):
         spec["side"] = layer.side
@@ -57,10 +57,10 @@ def describe_layer(layer: CompressedLinear) -> dict[str, Any]:
 
 
 def empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> CompressedLinear:
-    """Compressed layer on the meta device that takes the place of a dense one, or of another compressed one.
+    """Return a compressed layer on the meta device that fits in the place of a dense or compressed one.
 
     Raises:
-        ValueError: If the description does not fit the dense layer.
+        ValueError: If the description does not fit the layer.
     """
     try:
         m, n = linear_shape(dense)
@@ -82,7 +82,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def place(layer: Layer, device: torch.device) -> Layer:
-    """Give a layer that is on the meta device memory on another one, and zeros, until its values are loaded."""
+    """Give a layer on the meta device memory and zeros on another device, until its values are loaded."""
     if device.type == "meta":
         return layer
     layer = layer.to_empty(device=device)
@@ -92,7 +92,7 @@ def place(layer: Layer, device: torch.device) -> Layer:
 
 
 def set_trainable(layer: Layer, trainable: bool) -> Layer:
-    """Set whether a layer's parameters are trained; those of int8 never are."""
+    """Set whether a layer's parameters are trained; int8 parameters never are."""
     for parameter in layer.parameters():
         parameter.requires_grad_(trainable and parameter.is_floating_point())
     return layer

@@ -1,4 +1,4 @@
-"""The swap of layers by name, in both directions: all of them, or none."""
+"""The swap of layers by name, to low-rank and back to dense: all of them, or none."""
 
 from __future__ import annotations
 
@@ -12,31 +12,30 @@ from torch import nn
 from fasc_lightning._utils import undoing
 from fasc_lightning.layers._compressed_linear import CompressedLinear
 from fasc_lightning.layers._fused_experts import ExpertLinear
-from fasc_lightning.layers._linear import flops_per_token, is_conv1d, linear_shape
+from fasc_lightning.layers._linear import empty_conv1d, flops_per_token, is_conv1d, linear_shape
 from fasc_lightning.layers._reparametrised import remember_form
 from fasc_lightning.layers._shell import own_class, shell
 from fasc_lightning.layers._unfused_experts import fuse_dense, with_experts
 
 
 def swap_modules(model: nn.Module, replacements: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Replaces submodules of ``model`` by name, all of them or, if anything fails, none.
+    """Replace submodules of ``model`` by name, all of them or, if anything fails, none.
 
-    A module that is registered in several places is replaced in all of them, under whichever of its names it
-    is given. Each replacement takes over the dtype, device and training mode of what it replaces; its own
-    ``requires_grad`` flags stay as they are (a swap neither freezes nor thaws). Hooks stay on the module they
-    were registered on.
+    A module that is registered in several places is replaced in all of them, whichever of its names is given. Each
+    replacement takes over the dtype, device and training mode of the module it replaces. Its own ``requires_grad``
+    flags stay as they are (a swap neither freezes nor thaws). Hooks stay on the module they were registered on.
 
     Args:
         model: The model, changed in place.
-        replacements: New module by dotted name; for projections of fused experts by the names of their virtual layers.
+        replacements: New module by dotted name; projections of fused experts by the names of their virtual layers.
 
     Returns:
         The replaced modules by the same names, fused experts as a whole by theirs: passing them back undoes the swap.
 
     Raises:
         KeyError: If the model has no module of a name.
-        ValueError: If a name is the model itself, lies inside another replaced module, or names one module
-            with two different replacements; or if a linear layer would change its shape.
+        ValueError: If a name is the model itself, lies inside another replaced module, or names one module with two
+            different replacements; or if a linear layer would change its shape.
     """
     replacements = with_experts(model, replacements)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -59,20 +58,20 @@ def swap_modules(model: nn.Module, replacements: dict[str, nn.Module]) -> dict[s
 
 
 def is_compressed(model: nn.Module) -> bool:
-    """Whether any layer of the model (or the model itself) is a :class:`CompressedLinear`."""
+    """Tell whether any layer of the model (or the model itself) is a :class:`CompressedLinear`."""
     return any(isinstance(module, CompressedLinear) for module in model.modules())
 
 
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
-    """The compressed layers by dotted name; one name, the first, for a layer registered in several places."""
+    """Return the compressed layers by dotted name; a layer registered in several places has its first name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
 
 
 def swap_to_dense(model: nn.Module) -> dict[str, nn.Module]:
-    """Replaces every compressed layer by a dense one of the same function, in place.
+    """Replace every compressed layer by a dense one of the same function, in place.
 
-    The dense layers are of the kind that was compressed: ``nn.Linear``, or GPT-2's ``Conv1D``, whose weights a
-    reload of the saved model would otherwise read transposed. Experts are fused again.
+    The dense layers have the class of the layers that were compressed: ``nn.Linear``, or GPT-2's ``Conv1D``, whose
+    weights a reload of the saved model would otherwise read transposed. Experts are fused again.
 
     Args:
         model: The model, changed in place. A lone compressed layer has :meth:`CompressedLinear.to_linear`.
@@ -95,7 +94,7 @@ def swap_to_dense(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_in_memory(layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers whose weights are elsewhere, of which nothing can be computed.
+    """Refuse layers whose weights are not in memory.
 
     Raises:
         ValueError: With the first such layer.
@@ -120,12 +119,12 @@ def _dense(layer: CompressedLinear) -> nn.Module:
 
 
 def empty_dense(layer: CompressedLinear, bias: bool, dtype: torch.dtype) -> Any:
-    """Return a dense layer of the class that a compressed layer has replaced, its parameters on the meta device.
+    """Return a dense layer of the class that a compressed layer replaced, with parameters on the meta device.
 
     Args:
         layer: The compressed layer.
         bias: Whether the dense one has a bias.
-        dtype: Of its parameters.
+        dtype: Dtype of its parameters.
     """
     m, n = layer.out_features, layer.in_features
     linear = empty_conv1d(m, n).to(dtype) if layer.from_conv1d else nn.Linear(n, m, bias, device="meta", dtype=dtype)
@@ -137,28 +136,20 @@ def empty_dense(layer: CompressedLinear, bias: bool, dtype: torch.dtype) -> Any:
 
 
 def _shell(layer: nn.Module) -> nn.Module | None:
-    """Return a linear layer of a class of its own without its parameters; None of nn.Linear and Conv1D themselves.
+    """Return a linear layer of a class of its own without its parameters; None for nn.Linear and Conv1D themselves.
 
-    What it holds beside them (a counter, a number that its forward reads) is shared with it.
+    Its other state (a counter, a number that its forward reads) is shared, not copied.
     """
     linear = isinstance(layer, nn.Linear) or is_conv1d(layer)
     if not linear or isinstance(layer, ExpertLinear) or own_class(layer) is nn.Linear:
         return None
     if own_class(layer).__module__ == "transformers.pytorch_utils" or any(b.is_meta for b in layer.buffers()):
-        return None  # values of buffers that are not known cannot be given back
+        return None  # unknown values of buffers cannot be restored
     return shell(layer)
 
 
-def empty_conv1d(m: int, n: int) -> Any:
-    """Return a transformers ``Conv1D`` with m outputs and n inputs on the meta device; draws no random numbers."""
-    from transformers.pytorch_utils import Conv1D
-
-    with torch.device("meta"):
-        return Conv1D(m, n)
-
-
 def _check_replacements(modules: dict[str, nn.Module], replacements: dict[str, nn.Module]) -> dict[int, nn.Module]:
-    """New module by the id of the old one, once every rule of :func:`swap_modules` holds."""
+    """Return the new module by the id of the old one, once every rule of :func:`swap_modules` holds."""
     missing = [name for name in replacements if name not in modules]
     if missing:
         raise KeyError(f"The model has no module named {', '.join(map(repr, missing))}. See model.named_modules().")
@@ -181,7 +172,7 @@ def _check_replacements(modules: dict[str, nn.Module], replacements: dict[str, n
 
 
 def _match(new: nn.Module, old: nn.Module) -> None:
-    """Gives new the training mode of old, and its device and floating dtype where it has just one."""
+    """Give ``new`` the training mode of ``old``, and its device and floating dtype if ``old`` has just one of each."""
     new.train(old.training)
     if "expert_share" in vars(old):
         vars(new)["expert_share"] = vars(old)["expert_share"]

@@ -1,4 +1,4 @@
-"""Which layers of a model are compressed: by patterns, by what can be replaced, and what is said of the others."""
+"""Selection of the layers to compress, and warnings about the others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fasc_lightning.layers._probe import holds_dense_weight, is_plain_linear
 
 
 def matches(name: str, patterns: str | Iterable[str]) -> bool:
-    """Tell whether a module name is selected, by the rules of peft's ``target_modules``.
+    """Tell whether patterns select a module name, by the rules of peft's ``target_modules``.
 
     Args:
         name: Dotted module name.
@@ -40,10 +40,10 @@ def select_layers(
         model: Any module.
         targets: Patterns as in peft (see :func:`matches`). None or "all-linear" takes every ``nn.Linear`` and
             transformers ``Conv1D``, subclasses that compute the same map included, and every projection of fused
-            experts (``layers/_fused_experts.py``) except output embeddings, routers and layers whose weight is
-            tied to another module's; those are only taken when a pattern names them.
-        exclude: Patterns of layers to leave alone.
-        eligible: What is a layer to select from; by default
+            experts (``layers/_fused_experts.py``). It leaves out output embeddings, routers and layers whose weight is
+            tied to another module's; only a pattern that names them takes those.
+        exclude: Patterns of layers to leave out.
+        eligible: Tells whether a module can be selected; by default
             :func:`~fasc_lightning.layers.is_plain_linear`, and experts.
 
     Raises:
@@ -72,7 +72,7 @@ def select_layers(
 def _wanted(
     model: nn.Module, targets: str | list[str] | None, exclude: str | list[str] | None
 ) -> Callable[[str, nn.Module], bool]:
-    """Return what tells whether options ask for a linear layer, by its name and itself."""
+    """Return a function that tells whether the options ask for a linear layer, from its name and the layer."""
     everything = targets is None or targets == "all-linear"
     protected = _protected(model) if everything else set()
 
@@ -88,7 +88,7 @@ def _wanted(
 
 
 def _protected(model: nn.Module) -> set[int]:
-    """Ids of the layers that "all linear" does not mean: output embeddings, routers and tied weights."""
+    """Return ids of the layers that "all-linear" leaves out: output embeddings, routers and tied weights."""
     protected = routers(model)
     owners: Counter[int] = Counter()
     for module in model.modules():
@@ -105,11 +105,11 @@ def _protected(model: nn.Module) -> set[int]:
 def other_layers(
     model: nn.Module, targets: str | list[str] | None = None, exclude: str | list[str] | None = None
 ) -> dict[str, list[str]]:
-    """Return the linear layers that options ask for and that cannot be replaced, names by class.
+    """Return the names of linear layers that the options ask for and that cannot be replaced, by class.
 
-    Those are subclasses of ``nn.Linear`` and ``Conv1D`` that compute something else, or that do not show what they
-    compute. Without patterns, routers and layers of packed numbers (quantised by another library) are not among them:
-    nobody expects them to be compressed.
+    They are subclasses of ``nn.Linear`` and ``Conv1D`` that compute something else, or that hide their computation.
+    Without patterns, routers and layers of packed numbers (quantised by another library) are left out: no user expects
+    them to be compressed.
     """
     everything = targets is None or targets == "all-linear"
     wanted = _wanted(model, targets, exclude)
@@ -128,7 +128,7 @@ def other_layers(
 def warn_other_layers(
     model: nn.Module, targets: str | list[str] | None = None, exclude: str | list[str] | None = None
 ) -> None:
-    """Say which linear layers stay as they are because their forward is not known to be the plain one."""
+    """Warn of linear layers that stay as they are because their forward is not known to be the plain one."""
     if found := other_layers(model, targets, exclude):
         rank_zero_warn(f"FascCallback: {_described(found)}")
 
@@ -138,18 +138,18 @@ def _described(others: Mapping[str, list[str]]) -> str:
     listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in others.items())
     return (
         f"{count} linear layer{'s' if count > 1 else ''} of {'other classes' if len(others) > 1 else 'another class'} "
-        f"than nn.Linear cannot be replaced, since a trial of the forward did not give x W^T + b and nothing else, in "
-        f"training and in eval mode ({listed}). HINT: let the class hold an nn.Linear and do the rest around it, so "
+        f"than nn.Linear cannot be replaced, because a trial of the forward gave another result than x W^T + b, in "
+        f"training or in eval mode ({listed}). HINT: let the class hold an nn.Linear and do the rest around it, so "
         "that the nn.Linear is compressed; or name the layers in `exclude`."
     )
 
 
 def warn_tied_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Say which selected layers share their weight with another module, so that the model may grow.
+    """Warn of selected layers that share their weight with another module, so that the model may grow.
 
     Args:
         model: The model.
-        layers: Those selected, by name.
+        layers: The selected layers by name.
     """
     owners: dict[int, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():

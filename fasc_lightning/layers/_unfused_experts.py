@@ -1,4 +1,4 @@
-"""Experts as modules of their own: what takes the place of a fused module whose experts are compressed."""
+"""Experts as separate modules, which replace a fused module whose experts are compressed."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from fasc_lightning.layers._linear import linear_shape
 class UnfusedExperts(nn.Module):
     """Gated experts, each of linear layers of its own: ``3.w_gate``, ``3.w_up``, ``3.w_down``, dense or compressed.
 
-    Same forward as the module that it replaces, expert by expert: an expert computes
-    ``w_down(act(w_gate(x)) * w_up(x))``, weighed by the router.
+    It has the forward of the module that it replaces, expert by expert: an expert computes
+    ``w_down(act(w_gate(x)) * w_up(x))``, weighted by the router.
 
     Args:
-        fused: The module to replace, on whatever device.
-        layers: Layers that are there already, by (expert, projection); the others are copied from ``fused``, on the
-            meta device as empty layers.
+        fused: The module to replace, on any device.
+        layers: Existing layers, by (expert, projection). The others are copied from ``fused``; on the meta device they
+            are empty layers.
     """
 
     def __init__(self, fused: Any, layers: Mapping[tuple[int, str], nn.Module] | None = None) -> None:
@@ -49,7 +49,7 @@ class UnfusedExperts(nn.Module):
         self.train(fused.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Return the experts' weighed sum.
+        """Return the experts' weighted sum.
 
         Args:
             hidden_states: Shape (tokens, H).
@@ -61,8 +61,8 @@ class UnfusedExperts(nn.Module):
         for expert, places, tokens in routed(top_k_index, self.num_experts):
             self._add(result, expert, hidden_states, places, tokens, top_k_weights)
             idle.discard(expert)
-        # Trained experts without tokens are given none, so that their gradients are zeros, as those of fused ones are.
-        # Without any, processes of DDP would wait for them for ever.
+        # Trained experts without tokens run on an empty batch. Their gradients are then zeros, as in a fused module.
+        # With no gradient at all, processes of DDP would wait for them forever.
         none = top_k_index.new_empty(0)
         for expert in idle:
             if any(p.requires_grad for p in self.get_submodule(str(expert)).parameters()):
@@ -79,7 +79,7 @@ class UnfusedExperts(nn.Module):
 
     @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A saved file, read as a state dict, has one more entry than the module.
+        # A state dict read from a saved file has one more entry than the module.
         for key in [key for key, value in state_dict.items() if key.startswith(prefix) and is_guard(value)]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -89,7 +89,7 @@ class UnfusedExperts(nn.Module):
         return self.get_submodule(f"{expert}.{projection}")
 
     def fuse(self) -> nn.Module:
-        """Return the fused module of the same function.
+        """Return a fused module of the same function.
 
         Raises:
             ValueError: If a layer is not a dense linear one.
@@ -120,7 +120,7 @@ class UnfusedExperts(nn.Module):
         gate, down = self.layer(0, "w_gate"), self.layer(0, "w_down")
         kind: Any = down.weight
         for name, (m, n) in (("gate_up_proj", linear_shape(gate)), ("down_proj", linear_shape(down))):
-            # Of these sizes, where the class was made with others than the configuration's.
+            # With these sizes, since the class may have been made with other sizes than the configuration's.
             rows = 2 * m if name == "gate_up_proj" else m
             weight = torch.empty(self.num_experts, rows, n, device="meta", dtype=kind.dtype)
             setattr(fused, name, nn.Parameter(weight))
@@ -138,17 +138,17 @@ def _dense(fused: nn.Module, expert: int, projection: str) -> nn.Linear:
 
 
 def with_experts(model: nn.Module, replacements: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return replacements in which those of virtual layers are put together to modules that the model has.
+    """Return replacements in which virtual layers are joined to modules that the model has.
 
     Args:
         model: The model.
-        replacements: New modules by name; names of virtual layers (``...experts.3.w_gate``) among them.
+        replacements: New modules by name; names of virtual layers are allowed (``...experts.3.w_gate``).
 
     Returns:
-        The same, but for virtual layers one :class:`UnfusedExperts` for each of their fused modules.
+        The replacements, with one :class:`UnfusedExperts` for each fused module in place of its virtual layers.
 
     Raises:
-        ValueError: If a layer of an expert would change its shape, or an expert is not there.
+        ValueError: If an expert's layer would change its shape, or there is no such expert.
     """
     result: dict[str, nn.Module] = {}
     parts: dict[str, dict[tuple[int, str], nn.Module]] = {}
@@ -172,11 +172,11 @@ def with_experts(model: nn.Module, replacements: Mapping[str, nn.Module]) -> dic
 
 
 def unfuse(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """Give virtual layers modules of their own, in place: dense ones, with the weights that they stand for.
+    """Replace fused modules in place by separate dense layers with the same weights.
 
     Args:
         model: The model.
-        names: Of layers; what is not the name of a virtual layer of a fused module is passed over.
+        names: Names of layers; names other than virtual layers of fused modules are skipped.
 
     Returns:
         The fused modules by name.
@@ -190,7 +190,7 @@ def unfuse(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def expert_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return those of some layers' names that are of experts of a model, fused or with modules of their own."""
+    """Return the names that belong to experts of a model, fused or as separate modules."""
     places = {
         name
         for name, module in model.named_modules(remove_duplicate=False)
@@ -200,7 +200,7 @@ def expert_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def fuse_dense(model: nn.Module) -> None:
-    """Fuse those experts of a model again that are dense throughout, in place."""
+    """Fuse experts again, in place, if all their layers are dense."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, UnfusedExperts) and all(
@@ -214,7 +214,7 @@ def _paths(experts: UnfusedExperts) -> list[str]:
 
 
 def _fused_at(model: nn.Module, name: str) -> tuple[Any, int, str] | None:
-    """Return (fused module, expert, projection) of a virtual layer's name; None of anything else."""
+    """Return (fused module, expert, projection) for the name of a virtual layer; None for any other name."""
     parts = split_name(name)
     if parts is None:
         return None

@@ -52,7 +52,7 @@ def compression_plan(model: nn.Module) -> dict[str, dict[str, Any]]:
         Plain data, as JSON takes it; empty if no layer is compressed.
 
     Example:
-        >>> from fasc_lightning.lowrank import LowRankLinear
+        >>> from fasc_lightning.layers import LowRankLinear
         >>> compression_plan(nn.Sequential(LowRankLinear(8, 6, 2)))
         {'0': {'rank': 2, 'layout': 'factors', 'bias': True}}
     """

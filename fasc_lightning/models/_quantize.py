@@ -58,7 +58,7 @@ def quantize(
         TypeError: If a layer carries adapters or another library's quantisation.
 
     Example:
-        >>> from fasc_lightning.lowrank import LowRankLinear
+        >>> from fasc_lightning.layers import LowRankLinear
         >>> model = nn.Sequential(LowRankLinear(8, 6, 2))
         >>> quantize(model)
         ['0']

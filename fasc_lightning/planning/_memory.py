@@ -73,7 +73,7 @@ def layer_memory(
 ) -> LayerMemory:
     """Return what an (m, n) layer takes.
 
-    The room for factors is that of :func:`~fasc_lightning.solvers._fasc.two_sided`, in float64: the moments unpacked,
+    The room for factors is that of :func:`~fasc_lightning.solvers.two_sided`, in float64: the moments unpacked,
     the metric, W and W A, and eight matrices of the smaller side for its root and its eigenvectors.
 
     Args:

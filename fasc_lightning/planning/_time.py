@@ -72,7 +72,7 @@ def moments_work(m: int, n: int, copies: int = 1, sketches: LayerSketches | None
 
 
 def solver_work(m: int, n: int) -> int:
-    """Operations of :func:`~fasc_lightning.solvers._fasc.two_sided`, its eigendecomposition as ten cubes.
+    """Operations of :func:`~fasc_lightning.solvers.two_sided`, its eigendecomposition as ten cubes.
 
     With r = min(m, n) and w = max(m, n): W A is 2 r w^2, W A W^T and the factor on W's side 2 r^2 w each, the rest of
     the order of r^3.

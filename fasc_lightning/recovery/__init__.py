@@ -1,9 +1,12 @@
-"""Training after a compression: of the factors or of adapters on them, with a teacher or without."""
+"""Recovery: training of the factors, or of adapters on them, after a compression, with or without a teacher."""
 
-from fasc_lightning.recovery._callback import RecoveryCallback, set_aside_optimizers
+from fasc_lightning.recovery._callback import RecoveryCallback
 from fasc_lightning.recovery._checks import check_recoverable
-from fasc_lightning.recovery._distillation import Distillable, Teacher, frozen_copy
+from fasc_lightning.recovery._distillation import Distillable
+from fasc_lightning.recovery._frozen_copy import frozen_copy
+from fasc_lightning.recovery._last_checkpoint import set_aside_optimizers
 from fasc_lightning.recovery._second_fit import RecoveryStage, recovery_instead
+from fasc_lightning.recovery._teacher import Teacher
 from fasc_lightning.recovery._validation import split_loader
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""LoRA adapters on the factors of compressed layers: put on in place, trained, and merged into the factors."""
+"""LoRA adapters on the factors of compressed layers: added in place, trained, and merged into the factors."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from fasc_lightning._utils import Undo, undoing
 from fasc_lightning.layers import CompressedLinear, compressed_layers, matches
 
-#: peft's own name of the only adapter.
+#: The name of the adapter; peft's default.
 ADAPTER = "default"
 
 
 def factor_names(
     model: nn.Module, patterns: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
 ) -> list[str]:
-    """Return the dotted names of the linear layers that compressed layers are made of.
+    """Return the dotted names of the factors of compressed layers, each a linear layer.
 
     Args:
         model: Any module.
-        patterns: Of compressed layers, or of their factors, as in peft; None or "all-linear" takes all.
-        exclude: Of those to leave out, likewise.
+        patterns: Patterns of compressed layers or of their factors, as in peft; None or "all-linear" takes all.
+        exclude: Patterns of layers or factors to leave out.
 
     Raises:
-        ValueError: If none is left.
+        ValueError: If no factor is left.
     """
     wanted, unwanted = _listed(patterns), _listed(exclude) or []
 
@@ -48,7 +48,7 @@ def factor_names(
         but = f" without {unwanted!r}" if unwanted else ""
         raise ValueError(
             f"Expected `target_modules` to select compressed layers but {wanted!r}{but} matches none of "
-            f"{', '.join(list(compressed_layers(model))[:3]) or 'those that there are, which is none'}."
+            f"{', '.join(list(compressed_layers(model))[:3]) or 'the compressed layers: the module has none'}."
         )
     return names
 
@@ -60,12 +60,12 @@ def _listed(patterns: str | Iterable[str] | None) -> str | list[str] | None:
 def by_factor(patterns: Mapping[str, Any] | None, factors: Iterable[str], option: str) -> dict[str, Any]:
     """Return the values of ``rank_pattern`` or ``alpha_pattern`` by patterns that each match one factor.
 
-    peft compares them with the names of factors alone, so that one of a layer would be ignored without a word.
+    peft compares patterns with the names of factors alone and would silently ignore a layer's name.
 
     Args:
-        patterns: Values by regular expressions for the end of a layer's or a factor's name; the first that fits counts.
+        patterns: Values by regular expressions for the end of a layer's or a factor's name; the first match counts.
         factors: Names of the factors that carry adapters.
-        option: Name, for the warning about those that fit none.
+        option: Name of the option, for the warning about patterns without a match.
     """
     found, used = {}, set()
     for factor in factors:
@@ -81,15 +81,15 @@ def by_factor(patterns: Mapping[str, Any] | None, factors: Iterable[str], option
 
 
 class Adapters:
-    """LoRA adapters on some factors of a module, which stays of its own class and keeps its names.
+    """LoRA adapters on some factors of a module. The module keeps its class and its names.
 
-    While they are on, ``state_dict()`` of the module is that of the merged model, so that whatever saves it (any
-    checkpoint, with or without the state of callbacks) saves an ordinary compressed one.
+    While the adapters are on, ``state_dict()`` of the module is the state of the merged model. Every checkpoint, with
+    or without the state of callbacks, is thus one of an ordinary compressed model.
 
     Args:
-        module: Changed in place by :meth:`put_on`, and again by :meth:`take_off`.
-        config: A peft ``LoraConfig``, whose patterns may be of layers or of factors.
-        seed: Of the adapters' random start, the same on every process; other random numbers are not drawn.
+        module: Module that :meth:`put_on` and :meth:`take_off` change in place.
+        config: A peft ``LoraConfig``, whose patterns may name layers or factors.
+        seed: Seed of the adapters' random start, the same on every process. The global generators do not advance.
 
     Attributes:
         factors: Names of the factors that carry adapters.
@@ -108,7 +108,7 @@ class Adapters:
         self._undo = Undo()
 
     def put_on(self) -> None:
-        """Put the adapters on, which add nothing as yet; nothing but them requires a gradient then."""
+        """Put the adapters on; they start at zero, and only they require gradients."""
         from peft import inject_adapter_in_model
         from peft.functional import cast_adapter_dtype
 
@@ -127,9 +127,9 @@ class Adapters:
 
     @contextmanager
     def as_kept(self) -> Iterator[None]:
-        """Let the module compute as it will once the adapters are merged.
+        """Make the module compute as with merged adapters inside the context.
 
-        That is another function where digits are lost: what was learnt in 32 bits goes into factors of 16.
+        Merging 32-bit adapters into 16-bit factors loses digits, so that the merged module is another function.
         """
         found = {n: layer for n, layer in adapted_factors(self.module) if layer.get_base_layer().weight.itemsize < 4}
         with undoing() as undo:
@@ -145,11 +145,11 @@ class Adapters:
         """Take the adapters off; safe at any time.
 
         Args:
-            merge: Whether to add what they have learnt to the factors, whose rank stays. Without, factors are to the
-                bit what they were.
+            merge: Whether to merge the adapters into the factors, whose rank stays. Otherwise the factors are bitwise
+                the former ones.
 
         Raises:
-            ValueError: If an adapter is not finite. The module is as it was, with its adapters.
+            ValueError: If an adapter is not finite. The module then keeps its adapters.
         """
         found = dict(adapted_factors(self.module))
         merged = {name: _merged(layer) for name, layer in found.items()} if merge else {}
@@ -163,7 +163,7 @@ class Adapters:
             undo.forget()
 
     def bases(self) -> dict[str, Tensor]:
-        """Return the factors under the adapters, by the names that their weights have without, not copied."""
+        """Return the factors' weights under the adapters, not copied, by their names without adapters."""
         return {
             f"{name}.weight": layer.get_base_layer().weight.detach() for name, layer in adapted_factors(self.module)
         }
@@ -183,7 +183,7 @@ def _take_off(module: nn.Module) -> None:
 
 
 def adapted_factors(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the adapted children of compressed layers, with their names; of a shared layer one name, the first."""
+    """Yield the adapted factors of compressed layers with their names; a shared layer has its first name only."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in module.named_modules():
@@ -204,7 +204,7 @@ def _merged(layer: Any) -> Tensor:
 
 
 def _as_merged(module: nn.Module, state_dict: Any, prefix: str, *unused: Any) -> None:
-    """As a hook of ``register_state_dict_post_hook``; a function of no one's, so that modules can be copied."""
+    """Merge adapters in a state dict, as a state dict hook; a module-level function, so that modules can be copied."""
     del unused
     adapted = {id(layer): layer for _, layer in adapted_factors(module)}
     names = {
@@ -225,7 +225,7 @@ def _as_merged(module: nn.Module, state_dict: Any, prefix: str, *unused: Any) ->
 
 
 def _parents(key: str) -> Iterator[str]:
-    """Yield "a.b.", "a." of "a.b.c"."""
+    """Yield the prefixes of a key, as "a.b." and "a." for "a.b.c"."""
     while "." in key:
         key = key.rpartition(".")[0]
         yield f"{key}."
@@ -252,7 +252,7 @@ def put_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Copy values into a module's parameters by name.
 
     Raises:
-        ValueError: If the module has no parameter of a name, or one of another shape. Nothing is changed.
+        ValueError: If the module lacks a parameter or has one of another shape. Nothing is changed then.
     """
     parameters = dict(module.named_parameters())
     wrong = [name for name, value in values.items() if name not in parameters or parameters[name].shape != value.shape]

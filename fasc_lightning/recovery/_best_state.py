@@ -1,4 +1,4 @@
-"""The best values that a training has seen of what it trains, judged by a held-out loss."""
+"""The best values of trained parameters, by a held-out loss."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 class BestState:
-    """Keeps the values of the lowest held-out loss, the first being those before the training.
+    """Keeps the values with the lowest held-out loss. The first loss is measured before the training.
 
     Args:
-        patience: After so many losses that were no better it says to stop; None never does.
+        patience: Number of losses without improvement after which training should stop; None sets no limit.
 
     Attributes:
-        losses: (step, loss) of every look.
-        step: Of the best values; the first one's if nothing was better.
-        values: The best values by name, on the CPU; empty if those before the training are.
+        losses: Pairs (step, loss), one for each measurement.
+        step: Step of the best values; the first step if nothing was better.
+        values: The best values by name, on the CPU; empty if the first values are best.
     """
 
     def __init__(self, patience: int | None = None) -> None:
@@ -29,7 +29,7 @@ class BestState:
 
     @property
     def begun(self) -> bool:
-        """Whether there was a look."""
+        """Whether a loss was measured."""
         return bool(self.losses)
 
     @property
@@ -44,24 +44,24 @@ class BestState:
 
     @property
     def improved(self) -> bool:
-        """Whether the training brought anything."""
+        """Whether the training lowered the loss."""
         return self.begun and self.step != self.losses[0][0]
 
     @property
     def exhausted(self) -> bool:
-        """Whether the last losses brought nothing, or one was not finite."""
+        """Whether training should stop: the last ``patience`` losses were no better, or the last is not finite."""
         if not self.begun:
             return False
         since = sum(step > self.step for step, _ in self.losses)
         return not math.isfinite(self.losses[-1][1]) or (self._patience is not None and since >= self._patience)
 
     def look(self, step: int, loss: float, values: Mapping[str, Tensor]) -> None:
-        """Judge the values at a step.
+        """Record the loss at a step, and keep the values if it is the lowest.
 
         Args:
             step: Optimizer steps done.
-            loss: On held-out batches.
-            values: What is trained, by name; copied if it is the best so far and not the first.
+            loss: Loss on held-out batches.
+            values: Trained parameters by name; copied if they are the best so far and not the first.
         """
         if not self.begun:
             self.step = step
@@ -71,10 +71,10 @@ class BestState:
         self.losses.append((step, loss))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all of it in plain data and tensors."""
+        """Return the state in plain data and tensors."""
         return {"losses": [list(row) for row in self.losses], "step": self.step, "values": dict(self.values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
+        """Restore the state of a :meth:`state_dict`."""
         self.losses = [(int(step), float(loss)) for step, loss in state["losses"]]
         self.step, self.values = int(state["step"]), dict(state["values"])

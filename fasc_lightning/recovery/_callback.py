@@ -1,4 +1,4 @@
-"""RecoveryCallback: a fit that trains a compressed module's factors, or adapters on them, and keeps what helps."""
+"""The callback of a recovery fit, which trains a compressed module's factors or adapters on them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -36,42 +35,43 @@ from fasc_lightning.options import LoraRecovery, Recovery, as_recovery, checks_o
 from fasc_lightning.recovery._adapters import Adapters, put_values
 from fasc_lightning.recovery._best_state import BestState
 from fasc_lightning.recovery._checks import check_optimizers, check_recoverable
-from fasc_lightning.recovery._teacher import TeacherPhase
+from fasc_lightning.recovery._last_checkpoint import saves_on_exception, set_aside_optimizers
+from fasc_lightning.recovery._teacher_phase import TeacherPhase
 from fasc_lightning.recovery._validation import HeldOutSplit, held_out_batches, held_out_loss, validates
 
-#: Where nothing else is asked for, so many looks at the held-out loss in a fit.
+#: Number of measurements of the held-out loss in a fit, by default.
 LOOKS = 8
 
-#: For modules whose training step returns no loss.
+#: Last sentence of the error about modules whose training step returns no loss.
 REMEDY = "Recovery looks at the loss of held-out batches: let Lightning step the optimizer."
 
-#: Its entry in a callback's state.
+#: The recovery's entry in a callback's state.
 _KEY = "recovery"
 
 
 class RecoveryCallback(pl.Callback):
     """Recovers a compressed module in a fit; :class:`~fasc_lightning.FascCallback` has one for its second fit.
 
-    What the recovery trains is the only thing that requires a gradient, and so what ``configure_optimizers`` should
-    give to an optimizer. The loss of the training step on held-out batches (the Trainer's validation batches, else
-    every eighth sample of the training loader, 64 at most) decides which state is kept, whatever other callbacks put
-    into the module in the end; if none is better than the first, the factors are what they were, which is said. When
-    the fit ends, adapters are merged and ``requires_grad`` flags are as before; if it fails, the module is what it was.
+    Only the trained parameters require gradients, so ``configure_optimizers`` should give them to an optimizer. The
+    loss of the training step on held-out batches decides which state is kept, whatever other callbacks put into the
+    module in the end. Held-out batches are the Trainer's validation batches, or else every eighth sample of the
+    training loader, 64 at most. If no state is better than the first, the factors stay and a warning is logged. When
+    the fit ends, adapters are merged and ``requires_grad`` flags are restored. A failed fit restores the whole module.
 
-    Checkpoints saved in between hold the state of the merged model, and what a resumed fit needs to go on.
+    Checkpoints during the fit hold the state of the merged model and the state that a resumed fit needs.
 
     Args:
         recovery: "lora", "factors", or their options.
-        dense: The layers that the compressed ones replaced, by name, for a teacher.
-        seed: Of the adapters' start.
-        token_mask: See :class:`~fasc_lightning.FascCallback`.
-        loss_terms: Likewise.
-        key: Of its state in checkpoints.
-        teacher: Fingerprint of ``dense``, where it is known.
-        failed: Is given what a fit that fails has to undo, by whoever has more of it; None where nobody has.
+        dense: The dense layers by name, for a teacher.
+        seed: Seed of the adapters' start.
+        token_mask: Function that returns the mask of real tokens, as for :class:`~fasc_lightning.FascCallback`.
+        loss_terms: Reduction of the loss, as for :class:`~fasc_lightning.FascCallback`.
+        key: Key of the callback's state in checkpoints; None takes the class's name.
+        teacher: Fingerprint of ``dense``, if known.
+        failed: Collects what a failed fit has to undo, for a caller with more to undo; None if there is no such caller.
 
     Attributes:
-        figures: What was done, in plain types, after the fit.
+        figures: Figures of the recovery after the fit, in plain types.
     """
 
     @checks_options
@@ -109,7 +109,7 @@ class RecoveryCallback(pl.Callback):
         self._source: HeldOutSplit | None = None
         self._initial: dict[str, Tensor] = {}
         self._best = BestState(self.recovery.patience)
-        self._start = 0  # global step at which it began
+        self._start = 0  # global step at which the recovery began
         self._tokens = self._tokens_before = 0
         self._seconds, self._began = 0.0, time.perf_counter()
         self._diverged: int | None = None
@@ -129,7 +129,7 @@ class RecoveryCallback(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._put_back()  # what a fit that failed may have left
+            self._put_back()  # a failed fit may have left something
             self._load_hook.close()
             self._forget()
             self.figures = None
@@ -137,14 +137,14 @@ class RecoveryCallback(pl.Callback):
             check_module(pl_module, compresses=False)
             if is_compressed(pl_module):
                 self.begin(trainer, pl_module)
-            elif not self.dense:  # which a checkpoint may be about to replace
+            elif not self.dense:  # a checkpoint may be about to replace these layers
                 self._linear = {name: m for name, m in pl_module.named_modules() if is_plain_linear(m)}
 
             def undo(loaded: nn.Module, *unused: Any) -> None:
-                if self.active and loaded is pl_module:  # and no copy of it
+                if self.active and loaded is pl_module:  # not a copy of it
                     self._put_back()
 
-            # Before a checkpoint is loaded nobody says that one will be. It holds the weights of a plain module.
+            # No hook of Lightning precedes the load of a checkpoint, which holds the weights of a plain module.
             self._load_hook.hook(pl_module.register_load_state_dict_pre_hook, undo)
 
     @override
@@ -163,17 +163,17 @@ class RecoveryCallback(pl.Callback):
         state: Mapping[str, Any] | None = None,
         found: bool = False,
     ) -> None:
-        """Freeze the module but for what is trained, before the optimizers are made and DDP wraps it.
+        """Freeze all but the trained parameters, before the optimizers are made and DDP wraps the module.
 
         Args:
-            trainer: Of the fit.
-            pl_module: Its module, compressed.
-            state: Of the checkpoint that the fit is resumed from, if it is of a recovery.
-            found: Whether the dense layers are those of the module that the fit is resumed with, whatever they hold.
+            trainer: Trainer of the fit.
+            pl_module: Module of the fit, compressed.
+            state: The recovery's state in the checkpoint of a resumed fit, if it has one.
+            found: Whether the dense layers come from the module of a resumed fit, which may hold any weights.
 
         Raises:
             MisconfigurationException: If the module cannot be recovered.
-            ValueError: If the state is of a recovery with other options.
+            ValueError: If the state belongs to a recovery with other options.
         """
         check_recoverable(pl_module, self.recovery)
         check_automatic(pl_module, REMEDY)
@@ -210,7 +210,7 @@ class RecoveryCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._linear = {}
         self._load_hook.close()
-        if not self.active:  # resumed from a checkpoint that has nothing for callbacks
+        if not self.active:  # resumed from a checkpoint without states of callbacks
             self.begin(trainer, pl_module)
         check_optimizers(trainer, self._trained(pl_module))
         if self._teacher is not None:
@@ -234,7 +234,7 @@ class RecoveryCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        for module in self._batch_norms:  # everything else is frozen, running statistics too
+        for module in self._batch_norms:  # running statistics are frozen, as is everything that is not trained
             module.training = False
         self._tokens += count_tokens(batch, batch_mask(pl_module, batch, self.token_mask))
 
@@ -242,11 +242,11 @@ class RecoveryCallback(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        # A GradScaler leaves such steps out by itself, and comes to terms with them.
+        # A GradScaler skips steps that overflow by itself.
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
         gradients = [p.grad for p in self._trained(pl_module).values() if p.grad is not None]
-        # The same on every process, since gradients have been averaged.
+        # Every process decides the same, since gradients have been averaged.
         if gradients and not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()):
             optimizer.zero_grad(set_to_none=True)
             self._diverge(trainer, "a gradient", "look at the batch")
@@ -279,11 +279,11 @@ class RecoveryCallback(pl.Callback):
                 "Expected at least one batch to recover on but the fit ended without any: is the dataloader empty, or "
                 "had the Trainer finished before? The model is compressed and not recovered."
             )
-        if not self._ended:  # resumed where nothing was left to train, so that training neither started nor ended
+        if not self._ended:  # a resumed fit had nothing left to train: training neither started nor ended
             pl_module.to(trainer.strategy.root_device)
             self._look(trainer, pl_module)
         best = self._best
-        self._put_best(pl_module)  # callbacks that average weights have put in theirs
+        self._put_best(pl_module)  # callbacks that average weights may have replaced the values
         trained = sum(p.numel() for p in self._trained(pl_module).values())
         self._failed.add(setattr, self, "figures", None)
         self.figures = {
@@ -307,7 +307,7 @@ class RecoveryCallback(pl.Callback):
         self._undo.close()
         self._initial, self.active = {}, False
         self._failed.keep(pl_module, attributes=True)
-        # They hold adapters that are gone, or moments of values that are not the last ones.
+        # The optimizers hold adapters that are gone, or moments of other values than the last ones.
         set_aside_optimizers(trainer, self._failed)
         (rank_zero_info if best.improved else rank_zero_warn)(f"FascCallback: {recovery_line(self.figures)}.")
 
@@ -317,7 +317,7 @@ class RecoveryCallback(pl.Callback):
             undo.add(self._put_back)
             undo.add(self._load_hook.close)
             if self.active and saves_on_exception(trainer) and self._best.begun:  # checkpoints are saved after this
-                # The others can no longer be asked for theirs.
+                # Other processes can no longer be asked for their counts.
                 tokens = self._tokens_before + (self._tokens - self._tokens_before) * trainer.world_size
                 self._snapshot = self._saved(pl_module, tokens)
 
@@ -344,7 +344,7 @@ class RecoveryCallback(pl.Callback):
     # Parts of the phases.
 
     def _freeze(self, pl_module: pl.LightningModule) -> None:
-        """Let nothing but what is trained require a gradient."""
+        """Make the trained parameters the only ones that require gradients."""
         for parameter in pl_module.parameters():
             parameter.requires_grad_(False)
         if isinstance(self.recovery, LoraRecovery):
@@ -363,15 +363,15 @@ class RecoveryCallback(pl.Callback):
         return {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
 
     def _interval(self, trainer: pl.Trainer) -> int | None:
-        """Return the steps from one look to the next; None for one at the end of every epoch."""
+        """Return the steps between measurements of the held-out loss; None measures at the end of every epoch."""
         if self.recovery.validate_every is not None:
             return self.recovery.validate_every
         steps = trainer.estimated_stepping_batches
-        # Lightning says infinity, or -1, where a loader's length is not known.
+        # Lightning returns infinity, or -1, if a loader's length is not known.
         return max(1, (int(steps) - self._start) // LOOKS) if 0 <= steps < math.inf else None
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Judge the present state, unless that has been done."""
+        """Measure the held-out loss of the present state, unless it has been measured."""
         step = trainer.global_step
         if self._diverged is not None or (self._best.begun and self._best.losses[-1][0] == step):
             return
@@ -410,11 +410,11 @@ class RecoveryCallback(pl.Callback):
         put_values(pl_module, self._best.values if self._best.improved else self._initial)
 
     def _tokens_everywhere(self, trainer: pl.Trainer) -> int:
-        """Return the tokens of all processes, which have to ask together."""
+        """Return the number of tokens of all processes; all have to call this together."""
         return self._tokens_before + sum_everywhere(trainer, self._tokens - self._tokens_before)
 
     def _state(self, pl_module: pl.LightningModule, tokens: int) -> dict[str, Any]:
-        """Return what a resumed fit needs, in plain data and tensors."""
+        """Return the state for a resumed fit, in plain data and tensors."""
         state = {
             "arm": self.recovery.arm,
             "initial": self._initial if self._adapters is None else self._adapters.bases(),
@@ -428,7 +428,7 @@ class RecoveryCallback(pl.Callback):
         return sealed(state)
 
     def _saved(self, pl_module: pl.LightningModule, tokens: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the weights and the state for a checkpoint that is saved once all is undone."""
+        """Return the weights and the state for a checkpoint that is saved after everything is undone."""
         copies = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), self._state(pl_module, tokens))
         names = tuple(f"{name}." for name in compressed_layers(pl_module))
         changed = {
@@ -444,21 +444,7 @@ class RecoveryCallback(pl.Callback):
         self._tokens = self._tokens_before = state["tokens"]
 
     def _put_back(self) -> None:
-        """Give the module back as it was before the recovery, unless that is over; safe at any time."""
+        """Restore the module as it was before the recovery, unless the recovery is over; safe at any time."""
         with self._failed, self._undo:
             self.active = False
         self._initial = {}
-
-
-def set_aside_optimizers(trainer: pl.Trainer, failed: Undo) -> None:
-    """Let a Trainer's last checkpoint be without optimizers and schedulers, unless its fit fails."""
-    strategy = trainer.strategy
-    failed.add(setattr, strategy, "optimizers", strategy.optimizers)
-    failed.add(setattr, strategy, "lr_scheduler_configs", strategy.lr_scheduler_configs)
-    strategy.optimizers, strategy.lr_scheduler_configs = [], []
-
-
-def saves_on_exception(trainer: pl.Trainer) -> bool:
-    """Tell whether a callback saves a checkpoint when a fit fails or is told to stop."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return any(isinstance(c, OnExceptionCheckpoint) or getattr(c, "save_on_exception", False) for c in callbacks)

@@ -1,4 +1,4 @@
-"""Early, named refusals of recoveries that cannot work."""
+"""Checks of modules and optimizers before a recovery."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from fasc_lightning.recovery._distillation import check_distillable
 
 
 def check_recoverable(pl_module: pl.LightningModule, recovery: Recovery) -> None:
-    """Refuse modules that recovery cannot train, before anything is changed.
+    """Check that recovery can train a module, before anything is changed.
 
     Raises:
-        MisconfigurationException: With the remedy.
+        MisconfigurationException: If the module is not compressed, carries adapters, is in int8, or cannot learn from
+            a teacher.
         ValueError: If the patterns of a LoraConfig match no compressed layer.
     """
     layers = compressed_layers(pl_module)
@@ -32,7 +33,7 @@ def check_recoverable(pl_module: pl.LightningModule, recovery: Recovery) -> None
     if (name := carries_adapters(pl_module)) is not None:
         raise MisconfigurationException(
             f"Expected a module without adapters but {name!r} carries some, which would be lost or merged "
-            "with those of the recovery. HINT: merge them first (`merge_and_unload()` of peft)."
+            "with the recovery's. HINT: merge them first (`merge_and_unload()` of peft)."
         )
     quantized = [name for name, layer in layers.items() if quantization_of(layer) is not None]
     if quantized:
@@ -48,16 +49,16 @@ def check_recoverable(pl_module: pl.LightningModule, recovery: Recovery) -> None
 
 
 def check_optimizers(trainer: pl.Trainer, trained: Mapping[str, nn.Parameter]) -> None:
-    """Refuse a fit whose optimizers have nothing of what is to be trained.
+    """Check that a fit's optimizers hold the trained parameters, and warn if some are missing or have 16 bits.
 
     Raises:
-        MisconfigurationException: With the remedy.
+        MisconfigurationException: If no trained parameter is in an optimizer.
     """
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.values()):
         rank_zero_warn(
-            "FascCallback: what recovery trains is in 16 bits, in which small steps round to nothing. HINT: "
-            "LoraRecovery in a Trainer that does not convert the module (precision='bf16-mixed' does not), whose "
-            "adapters are float32; or recover in float32 and convert then."
+            "FascCallback: the parameters that recovery trains are in 16 bits, in which small steps round to nothing. "
+            "HINT: use LoraRecovery, whose adapters are float32, in a Trainer that does not convert the module "
+            "(precision='bf16-mixed' does not); or recover in float32 and convert afterwards."
         )
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in trained.items() if id(p) not in held]
@@ -70,5 +71,5 @@ def check_optimizers(trainer: pl.Trainer, trained: Mapping[str, nn.Parameter]) -
     if missing:
         rank_zero_warn(
             f"FascCallback: {len(missing)} of the {len(trained)} parameters that recovery trains are in no optimizer "
-            f"(for example {missing[0]!r}) and stay what they are."
+            f"(for example {missing[0]!r}) and will not change."
         )

@@ -1,69 +1,62 @@
-"""Distillation: the dense model's predictions, and its blocks' outputs, as what recovery is trained towards."""
+"""Modules that can learn from a teacher."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
-import lightning.pytorch as pl
-import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from fasc_lightning._utils import ForwardHook, Undo, available_memory, undoing
 from fasc_lightning.layers import expert_layers
 from fasc_lightning.options import Distillation
-from fasc_lightning.recovery._divergence import kl_divergence, top_k_divergence
-from fasc_lightning.recovery._logit_cache import LogitCache
-from fasc_lightning.refit import RefitError, find_blocks, relative_error
+from fasc_lightning.recovery._teacher import Teacher
+from fasc_lightning.refit import RefitError, find_blocks
 
 
 @runtime_checkable
 class Distillable(Protocol):
-    """What a LightningModule has that takes part in distillation; CausalLMModule has it.
+    """The members of a LightningModule that can learn from a teacher; CausalLMModule has them.
 
     Attributes:
-        teacher: None; while a recovery with a teacher runs, a :class:`Teacher`. ``training_step`` then returns
-            ``self.teacher.loss(batch, logits, counted, label_loss)``, with what ``predictions`` returns.
+        teacher: None, but a :class:`Teacher` while a recovery with a teacher runs. ``training_step`` then returns
+            ``self.teacher.loss(batch, logits, counted, label_loss)``, with the result of ``predictions``.
     """
 
     teacher: Teacher | None
 
     def predictions(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Return the logits of a batch and which of them count.
+        """Return the logits of a batch and a mask of the predictions that count.
 
         Returns:
-            Logits (samples, ..., classes), and True for predictions that count (samples, ...); None if all do.
+            Logits, shape (samples, ..., classes), and a mask with True for counted predictions, shape (samples, ...);
+            None in place of the mask counts all.
         """
         ...
 
 
 def check_distillable(module: nn.Module, distillation: Distillation, layers: list[str]) -> None:
-    """Refuse modules that cannot learn from a teacher, before any work is done.
+    """Check that a module can learn from a teacher, before any work is done.
 
     Args:
-        module: Of the fit.
+        module: Module of the fit.
         distillation: The options.
         layers: Names of the compressed layers.
 
     Raises:
-        MisconfigurationException: With the remedy.
+        MisconfigurationException: If the module is not :class:`Distillable`, experts are compressed, or there is no
+            stack of blocks whose outputs are to be compared.
     """
     if not isinstance(module, Distillable):
         raise MisconfigurationException(
             f"Expected a module that can learn from a teacher but {type(module).__name__} has no `predictions(batch)` "
-            "(logits and which of them count) or no attribute `teacher`, which its `training_step` asks for the loss. "
+            "(logits and a mask of counted ones) or no attribute `teacher`, which gives `training_step` the loss. "
             "HINT: see fasc_lightning.distillation.Distillable; CausalLMModule has both. Or recover with teacher=None."
         )
     if experts := expert_layers(module, layers):
         raise MisconfigurationException(
-            "Expected layers other than experts' for a teacher, whose dense layers take the places of the compressed "
-            f"ones, while dense experts are one module; but {experts[0]!r} and {len(experts) - 1} others are. Recover "
-            "with teacher=None, or exclude the experts."
+            f"Expected layers other than experts' for a teacher but {experts[0]!r} and {len(experts) - 1} others are "
+            "experts. The teacher puts dense layers in the places of compressed ones, and dense experts are one "
+            "module. Recover with teacher=None, or exclude the experts."
         )
     if distillation.blocks:
         try:
@@ -72,311 +65,3 @@ def check_distillable(module: nn.Module, distillation: Distillation, layers: lis
             raise MisconfigurationException(
                 f"Expected a stack of blocks, whose outputs are to be compared, but: {error} HINT: blocks=0."
             ) from error
-
-
-class Teacher:
-    """The dense model, for the loss of the compressed one.
-
-    On the module's own device and in its dtype it is the module itself, with the dense layers in place while it is
-    asked: everything else is shared. Elsewhere it is a copy.
-
-    Args:
-        module: The compressed module.
-        dense: The dense layers that were replaced, by name; empty if a cache is to hold all that is asked for.
-        options: How it teaches.
-        originals: What other parameters were, those that recovery trains, by name.
-        cache: Of its predictions.
-
-    Raises:
-        MemoryError: If it does not fit.
-        ValueError: If the cache is of another teacher.
-    """
-
-    def __init__(
-        self,
-        module: pl.LightningModule,
-        dense: Mapping[str, nn.Module],
-        options: Distillation,
-        *,
-        originals: Mapping[str, Tensor] | None = None,
-        cache: LogitCache | None = None,
-    ) -> None:
-        self.options = options
-        self.cache = cache
-        self._module: Any = module
-        self._slots: list[tuple[dict[str, Any], str, Any]] = []
-        self._copy: Any = None
-        self._blocks = _BlockOutputs()
-        if dense:
-            self._prepare(module, dense, originals or {})
-        if options.blocks:
-            name, blocks = find_blocks(module, list(dense))
-            self._blocks.watch(blocks)
-            if self._copy is not None:
-                self._blocks.watch(self._copy.get_submodule(name))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Return None: a teacher is one module's, and a copy of that module has none."""
-
-    def _prepare(self, module: nn.Module, dense: Mapping[str, nn.Module], originals: Mapping[str, Tensor]) -> None:
-        device = next(module.parameters()).device
-        check_teacher_memory(module, dense, self.options, device)
-        modules = dict(module.named_modules(remove_duplicate=False))
-        for name, layer in dense.items():
-            like = modules[name].weight
-            # A teacher of its own converts all at once, and straight to where it is to be.
-            frozen = frozen_copy(layer, like.device, like.dtype) if self.shares else layer
-            self._slots += _places((module._modules for module in modules.values()), modules[name], frozen)
-        for name, value in originals.items():
-            original = nn.Parameter(value.to(device), requires_grad=False)
-            self._slots += _places(
-                (module._parameters for module in modules.values()), module.get_parameter(name), original
-            )
-        if self.shares:
-            return
-        with self._in_place():
-            self._copy = frozen_copy(module, self.options.device, self.options.torch_dtype()).eval()
-        self._slots = []
-
-    @property
-    def shares(self) -> bool:
-        """Whether the teacher is the module itself with other layers."""
-        return self.options.device is None and self.options.dtype is None
-
-    @property
-    def needs_labels(self) -> bool:
-        """Whether the label loss has a part in the loss."""
-        return self.options.weight < 1
-
-    @property
-    def present(self) -> bool:
-        """Whether there is a model to ask, and not only its cache."""
-        return bool(self._slots) or self._copy is not None
-
-    def loss(
-        self, batch: Any, logits: Tensor, counted: Tensor | None = None, label_loss: Tensor | None = None
-    ) -> Tensor:
-        """Return what the student is to minimise.
-
-        Args:
-            batch: As the student was given it.
-            logits: The student's, (samples, ..., classes), of the forward pass just done.
-            counted: True for predictions that count, (samples, ...); None if all do.
-            label_loss: The student's loss on labels; needed for a ``weight`` below 1.
-
-        Raises:
-            RuntimeError: If the cache lacks the batch, and the teacher is gone.
-        """
-        options, student = self.options, self._blocks.take()
-        rows = None if counted is None else counted.flatten().nonzero().squeeze(1)
-        flat = logits.flatten(0, -2)
-        total = logits.new_zeros((), dtype=torch.float32)
-        if options.weight:
-            total = total + options.weight * options.temperature**2 * self._divergence(batch, flat, counted, rows)
-        elif options.blocks:
-            self._ask(batch)
-        if self.needs_labels:
-            assert label_loss is not None
-            total = total + (1 - options.weight) * label_loss
-        if options.blocks:
-            total = total + options.blocks * block_error(student, self._blocks.take(), counted)
-        return total
-
-    def fill(self, batch: Any) -> None:
-        """Put the predictions of a batch into the cache."""
-        assert self.cache is not None
-        if not self.cache.has(batch):
-            self._put(batch)
-
-    @torch.no_grad()
-    def _put(self, batch: Any) -> None:
-        assert self.cache is not None
-        with self._answering() as model:
-            logits, counted = model.predictions(self._moved(batch))
-        self.cache.put(batch, counted, logits.flatten(0, -2), self.options.temperature)
-
-    def release(self) -> None:
-        """Let go of the model; the cache stays. Safe at any time."""
-        self._slots, self._copy = [], None
-        self._blocks.remove()
-
-    def _divergence(self, batch: Any, student: Tensor, counted: Tensor | None, rows: Tensor | None) -> Tensor:
-        temperature = self.options.temperature
-        if self.cache is None:
-            return kl_divergence(self._ask(batch), student, rows, temperature)
-        found = self.cache.get(batch, counted)
-        if found is None and self.present:
-            self._put(batch)
-            found = self.cache.get(batch, counted)
-        if found is None:
-            raise RuntimeError(
-                f"Expected the teacher's predictions of every batch in {self.options.cache!r} but there are none of "
-                "this one, and the teacher is gone: are samples made anew each time (cropped, masked)? HINT: leave "
-                "out `cache`."
-            )
-        if found[1].numel() and int(found[1].max()) >= student.shape[-1]:
-            raise ValueError(
-                f"Expected the teacher's predictions in {self.options.cache!r} to be of the student's "
-                f"{student.shape[-1]} classes but some are of others. Delete the folder: it is damaged or another "
-                "model's."
-            )
-        log_p, index = (x.to(student.device) for x in found)
-        return top_k_divergence(log_p, index, student, rows, temperature)
-
-    @torch.no_grad()
-    def _ask(self, batch: Any) -> Tensor:
-        """Return the teacher's logits (N, classes) on the student's device."""
-        with self._answering() as model:
-            logits = model.predictions(self._moved(batch))[0]
-        return logits.flatten(0, -2).to(next(self._module.parameters()).device)
-
-    def _moved(self, batch: Any) -> Any:
-        if self._copy is None:
-            return batch
-        batch, dtype = move_data_to_device(batch, next(self._copy.parameters()).device), self.options.torch_dtype()
-        if dtype is None:
-            return batch
-        return apply_to_collection(batch, Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x)
-
-    @contextmanager
-    def _answering(self) -> Iterator[Any]:
-        if self._copy is not None:
-            yield self._copy
-            return
-        with undoing() as undo, self._in_place():
-            undo.keep_modes(self._module)
-            for module in self._module.modules():
-                module.training = False
-            yield self._module
-
-    @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        """Put the dense layers, and original parameters, where the student's are."""
-        with undoing() as undo:
-            for slots, name, value in self._slots:
-                undo.add(slots.__setitem__, name, slots[name])
-                slots[name] = value
-            yield
-
-
-def _places(
-    slots: Iterable[dict[str, Any]], student: object, teacher: object
-) -> list[tuple[dict[str, Any], str, object]]:
-    """Return where a module or parameter of the student is, together with the teacher's."""
-    return [(each, name, teacher) for each in slots for name, found in each.items() if found is student]
-
-
-def frozen_copy(module: nn.Module, device: Any = None, dtype: torch.dtype | None = None) -> Any:
-    """Return a copy that needs no gradients, in a type and on a device; the module itself does not change.
-
-    It takes memory for what has to be converted alone, and never more than once: parameters that are as wanted are
-    shared. Buffers that are no part of the weights keep their type: the frequencies of rotary embeddings, times
-    positions, are of no use in half precision.
-
-    Args:
-        module: What to copy.
-        device: None for where each parameter is.
-        dtype: None for the type of each.
-    """
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        wanted = dtype if parameter.is_floating_point() else None
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to(device=device, dtype=wanted), requires_grad=False)
-    for each in module.modules():
-        for name, buffer in each._buffers.items():
-            if buffer is not None:
-                weights = buffer.is_floating_point() and name not in each._non_persistent_buffers_set
-                memo[id(buffer)] = buffer.detach().to(device=device, dtype=dtype if weights else None, copy=True)
-    return copy.deepcopy(module, memo)
-
-
-def check_teacher_memory(
-    module: nn.Module, dense: Mapping[str, nn.Module], options: Distillation, device: torch.device
-) -> None:
-    """Refuse a teacher that does not fit.
-
-    Raises:
-        MemoryError: With the estimate.
-    """
-    needed, target = teacher_bytes(module, dense, options, device)
-    free = available_memory(target)
-    beside = {
-        "Distillation(device='cpu')": target.type != "cpu",
-        "dtype='bfloat16'": options.dtype is None,
-        "cache=FOLDER needs it only before the training, and not at all once the folder is filled": not options.cache,
-    }
-    remedies = [remedy for remedy, is_left in beside.items() if is_left]
-    if needed > free:
-        raise MemoryError(
-            f"Expected the teacher to fit but it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB is free on "
-            f"{target}. HINT: {'; '.join(remedies) or 'teacher=None'}."
-        )
-
-
-def teacher_bytes(
-    module: nn.Module, dense: Mapping[str, nn.Module], options: Distillation, device: torch.device
-) -> tuple[int, torch.device]:
-    """Return the memory that a teacher takes beyond what is there already, and the device where it takes it.
-
-    Args:
-        module: The compressed module.
-        dense: The dense layers.
-        options: Whether they share the rest.
-        device: Of the module.
-    """
-    target = torch.empty(0, device=options.device or device).device  # with its index
-    shares = options.device is None and options.dtype is None
-    replaced = {id(p) for name in dense for p in module.get_submodule(name).parameters()}
-    others = [] if shares else [p for p in module.parameters() if id(p) not in replaced]
-    size = 0
-    for p in [*(p for layer in dense.values() for p in layer.parameters()), *others]:
-        dtype = options.torch_dtype() if p.is_floating_point() else None
-        if p.device != target or dtype not in (None, p.dtype):
-            size += p.numel() * (p.dtype if dtype is None else dtype).itemsize
-    return size, target
-
-
-class _BlockOutputs:
-    """The outputs of a stack's blocks in the last forward pass, the student's or the teacher's."""
-
-    def __init__(self) -> None:
-        self._found: dict[int, Tensor] = {}
-        self._undo = Undo()
-
-    def watch(self, blocks: nn.ModuleList) -> None:
-        """Keep what these blocks give from now on."""
-        for i, block in enumerate(blocks):
-            self._undo.hook(block.register_forward_hook, ForwardHook(self._keep, str(i)))
-
-    def _keep(self, number: str, module: nn.Module, args: Any, output: Any) -> None:
-        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing, which runs blocks on the way back
-            return
-        self._found[int(number)] = output[0] if isinstance(output, tuple) else output
-
-    def take(self) -> list[Tensor]:
-        """Return them, and forget them."""
-        found = [self._found[i] for i in sorted(self._found)]
-        self._found = {}
-        return found
-
-    def remove(self) -> None:
-        """Stop; safe at any time."""
-        self._undo.close()
-        self._found = {}
-
-
-def block_error(student: list[Tensor], teacher: list[Tensor], counted: Tensor | None = None) -> Tensor:
-    """Return the mean over blocks, and over tokens that count, of |student - teacher|^2 / |teacher|^2.
-
-    Args:
-        student: Outputs of its blocks, (..., features).
-        teacher: Of its own.
-        counted: True for tokens that count, (...). All count if there is None, or one of another shape: where
-            predictions are not of tokens.
-    """
-    rows = None
-    if counted is not None and counted.shape == student[0].shape[:-1]:
-        rows = counted.flatten()
-        if not rows.any():
-            return student[-1].sum() * 0.0
-    return torch.stack([relative_error(s, t.to(s.device), rows) for s, t in zip(student, teacher, strict=True)]).mean()

@@ -1,4 +1,4 @@
-"""KL divergence of a student's predictions from a teacher's, for vocabularies whose logits fill the memory."""
+"""The KL divergence of a student's predictions from a teacher's, with little memory beside the logits."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Predictions that are looked at together: for a vocabulary of 50 thousand, 50 MB each of a few temporary tensors.
+#: Predictions in a chunk: for a vocabulary of 50 thousand, each of a few temporary tensors takes 50 MB.
 CHUNK = 256
 
-#: Least probability that what is not among the k most probable classes has together: rounding leaves that much.
+#: Least probability of all classes beside the k most probable ones together: the size of rounding.
 MIN_REST = 1e-7
 
-#: Returns the log probabilities (c, classes) that c of the predictions that count are to have, given where these are
-#: among them and the student's log probabilities.
+#: Returns the target log probabilities (c, classes) of a chunk of c counted predictions. Its arguments are the chunk's
+#: slice of the counted predictions, their indices, and the student's log probabilities.
 _Target = Callable[[slice, Tensor, Tensor], Tensor]
 
 
 def kl_divergence(teacher: Tensor, student: Tensor, rows: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """Return the mean over predictions of KL(softmax(teacher / T) || softmax(student / T)).
 
-    Computed in at least float32, whatever the type of the logits. Beside these it holds one tensor of the student's
-    size and type, the gradient.
+    The computation is in at least float32, whatever the type of the logits. Beside the logits it holds one tensor of
+    the student's size and type, the gradient.
 
     Args:
-        teacher: Logits (N, classes).
-        student: Logits (N, classes); differentiable, once.
-        rows: Indices of the predictions that count, (n,); None if all do.
-        temperature: T.
+        teacher: Logits, shape (N, classes).
+        student: Logits, shape (N, classes); differentiable once.
+        rows: Indices of the counted predictions, shape (n,); None counts all.
+        temperature: Temperature T.
 
     Returns:
-        Scalar, at least float32; 0 if nothing counts.
+        A scalar in at least float32; 0 if no prediction counts.
     """
 
     def target(where: slice, index: Tensor, log_q: Tensor) -> Tensor:
@@ -47,18 +47,18 @@ def top_k_divergence(
 ) -> Tensor:
     """Return the mean divergence over k + 1 outcomes: the teacher's k most probable classes, and all others as one.
 
-    That is the divergence of :func:`kl_divergence` from a teacher who spreads what it leaves to the others as the
-    student does, and takes as much memory.
+    This equals :func:`kl_divergence` from a teacher that distributes its remaining probability over the other classes
+    as the student does. It takes as much memory.
 
     Args:
-        log_p: The teacher's log probabilities at temperature T, (n, k).
-        index: Of which classes, (n, k).
-        student: Logits (N, classes); differentiable, once.
-        rows: Indices of the n predictions that count; None if all N do.
-        temperature: T.
+        log_p: The teacher's log probabilities at temperature T, shape (n, k).
+        index: Classes of these log probabilities, shape (n, k).
+        student: Logits, shape (N, classes); differentiable once.
+        rows: Indices of the n counted predictions; None counts all N.
+        temperature: Temperature T.
 
     Returns:
-        Scalar, at least float32; 0 if nothing counts.
+        A scalar in at least float32; 0 if no prediction counts.
     """
 
     def target(where: slice, _: Tensor, log_q: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def top_k_divergence(
 
 
 class _Divergence(torch.autograd.Function):
-    """The mean over predictions of KL(p || q), whose gradient q - p is made on the way forward, chunk by chunk."""
+    """The mean over predictions of KL(p || q). The forward computes its gradient q - p, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, rows: Tensor | None, temperature: float, target: _Target) -> Tensor:
@@ -91,7 +91,7 @@ class _Divergence(torch.autograd.Function):
             total += (p * (log_p - log_q)).sum()
             if gradient is not None:
                 gradient[chunk] = (log_q.exp_() - p).to(gradient.dtype)
-        # Divided only on the way back, by when a GradScaler has multiplied: in float16 it would vanish before.
+        # The backward divides, after a GradScaler has multiplied: in float16 the gradient would vanish before.
         ctx.gradient, ctx.scale = gradient, 1 / (temperature * count)
         return (total / count).to(dtype)
 
@@ -101,5 +101,5 @@ class _Divergence(torch.autograd.Function):
         if ctx.gradient is None:
             raise RuntimeError("Expected one backward pass through a divergence, which keeps nothing for a second one.")
         gradient, ctx.gradient = ctx.gradient, None
-        # A plain number, which is not rounded to the gradient's type: it may be beyond the range of float16.
+        # A Python number is not rounded to the gradient's type; it may be beyond the range of float16.
         return gradient.mul_(float(outputs[0] * ctx.scale)), None, None, None

@@ -1,4 +1,4 @@
-"""The teacher's largest logits on disk, by sample, so that the teacher itself need not be there."""
+"""A cache of the teacher's largest logits on disk, by sample, which replaces the teacher's model."""
 
 from __future__ import annotations
 
@@ -29,39 +29,38 @@ from fasc_lightning._utils import (
 )
 from fasc_lightning.batches import identifying_tensor
 
-#: Of the folder that this version writes and reads.
+#: Format of the folder that this version writes and reads.
 FORMAT = 1
 
-#: The file that says whose predictions a folder holds.
+#: The file that describes the teacher of a folder.
 DESCRIPTION = "teacher.json"
 
 _DESCRIPTION = record({"format": integer(1), "teacher": text, "top_k": integer(1)}, extra=True)
 
-#: Entry of a file's metadata: the checksum of each of its tensors. Files without are read, too.
+#: Entry of a file's metadata with the checksum of each tensor. Files without it are read, too.
 _CHECKSUMS = "fasc_lightning.checksums"
 
-#: What rounding may leave a log probability above zero.
+#: Largest log probability that rounding may leave above zero.
 _ROUNDING = 1e-4
 
-#: Bytes that are held before they are written.
+#: Bytes that are kept in memory before they are written.
 BUFFER_BYTES = 64_000_000
 
 
 class LogitCache:
-    """A folder of log probabilities (n, k) and their classes for the n predictions of each sample that count.
+    """A folder of log probabilities (n, k) and their classes for the n counted predictions of each sample.
 
-    A sample is found again in whichever batch it turns up, padded in whichever way. Processes write files of their own
-    and read all of them.
+    A sample is found in every batch and with any padding. Each process writes its own files and reads all of them.
 
     Args:
-        folder: Made if it is not there.
-        description: Of the teacher and of what is kept of it, in plain data; the folder's own must be the same.
-        mask: Returns True for a batch's real tokens (samples, length), or None if all are.
-        top_k: k.
+        folder: The folder, made if it does not exist.
+        description: Description of the teacher and its predictions in plain data; an existing folder must have the
+            same.
+        mask: Function that returns True for a batch's real tokens, shape (samples, length), or None if all are real.
+        top_k: Number k of classes for each prediction.
 
     Raises:
-        ValueError: If the folder holds the predictions of another teacher, or other ones, or is damaged: now, or as
-            predictions are read.
+        ValueError: If the folder holds other predictions or is damaged. Reading predictions may raise it, too.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class LogitCache:
             temporary.write_text(json.dumps(description, indent=2) + "\n")
 
     def refresh(self) -> None:
-        """Look for files that other processes have written."""
+        """Open new files of other processes."""
         for path in sorted(self.folder.glob("logits-*.safetensors")):
             if path not in self._opened:
                 named = self._open(path)
@@ -104,10 +103,10 @@ class LogitCache:
                 self._files.update(dict.fromkeys((name for name in named.forms if name.endswith(".index")), named))
 
     def _open(self, path: Path) -> NamedTensors:
-        """Open a file that another run or process has written; its tensors are checked as they are read.
+        """Open a file of another run or process. Its tensors are checked when they are read.
 
         Raises:
-            ValueError: If it is damaged, or not of this cache.
+            ValueError: If the file is damaged or does not belong to this cache.
         """
         try:
             handle = safe_open(path, framework="pt")
@@ -128,22 +127,22 @@ class LogitCache:
                 (_, shape), (_, other) = (named.forms[f"{key}.{part}"] for part in ("index", "values"))
                 if shape != other or shape[1] > self._k:
                     raise SchemaError(
-                        f"Expected at most {self._k} classes of each prediction of {key!r}, alike in both."
+                        f"Expected at most {self._k} classes of each prediction of {key!r}, with a value for each."
                     )
         return named
 
     def has(self, batch: Any) -> bool:
-        """Whether there are predictions of every sample of a batch."""
+        """Return whether the cache has predictions of every sample of a batch."""
         return all(key in self for key in sample_keys(batch, self._mask(batch)))
 
     def put(self, batch: Any, counted: Tensor | None, logits: Tensor, temperature: float) -> None:
-        """Keep the predictions of a batch.
+        """Add the predictions of a batch.
 
         Args:
             batch: The batch.
-            counted: Which predictions count, (samples, ...); None if all do.
-            logits: The teacher's, (N, classes), of all predictions, sample after sample.
-            temperature: Of the probabilities.
+            counted: True for counted predictions, shape (samples, ...); None counts all.
+            logits: The teacher's logits of all predictions, sample after sample, shape (N, classes).
+            temperature: Temperature of the probabilities.
         """
         keys = sample_keys(batch, self._mask(batch))
         each = len(logits) // max(1, len(keys))
@@ -158,11 +157,11 @@ class LogitCache:
             self.flush()
 
     def get(self, batch: Any, counted: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Return log probabilities and classes of the n predictions that count, both (n, k); None if some are missing.
+        """Return log probabilities and classes of the n counted predictions, both (n, k); None if some are missing.
 
         Args:
             batch: The batch.
-            counted: Which predictions count, (samples, ...); None if all do.
+            counted: True for counted predictions, shape (samples, ...); None counts all.
         """
         values, indices = [], []
         for i, key in enumerate(sample_keys(batch, self._mask(batch))):
@@ -171,7 +170,7 @@ class LogitCache:
             values.append(self._read(key, "values"))
             indices.append(self._read(key, "index"))
             if counted is not None and len(values[-1]) != int(counted[i].sum()):
-                return None  # made of a sample that was padded on the other side
+                return None  # cached from a sample that was padded on the other side
         return torch.cat(values), torch.cat(indices)
 
     def __contains__(self, key: str) -> bool:
@@ -186,7 +185,7 @@ class LogitCache:
             return named.read(name)
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write the predictions in memory to a file."""
         if not self._new:
             return
         digest = hashlib.blake2b("".join(sorted(self._new)).encode(), digest_size=8).hexdigest()
@@ -198,11 +197,11 @@ class LogitCache:
 
 
 def sample_keys(batch: Any, mask: Tensor | None) -> list[str]:
-    """Return a key for each sample of a batch, made of all of its content: inputs, labels, whatever there is.
+    """Return a key for each sample of a batch, a hash of its whole content (inputs, labels and others).
 
     Args:
-        batch: A tensor, or any nesting of mappings and sequences of tensors, one row a sample.
-        mask: True for real tokens, (samples, length), or None; padding does not enter the keys.
+        batch: A tensor, or any nesting of mappings and sequences of tensors, with a row for each sample.
+        mask: True for real tokens, shape (samples, length), or None; padding does not enter the keys.
 
     Raises:
         ValueError: If the batch holds no tensor.
@@ -237,10 +236,10 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def teacher_of(folder: str | Path) -> str | None:
-    """Return the fingerprint of the teacher whose predictions a folder holds; None if it holds none.
+    """Return the fingerprint of a folder's teacher; None if the folder has no predictions.
 
     Raises:
-        ValueError: If what says so is damaged.
+        ValueError: If the folder's description is damaged.
     """
     path = Path(folder) / DESCRIPTION
     return read_json(path, _DESCRIPTION)["teacher"] if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Held-out batches of a fit: where they come from, and the module's own loss on them."""
+"""Held-out batches of a fit: their source, and the module's own loss on them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from fasc_lightning._utils import evaluating, same_rng, seed_rng
 from fasc_lightning.batches import Place, TrainingStep, as_trained_on, graph_alone, untouched
 from fasc_lightning.distributed import is_distributed
 
-#: One sample in so many is held back.
+#: One sample in this many is held back.
 EVERY = 8
-#: No more than so many are, since each look takes a pass over them.
+#: Most samples held back, since each measurement runs through all of them.
 MOST = 64
 
 
 class HeldOutSplit(_DataLoaderSource):
-    """Stands in for a fit's source of training batches and holds samples back, whenever it is asked for a loader.
+    """Stands in for a fit's source of training batches and holds samples back from each loader.
 
     Args:
-        source: The fit's own.
+        source: The fit's own source.
 
     Attributes:
-        held: The loader of what is held back, once there is one.
+        held: Loader of the held-back samples; None before the first call of ``dataloader``.
     """
 
     def __init__(self, source: _DataLoaderSource) -> None:
@@ -49,12 +49,15 @@ class HeldOutSplit(_DataLoaderSource):
 
 
 def split_loader(loader: Any, every: int = EVERY, most: int = MOST) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Return two loaders, of most samples and of every so many-th, that batch as the given one does.
+    """Split a loader into one over most samples and one over the held-back samples, with the same batching.
 
     Args:
-        loader: A DataLoader over a data set with a length, in its order or shuffled by the loader itself.
-        every: One in so many is held back, the last one if there are fewer.
-        most: But no more than this.
+        loader: A DataLoader over a data set with a length, in order or shuffled by the loader itself.
+        every: One sample in ``every`` is held back; the last one if there are fewer.
+        most: Most samples held back.
+
+    Returns:
+        The loader to train on and the loader of held-back samples.
 
     Raises:
         MisconfigurationException: If the loader cannot be split.
@@ -62,8 +65,8 @@ def split_loader(loader: Any, every: int = EVERY, most: int = MOST) -> tuple[Dat
     size = _size(loader)
     if size is None:
         raise MisconfigurationException(
-            "Expected held-out batches, whose loss decides what a recovery keeps: a validation loader, or one "
-            "DataLoader over a data set with a length, of which some samples can be held back; but there is no "
+            "Expected held-out batches, whose loss decides what a recovery keeps: a validation loader, or a training "
+            "DataLoader over a data set with a length, from which samples can be held back. But there is no "
             f"validation, and the training batches come from {_described(loader)}. HINT: trainer.fit(module, "
             "train_dataloaders, val_dataloaders)."
         )
@@ -80,10 +83,10 @@ def split_loader(loader: Any, every: int = EVERY, most: int = MOST) -> tuple[Dat
 
 
 def _size(loader: Any) -> int | None:
-    """Return the length of a loader's data set, None if it is not known or others choose the samples."""
+    """Return the length of a loader's data set; None if it is unknown or a custom sampler chooses the samples."""
     if not isinstance(loader, DataLoader) or type(loader.sampler) not in (RandomSampler, SequentialSampler):
         return None
-    if loader.batch_size is None and loader.batch_sampler is not None:  # which knows the samples by their numbers
+    if loader.batch_size is None and loader.batch_sampler is not None:  # a batch sampler uses the samples' numbers
         return None
     dataset: Any = loader.dataset
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
@@ -113,8 +116,9 @@ def _over(loader: DataLoader[Any], indices: list[int], shuffled: bool) -> DataLo
         return type(loader)(Subset(loader.dataset, indices), **options)
     except TypeError as error:
         raise MisconfigurationException(
-            f"Expected a loader that can be made anew over some of its samples but {type(loader).__name__} takes other "
-            f"arguments than DataLoader ({error}). HINT: a validation loader, so that none need be held back."
+            "Expected a loader that can be constructed again over some of its samples but "
+            f"{type(loader).__name__} takes other arguments than DataLoader ({error}). HINT: pass a validation loader, "
+            "so that no samples have to be held back."
         ) from error
 
 
@@ -128,12 +132,12 @@ def _described(loader: Any) -> str:
 
 
 def validates(trainer: pl.Trainer) -> bool:
-    """Tell whether a fit has validation batches, be there a ``validation_step`` for them or not."""
+    """Return whether a fit has validation batches, with or without a ``validation_step``."""
     return bool(trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined() and trainer.limit_val_batches > 0)
 
 
 def held_out_batches(trainer: pl.Trainer, source: HeldOutSplit | None) -> Iterable[Any]:
-    """Return this process's share of the held-out batches, as their loader makes them."""
+    """Return this process's share of the held-out batches, as the loader makes them."""
     if source is not None:
         if source.held is None:  # the Trainer has its loader from an earlier fit
             source.dataloader()
@@ -155,7 +159,7 @@ def held_out_batches(trainer: pl.Trainer, source: HeldOutSplit | None) -> Iterab
 
 
 def _limited(loader: Any, limit: int | float) -> Iterable[Any]:
-    """Return the batches of a loader that ``limit_val_batches`` leaves."""
+    """Return a loader's batches within ``limit_val_batches``."""
     if limit == 1.0 and isinstance(limit, float):
         return loader
     return islice(loader, limit if isinstance(limit, int) else int(len(loader) * limit))
@@ -169,28 +173,29 @@ def held_out_loss(
     terms: Callable[[Any, Tensor | None], float],
     by_graph: Callable[[Any], bool] | None = None,
 ) -> float:
-    """Return the mean of the module's own loss over batches of all processes, in eval mode, as precise as in training.
+    """Return the mean of the module's own loss over the batches of all processes, in eval mode.
 
-    Nothing else changes: the module, its modes and random generators are put back. Where a step draws random numbers,
-    they are the same at every look.
+    The module runs in the precision of training. The module, its modes and random generators are restored. A step that
+    draws random numbers draws the same ones in every call.
 
     Args:
-        trainer: Of the fit.
-        pl_module: Its module.
-        batches: Of this process, as their loader makes them.
-        terms: Returns over how many terms a batch's loss is a mean, by the batch and its loss; batches of none do not
-            count.
-        by_graph: Tells of a batch whether that takes a loss with a graph; else it is asked before there is one.
+        trainer: Trainer of the fit.
+        pl_module: Module of the fit.
+        batches: Batches of this process, as the loader makes them.
+        terms: Function that returns the number of terms of a batch's loss from the batch and its loss; batches without
+            terms do not count.
+        by_graph: Function that returns whether the number of terms of a batch needs a loss with a graph; otherwise
+            ``terms`` gets None as the loss.
 
     Raises:
-        MisconfigurationException: If there is no batch on any process.
+        MisconfigurationException: If there is no batch with terms on any process.
     """
     device = trainer.strategy.root_device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     step, now = TrainingStep(trainer), Place.of(trainer)
     with same_rng(), evaluating(pl_module):
         for number, batch in enumerate(batches):
-            seed_rng(number)  # of hooks that augment
+            seed_rng(number)  # for hooks that augment
             batch, place = as_trained_on(trainer, batch), replace(now, batch_idx=number)
             loss: Tensor | None = None
             if by_graph is not None and by_graph(batch):
@@ -204,7 +209,7 @@ def held_out_loss(
         torch.distributed.all_reduce(sums)
     if not float(sums[1]):
         raise MisconfigurationException(
-            "Expected held-out batches with something to predict but there are none. HINT: more data, or other data in "
-            "the validation loader."
+            "Expected held-out batches with something to predict but there are none. HINT: use more data, or other "
+            "data in the validation loader."
         )
     return float(sums[0] / sums[1])

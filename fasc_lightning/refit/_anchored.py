@@ -1,4 +1,4 @@
-"""Anchored refit: compressed layers made to fit the inputs that the compressed model really gives them."""
+"""Anchored refit: compressed layers fitted to the inputs that they get in the compressed model."""
 
 from __future__ import annotations
 
@@ -14,55 +14,45 @@ from torch import Tensor, nn
 from fasc_lightning._utils import Progress, evaluating, undoing
 from fasc_lightning.layers import (
     CompressedLinear,
-    expert_groups,
-    expert_layers,
     linear_shape,
     linear_weight,
     make_lowrank,
 )
-from fasc_lightning.refit._blocks import (
-    WITHOUT_REFIT,
-    BatchLoss,
-    BlockRunner,
-    Joins,
-    RefitError,
-    find_blocks,
-    joins_stream,
-    real_tokens,
-)
+from fasc_lightning.refit._batch_loss import BatchLoss, batch_losses, causal_loss, real_tokens
+from fasc_lightning.refit._blocks import BlockRunner
+from fasc_lightning.refit._checks import check_refit, refittable_layers
+from fasc_lightning.refit._joins import Joins, joins_stream
 from fasc_lightning.refit._reports import BlockRefit, LayerRefit, RefitReport
-from fasc_lightning.refit._shares import Change, batch_losses, shares
+from fasc_lightning.refit._shares import Change, shares
 from fasc_lightning.refit._solve import DriftMoments, DriftRows, Factors, Variant, drift_loss, solve_refit
 from fasc_lightning.solvers import SHRINK_A, SHRINK_COUPLED_G, shrink
 from fasc_lightning.statistics import moment_dtype
 
-#: What a layer is to reproduce: "layer", the dense layer's output; "stream", in layers whose output is added to the
-#: stream of hidden states, besides what that has gone wrong so far.
+#: The target of a layer: "layer" is the dense layer's output. "stream" adds, for layers whose output is added to the
+#: stream of hidden states, the stream's error so far.
 Target = Literal["layer", "stream"]
 
-
-#: What a refit is drawn to: "dense", the dense layer, in the moments that the factors were made with (layers whose bias
-#: moves, and refits without those moments, cannot); "factors", the factors there were.
+#: The anchor of a refit: "dense" is the dense layer, in the moments that the factors were made with. A layer whose bias
+#: moves, or a refit without these moments, uses "factors" instead: the factors before the refit.
 Anchor = Literal["dense", "factors"]
 
-#: Fewer batches leave too little to fit to once one chooses and one checks.
+#: Fewest batches of a refit: with fewer, too few remain to fit to, beside the batches that choose and that check.
 MIN_BATCHES = 4
 
 
 @dataclass(frozen=True)
 class RefitOptions:
-    """How a refit chooses.
+    """Options of a refit.
 
     Attributes:
-        anchors: Values of lambda to choose from, layer by layer, by the error on the batches that choose.
+        anchors: Values of lambda to choose from, layer by layer, by the error on the choosing batches.
         towards: See :data:`Anchor`.
-        variants: Which factors may move, chosen in the same way.
+        variants: Factors that may move, chosen in the same way.
         target: See :data:`Target`.
-        bias: Whether biases that are there move along.
-        holdout: One of so many batches chooses, and another one checks, but no fewer than one and two
-            (``shares``).
-        judge_batches: How many of those that choose the judge looks at after each block. They are then not fitted to.
-            0 leaves out the verdicts on blocks, and only the last check is made.
+        bias: Whether existing biases move, too.
+        holdout: One batch in ``holdout`` chooses and another one checks, but at least one and two (``shares``).
+        judge_batches: Number of choosing batches on which the model's loss is measured after each block; factors are
+            not fitted to them. 0 leaves out the verdicts on blocks and keeps the last check alone.
     """
 
     anchors: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
@@ -74,7 +64,7 @@ class RefitOptions:
     judge_batches: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Check the options."""
         if not self.anchors or not all(0 <= anchor < math.inf for anchor in self.anchors):
             raise ValueError(f"Expected `anchors` to be finite numbers of at least 0 but got {self.anchors}.")
         if not self.variants or not set(self.variants) <= {"factors", "right"}:
@@ -90,51 +80,10 @@ class RefitOptions:
             )
 
 
-def check_refit(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_REFIT) -> None:
-    """Refuse models whose layers cannot be refitted block by block; changes nothing and computes nothing.
-
-    Args:
-        model: The model, dense or compressed.
-        layers: Names of the layers that are or will be compressed.
-        remedy: What to do then; ends the error.
-
-    Raises:
-        RefitError: Saying why.
-    """
-    layers = list(layers)
-    if groups := expert_groups(expert_layers(model, layers)):
-        raise RefitError(
-            f"The experts of {len({experts for experts, _ in groups})} modules are compressed, and blocks that run one "
-            f"by one do not show what goes into each expert. {remedy} Or exclude the experts."
-        )
-    find_blocks(model, layers, remedy)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    places: dict[int, str] = {}
-    wanted = {id(modules[name]): name for name in layers}
-    for name, module in modules.items():
-        if id(module) in wanted and places.setdefault(id(module), name) != name:
-            raise RefitError(
-                f"Expected layers of their own but {name!r} and {places[id(module)]!r} are one: new factors for "
-                f"one place would change the other. {remedy} Or exclude it."
-            )
-
-
-def causal_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the mean token loss of a causal language model; without labels, those are the real tokens themselves."""
-    labels = batch.get("labels")
-    if labels is None:
-        labels = batch["input_ids"]
-        if batch.get("attention_mask") is not None:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
-    return model(
-        input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), labels=labels, use_cache=False
-    ).loss
-
-
 def refit(
     model: nn.Module,
     dense: Mapping[str, nn.Module],
-    gradients: Mapping[str, Tensor],
+    G: Mapping[str, Tensor],
     batches: Iterable[Any],
     *,
     inputs: Mapping[str, Tensor] | None = None,
@@ -145,33 +94,34 @@ def refit(
 ) -> RefitReport:
     """Refit the factors of a compressed model, block by block in order of execution, in place.
 
-    Each layer is fitted to what the model compressed so far gives it, with the dense model's outputs as the target and
-    an anchor (``refit/_solve.py``). Batches are in three shares
-    (``shares``). Factors are fitted to the first. The second chooses lambda and
-    decides layer by layer; new factors that a layer takes are then fitted to both. No step reads the third. The model's
-    loss there is the last check, of all layers together: it has to fall by more than two standard errors of its change
-    over the batches. G and, in the anchor, A are of all batches, as in the factors before. What is not accepted stays
-    as it was, as does everything if anything fails. Shapes, ranks, layouts and the layers' identities stay.
+    Each layer is fitted to the inputs that it gets in the model compressed so far, with the dense model's outputs as
+    the target and an anchor (``refit/_solve.py``). Batches are in three shares (``shares``). Factors are fitted to the
+    first share. The second share chooses lambda and decides layer by layer; accepted factors are then fitted to both
+    shares. Only the last check reads the third share: there the model's loss, with all layers together, has to fall by
+    more than two standard errors of its change over the batches. G and the anchor's A come from all batches, as for the
+    factors before the refit. Rejected factors are put back, as is everything if anything fails. Shapes, ranks, layouts
+    and the layers' identities stay.
 
-    Memory: the hidden states of the first two shares at one block's input, twice, the inputs of its layers in the dense
-    model, and the moments of one group of layers that share an input.
+    Memory: the hidden states of the first two shares at one block's input, twice; the inputs of its layers in the dense
+    model; and the moments of one group of layers that share an input.
 
     Args:
         model: The compressed model.
         dense: The dense layer of each compressed one by name, on the model's device, as
             :func:`~fasc_lightning.layers.swap_modules` returns them.
-        gradients: G = E[h h^T] of each of them (m, m), from the calibration. Shrunk here, by as much as "fasc" does.
-        batches: What to fit to, to choose by and to check by: the calibration's batches, moved to the model's device.
-            Tokens whose "attention_mask" is 0 do not count.
-        inputs: A = E[x x^T] of each of them (n, n), as the factors were made with, from the calibration. Shrunk here,
-            by as much as "fasc" does.
-        options: How to choose.
-        loss: Sends a batch through the model and returns its mean loss.
-        device: Where to solve; by default where the layers are.
-        progress: Wraps the loop over blocks.
+        G: G = E[h h^T] of each layer by name, shape (m, m), from the calibration. Shrunk here, by as much as "fasc"
+            does.
+        batches: The calibration's batches, on the model's device, to fit to, to choose by and to check by. Tokens whose
+            "attention_mask" is 0 do not count.
+        inputs: A = E[x x^T] of each layer by name, shape (n, n), from the calibration, as the factors were made with.
+            Shrunk here, by as much as "fasc" does.
+        options: Options of the refit.
+        loss: Function that sends a batch through the model and returns its mean loss.
+        device: Device to solve on; by default each layer's own.
+        progress: Wrapper of the loop over blocks.
 
     Returns:
-        What was done.
+        A report of the refit.
 
     Raises:
         RefitError: If the model's blocks cannot be run one by one.
@@ -180,7 +130,7 @@ def refit(
     start = time.perf_counter()
     options = options or RefitOptions()
     batches = list(batches)
-    layers = refittable_layers(model, dense, gradients, "refit")
+    layers = refittable_layers(model, dense, G, "refit")
     if len(batches) < MIN_BATCHES:
         raise ValueError(
             f"Expected at least {MIN_BATCHES} batches, some of which are held out, but got {len(batches)}. Use smaller "
@@ -196,7 +146,7 @@ def refit(
             read = sorted(fit + choose)
             runner = BlockRunner(model, dense, [batches[i] for i in read], loss)
             held = [read.index(i) for i in choose]
-            work = _Refit(runner, layers, dense, gradients, inputs, options, device, progress, held)
+            work = _Refit(runner, layers, dense, G, inputs, options, device, progress, held)
             work.run()
             changed = any(layer.accepted for layer in work.reports)
             after = batch_losses(model, [batches[i] for i in check], loss) if changed else before
@@ -228,7 +178,7 @@ class _Refit:
         runner: BlockRunner,
         layers: Mapping[str, CompressedLinear],
         dense: Mapping[str, nn.Module],
-        gradients: Mapping[str, Tensor],
+        G: Mapping[str, Tensor],
         inputs: Mapping[str, Tensor] | None,
         options: RefitOptions,
         device: torch.device | str | None,
@@ -238,13 +188,13 @@ class _Refit:
         self.runner = runner
         self.layers = layers
         self.dense = dense
-        self.gradients = gradients
+        self.G = G
         self.inputs = inputs
         self.options = options
         self.device = device
         self.progress = progress or (lambda names, description: names)
         self.held = held
-        # Spread over all held-out batches, which may come from several sources in turn.
+        # The judged batches are spread over all held-out ones, which may come from several sources in turn.
         count = min(options.judge_batches, len(self.held))
         self.judged = [self.held[i * len(self.held) // count] for i in range(count)]
         self.rows = [real_tokens(batch) for batch in runner.batches]
@@ -273,7 +223,7 @@ class _Refit:
         del seen
         saved = {name: layer_state(inside[name]) for group in groups for name in group}
         reports = []
-        for group in groups:  # the inputs of a group are let go with it
+        for group in groups:  # each group's inputs are freed after it
             reports += self._group(block, group, exact, [batch.pop(0) for batch in inputs])
         drifted = self._push(block, self.drifted)
         if any(report.accepted for report in reports) and self.judged:
@@ -294,7 +244,14 @@ class _Refit:
     def _group(
         self, block: int, group: Sequence[str], exact: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> list[LayerRefit]:
-        """Refit layers that share an input, whose dense values are given."""
+        """Refit layers that share an input.
+
+        Args:
+            block: Number of the block.
+            group: Names of the layers.
+            exact: The dense block's outputs.
+            inputs: The layers' inputs in the dense model.
+        """
         first = group[0]
         joins: Joins = None
         if self.options.target == "stream" and len(group) == 1:
@@ -303,11 +260,11 @@ class _Refit:
         return [self._layer(block, name, fit, held) for name in group]
 
     def _layer(self, block: int, name: str, fit: DriftRows, held: DriftRows) -> LayerRefit:
-        """Try all candidates on one layer and keep the best if it beats what is there."""
+        """Try all candidates on one layer and keep the best if it beats the present factors."""
         layer, options = self.layers[name], self.options
         device = self.device or next(layer.parameters()).device
         W = linear_weight(self.dense[name]).detach().to(device).double()
-        G = shrink(self.gradients[name].to(device).double(), SHRINK_COUPLED_G)
+        G = shrink(self.G[name].to(device).double(), SHRINK_COUPLED_G)
         own, judged = fit.moments(W), held.moments(W)
         fitted = own.shrunk(W, SHRINK_A)
         left, right = (factor.detach().to(device).double() for factor in layer.factors())
@@ -320,19 +277,19 @@ class _Refit:
         for variant in options.variants:
             for anchor in options.anchors:
                 found = solve_refit(fitted, G, start, anchor, variant, bias, towards)
-                error = drift_loss(judged, G, found.B @ found.C, found.shift) / scale
+                error = drift_loss(judged, G, found.left @ found.right, found.shift) / scale
                 if error < best:
                     best, choice = error, (anchor, variant)
         if choice is None or not best < before:
             return LayerRefit(name, block, before, before, math.nan, "", False)
         anchor, variant = choice
-        if not self.judged:  # what a verdict is read from is not fitted to
+        if not self.judged:  # factors are not fitted to batches that give verdicts
             fitted = own.mixed(judged, held.count / (fit.count + held.count)).shrunk(W, SHRINK_A)
         _store(layer, solve_refit(fitted, G, start, anchor, variant, bias, towards))
         return LayerRefit(name, block, before, best, anchor, variant, True)
 
     def _anchor(self, name: str, W: Tensor, moments: DriftMoments) -> tuple[Tensor, Tensor] | None:
-        """Return the dense layer and the calibration's A, in the unit of the tokens' own."""
+        """Return the dense weight and the calibration's A, in the unit of the tokens' own A."""
         if self.inputs is None or self.options.towards == "factors":
             return None
         A = shrink(self.inputs[name].to(W.device).double(), SHRINK_A)
@@ -341,12 +298,12 @@ class _Refit:
     def _moments(
         self, block: int, name: str, joins: Joins, exact: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> tuple[DriftRows, DriftRows]:
-        """Return the moments of a layer's tokens, of both shares of batches.
+        """Return the moments of a layer's tokens in the fitting and in the choosing batches.
 
         Args:
-            block: Which block.
-            name: A layer in it.
-            joins: Where the layer's output joins the stream, whose error it is then to make good.
+            block: Number of the block.
+            name: Name of a layer in it.
+            joins: Where the layer's output joins the stream; the layer then has to correct the stream's error.
             exact: The dense block's outputs.
             inputs: The dense layer's inputs.
         """
@@ -365,7 +322,7 @@ class _Refit:
                 missing = self.exact[i] - self.drifted[i]
             x_hat = x_hat.reshape(-1, n).to(dtype)
             if joins is not None:
-                # At the end of the block, the drifted stream holds what this layer adds to it now.
+                # At the end of the block, the drifted stream includes this layer's present output.
                 added = x_hat @ W_low.T if joins == "end" else x @ W.T
                 v = added + missing.reshape(-1, m).to(dtype)
             if rows is not None:
@@ -378,7 +335,7 @@ class _Refit:
         return [self.runner.run(block, i, hidden) for i, hidden in enumerate(stream)]
 
     def _judge(self, block: int, hidden: Sequence[Tensor] | None = None) -> float:
-        """Return the mean loss of the judged batches from a block's input on; a NaN counts as the worst."""
+        """Return the mean loss of the judged batches, run from a block's input on; NaN counts as worst."""
         if not self.judged:
             return math.inf
         stream = self.drifted if hidden is None else hidden
@@ -386,40 +343,8 @@ class _Refit:
         return sum(losses) / len(losses)
 
 
-def refittable_layers(
-    model: nn.Module, dense: Mapping[str, nn.Module], gradients: Mapping[str, Tensor] | None, caller: str
-) -> dict[str, CompressedLinear]:
-    """Return the compressed layers by name, once each has a dense layer and, if they are needed, a G of its shape.
-
-    Raises:
-        ValueError: If one does not, or there are none.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    layers: dict[str, CompressedLinear] = {}
-    for name, original in dense.items():
-        layer = modules.get(name)
-        if not isinstance(layer, CompressedLinear):
-            raise ValueError(
-                f"Expected {name!r} to be a compressed layer of the model but it is "
-                f"{'missing' if layer is None else type(layer).__name__}: call {caller} after the swap."
-            )
-        m, n = linear_shape(layer)
-        if linear_shape(original) != (m, n):
-            raise ValueError(
-                f"Expected a dense layer of shape ({m}, {n}) for {name!r} but got {linear_shape(original)}."
-            )
-        if gradients is not None:
-            got = tuple(gradients[name].shape) if name in gradients else None
-            if got != (m, m):
-                raise ValueError(f"Expected G of shape ({m}, {m}) for {name!r} but got {got}.")
-        layers[name] = layer
-    if not layers:
-        raise ValueError("Expected compressed layers but `dense` is empty.")
-    return layers
-
-
 def layer_state(layer: CompressedLinear) -> dict[str, Tensor]:
-    """Return a copy of a layer's state dict, to put it back with."""
+    """Return a copy of a layer's state dict, from which the layer can be restored."""
     return {key: value.detach().clone() for key, value in layer.state_dict().items()}
 
 
@@ -431,8 +356,8 @@ def _store(layer: CompressedLinear, factors: Factors) -> None:
         bias = (bias.double() + factors.shift.to(bias.device)).to(bias.dtype)
     parameter = next(layer.parameters())
     built = make_lowrank(
-        factors.B,
-        factors.C,
+        factors.left,
+        factors.right,
         bias,
         "pivot" if layer.layout == "pivot" else "factors",
         dtype=parameter.dtype,

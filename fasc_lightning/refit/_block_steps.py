@@ -1,4 +1,4 @@
-"""Gradient steps on the factors of one block: copies beside the block, and the error that they minimise."""
+"""Gradient steps on copies of one block's factors, and the error that they minimise."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 
 from fasc_lightning.layers import CompressedLinear
 
-#: Least length of a tensor, as a root mean square, that a learning rate is relative to: biases may start at zero.
+#: Least root mean square of a tensor to which a learning rate is relative: biases may start at zero.
 MIN_LENGTH = 1e-3
 
 
 class FactorCopies:
-    """Copies of the parameters of a block's compressed layers, to be trained; the block itself does not notice.
+    """Trainable copies of the parameters of a block's compressed layers; the block itself stays as it is.
 
     Args:
         block: A block of a model.
         layers: Its compressed layers by their name inside the block.
 
     Attributes:
-        tensors: Every parameter and floating-point buffer of the block by name, at least float32: the copies, which
-            require gradients, and what is not trained.
-        dtype: Their type.
+        tensors: Every parameter and floating-point buffer of the block by name, at least float32. The copies require
+            gradients, the other tensors do not.
+        dtype: Type of the tensors.
     """
 
     def __init__(self, block: nn.Module, layers: Mapping[str, CompressedLinear]) -> None:
@@ -62,13 +62,13 @@ class FactorCopies:
 def relative_error(output: Tensor, target: Tensor, rows: Tensor | None) -> Tensor:
     """Return the mean over tokens of |y - t|^2 / |t|^2, a scalar, in at least float32.
 
-    Relative token by token: what reads the stream of hidden states normalises it, and a few tokens are hundreds of
-    times as long as others.
+    The error is relative for each token: modules that read the stream of hidden states normalise it, and a few tokens
+    are hundreds of times as long as others.
 
     Args:
         output: y, shape (..., d).
-        target: t, of the same shape.
-        rows: Which of the flattened tokens count; None: all.
+        target: t, shape (..., d).
+        rows: Mask or indices of the flattened tokens that count; None counts all.
     """
     dtype = torch.promote_types(output.dtype, torch.float32)
     y, t = (value.reshape(-1, value.shape[-1]).to(dtype) for value in (output, target))
@@ -81,17 +81,17 @@ def relative_error(output: Tensor, target: Tensor, rows: Tensor | None) -> Tenso
 def train_copies(
     copies: FactorCopies, error: Callable[[int], Tensor], batches: Iterator[int], steps: int, lr: float
 ) -> bool:
-    """Take steps of Adam, whose learning rate falls to zero on a straight line.
+    """Take steps of Adam with a learning rate that falls linearly to zero.
 
     Args:
-        copies: What is trained.
-        error: Returns the error of a batch, made with the copies.
-        batches: Which batch each step is taken on.
-        steps: How many.
-        lr: The first learning rate, relative to the length of each tensor.
+        copies: The copies to train.
+        error: Function that returns the error of a batch, computed with the copies.
+        batches: Number of the batch of each step.
+        steps: Number of steps.
+        lr: First learning rate, relative to the root mean square of each tensor.
 
     Returns:
-        Whether there was anything to do and every error and every tensor stayed finite.
+        Whether something was trained and every error and every tensor stayed finite.
     """
     optimizer = torch.optim.Adam(copies.groups(lr))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)

@@ -1,19 +1,18 @@
-"""Refinement: the factors of each block trained for a few steps towards what the dense model's block gives.
+"""Refinement: training of each block's factors, for a few steps, towards the output of the dense model's block.
 
-A closed form (``refit/_anchored.py``) sees one layer at a time, and linear targets. The steps taken here see a
-whole block, its attention and its activation functions. Blocks are taken one after the other. What goes into one is
-what the compressed model really gives it, x^, earlier blocks refined; the steps minimise
+A closed form (``refit/_anchored.py``) sees one layer at a time, with linear targets. The steps here see a whole block
+with its attention and its activation functions. Blocks are trained one after the other. The input x^ of a block is the
+compressed model's, after the refinement of earlier blocks. The steps minimise
 
     mean over tokens of |f(x^; factors) - t|^2 / |t|^2,
 
-with t the output of the dense block. On what input that is, ``target`` says. With "dense" it is what the dense model
-gives the block, so that a block also makes good what went wrong before it. On a trained model of six blocks whose loss
-was 0.960, compressed to 1.533 and refitted to 1.322, 256 steps a block (lr 0.01) led to 1.155 on text of its own;
-"drifted", the dense block's output on x^ itself, led to 1.239, although its own errors fell by more. At four tenths
-instead of a quarter of full rank it was 1.081, 1.037, 1.007 and 1.025.
+where t is the output of the dense block. ``target`` chooses the dense block's input. With "dense" it is the input in
+the dense model, so that a block also corrects errors of earlier blocks. With "drifted" it is x^ itself. A trained model
+of six blocks had a loss of 0.960, of 1.533 compressed and of 1.322 refitted. 256 steps for each block (lr 0.01) led to
+1.155 on text of its own with "dense", and to 1.239 with "drifted", although the errors of "drifted" fell by more. At
+four tenths instead of a quarter of full rank the losses were 1.081 compressed, 1.037 refitted, 1.007 and 1.025.
 
-No more than one block is ever trained, so that there is the backward pass, and there are the optimizer's states, of
-one block.
+Only one block is trained at a time: the backward pass and the optimizer's states are of one block.
 """
 
 from __future__ import annotations
@@ -31,27 +30,30 @@ from torch import Tensor, nn
 from fasc_lightning._utils import Progress, evaluating, same_rng, undoing
 from fasc_lightning.layers import CompressedLinear
 from fasc_lightning.options import RefineOptions, Target
-from fasc_lightning.refit._anchored import MIN_BATCHES, causal_loss, check_refit, layer_state, refittable_layers
+from fasc_lightning.refit._anchored import MIN_BATCHES, layer_state
+from fasc_lightning.refit._batch_loss import BatchLoss, causal_loss, real_tokens
+from fasc_lightning.refit._block_stack import RefitError
 from fasc_lightning.refit._block_steps import FactorCopies, relative_error, train_copies
 from fasc_lightning.refit._block_training_report import BlockRefine, RefineReport
-from fasc_lightning.refit._blocks import BatchLoss, BlockRunner, RefitError, real_tokens
+from fasc_lightning.refit._blocks import BlockRunner
+from fasc_lightning.refit._checks import check_refit, refittable_layers
 
-#: What to do with a model whose blocks cannot be run one by one.
+#: Last sentence of errors about models whose blocks cannot be run one by one.
 WITHOUT_REFINEMENT = "Recover it without refinement (refine_steps=0)."
 
 
 def check_refine(model: nn.Module, layers: Iterable[str]) -> None:
-    """Refuse models whose layers cannot be refined block by block; changes nothing and computes nothing.
+    """Check that a model's layers can be refined block by block, without running the model.
 
     Args:
         model: The model, dense or compressed.
         layers: Names of the layers that are or will be compressed.
 
     Raises:
-        RefitError: If there is no one stack of blocks that holds all layers, or a layer, or a parameter of one, is
-            also registered elsewhere: training it for one place would change the other.
+        RefitError: If no single stack of blocks holds all layers, or a layer or one of its parameters is used in two
+            places: training it for one would change the other.
         ValueError: If factors are int8.
-        TypeError: If there are adapters on them.
+        TypeError: If factors carry adapters.
     """
     layers = list(layers)
     check_refit(model, layers, WITHOUT_REFINEMENT)
@@ -93,39 +95,38 @@ def refine(
     """Train the factors of a compressed model, block by block in order of execution, in place.
 
     All parameters of compressed layers are trained, biases included, and nothing else. Held-out batches decide block by
-    block whether the new factors stay, and the model's loss on them is the last check, of all blocks together. What is
-    not accepted stays as it was, as does everything if anything fails. Steps are taken on float32 copies, and judged is
-    what those are in the model's own type. Ranks, layouts, identities and flags of layers and parameters stay, as do
-    modes and random generators.
+    block whether the new factors stay. The model's loss on them is the last check, of all blocks together. Rejected
+    factors are put back, as is everything if anything fails. Steps train float32 copies; the checks use the copies
+    rounded to the model's own type. Ranks, layouts, identities and flags of layers and parameters stay, as do modes and
+    random generators.
 
-    Memory, beyond the model, the dense layers and the batches: the hidden states of ``tokens`` tokens, twice; what
-    blocks are given beside them (masks, position embeddings), once where batches or blocks are given the same; of the
-    block at hand a copy (in half precision; else of its factors), gradients and two moments of Adam for its
-    factors; and the activations of one batch in it.
+    Memory beyond the model, the dense layers and the batches: the hidden states of ``tokens`` tokens, twice; the other
+    arguments of blocks (masks, position embeddings), once for equal ones; for the current block a copy (in half
+    precision of the whole block, else of its factors), and gradients and two Adam moments of its factors; and the
+    activations of one batch in it.
 
     Args:
         model: The compressed model.
         dense: The dense layer of each compressed one by name, on the model's device, as
-            :func:`~fasc_lightning.layers.swap_modules` returns them. Layers of the model that are not compressed are
-            not named, and help as they are.
-        batches: What to fit to and to judge by, on the model's device; no more are asked for than ``tokens`` allows.
-            Tokens whose "attention_mask" is 0 do not count. Labels serve the last check alone.
-        steps: See :class:`RefineOptions`, as for all that follows.
-        lr: Likewise.
-        target: Likewise.
-        holdout: Likewise.
-        tokens: Likewise.
-        seed: Likewise.
-        loss: Sends a batch through the model and returns its mean loss.
-        progress: Wraps the loop over blocks.
+            :func:`~fasc_lightning.layers.swap_modules` returns them. Layers that are not compressed are not named.
+        batches: Batches to fit to and to judge by, on the model's device; ``tokens`` bounds how many are consumed.
+            Tokens whose "attention_mask" is 0 do not count. Only the last check uses labels.
+        steps: Optimizer steps for each block, as in :class:`RefineOptions`.
+        lr: Learning rate, as in :class:`RefineOptions`.
+        target: Input of the dense block, as in :class:`RefineOptions`.
+        holdout: Share of held-out batches, as in :class:`RefineOptions`.
+        tokens: Most tokens to hold, as in :class:`RefineOptions`.
+        seed: Seed of the order of batches, as in :class:`RefineOptions`.
+        loss: Function that sends a batch through the model and returns its mean loss.
+        progress: Wrapper of the loop over blocks.
 
     Returns:
-        What was done.
+        A report of the refinement.
 
     Raises:
         RefitError: If the model's blocks cannot be run one by one, or layers are shared.
         ValueError: If an option is out of range, there are too few batches, layers do not match or are int8.
-        TypeError: If there are adapters on factors.
+        TypeError: If factors carry adapters.
         FloatingPointError: If the model's own activations are not finite.
     """
     start = time.perf_counter()
@@ -168,9 +169,9 @@ class _Refinement:
         self.held = list(range(every - 1, count, every))
         self.fit = [i for i in range(count) if i not in self.held]
         self.rows = [real_tokens(batch) for batch in runner.batches]
-        # Both streams start from the same embeddings. What the dense blocks give is the one that is aimed at.
+        # Both streams start from the same embeddings. The exact stream holds the dense blocks' outputs, the targets.
         self.exact = list(runner.inputs)
-        self.drifted, runner.inputs = runner.inputs, []  # not held a third time
+        self.drifted, runner.inputs = runner.inputs, []  # the runner holds no third copy
         self.blocks: list[BlockRefine] = []
 
     def run(self) -> RefineReport:
@@ -200,7 +201,7 @@ class _Refinement:
         runner, prefix = self.runner, self.runner.prefix(block)
         inside = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
         with runner.dense():
-            # In place, so that no third stream is alive.
+            # The stream is replaced in place, so that there is no third one.
             source = self.exact if self.options.target == "dense" else self.drifted
             for i, hidden in enumerate(source):
                 self.exact[i] = runner.run(block, i, hidden)
@@ -238,7 +239,7 @@ class _Refinement:
         return BlockRefine(block, tuple(layers), before, after, accepted)
 
     def _held_error(self, block: int) -> float:
-        """Return the error of a block's output as the block is, over the held-out batches."""
+        """Return the error of a block's present output on the held-out batches."""
         with torch.no_grad():
             errors = [
                 float(relative_error(self.runner.run(block, i, self.drifted[i]), self.exact[i], self.rows[i]))
@@ -247,12 +248,12 @@ class _Refinement:
         return sum(errors) / len(errors)
 
     def _model_loss(self) -> float:
-        """Return the mean loss of the held-out batches in the model as it is."""
+        """Return the present model's mean loss on the held-out batches."""
         return sum(self.runner.loss(i) for i in self.held) / len(self.held)
 
 
 def _passes(batches: list[int], seed: int) -> Iterator[int]:
-    """Yield batches for ever, all of them in an order of its own before any comes again."""
+    """Yield batches for ever, in passes over all of them, each in a new random order."""
     generator = torch.Generator().manual_seed(seed)
     for _ in itertools.count():
         for i in torch.randperm(len(batches), generator=generator).tolist():

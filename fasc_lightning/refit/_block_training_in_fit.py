@@ -1,4 +1,4 @@
-"""The refinement inside a fit: the batches it needs, and one result on every process."""
+"""The refinement inside a fit, with one result on every process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fasc_lightning.refit._block_training_report import RefineReport
 
 
 class RefinePhase:
-    """Refines the factors of a compressed module on batches that were kept, before it is trained end to end.
+    """Refines the factors of a compressed module on kept batches, before it is trained end to end.
 
     Args:
-        options: How.
+        options: Options of the refinement.
     """
 
     def __init__(self, options: RefineOptions | None = None) -> None:
@@ -28,55 +28,55 @@ class RefinePhase:
 
     @staticmethod
     def check(pl_module: pl.LightningModule, layers: Iterable[str]) -> None:
-        """Refuse modules that cannot be refined, before any work is done.
+        """Check that a module can be refined, before any work is done.
 
         Args:
             pl_module: The module of the fit, dense or compressed.
-            layers: Names of the targeted layers in it.
+            layers: Names of the targeted layers.
 
         Raises:
-            RefitError: If its blocks cannot be run one by one, or layers are shared.
-            NoLossError: If it optimises by hand.
+            RefitError: If the module's blocks cannot be run one by one, or layers are shared.
+            NoLossError: If the module optimises by hand.
             ValueError: If factors are int8.
-            TypeError: If there are adapters on factors.
+            TypeError: If factors carry adapters.
         """
         check_automatic(pl_module, "Recover it with refine_steps=0.")
         check_refine(pl_module, layers)
 
     def run(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, dense: Mapping[str, nn.Module], replay: KeptBatches
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, dense: Mapping[str, nn.Module], kept: KeptBatches
     ) -> RefineReport | None:
-        """Refine the compressed module in place; on several processes with the first one's batches, for all.
+        """Refine the compressed module in place. The first process does so with its batches, for all processes.
 
         Parameters stay the same objects, so that optimizers may hold them already.
 
         Args:
-            trainer: Of the fit.
-            pl_module: The module, compressed.
-            dense: The layers that were replaced, by name.
-            replay: The batches.
+            trainer: Trainer of the fit.
+            pl_module: The compressed module.
+            dense: The dense layers by name.
+            kept: The kept batches.
 
         Returns:
-            What was done; None if nothing is compressed, or on other processes.
+            A report; None if nothing is compressed, or on other processes.
 
         Raises:
-            RefitError: If the module turns out not to allow it.
+            RefitError: If the module's blocks turn out not to run one by one.
             NoLossError: If its training step returns no loss.
             ValueError: If there are too few batches.
             RuntimeError: On every process but the first, if the first one failed.
         """
         if not dense:
             return None
-        report = on_first_process(trainer, lambda: self._run(trainer, pl_module, dense, replay), "The refinement")
+        report = on_first_process(trainer, lambda: self._run(trainer, pl_module, dense, kept), "The refinement")
         share_layers(trainer, pl_module, dense)
         return report
 
     def _run(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, dense: Mapping[str, nn.Module], replay: KeptBatches
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, dense: Mapping[str, nn.Module], kept: KeptBatches
     ) -> RefineReport:
         device = trainer.strategy.root_device
         with brought([pl_module, *dense.values()], device):
-            step = TrainingStep(trainer, replay, device)
+            step = TrainingStep(trainer, kept, device)
             return refine_module(pl_module, dense, step.batches, self.options, step, layer_progress(trainer))
 
 
@@ -91,18 +91,18 @@ def refine_module(
     """Refine a module in place, judged by its own loss; see ``refine``.
 
     Args:
-        pl_module: The module, compressed.
-        dense: The layers that were replaced, by name, on its device.
-        batches: On its device.
-        options: How.
-        step: The module's, which gives its loss.
-        progress: Wraps the loop over blocks.
+        pl_module: The compressed module.
+        dense: The dense layers by name, on the module's device.
+        batches: Batches, on the module's device.
+        options: Options of the refinement.
+        step: The module's training step, which returns its loss.
+        progress: Wrapper of the loop over blocks.
     """
     return refine(pl_module, dense, batches, **vars(options), loss=step, progress=progress)
 
 
 def refine_figures(report: RefineReport) -> dict[str, Any]:
-    """Return what a report says of a refinement, in plain types."""
+    """Return the figures of a refinement for a compression's report, in plain types."""
     return {
         "blocks": report.accepted,
         "steps": report.steps,

@@ -1,4 +1,4 @@
-"""What a refinement by gradient steps did, block by block."""
+"""Reports of a refinement by gradient steps, block by block."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BlockRefine:
-    """What the steps did to one block.
+    """The refinement of one block.
 
     Attributes:
-        block: Its number.
+        block: Number of the block.
         layers: Names of the layers whose factors were trained.
-        before: Held-out error of the block's output with the factors as they were, relative to an output of zero;
-            earlier blocks refined.
-        after: With the factors that the steps led to; NaN if they led nowhere.
-        accepted: Whether those stayed, which they do only if the error is lower.
+        before: Held-out error of the block's output with its former factors, relative to an output of zero, after the
+            refinement of earlier blocks.
+        after: The same error with the trained factors; NaN if training failed.
+        accepted: Whether the trained factors stayed: only if the error is lower.
     """
 
     block: int
@@ -27,18 +27,18 @@ class BlockRefine:
 
 @dataclass(frozen=True)
 class RefineReport:
-    """What a refinement did.
+    """The report of a refinement.
 
     Attributes:
-        blocks: Those that hold compressed layers, in order.
+        blocks: The blocks with compressed layers, in order.
         loss_before: The model's mean loss on the held-out batches before, in nats.
-        loss_after: And after.
+        loss_after: The same loss after the refinement.
         reverted: Whether the last check, of all blocks together, put everything back.
-        steps: Optimizer steps of each block.
+        steps: Optimizer steps for each block.
         tokens: Tokens of the batches used, padding included.
-        fit_batches: How many batches the steps were taken on.
-        held_batches: How many were held out.
-        seconds: What it took.
+        fit_batches: Number of batches that the steps used.
+        held_batches: Number of held-out batches.
+        seconds: Duration.
     """
 
     blocks: list[BlockRefine]
@@ -57,7 +57,7 @@ class RefineReport:
         return 0 if self.reverted else sum(block.accepted for block in self.blocks)
 
     def __str__(self) -> str:
-        """One line."""
+        """Return a summary in one line."""
         if self.reverted:
             return (
                 f"Refinement: put back, since the held-out loss would have gone from {self.loss_before:.4f} to "

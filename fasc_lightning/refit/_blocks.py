@@ -1,82 +1,29 @@
-"""A model's blocks run one by one: their inputs held, dense or compressed layers in them, any of them skipped."""
+"""A runner of a model's blocks one by one, with dense or compressed layers."""
 
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fasc_lightning._utils import undoing
-
-#: Sends a batch through the model and returns its mean loss, a scalar.
-BatchLoss = Callable[[nn.Module, Any], Tensor]
-
-#: Where a layer's output joins the stream of hidden states: it is added to the block's input on the way ("start"), or
-#: to what the block returns ("end"); or neither.
-Joins = Literal["start", "end"] | None
+from fasc_lightning.refit._batch_loss import BatchLoss
+from fasc_lightning.refit._block_stack import WITHOUT_REFIT, RefitError, find_blocks
 
 #: Largest relative difference between a model's own forward and its blocks called one after the other.
 REPLAY_TOLERANCE = 1e-2
 
-#: Ends the errors of models whose blocks cannot be run one by one.
-WITHOUT_REFIT = "Compress it without refit."
-
-
-class RefitError(ValueError):
-    """A model whose blocks cannot be run one by one; nothing of it was changed."""
-
-
-def find_blocks(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_REFIT) -> tuple[str, nn.ModuleList]:
-    """Return the outermost ModuleList whose items hold all of the layers, and its name.
-
-    Args:
-        model: Any module.
-        layers: Dotted names.
-        remedy: What to do where there is none; ends the error.
-
-    Raises:
-        RefitError: If there is none, or one of its items is registered twice.
-    """
-    layers = list(layers)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise RefitError(
-            f"Expected one stack of blocks but {type(model).__name__} is an encoder-decoder, whose decoder "
-            f"reads the encoder as well. {remedy}"
-        )
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    for name, blocks in lists.items():  # parents come before children
-        inside = re.compile(re.escape(f"{name}.") + r"\d+\.") if name else re.compile(r"\d+\.")
-        if all(inside.match(layer) for layer in layers):
-            if len({id(block) for block in blocks}) < len(blocks):
-                raise RefitError(
-                    f"Expected blocks of their own in {name!r} but some are one module, registered several times: "
-                    f"new factors for one place would change the others. {remedy}"
-                )
-            return name, blocks
-    best = max(lists, key=lambda name: sum(layer.startswith(f"{name}.") for layer in layers), default=None)
-    if best is None:
-        raise RefitError(
-            f"Expected a model whose blocks form a ModuleList, to be run one after the other, but "
-            f"{type(model).__name__} has none. {remedy}"
-        )
-    outside = [layer for layer in layers if not layer.startswith(f"{best}.")]
-    raise RefitError(
-        f"Expected all {len(layers)} layers inside one ModuleList of blocks but {len(outside)} are outside of {best!r} "
-        f"(for example {outside[0]!r}). {remedy} Or exclude them."
-    )
-
 
 @dataclass
 class _BlockCall:
-    """What a block is given besides the hidden states."""
+    """The arguments of a block besides the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -92,7 +39,7 @@ class _Slot:
 
 @dataclass
 class _Interned:
-    """Keeps one of tensors that are equal: masks and position embeddings are the same in most blocks and batches."""
+    """Keeps one of several equal tensors: masks and position embeddings are equal in most blocks and batches."""
 
     kept: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
 
@@ -112,24 +59,24 @@ class _Interned:
 
 
 class BlockRunner:
-    """Runs the blocks of a compressed model one by one on batches, with its dense layers or the compressed ones.
+    """Runs the blocks of a compressed model one by one on batches, with its dense or its compressed layers.
 
     Args:
         model: The compressed model, in eval mode.
-        dense: The dense layer of each replaced one by name.
-        batches: What the model is run on.
-        loss: Sends a batch through the model. Its attribute ``context``, if it has one, returns a context manager in
-            which blocks are run, as a mixed precision needs it.
-        tokens: At most so many tokens are held, and the first batches that have no more are taken; None: all are.
-        remedy: Ends the errors.
+        dense: The dense layer of each compressed one by name.
+        batches: Batches to run the model on.
+        loss: Function that sends a batch through the model. Its attribute ``context``, if it has one, returns a context
+            manager in which blocks run, for mixed precision.
+        tokens: Most tokens to hold; the first batches within this number are taken. None takes all batches.
+        remedy: Last sentence of errors.
 
     Attributes:
         blocks: The ModuleList.
         batches: The batches taken.
-        inputs: The hidden states that the first block is given, one tensor a batch.
+        inputs: The hidden states at the first block's input, one tensor for each batch.
 
     Raises:
-        RefitError: If blocks cannot be found, or calling one after the other is not what the model does.
+        RefitError: If there is no stack of blocks, or the model does more than call its blocks one after the other.
     """
 
     def __init__(
@@ -155,7 +102,7 @@ class BlockRunner:
         self._capture(batches, math.inf if tokens is None else tokens)
 
     def prefix(self, block: int) -> str:
-        """Return what the names of all that is inside a block start with."""
+        """Return the prefix of the names of all modules inside a block."""
         return f"{self.name}.{block}." if self.name else f"{block}."
 
     @torch.no_grad()
@@ -171,18 +118,18 @@ class BlockRunner:
 
     @torch.no_grad()
     def run(self, block: int, batch: int, hidden: Tensor) -> Tensor:
-        """Return the hidden states that a block makes of others, of a batch."""
+        """Return a block's output for hidden states of a batch."""
         call = self._calls[batch][block]
         with self._context():
             return _hidden(self.blocks[block](hidden, *call.args, **call.kwargs))
 
     def run_with(self, block: int, batch: int, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return what :meth:`run` does, differentiable, with other parameters and buffers in place of the block's.
+        """Return a block's output as :meth:`run` does, differentiable and with given parameters and buffers.
 
         Args:
-            block: Which block.
-            batch: Which batch.
-            hidden: Input of the block, in the type of the parameters, to which further arguments are brought.
+            block: Number of the block.
+            batch: Number of the batch.
+            hidden: Input of the block, in the type of the parameters; further arguments are converted to it.
             tensors: Parameters and buffers by their name inside the block.
         """
         call = self._calls[batch][block]
@@ -192,7 +139,7 @@ class BlockRunner:
     def run_and_see(
         self, block: int, batch: int, hidden: Tensor, layers: Sequence[nn.Module]
     ) -> tuple[list[Tensor], Tensor]:
-        """Return the inputs of layers inside a block, and what :meth:`run` does."""
+        """Return the inputs of layers inside a block, and the block's output."""
         found: dict[nn.Module, tuple[Tensor, int]] = {}
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -206,12 +153,12 @@ class BlockRunner:
         inputs = []
         for layer in layers:
             x, version = found[layer]
-            # What was modified in place since has to be computed again.
+            # An input that was modified in place since is computed again.
             inputs.append(x if x._version == version else self.layer_input(block, batch, hidden, layer))
         return inputs, output
 
     def layer_input(self, block: int, batch: int, hidden: Tensor, layer: nn.Module) -> Tensor:
-        """Return the input of a layer inside a block, computing no further than there."""
+        """Return the input of a layer inside a block; the forward stops there."""
         found: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -225,7 +172,7 @@ class BlockRunner:
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """Put the dense layers in place of the compressed ones."""
+        """Put the dense layers in place of the compressed ones inside the context."""
         with undoing() as undo:
             for slot in self._slots:
                 undo.add(slot.parent._modules.__setitem__, slot.child, slot.compressed)
@@ -234,15 +181,15 @@ class BlockRunner:
 
     @torch.no_grad()
     def groups(self, block: int, hidden: Tensor, layers: Mapping[str, nn.Module]) -> list[list[str]]:
-        """Return a block's layers in order of execution on the first batch, those that share an input together.
+        """Return a block's layers in order of execution on the first batch; layers that share an input form a group.
 
-        Layers that are run never, or more than once, or on other than the block's tokens (experts) are left out: their
+        Layers that never run, run more than once, or run on other tokens than the block's (experts) are left out: their
         dense and drifted inputs do not pair.
 
         Args:
-            block: Which block.
-            hidden: Input of the block, of the first batch.
-            layers: Its compressed layers by name.
+            block: Number of the block.
+            hidden: Input of the block for the first batch.
+            layers: The block's compressed layers by name.
         """
         calls: list[tuple[str, Tensor]] = []
 
@@ -269,11 +216,11 @@ class BlockRunner:
 
     @torch.no_grad()
     def _capture(self, batches: Iterable[Any], most: float) -> None:
-        """Run the model on every batch and keep what its blocks are given; then check that replaying them agrees.
+        """Run the model on every batch and keep its blocks' arguments; then check that the blocks alone do the same.
 
         Args:
-            batches: No more of them are asked for than are taken, and one.
-            most: How many tokens to hold.
+            batches: Batches, of which at most one more is consumed than is taken.
+            most: Most tokens to hold.
         """
         intern = _Interned()
         held = 0
@@ -306,11 +253,11 @@ class BlockRunner:
             if not args or not isinstance(args[0], Tensor):
                 raise RefitError(
                     f"Expected blocks whose first argument is the hidden states but {type(module).__name__} is called "
-                    f"otherwise. {self._remedy}"
+                    f"with other arguments. {self._remedy}"
                 )
             if i == 0:
                 self.inputs.append(args[0].detach())
-            if i == len(calls):  # in order and once; else the count tells
+            if i == len(calls):  # in order and once; otherwise the count is wrong, which is an error
                 calls.append(_BlockCall(intern(_without_cache(args[1:])), intern(_without_cache(kwargs))))
 
         return note
@@ -323,10 +270,10 @@ class BlockRunner:
         return note
 
     def _check_replay(self) -> None:
-        """Compare the last block's output in the dense model with that of its blocks called one after the other.
+        """Compare the last block's output in the dense model with the output of its blocks called one after the other.
 
-        With other layers than those under which the calls were captured, so that blocks whose further arguments depend
-        on the hidden states show.
+        The calls were captured with the compressed layers. Blocks whose further arguments depend on the hidden states
+        therefore differ with the dense ones.
         """
         ends: list[Tensor] = []
         with undoing() as undo:
@@ -345,7 +292,7 @@ class BlockRunner:
 
     @contextmanager
     def _starting_at(self, block: int, hidden: Tensor) -> Iterator[None]:
-        """Skip the blocks before one, whose input is given."""
+        """Skip the blocks before the given one inside the context, and start from its given input."""
         with undoing() as undo:
             for i, original in enumerate(list(self.blocks[:block])):
                 undo.add(self.blocks._modules.__setitem__, str(i), original)
@@ -353,66 +300,7 @@ class BlockRunner:
             yield
 
 
-def real_tokens(batch: Any) -> Tensor | None:
-    """Return which of a batch's flattened tokens are no padding, by its "attention_mask"; None if all are."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return None if mask is None or bool(mask.all()) else mask.bool().flatten()
-
-
-@torch.no_grad()
-def joins_stream(runner: BlockRunner, block: int, hidden: Tensor, layer: nn.Module) -> Joins:
-    """Find out, by trying, where the output of a layer in a block joins the stream.
-
-    What is added to a layer that joins at the end is added to the block's output, no more and no less; of one that
-    joins at the start, the sum with the block's input is what some module (a norm) is given.
-
-    Args:
-        runner: Of the model.
-        block: Which block.
-        hidden: Its input on the first batch.
-        layer: A linear layer in it.
-    """
-    outputs: list[Tensor] = []
-    inputs: list[Tensor] = []
-    noise: list[Tensor] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].numel() == hidden.numel():
-            inputs.append(args[0])
-
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        outputs.append(output)
-
-    def disturb(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-        noise.append(drawn * output.double().square().mean().sqrt().to(output))
-        return output + noise[0]
-
-    with undoing() as undo:
-        for module in runner.blocks[block].modules():
-            if module is not runner.blocks[block]:
-                undo.hook(module.register_forward_pre_hook, note, with_kwargs=True)
-        undo.hook(layer.register_forward_hook, keep)
-        usual = runner.run(block, 0, hidden)
-    if outputs[0].numel() != hidden.numel():
-        return None
-    # The difference from the stream rather than the sum, which a small output hardly changes.
-    added = hidden + outputs[0].reshape(hidden.shape) - hidden
-    if any(_near(x.reshape(hidden.shape).double() - hidden.double(), added) for x in inputs):
-        return "start"
-    with undoing() as undo:
-        undo.hook(layer.register_forward_hook, disturb)
-        changed = runner.run(block, 0, hidden)
-    return "end" if _near(changed.double() - usual.double(), noise[0]) else None
-
-
-def _near(found: Tensor, expected: Tensor) -> bool:
-    """Tell whether tensors agree but for what half precision rounds away when the addend meets the stream."""
-    expected = expected.reshape(found.shape).double()
-    return bool((found - expected).norm() < 0.05 * expected.norm())
-
-
-class _Reached(Exception):  # noqa: N818 (no error: it ends a forward that has done its work)
+class _Reached(Exception):  # noqa: N818 (no error: it ends a forward early)
     pass
 
 
@@ -443,7 +331,7 @@ def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def _without_cache(value: Any) -> Any:
-    """Return arguments without the keys and values of earlier tokens, which every run would add to."""
+    """Return arguments without the cache of keys and values, which would grow with every run."""
     cache = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
     if cache is not None and isinstance(value, cache):
         return None
@@ -455,7 +343,7 @@ def _without_cache(value: Any) -> Any:
 
 
 def _in_type(value: Any, dtype: torch.dtype) -> Any:
-    """Return arguments with their floating-point tensors in a type."""
+    """Return arguments with their floating-point tensors converted to a type."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if type(value) is dict:

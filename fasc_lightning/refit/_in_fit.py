@@ -1,4 +1,4 @@
-"""The refit inside a fit: which modules allow one, the batches it needs, and one result on every process."""
+"""The refit inside a fit: checks of the module, kept batches, and one result on every process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from fasc_lightning._utils import layer_progress
 from fasc_lightning.batches import KeptBatches, NoLossError, TrainingStep, brought, check_automatic, on_first_process
 from fasc_lightning.distributed import is_split, share_layers
 from fasc_lightning.options import Refit
-from fasc_lightning.refit._anchored import MIN_BATCHES, RefitOptions, check_refit, refit
-from fasc_lightning.refit._blocks import RefitError
+from fasc_lightning.refit._anchored import MIN_BATCHES, RefitOptions, refit
+from fasc_lightning.refit._block_stack import RefitError
+from fasc_lightning.refit._checks import check_refit
 from fasc_lightning.refit._reports import RefitReport
 from fasc_lightning.statistics import CalibrationMoments
 
@@ -22,11 +23,11 @@ _NOT_REFITTED = "FascCallback: the factors will not be refitted. {}"
 
 
 class RefitPhase:
-    """Refits the factors to the calibration's batches once they are in the module.
+    """Refits the factors of a compressed module to the calibration's batches.
 
     Args:
-        insisted: Whether to warn, not only say so, where there turn out to be too few batches.
-        options: How the refit chooses.
+        insisted: Whether the user asked for the refit: too few batches are then a warning, an unfit module an error.
+        options: Options of the refit.
     """
 
     def __init__(self, insisted: bool = False, options: RefitOptions | None = None) -> None:
@@ -35,16 +36,16 @@ class RefitPhase:
 
     @staticmethod
     def of(wanted: Refit, pl_module: pl.LightningModule, layers: Iterable[str]) -> RefitPhase | None:
-        """Return the phase, or None where there shall be none; before any work is done.
+        """Return the phase, or None for no refit, before any work is done.
 
         Args:
-            wanted: The option.
+            wanted: The option ``refit``.
             pl_module: The module of the fit.
-            layers: Names of the targeted layers in it.
+            layers: Names of the targeted layers.
 
         Raises:
-            RefitError: If a refit is insisted on and the module does not allow one.
-            NoLossError: Likewise, if it optimises by hand.
+            RefitError: If ``wanted`` is True and the module's blocks cannot be run one by one.
+            NoLossError: If ``wanted`` is True and the module optimises by hand.
         """
         if wanted is False:
             return None
@@ -66,26 +67,27 @@ class RefitPhase:
         pl_module: pl.LightningModule,
         dense: Mapping[str, nn.Module],
         moments: CalibrationMoments,
-        replay: KeptBatches,
+        kept: KeptBatches,
     ) -> RefitReport | None:
-        """Refit the compressed module in place; on several processes with the first one's batches, for all.
+        """Refit the compressed module in place. The first process does so with its batches, for all processes.
 
         Args:
-            trainer: Of the fit.
-            pl_module: The module, its layers replaced.
-            dense: The layers that were replaced, by name.
-            moments: The calibration's, whose A and G are the metric.
-            replay: The calibration's batches.
+            trainer: Trainer of the fit.
+            pl_module: The compressed module.
+            dense: The dense layers by name.
+            moments: The calibration's moments, whose A and G are the metric.
+            kept: The calibration's batches.
 
         Returns:
-            What was done; None if there was nothing to do or too few batches, which is said, or on other processes.
+            A report; None if nothing is compressed, if there are too few batches (which is logged), or on other
+            processes.
 
         Raises:
-            RefitError: If a refit is insisted on and the module turns out not to allow one.
-            NoLossError: Likewise, if its training step returns no loss.
+            RefitError: If the refit was insisted on and the module's blocks turn out not to run one by one.
+            NoLossError: If the refit was insisted on and the training step returns no loss.
             RuntimeError: On every process but the first, if the first one failed.
         """
-        report = on_first_process(trainer, lambda: self._run(trainer, pl_module, dense, moments, replay), "The refit")
+        report = on_first_process(trainer, lambda: self._run(trainer, pl_module, dense, moments, kept), "The refit")
         share_layers(trainer, pl_module, dense)
         return report
 
@@ -95,34 +97,34 @@ class RefitPhase:
         pl_module: pl.LightningModule,
         dense: Mapping[str, nn.Module],
         moments: CalibrationMoments,
-        replay: KeptBatches,
+        kept: KeptBatches,
     ) -> RefitReport | None:
         if not dense:
             return None
-        if len(replay.batches) < MIN_BATCHES:
-            say = rank_zero_warn if self.insisted else rank_zero_info
-            say(
-                f"FascCallback: the factors are not refitted. That takes at least {MIN_BATCHES} calibration batches, "
-                f"some of which are held out, and there were {len(replay.batches)}. HINT: smaller batches, or "
-                "refit=False."
+        if len(kept.batches) < MIN_BATCHES:
+            log = rank_zero_warn if self.insisted else rank_zero_info
+            log(
+                f"FascCallback: the factors are not refitted. A refit takes at least {MIN_BATCHES} calibration "
+                f"batches, some of which are held out, and there were {len(kept.batches)}. HINT: use smaller batches, "
+                "or refit=False."
             )
             return None
         device = trainer.strategy.root_device
         try:
             with brought([pl_module, *dense.values()], device):
-                step = TrainingStep(trainer, replay, device)
+                step = TrainingStep(trainer, kept, device)
                 return refit(
                     pl_module,
                     dense,
-                    ByLayer(moments.gradient_metric, dense),
+                    ByLayer(moments.G, dense),
                     step.batches,
-                    inputs=ByLayer(moments.input_metric, dense),
+                    inputs=ByLayer(moments.A, dense),
                     options=self.options,
                     loss=step,
                     device=device,
                     progress=layer_progress(trainer),
                 )
-        except (RefitError, NoLossError) as error:  # some modules only show what they are when they run
+        except (RefitError, NoLossError) as error:  # some modules show only when they run that they cannot be refitted
             if self.insisted:
                 raise
             rank_zero_info(_NOT_REFITTED.format(error))
@@ -130,7 +132,7 @@ class RefitPhase:
 
 
 def refit_figures(report: RefitReport) -> dict[str, Any]:
-    """Return what a compression's report says of a refit, in plain types."""
+    """Return the figures of a refit for a compression's report, in plain types."""
     return {
         "layers": report.accepted,
         "loss": {"before": report.loss_before, "after": report.loss_after, "error": report.loss_error},
@@ -140,11 +142,11 @@ def refit_figures(report: RefitReport) -> dict[str, Any]:
 
 
 class ByLayer(Mapping[str, Tensor]):
-    """A tensor of each layer by name, computed when it is asked for: all of them at once would be as large as a model.
+    """A mapping from layers to tensors that computes each on access: all at once would be as large as a model.
 
     Args:
-        read: Returns that of a layer.
-        names: The layers.
+        read: Function that returns a layer's tensor.
+        names: Names of the layers.
     """
 
     def __init__(self, read: Callable[[str], Tensor], names: Iterable[str]) -> None:

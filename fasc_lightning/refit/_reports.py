@@ -1,4 +1,4 @@
-"""What an anchored refit did, layer by layer and block by block."""
+"""Reports of an anchored refit, layer by layer and block by block."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class LayerRefit:
-    """What the refit did to one layer.
+    """The refit of one layer.
 
     Attributes:
-        name: Dotted name.
+        name: Dotted name of the layer.
         block: Number of its block.
-        before: Error of the factors as they were on the batches that choose, relative to that of an output of zero.
-        after: That of the factors chosen; equal to ``before`` if none were better.
-        anchor: lambda of the factors chosen; NaN if none.
-        variant: Which factors moved; "" if none.
+        before: Error of the former factors on the choosing batches, relative to the error of an output of zero.
+        after: Error of the chosen factors; equal to ``before`` if none were better.
+        anchor: lambda of the chosen factors; NaN if none were chosen.
+        variant: Factors that moved; "" if none did.
         accepted: Whether the layer ended with new factors.
     """
 
@@ -28,19 +28,19 @@ class LayerRefit:
     accepted: bool
 
     def undone(self) -> LayerRefit:
-        """Return the same for a layer that was put back."""
+        """Return the report of the same layer after it was put back."""
         return replace(self, accepted=False)
 
 
 @dataclass(frozen=True)
 class BlockRefit:
-    """The judge's verdict on one block: the model's mean loss on batches that choose, in nats.
+    """The verdict on one block: the model's mean loss on choosing batches, in nats.
 
     Attributes:
-        block: Its number.
-        before: With the block's factors as they were, those of earlier blocks refitted.
-        after: With the block's new factors.
-        accepted: Whether they stayed.
+        block: Number of the block.
+        before: Loss with the block's former factors, after the refit of earlier blocks.
+        after: Loss with the block's new factors.
+        accepted: Whether the new factors stayed.
     """
 
     block: int
@@ -51,20 +51,21 @@ class BlockRefit:
 
 @dataclass(frozen=True)
 class RefitReport:
-    """What a refit did.
+    """The report of a refit.
 
     Attributes:
-        layers: In order of execution.
-        blocks: The verdicts.
-        skipped: Layers that could not be refitted: not reached, run more than once, or on other tokens than the block.
-        loss_before: The model's mean loss before, in nats, on batches that nothing was fitted to or chosen by.
-        loss_after: And after.
-        loss_error: Standard error of the change over those batches. Factors are kept if it falls by two of
-            these.
+        layers: The refitted layers in order of execution.
+        blocks: The verdicts on blocks.
+        skipped: Layers that could not be refitted: they ran never, more than once, or on other tokens than the block.
+        loss_before: The model's mean loss before, in nats, on batches that factors were neither fitted to nor chosen
+            by.
+        loss_after: The same loss after the refit.
+        loss_error: Standard error of the change over these batches. Factors are kept if the loss falls by more than
+            two standard errors.
         reverted: Whether the last check put everything back.
-        fit_batches: How many batches factors were fitted to or chosen by.
-        held_batches: How many only the last check read.
-        seconds: What it took.
+        fit_batches: Number of batches that factors were fitted to or chosen by.
+        held_batches: Number of batches that only the last check read.
+        seconds: Duration.
     """
 
     layers: list[LayerRefit]
@@ -84,7 +85,7 @@ class RefitReport:
         return sum(layer.accepted for layer in self.layers)
 
     def __str__(self) -> str:
-        """One line."""
+        """Return a summary in one line."""
         if self.reverted:
             return (
                 f"Refit: put back, since the held-out loss would have gone from {self.loss_before:.4f} to "

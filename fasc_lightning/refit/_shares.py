@@ -1,4 +1,4 @@
-"""Which batches a refit is fitted to, which choose between factors, and what those that only check say."""
+"""The shares of a refit's batches, which fit, choose and check, and the change of loss on the checking ones."""
 
 from __future__ import annotations
 
@@ -6,29 +6,23 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import nn
-
-from fasc_lightning.refit._blocks import BatchLoss
-
-#: By how many standard errors the loss has to fall. On models that overfit their four windows, refits whose gain was
-#: between one and two raised the loss elsewhere by up to 0.035 nats; none beyond two did.
+#: Number of standard errors by which the loss has to fall. On models that overfit their four windows, refits with a
+#: gain between one and two raised the loss elsewhere by up to 0.035 nats; no refit with a gain beyond two did.
 STANDARD_ERRORS = 2.0
 
 
 def shares(count: int, holdout: int) -> tuple[list[int], list[int], list[int]]:
-    """Deal batches out to the three ends of a refit, evenly, since they may come from several sources in turn.
+    """Divide batches into the three shares of a refit, each evenly spread, since batches may alternate between sources.
 
-    Two at least check: one tells nothing of its own noise.
+    At least two batches check: one alone shows nothing of its noise.
 
     Args:
-        count: How many there are, at least 4.
-        holdout: One of so many chooses and one checks, at least 3.
+        count: Number of batches, at least 4.
+        holdout: One batch in ``holdout`` chooses and another one checks; at least 3.
 
     Returns:
-        The indices of those to fit to, to choose by, and to check by.
+        The indices of the batches to fit to, to choose by, and to check by.
     """
     every = min(holdout, count)
     choose = list(range(every - 1, count, every))
@@ -38,20 +32,14 @@ def shares(count: int, holdout: int) -> tuple[list[int], list[int], list[int]]:
     return [i for i in others if i not in check], choose, check
 
 
-@torch.no_grad()
-def batch_losses(model: nn.Module, batches: Sequence[Any], loss: BatchLoss) -> list[float]:
-    """Return a model's mean loss of each batch."""
-    return [float(loss(model, batch)) for batch in batches]
-
-
 @dataclass(frozen=True)
 class Change:
-    """What new factors did to the mean loss of batches that nothing was fitted to.
+    """The change of the mean loss by new factors, on batches that nothing was fitted to.
 
     Attributes:
-        before: Mean over the batches.
-        after: The same with the new factors.
-        error: Standard error of the difference, over the batches.
+        before: Mean loss before.
+        after: Mean loss with the new factors.
+        error: Standard error of the difference over the batches.
     """
 
     before: float
@@ -67,5 +55,5 @@ class Change:
 
     @property
     def is_gain(self) -> bool:
-        """Whether the loss fell by more than the noise of its change; of a loss that is not finite, False."""
+        """Whether the loss fell by more than the noise of its change; False if a loss is not finite."""
         return self.before - self.after > STANDARD_ERRORS * self.error  # False for NaN

@@ -1,22 +1,22 @@
-"""The maths of the anchored refit of one layer: closed forms, losses and their statistics; no model in sight.
+"""The mathematics of the anchored refit of one layer: closed forms, losses and their moments.
 
-A layer y = W x + b is held as W' of rank k. Its model was compressed before it, so that it is given x^ where the dense
-model had x. The refit of W' minimises, with the metric G of the gradients at the layer's output,
+A layer y = W x + b is kept as W' of rank k. The model before it is compressed, so the layer gets x^ where the dense
+model had x. With the metric G of the gradients at the layer's output, the refit of W' minimises
 
-    E[(v - W' x^)^T G (v - W' x^)] + lambda E[(W'_0 x - W' x)^T G (W'_0 x - W' x)],
+    E[(v - W' x^)^T G (v - W' x^)] + lambda E[(W'_0 x - W' x)^T G (W'_0 x - W' x)].
 
-where the target v is W x (or what closes the error of a whole block) and W'_0 are the factors as they were before: the
-anchor, which keeps few tokens from being fitted too well. Or W'_0 is the dense W, and E[x x^T] the moments that the
-factors themselves were made with: the second term is then the loss J that the compression minimised, and the refit may
-leave the factors it has for others that cost no more.
+The target v is W x, or the value that corrects the error of a whole block. W'_0 is the anchor, which keeps the refit
+from overfitting few tokens. It is the product of the factors before the refit. Or W'_0 is the dense W, and E[x x^T] are
+the moments that the factors were made with: the second term is then the loss J that the compression minimised, and the
+refit may move to other factors with the same J.
 
-Both terms are least squares on tokens, the second one with tokens of weight lambda. In all, but for 1 + lambda,
+Both terms are least squares on tokens; tokens of the second term have weight lambda. With
 
-    H = (E[x^ x^^T] + lambda E[x x^T]) / (1 + lambda),    P = (E[v x^^T] + lambda W'_0 E[x x^T]) / (1 + lambda),
+    H = (E[x^ x^^T] + lambda E[x x^T]) / (1 + lambda),    P = (E[v x^^T] + lambda W'_0 E[x x^T]) / (1 + lambda)
 
-and completing the square with T = P H^-1 leaves tr(G (T - W') H (T - W')^T) and a constant. So T is the optimum among
-all matrices, and its truncation in the metrics H and G (:func:`~fasc_lightning.solvers._fasc.two_sided`) the optimum of
-rank k.
+and T = P H^-1, completing the square leaves tr(G (T - W') H (T - W')^T) and a constant, up to the factor 1 + lambda.
+So T is the optimum among all matrices, and its truncation in the metrics H and G
+(:func:`~fasc_lightning.solvers.two_sided`) is the optimum of rank k.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from torch import Tensor
 from fasc_lightning.solvers import square_root, two_sided
 from fasc_lightning.statistics import add_gram_, packed_size, unpack
 
-#: "factors" solves for both factors at once; "right" holds the left one, so that the outputs' directions stay.
+#: "factors" solves for both factors at once. "right" keeps the left factor, and with it the outputs' directions.
 Variant = Literal["factors", "right"]
 
 
 @dataclass(frozen=True)
 class DriftMoments:
-    """What the refit of one layer W (m, n) knows of the tokens; everything float64.
+    """Moments of the tokens for the refit of one layer W of shape (m, n), in float64.
 
     Attributes:
         A: E[x x^T] of the dense inputs, shape (n, n).
@@ -57,9 +57,9 @@ class DriftMoments:
     mean_v: Tensor
 
     def shrunk(self, W: Tensor, amount: float) -> DriftMoments:
-        """Return the moments with white noise added to x and, the same, to x^, and its image W noise to v.
+        """Return the moments with the same white noise added to x and to x^, and W times this noise added to v.
 
-        For A that is :func:`~fasc_lightning.solvers._linalg.shrink`; directions without data are drawn to W.
+        For A that is :func:`~fasc_lightning.solvers.shrink`. Directions without data are pulled towards W.
 
         Args:
             W: Dense weight, shape (m, n).
@@ -77,33 +77,35 @@ class DriftMoments:
         )
 
     def mixed(self, other: DriftMoments, share: float) -> DriftMoments:
-        """Return the moments of these tokens and others, which are ``share`` of all."""
+        """Return the moments of these tokens and others together; the others' share of all tokens is ``share``."""
         pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
         return DriftMoments(**{name: (1 - share) * own + share * added for name, own, added in pairs})
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A layer's rank-k matrix W' = B C, and how far its bias moves.
+    """A layer's rank-k matrix W' = left @ right, and the shift of its bias.
 
     Attributes:
-        B: Shape (m, k).
-        C: Shape (k, n).
-        shift: What is added to the bias, shape (m,); None for a layer without one.
+        left: Left factor, shape (m, k).
+        right: Right factor, shape (k, n).
+        shift: Shift of the bias, shape (m,); None if the bias does not move.
     """
 
-    B: Tensor
-    C: Tensor
+    left: Tensor
+    right: Tensor
     shift: Tensor | None = None
 
 
 class RowMoments:
-    """Sum and sum of outer products of rows; freed as soon as nobody refers to it, unlike metrics, which form cycles.
+    """Sum, and sum of outer products, of rows.
+
+    This is no torchmetrics Metric: metrics form reference cycles and are not freed with their last reference.
 
     Args:
         width: Length of the rows.
         dtype: Type of the sums.
-        device: Where they live.
+        device: Device of the sums.
     """
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -116,7 +118,7 @@ class RowMoments:
         """Add rows, shape (tokens, width).
 
         Raises:
-            FloatingPointError: If some are not finite.
+            FloatingPointError: If a row is not finite.
         """
         total = rows.sum(0)
         if not torch.isfinite(total.sum()):
@@ -135,7 +137,7 @@ class RowMoments:
 
 
 def linear_target_moments(W: Tensor, joint: Tensor, mean: Tensor) -> DriftMoments:
-    """Return the moments for the target v = W x from those of the rows [x, x^].
+    """Return the moments for the target v = W x from the moments of the rows [x, x^].
 
     Args:
         W: Dense weight, shape (m, n).
@@ -149,7 +151,7 @@ def linear_target_moments(W: Tensor, joint: Tensor, mean: Tensor) -> DriftMoment
 
 
 def measured_target_moments(A: Tensor, mean_x: Tensor, joint: Tensor, mean: Tensor) -> DriftMoments:
-    """Return the moments for any target from those of x, and of the rows [x^, v]: x and x^ need not meet.
+    """Return the moments for any target v from the moments of x and of the rows [x^, v]. E[x x^^T] is not needed.
 
     Args:
         A: E[x x^T], shape (n, n).
@@ -163,13 +165,13 @@ def measured_target_moments(A: Tensor, mean_x: Tensor, joint: Tensor, mean: Tens
 
 
 class DriftRows:
-    """Moments of the tokens of one layer W (m, n): what a refit to its own outputs, or to another target, needs.
+    """Accumulates the moments of the tokens of one layer W for a refit to its own outputs or to another target.
 
     Args:
-        shape: (m, n).
-        measured: Whether there is another target than W x.
-        dtype: Of the sums.
-        device: Where they live.
+        shape: Shape (m, n) of W.
+        measured: Whether the target is another one than W x.
+        dtype: Type of the sums.
+        device: Device of the sums.
     """
 
     def __init__(self, shape: tuple[int, int], measured: bool, dtype: torch.dtype, device: torch.device) -> None:
@@ -178,10 +180,15 @@ class DriftRows:
         self._joint = RowMoments(n + m if measured else 2 * n, dtype, device)
 
     def update(self, x: Tensor, x_hat: Tensor, v: Tensor | None) -> None:
-        """Add tokens: dense inputs x, drifted ones x^ (tokens, n), and targets v (tokens, m) if they are measured.
+        """Add tokens.
+
+        Args:
+            x: Inputs in the dense model, shape (tokens, n).
+            x_hat: Drifted inputs x^, shape (tokens, n).
+            v: Targets, shape (tokens, m), if they are measured; else None.
 
         Raises:
-            FloatingPointError: If some are not finite.
+            FloatingPointError: If a value is not finite.
         """
         if self._inputs is None:
             self._joint.update(torch.cat([x, x_hat], dim=1))
@@ -208,10 +215,10 @@ def drift_loss(moments: DriftMoments, G: Tensor, weight: Tensor, shift: Tensor |
     """Return E[(v - W' x^ - s)^T G (v - W' x^ - s)], the error in the metric of the squared first-order loss.
 
     Args:
-        moments: Of the tokens it is to be known on; not shrunk.
+        moments: Moments of the tokens, not shrunk.
         G: Metric, shape (m, m).
         weight: W', shape (m, n).
-        shift: s, what the bias has moved by, shape (m,).
+        shift: s, the shift of the bias, shape (m,).
     """
     GW = G @ weight
     loss = (G * moments.V).sum() - 2 * (GW * moments.P).sum() + ((GW @ moments.A_hat) * weight).sum()
@@ -230,44 +237,44 @@ def solve_refit(
     bias: bool = False,
     towards: tuple[Tensor, Tensor] | None = None,
 ) -> Factors:
-    """Minimise the error with drifted inputs plus ``anchor`` times the distance from what the refit is anchored to.
+    """Minimise the error with drifted inputs plus ``anchor`` times the distance from the anchor.
 
-    A bias is optimal for the matrix it comes with, so both sides are centred first; its shift is then the weighted mean
-    of what the matrix leaves.
+    With a bias both sides are centred first, since the bias is optimal for its matrix. Its shift is then the weighted
+    mean of the matrix's residual.
 
     Args:
-        moments: Of the tokens to fit to, invertible (:meth:`DriftMoments.shrunk`).
+        moments: Moments of the tokens to fit to, invertible (:meth:`DriftMoments.shrunk`).
         G: Metric, shape (m, m), positive definite.
-        start: The factors there are; their rank is that of the result.
+        start: The present factors, whose rank the result has.
         anchor: lambda, at least 0.
-        variant: Which factors move.
+        variant: Factors that move.
         bias: Whether the layer has a bias to shift.
-        towards: The anchor: a matrix (m, n) and the moments of inputs (n, n) that the distance from it is measured in,
-            in the unit of those of the tokens. None: the factors there are, and the tokens' own.
+        towards: The anchor: a matrix (m, n), and the moments of inputs (n, n) that measure the distance from it, in the
+            unit of the tokens' moments. None takes the present factors and the tokens' own moments.
 
     Returns:
         The factors, in float64.
 
     Raises:
-        ValueError: If there are a bias and an anchor: the mean of the anchor's inputs is not known.
+        ValueError: If there is a bias and ``towards`` is given: the mean of the anchor's inputs is not known.
     """
     if bias and towards is not None:
         raise ValueError("Expected no `towards` for a layer with a bias: the mean of the anchor's inputs is not known.")
-    B, C = start.B.double(), start.C.double()
-    goal, A = (B @ C, moments.A) if towards is None else (towards[0].double(), towards[1].double())
+    left, right = start.left.double(), start.right.double()
+    goal, A = (left @ right, moments.A) if towards is None else (towards[0].double(), towards[1].double())
     H = (moments.A_hat + anchor * A) / (1 + anchor)
     P = (moments.P + anchor * (goal @ A)) / (1 + anchor)
     u = (moments.mean_x_hat + anchor * moments.mean_x) / (1 + anchor)
-    v = (moments.mean_v + anchor * (B @ (C @ moments.mean_x))) / (1 + anchor)
+    v = (moments.mean_v + anchor * (left @ (right @ moments.mean_x))) / (1 + anchor)
     if bias:
         H, P = H - torch.outer(u, u), P - torch.outer(v, u)
     T = _divide(P, H)
     if variant == "right":
-        GB = G @ B
-        C = _gram_solve(B.T @ GB, GB.T @ T)
+        G_left = G @ left
+        right = _gram_solve(left.T @ G_left, G_left.T @ T)
     else:
-        B, C = two_sided(T, H, G).truncate(start.C.shape[0])
-    return Factors(B, C, v - B @ (C @ u) if bias else None)
+        left, right = two_sided(T, H, G).truncate(start.right.shape[0])
+    return Factors(left, right, v - left @ (right @ u) if bias else None)
 
 
 def _divide(P: Tensor, H: Tensor) -> Tensor:
@@ -276,6 +283,6 @@ def _divide(P: Tensor, H: Tensor) -> Tensor:
 
 
 def _gram_solve(S: Tensor, Y: Tensor) -> Tensor:
-    """Return S^-1 Y for a symmetric positive semidefinite S, directions without weight floored."""
+    """Return S^-1 Y for a symmetric positive semidefinite S, with a floor under its smallest eigenvalues."""
     root = square_root(S)
     return root.solve_transposed(root.solve(Y))

@@ -1,14 +1,14 @@
-"""Solvers: a layer's weight and moments in, a ranked factorisation out.
+"""Solvers: functions from a layer's weight and moments to a factorisation at every rank.
 
-Every solver is a function ``(W, moments) -> Factorization`` in a file of its own, found by name in one registry, which
-also knows what it needs of the moments besides the means.
+Each solver is a function ``(W, moments) -> Factorization`` in a file of its own. One registry finds it by its name, and
+knows which statistics it needs besides the means.
 
 | method | W'_k minimises | its losses are |
 |---|---|---|
 | fasc | tr(G D A D^T), D = W - W'; coupled A and G | E[(h^T D x)^2], squared change of the loss |
 | fasc-plain | the same with plain A and G | the same |
 | fisher-diag | the same with the diagonals of A and G | the same |
-| gfwsvd | tr(left D right D^T), Kronecker factors of the Fisher | squared change of a sequence's loss |
+| gfwsvd | the same with A (x) G the Kronecker factors of the Fisher | squared change of a sequence's loss |
 | fwsvd | the same with a diagonal Fisher that is constant along rows | the same |
 | grad-svd | E of the squared norm of (I - P)(g*x), W' = W P | squared change of the loss, where P respects the axes |
 | svd-llm | E of the squared norm of D x | squared outputs |
@@ -19,7 +19,7 @@ also knows what it needs of the moments besides the means.
 """
 
 from fasc_lightning.solvers._asvd import asvd as asvd
-from fasc_lightning.solvers._fasc import SHRINK_A, SHRINK_COUPLED_G, SHRINK_G, coupled_metric, plain_metric, two_sided
+from fasc_lightning.solvers._fasc import SHRINK_A, SHRINK_COUPLED_G, SHRINK_G, coupled_metric, plain_metric
 from fasc_lightning.solvers._fasc import fasc as fasc
 from fasc_lightning.solvers._fasc import fasc_plain as fasc_plain
 from fasc_lightning.solvers._fasc_eq6 import fasc_eq6 as fasc_eq6
@@ -36,6 +36,7 @@ from fasc_lightning.solvers._registry import register_solver as register_solver
 from fasc_lightning.solvers._registry import solver_needs as solver_needs
 from fasc_lightning.solvers._svd import svd as svd
 from fasc_lightning.solvers._svd_llm import svd_llm as svd_llm
+from fasc_lightning.solvers._two_sided import two_sided
 from fasc_lightning.solvers._types import Factorization as Factorization
 from fasc_lightning.solvers._types import Solver as Solver
 from fasc_lightning.solvers._weight_svd import weight_svd as weight_svd

@@ -11,22 +11,22 @@ from fasc_lightning.solvers._registry import register_solver
 from fasc_lightning.solvers._types import Factorization
 from fasc_lightning.statistics import LayerMoments
 
-#: What the paper adds to the diagonal of Sigma_xx.
+#: Constant that the paper adds to the diagonal of Sigma_xx.
 PRINTED_EPSILON = 1e-8
 
 
 def eq6_eigenvectors(W: Tensor, moments: LayerMoments, centred: bool = False) -> tuple[Tensor, Tensor]:
     """Solve Sigma_xg Sigma_gg Sigma_xg^T v = lambda Sigma_xx v (Shihab et al., FASC, section 2.2 and Eq. 6).
 
-    With g = W^T h: Sigma_xg = C W, Sigma_gg = W^T G W, Sigma_xx = A. Uncentred, A is shrunk relatively ("full-rank or
-    regularized"); centred, the products of means are taken off all three and an absolute 1e-8 is added to A's diagonal.
-    With A = L L^T, v = L^-T u and u the eigenvectors of F F^T, F = L^-1 Sigma_xg W^T R with R R^T = G. Sketched moments
-    become matrices.
+    With g = W^T h: Sigma_xg = C W, Sigma_gg = W^T G W, Sigma_xx = A. The uncentred reading shrinks A relatively
+    ("full-rank or regularized"). The centred one subtracts the products of means from all three, and adds an absolute
+    1e-8 to A's diagonal. With A = L L^T, v = L^-T u, where u are the eigenvectors of F F^T, F = L^-1 Sigma_xg W^T R and
+    R R^T = G. Sketched moments become matrices.
 
     Args:
         W: Weight, shape (m, n).
         moments: Moments of the layer; A, G, ``C`` and, centred, the means are used.
-        centred: Which reading.
+        centred: Whether to take the centred reading.
 
     Returns:
         Eigenvalues in descending order, shape (n,), and eigenvectors in columns with v^T A v = 1, shape (n, n).
@@ -49,12 +49,12 @@ def fasc_eq6(W: Tensor, moments: LayerMoments) -> Factorization:
     """For comparison only: project the inputs onto the span of the printed eigenvectors, W' = W Q_k Q_k^T.
 
     The eigenvectors of Eq. 6 are orthogonal in the metric of A, so the printed P = sum v v^T is no projector
-    (:func:`fasc_eq6_literal`); here P = Q_k Q_k^T with Q_k an orthonormal basis of the first k. That is the kindest
-    reading, and still not a minimiser of Eq. 1: Sigma_xg is the mean weight gradient times W, which vanishes where a
-    training converges, whatever the directions are worth. ``fasc`` minimises Eq. 1.
+    (:func:`fasc_eq6_literal`). Here P = Q_k Q_k^T, where Q_k is an orthonormal basis of the first k. This is the
+    kindest reading. It still does not minimise Eq. 1: Sigma_xg is the mean weight gradient times W, which vanishes
+    where a training converges, however much the directions matter. ``fasc`` minimises Eq. 1.
 
-    The losses are sums of the eigenvalues beyond k: a fourth power of gradients, no loss, and not comparable between
-    layers.
+    The losses are sums of the eigenvalues beyond k. They are a fourth power of gradients, no loss, and layers cannot be
+    compared by them.
 
     Args:
         W: Weight, shape (m, n).
@@ -78,8 +78,8 @@ def fasc_eq6_centred(W: Tensor, moments: LayerMoments) -> Factorization:
 def fasc_eq6_literal(W: Tensor, moments: LayerMoments) -> Factorization:
     """For comparison only: W' = W P with P = sum v v^T to the letter, v as generalised eigensolvers return them.
 
-    Then v^T A v = 1, so that P has the unit of 1 / x^2 and is no projector: even at full rank it is A^-1 and not the
-    identity, and W' is not W. Losses as for :func:`fasc_eq6`; they do not see this.
+    Then v^T A v = 1, so P has the unit of 1 / x^2 and is no projector: even at full rank P is A^-1, not the identity,
+    and W' is not W. The losses equal the losses of :func:`fasc_eq6`, and do not show this.
 
     Args:
         W: Weight, shape (m, n).

@@ -5,23 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasc_lightning.solvers._fasc import two_sided
 from fasc_lightning.solvers._registry import register_solver
+from fasc_lightning.solvers._two_sided import two_sided
 from fasc_lightning.solvers._types import Factorization
-from fasc_lightning.statistics import LayerMoments, diagonal_form
+from fasc_lightning.statistics import LayerMoments, diagonal_moment
 
 
 @register_solver("fwsvd", needs=["fisher_rows"])
 def fwsvd(W: Tensor, moments: LayerMoments) -> Factorization:
     """Minimise sum_i f_i |W_i - W'_i|^2 over rows i: the SVD of D W with D = diag(f)^(1/2), times D^-1.
 
-    Hsu et al. 2022, "Language model compression with weighted low-rank factorization": the empirical Fisher of every
-    weight is E[(dL/dW_ij)^2], summed along each row, f_i = sum_j E[(dL/dW_ij)^2], since a weight of its own for each
-    entry has no closed form. Rows are outputs, as torch stores W. The paper takes the gradients of samples with task
-    labels, here those of sequences with the next token; and it trains on afterwards.
+    Hsu et al. 2022, "Language model compression with weighted low-rank factorization": the empirical Fisher of a weight
+    is E[(dL/dW_ij)^2], and f_i = sum_j E[(dL/dW_ij)^2] is its sum along row i, because separate weights for all entries
+    have no closed solution. Rows are outputs, as torch stores W. The paper takes the gradients of samples with task
+    labels; here they come from sequences with the next token. The paper also trains afterwards.
 
-    The losses are divided by n: a weight has f_i / n on average, so that they estimate the squared change of a
-    sequence's loss, under a diagonal Fisher, and compare between layers.
+    The losses are divided by n, since a weight has f_i / n on average. They then estimate the squared change of a
+    sequence's loss under a diagonal Fisher, and compare between layers.
 
     Args:
         W: Weight, shape (m, n).
@@ -29,4 +29,4 @@ def fwsvd(W: Tensor, moments: LayerMoments) -> Factorization:
     """
     n = W.shape[1]
     rows = moments.require("fisher_rows").double() / n
-    return two_sided(W, diagonal_form(torch.ones_like(W[0], dtype=torch.float64)), diagonal_form(rows))
+    return two_sided(W, diagonal_moment(torch.ones_like(W[0], dtype=torch.float64)), diagonal_moment(rows))

@@ -1,4 +1,4 @@
-"""The gradient-weighted SVD: what the FASC paper calls Grad-Weighted SVD."""
+"""The gradient-weighted SVD, named "Grad-Weighted SVD" in the FASC paper."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fasc_lightning.statistics import LayerMoments
 def grad_svd(W: Tensor, moments: LayerMoments) -> Factorization:
     """Project the inputs onto the leading eigenvectors V of E[(g*x)(g*x)^T]: W' = W V_k V_k^T.
 
-    "SVD on gradient-weighted activation covariance" with g*x elementwise (Shihab et al., FASC, section 3, baselines);
-    g = W^T h is the gradient at x through this layer. The paper does not say how P comes of that covariance; here as
-    for its plain SVD. Uncentred, as :func:`~fasc_lightning.solvers._svd` is.
+    The baseline is "SVD on gradient-weighted activation covariance" with g*x elementwise (Shihab et al., FASC, section
+    3); g = W^T h is the gradient at x through this layer. The paper does not state how P follows from that covariance.
+    Here it does as in the paper's plain SVD, and uncentred as in :func:`~fasc_lightning.solvers.svd`.
 
-    The losses are E|(I - P)(g*x)|^2: (g*x)_j is the first-order change of the loss if input j is set to zero, so they
-    are squared losses, and compare between layers as far as directions can be taken for axes.
-    Where n > m, ranks above m are not offered: W itself has no more.
+    The losses are E|(I - P)(g*x)|^2. (g*x)_j is the first-order change of the loss if input j is set to zero, so they
+    are squared losses, and compare between layers as far as the directions are close to the axes. If n > m, ranks above
+    m are not offered, because W itself has no more.
 
     Args:
         W: Weight, shape (m, n).

@@ -1,4 +1,4 @@
-"""Square roots, shrinkage and spectra of covariance matrices; everything in float64."""
+"""Square roots, shrinkage and spectra of second moments, in float64."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fasc_lightning.statistics import SecondMoment
 
-#: Smallest eigenvalue that the rank-revealing fallback lets stand, relative to the largest. A direction that the
-#: calibration tokens do not show is then cheap to lose, not free, and no inverse blows up.
+#: Smallest eigenvalue in the rank-revealing fallback, relative to the largest. It makes directions without calibration
+#: tokens cheap to lose, not free, and keeps inverses finite.
 EIGENVALUE_FLOOR = 1e-10
 
 
@@ -20,7 +20,7 @@ def shrink(S: Tensor, amount: float) -> Tensor: ...
 @overload
 def shrink(S: SecondMoment, amount: float) -> SecondMoment: ...
 def shrink(S: SecondMoment, amount: float) -> SecondMoment:
-    """Return (1 - amount) S + amount * mean(diag S) * I: relative, so the scale of the data does not matter.
+    """Return (1 - amount) S + amount * mean(diag S) * I; relative, so the scale of the data does not matter.
 
     Args:
         S: Symmetric positive semidefinite, shape (d, d).
@@ -35,11 +35,11 @@ def shrink(S: SecondMoment, amount: float) -> SecondMoment:
 
 @dataclass(frozen=True)
 class SquareRoot:
-    """A matrix L with L L^T = S; lower triangular if Cholesky could make it.
+    """A matrix L with L L^T = S; lower triangular if Cholesky succeeded.
 
     Attributes:
         L: Shape (d, d).
-        inverse: L^-1, given when L is not triangular.
+        inverse: L^-1 if L is not triangular; otherwise None.
     """
 
     L: Tensor
@@ -59,7 +59,7 @@ class SquareRoot:
 
 
 def square_root(S: Tensor) -> SquareRoot:
-    """Return L with L L^T = S: Cholesky first, the eigendecomposition if S is numerically singular.
+    """Return L with L L^T = S: by Cholesky, or by the eigendecomposition if S is numerically singular.
 
     Args:
         S: Symmetric positive semidefinite, shape (d, d), float64.
@@ -70,14 +70,14 @@ def square_root(S: Tensor) -> SquareRoot:
         return SquareRoot(L)
     eigenvalues, Q = torch.linalg.eigh(S)
     largest = eigenvalues[-1]
-    # A covariance of nothing but zeros carries no preference: it stands for the identity.
+    # A second moment of zeros prefers no direction, so it counts as the identity.
     floor = EIGENVALUE_FLOOR * largest if largest > 0 else torch.ones_like(largest)
     roots = eigenvalues.clamp(min=floor).sqrt()
     return SquareRoot(Q * roots, (Q / roots).T)
 
 
 def descending_eigh(S: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues in descending order, cut at zero, and eigenvectors in columns."""
+    """Return eigenvalues in descending order, clamped at zero, and eigenvectors in columns."""
     eigenvalues, Q = torch.linalg.eigh(S)
     return eigenvalues.flip(0).clamp(min=0), Q.flip(1)
 
@@ -85,7 +85,7 @@ def descending_eigh(S: Tensor) -> tuple[Tensor, Tensor]:
 def tail_sums(values: Tensor) -> Tensor:
     """Return the sums of ``values[k:]`` for k = 0, ..., len(values), shape (len + 1,).
 
-    Summed from the small end, so that the last entries keep their relative accuracy.
+    They are summed from the small end, so the last entries keep their relative accuracy.
     """
     tails = values.flip(0).cumsum(0).flip(0)
     return torch.cat([tails, tails.new_zeros(1)])

@@ -16,11 +16,11 @@ def register_solver(name: str, needs: Iterable[str] = ()) -> Callable[[Solver], 
 
     Args:
         name: The method.
-        needs: Statistics that it reads besides the means (``NEEDS``); plain A and G
-            are among them unless "coupled" is.
+        needs: Statistics that the solver reads besides the means (``NEEDS``); "plain" is added unless "coupled" is the
+            only one.
 
     Raises:
-        ValueError: If the name is taken, or a need unknown.
+        ValueError: If the name is taken, or a need is unknown.
     """
     checked = check_needs(needs)
 
@@ -38,7 +38,7 @@ def get_solver(name: str) -> Solver:
     """Return a solver by name.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is no such solver.
     """
     if name not in _SOLVERS:
         raise ValueError(f"Expected `method` to be one of {', '.join(available_methods())} but got {name!r}.")
@@ -49,7 +49,7 @@ def solver_needs(name: str) -> frozenset[str]:
     """Return the statistics that a solver reads besides the means.
 
     Raises:
-        ValueError: If there is no solver of that name.
+        ValueError: If there is no such solver.
     """
     get_solver(name)
     return _NEEDS[name]

@@ -1,4 +1,4 @@
-"""The activation SVD: what the FASC paper calls SVD."""
+"""The activation SVD, named "SVD" in the FASC paper."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fasc_lightning.statistics import LayerMoments
 def svd(W: Tensor, moments: LayerMoments) -> Factorization:
     """Project the inputs onto the leading eigenvectors of their second moment: W' = W V_k V_k^T.
 
-    Minimises E|x - P x|^2 over projections of rank k (Shihab et al., section 2.1); the loss left is the sum of the
-    eigenvalues of A beyond k. The paper centres x, which a layer without a bias cannot undo, so A is uncentred here.
-    Where n > m, ranks above m are not offered: W itself has no more. A sketched A becomes a matrix (n, n), since low
-    rank plus diagonal has no shorter way to its eigenvectors.
+    Minimises E|x - P x|^2 over projections of rank k (Shihab et al., section 2.1); the loss is the sum of the
+    eigenvalues of A beyond k. The paper centres x, which a layer without a bias cannot undo, so A is uncentred here. If
+    n > m, ranks above m are not offered, because W itself has no more. A sketched A becomes a matrix (n, n), because a
+    low-rank plus diagonal matrix has no shorter way to its eigenvectors.
 
     Args:
         W: Weight, shape (m, n).

@@ -1,7 +1,7 @@
-"""Second moments of inputs and gradients: streamed, packed, sketched, projected, offloaded, on disk."""
+"""Second moments of inputs and gradients: accumulated, packed, sketched, projected, offloaded, on disk."""
 
-from fasc_lightning.statistics._accumulators import Accumulator, CoupledMoments, Moments, Reduction
-from fasc_lightning.statistics._collector import CalibrationMoments, LayerSketches, moment_dtype, moments_bytes
+from fasc_lightning.statistics._accumulators import Accumulator, CoupledMoments, Moments
+from fasc_lightning.statistics._collector import CalibrationMoments
 from fasc_lightning.statistics._cpu_offload import MomentsDevice, MomentSums, RowsRefusedError, offloaded
 from fasc_lightning.statistics._expert_pooling import BorrowedMoments, borrows, tokens_behind
 from fasc_lightning.statistics._file import (
@@ -16,9 +16,12 @@ from fasc_lightning.statistics._file import (
 )
 from fasc_lightning.statistics._fisher import SequenceFisher
 from fasc_lightning.statistics._layer_moments import LayerMoments, check_needs, not_gathered
+from fasc_lightning.statistics._layer_sketches import LayerSketches
 from fasc_lightning.statistics._packed import add_gram_, packed_size, unpack
 from fasc_lightning.statistics._projected import Projection
-from fasc_lightning.statistics._second_moments import SecondMoment, apply, congruence, dense, diagonal_form
+from fasc_lightning.statistics._reduction import Reduction
+from fasc_lightning.statistics._second_moments import SecondMoment, apply, congruence, dense, diagonal_moment
+from fasc_lightning.statistics._size import moment_dtype, moments_bytes
 from fasc_lightning.statistics._sketch import Sketch
 from fasc_lightning.statistics._sketch_error import SketchFigures, sketch_figures
 
@@ -46,7 +49,7 @@ __all__ = [
     "check_needs",
     "congruence",
     "dense",
-    "diagonal_form",
+    "diagonal_moment",
     "empty_moments",
     "load_moments",
     "moment_dtype",

@@ -1,4 +1,4 @@
-"""Sums over a stream of tokens that merge by adding: what the statistics of a layer are made of."""
+"""Accumulators: sums over tokens that merge by addition, of which all statistics of a layer are made."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from fasc_lightning.statistics._packed import add_gram_, packed_diagonal, packed_size, unpack
 from fasc_lightning.statistics._projected import Projection
+from fasc_lightning.statistics._reduction import (
+    Reduction,
+    add_second_moment_,
+    second_moment,
+    second_moment_diagonal,
+    second_moment_size,
+)
 from fasc_lightning.statistics._second_moments import SecondMoment, dense
-from fasc_lightning.statistics._sketch import Sketch
 
-#: How a second moment is held that is not exact, or not whole.
-Reduction = Sketch | Projection
-
-#: Options of torchmetrics: processes are summed by our own `all_reduce_`, since its synchronisation gathers every
-#: process's matrices; and a cached result would be a second matrix, and wrong once states are merged.
+#: Options of torchmetrics. `all_reduce_` sums over processes, since torchmetrics would gather every process's matrices.
+#: A cached result would be a second matrix, and wrong after a merge.
 OWN_SYNC: dict[str, Any] = {"sync_on_compute": False, "compute_with_cache": False}
 
 
 class Accumulator(Metric):
-    """States that are sums over what was seen, and a count of it.
+    """Sums over rows, and the count of the rows.
 
-    Exact: merging two streams is adding their states, in any order and on any number of processes. Memory is
-    allocated by the first update, so that a layer that is never reached costs nothing.
+    Merging is exact: the states of two streams add up, in any order and on any number of processes. The first update
+    allocates the memory, so a layer that never runs costs nothing.
 
     Args:
-        dtype: Type of the accumulators, float32 or float64; inputs in half precision are converted first.
+        dtype: Dtype of the sums, float32 or float64; half-precision inputs are converted first.
         shapes: Shape of each state by name.
     """
 
@@ -50,24 +52,24 @@ class Accumulator(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def allocate(self) -> None:
-        """Give the states their full shapes; done by the first update and before a reduction."""
+        """Give the states their full shapes; the first update and a reduction call this."""
         for name, shape in self.state_shapes.items():
             state = getattr(self, name)
             if state.shape != shape:
                 setattr(self, name, torch.zeros(shape, dtype=self.accumulator_dtype, device=state.device))
 
     def average(self, name: str) -> Tensor:
-        """Return a state over the count; zeros if nothing was seen."""
+        """Return a state divided by the count; zeros if nothing was added."""
         self.allocate()
         return getattr(self, name) / self.count.clamp(min=1).to(self.accumulator_dtype)
 
     @property
     def sums(self) -> dict[str, Tensor]:
-        """The states by name, the count among them."""
+        """The states and the count, by name."""
         return {name: getattr(self, name) for name in (*self.state_shapes, "count")}
 
     def add_(self, other: Self, weight: float = 1.0) -> Self:
-        """Merge another stream's sums into these, in place; with a weight as if it had been seen so many times."""
+        """Add another stream's sums in place; with a weight, as if its rows had come that many times."""
         if other.count > 0:
             self.allocate()
             theirs = other.sums
@@ -77,11 +79,11 @@ class Accumulator(Metric):
         return self
 
     def subtract_(self, other: Self) -> Self:
-        """Take another stream's sums out of these, in place: it must have been part of them."""
+        """Subtract another stream's sums in place; its rows must be among the rows here."""
         theirs = other.sums
         for name, mine in self.sums.items():
             mine -= theirs[name]
-        if self.count == 0:  # nothing is left, nor the rounding of what was there
+        if self.count == 0:  # no rows are left, so no rounding may be left either
             for mine in self.sums.values():
                 mine.zero_()
         return self
@@ -89,8 +91,8 @@ class Accumulator(Metric):
     def all_reduce_(self, group: Any | None = None, device: torch.device | None = None) -> None:
         """Sum the states over all processes, in place.
 
-        torchmetrics' own synchronisation gathers every process's matrices before adding them; with d^2 numbers a
-        state that is memory nobody has. Every process must call this for the same streams in the same order.
+        torchmetrics would first gather every process's matrices. With d^2 numbers a state, no process has the memory
+        for them. All processes must call this for the same streams in the same order.
         """
         self.allocate()
         for state in self.sums.values():
@@ -112,10 +114,11 @@ class Moments(Accumulator):
 
     Args:
         features: Length d of the vectors.
-        dtype: Type of the accumulators.
+        dtype: Dtype of the sums.
         absolute: Whether to sum the absolute values as well.
-        second: Whether to sum the outer products, nearly all of the work and of the memory; else only their trace.
-        sketch: Of the outer products in place of all of them.
+        second: Whether to sum the outer products, which are nearly all of the work and memory; otherwise only their
+            trace.
+        sketch: Sketch or projection that takes the place of the outer products.
     """
 
     outer: Tensor
@@ -133,7 +136,7 @@ class Moments(Accumulator):
     ) -> None:
         shapes: dict[str, tuple[int, ...]] = {"total": (features,)}
         if second:
-            shapes["outer"] = (second_size(features, sketch),)
+            shapes["outer"] = (second_moment_size(features, sketch),)
         else:
             shapes["energy"] = (1,)
         if absolute:
@@ -148,25 +151,25 @@ class Moments(Accumulator):
         """Add the rows of ``scale * x``.
 
         Args:
-            x: Vectors, shape (tokens, d), any floating type.
-            scale: Factor of all of them; cheaper here than as a copy of ``x``.
+            x: Vectors, shape (tokens, d), any floating dtype.
+            scale: Factor of all rows; cheaper here than as a copy of ``x``.
 
         Raises:
             ValueError: If ``x`` is not of shape (tokens, d).
-            FloatingPointError: If ``x`` holds NaN or Inf (or numbers whose sum overflows); nothing is added then.
+            FloatingPointError: If ``x`` holds NaN or Inf, or its sum overflows; nothing is added then.
         """
         if x.ndim != 2 or x.shape[1] != self.features:
             raise ValueError(f"Expected vectors of shape (tokens, {self.features}) but got {tuple(x.shape)}.")
         self.allocate()
-        # Autocast may be on in the thread that runs the backward pass; the moments must not be rounded by it.
+        # The thread of the backward pass may have autocast on, which must not round the moments.
         with torch.autocast(x.device.type, enabled=False):
             X = x.detach().to(self.accumulator_dtype)
             total = X.sum(0)
-            # A sum is finite only if every term is: one scalar to read back instead of another pass.
+            # A sum is finite only if every term is, so one scalar is read back instead of another pass.
             if not torch.isfinite(total.sum()):
                 raise FloatingPointError("Expected finite vectors but some hold NaN or Inf.")
             if self.second:
-                add_second_(self.outer, self.sketch, X, scale**2)
+                add_second_moment_(self.outer, self.sketch, X, scale**2)
             else:
                 self.energy.add_(X.square().sum(), alpha=scale**2)
             self.total.add_(total, alpha=scale)
@@ -176,12 +179,12 @@ class Moments(Accumulator):
 
     def compute(self) -> Tensor:
         """Return the uncentred second moment E[x x^T], shape (d, d)."""
-        return dense(self.form())
+        return dense(self.second_moment())
 
-    def form(self) -> SecondMoment:
-        """Return the same in the form that it has: a sketch is not made a matrix."""
+    def second_moment(self) -> SecondMoment:
+        """Return E[x x^T] as it is held: a sketch stays low-rank."""
         self.allocate()
-        return second_form(self.outer, self.features, self.sketch, self.count.clamp(min=1))
+        return second_moment(self.outer, self.features, self.sketch, self.count.clamp(min=1))
 
     def mean(self) -> Tensor:
         """Return the mean vector, shape (d,)."""
@@ -190,11 +193,11 @@ class Moments(Accumulator):
     def mean_square(self) -> Tensor:
         """Return E|x|^2, the trace of the second moment, a float64 scalar."""
         self.allocate()
-        total = second_diagonal(self.outer, self.features, self.sketch) if self.second else self.energy
+        total = second_moment_diagonal(self.outer, self.features, self.sketch) if self.second else self.energy
         return total.double().sum() / self.count.clamp(min=1)
 
     def mean_magnitude(self) -> Tensor:
-        """Return E|x|, shape (d,), of a stream made with ``absolute``."""
+        """Return E|x|, shape (d,); only for a stream made with ``absolute``."""
         return self.average("magnitude")
 
     def covariance(self) -> Tensor:
@@ -227,7 +230,7 @@ class CrossMoments(Accumulator):
             scale: Factor of every h.
 
         Raises:
-            ValueError: If the shapes are others.
+            ValueError: If a shape is wrong.
         """
         check_pairs(x, h, self.shape)
         self.allocate()
@@ -243,21 +246,23 @@ class CrossMoments(Accumulator):
 
 
 class CoupledMoments(Accumulator):
-    r"""Second moments of x and of h in which a token weighs by the length of the other vector.
+    r"""Second moments of x and of h in which each token weighs by the length of its other vector.
 
     With p = |h| and q = |x|,
 
-        A_h = \sum_t p_t x_t x_t^T / \sum_t p_t,    G_x = \sum_t q_t h_t h_t^T / \sum_t q_t.
+        A = \sum_t p_t x_t x_t^T / \sum_t p_t,    G = \sum_t q_t h_t h_t^T / \sum_t q_t.
 
-    The squares |h|^2 and |x|^2 would be one step from identities towards the Kronecker product nearest to
-    E[(x x^T) (x) (h h^T)] (Van Loan and Pitsianis 1993). They leave few tokens with any say: the lengths of gradients
-    have heavy tails. Their square roots trade some of that coupling for more tokens.
+    The weights |h|^2 and |x|^2 would be one step from identities towards the Kronecker product nearest to E[(x x^T) (x)
+    (h h^T)] (Van Loan and Pitsianis 1993). Because the lengths of gradients have heavy tails, few tokens would then
+    decide. The square roots give up some of the coupling for more tokens.
+
+    Files hold the sums of A as ``right`` and the sums of G as ``left``.
 
     Args:
         m: Length of h.
         n: Length of x.
-        dtype: Type of the accumulators.
-        sketches: Of the second moments of x and of h, in place of them.
+        dtype: Dtype of the sums.
+        sketches: Sketch or projection of A and of G, None for exact ones.
     """
 
     right: Tensor
@@ -271,8 +276,8 @@ class CoupledMoments(Accumulator):
         dtype: torch.dtype = torch.float32,
         sketches: tuple[Reduction | None, Reduction | None] = (None, None),
     ) -> None:
-        right, left = (second_size(d, sketch) for d, sketch in zip((n, m), sketches, strict=True))
-        super().__init__(dtype, {"right": (right,), "left": (left,), "weights": (2,)})
+        A, G = (second_moment_size(d, sketch) for d, sketch in zip((n, m), sketches, strict=True))
+        super().__init__(dtype, {"right": (A,), "left": (G,), "weights": (2,)})  # state names, as in files
         self.shape = (m, n)
         self.sketches = sketches
 
@@ -283,11 +288,10 @@ class CoupledMoments(Accumulator):
             x: Shape (tokens, n).
             h: Shape (tokens, m).
             scale: Factor of every h.
-            seen: W x, shape (tokens, m), where the moment of x is projected; W^T h, shape (tokens, n), where that of h
-                is.
+            seen: W x, shape (tokens, m), if A is projected; W^T h, shape (tokens, n), if G is.
 
         Raises:
-            ValueError: If the shapes are others, or a moment is projected and ``seen`` is missing.
+            ValueError: If a shape is wrong, or a moment is projected and ``seen`` is missing.
         """
         m, n = self.shape
         check_pairs(x, h, (n, m))
@@ -296,70 +300,34 @@ class CoupledMoments(Accumulator):
             S = None if seen is None else seen.detach().to(self.accumulator_dtype)
             X, H = x.detach().to(self.accumulator_dtype), h.detach().to(self.accumulator_dtype)
             p, q = H.norm(dim=1), X.norm(dim=1)
-            right, left = self.sketches
+            of_A, of_G = self.sketches
             for sums, sketch, rows, root, weight in (
-                (self.right, right, X, p.sqrt()[:, None], abs(scale)),
-                (self.left, left, H, q.sqrt()[:, None], scale**2),
+                (self.right, of_A, X, p.sqrt()[:, None], abs(scale)),
+                (self.left, of_G, H, q.sqrt()[:, None], scale**2),
             ):
                 through = S * root if S is not None and isinstance(sketch, Projection) else None
-                add_second_(sums, sketch, rows * root, weight, through)
+                add_second_moment_(sums, sketch, rows * root, weight, through)
             self.weights += torch.stack([p.sum() * abs(scale), q.sum()])
             self.count += len(x)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Return (A_h (n, n), G_x (m, m)); zeros where all weights are."""
-        right, left = self.forms()
-        return dense(right), dense(left)
+        """Return A (n, n) and G (m, m); zeros if all weights are zero."""
+        A, G = self.second_moments()
+        return dense(A), dense(G)
 
-    def forms(self) -> tuple[SecondMoment, SecondMoment]:
-        """Return the same in the forms that they have: a sketch is not made a matrix."""
+    def second_moments(self) -> tuple[SecondMoment, SecondMoment]:
+        """Return A and G as they are held: a sketch stays low-rank."""
         self.allocate()
-        (m, n), (right, left) = self.shape, self.sketches
+        (m, n), (of_A, of_G) = self.shape, self.sketches
         p, q = self.weights.clamp(min=torch.finfo(self.accumulator_dtype).tiny)
-        return second_form(self.right, n, right, p), second_form(self.left, m, left, q)
+        return second_moment(self.right, n, of_A, p), second_moment(self.left, m, of_G, q)
 
 
 def check_pairs(x: Tensor, h: Tensor, shape: tuple[int, int]) -> None:
-    """Refuse x and h that are no pairs of rows of these lengths.
+    """Refuse x and h that are not pairs of rows of the given lengths.
 
     Raises:
-        ValueError: If so.
+        ValueError: If they are not.
     """
     if (x.shape[1:], h.shape[1:]) != ((shape[0],), (shape[1],)) or len(x) != len(h):
         raise ValueError(f"Expected as many x and h of lengths {shape} but got {x.shape=} and {h.shape=}.")
-
-
-def second_size(d: int, sketch: Reduction | None) -> int:
-    """Return how many numbers a second moment of width d holds, packed or sketched."""
-    return packed_size(d) if sketch is None else sketch.numbers
-
-
-def add_second_(sums: Tensor, sketch: Reduction | None, X: Tensor, weight: float, seen: Tensor | None = None) -> None:
-    """Add ``weight X^T X`` to the sums of a second moment, packed or reduced, in place.
-
-    Args:
-        sums: Of the moment.
-        sketch: How it is reduced, if it is.
-        X: Rows, shape (tokens, d).
-        weight: Factor of all products.
-        seen: What the layer's weight lets through of the rows, for a projection.
-    """
-    if sketch is None:
-        add_gram_(sums, X, weight)
-    elif isinstance(sketch, Projection):
-        if seen is None:
-            raise ValueError("Expected the rows as the layer's weight sees them, for a projected moment; got None.")
-        sketch.add_(sums, X, weight, seen)
-    else:
-        sketch.add_(sums, X, weight)
-
-
-def second_form(sums: Tensor, d: int, sketch: Reduction | None, divisor: Tensor) -> SecondMoment:
-    """Return the sums of a second moment, packed or sketched, over a divisor: a matrix (d, d), or what is rebuilt."""
-    divisor = divisor.to(sums.dtype)
-    return unpack(sums, d) / divisor if sketch is None else sketch.form(sums / divisor)
-
-
-def second_diagonal(sums: Tensor, d: int, sketch: Reduction | None) -> Tensor:
-    """Return the diagonal of what was summed, exact for either kind, shape (d,)."""
-    return packed_diagonal(sums, d) if sketch is None else sketch.diagonal(sums)

@@ -1,68 +1,38 @@
-"""The statistics of all tapped layers: what a calibration gathers."""
+"""Statistics of all tapped layers, gathered by a calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import repeat
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from fasc_lightning.statistics._accumulators import (
-    Accumulator,
-    CoupledMoments,
-    CrossMoments,
-    Moments,
-    Reduction,
-    second_size,
-)
+from fasc_lightning.statistics._accumulators import Accumulator, CoupledMoments, CrossMoments, Moments
 from fasc_lightning.statistics._fisher import SequenceFisher
 from fasc_lightning.statistics._layer_moments import LayerMoments, check_needs, layer_moments
-from fasc_lightning.statistics._projected import Projection
-
-
-@dataclass(frozen=True)
-class LayerSketches:
-    """How the second moments of one layer are sketched; None for an exact one.
-
-    Attributes:
-        inputs: Of width n. Layers that may share an input tensor need the same one here.
-        outputs: Of width m.
-    """
-
-    inputs: Reduction | None = None
-    outputs: Reduction | None = None
-
-    @property
-    def projects(self) -> Literal["inputs", "outputs"] | None:
-        """Which side is held as the weight sees it, if one is."""
-        if isinstance(self.inputs, Projection):
-            return "inputs"
-        return "outputs" if isinstance(self.outputs, Projection) else None
+from fasc_lightning.statistics._layer_sketches import LayerSketches, check_sketches
 
 
 class CalibrationMoments:
-    """The moments of all tapped layers; layers that share an input tensor share its A.
+    """Moments of all tapped layers; layers that share an input tensor share its A.
 
-    Inputs are keyed by the *set* of layers that were given the same tensor, so a layer that shares its input in one
-    call and not in another is still exact: its A is the sum over the sets it belongs to.
+    The sums of inputs are keyed by the *set* of layers that read one tensor. A layer may therefore share its input in
+    one call and not in another, and its A stays exact: it is the sum over the sets with that layer.
 
     Args:
         shapes: (m, n) of each layer by name.
-        dtype: Type of the accumulators.
-        device: Where they live.
-        needs: What to gather besides the means, by name (``NEEDS``); nothing else is
-            computed. "coupled" costs about as much as "plain", and does not share A between layers. "C" costs m n
-            numbers a layer and about a third more work, "saliency" and "kronecker" as much as A and G do and more work
-            than they.
-        sketches: Of single layers by name, in place of exact second moments (plain and coupled; what else is needed
-            is exact). All processes must have the same.
+        dtype: Dtype of the sums.
+        device: Device of the sums.
+        needs: Names of the statistics to gather besides the means (``NEEDS``); nothing else is computed. "coupled"
+            costs about as much as "plain", and does not share A between layers. "C" costs m n numbers a layer and about
+            a third more work. "saliency" and "kronecker" take as much memory as A and G and more work.
+        sketches: Sketches by layer, in place of the exact plain and coupled moments; other statistics stay exact. All
+            processes must pass the same.
 
     Raises:
-        ValueError: If a need is unknown, or sketches do not fit their layers.
+        ValueError: If a need is unknown, or a sketch does not fit its layer.
     """
 
     def __init__(
@@ -78,7 +48,7 @@ class CalibrationMoments:
         self.device = torch.device(device)
         self.needs = check_needs(needs)
         self.sketches = dict(sketches or {})
-        _check_sketches(self.shapes, self.sketches, shared="plain" in self.needs)
+        check_sketches(self.shapes, self.sketches, shared="plain" in self.needs)
         self.inputs: dict[tuple[str, ...], Moments] = {}
         self.gradients = {name: self._new_gradients(name, m) for name, (m, _) in shapes.items()}
         self.couplings: dict[str, CoupledMoments] = {}
@@ -114,11 +84,11 @@ class CalibrationMoments:
         return self.inputs[key]
 
     def add_inputs(self, members: Iterable[str], x: Tensor) -> None:
-        """Add input rows x (tokens, n) that all of ``members`` were given."""
+        """Add input rows x (tokens, n) that all of ``members`` read."""
         self._input(members).update(x.to(self.device))
 
     def move_inputs(self, members: Iterable[str], reached: Iterable[str], x: Tensor) -> None:
-        """Move rows that were counted for ``members`` to the subset that a gradient did reach."""
+        """Move rows that were counted for ``members`` to the subset of layers that got a gradient."""
         members, x = tuple(members), x.to(self.device)
         correction = self._new_input(members[0], x.shape[1])
         correction.update(x)
@@ -131,14 +101,14 @@ class CalibrationMoments:
         self.gradients[name].update(h.to(self.device), scale)
 
     def settle(self) -> None:
-        """Nothing waits: what stands in for these where they are not on the batches' device has to."""
+        """Do nothing: rows are summed at once (:class:`CpuOffload` waits here)."""
 
     def drop(self) -> None:
-        """Likewise."""
+        """Do nothing: no rows wait to be summed."""
 
     @property
     def takes_pairs(self) -> bool:
-        """Whether something is gathered that needs x and h of a token together."""
+        """Whether a gathered statistic needs x and h of a token together."""
         return bool(self.needs - {"plain", "abs_x"})
 
     def add_pairs(
@@ -160,10 +130,10 @@ class CalibrationMoments:
             lengths: Tokens of each sequence; one sequence by default.
             scale: Factor of every h.
             g: Gradients at the inputs, W^T h, shape (tokens, n); only "saliency" needs them.
-            seen: The rows of the side that is projected through the weight (:meth:`projects`), where one is.
+            seen: Rows of the projected side times the weight (:meth:`projects`), if a side is projected.
 
         Raises:
-            ValueError: If a saliency is gathered and there is no g, or a side is projected and not ``seen``.
+            ValueError: If a saliency is gathered without ``g``, or a side is projected without ``seen``.
         """
         x, h = x.to(self.device), h.to(self.device)
         if name in self.couplings:
@@ -180,20 +150,20 @@ class CalibrationMoments:
             self.sequences[name].update(x, h, [len(x)] if lengths is None else lengths, scale)
 
     def projects(self, name: str) -> Literal["inputs", "outputs"] | None:
-        """Return which side of a layer is held as its weight sees it, if one is."""
+        """Return the side of a layer that is projected through its weight; None if neither is."""
         return self._sketch(name).projects
 
     def drop_cross(self) -> None:
-        """Free C of all layers, once it has served."""
+        """Free C of all layers."""
         self.crosses.clear()
         self.needs -= {"C"}
 
     def tokens(self, name: str) -> int:
-        """Number of (x, h) pairs seen by a layer."""
+        """Return the count of (x, h) pairs of a layer."""
         return round(self.gradients[name].count.item())
 
     def layer(self, name: str) -> LayerMoments:
-        """Return one layer's moments, normalised; sketched ones are rebuilt, each time anew.
+        """Return one layer's moments, normalised; sketched ones are rebuilt at each call.
 
         Raises:
             KeyError: If the layer is not tapped.
@@ -209,8 +179,8 @@ class CalibrationMoments:
                 pooled.add_(part)
         G = self.gradients[name]
         sequences = self.sequences.get(name)
-        coupled = self.couplings[name].forms() if name in self.couplings else None
-        plain = (pooled.form(), G.form()) if "plain" in self.needs else coupled
+        coupled = self.couplings[name].second_moments() if name in self.couplings else None
+        plain = (pooled.second_moment(), G.second_moment()) if "plain" in self.needs else coupled
         assert plain is not None  # one of the two is always gathered
         return layer_moments(
             plain,
@@ -225,20 +195,20 @@ class CalibrationMoments:
             kronecker=sequences.compute() if sequences is not None and "kronecker" in self.needs else None,
         )
 
-    def gradient_metric(self, name: str) -> Tensor:
-        """Return G of one layer alone, shape (m, m): the coupled one if it was gathered, as ``fasc`` takes it."""
+    def G(self, name: str) -> Tensor:  # noqa: N802
+        """Return G of one layer alone, shape (m, m): the coupled G if it was gathered, otherwise the plain one."""
         return self.couplings[name].compute()[1] if name in self.couplings else self.gradients[name].compute()
 
-    def input_metric(self, name: str) -> Tensor:
-        """Return A of one layer alone, shape (n, n): the coupled one if it was gathered, as ``fasc`` takes it.
+    def A(self, name: str) -> Tensor:  # noqa: N802
+        """Return A of one layer alone, shape (n, n): the coupled A if it was gathered, otherwise the plain one.
 
-        A sketched one becomes a matrix: a refit, which asks for it, gathers exact moments of the drifted inputs beside
-        it, which are four times as large.
+        A sketched A becomes a matrix. Only a refit calls this, and it gathers exact moments of the drifted inputs
+        besides, which are four times as large.
         """
         return self.couplings[name].compute()[0] if name in self.couplings else self.layer(name).A
 
     def _own(self) -> Iterator[dict[str, Any]]:
-        """Yield what is held for each layer on its own, by name, in a fixed order."""
+        """Yield the accumulators that each layer holds on its own, by name, in a fixed order."""
         yield from (self.gradients, self.couplings, self.crosses, self.saliencies, self.sequences)
 
     def _streams(self) -> Iterator[Accumulator]:
@@ -247,19 +217,19 @@ class CalibrationMoments:
             yield from group.values()
 
     def release(self, name: str) -> None:
-        """Free what only this layer needs; a shared A goes with the last layer that shares it."""
+        """Free the sums that only this layer needs; a shared A is freed with the last layer that shares it."""
         m, n = self.shapes.pop(name)
         for group in self._own():
             group.pop(name, None)
-        self.gradients[name] = self._new_gradients(name, m)  # its count says that nothing is left
+        self.gradients[name] = self._new_gradients(name, m)  # a count of zero marks a released layer
         for key in [key for key in self.inputs if not any(member in self.shapes for member in key)]:
             self.inputs[key] = self._new_input(key[0], n)
 
     def add_(self, other: CalibrationMoments) -> CalibrationMoments:
-        """Merge another run's moments of the same layers into these, in place.
+        """Add another run's moments of the same layers in place.
 
         Raises:
-            ValueError: If the other run gathered other statistics.
+            ValueError: If the other run gathered other statistics, or sketched them differently.
         """
         if other.needs != self.needs:
             raise ValueError(
@@ -278,15 +248,15 @@ class CalibrationMoments:
         return self
 
     def add_layer_(self, name: str, other: CalibrationMoments, theirs: str, weight: float = 1.0) -> CalibrationMoments:
-        """Merge the sums of one layer of another run into those of a layer of these, in place.
+        """Add the sums of one layer of another run to a layer here, in place.
 
-        What only one of the two gathers is left alone.
+        Statistics that only one of the two gathers are skipped.
 
         Args:
             name: Layer here. Its inputs are counted as its own, not as shared ones.
-            other: Another run; or this one, for another layer.
+            other: Another run; or this one, with another layer.
             theirs: Layer there.
-            weight: As if each of its tokens had been seen so many times.
+            weight: Weight of each of its tokens, as if it had come that many times.
 
         Raises:
             ValueError: If the layers differ in shape or in their sketches.
@@ -306,13 +276,13 @@ class CalibrationMoments:
         return self
 
     def check_alike(self, group: Any | None = None) -> None:
-        """Compare with the moments of the other processes, each of which has to call this.
+        """Compare with the moments of the other processes; all processes must call this.
 
         Args:
-            group: Of the processes; all by default.
+            group: Group of the processes; all by default.
 
         Raises:
-            ValueError: On every process, if the sums do not add up: they are of other layers, statistics or sketches.
+            ValueError: On every process, if layers, statistics or sketches differ, so that the sums do not add up.
         """
         mine = {
             "layers": self.shapes,
@@ -335,14 +305,14 @@ class CalibrationMoments:
         """Sum over all processes, in place: every process ends with the moments of all batches.
 
         Args:
-            group: Of the processes; all by default.
-            device: Where the processes can reduce, one state at a time; by default where the moments are.
+            group: Group of the processes; all by default.
+            device: Device of the reduction, one state at a time; by default the device of the moments.
 
         Raises:
-            ValueError: On every process, if the moments are not of the same kind everywhere (:meth:`check_alike`).
+            ValueError: On every process, if the moments differ in kind (:meth:`check_alike`).
         """
         self.check_alike(group)
-        # A process may have met other sets of layers than its peers (a branch that only some batches take).
+        # Processes may hold different sets of layers, if only some batches take a branch.
         keys: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(keys, sorted(self.inputs), group=group)
         for key in sorted(set().union(*keys)):
@@ -355,68 +325,3 @@ class CalibrationMoments:
     def nbytes(self) -> int:
         """Bytes held now."""
         return sum(stream.nbytes for stream in self._streams())
-
-
-def _check_sketches(shapes: Mapping[str, tuple[int, int]], sketches: Mapping[str, LayerSketches], shared: bool) -> None:
-    """Refuse sketches of other layers or widths, and of inputs of one width that could not share one moment."""
-    if shared and (names := [name for name, sides in sketches.items() if sides.projects]):
-        raise ValueError(
-            f"Expected `needs` of nothing but 'coupled' with projected moments, as of {names[0]!r}: inputs that layers "
-            "share are seen through the weight of each."
-        )
-    widths: dict[int, tuple[str, Reduction | None]] = {}
-    for name in sketches:
-        if name not in shapes:
-            raise ValueError(f"Expected sketches of tapped layers but {name!r} is none of the {len(shapes)}.")
-    for name, (m, n) in shapes.items():
-        sketch = sketches.get(name, LayerSketches())
-        for side, width in ((sketch.inputs, n), (sketch.outputs, m)):
-            if side is not None and side.features != width:
-                raise ValueError(
-                    f"Expected a sketch of width {width} for layer {name!r} of shape {(m, n)} but got {side.features}."
-                )
-        other, first = widths.setdefault(n, (name, sketch.inputs))
-        if shared and first != sketch.inputs:
-            raise ValueError(
-                f"Expected one sketch for all inputs of width {n}, since layers may share an input tensor; but "
-                f"{other!r} has {first} and {name!r} {sketch.inputs}. Give both the larger one."
-            )
-
-
-def moment_dtype(layers: Iterable[nn.Module]) -> torch.dtype:
-    """Return float64 if a layer computes in it, else float32."""
-    double = any(p.dtype == torch.float64 for module in layers for p in module.parameters())
-    return torch.float64 if double else torch.float32
-
-
-def moments_bytes(
-    shapes: Iterable[tuple[int, int]],
-    dtype: torch.dtype = torch.float32,
-    needs: Iterable[str] = frozenset(),
-    sketches: Iterable[LayerSketches] | None = None,
-) -> int:
-    """Upper bound of the memory that moments need, in bytes.
-
-    Which layers share an input is only known once a batch has run, so each layer's A is counted on its own.
-
-    Args:
-        shapes: (m, n) of each tapped layer.
-        dtype: Type of the accumulators.
-        needs: What is gathered besides the means.
-        sketches: Of each layer in turn; all moments are exact by default.
-    """
-    needs = check_needs(needs)
-    numbers = 0
-    for (m, n), sketch in zip(shapes, repeat(LayerSketches()) if sketches is None else sketches, strict=False):
-        second = second_size(m, None) + second_size(n, None)
-        numbers += (
-            (second_size(m, sketch.outputs) + second_size(n, sketch.inputs)) * len(needs & {"plain", "coupled"}) + m + n
-        )
-        numbers += 2 if "coupled" in needs else 0
-        numbers += 2 if "plain" not in needs else 0
-        numbers += m * n if "C" in needs else 0
-        numbers += n if "abs_x" in needs else 0
-        numbers += second_size(n, None) + n if "saliency" in needs else 0
-        numbers += m if needs & {"fisher_rows", "kronecker"} else 0
-        numbers += second if "kronecker" in needs else 0
-    return numbers * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Moments beside the device that the batches are on: rows are copied to the CPU, and summed there by another thread."""
+"""Moments on the CPU beside another device: rows are copied to the CPU, where another thread sums them."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from torch import Tensor
 from fasc_lightning._utils import undoing
 from fasc_lightning.statistics._collector import CalibrationMoments
 
-#: Where moments can be held beside the device of the fit.
+#: Devices that can hold the moments in place of the fit's.
 MomentsDevice = Literal["cpu"]
 
-#: Bytes of rows that may wait to be summed. A backward pass that makes more of them than the CPU can sum has to wait.
+#: Bytes of rows that may wait to be summed. A backward pass that is faster than the CPU waits.
 ROOM = 2**30
 
 
 class MomentSums(Protocol):
-    """What taps feed: :class:`~fasc_lightning.statistics.CalibrationMoments`, or what stands in for it."""
+    """Moments that taps feed: :class:`~fasc_lightning.statistics.CalibrationMoments` or :class:`CpuOffload`."""
 
     needs: frozenset[str]
 
     @property
     def takes_pairs(self) -> bool:
-        """See there."""
+        """As ``CalibrationMoments.takes_pairs``."""
 
     def add_inputs(self, members: Iterable[str], x: Tensor) -> None:
-        """See there."""
+        """As ``CalibrationMoments.add_inputs``."""
 
     def move_inputs(self, members: Iterable[str], reached: Iterable[str], x: Tensor) -> None:
-        """See there."""
+        """As ``CalibrationMoments.move_inputs``."""
 
     def add_gradients(self, name: str, h: Tensor, scale: float = 1.0) -> None:
-        """See there."""
+        """As ``CalibrationMoments.add_gradients``."""
 
     def add_pairs(
         self,
@@ -49,23 +49,23 @@ class MomentSums(Protocol):
         g: Tensor | None = None,
         seen: Tensor | None = None,
     ) -> None:
-        """See there."""
+        """As ``CalibrationMoments.add_pairs``."""
 
     def projects(self, name: str) -> Literal["inputs", "outputs"] | None:
-        """See there."""
+        """As ``CalibrationMoments.projects``."""
 
     def settle(self) -> None:
-        """See there."""
+        """As ``CpuOffload.settle``."""
 
     def drop(self) -> None:
-        """See there."""
+        """As ``CpuOffload.drop``."""
 
 
 class RowsRefusedError(FloatingPointError):
-    """Rows that moments refused after the call that brought them.
+    """Rows that the moments refused after the call that brought them had returned.
 
     Attributes:
-        what: Names them.
+        what: Names the rows.
     """
 
     def __init__(self, what: str, error: FloatingPointError) -> None:
@@ -74,14 +74,14 @@ class RowsRefusedError(FloatingPointError):
 
 
 class CpuOffload:
-    """Feeds moments on the CPU with rows from a device, in the order in which they come.
+    """Feeds moments on the CPU with rows from a device, in the order of the calls.
 
-    A call copies its rows to pinned memory on a stream of its own and returns: the backward pass goes on while a
-    thread waits for the copy and sums. :meth:`settle`, at the end of each batch, waits for what is left, and raises
-    what went wrong meanwhile.
+    A call copies its rows to pinned memory on a separate stream and returns. The backward pass goes on, while a thread
+    waits for the copy and sums the rows. At the end of each batch, :meth:`settle` waits for the remaining rows, and
+    raises the thread's errors.
 
     Args:
-        moments: On the CPU.
+        moments: Moments on the CPU.
         room: Bytes of rows that may wait.
     """
 
@@ -95,26 +95,26 @@ class CpuOffload:
         self._copies: dict[int, tuple[Tensor, _Copy]] = {}
         self._streams: dict[torch.device, Any] = {}
         self._thread: ThreadPoolExecutor | None = None
-        self._refused = False  # by the thread; what it has been given since is not summed
+        self._refused = False  # the thread refused rows; it does not sum later ones
 
     @property
     def takes_pairs(self) -> bool:
-        """See :class:`~fasc_lightning.statistics.CalibrationMoments`."""
+        """As :meth:`CalibrationMoments.takes_pairs`."""
         return self.moments.takes_pairs
 
     def add_inputs(self, members: Iterable[str], x: Tensor) -> None:
-        """Likewise."""
+        """As :meth:`CalibrationMoments.add_inputs`; the rows are summed later."""
         members = tuple(members)
         self._later(f"an activation of layer {members[0]!r}", lambda x: self.moments.add_inputs(members, x), x)
 
     def move_inputs(self, members: Iterable[str], reached: Iterable[str], x: Tensor) -> None:
-        """Likewise."""
+        """As :meth:`CalibrationMoments.move_inputs`; the rows are summed later."""
         members, reached = tuple(members), tuple(reached)
         what = f"an activation of layer {members[0]!r}"
         self._later(what, lambda x: self.moments.move_inputs(members, reached, x), x)
 
     def add_gradients(self, name: str, h: Tensor, scale: float = 1.0) -> None:
-        """Likewise."""
+        """As :meth:`CalibrationMoments.add_gradients`; the rows are summed later."""
         self._later(f"a gradient of layer {name!r}", lambda h: self.moments.add_gradients(name, h, scale), h)
 
     def add_pairs(
@@ -127,7 +127,7 @@ class CpuOffload:
         g: Tensor | None = None,
         seen: Tensor | None = None,
     ) -> None:
-        """Likewise."""
+        """As :meth:`CalibrationMoments.add_pairs`; the rows are summed later."""
         more = {name: rows for name, rows in (("g", g), ("seen", seen)) if rows is not None}
 
         def add(x: Tensor, h: Tensor, *rows: Tensor) -> None:
@@ -136,14 +136,14 @@ class CpuOffload:
         self._later(f"a gradient of layer {name!r}", add, x, h, *more.values())
 
     def projects(self, name: str) -> Literal["inputs", "outputs"] | None:
-        """Likewise."""
+        """As :meth:`CalibrationMoments.projects`."""
         return self.moments.projects(name)
 
     def settle(self) -> None:
         """Wait until all rows are summed.
 
         Raises:
-            RowsRefusedError: If some were not finite; those after them are not summed.
+            RowsRefusedError: If some rows are not finite; later rows are not summed.
         """
         with self._lock, undoing() as undo:
             undo.add(self.drop)
@@ -151,7 +151,7 @@ class CpuOffload:
                 self._finish_oldest()
 
     def drop(self) -> None:
-        """Let go of rows that wait to be summed; safe at any time."""
+        """Discard the rows that wait to be summed; safe at any time."""
         with self._lock:
             self._waiting.clear()
             self._bytes = 0
@@ -165,7 +165,7 @@ class CpuOffload:
         with self._lock:
             known = [copy for _, copy in self._copies.values()]
             copies = [self._copy(tensor) for tensor in rows]
-            # Rows that an earlier call brought are counted there.
+            # Rows of an earlier call are counted already.
             size = sum(copy.values.nbytes for copy in copies if not any(copy is other for other in known))
             while self._waiting and self._bytes + size > self._room:
                 self._finish_oldest()
@@ -199,7 +199,7 @@ class CpuOffload:
             raise
 
     def _copy(self, rows: Tensor) -> _Copy:
-        """Return the rows on the CPU; one copy of a tensor that several layers share, or that two sums need."""
+        """Return the rows on the CPU, with one copy of a tensor that several layers or sums use."""
         held = self._copies.get(id(rows))
         if held is not None and held[0] is rows:
             return held[1]
@@ -216,11 +216,11 @@ class CpuOffload:
         values = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
         with torch.cuda.stream(stream):
             values.copy_(rows.detach(), non_blocking=True)
-        # The source is held until it is copied: autograd may write into a gradient that nobody else holds.
+        # The source is held until it is copied: autograd may write into a gradient that nothing else holds.
         return _Copy(values, rows, stream.record_event())
 
 
-#: How many tensors are remembered, to copy them once: a call's input, its gradient and what came just before.
+#: Count of recent tensors that are copied only once: the inputs and gradients of this call and the one before.
 _SHARED = 4
 
 
@@ -228,9 +228,9 @@ class _Copy:
     """Rows on their way to the CPU.
 
     Args:
-        values: Where they go.
-        source: Where they come from.
-        arrived: Event to wait for.
+        values: Destination.
+        source: Source.
+        arrived: CUDA event of the finished copy.
     """
 
     def __init__(self, values: Tensor, source: Tensor | None = None, arrived: Any = None) -> None:
@@ -239,7 +239,7 @@ class _Copy:
         self._arrived = arrived
 
     def wait(self) -> Tensor:
-        """Return the rows once they are there."""
+        """Return the rows once they have arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         self._source = self._arrived = None
@@ -247,5 +247,5 @@ class _Copy:
 
 
 def offloaded(moments: CalibrationMoments, device: torch.device) -> MomentSums:
-    """Return what taps feed while batches run on a device: the moments themselves, or what brings rows to them."""
+    """Return the moments themselves if they are on the device of the batches, otherwise their :class:`CpuOffload`."""
     return moments if moments.device.type == device.type else CpuOffload(moments)

@@ -1,4 +1,4 @@
-"""Experts that saw few tokens borrow from the moments of all experts of their block."""
+"""Pooled moments: experts with few tokens borrow from all experts of their block."""
 
 from __future__ import annotations
 
@@ -12,44 +12,43 @@ from fasc_lightning.layers import ExpertLinear, expert_groups, split_name
 from fasc_lightning.statistics._collector import CalibrationMoments
 from fasc_lightning.statistics._layer_moments import LayerMoments
 
-#: An expert needs so many tokens for each feature of its layer to stand on its own moments.
+#: Tokens for each feature of its layer from which an expert uses its own moments alone.
 TOKENS_PER_FEATURE = 2
 
-#: Statistics that are sums over sequences. They grow with the tokens that an expert sees of a sequence, so that
-#: experts' do not pool.
+#: Sums over sequences. They depend on the tokens of a sequence that one expert sees, so they cannot be pooled.
 _OF_SEQUENCES = frozenset({"fisher_rows", "kronecker"})
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """The sums of the same projection of all experts of a block, as those of one layer."""
+    """The sums of one projection of all experts of a block, as the sums of one layer."""
 
     moments: CalibrationMoments
     name: str
 
 
 class BorrowedMoments:
-    """The moments of layers, in which experts with few tokens are filled up with those of all experts of their block.
+    """Moments of layers in which experts with few tokens borrow from all experts of their block.
 
-    With N tokens of its own where it needs N_0 (:func:`tokens_needed`), an expert is given N_0 - N more, spread evenly
-    over all the tokens that the same projection of all experts of its block saw, itself included: sums s over tokens
-    become s_e + (N_0 - N) / M sum_e s_e, with M the number of those tokens. From N_0 on it stands on its own. An expert
-    without tokens is not lent any: nothing is known of what the router would send it, and it stays dense.
+    An expert with N tokens that needs N_0 (:func:`tokens_needed`) borrows N_0 - N tokens. They are spread evenly over
+    all M tokens that the same projection of all experts of the block saw, its own included: sums s over tokens become
+    s_e + (N_0 - N) / M sum_e s_e. From N_0 tokens on it borrows nothing. An expert without tokens borrows nothing
+    either, since the router's choices for it are unknown; it stays dense.
 
-    Sketches are sums as well, and experts' have one seed: nothing is made dense for this. Statistics of sequences
+    Sketches are sums, too, and experts share one seed, so nothing is made dense. Statistics of sequences
     (``fisher_rows``, ``kronecker``) stay the expert's own.
 
-    A block's pool is made when the first of its experts is asked for, so ask before any of them is released, and
-    module by module: pools of one experts module are held at a time.
+    A block's pool is made when the first of its experts is asked for. So ask before any of them is released, and module
+    by module: only the pools of one experts module are held at a time.
 
     Args:
-        moments: Of all layers.
+        moments: Moments of all layers.
         layers: The layers by name.
     """
 
     def __init__(self, moments: CalibrationMoments, layers: Mapping[str, nn.Module]) -> None:
         self._moments = moments
-        # By what they are: others may have names like those of experts.
+        # By class: other layers may have names like an expert's.
         experts = [name for name, layer in layers.items() if isinstance(layer, ExpertLinear)]
         self._groups = {name: (key, names) for key, names in expert_groups(experts).items() for name in names}
         self._pools: dict[tuple[str, str], _Pool | None] = {}
@@ -59,17 +58,17 @@ class BorrowedMoments:
             for name in self._groups
             if name in shapes and borrows(name, moments.tokens(name), shapes[name])
         }
-        # What one expert's weight lets through says nothing of another's.
+        # Moments projected through one expert's weight do not fit another's.
         self.alone = {name: tokens for name, tokens in self.short.items() if moments.projects(name)}
         self.short = {name: tokens for name, tokens in self.short.items() if name not in self.alone}
 
     def layer(self, name: str) -> LayerMoments:
-        """Return a layer's moments, its own or filled up; then ``tokens`` is the number that it was filled up to.
+        """Return a layer's moments, its own or filled up; ``tokens`` is then the number that they were filled up to.
 
         Raises:
             KeyError: If the layer is not tapped.
-            ValueError: If no token reached it; or if it is the first of its block to be asked for, and moments of
-                others have been released, or are sketched in another way.
+            ValueError: If no token reached it; or if it is the first of its block to be asked for, and moments of the
+                block's other experts have been released, or have other sketches.
         """
         if name not in self._groups:
             return self._moments.layer(name)
@@ -96,13 +95,13 @@ class BorrowedMoments:
         return _Pool(pool, names[0])
 
     def _empty(self, name: str, needs: frozenset[str]) -> CalibrationMoments:
-        """Return moments of one layer that hold nothing yet, of the kind that it has."""
+        """Return empty moments of one layer with the dtype, device and sketches that it has."""
         like = self._moments
         sketches = {name: like.sketches[name]} if name in like.sketches else None
         return CalibrationMoments({name: like.shapes[name]}, like.dtype, like.device, needs, sketches)
 
     def describe(self) -> str | None:
-        """Return what is borrowed, in a sentence; None if nothing is."""
+        """Return a sentence about the borrowing; None if no expert borrows."""
         if not self.short:
             return None
         name = min(self.short, key=lambda other: self.short[other])
@@ -113,33 +112,33 @@ class BorrowedMoments:
         )
 
     def say(self) -> None:
-        """Print it, and warn of those that would have to borrow and cannot."""
+        """Log the sentence, and warn of experts that would have to borrow and cannot."""
         if self.alone:
             rank_zero_warn(
                 f"{len(self.alone)} of {len(self._groups)} expert layers saw fewer than {TOKENS_PER_FEATURE} tokens a "
-                "feature and stand on these alone: moments that are held as a weight sees them (sketch='projected') "
-                "are not lent to other experts. HINT: calibrate on more tokens, or sketch='range'."
+                "feature and use these alone: moments that are projected through a weight (sketch='projected') cannot "
+                "be pooled with other experts. HINT: calibrate on more tokens, or sketch='range'."
             )
         if (said := self.describe()) is not None:
             rank_zero_info(f"FascCallback: {said}")
 
 
 def tokens_needed(shape: tuple[int, int]) -> int:
-    """Return how many tokens a layer of shape (m, n) needs to stand on its own moments."""
+    """Return the tokens from which a layer of shape (m, n) uses its own moments alone."""
     return TOKENS_PER_FEATURE * max(shape)
 
 
 def borrows(name: str, tokens: int, shape: tuple[int, int]) -> bool:
-    """Tell whether a layer of shape (m, n) that saw so many tokens is an expert's that is filled up."""
+    """Tell whether a layer of shape (m, n) with that many tokens is an expert that borrows."""
     return split_name(name) is not None and 0 < tokens < tokens_needed(shape)
 
 
 def tokens_behind(tokens: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Return how many tokens the moments of each layer come from: of an expert that borrows, those of all experts.
+    """Return the count of tokens behind each layer's moments; for an expert that borrows, the tokens of all experts.
 
     Args:
-        tokens: That each layer saw.
-        shapes: (m, n) of each.
+        tokens: Tokens of each layer.
+        shapes: (m, n) of each layer.
     """
     pools = {name: names for names in expert_groups(tokens).values() for name in names}
     return {

@@ -1,4 +1,4 @@
-"""Calibration moments on disk: a safetensors file that appears whole or not at all, and refuses what it is not for."""
+"""Calibration moments in a safetensors file, written atomically and checked against the model that reads it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,15 @@ from fasc_lightning._utils import (
     text,
     whole_file,
 )
-from fasc_lightning.statistics._accumulators import Accumulator, Reduction
-from fasc_lightning.statistics._collector import CalibrationMoments, LayerSketches
+from fasc_lightning.statistics._accumulators import Accumulator
+from fasc_lightning.statistics._collector import CalibrationMoments
 from fasc_lightning.statistics._layer_moments import NEEDS
+from fasc_lightning.statistics._layer_sketches import LayerSketches
 from fasc_lightning.statistics._projected import Projection
+from fasc_lightning.statistics._reduction import Reduction
 from fasc_lightning.statistics._sketch import SKETCH_KINDS, Sketch
 
-#: Of the files that this version writes. Those of format 1 have no checksums, and are read, too.
+#: Format of the files that this version writes. Format 1, which has no checksums, can be read, too.
 _FORMAT = 2
 _HEADER = "fasc_lightning.moments"
 
@@ -48,7 +50,7 @@ _MAX_WIDTH, _MAX_COUNT = 2**31, 2**53
 _WIDTH = integer(1, _MAX_WIDTH)
 _SIDE = record({"features": _WIDTH, "size": _WIDTH}, {"seed": integer(-(2**63), 2**63), "kind": one_of(*SKETCH_KINDS)})
 
-#: Of what :func:`pack_moments` returns.
+#: Schema of the header that :func:`pack_moments` returns.
 MOMENTS_HEADER = record(
     {
         "shapes": mapping(row(_WIDTH, _WIDTH)),
@@ -65,13 +67,12 @@ _FILE_HEADER = record(
 
 
 def save_moments(moments: CalibrationMoments, path: str | Path, source: str = "") -> None:
-    """Write moments: every sum bit by bit, inputs that layers share once.
+    """Write moments bit by bit; inputs that layers share are written once.
 
     Args:
-        moments: Of any needs.
-        path: Of the file; its folder is made.
-        source: What they were gathered from, as a fingerprint of model, data and settings; :func:`load_moments` can
-            ask for it.
+        moments: Moments with any needs.
+        path: Path of the file; its folder is made.
+        source: Fingerprint of the model, data and settings behind the moments; :func:`load_moments` can compare it.
     """
     from safetensors.torch import save_file
 
@@ -83,10 +84,10 @@ def save_moments(moments: CalibrationMoments, path: str | Path, source: str = ""
 
 
 def pack_moments(moments: CalibrationMoments) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the sums by name, and in plain data what they are sums of.
+    """Return the sums by name, and a header of plain data that describes them.
 
     Args:
-        moments: Of any needs; they stay what they are, and the tensors are theirs.
+        moments: Moments with any needs; they are not changed, and the tensors are not copied.
     """
     tensors: dict[str, Tensor] = {}
     groups: dict[str, list[Any]] = {}
@@ -106,13 +107,13 @@ def pack_moments(moments: CalibrationMoments) -> tuple[dict[str, Tensor], dict[s
 
 
 def moments_entries(header: Mapping[str, Any]) -> dict[str, Entry]:
-    """Return the schema of each tensor that belongs to a header; nothing of their size is made.
+    """Return the schema of each tensor that belongs to a header, without allocating the tensors.
 
     Args:
-        header: As it was read, of any form.
+        header: Header as read, not checked yet.
 
     Raises:
-        SchemaError: If the header is not one of :func:`pack_moments`.
+        SchemaError: If it is not a header of :func:`pack_moments`.
     """
     MOMENTS_HEADER(header, "")
     try:
@@ -128,7 +129,7 @@ def moments_entries(header: Mapping[str, Any]) -> dict[str, Entry]:
         _check_keys(group, keys, moments, streams)
         for i, key in enumerate(keys):
             stream = _stream(moments, streams, key)
-            # Scalars stand in for the states of what was never seen.
+            # States without any row are scalars.
             for state, shape in stream.state_shapes.items():
                 entries[f"{group}.{i}.{state}"] = Entry((moments.dtype,), ((), shape))
             entries[f"{group}.{i}.count"] = Entry((torch.float64,), ((),), 0, _MAX_COUNT)
@@ -138,15 +139,15 @@ def moments_entries(header: Mapping[str, Any]) -> dict[str, Entry]:
 def unpack_moments(
     header: Mapping[str, Any], tensor: Callable[[str], Tensor], device: torch.device | str = "cpu"
 ) -> CalibrationMoments:
-    """Return the moments of which :func:`pack_moments` made a header and tensors.
+    """Return the moments of a header and tensors from :func:`pack_moments`.
 
     Args:
-        header: In plain data, of the form that :func:`moments_entries` accepts.
+        header: Plain data that :func:`moments_entries` accepts.
         tensor: Returns a tensor by its name, on the device.
-        device: Where the moments shall live.
+        device: Device of the moments.
 
     Raises:
-        SchemaError: If the tensors of a stream do not go together.
+        SchemaError: If the tensors of a stream do not fit together.
     """
     moments = empty_moments(header, device)
     for group, streams in _groups(moments).items():
@@ -163,11 +164,11 @@ def unpack_moments(
 
 
 def empty_moments(header: Mapping[str, Any], device: torch.device | str = "cpu") -> CalibrationMoments:
-    """Return moments of nothing that add up with those of a header of :func:`pack_moments`.
+    """Return empty moments to which moments with a header of :func:`pack_moments` can be added.
 
     Args:
-        header: In plain data.
-        device: Where they shall live.
+        header: Plain data.
+        device: Device of the moments.
     """
     return CalibrationMoments(
         {name: (m, n) for name, (m, n) in header["shapes"].items()},
@@ -185,17 +186,17 @@ def load_moments(
     source: str | None = None,
     device: torch.device | str = "cpu",
 ) -> CalibrationMoments:
-    """Read moments as :func:`save_moments` wrote them.
+    """Read moments that :func:`save_moments` wrote.
 
     Args:
-        path: Of the file.
-        shapes: (m, n) of each layer of the model that they are for, if that is to be checked.
-        source: What they must have been gathered from, if that is to be checked.
-        device: Where they shall live.
+        path: Path of the file.
+        shapes: (m, n) of each layer of the model, to be compared; None compares nothing.
+        source: Expected source, to be compared; None compares nothing.
+        device: Device of the moments.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, is of another kind, or is of another model or source.
+        ValueError: If the file is damaged, of another kind, or from another model or source.
     """
     path = Path(path)
     with open_tensors(path, "file of moments") as (tensors, metadata):
@@ -208,7 +209,7 @@ def load_moments(
 
 
 def moments_needs(path: str | Path) -> frozenset[str]:
-    """Return the needs of the moments in a file, without reading them.
+    """Return the needs of the moments in a file; only its header is read.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -230,7 +231,7 @@ def _sketches(sides: Mapping[str, Mapping[str, Any] | None]) -> LayerSketches:
 
 
 def _groups(moments: CalibrationMoments) -> dict[str, dict[Any, Accumulator]]:
-    """Return all streams by attribute and key; taken from the attributes, so that none can be forgotten."""
+    """Return all streams by attribute and key, collected from the attributes so that none is forgotten."""
     return {
         name: value
         for name, value in vars(moments).items()
@@ -239,12 +240,12 @@ def _groups(moments: CalibrationMoments) -> dict[str, dict[Any, Accumulator]]:
 
 
 def _stream(moments: CalibrationMoments, streams: dict[Any, Accumulator], key: Any) -> Accumulator:
-    # Inputs are made when a batch tells which layers share them; all others with the layers.
+    # Input streams are made when a batch shows which layers share them; all others exist from the start.
     return moments._input(key) if isinstance(key, list | tuple) else streams[key]
 
 
 def _check_keys(group: str, keys: Any, moments: CalibrationMoments, streams: Mapping[Any, Accumulator]) -> None:
-    """Refuse keys of a group that are not those of the moments' layers."""
+    """Refuse keys of a group that are not the moments' layers."""
     path = f"groups.{group}"
     if group != "inputs":
         listed(text, len(streams), distinct=True)(keys, path)
@@ -253,16 +254,16 @@ def _check_keys(group: str, keys: Any, moments: CalibrationMoments, streams: Map
     listed(listed(one_of(*moments.shapes), distinct=True))(keys, path)
     for i, members in enumerate(keys):
         if len({moments.shapes[name][1] for name in members}) != 1:
-            raise SchemaError(f"Expected layers of one width at '{path}[{i}]' but they are none, or of several.")
+            raise SchemaError(f"Expected layers of one width at '{path}[{i}]' but got none, or several widths.")
     if len({tuple(sorted(members)) for members in keys}) < len(keys):
-        raise SchemaError(f"Expected no set of layers twice at {path!r} but there is one.")
+        raise SchemaError(f"Expected distinct sets of layers at {path!r} but one comes twice.")
 
 
 def _check_stream(name: str, stream: Accumulator) -> None:
-    """Refuse a stream that counts vectors and has no sums of them."""
+    """Refuse a stream with a count and without sums."""
     whole = [getattr(stream, state).shape == shape for state, shape in stream.state_shapes.items()]
     if stream.count > 0 and not all(whole):
-        raise SchemaError(f"Expected sums of {float(stream.count):g} vectors at {name!r} but they are not there.")
+        raise SchemaError(f"Expected sums of {float(stream.count):g} vectors at {name!r} but they are missing.")
 
 
 def _own(header: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,7 +272,7 @@ def _own(header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _header(metadata: Mapping[str, str], path: Path) -> tuple[dict[str, Any], Mapping[str, str] | None]:
-    """Return the header of a file and the checksums of its tensors, if it is of a format that has any."""
+    """Return the header of a file and the checksums of its tensors; None for a format without checksums."""
     if _HEADER not in metadata:
         raise ValueError(f"Expected a file of moments but {path} is a safetensors file of something else.")
     header = parse_json(metadata[_HEADER], f"The header of {path}")

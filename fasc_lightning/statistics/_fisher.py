@@ -1,4 +1,4 @@
-"""Sums over the weight gradients of whole sequences: the diagonal of their Fisher, and its Kronecker factors."""
+"""The Fisher of whole sequences: the row sums of its diagonal, and its Kronecker factors."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from fasc_lightning.statistics._packed import add_gram_, packed_diagonal, packed
 
 
 class SequenceFisher(Accumulator):
-    r"""Sums over the weight gradients of single sequences, G_i = \sum_t h_t x_t^T of shape (m, n), none of them stored.
+    r"""Sums over the weight gradients of single sequences, dW = \sum_t h_t x_t^T of shape (m, n); no dW is stored.
 
-    The empirical Fisher of a layer's weight is F = E[vec(G_i) vec(G_i)^T]. Its diagonal, summed along the rows of W,
-    is what FWSVD weighs by. Its nearest Kronecker product, F ~ right (x) left, is the dominant singular pair of
-    E[vec(G_i) vec(G_i)^T] rearranged (Van Loan and Pitsianis 1993), and one step of the power iteration for it is
+    The empirical Fisher of a layer's weight is F = E[vec(dW) vec(dW)^T]. FWSVD weighs by its diagonal, summed along the
+    rows of W. The Kronecker product A (x) G nearest to F is the dominant singular pair of E[vec(dW) vec(dW)^T]
+    rearranged (Van Loan and Pitsianis 1993). One step of its power iteration is
 
-        left <- E[G_i right G_i^T],    right <- E[G_i^T left G_i].
+        G <- E[dW A dW^T],    A <- E[dW^T G dW].
 
-    Both sides step at once, from the same factors: a pass over the data each. It starts from identities.
+    Both factors step at once, from the same factors, once a pass over the data. They start from identities.
 
-    A call whose sequences cannot be told apart counts as one sequence, and so do samples of one token each: see
+    A call whose sequences are unknown counts as one sequence, and so do samples of one token each: see
     :meth:`~fasc_lightning.batches.TokenRows.lengths`.
+
+    Files hold the sums of A as ``right`` and the sums of G as ``left``.
 
     Args:
         m: Outputs.
         n: Inputs.
-        dtype: Type of the accumulators.
-        kronecker: Whether to take a step of the iteration, or only the diagonal's row sums.
-        start: Stream of the step before, whose factors this one starts from; identities by default. Its matrices are
+        dtype: Dtype of the sums.
+        kronecker: Whether to make a step of the iteration, or only sum the rows of the diagonal.
+        start: Stream of the step before, from whose factors this one starts; identities by default. Its matrices are
             referred to, not copied.
     """
 
@@ -55,7 +57,7 @@ class SequenceFisher(Accumulator):
         self.start = None if start is None else (start.right, start.left)
 
     def update(self, x: Tensor, h: Tensor, lengths: Sequence[int], scale: float = 1.0) -> None:
-        """Add sequences of pairs (x, scale * h); those of no tokens do not count.
+        """Add sequences of pairs (x, scale * h); sequences without tokens do not count.
 
         Args:
             x: Shape (tokens, n), sequence after sequence.
@@ -64,7 +66,7 @@ class SequenceFisher(Accumulator):
             scale: Factor of every h.
 
         Raises:
-            ValueError: If the shapes are others, or the lengths do not add up to the tokens.
+            ValueError: If a shape is wrong, or the lengths do not add up to the tokens.
         """
         m, n = self.shape
         check_pairs(x, h, (n, m))
@@ -74,17 +76,17 @@ class SequenceFisher(Accumulator):
             )
         self.allocate()
         with torch.autocast(x.device.type, enabled=False):
-            # Unpacked for the length of a call only: for all layers they would be half as much memory again.
-            right = None if self.start is None else _unit(self.start[0], n)
-            left = None if self.start is None else _unit(self.start[1], m)
-            for G in self._gradients(x.detach(), h.detach(), lengths):
-                self.rows.add_(G.square().sum(1), alpha=scale**2)
+            # Unpacked for one call only: for all layers the matrices would take half as much memory again.
+            A = None if self.start is None else _unit(self.start[0], n)
+            G = None if self.start is None else _unit(self.start[1], m)
+            for dW in self._weight_gradients(x.detach(), h.detach(), lengths):
+                self.rows.add_(dW.square().sum(1), alpha=scale**2)
                 if self.is_kronecker:
-                    add_gram_(self.left, G.T, scale**2, None if right is None else right @ G.T)
-                    add_gram_(self.right, G, scale**2, None if left is None else left @ G)
+                    add_gram_(self.left, dW.T, scale**2, None if A is None else A @ dW.T)
+                    add_gram_(self.right, dW, scale**2, None if G is None else G @ dW)
                 self.count += 1
 
-    def _gradients(self, x: Tensor, h: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
+    def _weight_gradients(self, x: Tensor, h: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
         start = 0
         for length in lengths:
             rows = slice(start, start + length)
@@ -93,18 +95,17 @@ class SequenceFisher(Accumulator):
                 yield h[rows].to(self.accumulator_dtype).T @ x[rows].to(self.accumulator_dtype)
 
     def fisher_rows(self) -> Tensor:
-        """Return the row sums of E[G_i * G_i], elementwise squares, shape (m,)."""
+        """Return the row sums of E[dW * dW], elementwise squares, shape (m,)."""
         return self.average("rows")
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Return (right (n, n), left (m, m)) after the step.
+        """Return A (n, n) and G (m, m) after the step.
 
-        Each has the trace sqrt(tr F) with tr F = E|G_i|_F^2, so that right (x) left has the trace of F. The power
-        iteration itself leaves the scale open; this one makes layers compare, and is exact where F is a Kronecker
-        product.
+        Each has the trace sqrt(tr F) with tr F = E|dW|_F^2, so A (x) G has the trace of F. The power iteration leaves
+        the scale open. This scale makes layers comparable, and is exact if F is a Kronecker product.
 
         Raises:
-            ValueError: If this stream takes no step.
+            ValueError: If this stream makes no step.
         """
         if not self.is_kronecker:
             raise ValueError("Expected a stream of Kronecker factors but it was made with kronecker=False.")
@@ -115,7 +116,7 @@ class SequenceFisher(Accumulator):
 
 
 def _unit(packed: Tensor, d: int) -> Tensor:
-    """Return the positive semidefinite matrix (d, d) at the scale of an identity, trace d; zeros stay zeros."""
+    """Return the positive semidefinite matrix (d, d) scaled to the trace d of an identity; zeros stay zeros."""
     trace = packed_diagonal(packed, d).sum()
     S = unpack(packed, d)
     return S.mul_(d / trace) if trace > 0 else S

@@ -1,4 +1,4 @@
-"""What a solver is given of one layer: its normalised moments, each a matrix or rebuilt from a sketch."""
+"""Normalised moments of one layer, as solvers read them: matrices, or moments rebuilt from sketches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fasc_lightning.statistics._second_moments import SecondMoment, dense
 
-#: What may be gathered besides the means: "plain", and the names of optional fields of :class:`LayerMoments`.
+#: Statistics that can be gathered besides the means: "plain", and the optional fields of :class:`LayerMoments`.
 NEEDS = {
     "plain": "A and G, in which all tokens weigh alike",
     "coupled": "A and G, in which a token weighs by the length of its other vector",
@@ -24,7 +24,7 @@ NEEDS = {
 
 
 def check_needs(needs: Iterable[str]) -> frozenset[str]:
-    """Return the names of statistics as a set; "plain" is one of them unless "coupled" alone stands in for it.
+    """Return the names of statistics as a set; "plain" is added unless "coupled" is the only one.
 
     Raises:
         ValueError: If one is unknown.
@@ -36,7 +36,7 @@ def check_needs(needs: Iterable[str]) -> frozenset[str]:
 
 
 def not_gathered(need: str, reader: str | None = None) -> ValueError:
-    """Return the error for a statistic that is missing: what it is, who reads it and how to gather it."""
+    """Return the error for a missing statistic: its meaning, its reader and the way to gather it."""
     return ValueError(
         f"Expected moments with `{need}`, {NEEDS[need]}{f', for {reader}' if reader else ''}; but it was not gathered. "
         "HINT: FascCallback and compress() gather "
@@ -46,25 +46,26 @@ def not_gathered(need: str, reader: str | None = None) -> ValueError:
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """What a solver knows of one layer y = W x + b with W of shape (m, n).
+    """Moments of one layer y = W x + b with W of shape (m, n).
 
-    The fields up to ``tokens`` are always there; the others where they were gathered (:data:`NEEDS`).
+    The fields up to ``tokens`` are always present, the others if they were gathered (:data:`NEEDS`).
 
     Attributes:
-        A: E[x x^T] over the tokens, shape (n, n); that of ``coupled`` where nothing but it was gathered.
-        G: E[h h^T] with h = dL/dy and L the sum of the token losses, shape (m, m); likewise.
+        A: E[x x^T] over the tokens, shape (n, n); the A of ``coupled`` if only that was gathered.
+        G: E[h h^T] with h = dL/dy and L the sum of the token losses, shape (m, m); the G of ``coupled`` if only that
+            was gathered.
         mean_x: E[x], shape (n,).
         mean_h: E[h], shape (m,).
-        tokens: Number of tokens behind the expectations.
-        coupled: (A_h (n, n), G_x (m, m)): the same expectations, in which tokens weigh by |h| and by |x|
+        tokens: Count of tokens behind the expectations.
+        coupled: A (n, n) and G (m, m) in which tokens weigh by |h| and by |x|
             (:class:`~fasc_lightning.statistics.CoupledMoments`).
         C: E[x h^T], shape (n, m); with g = W^T h, Sigma_xg = C W.
         abs_x: E|x|, shape (n,).
         saliency: E[(g*x)(g*x)^T], g*x elementwise, shape (n, n).
-        fisher_rows: E over sequences of the row sums of G_i * G_i with G_i = sum_t h_t x_t^T, a sequence's dL/dW;
-            shape (m,).
-        kronecker: Factors (right (n, n), left (m, m)) of E over sequences of vec(G_i) vec(G_i)^T ~ right (x) left,
-            after one step from identities, or after as many as ``studies/rho/_nearest_kronecker.py`` took.
+        fisher_rows: E over sequences of the row sums of dW * dW with dW = sum_t h_t x_t^T, a sequence's weight
+            gradient; shape (m,).
+        kronecker: Factors A (n, n) and G (m, m) of E over sequences of vec(dW) vec(dW)^T ~ A (x) G, after one step from
+            identities; :func:`~fasc_lightning.studies.rho.refine_kronecker` makes more steps.
     """
 
     A: Tensor
@@ -92,36 +93,36 @@ class LayerMoments:
 
     @property
     def is_coupled(self) -> bool:
-        """Whether ``coupled`` was gathered; tells without making matrices of sketches."""
+        """Whether ``coupled`` was gathered; no sketch is made a matrix."""
         return self.coupled is not None
 
     def to(self, device: torch.device | str) -> LayerMoments:
-        """Return the same on a device."""
+        """Return a copy on a device."""
         return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
 
-    def plain_forms(self) -> tuple[SecondMoment, SecondMoment]:
-        """Return A and G in the forms that they have: a sketch is not made a matrix, as it is by reading ``A``."""
+    def plain_moments(self) -> tuple[SecondMoment, SecondMoment]:
+        """Return A and G as they are held: a sketch stays low-rank, where reading ``A`` makes a matrix."""
         return self.A, self.G
 
-    def coupled_forms(self) -> tuple[SecondMoment, SecondMoment]:
-        """Return ``coupled`` in the forms that it has.
+    def coupled_moments(self) -> tuple[SecondMoment, SecondMoment]:
+        """Return the A and G of ``coupled`` as they are held.
 
         Raises:
-            ValueError: If it was not gathered.
+            ValueError: If they were not gathered.
         """
-        right, left = self.require("coupled")
-        return right, left
+        A, G = self.require("coupled")
+        return A, G
 
 
 class SketchedLayerMoments(LayerMoments):
-    """The same of a layer some of whose second moments were sketched.
+    """Moments of a layer with sketched second moments.
 
-    ``A``, ``G`` and ``coupled`` are made matrices when they are read, each time anew, so that any solver can be given
-    these; one that takes forms (``statistics/_second_moments.py``) makes no matrix that it does not need.
+    Every read of ``A``, ``G`` and ``coupled`` makes matrices, so any solver works. A solver that reads
+    :meth:`plain_moments` or :meth:`coupled_moments` makes only the matrices that it needs.
 
     Args:
         plain: A and G.
-        coupled: As of :class:`LayerMoments`, or None.
+        coupled: A and G of ``coupled``, or None.
         fields: The other fields by name.
     """
 
@@ -134,18 +135,18 @@ class SketchedLayerMoments(LayerMoments):
     @property
     def A(self) -> Tensor:  # noqa: N802
         """See :class:`LayerMoments`."""
-        return dense(self.plain_forms()[0])
+        return dense(self.plain_moments()[0])
 
     @property
     def G(self) -> Tensor:  # noqa: N802
         """See :class:`LayerMoments`."""
-        return dense(self.plain_forms()[1])
+        return dense(self.plain_moments()[1])
 
     @property
     def coupled(self) -> tuple[Tensor, Tensor] | None:
         """See :class:`LayerMoments`."""
-        forms: tuple[SecondMoment, SecondMoment] | None = self.__dict__["_coupled"]
-        return None if forms is None else (dense(forms[0]), dense(forms[1]))
+        moments: tuple[SecondMoment, SecondMoment] | None = self.__dict__["_coupled"]
+        return None if moments is None else (dense(moments[0]), dense(moments[1]))
 
     def to(self, device: torch.device | str) -> SketchedLayerMoments:
         """See :class:`LayerMoments`."""
@@ -157,21 +158,21 @@ class SketchedLayerMoments(LayerMoments):
         """See :class:`LayerMoments`."""
         return self.__dict__["_coupled"] is not None
 
-    def plain_forms(self) -> tuple[SecondMoment, SecondMoment]:
+    def plain_moments(self) -> tuple[SecondMoment, SecondMoment]:
         """See :class:`LayerMoments`."""
-        forms: tuple[SecondMoment, SecondMoment] = self.__dict__["_plain"]
-        return forms
+        moments: tuple[SecondMoment, SecondMoment] = self.__dict__["_plain"]
+        return moments
 
-    def coupled_forms(self) -> tuple[SecondMoment, SecondMoment]:
+    def coupled_moments(self) -> tuple[SecondMoment, SecondMoment]:
         """See :class:`LayerMoments`."""
-        forms: tuple[SecondMoment, SecondMoment] | None = self.__dict__["_coupled"]
-        if forms is None:
+        moments: tuple[SecondMoment, SecondMoment] | None = self.__dict__["_coupled"]
+        if moments is None:
             raise not_gathered("coupled")
-        return forms
+        return moments
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
-    """Return a field of moments on a device: tensors, forms, pairs of them, or what has no device."""
+    """Return a field of moments on a device: tensors, second moments, pairs of them; other values unchanged."""
     if isinstance(value, tuple):
         return tuple(_moved(part, device) for part in value)
     return value.to(device) if isinstance(value, SecondMoment) else value
@@ -180,11 +181,11 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 def layer_moments(
     plain: tuple[SecondMoment, SecondMoment], coupled: tuple[SecondMoment, SecondMoment] | None, **fields: Any
 ) -> LayerMoments:
-    """Return the moments of a layer, of either class, from forms.
+    """Return the moments of a layer, of the class that its second moments need.
 
     Args:
         plain: A and G.
-        coupled: As of :class:`LayerMoments`, or None.
+        coupled: A and G of ``coupled``, or None.
         fields: The other fields by name.
     """
     exact = [S for S in (*plain, *(coupled or ())) if isinstance(S, Tensor)]

@@ -1,4 +1,4 @@
-"""A sketched second moment, completed with what is known of the rest of it."""
+"""Nystrom approximations of second moments, completed to the known diagonal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-#: Random signs that a norm is estimated with: it is then good to about a tenth.
+#: Random sign vectors that estimate a norm, to about a tenth.
 NORM_PROBES = 64
 
 
@@ -16,11 +16,11 @@ NORM_PROBES = 64
 class NystromMoment:
     r"""The symmetric positive semidefinite matrix S = F F^T + T P diag(w) P T + ridge I, T = diag(t), P = I - Q Q^T.
 
-    A Nystrom approximation F F^T of A from Y = A Omega leaves a rest R = A - F F^T >= 0 of which two things are known:
-    R Omega = 0, and its diagonal. In the scale T in which every feature has second moment 1, R is therefore of the form
-    T P M P T with P the projector to the complement of T Omega; here M is diagonal, and such that the diagonal fits. A
-    diagonal alone beside F F^T would count what Omega has seen twice: on the wide sides of SmolLM2-135M that costs
-    about twice as much of J over the optimum.
+    A Nystrom approximation F F^T of A from Y = A Omega leaves a rest R = A - F F^T >= 0. Two facts about R are known: R
+    Omega = 0, and its diagonal. In the scale T in which every feature has second moment 1, R is therefore T P M P T,
+    where P projects to the complement of T Omega. Here M is diagonal and chosen so that the diagonal of S fits. A
+    diagonal alone beside F F^T would count twice the directions that Omega has seen: on the wide sides of SmolLM2-135M
+    that costs about twice as much of J over the optimum.
 
     Attributes:
         factor: F, shape (d, r).
@@ -28,7 +28,7 @@ class NystromMoment:
         weights: w, at least zero, shape (d,).
         scale: t, at least zero, shape (d,).
         ridge: At least zero.
-        error: How far S is thought to be from A, relative to that and in the Frobenius norm; NaN where it is not known.
+        error: Estimated error |A - S|_F / |A|_F; NaN if unknown.
     """
 
     factor: Tensor
@@ -51,12 +51,12 @@ class NystromMoment:
         return self.factor.square().sum(1) + self.scale.square() * seen.clamp(min=0) + self.ridge
 
     def double(self) -> NystromMoment:
-        """Return the same in float64."""
+        """Return S in float64."""
         F, Q, w, t = (tensor.double() for tensor in (self.factor, self.basis, self.weights, self.scale))
         return replace(self, factor=F, basis=Q, weights=w, scale=t)
 
     def to(self, device: torch.device | str) -> NystromMoment:
-        """Return the same on a device."""
+        """Return S on a device."""
         F, Q, w, t = (tensor.to(device) for tensor in (self.factor, self.basis, self.weights, self.scale))
         return replace(self, factor=F, basis=Q, weights=w, scale=t)
 
@@ -65,7 +65,7 @@ class NystromMoment:
         return replace(self, factor=self.factor * scale[:, None], scale=self.scale * scale)
 
     def shrunk(self, amount: float) -> NystromMoment:
-        """Return (1 - amount) S + amount * mean(diag S) * I, which has the same form."""
+        """Return (1 - amount) S + amount * mean(diag S) * I, again a :class:`NystromMoment`."""
         ridge = (1 - amount) * self.ridge + amount * self.diagonal().mean()
         return replace(
             self,
@@ -91,7 +91,7 @@ class NystromMoment:
         return X - self.basis @ (self.basis.T @ X)
 
     def norm(self) -> Tensor:
-        """Return the Frobenius norm of S by random signs, a scalar; good to about a tenth."""
+        """Return the Frobenius norm of S, a scalar, estimated with random signs to about a tenth."""
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, (len(self.scale), NORM_PROBES), generator=generator).mul_(2).sub_(1)
         return self.apply(signs.to(self.factor)).norm() / NORM_PROBES**0.5
@@ -102,22 +102,23 @@ class NystromMoment:
 
 
 def completed(factor: Tensor, seen: Tensor, diagonal: Tensor) -> NystromMoment:
-    """Return the moment with a given diagonal that agrees with what a random matrix has seen of it.
+    """Return the moment with the given diagonal that agrees with the products of A and a random matrix.
 
-    With P of the docstring above, diag(P diag(w) P) is p_i w_i, p_i = P_ii, as far as w is constant; so w_i is what the
-    factor leaves of feature i over p_i. What that is off by is put right by a scale for each feature.
+    With P of :class:`NystromMoment`, diag(P diag(w) P) is p_i w_i, p_i = P_ii, as far as w is constant. So w_i is the
+    part of the diagonal that the factor leaves at feature i, over p_i. A scale for each feature corrects the remaining
+    difference.
 
     Args:
         factor: F, float64, shape (d, r).
         seen: Omega, float64, shape (d, s).
-        diagonal: Of the moment, float64, shape (d,).
+        diagonal: Diagonal of A, float64, shape (d,).
     """
     scale = diagonal.sqrt()
     basis = torch.linalg.qr(seen * scale[:, None])[0]
     alive = diagonal > 0
     left = torch.where(alive, 1 - factor.square().sum(1) / diagonal, 0).clamp(min=0)
     open_share = 1 - basis.square().sum(1)
-    # Of a feature that Omega has seen whole there is nothing left but rounding.
+    # A feature that lies in the span of Omega leaves only rounding.
     weights = torch.where(open_share > torch.finfo(basis.dtype).eps ** 0.5, left / open_share, 0)
     found = NystromMoment(factor, basis, weights, scale)
     return found.rescaled(torch.where(alive, (diagonal / found.diagonal()).sqrt(), 0))

@@ -1,4 +1,4 @@
-"""Symmetric matrices of which only the panels at and below the diagonal are held."""
+"""Packed symmetric storage: only the panels at and below the diagonal are held."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-#: Widest panel of a packed matrix: wide enough for the products to run at full speed, narrow enough to skip nearly
-#: half of the square.
+#: Widest panel of a packed matrix: wide enough for products at full speed, narrow enough to skip nearly half of the
+#: square.
 PANEL = 384
 
 
@@ -19,7 +19,7 @@ def panel_bounds(d: int) -> list[tuple[int, int]]:
 
 
 def packed_size(d: int) -> int:
-    """Return how many numbers a packed symmetric (d, d) matrix holds."""
+    """Return the count of numbers in a packed symmetric (d, d) matrix."""
     return sum((d - start) * (stop - start) for start, stop in panel_bounds(d))
 
 
@@ -38,16 +38,15 @@ def panels(packed: Tensor, d: int) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def add_gram_(packed: Tensor, X: Tensor, weight: float = 1.0, Y: Tensor | None = None) -> Tensor:
-    """Add ``weight X^T X`` to a packed matrix, in place; or ``weight X^T Y`` where that is symmetric, too.
+    """Add ``weight X^T X``, or a symmetric ``weight X^T Y``, to a packed matrix, in place.
 
-    Only the panels at and below the diagonal exist, which saves up to 3/8 of the work and of the memory of a full
-    product.
+    Only the panels at and below the diagonal exist, which saves up to 3/8 of the work and memory of a full product.
 
     Args:
         packed: Shape (packed_size(d),).
         X: Rows to add, shape (tokens, d), same dtype and device as ``packed``.
-        weight: Factor of the whole product.
-        Y: Shape (tokens, d), such that X^T Y is symmetric, as it is for Y = S X with a symmetric S; X by default.
+        weight: Factor of the product.
+        Y: Shape (tokens, d), with X^T Y symmetric, as for Y = S X with a symmetric S; X by default.
 
     Returns:
         ``packed``.
@@ -59,7 +58,7 @@ def add_gram_(packed: Tensor, X: Tensor, weight: float = 1.0, Y: Tensor | None =
 
 
 def unpack(packed: Tensor, d: int) -> Tensor:
-    """Return the symmetric matrix that a packed one stands for, shape (d, d)."""
+    """Return the symmetric matrix (d, d) of a packed one."""
     full = packed.new_empty(d, d)
     for start, stop, panel in panels(packed, d):
         full[start:, start:stop] = panel
@@ -68,5 +67,5 @@ def unpack(packed: Tensor, d: int) -> Tensor:
 
 
 def packed_diagonal(packed: Tensor, d: int) -> Tensor:
-    """Return the diagonal of the matrix that a packed one stands for, shape (d,)."""
+    """Return the diagonal of a packed matrix, shape (d,)."""
     return torch.cat([panel[: stop - start].diagonal() for start, stop, panel in panels(packed, d)])

@@ -1,9 +1,9 @@
-"""Second moments of a layer's wider side as its narrower one sees them: exact, and as small as the narrower side.
+"""Second moments of a layer's wider side, projected through the weight: exact, and as small as the narrower side.
 
-The solver of ``fasc`` (:func:`~fasc_lightning.solvers._fasc.two_sided`) reads the moment of the wider side in one place
-only, W A W^T for wide inputs and W^T G W for wide outputs. These are second moments themselves, of W x and of W^T h, so
-with weights that do not change they can be summed in place of A and G: nothing is lost, and a (4096, 14336) layer holds
-two matrices of width 4096. A sketch of the same memory is both larger in error and slower to rebuild.
+The solver of ``fasc`` (:func:`~fasc_lightning.solvers.two_sided`) reads the moment of the wider side in one place
+only: W A W^T for wide inputs, W^T G W for wide outputs. These are the second moments of W x and of W^T h. While the
+weights do not change, they can be summed in place of A and G. Nothing is lost, and a (4096, 14336) layer holds two
+matrices of width 4096. A sketch of the same memory has a larger error and is slower to rebuild.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fasc_lightning.statistics._packed import add_gram_, packed_size, unpack
 
-#: As an option, beside the kinds of sketches.
+#: Value of the option ``sketch``, beside the kinds of sketches.
 ProjectedKind = Literal["projected"]
 
 
@@ -25,10 +25,10 @@ class ProjectedMoment:
     """A symmetric positive semidefinite matrix S of which W S W^T and the mean of the diagonal are known.
 
     Attributes:
-        matrix: W S W^T for the layer's W (or its transpose), whose columns are the wider side; shape (r, r).
+        matrix: W S W^T, shape (r, r), for the layer's W or its transpose, whichever has the wider side as columns.
         level: Mean of the diagonal of S, a scalar.
         features: d, the width of S.
-        ridge: Multiple of the identity that S has on top of that, a scalar.
+        ridge: Factor of an identity added to S, a scalar.
     """
 
     matrix: Tensor
@@ -36,7 +36,7 @@ class ProjectedMoment:
     features: int
     ridge: Tensor | float = 0.0
 
-    #: Nothing is estimated.
+    #: The moment is exact.
     error: ClassVar[float] = 0.0
 
     @property
@@ -45,15 +45,15 @@ class ProjectedMoment:
         return self.features, self.features
 
     def diagonal(self) -> Tensor:
-        """Return the mean of the diagonal of S in the place of each of its entries, shape (d,)."""
+        """Return the mean of the diagonal of S in place of each entry, shape (d,)."""
         return (self.level + self.ridge).expand(self.features)
 
     def double(self) -> ProjectedMoment:
-        """Return the same in float64."""
+        """Return S in float64."""
         return ProjectedMoment(self.matrix.double(), self.level.double(), self.features, self.ridge)
 
     def to(self, device: torch.device | str) -> ProjectedMoment:
-        """Return the same on a device."""
+        """Return S on a device."""
         return ProjectedMoment(self.matrix.to(device), self.level.to(device), self.features, self.ridge)
 
     def shrunk(self, amount: float) -> ProjectedMoment:
@@ -62,7 +62,7 @@ class ProjectedMoment:
         return ProjectedMoment((1 - amount) * self.matrix, (1 - amount) * self.level, self.features, ridge)
 
     def congruence(self, W: Tensor) -> Tensor:
-        """Return W S W^T, shape (r, r), for the W with which it was summed, shape (r, d)."""
+        """Return W S W^T, shape (r, r), for the W of the sums, shape (r, d)."""
         return self.matrix + self.ridge * (W @ W.T)
 
     def apply(self, X: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class ProjectedMoment:
         """Refuse to return S.
 
         Raises:
-            ValueError: Always: it is not known.
+            ValueError: Always: S is not known.
         """
         raise ValueError(
             f"Expected the second moment of width {self.features} as a matrix, but sketch='projected' holds only what "
@@ -84,9 +84,9 @@ class ProjectedMoment:
 
 @dataclass(frozen=True)
 class Projection:
-    """How the second moment of a wider side is summed: W x (or W^T h), and the squares of x (or h).
+    """Sums of the second moment of a wider side: products of W x (or W^T h), and the squares of x (or h).
 
-    Its sums are one flat tensor, whose layout only this class knows.
+    The sums are one flat tensor, whose layout only this class knows.
 
     Attributes:
         features: d, the width of the moment.
@@ -109,7 +109,7 @@ class Projection:
 
     @property
     def numbers(self) -> int:
-        """How many numbers the sums are."""
+        """The count of numbers in the sums."""
         return packed_size(self.size) + 1
 
     def add_(self, sums: Tensor, X: Tensor, weight: float, seen: Tensor) -> None:
@@ -119,15 +119,15 @@ class Projection:
             sums: Shape (numbers,).
             X: Rows of the wider side, shape (tokens, d).
             weight: Factor of all products.
-            seen: The same through the weight, shape (tokens, r).
+            seen: Product of the rows and the weight, shape (tokens, r).
         """
         sums[-1].add_(X.square().sum(), alpha=weight)
         add_gram_(sums[:-1], seen, weight)
 
     def diagonal(self, sums: Tensor) -> Tensor:
-        """Return the mean of the diagonal of what was summed in the place of each of its entries, shape (d,)."""
+        """Return the mean of the diagonal of the sums in place of each entry, shape (d,)."""
         return (sums[-1] / self.features).expand(self.features)
 
-    def form(self, sums: Tensor) -> ProjectedMoment:
-        """Return what was summed."""
+    def second_moment(self, sums: Tensor) -> ProjectedMoment:
+        """Return the moment of the sums."""
         return ProjectedMoment(unpack(sums[:-1], self.size), sums[-1] / self.features, self.features)

@@ -1,4 +1,4 @@
-"""The forms of a second moment: a matrix, low rank and a rest, or what a weight lets through of it."""
+"""Second moments as solvers read them: matrices, low-rank ones with a rest, projections through a weight."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ class LowRankPlusDiagonal:
 
     Attributes:
         factor: F, shape (d, r).
-        residual: D, what F F^T leaves of the diagonal, at least zero, shape (d,).
-        error: How far it is thought to be from the matrix that it stands for, relative to that and in the Frobenius
-            norm; NaN where that is not known.
+        residual: D, the diagonal without F F^T's part, at least zero, shape (d,).
+        error: Estimated error |A - S|_F / |A|_F, A the moment that S approximates; NaN if unknown.
     """
 
     factor: Tensor
@@ -38,15 +37,15 @@ class LowRankPlusDiagonal:
         return self.factor.square().sum(1) + self.residual
 
     def double(self) -> LowRankPlusDiagonal:
-        """Return the same in float64."""
+        """Return S in float64."""
         return LowRankPlusDiagonal(self.factor.double(), self.residual.double(), self.error)
 
     def to(self, device: torch.device | str) -> LowRankPlusDiagonal:
-        """Return the same on a device."""
+        """Return S on a device."""
         return LowRankPlusDiagonal(self.factor.to(device), self.residual.to(device), self.error)
 
     def shrunk(self, amount: float) -> LowRankPlusDiagonal:
-        """Return (1 - amount) S + amount * mean(diag S) * I, which has the same form."""
+        """Return (1 - amount) S + amount * mean(diag S) * I, again a :class:`LowRankPlusDiagonal`."""
         level = amount * self.diagonal().mean()
         return LowRankPlusDiagonal(self.factor * (1 - amount) ** 0.5, (1 - amount) * self.residual + level)
 
@@ -80,13 +79,13 @@ def dense(S: SecondMoment) -> Tensor:
     return S if isinstance(S, Tensor) else S.dense()
 
 
-def diagonal_form(values: Tensor) -> LowRankPlusDiagonal:
-    """Return the diagonal matrix of these values, shape (d,), of which nothing else is held."""
+def diagonal_moment(values: Tensor) -> LowRankPlusDiagonal:
+    """Return the diagonal matrix of the values, shape (d,), without a (d, d) tensor."""
     return LowRankPlusDiagonal(values.new_zeros(len(values), 0), values, 0.0)
 
 
 def apply(S: SecondMoment, X: Tensor) -> Tensor:
-    """Return S X, shape (d, c): from a low-rank form without a (d, d) matrix.
+    """Return S X, shape (d, c); a low-rank S makes no (d, d) matrix.
 
     Args:
         S: Shape (d, d).
@@ -96,7 +95,7 @@ def apply(S: SecondMoment, X: Tensor) -> Tensor:
 
 
 def congruence(W: Tensor, S: SecondMoment) -> Tensor:
-    """Return W S W^T, shape (m, m): from a low-rank form without a (d, d) matrix.
+    """Return W S W^T, shape (m, m); a low-rank S makes no (d, d) matrix.
 
     Args:
         W: Shape (m, d).

@@ -1,11 +1,10 @@
-r"""Sketches of a second moment too wide to hold: one pass, sums that merge, rebuilt as low rank plus diagonal.
+r"""Sketches of second moments that are too wide to hold: one pass, sums that merge, rebuilt as low rank plus a rest.
 
 The range finder holds Y = A Omega with a random Omega (d, s), the running sum of X^T (X Omega): s d numbers, not d^2.
 Omega has eight signs a row (sparse sign matrices: Tropp, Yurtsever, Udell and Cevher 2019, "Streaming low-rank matrix
-approximation", section 3), which makes X Omega nearly free, and comes from a seed; of the matrix nothing is held but,
-for the widths in use, where the signs are. Beside Y are the exact diagonal of A, and A Psi for a few held-out signs
-Psi, which tell how far off the rebuilt matrix is. All are sums over tokens: streams and processes merge exactly,
-provided that they share the seed.
+approximation", section 3), so X Omega is nearly free. It comes from a seed; for the widths in use, only the positions
+of the signs are held. Beside Y are the exact diagonal of A, and A Psi for a few held-out signs Psi, which estimate the
+error of the rebuilt matrix. All of these are sums over tokens: streams and processes with the same seed merge exactly.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from fasc_lightning.statistics._nystrom import NystromMoment, completed
 from fasc_lightning.statistics._packed import packed_size
 from fasc_lightning.statistics._second_moments import LowRankPlusDiagonal
 
-#: Signs in a row of Omega (as recommended by Tropp et al. 2019), where there are as many columns.
+#: Signs in a row of Omega (recommended by Tropp et al. 2019), if it has as many columns.
 NONZEROS = 8
 #: Held-out probe vectors.
 PROBES = 8
-#: Features for which the dense random matrix of the Gaussian sketch is made at a time.
+#: Rows of the Gaussian sketch's dense random matrix that are made at a time.
 BLOCK = 1024
 
-#: Share of an exact moment's numbers up to which a sketch is worth its error.
+#: Largest share of an exact moment's numbers at which a sketch is worth its error.
 WORTHWHILE = 0.9
 
 #: "range": the range finder of this module; "gaussian": the paper's projection with lifting, for comparison.
@@ -37,15 +36,15 @@ SKETCH_KINDS: tuple[SketchKind, ...] = ("range", "gaussian")
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:
-    # Always on the CPU: a seed means the same numbers wherever the moments live, and after they have moved.
+    # Always on the CPU, so that a seed gives the same numbers on every device of the moments.
     return torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63)
 
 
 def sparse_signs(d: int, s: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return where the signs of Omega (d, s) are, and what they are.
+    """Return the positions and values of the signs of Omega (d, s).
 
-    The columns fall into as many strata as a row has signs, one sign in each, and within a stratum every column gets
-    equally many: no column is empty and no two signs fall together.
+    The columns are divided into as many strata as a row has signs, with one sign in each. Within a stratum every column
+    gets equally many signs. So no column is empty, and no two signs coincide.
 
     Returns:
         Columns, int64, and values of +1 or -1, float32, both of shape (signs a row, d).
@@ -67,16 +66,16 @@ def probe_signs(d: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _omega_transposed(d: int, s: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return Omega^T (s, d), sparse; kept for the last few widths: layers of one width share it, batch after batch."""
+    """Return Omega^T (s, d), sparse; cached for the last few widths, since layers of one width share it."""
     columns, values = (part.to(device) for part in sparse_signs(d, s, seed))
     features = torch.arange(d, device=device).expand_as(columns)
     where = torch.stack([columns.flatten(), features.flatten()])
-    # The indices are in range by construction; unsaid, torch warns that it does not check.
+    # The indices are in range by construction; without the argument, torch warns that it does not check.
     return torch.sparse_coo_tensor(where, values.to(dtype).flatten(), (s, d), check_invariants=False).coalesce()
 
 
 def apply_transposed(Z: Tensor, s: int, seed: int) -> Tensor:
-    """Return Omega^T Z, shape (s, c), for Z of shape (d, c); without a dense Omega."""
+    """Return Omega^T Z, shape (s, c), for Z of shape (d, c), without a dense Omega."""
     return _omega_transposed(len(Z), s, seed, Z.dtype, Z.device) @ Z
 
 
@@ -85,10 +84,10 @@ def add_range_(Y: Tensor, X: Tensor, s: int, seed: int, weight: float = 1.0) -> 
 
     Args:
         Y: Shape (d, s + PROBES).
-        X: Rows, shape (tokens, d), of the dtype of ``Y``.
+        X: Rows, shape (tokens, d), with the dtype of ``Y``.
         s: Columns of Omega.
-        seed: Of Omega and Psi.
-        weight: Factor of the whole product.
+        seed: Seed of Omega and Psi.
+        weight: Factor of the product.
 
     Returns:
         ``Y``.
@@ -102,27 +101,28 @@ def nystrom(Y: Tensor, diagonal: Tensor, seed: int, rank: int | None = None) -> 
     r"""Return F (d, r) with F F^T the rank-r Nystrom approximation of A, from Y = A Omega and the diagonal of A.
 
     A Omega (Omega^T A Omega)^+ (A Omega)^T lies below A (Tropp, Yurtsever, Udell and Cevher 2017, "Fixed-rank
-    approximation of a positive-semidefinite matrix from streaming data", Algorithm 3): A is shifted by a little, so
-    that Cholesky's factor of the core exists, and the shift is taken off the eigenvalues at the end, at zero where
-    they are lost in it. Truncating after that, and not the core before, is what makes the error near the optimum.
+    approximation of a positive-semidefinite matrix from streaming data", Algorithm 3). A is shifted by a little, so
+    that the core has a Cholesky factor. The shift is subtracted from the eigenvalues at the end; eigenvalues below it
+    become zero. Truncating afterwards, and not the core before, keeps the error near the optimum.
 
-    Three departures. Theirs shifts by nu I, with nu relative to the norm of Y: next to one feature ten thousand times
-    as large as the others, as language models have them, that is more than all the others together. Here every feature
-    is shifted by nu times its own second moment: the algorithm runs on D^-1/2 A D^-1/2 with D the diagonal, whose
-    approximation is D^-1/2 times that of A times D^-1/2, since Omega takes the scales up. So it does the scales of the
-    columns of Y, all at one norm before Cholesky. nu is relative to the rounding of Y as it was summed, float32 as a
-    rule, of which an (s, s) core has about sqrt(s) times that of a number. And the eigenvalues are those of E^T E, not
-    the singular values of E: in float64 that costs accuracy far below nu, and is several times faster where d is much
-    larger than s.
+    There are three differences from the algorithm. It shifts by nu I, with nu relative to the norm of Y. Language
+    models have features ten thousand times as large as the others; such a shift exceeds all other features together.
+    Here every feature is shifted by nu times its own second moment: the algorithm runs on D^-1/2 A D^-1/2, D the
+    diagonal, whose approximation is D^-1/2 times that of A times D^-1/2, since Omega absorbs the scales. In the same
+    way, the columns of Y get one norm before Cholesky. nu is relative to the rounding of the summed Y, usually float32;
+    an (s, s) core has about sqrt(s) times the rounding of one number. Last, eigenvalues of E^T E replace the singular
+    values of E: in float64 this loses accuracy only far below nu, and is several times faster if d is much larger than
+    s.
 
     Args:
         Y: Shape (d, s), float32 or float64.
         diagonal: Shape (d,).
-        seed: Of Omega.
-        rank: At most s; by default all that A shows.
+        seed: Seed of Omega.
+        rank: At most s; by default the rank that Y shows.
 
     Returns:
-        F in float64. With a rank, the best approximation of that rank of what there would be without: its columns are
+        F in float64. With a rank, F F^T is the best approximation of that rank of the result without one; its columns
+            are
         orthogonal and ordered by length.
     """
     d, s = Y.shape
@@ -139,7 +139,7 @@ def nystrom(Y: Tensor, diagonal: Tensor, seed: int, rank: int | None = None) -> 
     L, info = torch.linalg.cholesky_ex(core)
     if info == 0:
         E = torch.linalg.solve_triangular(L.T, scaled, upper=True, left=False)
-    else:  # rounding outweighs the shift, or Omega has not full rank: what the core does not show is left out
+    else:  # rounding exceeds the shift, or Omega is rank deficient: directions that the core does not show are left out
         spectrum, Q = torch.linalg.eigh(core)
         shown = spectrum > nu
         E = scaled @ (Q[:, shown] / spectrum[shown].sqrt())
@@ -154,7 +154,7 @@ def nystrom(Y: Tensor, diagonal: Tensor, seed: int, rank: int | None = None) -> 
 
 
 def _reciprocal(values: Tensor) -> Tensor:
-    """Return 1 / values, and zero where a value is."""
+    """Return 1 / values, with zero for zero."""
     return torch.where(values > 0, 1 / values, 0)
 
 
@@ -163,9 +163,9 @@ def add_gaussian_(core: Tensor, X: Tensor, seed: int, weight: float = 1.0) -> Te
 
     Args:
         core: Shape (s, s).
-        X: Rows, shape (tokens, d), of the dtype of ``core``.
-        seed: Of R.
-        weight: Factor of the whole product.
+        X: Rows, shape (tokens, d), with the dtype of ``core``.
+        seed: Seed of R.
+        weight: Factor of the product.
 
     Returns:
         ``core``.
@@ -179,15 +179,15 @@ def add_gaussian_(core: Tensor, X: Tensor, seed: int, weight: float = 1.0) -> Te
 
 
 def gaussian_rows(start: int, rows: int, s: int, seed: int) -> Tensor:
-    """Return rows start ... start + rows of R (d, s), entries of N(0, 1/s), float32; start in steps of BLOCK."""
+    """Return rows start ... start + rows of R (d, s), entries of N(0, 1/s), float32; start is a multiple of BLOCK."""
     return torch.randn(rows, s, generator=_generator(seed, 2 + start // BLOCK)) / s**0.5
 
 
 def lift(core: Tensor, d: int, seed: int) -> Tensor:
     """Return F (d, s) in float64 with F F^T = R core R^T: the paper's way back to d dimensions (Appendix C, step 5).
 
-    E[R R^T] = I, but the span of R is random: what is lifted lies in it whatever A is, which is why this is for
-    comparison only.
+    E[R R^T] = I, but the span of R is random, and the lifted moment lies in it whatever A is. So this is for comparison
+    only.
     """
     values, Q = torch.linalg.eigh(core.double())
     root = Q * values.clamp(min=0).sqrt()
@@ -199,16 +199,16 @@ def lift(core: Tensor, d: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Sketch:
-    """How one second moment is sketched; its sums are one flat tensor, whose layout only this class knows.
+    """Sketch of one second moment; its sums are one flat tensor, whose layout only this class knows.
 
     Attributes:
         features: d, the width of the moment.
         size: s, at most d - 1.
-        seed: Of all random matrices. Sums merge only if it is the same.
+        seed: Seed of all random matrices. Only sums with the same seed merge.
         kind: "range" or "gaussian".
 
     Raises:
-        ValueError: If the size is not in 1 ... d - 1, or the kind unknown.
+        ValueError: If the size is not in 1 ... d - 1, or the kind is unknown.
     """
 
     features: int
@@ -233,12 +233,12 @@ class Sketch:
 
     @property
     def numbers(self) -> int:
-        """How many numbers the sums are."""
+        """The count of numbers in the sums."""
         return self._shape[0] * self._shape[1] + self.features
 
     @property
     def is_worthwhile(self) -> bool:
-        """Whether it holds clearly less than the exact moment; one of half the width does not, and is no faster."""
+        """Whether the sketch is clearly smaller than the exact moment; at half the width it is not, nor faster."""
         return self.numbers <= WORTHWHILE * packed_size(self.features)
 
     def _views(self, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,7 +250,7 @@ class Sketch:
         Args:
             sums: Shape (numbers,).
             X: Rows, shape (tokens, d), same dtype and device.
-            weight: Factor of the whole product.
+            weight: Factor of the product.
 
         Returns:
             ``sums``.
@@ -264,41 +264,41 @@ class Sketch:
         return sums
 
     def diagonal(self, sums: Tensor) -> Tensor:
-        """Return the exact diagonal of the moment that was summed, shape (d,)."""
+        """Return the exact diagonal of the summed moment, shape (d,)."""
         return self._views(sums)[1]
 
-    def form(self, sums: Tensor) -> LowRankPlusDiagonal | NystromMoment:
-        """Return the moment that was summed, rebuilt in float64, with an estimate of its error.
+    def second_moment(self, sums: Tensor) -> LowRankPlusDiagonal | NystromMoment:
+        """Return the moment rebuilt from its sums, in float64, with an estimate of its error.
 
-        With the range finder it is completed (``statistics/_nystrom.py``), and its diagonal is the exact one.
-        The lifted one has no part outside its span, as in the paper, and holds no probes that could tell its error.
+        The range finder's moment is completed (``statistics/_nystrom.py``) and has the exact diagonal. The Gaussian one
+        is zero outside its span, as in the paper, and holds no probes, so its error is unknown.
         """
         state, diagonal = self._views(sums)
         if self.kind == "gaussian":
             return LowRankPlusDiagonal(lift(state, self.features, self.seed), torch.zeros_like(diagonal).double())
         factor = nystrom(state[:, : self.size], diagonal, self.seed)
         exact, found = diagonal.double().clamp(min=0), factor.square().sum(1)
-        # Below A but for rounding, which can lift a feature that is large or all but constant above its second moment.
+        # F F^T is below A but for rounding, which can lift a large or nearly constant feature above its second moment.
         factor.mul_((exact * _reciprocal(found)).clamp(max=1).sqrt()[:, None])
         omega = _omega_transposed(self.features, self.size, self.seed, exact.dtype, exact.device).to_dense().T
         rebuilt = completed(factor, omega, exact)
         return replace(rebuilt, error=self._error(sums, rebuilt))
 
     def error(self, sums: Tensor) -> float:
-        """Return how far off the rebuilt moment is thought to be (:meth:`form`); NaN for kind "gaussian"."""
-        return self.form(sums).error
+        """Return the estimated error of the rebuilt moment (:meth:`second_moment`); NaN for kind "gaussian"."""
+        return self.second_moment(sums).error
 
-    def _error(self, sums: Tensor, form: NystromMoment) -> float:
-        r"""Return an estimate of |A - S|_F / |A|_F with S the rebuilt moment, from the held-out probes.
+    def _error(self, sums: Tensor, S: NystromMoment) -> float:
+        r"""Return an estimate of |A - S|_F / |A|_F, S the rebuilt moment, from the held-out probes; zero if S is zero.
 
-        For random signs psi, E|M psi|^2 = |M|_F^2; with eight of them the estimate is good to about a third. A - S has
-        no diagonal, which a sign would see whole, and the norm of S stands for that of A, which probes would tell less
-        well. Neither S nor the probes know of each other, so that the square of the estimate has no bias but for the
-        rounding of the sums. Zero if the moment is.
+        For random signs psi, E|M psi|^2 = |M|_F^2; with eight of them the estimate is good to about a third. The
+        diagonal, which every sign vector would see whole, is zero in A - S. The norm of S stands for the norm of A,
+        which the probes would estimate less well. S and the probes are independent, so the square of the estimate has
+        no bias but the rounding of the sums.
         """
-        norm = form.norm()
+        norm = S.norm()
         if not norm > 0:
             return 0.0
         seen = self._views(sums)[0][:, self.size :].double()
         probes = probe_signs(self.features, self.seed).to(seen)
-        return float((seen - form.apply(probes)).norm() / PROBES**0.5 / norm)
+        return float((seen - S.apply(probes)).norm() / PROBES**0.5 / norm)

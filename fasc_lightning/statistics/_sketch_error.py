@@ -1,4 +1,4 @@
-"""What sketching the moments of a layer lost."""
+"""Estimated errors of a layer's sketched moments."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from fasc_lightning.statistics._collector import LayerSketches
 from fasc_lightning.statistics._layer_moments import LayerMoments
+from fasc_lightning.statistics._layer_sketches import LayerSketches
 
 
 class SketchFigures(TypedDict):
-    """What a report says of one sketched side.
+    """Size and error of one sketched side, for reports.
 
     Attributes:
-        size: Columns.
-        error: Estimated |A - S|_F / |A|_F of the rebuilt moment S, the largest where there are a plain and a coupled
-            one; NaN where it cannot be told.
+        size: Columns of the sketch.
+        error: Estimated |A - S|_F / |A|_F of the rebuilt moment S, the larger one if there are a plain and a coupled
+            moment; NaN if unknown.
     """
 
     size: int
@@ -28,16 +28,16 @@ def sketch_figures(sketches: LayerSketches, moments: LayerMoments) -> dict[str, 
     """Return the figures of a layer's sketched sides, "inputs" and "outputs".
 
     Args:
-        sketches: Of the layer.
-        moments: Its moments, as the solver was given them.
+        sketches: Sketches of the layer.
+        moments: Moments that the solver read.
     """
-    forms = [moments.plain_forms(), *([moments.coupled_forms()] if moments.is_coupled else [])]
+    pairs = [moments.plain_moments(), *([moments.coupled_moments()] if moments.is_coupled else [])]
     figures: dict[str, SketchFigures] = {}
     for side, sketch, found in zip(
-        ("inputs", "outputs"), (sketches.inputs, sketches.outputs), zip(*forms, strict=True), strict=True
+        ("inputs", "outputs"), (sketches.inputs, sketches.outputs), zip(*pairs, strict=True), strict=True
     ):
         if sketch is not None:
-            errors = [math.nan if isinstance(form, Tensor) else form.error for form in found]
+            errors = [math.nan if isinstance(S, Tensor) else S.error for S in found]
             figures[side] = SketchFigures(
                 size=sketch.size, error=math.nan if any(map(math.isnan, errors)) else max(errors)
             )

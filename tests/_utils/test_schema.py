@@ -139,6 +139,6 @@ def test_a_json_file_is_checked_and_of_bounded_size(tmp_path, monkeypatch):
     path.write_text("[1]")
     with pytest.raises(SchemaError, match=r"settings\.json is damaged or was edited\. Expected a mapping"):
         read_json(path, LAYERS)
-    monkeypatch.setattr("fasc_lightning._utils._schema.MAX_JSON_BYTES", 2)
+    monkeypatch.setattr("fasc_lightning._utils._json_files.MAX_JSON_BYTES", 2)
     with pytest.raises(SchemaError, match=r"settings\.json has 3 bytes"):
         read_json(path, LAYERS)

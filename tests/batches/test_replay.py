@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from fasc_lightning import FascCallback
 from fasc_lightning.batches import KeptBatches, NoLossError, Place, TrainingStep, brought
-from fasc_lightning.batches._replay import KeptBatch
+from fasc_lightning.batches._kept import KeptBatch
 
 
 class Seen:
@@ -366,7 +366,7 @@ def test_a_process_alone_does_not_wait_for_the_others(monkeypatch):
     replay = KeptBatches()
     replay.keep(next(iter(loader())))
     assert TrainingStep(trainer, replay)(module, replay.batches[0].batch).ndim == 0
-    monkeypatch.setattr("fasc_lightning.batches._replay.is_distributed", lambda trainer: True)
+    monkeypatch.setattr("fasc_lightning.batches._training_step.is_distributed", lambda trainer: True)
     with pytest.raises(NoLossError, match="all_gather"):
         TrainingStep(trainer, replay)(module, replay.batches[0].batch)
     assert "all_gather" not in vars(module)

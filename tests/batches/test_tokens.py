@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fasc_lightning.batches import TokenRows, identifying_tensor, sample_seeds
-from fasc_lightning.batches._tokens import batch_size, sample_sequences, spread_tokens
+from fasc_lightning.batches._contents import batch_size
+from fasc_lightning.batches._sampling import sample_sequences, spread_tokens
 
 CPU = torch.device("cpu")
 

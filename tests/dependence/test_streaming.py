@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasc_lightning import DependenceScore, debiased_rho, iid_floor, rho
-from fasc_lightning.dependence._streaming import MAX_ROWS, MAX_TOKENS
+from fasc_lightning.dependence._grams import MAX_TOKENS
+from fasc_lightning.dependence._streaming import MAX_ROWS, student_quantile
 
 
 @settings(deadline=None, max_examples=30)
@@ -286,3 +287,8 @@ def test_results_are_the_same_again():
     assert torch.equal(first.interval, second.interval)
     assert torch.equal(first.null, second.null)
     assert not torch.equal(first.null, other.null)
+
+
+@pytest.mark.parametrize("freedom", [7, 8, 15, 63, 2047])
+def test_student_quantile_is_students(freedom):
+    assert student_quantile(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), abs=1e-4)

@@ -111,7 +111,7 @@ def test_candidate_scores_equal_full_sequence_scores(tokenizer, facts, family, b
 def test_candidate_scores_do_not_depend_on_the_size_of_a_pass(model, tokenizer, facts, monkeypatch):
     candidates = relation_candidates(facts)
     expected = candidate_scores(model, tokenizer, facts, candidates)
-    monkeypatch.setattr("fasc_lightning.evaluation.continuations._CONTINUATION_TOKENS", 3)
+    monkeypatch.setattr("fasc_lightning.evaluation._continuations._CONTINUATION_TOKENS", 3)
     for got, want in zip(candidate_scores(model, tokenizer, facts, candidates), expected, strict=True):
         torch.testing.assert_close(got, want)
 

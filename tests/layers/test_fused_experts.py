@@ -10,7 +10,7 @@ from torch import nn
 from fasc_lightning.layers import UnfusedExperts, expert_layers, select_layers, split_name, unfuse
 from fasc_lightning.layers._fused_experts import holds_experts, is_fused_experts, routers
 from fasc_lightning.models import quantize
-from fasc_lightning.refit._anchored import check_refit
+from fasc_lightning.refit._checks import check_refit
 
 
 class Block(nn.Module):

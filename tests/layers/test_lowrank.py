@@ -215,18 +215,18 @@ def test_make_lowrank_targets_dtype_and_trains_without_touching_the_random_state
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"C": torch.ones(2, 6)}, r"\(8, 3\) and \(2, 6\)"),
+        ({"right": torch.ones(2, 6)}, r"\(8, 3\) and \(2, 6\)"),
         ({"bias": torch.ones(6)}, r"shape \(8,\), got \(6,\)"),
         ({"layout": "svd"}, "'svd'"),
-        ({"B": torch.ones(8, 6), "C": torch.ones(6, 6)}, "below 6"),
-        ({"B": torch.ones(8, 7), "C": torch.ones(7, 6), "layout": "factors"}, "between 1 and 6"),
-        ({"B": torch.full((8, 3), float("inf"))}, "finite"),
-        ({"C": torch.full((3, 6), float("nan")), "layout": "factors"}, "finite"),
+        ({"left": torch.ones(8, 6), "right": torch.ones(6, 6)}, "below 6"),
+        ({"left": torch.ones(8, 7), "right": torch.ones(7, 6), "layout": "factors"}, "between 1 and 6"),
+        ({"left": torch.full((8, 3), float("inf"))}, "finite"),
+        ({"right": torch.full((3, 6), float("nan")), "layout": "factors"}, "finite"),
     ],
 )
 def test_make_lowrank_rejects(arguments, message):
     with pytest.raises(ValueError, match=message):
-        make_lowrank(**{"B": torch.ones(8, 3), "C": torch.ones(3, 6), **arguments})
+        make_lowrank(**{"left": torch.ones(8, 3), "right": torch.ones(3, 6), **arguments})
 
 
 def test_constructors_reject():

@@ -12,9 +12,8 @@ from huggingface_hub import ModelCard
 from tiny import causal_model, causal_module, token_loader
 from transformers import AutoModelForCausalLM
 
-from fasc_lightning import FascCallback, load_compressed, save_compressed
+from fasc_lightning import FascCallback, load_compressed, model_card, save_compressed
 from fasc_lightning.layers import compressed_layers, swap_modules
-from fasc_lightning.models import _card as model_card
 from fasc_lightning.models import attach_config
 
 EVALUATION = {

@@ -205,7 +205,7 @@ def test_a_model_on_the_meta_device_takes_the_weights_over():
 def test_a_layer_that_is_compressed_otherwise_is_refused():
     model = nn.Sequential(nn.Linear(8, 8))
     apply_plan(model, {"0": {"rank": 2, "layout": "factors"}})
-    with pytest.raises(ValueError, match=r"'0' is compressed, as .*'rank': 2.* and not as .*'rank': 3.*swap_to_dense"):
+    with pytest.raises(ValueError, match=r"'0' is compressed, as .*'rank': 2.* and not as .*'rank': 3.*to_dense"):
         apply_plan(model, {"0": {"rank": 3, "layout": "factors"}})
 
 

@@ -112,7 +112,7 @@ def test_the_callback_prints_its_plan_before_the_first_batch(make_trainer, monke
 def test_a_fit_that_does_not_fit_is_refused_before_the_first_batch(make_trainer, monkeypatch, share, said):
     module = causal_module()
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    monkeypatch.setattr("fasc_lightning.options._checks.available_memory", lambda device: 10**9)
+    monkeypatch.setattr("fasc_lightning.calibration._checks.available_memory", lambda device: 10**9)
     monkeypatch.setattr("fasc_lightning.planning._plan.available_memory", lambda device: int(share * weights))
     before = {name: value.clone() for name, value in module.state_dict().items()}
     with pytest.raises(MemoryError, match="14 layers to fit into") as refused:

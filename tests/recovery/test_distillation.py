@@ -17,11 +17,11 @@ from fasc_lightning import Distillation, FactorRecovery, FascCallback, LoraRecov
 from fasc_lightning.batches import ResumableLoader
 from fasc_lightning.models import apply_plan
 from fasc_lightning.recovery import Teacher, frozen_copy
-from fasc_lightning.recovery import _distillation as distillation
-from fasc_lightning.recovery._distillation import block_error, teacher_bytes
+from fasc_lightning.recovery import _teacher as teacher_module
 from fasc_lightning.recovery._divergence import kl_divergence, top_k_divergence
 from fasc_lightning.recovery._logit_cache import LogitCache, sample_keys
-from fasc_lightning.recovery._teacher import _all_samples
+from fasc_lightning.recovery._teacher import block_error, teacher_bytes
+from fasc_lightning.recovery._teacher_phase import _all_samples
 
 pytest.importorskip("peft", reason="peft is not installed")
 
@@ -259,7 +259,7 @@ def test_a_fit_in_mixed_precision_is_taught_in_it_and_compared_in_float32(make_t
             losses.append(float(loss.detach()))
         return loss
 
-    monkeypatch.setattr(distillation, "kl_divergence", watch)
+    monkeypatch.setattr(teacher_module, "kl_divergence", watch)
     settings = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "limit_train_batches": 4}
     make_trainer(callback, **settings).fit(module, training_loader(padded=True))
     assert len(seen) == len(gradients) == 4
@@ -367,7 +367,7 @@ def test_dropout_is_off_in_the_teacher_and_on_in_the_student(pair):
 
 def test_a_teacher_that_does_not_fit_is_refused(pair, monkeypatch):
     _, student, layers = pair
-    monkeypatch.setattr(distillation, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(teacher_module, "available_memory", lambda device: 1000)
     with pytest.raises(MemoryError, match=r"0\.00 GB is free on cpu\. HINT: .*cache=FOLDER"):
         Teacher(student, layers, Distillation(dtype="float64"))
     Teacher(student, layers, Distillation())  # nothing but what is there already

@@ -12,7 +12,7 @@ from torch import nn
 from fasc_lightning.layers import LowRankLinear, PivotedLinear, compressed_layers, make_lowrank, swap_modules
 from fasc_lightning.refit import RefitError, RefitOptions, causal_loss, refit
 from fasc_lightning.refit import _anchored as refit_module
-from fasc_lightning.refit._anchored import check_refit
+from fasc_lightning.refit._checks import check_refit
 from fasc_lightning.refit._shares import Change, shares
 from fasc_lightning.refit._solve import DriftRows
 from fasc_lightning.solvers import shrink, two_sided

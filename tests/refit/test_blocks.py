@@ -8,7 +8,8 @@ from torch import nn
 
 from fasc_lightning.layers import make_lowrank, select_layers, swap_modules
 from fasc_lightning.refit import RefitError, causal_loss, find_blocks
-from fasc_lightning.refit._blocks import BlockRunner, joins_stream
+from fasc_lightning.refit._blocks import BlockRunner
+from fasc_lightning.refit._joins import joins_stream
 
 
 def test_blocks_are_the_list_that_holds_all_layers():

@@ -128,9 +128,9 @@ def test_gradient_moments_are_coupled_where_they_can_be():
         moments.add_pairs("q", x, h)
         weights = torch.ones(9) if needs == ["plain"] else x.norm(dim=1)
         expected = (h * weights[:, None]).T @ h / weights.sum()
-        torch.testing.assert_close(ByLayer(moments.gradient_metric, ["q"])["q"], expected)
+        torch.testing.assert_close(ByLayer(moments.G, ["q"])["q"], expected)
         with pytest.raises(KeyError):
-            ByLayer(moments.gradient_metric, ["q"])["k"]
+            ByLayer(moments.G, ["q"])["k"]
 
 
 def test_compress_refits_by_default_and_perplexity_on_the_batches_does_not_rise():

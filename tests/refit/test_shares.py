@@ -167,9 +167,7 @@ def gains(model, texts, count, rank):
         moments = CalibrationMoments(layer_shapes(layers), needs=solver_needs("fasc"))
         for _ in backward_windows(model, Taps(layers, moments), windows):
             pass
-        gradients, inputs = (
-            {name: metric(name) for name in layers} for metric in (moments.gradient_metric, moments.input_metric)
-        )
+        gradients, inputs = ({name: metric(name) for name in layers} for metric in (moments.G, moments.A))
         compressed = copy.deepcopy(model)
         dense = swap_modules(compressed, compress_layers(layers, moments, rank=rank).replacements)
         before = mean_loss(compressed, everything)

@@ -41,7 +41,7 @@ def linear_moments(x, drifted, W):
 def objective(x, drifted, v, G, start, anchor, weight, shift):
     """The definition, token by token."""
     error = v - drifted @ weight.T - shift
-    change = x @ (start.B @ start.C).T - x @ weight.T - shift
+    change = x @ (start.left @ start.right).T - x @ weight.T - shift
     return ((error @ G) * error).sum(1).mean() + anchor * ((change @ G) * change).sum(1).mean()
 
 
@@ -67,7 +67,7 @@ def test_both_factors_reach_what_an_optimiser_reaches(problem, anchor, bias):
     x, drifted, W, G, start = problem
     found = solve_refit(linear_moments(x, drifted, W), G, start, anchor, "factors", bias)
     shift = torch.zeros(M, dtype=torch.float64) if found.shift is None else found.shift
-    closed = objective(x, drifted, x @ W.T, G, start, anchor, found.B @ found.C, shift).item()
+    closed = objective(x, drifted, x @ W.T, G, start, anchor, found.left @ found.right, shift).item()
 
     def loss(B, C, s):
         return objective(x, drifted, x @ W.T, G, start, anchor, B @ C, s if bias else 0 * s)
@@ -75,11 +75,11 @@ def test_both_factors_reach_what_an_optimiser_reaches(problem, anchor, bias):
     # From the anchor and from elsewhere: the landscape of rank-k matrices has saddles, but no other minima.
     zero = torch.zeros(M, dtype=torch.float64)
     brute = min(
-        minimise(loss, start.B, start.C, zero),
-        minimise(loss, torch.randn_like(start.B), torch.randn_like(start.C), zero),
+        minimise(loss, start.left, start.right, zero),
+        minimise(loss, torch.randn_like(start.left), torch.randn_like(start.right), zero),
     )
-    assert found.B.shape == (M, K)
-    assert found.C.shape == (K, N)
+    assert found.left.shape == (M, K)
+    assert found.right.shape == (K, N)
     assert closed == pytest.approx(brute, rel=1e-6)
 
 
@@ -89,23 +89,23 @@ def test_the_right_factor_reaches_what_an_optimiser_reaches(problem, anchor, bia
     x, drifted, W, G, start = problem
     found = solve_refit(linear_moments(x, drifted, W), G, start, anchor, "right", bias)
     shift = torch.zeros(M, dtype=torch.float64) if found.shift is None else found.shift
-    closed = objective(x, drifted, x @ W.T, G, start, anchor, found.B @ found.C, shift).item()
+    closed = objective(x, drifted, x @ W.T, G, start, anchor, found.left @ found.right, shift).item()
 
     def loss(C, s):
-        return objective(x, drifted, x @ W.T, G, start, anchor, start.B @ C, s if bias else 0 * s)
+        return objective(x, drifted, x @ W.T, G, start, anchor, start.left @ C, s if bias else 0 * s)
 
-    assert torch.equal(found.B, start.B)
-    assert closed == pytest.approx(minimise(loss, start.C, torch.zeros(M, dtype=torch.float64)), rel=1e-6)
+    assert torch.equal(found.left, start.left)
+    assert closed == pytest.approx(minimise(loss, start.right, torch.zeros(M, dtype=torch.float64)), rel=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["factors", "right"])
 def test_a_strong_anchor_leaves_the_factors_what_they_were(problem, variant):
     x, drifted, W, G, start = problem
-    moments, before = linear_moments(x, drifted, W), start.B @ start.C
+    moments, before = linear_moments(x, drifted, W), start.left @ start.right
     changes = []
     for anchor in (0.0, 1.0, 10.0, 1e9):
         found = solve_refit(moments, G, start, anchor, variant, bias=True)
-        changes.append((found.B @ found.C - before).norm().item())
+        changes.append((found.left @ found.right - before).norm().item())
     assert changes == sorted(changes, reverse=True)
     assert changes[-1] < 1e-6
     assert found.shift.abs().max() < 1e-6
@@ -122,12 +122,13 @@ def test_an_anchor_elsewhere_is_measured_in_its_own_moments(problem, variant):
         return ((error @ G) * error).sum(1).mean() + 0.7 * (G * (change @ A @ change.T)).sum()
 
     if variant == "right":
-        brute = minimise(lambda C: loss(start.B, C), start.C)
+        brute = minimise(lambda C: loss(start.left, C), start.right)
     else:
         brute = min(
-            minimise(loss, start.B, start.C), minimise(loss, torch.randn_like(start.B), torch.randn_like(start.C))
+            minimise(loss, start.left, start.right),
+            minimise(loss, torch.randn_like(start.left), torch.randn_like(start.right)),
         )
-    assert loss(found.B, found.C).item() == pytest.approx(brute, rel=1e-6)
+    assert loss(found.left, found.right).item() == pytest.approx(brute, rel=1e-6)
 
 
 def test_a_strong_anchor_elsewhere_is_the_two_sided_solution(problem):
@@ -135,7 +136,7 @@ def test_a_strong_anchor_elsewhere_is_the_two_sided_solution(problem):
     A = torch.diag(torch.arange(1.0, N + 1, dtype=torch.float64))
     found = solve_refit(linear_moments(x, drifted, W), G, start, 1e9, towards=(W, A))
     B, C = two_sided(W, A, G).truncate(K)
-    torch.testing.assert_close(found.B @ found.C, B @ C, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.left @ found.right, B @ C, rtol=1e-5, atol=1e-6)
 
 
 def test_a_bias_needs_the_tokens_own_anchor(problem):
@@ -159,17 +160,17 @@ def test_moments_of_two_shares_mix_to_those_of_all(problem, measured):
 def test_without_drift_and_anchor_it_is_the_two_sided_solution(problem):
     x, _, W, G, start = problem
     moments = linear_moments(x, x, W).shrunk(W, 0.01)
-    rough = Factors(torch.randn_like(start.B), torch.randn_like(start.C))
+    rough = Factors(torch.randn_like(start.left), torch.randn_like(start.right))
     found = solve_refit(moments, G, rough, 0.0)
     B, C = two_sided(W, shrink(x.T @ x / TOKENS, 0.01), G).truncate(K)
-    torch.testing.assert_close(found.B @ found.C, B @ C)
+    torch.testing.assert_close(found.left @ found.right, B @ C)
     assert found.shift is None
 
 
 def test_the_loss_is_that_of_the_tokens(problem):
     x, drifted, W, G, start = problem
     moments, shift = linear_moments(x, drifted, W), torch.randn(M, dtype=torch.float64)
-    weight = start.B @ start.C
+    weight = start.left @ start.right
     for s in (None, shift):
         error = x @ W.T - drifted @ weight.T - (0 if s is None else s)
         assert drift_loss(moments, G, weight, s) == pytest.approx(((error @ G) * error).sum(1).mean().item())
@@ -191,7 +192,7 @@ def test_fewer_tokens_than_features_are_an_ordinary_input(problem, variant):
     moments = linear_moments(x[:3], drifted[:3], W)
     for given in (moments, moments.shrunk(W, 1e-4)):
         found = solve_refit(given, G, start, 0.0, variant, bias=True)
-        assert all(value.isfinite().all() for value in (found.B, found.C, found.shift))
+        assert all(value.isfinite().all() for value in (found.left, found.right, found.shift))
 
 
 def test_directions_without_data_are_drawn_to_the_dense_weight(problem):
@@ -200,7 +201,7 @@ def test_directions_without_data_are_drawn_to_the_dense_weight(problem):
     x[:, 0] = drifted[:, 0] = 0
     full = Factors(W, torch.eye(N, dtype=torch.float64))
     found = solve_refit(linear_moments(x, drifted, W).shrunk(W, 1e-4), G, full, 0.0, "right")
-    weight = found.B @ found.C
+    weight = found.left @ found.right
     torch.testing.assert_close(weight[:, 0], W[:, 0], rtol=0.05, atol=0.05)
 
 
@@ -210,7 +211,7 @@ def test_moments_in_single_precision_are_solved_in_double(problem):
     moments = linear_target_moments(W.float(), rows.T @ rows / TOKENS, rows.mean(0))
     assert {value.dtype for value in vars(moments).values()} == {torch.float64}
     found = solve_refit(moments, G, start, 1.0)
-    assert found.B.dtype == torch.float64
+    assert found.left.dtype == torch.float64
 
 
 def test_rows_are_summed_over_batches():

@@ -19,7 +19,7 @@ def exact_moments():
 
 def test_losses_are_the_squared_changes_of_the_loss_where_the_fisher_is_a_kronecker_product():
     moments, W, xs, hs = exact_moments()
-    found = gfwsvd(W, moments, shrink_right=0.0, shrink_left=0.0)
+    found = gfwsvd(W, moments, shrink_A=0.0, shrink_G=0.0)
     for k in range(5):
         B, C = found.truncate(k)
         changes = [(h @ (W - B @ C) @ x).item() ** 2 for x in xs for h in hs]
@@ -28,7 +28,7 @@ def test_losses_are_the_squared_changes_of_the_loss_where_the_fisher_is_a_kronec
 
 def test_no_other_matrix_of_the_rank_changes_the_loss_less():
     moments, W, xs, hs = exact_moments()
-    least = gfwsvd(W, moments, shrink_right=0.0, shrink_left=0.0).losses[2].item()
+    least = gfwsvd(W, moments, shrink_A=0.0, shrink_G=0.0).losses[2].item()
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         B = torch.randn(4, 2, dtype=torch.float64, generator=generator).requires_grad_()

@@ -119,8 +119,8 @@ def test_sketches_are_filled_up_without_a_matrix_and_to_the_same_moments_where_t
 def test_a_sketch_that_cannot_hold_all_has_the_exact_diagonal_of_the_filled_up_moment():
     found = borrowing(gathered({"plain"}, dict.fromkeys(NAMES, SIDES))).layer(NAMES[1])
     expected = full_moments(*filled_up(1), W)
-    torch.testing.assert_close(found.plain_forms()[0].diagonal(), expected.A.diagonal())
-    torch.testing.assert_close(found.plain_forms()[1].diagonal(), expected.G.diagonal())
+    torch.testing.assert_close(found.plain_moments()[0].diagonal(), expected.A.diagonal())
+    torch.testing.assert_close(found.plain_moments()[1].diagonal(), expected.G.diagonal())
 
 
 def test_experts_that_are_sketched_in_different_ways_do_not_pool():

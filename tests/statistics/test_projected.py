@@ -57,7 +57,7 @@ def test_what_the_weight_lets_through_is_the_congruence_of_the_whole_moment(shap
     W, whole = gathered(shape, None)
     _, seen = gathered(shape, {"layer": projected(*shape)})
     side = 1 if shape == TALL else 0
-    exact, held = whole.layer("layer").coupled_forms()[side], seen.layer("layer").coupled_forms()[side]
+    exact, held = whole.layer("layer").coupled_moments()[side], seen.layer("layer").coupled_moments()[side]
     V = W.T if shape == TALL else W
     torch.testing.assert_close(congruence(V, shrink(held.double(), amount)), V @ shrink(exact.double(), amount) @ V.T)
     torch.testing.assert_close(held.diagonal().mean(), exact.diagonal().mean())
@@ -68,11 +68,11 @@ def test_what_the_weight_lets_through_is_the_congruence_of_the_whole_moment(shap
 def test_the_whole_moment_is_not_to_be_had():
     _, seen = gathered(WIDE, {"layer": projected(*WIDE)})
     with pytest.raises(ValueError, match="holds only what the layer's weight lets through"):
-        dense(seen.layer("layer").coupled_forms()[0])
+        dense(seen.layer("layer").coupled_moments()[0])
 
 
 def test_rows_that_the_weight_has_not_seen_are_refused():
-    with pytest.raises(ValueError, match="as the layer's weight sees them"):
+    with pytest.raises(ValueError, match="rows times the layer's weight"):
         gathered(WIDE, {"layer": projected(*WIDE)}, seen=False)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fasc_lightning.statistics import Moments, Sketch, apply, congruence, diagonal_form, packed_size
+from fasc_lightning.statistics import Moments, Sketch, apply, congruence, diagonal_moment, packed_size
 from fasc_lightning.statistics._nystrom import NystromMoment
 from fasc_lightning.statistics._sketch import (
     BLOCK,
@@ -89,7 +89,7 @@ def test_a_moment_of_lower_rank_than_the_sketch_comes_back_whole(dtype):
     sums = sums_of(sketch, X)
     A = X.double().T @ X.double()
     accuracy = 1e-4 if dtype == torch.float32 else 1e-9
-    assert (sketch.form(sums).dense() - A).norm() < accuracy * A.norm()
+    assert (sketch.second_moment(sums).dense() - A).norm() < accuracy * A.norm()
     assert sketch.error(sums) < accuracy
 
 
@@ -110,19 +110,19 @@ def test_nystrom_error_is_within_the_bound_of_tropp_in_the_mean():
 def test_the_rebuilt_moment_is_positive_and_has_the_exact_diagonal():
     X = decaying(64, 500).float()
     sketch = Sketch(64, 16)
-    form = sketch.form(sums_of(sketch, X))
+    S = sketch.second_moment(sums_of(sketch, X))
     A = X.double().T @ X.double()
-    torch.testing.assert_close(form.diagonal(), A.diagonal(), rtol=1e-4, atol=1e-5 * float(A.diagonal().max()))
-    assert torch.linalg.eigvalsh(form.dense())[0] > -1e-9 * A.norm()
+    torch.testing.assert_close(S.diagonal(), A.diagonal(), rtol=1e-4, atol=1e-5 * float(A.diagonal().max()))
+    assert torch.linalg.eigvalsh(S.dense())[0] > -1e-9 * A.norm()
 
 
 def test_the_diagonal_is_what_saves_a_flat_tail():
     X = torch.randn(2000, 64, dtype=torch.float64) * torch.linspace(0.5, 2, 64, dtype=torch.float64)
     sketch = Sketch(64, 16)
-    form, A = sketch.form(sums_of(sketch, X)), X.T @ X
-    alone = form.factor @ form.factor.T
+    S, A = sketch.second_moment(sums_of(sketch, X)), X.T @ X
+    alone = S.factor @ S.factor.T
     beside = alone + (A.diagonal() - alone.diagonal()).diag()
-    assert (form.dense() - A).norm() < 0.9 * (beside - A).norm() < 0.7 * (alone - A).norm()
+    assert (S.dense() - A).norm() < 0.9 * (beside - A).norm() < 0.7 * (alone - A).norm()
 
 
 def test_streams_merge_by_adding():
@@ -140,8 +140,8 @@ def test_the_square_of_the_error_estimate_has_no_bias(power, dtype):
     for seed in range(24):
         X = decaying(80, 300, seed, power).to(dtype)
         sketch = Sketch(80, 20, seed)
-        form, A = sketch.form(sums_of(sketch, X)), X.double().T @ X.double()
-        ratios.append(form.error / float((form.dense() - A).norm() / form.norm()))
+        S, A = sketch.second_moment(sums_of(sketch, X)), X.double().T @ X.double()
+        ratios.append(S.error / float((S.dense() - A).norm() / S.norm()))
     squares = torch.tensor(ratios).square()
     # Two and a half standard errors of the mean, as they come out.
     assert abs(squares.mean() - 1) < 2.5 * squares.std() / len(squares) ** 0.5 + 0.02
@@ -151,7 +151,7 @@ def test_the_square_of_the_error_estimate_has_no_bias(power, dtype):
 def test_nothing_but_zeros_comes_back_as_zeros():
     sketch = Sketch(20, 5)
     sums = sums_of(sketch, torch.zeros(3, 20))
-    assert not sketch.form(sums).dense().any()
+    assert not sketch.second_moment(sums).dense().any()
     assert sketch.error(sums) == 0
 
 
@@ -162,11 +162,11 @@ def noisy_low_rank(d: int, tokens: int, rank: int, seed: int = 0) -> torch.Tenso
     return left @ right + 0.1 * noise
 
 
-def correlation_error(form: NystromMoment, X: torch.Tensor) -> float:
+def correlation_error(S: NystromMoment, X: torch.Tensor) -> float:
     """How far off the rebuilt moment is, every feature at the scale that it has."""
     A = X.double().T @ X.double()
     scale = A.diagonal().rsqrt()
-    error = scale[:, None] * (form.dense() - A) * scale
+    error = scale[:, None] * (S.dense() - A) * scale
     return float(error.norm() / (scale[:, None] * A * scale).norm())
 
 
@@ -186,8 +186,8 @@ def test_float32_sums_lose_nothing_whatever_the_scales_of_the_features(name):
     sums = torch.zeros(single.numbers)
     for part in X.split(256):
         single.add_(sums, part)
-    expected = correlation_error(double.form(sums_of(double, X.double())), X)
-    assert correlation_error(single.form(sums), X) < 1.1 * expected
+    expected = correlation_error(double.second_moment(sums_of(double, X.double())), X)
+    assert correlation_error(single.second_moment(sums), X) < 1.1 * expected
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 200])
@@ -195,13 +195,13 @@ def test_float32_sums_lose_nothing_whatever_the_scales_of_the_features(name):
 def test_the_diagonal_is_exact_and_all_is_finite_with_few_tokens_and_dead_features(tokens, size):
     X = noisy_low_rank(64, tokens, 8) * (torch.arange(64) % 3 > 0) * torch.logspace(-2, 2, 64)
     sketch = Sketch(64, size, 1)
-    form = sketch.form(sums_of(sketch, X))
-    assert torch.isfinite(form.dense()).all()
-    assert (form.weights >= 0).all()
+    S = sketch.second_moment(sums_of(sketch, X))
+    assert torch.isfinite(S.dense()).all()
+    assert (S.weights >= 0).all()
     A = X.double().T @ X.double()
-    torch.testing.assert_close(form.diagonal(), A.diagonal(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(S.diagonal(), A.diagonal(), rtol=1e-5, atol=0)
     if tokens == 1 and size > 3:
-        assert (form.dense() - A).norm() < 1e-5 * A.norm()
+        assert (S.dense() - A).norm() < 1e-5 * A.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -212,23 +212,23 @@ def test_inputs_of_half_precision_are_summed_in_the_accumulators(dtype):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             sketched.update(part)
             exact.update(part)
-    form, A = sketched.form(), exact.compute().double()
-    assert isinstance(form, NystromMoment)
-    torch.testing.assert_close(form.diagonal(), A.diagonal(), rtol=1e-5, atol=0)
-    assert (form.dense() - A).norm() < 2e-3 * A.norm()
-    assert form.error < 2e-3
+    S, A = sketched.second_moment(), exact.compute().double()
+    assert isinstance(S, NystromMoment)
+    torch.testing.assert_close(S.diagonal(), A.diagonal(), rtol=1e-5, atol=0)
+    assert (S.dense() - A).norm() < 2e-3 * A.norm()
+    assert S.error < 2e-3
 
 
 def test_the_parts_in_which_rows_come_change_nothing_but_rounding():
     X = noisy_low_rank(64, 300, 6)
-    forms = []
+    found = []
     for size in (7, 64, 300):
         moments = Moments(64, sketch=Sketch(64, 16, 1))
         for part in X.split(size):
             moments.update(part)
-        forms.append(moments.form().dense())
-    for other in forms[1:]:
-        torch.testing.assert_close(other, forms[0], rtol=1e-4, atol=1e-4)
+        found.append(moments.second_moment().dense())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
 
 
 def test_what_was_moved_away_leaves_what_never_was_there():
@@ -238,9 +238,9 @@ def test_what_was_moved_away_leaves_what_never_was_there():
     moved.update(X)
     others.update(X[20:])
     stayed.update(X[:20])
-    rest = moved.subtract_(others).form()
-    torch.testing.assert_close(rest.diagonal(), stayed.form().diagonal(), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(rest.dense(), stayed.form().dense(), rtol=1e-2, atol=1e-2)
+    rest = moved.subtract_(others).second_moment()
+    torch.testing.assert_close(rest.diagonal(), stayed.second_moment().diagonal(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(rest.dense(), stayed.second_moment().dense(), rtol=1e-2, atol=1e-2)
     moved.subtract_(stayed)
     assert not any(value.any() for value in moved.sums.values())
 
@@ -253,8 +253,8 @@ def test_the_gaussian_sketch_is_the_projected_moment_and_lifts_as_printed(monkey
     core = add_gaussian_(torch.zeros(s, s, dtype=torch.float64), X, 5)
     torch.testing.assert_close(core, R.T @ X.T @ X @ R)
     sketch = Sketch(d, s, 5, "gaussian")
-    form = sketch.form(sums_of(sketch, X))
-    torch.testing.assert_close(form.dense(), R @ core @ R.T)
+    S = sketch.second_moment(sums_of(sketch, X))
+    torch.testing.assert_close(S.dense(), R @ core @ R.T)
 
 
 def test_gaussian_blocks_are_of_different_numbers():
@@ -285,19 +285,19 @@ def test_the_gaussian_sketch_has_no_error_estimate():
 def test_a_congruence_needs_no_square():
     X = decaying(30, 90)
     sketch = Sketch(30, 10)
-    form = sketch.form(sums_of(sketch, X))
+    S = sketch.second_moment(sums_of(sketch, X))
     W = torch.randn(4, 30, dtype=torch.float64)
-    torch.testing.assert_close(congruence(W, form), W @ form.dense() @ W.T)
-    torch.testing.assert_close(congruence(W, form.shrunk(0.1)), W @ form.shrunk(0.1).dense() @ W.T)
-    shrunk = 0.9 * form.dense() + 0.1 * form.dense().diagonal().mean() * torch.eye(30)
-    torch.testing.assert_close(form.shrunk(0.1).dense(), shrunk)
-    torch.testing.assert_close(form.apply(W.T), form.dense() @ W.T)
-    torch.testing.assert_close(form.norm(), form.dense().norm(), rtol=0.2, atol=0)
+    torch.testing.assert_close(congruence(W, S), W @ S.dense() @ W.T)
+    torch.testing.assert_close(congruence(W, S.shrunk(0.1)), W @ S.shrunk(0.1).dense() @ W.T)
+    shrunk = 0.9 * S.dense() + 0.1 * S.dense().diagonal().mean() * torch.eye(30)
+    torch.testing.assert_close(S.shrunk(0.1).dense(), shrunk)
+    torch.testing.assert_close(S.apply(W.T), S.dense() @ W.T)
+    torch.testing.assert_close(S.norm(), S.dense().norm(), rtol=0.2, atol=0)
 
 
-def test_a_diagonal_form_is_the_matrix_with_that_diagonal():
+def test_a_diagonal_moment_is_the_matrix_with_that_diagonal():
     values = torch.tensor([3.0, 0.0, 2.0], dtype=torch.float64)
-    form, W = diagonal_form(values), torch.randn(2, 3, dtype=torch.float64)
-    torch.testing.assert_close(form.dense(), values.diag())
-    torch.testing.assert_close(congruence(W, form), W @ values.diag() @ W.T)
-    torch.testing.assert_close(apply(form, W.T), values.diag() @ W.T)
+    S, W = diagonal_moment(values), torch.randn(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(S.dense(), values.diag())
+    torch.testing.assert_close(congruence(W, S), W @ values.diag() @ W.T)
+    torch.testing.assert_close(apply(S, W.T), values.diag() @ W.T)

@@ -74,7 +74,7 @@ def test_moments_without_sketches_are_bit_for_bit_what_they_were(data):
     for moments in (one, other):
         layer = moments.layer("a")
         assert not isinstance(layer, SketchedLayerMoments)
-        assert all(isinstance(S, torch.Tensor) for S in (*layer.plain_forms(), *layer.coupled_forms()))
+        assert all(isinstance(S, torch.Tensor) for S in (*layer.plain_moments(), *layer.coupled_moments()))
     assert torch.equal(one.layer("a").A, other.layer("a").A)
     assert torch.equal(one.layer("a").G, other.layer("a").G)
 
@@ -83,17 +83,17 @@ def test_what_is_read_as_a_matrix_is_the_form_made_dense(data):
     x, h, W = data
     layer = gathered(x, h, W, {"plain", "coupled"}, {"a": BOTH}).layer("a")
     expected = full_moments(x, h, W)
-    assert all(isinstance(S, NystromMoment) for S in (*layer.plain_forms(), *layer.coupled_forms()))
+    assert all(isinstance(S, NystromMoment) for S in (*layer.plain_moments(), *layer.coupled_moments()))
     torch.testing.assert_close(layer.A, expected.A, rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(layer.G, expected.G, rtol=1e-7, atol=1e-8)
     for found, right in zip(layer.coupled or (), expected.coupled or (), strict=True):
         torch.testing.assert_close(found, right, rtol=1e-7, atol=1e-8)
 
 
-def test_coupled_forms_of_moments_that_did_not_gather_them_are_refused(data):
+def test_coupled_moments_of_layers_that_did_not_gather_them_are_refused(data):
     x, h, W = data
     with pytest.raises(ValueError, match=r"`coupled`.*it was not gathered"):
-        gathered(x, h, W, {"plain"}, {"a": BOTH}).layer("a").coupled_forms()
+        gathered(x, h, W, {"plain"}, {"a": BOTH}).layer("a").coupled_moments()
 
 
 def test_runs_merge_and_rows_move_as_exact_ones_do(data):
@@ -125,7 +125,7 @@ def test_a_file_brings_sketches_back(data, tmp_path):
     loaded = load_moments(tmp_path / "moments")
     assert loaded.sketches == {"a": BOTH}
     assert torch.equal(loaded.layer("a").A, moments.layer("a").A)
-    assert torch.equal(loaded.gradient_metric("a"), moments.gradient_metric("a"))
+    assert torch.equal(loaded.G("a"), moments.G("a"))
 
 
 def test_moments_of_nothing_add_up_with_those_of_a_file(data):

@@ -425,9 +425,9 @@ class Comparison:
                 report = refit(
                     self.model,
                     dense,
-                    ByLayer(moments.gradient_metric, dense),
+                    ByLayer(moments.G, dense),
                     self._batches(),
-                    inputs=ByLayer(moments.input_metric, dense),
+                    inputs=ByLayer(moments.A, dense),
                     progress=progress,
                 )
                 seconds["refit"] = report.seconds

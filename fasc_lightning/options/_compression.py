@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from inspect import Parameter, signature
-from typing import Any, Literal, TypedDict, get_type_hints
-
-from typing_extensions import NotRequired, Unpack
+from typing import Any, Literal, NotRequired, TypedDict, Unpack, get_type_hints
 
 from fasc_lightning.layers import Layout, Quantization
 from fasc_lightning.options._checks import (

@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import nn
-from typing_extensions import Unpack
 
 from fasc_lightning._utils import available_memory
 from fasc_lightning.calibration import share_units, shares, sketches_for_budget

@@ -2,7 +2,7 @@
 
     python benchmarks/monitoring.py --output benchmarks/results
 
-A Trainer trains for a few steps with `FascCallback(monitor_every_n_steps=2)`. Every other step is observed and the
+A Trainer trains for a few steps with `FascCallback(monitor=2)`. Every other step is observed and the
 steps between are plain, so the difference of their medians is the cost of an observation. The overhead is this cost
 spread over the steps from one observation to the next. The models are the small decoder of `recipes/track_rho.py` on
 its batches (16 x 64 tokens) and SmolLM2-135M-Instruct (1 x 512 and 8 x 128 tokens), with full training steps by AdamW.
@@ -61,7 +61,7 @@ def measure(model: Any, batch_size: int, length: int, steps: int) -> dict[str, f
     """Train for some steps, every other one observed, and return seconds and overheads."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (steps + 2, batch_size, length), generator=generator)
-    timer, callback = StepTimer(), FascCallback(monitor_every_n_steps=2)
+    timer, callback = StepTimer(), FascCallback(monitor=2)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=1,

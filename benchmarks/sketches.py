@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from fasc_lightning import FascCallback, compress
+from fasc_lightning import Calibration, FascCallback, compress
 from fasc_lightning.cli import markdown_table, write_json
 from fasc_lightning.compression import CompressionReport
 from fasc_lightning.planning import fit_forecast
@@ -180,7 +180,8 @@ def measure_block(options: argparse.Namespace) -> dict[str, Any]:
         "sketch_size": options.sketch_size or "auto",
         "sketch_above": options.sketch_above,
     }
-    predicted = fit_forecast(module, FascCallback(**how, update_weights=False), options.window, options.tokens)
+    frozen = FascCallback(**how, calibration=Calibration(update_weights=False))
+    predicted = fit_forecast(module, frozen, options.window, options.tokens)
     made, after_making = time.perf_counter() - start, resident()
     report = compress(module, batches, **how, progress=False)
     assert isinstance(report, CompressionReport)

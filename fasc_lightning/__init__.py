@@ -23,7 +23,16 @@ from fasc_lightning.models import (
     to_dense,
 )
 from fasc_lightning.module import CausalLMModule
-from fasc_lightning.options import Distillation, FactorRecovery, LoraRecovery
+from fasc_lightning.options import (
+    Calibration,
+    CompressionOptions,
+    Distillation,
+    FactorRecovery,
+    Gate,
+    LoraRecovery,
+    Memory,
+    Monitor,
+)
 from fasc_lightning.planning import CompressionForecast, plan
 from fasc_lightning.recover import recover
 from fasc_lightning.recovery import RecoveryCallback
@@ -38,6 +47,12 @@ __all__ = [
     "quantize",
     "CausalLMModule",
     "CompressionReport",
+    # its options
+    "CompressionOptions",
+    "Calibration",
+    "Memory",
+    "Monitor",
+    "Gate",
     # recovery
     "LoraRecovery",
     "FactorRecovery",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
@@ -15,20 +15,36 @@ from torch.utils.data import DataLoader
 from fasc_lightning._run_fit import as_loader, run_fit
 from fasc_lightning.callback import FascCallback
 from fasc_lightning.compression import CompressionReport
-from fasc_lightning.options import Recovery, checks_options
+from fasc_lightning.options import CompressionKeywords, CompressionOptions, as_recovery, checks_options, options_of
 from fasc_lightning.planning import CompressionForecast, batch_tokens, fit_forecast
 from fasc_lightning.recovery import split_loader
 
 
 @overload
 def compress(
-    model: nn.Module, batches: DataLoader[Any] | Iterable[Any], *, dry_run: Literal[True], **options: Any
+    model: nn.Module,
+    batches: DataLoader[Any] | Iterable[Any],
+    options: CompressionOptions | None = None,
+    *,
+    recovery_data: DataLoader[Any] | Iterable[Any] | None = None,
+    recovery_held_out: DataLoader[Any] | Iterable[Any] | None = None,
+    progress: bool = True,
+    dry_run: Literal[True],
+    **keywords: Unpack[CompressionKeywords],
 ) -> CompressionForecast: ...
 
 
 @overload
 def compress(
-    model: nn.Module, batches: DataLoader[Any] | Iterable[Any], *, dry_run: Literal[False] = False, **options: Any
+    model: nn.Module,
+    batches: DataLoader[Any] | Iterable[Any],
+    options: CompressionOptions | None = None,
+    *,
+    recovery_data: DataLoader[Any] | Iterable[Any] | None = None,
+    recovery_held_out: DataLoader[Any] | Iterable[Any] | None = None,
+    progress: bool = True,
+    dry_run: Literal[False] = False,
+    **keywords: Unpack[CompressionKeywords],
 ) -> CompressionReport: ...
 
 
@@ -36,15 +52,13 @@ def compress(
 def compress(
     model: nn.Module,
     batches: DataLoader[Any] | Iterable[Any],
+    options: CompressionOptions | None = None,
     *,
-    rank: int | float | None = None,
-    keep: float | None = None,
-    recovery: Literal["lora", "factors"] | Recovery | None = None,
     recovery_data: DataLoader[Any] | Iterable[Any] | None = None,
     recovery_held_out: DataLoader[Any] | Iterable[Any] | None = None,
     progress: bool = True,
     dry_run: bool = False,
-    **options: Any,
+    **keywords: Unpack[CompressionKeywords],
 ) -> CompressionReport | CompressionForecast:
     """Compress a model in place, as it is: calibrate frozen on the batches, factorise, swap.
 
@@ -57,15 +71,14 @@ def compress(
         batches: A DataLoader, or batches: for a language model mappings with "input_ids" and optionally
             "attention_mask" and "labels", as tensors, lists of ints or NumPy arrays. Without a dimension of samples a
             batch is one sequence, as is each row of a tokenised ``datasets.Dataset``.
-        rank: See :class:`FascCallback`.
-        keep: See :class:`FascCallback`.
-        recovery: See :class:`FascCallback`; a second fit then follows, by AdamW, for as long and as fast as it says.
-        recovery_data: What that fit trains on; None for ``batches``.
+        options: Those of the compression, as a :class:`FascCallback` has them; None for the defaults.
+        recovery_data: What the second fit of a ``recovery`` trains on, by AdamW; None for ``batches``.
         recovery_held_out: What its best state is chosen by; None holds back an eighth of the data, 64 samples at most.
         progress: Whether to show progress bars and the memory that the moments will need.
         dry_run: Whether to only plan: memory, time and size, after a look at the first batch. The model is not run,
             may be on the meta device, and stays as it is; a generator of batches is used up.
-        **options: Any other option of :class:`FascCallback`; ``update_weights`` must stay False.
+        **keywords: Options of the compression (:class:`~fasc_lightning.options.CompressionOptions`), in place of those
+            in ``options``. The weights are always frozen, whatever ``calibration`` says.
 
     Returns:
         What was done; of a dry run, what would be.
@@ -87,13 +100,15 @@ def compress(
         >>> report.kept <= 0.8
         True
     """
-    if options.setdefault("update_weights", False):
+    given = options_of(options, keywords)
+    if given.setdefault("update_weights", False):
         raise ValueError(
             "Expected update_weights=False: compress() calibrates a model as it is. To train while calibrating, use "
             "Trainer(callbacks=[FascCallback(...)])."
         )
-    callback = FascCallback(rank=rank, keep=keep, recovery=recovery, **options)
-    if callback.recovery is None and not (recovery_data is None and recovery_held_out is None):
+    callback = FascCallback(**given)
+    recovery = as_recovery(callback.recovery)
+    if recovery is None and not (recovery_data is None and recovery_held_out is None):
         raise ValueError("Expected `recovery` together with data for it but got None. HINT: recovery='lora'.")
     if isinstance(batches, Iterator):  # to go through twice
         batches = list(batches)
@@ -104,18 +119,18 @@ def compress(
         return forecast
     if isinstance(recovery_data, Iterator):
         recovery_data = list(recovery_data)
-    if callback.recovery is not None and recovery_held_out is None and not _has_validation(model):
+    if recovery is not None and recovery_held_out is None and not _has_validation(model):
         # Refuses before any work is done.
         split_loader(as_loader(batches if recovery_data is None else recovery_data, model=model))
     prefix = run_fit(model, batches, callback, progress, epochs=callback.passes)
-    if callback.recovery is not None:
+    if recovery is not None:
         run_fit(
             model,
             batches if recovery_data is None else recovery_data,
             callback,
             progress,
             held_out=recovery_held_out,
-            recovery=callback.recovery,
+            recovery=recovery,
             seed=callback.seed,
         )
     assert callback.report is not None

@@ -52,7 +52,7 @@ from fasc_lightning.cli import (
 from fasc_lightning.data import check_file, file_windows, load_model, named_files, text_windows
 from fasc_lightning.evaluation import builtin_facts, builtin_text, load_facts, load_minimal_pairs
 from fasc_lightning.layers import select_layers
-from fasc_lightning.options import CHEAP_METHOD, check_gate
+from fasc_lightning.options import CHEAP_METHOD, Gate
 from fasc_lightning.solvers import available_methods
 from fasc_lightning.studies.comparison import (
     DENSE,
@@ -178,7 +178,7 @@ def check(options: Namespace) -> Namespace:
         if options[name] < least:
             raise ValueError(f"Expected --{name.replace('_', '-')} to be at least {least} but got {options[name]}.")
     for threshold in options.thresholds:
-        check_gate(threshold)
+        Gate(threshold)  # refuses wrong values
     precisions = get_args(Precision)
     if options.eval_precision not in precisions:
         raise ValueError(

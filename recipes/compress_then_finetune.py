@@ -45,7 +45,7 @@ from fasc_lightning.cli import (
     add_source_options,
     calibration_of,
     check_run,
-    compression_options,
+    frozen_options,
     mapping,
     measurement_lines,
     on_device,
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         print("Evaluating the dense model")
         states["dense"] = questions.measure(model, tokenizer)
 
-    callback = FascCallback(**compression_options(options), update_weights=False, recovery=recovery)
+    callback = FascCallback(**frozen_options(options), recovery=recovery)
     module = CausalLMModule(model, recovery.rate, schedule="cosine")
     print(f"Compressing on {options.windows} windows of {options.window} tokens from {', '.join(options.calibration)}")
     run_fit(module, window_loader(calibration, options.batch_size), callback, progress=True, epochs=callback.passes)

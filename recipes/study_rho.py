@@ -53,7 +53,7 @@ from fasc_lightning.dependence import (
 from fasc_lightning.evaluation import builtin_text, perplexity
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import layer_shapes, layer_sizes, linear_weight, resolve_rank, select_layers, swap_modules
-from fasc_lightning.options import CHEAP_METHOD, GATE_BY, check_gate
+from fasc_lightning.options import CHEAP_METHOD, GATE_BY, Gate
 from fasc_lightning.statistics import CalibrationMoments
 from fasc_lightning.studies.rho import (
     SCORES,
@@ -179,7 +179,7 @@ def check(options: Namespace) -> Namespace:
     """
     FascCallback(rank=options.rank)  # refuses wrong values
     for threshold in options.thresholds:
-        check_gate(threshold, options.gate_by, options.gate_exclude, METHOD)
+        Gate(threshold, options.gate_by, options.gate_exclude)
     check_emergence_options(options.rho_threshold, observations=1)
     if unknown := [study for study in options.studies if study not in STUDIES]:
         raise ValueError(f"Expected --studies to be of {', '.join(STUDIES)} but got {', '.join(unknown)}.")

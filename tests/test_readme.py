@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+from options_table import with_table
 from processes import run_script
 from tiny import byte_tokenizer, causal_model, causal_module, save_model_folder, token_loader
 
@@ -101,11 +102,5 @@ def test_make_targets_exist(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-def test_options_table_names_the_real_options():
-    import inspect
-
-    from fasc_lightning import FascCallback
-
-    table = re.findall(r"^\| (`.*?) \|", README, re.MULTILINE)
-    named = {name for row in table for name in re.findall(r"`(\w+)`", row)}
-    assert named == set(inspect.signature(FascCallback).parameters)
+def test_the_options_table_is_that_of_the_declarations():
+    assert with_table(README) == README, "HINT: python tests/options_table.py"

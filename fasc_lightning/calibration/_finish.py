@@ -22,7 +22,7 @@ from fasc_lightning.compression import (
 from fasc_lightning.distributed import Unsharding
 from fasc_lightning.layers import TargetedLayers, layer_sizes, model_size, swap_modules
 from fasc_lightning.models import attach_config
-from fasc_lightning.options import CalibrationOptions, RefineOptions, ReplacementOptions
+from fasc_lightning.options import CalibrationOptions, CompressionOptions, RefineOptions, reported
 from fasc_lightning.refit import RefinePhase, RefitPhase, refine_figures, refit_figures
 
 
@@ -103,7 +103,7 @@ class Finish:
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         passes: Passes,
-        how: ReplacementOptions,
+        how: CompressionOptions,
         *,
         seconds: float,
         failed: Undo,
@@ -114,7 +114,7 @@ class Finish:
             trainer: Of the fit.
             pl_module: The module, dense.
             passes: Whose statistics are those of all processes. They are used up, unless a refit needs them.
-            how: What to make of them.
+            how: The options that decide the factors and their form.
             seconds: That the batches took.
             failed: Is given what a fit that fails has to undo of the sharding.
 
@@ -137,7 +137,7 @@ class Finish:
             result, layers = self._build(trainer, pl_module, passes, how)
         with timed("swap"):
             replaced = swap_modules(pl_module, result.replacements)
-            attach_config(pl_module, method=how.method, options=how.options, seed=how.seed)
+            attach_config(pl_module, method=how.method, options=reported(how), seed=how.seed)
             self._unsharding.run(pl_module)
         refitted = refined = None
         if self._refit is not None:
@@ -149,7 +149,7 @@ class Finish:
         after = layer_sizes({**self._layers.modules, **result.replacements}), model_size(pl_module)
         report = CompressionReport(
             method=how.method,
-            options=how.options,
+            options=reported(how),
             seed=how.seed,
             targeted={"dense": before[0], "compressed": after[0]},
             whole={"dense": before[1], "compressed": after[1]},
@@ -167,7 +167,7 @@ class Finish:
         return report, replaced
 
     def _build(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, passes: Passes, how: ReplacementOptions
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, passes: Passes, how: CompressionOptions
     ) -> tuple[CompressionResult, list[LayerReport]]:
         """Turn the statistics into replacements, the same ones on every process, and say what becomes of each layer."""
         options, progress = self._options, layer_progress(trainer)

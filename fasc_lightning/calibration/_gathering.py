@@ -54,7 +54,7 @@ class Gathering:
         self._empty = empty
         self._device = device
         self.moments = empty()
-        tokens = SCORE_TOKENS if options.gate is None else options.monitor_tokens
+        tokens = SCORE_TOKENS if options.gate_threshold is None else options.monitor_tokens
         self.scores = LayerScores(layers.modules, tokens, options.rho_gradient, options.seed, device)
         self._taps = Taps(layers.modules, offloaded(self.moments, device), self.scores)
         self.batches = 0

@@ -72,7 +72,7 @@ class Passes:
         self._options = options
         self._history = history
         self._device = trainer.strategy.root_device
-        needs = statistics_needed(options.method, options.gate, options.gate_by)
+        needs = statistics_needed(options.method, options.gate_threshold, options.gate_by)
         self.sketches = sketches_for_budget(layers.shapes, options.sketching, options.rank, options.keep)
         self._sized = self.sketches
         dtype, place = moment_dtype(layers.modules.values()), options.place(self._device)
@@ -222,7 +222,7 @@ class Passes:
         rows = self.gathering.table(trainer.global_step)
         scores = gate_scores(options.gate_by, rows, share, moments)
         undecided = [rows[name] for name in share if math.isnan(scores[name])]
-        if options.gate is not None and undecided:
+        if options.gate_threshold is not None and undecided:
             rank_zero_info(
                 f"FascCallback: {options.gate_by} rho of {len(undecided)} layers is undefined, so that the gate leaves "
                 f"them to {options.method}: {reasons(undecided)}."
@@ -231,7 +231,10 @@ class Passes:
         everywhere = self._layers.modules
         flags = failure_flags(everywhere, moments)
         methods = choose_methods(
-            {**dict.fromkeys(everywhere, math.nan), **scores}, options.gate, options.method, options.gate_exclude
+            {**dict.fromkeys(everywhere, math.nan), **scores},
+            options.gate_threshold,
+            options.method,
+            options.gate_exclude,
         )
         for name in share:
             # Why debiased is NaN. A report has no interval, so it does not say why the interval alone is NaN.
@@ -246,7 +249,7 @@ class Passes:
             methods={name: methods[name] for name in share},
             consume=consume,
             # One pass cannot know whether the gate will mix solvers in another.
-            unit="fisher" if self.count > 1 and options.gate is not None else "own",
+            unit="fisher" if self.count > 1 and options.gate_threshold is not None else "own",
             hold=offload_to_disk if self.count > 1 else None,
         )
         self._factorized = found if self._factorized is None else self._factorized.join(found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,7 +22,7 @@ from fasc_lightning.compression import CompressionReport, check_budget_fits, che
 from fasc_lightning.dependence import MonitorPhase
 from fasc_lightning.distributed import check_weights
 from fasc_lightning.layers import TargetedLayers, linear_weight
-from fasc_lightning.options import CalibrationOptions, ReplacementOptions
+from fasc_lightning.options import CalibrationOptions, CompressionOptions
 from fasc_lightning.recovery import RecoveryStage
 
 
@@ -51,7 +50,7 @@ class CalibrationPhase(pl.Callback):
 
     def __init__(
         self,
-        options: Any,
+        options: CompressionOptions,
         monitor: MonitorPhase,
         recovery: RecoveryStage,
         forecast: Callable[..., object],
@@ -205,8 +204,7 @@ class CalibrationPhase(pl.Callback):
         self.run.end(trainer)  # where the fit had nothing left to run, so that training neither started nor ended
         self._failed.keep(pl_module, attributes=True)
         # After every `on_train_end`, so that averaging callbacks have put their weights in place.
-        how = ReplacementOptions(**{f.name: getattr(self._options, f.name) for f in fields(ReplacementOptions)})
-        report, replaced = self.run.compress(trainer, pl_module, how, self._failed)
+        report, replaced = self.run.compress(trainer, pl_module, self._options, self._failed)
         self._failed.set(self, "report", report)
         self._recovery.keep(replaced)
 

@@ -21,7 +21,7 @@ from fasc_lightning.compression import CompressionReport
 from fasc_lightning.dependence import RhoHistory
 from fasc_lightning.distributed import UnevenInputs, is_distributed, is_sharded, lacks_room
 from fasc_lightning.layers import TargetedLayers
-from fasc_lightning.options import CalibrationOptions, RefineOptions, ReplacementOptions, holds_moments
+from fasc_lightning.options import CalibrationOptions, CompressionOptions, RefineOptions, holds_moments
 from fasc_lightning.statistics import LayerSketches
 
 #: Entry of :meth:`CalibrationRun.setting`.
@@ -79,7 +79,7 @@ class CalibrationRun:
         self._began: float | None = None
         self.origin: dict[str, Any] = {}
         self.trains = options.update_weights
-        self.scores_decide = options.gate is not None
+        self.scores_decide = options.gate_threshold is not None
 
     @property
     def seconds(self) -> float:
@@ -159,7 +159,7 @@ class CalibrationRun:
             fraction=options.token_fraction,
             seed=options.seed,
             steps=self._frozen is None,
-            scored=options.gate is not None or gathering.batches % SCORE_EVERY == 0,
+            scored=options.gate_threshold is not None or gathering.batches % SCORE_EVERY == 0,
         )
         if not self.begun:
             self.origin = loops_before(trainer)
@@ -251,7 +251,7 @@ class CalibrationRun:
             self._passes.sum_(trainer)
 
     def compress(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, how: ReplacementOptions, failed: Undo
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, how: CompressionOptions, failed: Undo
     ) -> tuple[CompressionReport, dict[str, nn.Module]]:
         """Swap the module's layers for low-rank ones, in place; see :meth:`Finish.replace`."""
         return self._finish.replace(trainer, pl_module, self._passes, how, seconds=self.seconds, failed=failed)
@@ -270,7 +270,7 @@ class CalibrationRun:
         options = self._options
         return {
             **self._passes.gathering.setting(self._passes.sketches),
-            "gate on every batch": options.gate is not None,
+            "gate on every batch": options.gate_threshold is not None,
             "rho_gradient": options.rho_gradient,
             "seed": options.seed,
             "token_fraction": options.token_fraction,

@@ -25,6 +25,7 @@ from fasc_lightning._utils import (
     write_json,
 )
 from fasc_lightning.cli._options import (
+    OPTIONS,
     add_compression_options,
     add_evaluation_options,
     add_output_options,
@@ -32,6 +33,7 @@ from fasc_lightning.cli._options import (
     add_text_options,
     check_run,
     compression_options,
+    frozen_options,
 )
 from fasc_lightning.cli._run import (
     KERNEL_CACHE,
@@ -48,6 +50,7 @@ __all__ = [
     "GREY",
     "KERNEL_CACHE",
     "MARKERS",
+    "OPTIONS",
     "Clock",
     "Row",
     "add_compression_options",
@@ -59,6 +62,7 @@ __all__ = [
     "check_run",
     "compression_options",
     "fingerprint",
+    "frozen_options",
     "library_versions",
     "mapping",
     "markdown_table",

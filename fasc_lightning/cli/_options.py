@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from fasc_lightning.callback import FascCallback
 from fasc_lightning.data import check_file, check_sources, named_files
 from fasc_lightning.models import check_folder
-from fasc_lightning.options import ALLOCATIONS, ReductionKind
+from fasc_lightning.options import CompressionOptions, described
 from fasc_lightning.solvers import available_methods
 
 if TYPE_CHECKING:
@@ -46,39 +45,38 @@ def add_text_options(parser: ArgumentParser, windows: int) -> None:
     parser.add_argument("--eval-windows", type=int, default=windows, help="windows of each text")
 
 
+#: Options of a compression that a recipe takes, by their flat names. The others it sets itself (its weights are frozen,
+#: its batches are windows), or names as it needs them (quantize, recovery).
+OPTIONS = (
+    *("rank", "keep", "method", "targets", "exclude", "allocation", "layout", "align", "refit"),
+    *("sketch", "sketch_size", "sketch_above", "moments_device", "passes", "gate", "gate_by", "gate_exclude"),
+    *("token_fraction", "seed"),
+)
+
+
 def add_compression_options(parser: ArgumentParser) -> None:
-    """Add how much is kept, by what method, and how it is stored.
+    """Add how much is kept, by what method, and how it is stored: the package's own options, defaults and help.
 
     Args:
         parser: Of a recipe.
     """
-    add = parser.add_argument
-    add(
-        "--rank",
-        type=int | float,
-        help="fraction of full rank (0.5) or absolute rank (256); 0.5 if --keep is not given",
-    )
-    add("--keep", type=float, help="fraction of the targeted parameters to keep, instead of --rank")
-    add("--method", default="fasc", choices=available_methods(), help="solver")
-    add("--allocation", default="measured", choices=list(ALLOCATIONS), help="how the budget is spent over layers")
-    add("--layout", default="auto", choices=["auto", "pivot", "factors"], help="how a low-rank matrix is stored")
-    add("--align", type=int, default=1, help="what ranks are multiples of (8 suits matrix products)")
-    add("--refit", type=bool, default=True, help="whether factors are refitted to drifted inputs")
-    add(
-        "--sketch",
-        choices=list(get_args(ReductionKind)),
-        help="hold less of wide moments: projected is exact for fasc (with --refit false), range nearly so",
-    )
-    add("--passes", type=int, default=1, help="go through the data so often, each time for a share of the layers")
-    add("--token-fraction", type=float, default=1.0, help="share of the tokens that enters the moments")
-    add("--batch-size", type=int, default=1, help="windows a forward pass")
-    add("--seed", type=int, default=0, help="of sampling, shuffling and subsampling")
+    for name in OPTIONS:
+        option = described(name)
+        extra: dict[str, Any] = {"choices": available_methods()} if name == "method" else {"type": option.type}
+        flag = f"--{name.replace('_', '-')}"
+        text = option.help + (" A recipe that gets neither takes rank 0.5." if name == "keep" else "")
+        parser.add_argument(flag, default=option.default, help=text.replace("%", "%%"), **extra)
+    parser.add_argument("--batch-size", type=int, default=1, help="windows a forward pass")
 
 
 def compression_options(options: Namespace) -> dict[str, Any]:
-    """Return the options of :func:`add_compression_options` as FascCallback takes them."""
-    names = "rank keep method allocation layout align refit sketch passes token_fraction seed"
-    return {name: options[name] for name in names.split()}
+    """Return the options of :func:`add_compression_options` as compress takes them."""
+    return {name: options[name] for name in OPTIONS}
+
+
+def frozen_options(options: Namespace) -> dict[str, Any]:
+    """Return the options of :func:`add_compression_options` as FascCallback takes them, for weights that are frozen."""
+    return {**compression_options(options), "update_weights": False}
 
 
 def add_evaluation_options(parser: ArgumentParser, windows: int) -> None:
@@ -120,7 +118,7 @@ def check_run(options: Namespace, at_least_one: Sequence[str] = ()) -> None:
     check_sources(options.calibration, "calibration")
     if options.rank is None and options.keep is None:
         options.rank = 0.5
-    FascCallback(**compression_options(options), update_weights=False)  # refuses wrong values
+    CompressionOptions(**frozen_options(options))  # refuses wrong values
     for name in ("windows", "window", "eval_windows", "batch_size", *at_least_one):
         if options[name] is not None and options[name] < 1:
             raise ValueError(f"Expected --{name.replace('_', '-')} to be at least 1 but got {options[name]}.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fasc_lightning.compression._expert_report import expert_summary
 from fasc_lightning.compression._layer_report import LayerReport
+from fasc_lightning.options import Gate
 
 if TYPE_CHECKING:
     from fasc_lightning.compression._report import CompressionReport
@@ -46,7 +47,7 @@ def summary_table(report: CompressionReport) -> str:
     console.print(table)
     lines = [text.getvalue().rstrip()]
     solvers = Counter(layer.method for layer in report.layers)
-    gate, by = (report.options.get(name) for name in ("gate", "gate_by"))
+    gate, by = report.options.get("gate"), report.options.get("gate_by", Gate.by)
     if gate is not None:
         served = ", ".join(f"{solvers[name]} layers" + f" on {name}" for name in sorted({report.method, *solvers}))
         lines.append(f"gate {gate:g} on {by} rho: {served}")

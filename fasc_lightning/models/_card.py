@@ -11,6 +11,7 @@ from fasc_lightning._utils import Row, library_versions, markdown_table
 from fasc_lightning.compression import CompressionReport, outcome, recovery_line
 from fasc_lightning.layers import Size, compressed_layers, layer_sizes, model_size, quantization_of
 from fasc_lightning.models._attach import provenance_of
+from fasc_lightning.options import described
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -79,6 +80,8 @@ def model_card(
         tags=["fasc", "low-rank", "compression"],
     )
     options = {**provenance.get("options", {}), **content.get("options", {})}
+    if options.keys() & {"rank", "keep"}:  # what reports do not state is at its default
+        options = {name: described(name).default for name in ("allocation", "layout", "refit")} | options
     made = {**provenance, **content, "options": options, "base": _short(base), "licence": licence}
     made["quantization"] = _quantization(model)
     sections = [

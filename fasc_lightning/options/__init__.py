@@ -1,30 +1,34 @@
 """Every option, declared, described and checked once."""
 
 from fasc_lightning.options._block_training import RefineOptions, Target
-from fasc_lightning.options._calibration import (
-    SKETCH_ABOVE,
-    CalibrationOptions,
-    ReductionKind,
+from fasc_lightning.options._calibration import CalibrationOptions, SketchOptions
+from fasc_lightning.options._checks import ALLOCATIONS, CHEAP_METHOD, Allocation, check_budget
+from fasc_lightning.options._compression import (
+    FLAT,
+    GROUPS,
+    CompressionOptions,
     Refit,
-    SketchOptions,
-    SketchSize,
-    check_passes,
-    check_projected,
-    holds_moments,
+    flat,
+    flat_name,
+    options_of,
+    reported,
 )
-from fasc_lightning.options._checks import (
-    ALLOCATIONS,
-    CHEAP_METHOD,
+from fasc_lightning.options._described import Option, described, descriptions
+from fasc_lightning.options._distillation import Distillation
+from fasc_lightning.options._groups import (
     GATE_BY,
     PAPER,
-    check_budget,
-    check_gate,
-    check_moments_device,
-    check_monitor,
-    check_monitor_only,
-    check_options,
+    SKETCH_ABOVE,
+    Calibration,
+    Gate,
+    GateScore,
+    Memory,
+    Monitor,
+    ReductionKind,
+    SketchSize,
+    holds_moments,
 )
-from fasc_lightning.options._distillation import Distillation
+from fasc_lightning.options._keywords import CompressionKeywords, PlanKeywords
 from fasc_lightning.options._recovery import (
     RATES,
     FactorRecovery,
@@ -36,41 +40,50 @@ from fasc_lightning.options._recovery import (
     refine_options,
     trained_factors,
 )
-from fasc_lightning.options._replacement import ReplacementOptions
 from fasc_lightning.options._types import checks_options
 
 __all__ = [
     "ALLOCATIONS",
     "CHEAP_METHOD",
+    "FLAT",
     "GATE_BY",
+    "GROUPS",
     "PAPER",
     "RATES",
     "SKETCH_ABOVE",
+    "Allocation",
+    "Calibration",
     "CalibrationOptions",
+    "CompressionKeywords",
+    "CompressionOptions",
     "Distillation",
     "FactorRecovery",
+    "Gate",
+    "GateScore",
     "LoraRecovery",
+    "Memory",
+    "Monitor",
+    "Option",
+    "PlanKeywords",
     "Precision",
     "Recovery",
     "ReductionKind",
     "RefineOptions",
     "Refit",
-    "ReplacementOptions",
     "SketchOptions",
     "SketchSize",
     "Target",
     "as_recovery",
     "check_budget",
-    "check_gate",
-    "check_moments_device",
-    "check_monitor",
-    "check_monitor_only",
-    "check_options",
-    "check_passes",
-    "check_projected",
     "checks_options",
     "describe_recovery",
+    "described",
+    "descriptions",
+    "flat",
+    "flat_name",
     "holds_moments",
+    "options_of",
     "refine_options",
+    "reported",
     "trained_factors",
 ]

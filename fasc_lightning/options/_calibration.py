@@ -1,50 +1,27 @@
-"""What a calibration is told to gather: the options of a callback that decide it."""
+"""The options as a calibration reads them: a copy of the callback's, and what follows from them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from copy import copy
+from dataclasses import dataclass, fields
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 
-from fasc_lightning.batches import LossTerms, TokenMask
-from fasc_lightning.layers import Gradient
-from fasc_lightning.statistics import MomentsDevice
+from fasc_lightning.options._compression import CompressionOptions
+from fasc_lightning.options._groups import SKETCH_ABOVE, ReductionKind, SketchSize
 
 
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """Those options of :class:`~fasc_lightning.FascCallback` that decide what is gathered, under the same names."""
-
-    method: str
-    allocation: str
-    refit: Refit
-    update_weights: bool
-    calibration_steps: int | None
-    token_fraction: float
-    seed: int
-    loss_terms: LossTerms | None
-    token_mask: TokenMask | None
-    monitor_tokens: int
-    rho_gradient: Gradient
-    gate: float | None
-    gate_by: str
-    gate_exclude: str | list[str] | None
-    rank: int | float | None
-    keep: float | None
-    rho_threshold: float
-    sketch: ReductionKind | None
-    sketch_size: SketchSize
-    sketch_above: int
-    moments_device: MomentsDevice | None
-    passes: int
-    recovery: object | None
+class CalibrationOptions(CompressionOptions):
+    """A callback's options at the start of a fit."""
 
     @classmethod
-    def of(cls, options: Any) -> CalibrationOptions:
-        """Return them out of an object that has them and others, as a callback does."""
-        return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
+    def of(cls, options: CompressionOptions) -> CalibrationOptions:
+        """Return a copy of options that have been checked, as those of a callback."""
+        made = object.__new__(cls)
+        for field in fields(cls):
+            setattr(made, field.name, getattr(options, field.name))
+        return made
 
     @property
     def sketching(self) -> SketchOptions | None:
@@ -80,17 +57,9 @@ class CalibrationOptions:
                 f"module, since {reason}. Layers are compressed one after the other, by predicted losses."
             )
         allocation = "fisher" if self.allocation == "measured" else self.allocation
-        return replace(self, allocation=allocation, refit=False)
-
-
-#: Width above which the paper sketches (Shihab et al., section 2.3).
-SKETCH_ABOVE = 4096
-
-#: How second moments can be held that are too large.
-ReductionKind = Literal["projected", "range", "gaussian"]
-
-#: An absolute size, or "auto" (:func:`auto_size`).
-SketchSize = int | Literal["auto"]
+        made = copy(self)
+        made.allocation, made.refit = allocation, False
+        return made
 
 
 @dataclass(frozen=True)
@@ -105,9 +74,6 @@ class SketchOptions:
         above: Sides of layers no wider than this stay exact.
         seed: Of the random matrices.
         threshold: rho up to which "auto" takes the smaller size.
-
-    Raises:
-        ValueError: If one is out of range.
     """
 
     kind: ReductionKind = "range"
@@ -115,69 +81,3 @@ class SketchOptions:
     above: int = SKETCH_ABOVE
     seed: int = 0
     threshold: float = 0.3
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(ReductionKind):
-            kinds = ", ".join(get_args(ReductionKind))
-            raise ValueError(f"Expected `sketch` to be one of {kinds}, or None, but got {self.kind!r}.")
-        if self.size != "auto" and (not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1):
-            raise ValueError(f'Expected `sketch_size` to be "auto" or an int of at least 1 but got {self.size!r}.')
-        if self.above < 0:
-            raise ValueError(f"Expected `sketch_above` to be a width of at least 0 but got {self.above}.")
-
-
-def check_passes(passes: int, update_weights: bool, refit: object, calibration_steps: int | None) -> None:
-    """Check the number of passes against the options that it rules out.
-
-    Raises:
-        ValueError: With the remedy.
-    """
-    if type(passes) is not int or passes < 1:
-        raise ValueError(f"Expected `passes` to be a positive int but got {passes!r}.")
-    if passes == 1:
-        return
-    if update_weights:
-        raise ValueError(
-            f"Expected update_weights=False with {passes=}: every pass has to see the same weights. HINT: "
-            "FascCallback(..., update_weights=False) freezes them, as compress() does."
-        )
-    if refit is True:
-        raise ValueError(
-            f"Expected refit=False or 'auto' with {passes=} but got True: a refit reads the moments of all layers in "
-            "the end, and several passes are for moments that are not there together."
-        )
-    if calibration_steps is not None:
-        raise ValueError(
-            f"Expected either `passes` or `calibration_steps` but got {passes=} and {calibration_steps=}: a pass is "
-            "an epoch."
-        )
-
-
-def holds_moments(passes: int, sketch: str | None) -> bool:
-    """Tell whether the whole moments of all layers are there in the end, as a refit reads them."""
-    return passes == 1 and sketch != "projected"
-
-
-def check_projected(sketch: object, method: str, gate: float | None, update_weights: bool, refit: object) -> None:
-    """Check ``sketch="projected"`` against the options that it does not serve.
-
-    Raises:
-        ValueError: With the remedy.
-    """
-    if sketch != "projected":
-        return
-    wanted: dict[str, tuple[bool, Any, str]] = {
-        "update_weights": (update_weights, False, "it sums what the weights let through, which have to stay the same"),
-        "method": (method != "fasc", "fasc", "the other solvers read whole moments"),
-        "gate": (gate is not None, None, "the cheap solver reads whole moments"),
-        "refit": (refit is True, "auto", "a refit reads whole moments"),
-    }
-    for name, (wrong, value, reason) in wanted.items():
-        if wrong:
-            raise ValueError(
-                f"Expected {name}={value!r} with sketch='projected', since {reason}. HINT: that, or sketch='range'."
-            )
-
-
-#: "auto" refits where a module allows it and says why where not; True insists.
-Refit = bool | Literal["auto"]

@@ -1,17 +1,24 @@
-"""Early, named refusals: of options, strategies, schedules and models that cannot work."""
+"""Refusals of options by themselves and together, before anything is done."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
-from fasc_lightning.dependence import MIN_TOKENS
-from fasc_lightning.layers import check_quantization
-from fasc_lightning.options._types import checks_options
+from fasc_lightning.layers import Layout, check_quantization
+from fasc_lightning.options._types import check_word
 from fasc_lightning.solvers import get_solver
 
-LAYOUTS = ("auto", "pivot", "factors")
+if TYPE_CHECKING:
+    from fasc_lightning.options._compression import CompressionOptions
+
+#: "fisher" spends one budget by predicted losses, "measured" by losses corrected on tokens, "uniform" layer by layer.
+Allocation = Literal["measured", "fisher", "uniform"]
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+
+#: Serves the layers below the gate: the activation covariance alone.
+CHEAP_METHOD = "svd"
 
 
 def check_budget(rank: float | None, keep: float | None) -> None:
@@ -23,7 +30,7 @@ def check_budget(rank: float | None, keep: float | None) -> None:
     if rank is None and keep is None:
         raise ValueError(
             "Expected a budget but got neither `rank` nor `keep`. HINT: rank=0.5 (half of full rank) or keep=0.8 "
-            "(80 % of the targeted parameters); monitor_every_n_steps=50 to only track rho."
+            "(80 % of the targeted parameters); monitor=50 to only track rho."
         )
     if rank is not None and keep is not None:
         raise ValueError(f"Expected `rank` or `keep` but got both ({rank=}, {keep=}). Give one.")
@@ -42,41 +49,37 @@ def check_budget(rank: float | None, keep: float | None) -> None:
         )
 
 
-def check_monitor(every_n_steps: int | None, tokens: int, threshold: float, observations: int, gradient: str) -> None:
-    """Check the options of monitoring.
+def check_values(options: CompressionOptions) -> None:
+    """Check the options that are in no group, each by itself.
 
     Raises:
         ValueError: If one is out of range.
     """
-    counts = {"monitor_tokens": tokens, "emergence_observations": observations}
-    if every_n_steps is not None:
-        counts["monitor_every_n_steps"] = every_n_steps
-    least = {"monitor_tokens": MIN_TOKENS}
-    for name, value in counts.items():
-        if type(value) is not int or value < least.get(name, 1):
-            raise ValueError(f"Expected `{name}` to be an int of at least {least.get(name, 1)} but got {value!r}.")
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"Expected `rho_threshold` to be in [0, 1], as rho is, but got {threshold}.")
-    if gradient not in ("input", "output"):
+    get_solver(options.method)
+    check_word("allocation", options.allocation, ALLOCATIONS)
+    check_word("layout", options.layout, get_args(Layout))
+    if type(options.align) is not int or options.align < 1:
         raise ValueError(
-            f"Expected `rho_gradient` to be 'input' (g = W^T h, the paper's) or 'output' (h) but got {gradient!r}."
+            f"Expected `align` to be a positive int, what ranks are multiples of, but got {options.align!r}."
         )
+    if not (isinstance(options.refit, bool) or options.refit == "auto"):
+        raise ValueError(f"Expected `refit` to be True, False or 'auto' but got {options.refit!r}.")
+    if options.quantize is not None:
+        check_quantization(options.quantize)
 
 
-def check_monitor_only(
-    calibration_steps: int | None, update_weights: bool, gate: float | None, quantize: object, recovery: object = None
-) -> None:
+def check_monitor_only(options: CompressionOptions) -> None:
     """Refuse options of a compression where there is none.
 
     Raises:
         ValueError: If one is given.
     """
     given = {
-        "calibration_steps": calibration_steps is not None,
-        "update_weights=False": not update_weights,
-        "gate": gate is not None,
-        "quantize": quantize is not None,
-        "recovery": recovery is not None,
+        "calibration_steps": options.calibration_steps is not None,
+        "update_weights=False": not options.update_weights,
+        "gate": options.gate_threshold is not None,
+        "quantize": options.quantize is not None,
+        "recovery": options.recovery is not None,
     }
     for name, is_given in given.items():
         if is_given:
@@ -86,86 +89,55 @@ def check_monitor_only(
             )
 
 
-def check_options(
-    method: str,
-    allocation: str,
-    layout: str,
-    align: int,
-    refit: object,
-    token_fraction: float,
-    calibration_steps: int | None,
-    quantize: object,
-) -> None:
-    """Check the options that are not the budget.
+def check_combinations(options: CompressionOptions) -> None:
+    """Check a gate, several passes and projected moments against the options that they rule out.
 
     Raises:
-        ValueError: If one is out of range.
+        ValueError: With the remedy.
     """
-    get_solver(method)
-    for name, value, known in (("allocation", allocation, ALLOCATIONS), ("layout", layout, LAYOUTS)):
-        if value not in known:
-            raise ValueError(f"Expected `{name}` to be one of {', '.join(known)} but got {value!r}.")
-    if type(align) is not int or align < 1:
-        raise ValueError(f"Expected `align` to be a positive int, what ranks are multiples of, but got {align!r}.")
-    if not (isinstance(refit, bool) or refit == "auto"):
-        raise ValueError(f"Expected `refit` to be True, False or 'auto' but got {refit!r}.")
-    if quantize is not None:
-        check_quantization(quantize)
-    if not 0 < token_fraction <= 1:
-        raise ValueError(f"Expected `token_fraction` to be in (0, 1] but got {token_fraction}.")
-    if calibration_steps is not None and (type(calibration_steps) is not int or calibration_steps < 1):
-        raise ValueError(f"Expected `calibration_steps` to be a positive int but got {calibration_steps!r}.")
-
-
-def check_moments_device(device: object) -> None:
-    """Refuse places where moments cannot be held.
-
-    Raises:
-        ValueError: If it is neither None nor "cpu".
-    """
-    if device not in (None, "cpu"):
+    if options.gate_threshold is not None and options.method == CHEAP_METHOD:
         raise ValueError(
-            f"Expected `moments_device` to be None (the device of the fit) or 'cpu' but got {device!r}. HINT: which "
-            "device a fit is on is the Trainer's to say (accelerator=, devices=)."
+            f"Expected a `method` that costs more than {CHEAP_METHOD!r} but got {options.method!r}, which serves the "
+            "layers below the gate, too: there is nothing to decide. HINT: method='fasc', or gate=None."
+        )
+    if options.passes > 1:
+        _check_passes(options)
+    if options.sketch == "projected":
+        _check_projected(options)
+
+
+def _check_passes(options: CompressionOptions) -> None:
+    passes = options.passes
+    if options.update_weights:
+        raise ValueError(
+            f"Expected update_weights=False with {passes=}: every pass has to see the same weights. HINT: "
+            "FascCallback(..., calibration=Calibration(update_weights=False)) freezes them, as compress() does."
+        )
+    if options.refit is True:
+        raise ValueError(
+            f"Expected refit=False or 'auto' with {passes=} but got True: a refit reads the moments of all layers in "
+            "the end, and several passes are for moments that are not there together."
+        )
+    if options.calibration_steps is not None:
+        raise ValueError(
+            f"Expected either `passes` or `calibration_steps` but got {passes=} and "
+            f"calibration_steps={options.calibration_steps}: a pass is an epoch."
         )
 
 
-#: "fisher" spends one budget by predicted losses, "measured" by losses corrected on tokens, "uniform" layer by layer.
-ALLOCATIONS = ("measured", "fisher", "uniform")
-
-
-#: Serves the layers below the gate: the activation covariance alone.
-CHEAP_METHOD = "svd"
-#: The scores that can decide: signed and around 0 for unrelated x and g; rho of all tokens, the paper's Eq. 2; rho of
-#: minibatches, which is above it by chance.
-GATE_BY = ("debiased", "pooled", "rho")
-#: ``gate_exclude="paper"``: early attention and the last projections.
-PAPER = "paper"
-
-
-@checks_options
-def check_gate(
-    gate: float | None, gate_by: str = "debiased", gate_exclude: str | Sequence[str] | None = None, method: str = "fasc"
-) -> None:
-    """Check the options of the gate.
-
-    Raises:
-        ValueError: If an option is out of range, or there is nothing for it to decide.
-    """
-    if gate_by not in GATE_BY:
-        raise ValueError(f"Expected `gate_by` to be one of {', '.join(GATE_BY)} but got {gate_by!r}.")
-    if gate is None:
-        if gate_exclude is not None:
+def _check_projected(options: CompressionOptions) -> None:
+    wanted: dict[str, tuple[bool, Any, str]] = {
+        "update_weights": (
+            options.update_weights,
+            False,
+            "it sums what the weights let through, which have to stay the same",
+        ),
+        "method": (options.method != "fasc", "fasc", "the other solvers read whole moments"),
+        "gate": (options.gate_threshold is not None, None, "the cheap solver reads whole moments"),
+        "refit": (options.refit is True, "auto", "a refit reads whole moments"),
+    }
+    for name, (wrong, value, reason) in wanted.items():
+        if wrong:
             raise ValueError(
-                f"Expected `gate_exclude` together with a `gate` but got {gate_exclude=} alone: without a gate every "
-                "layer gets the same solver. HINT: gate=0.3, or `exclude` to leave layers alone altogether."
+                f"Expected {name}={value!r} with sketch='projected', since {reason}. HINT: that, or sketch='range'."
             )
-        return
-    if not 0 <= gate <= 1:
-        raise ValueError(f"Expected `gate` to be in [0, 1], as rho is, but got {gate}.")
-    if method == CHEAP_METHOD:
-        raise ValueError(
-            f"Expected a `method` that costs more than {CHEAP_METHOD!r} but got {method!r}, which serves the layers "
-            f"below the gate, too: there is nothing to decide. HINT: method='fasc', or gate=None."
-        )
-    get_solver(method)

@@ -167,30 +167,25 @@ CHECKS: dict[str, Check] = {
     "refit": switch,
     "targets": patterns,
     "exclude": patterns,
-    # The calibration.
-    "calibration_steps": whole,
+    # The calibration and the memory of moments.
+    "steps": whole,
     "update_weights": flag,
     "token_fraction": number,
     "seed": seed,
     "loss_terms": averaging,
     "token_mask": function,
-    "moments_device": own,
     "passes": whole,
-    # rho and the gate.
-    "monitor_every_n_steps": whole,
-    "monitor_tokens": whole,
-    "rho_threshold": share,
-    "emergence_observations": whole,
-    "rho_gradient": text,
-    "gradient": text,
-    "tokens": whole,
-    "gate": share,
-    "gate_by": text,
-    "gate_exclude": patterns,
-    # Sketches, int8.
     "sketch": text,
     "sketch_size": whole,
     "sketch_above": width,
+    # rho and the gate.
+    "every_n_steps": whole,
+    "tokens": whole,
+    "threshold": share,
+    "observations": whole,
+    "gradient": text,
+    "by": text,
+    # int8.
     "quantize": own,
     "quantization": own,
     # Recovery, the teacher, refinement.
@@ -212,7 +207,6 @@ CHECKS: dict[str, Check] = {
     "blocks": number,
     "cache": path,
     "top_k": whole,
-    "steps": whole,
     "lr": number,
     "target": text,
     "holdout": whole,
@@ -230,7 +224,7 @@ CHECKS: dict[str, Check] = {
 }
 
 #: Options that None turns off, whatever their default is.
-_OPTIONAL = {"sketch", "gate"}
+_OPTIONAL = {"sketch"}
 
 
 def checked(name: str, value: Any, default: Any) -> Any:
@@ -263,8 +257,30 @@ def checks_options(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def check_fields(options: Any) -> None:
-    """Check the fields of a dataclass, in its ``__post_init__``."""
+def check_fields(options: Any, **checks: Check) -> None:
+    """Check the fields of a dataclass, in its ``__post_init__``.
+
+    Args:
+        options: The dataclass.
+        **checks: Checks of fields whose names mean something else in the table.
+    """
     for field in fields(options):
-        value = getattr(options, field.name)
-        object.__setattr__(options, field.name, checked(field.name, value, field.default))
+        name, value = field.name, getattr(options, field.name)
+        value = checks[name](name, value) if name in checks else checked(name, value, field.default)
+        object.__setattr__(options, name, value)
+
+
+def check_word(name: str, value: object, known: tuple[str, ...], beside: str = "") -> None:
+    """Refuse what is none of several words.
+
+    Args:
+        name: Of the option.
+        value: Its value.
+        known: The words.
+        beside: What else it may be, as text.
+
+    Raises:
+        ValueError: With the words.
+    """
+    if value not in known:
+        raise ValueError(f"Expected `{name}` to be one of {', '.join(known)}{beside} but got {value!r}.")

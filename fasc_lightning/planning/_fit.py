@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,42 +12,18 @@ from torch.utils.data import DataLoader
 from fasc_lightning.calibration import sketches_for_budget
 from fasc_lightning.compression import check_budget_fits, check_rank_fits, statistics_needed
 from fasc_lightning.distributed import is_split
-from fasc_lightning.layers import Layout, layer_shapes
-from fasc_lightning.options import CalibrationOptions, ReductionKind, Refit, SketchSize, holds_moments
+from fasc_lightning.layers import layer_shapes
+from fasc_lightning.options import CalibrationOptions, CompressionOptions, holds_moments
 from fasc_lightning.planning._forecast import CompressionForecast
 from fasc_lightning.planning._model import PlannedLayers, planned_layers
 from fasc_lightning.planning._plan import Tiers, forecast, stored_layers
-from fasc_lightning.statistics import LayerSketches, MomentsDevice
-
-
-class FitOptions(Protocol):
-    """Those options of :class:`~fasc_lightning.FascCallback` that a plan depends on."""
-
-    rank: int | float | None
-    keep: float | None
-    method: str
-    allocation: str
-    layout: Layout
-    align: int
-    refit: Refit
-    targets: str | list[str] | None
-    exclude: str | list[str] | None
-    gate: float | None
-    sketch: ReductionKind | None
-    sketch_size: SketchSize
-    sketch_above: int
-    moments_device: MomentsDevice | None
-    passes: int
-
-    @property
-    def gate_by(self) -> str:
-        """What is compared with the gate; read only, as callers know it more narrowly."""
+from fasc_lightning.statistics import LayerSketches
 
 
 def layers_forecast(
     model: nn.Module,
     layers: dict[str, nn.Module],
-    options: FitOptions,
+    options: CompressionOptions,
     device: torch.device,
     keeps_moments: bool,
     sketches: Mapping[str, LayerSketches],
@@ -78,7 +54,7 @@ def layers_forecast(
         model,
         PlannedLayers(layers),
         stored_layers(layers, options.rank, options.keep, options.layout, options.align),
-        needs=statistics_needed(options.method, options.gate, options.gate_by),
+        needs=statistics_needed(options.method, options.gate_threshold, options.gate_by),
         device=device,
         keeps_moments=keeps_moments,
         measured=options.allocation == "measured",
@@ -93,7 +69,9 @@ def layers_forecast(
     )
 
 
-def fit_forecast(model: nn.Module, options: FitOptions, batch_tokens: int = 0, tokens: int = 0) -> CompressionForecast:
+def fit_forecast(
+    model: nn.Module, options: CompressionOptions, batch_tokens: int = 0, tokens: int = 0
+) -> CompressionForecast:
     """Plan what :func:`~fasc_lightning.compress` would do to a model.
 
     Args:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import nn
@@ -36,16 +36,16 @@ from fasc_lightning.layers import (
     smaller_side,
 )
 from fasc_lightning.options import (
-    SKETCH_ABOVE,
+    Calibration,
+    CompressionOptions,
+    Memory,
+    PlanKeywords,
     ReductionKind,
     SketchOptions,
-    SketchSize,
     check_budget,
-    check_gate,
-    check_options,
-    check_passes,
-    check_projected,
     checks_options,
+    flat,
+    options_of,
 )
 from fasc_lightning.planning._forecast import CompressionForecast, LayerForecast
 from fasc_lightning.planning._memory import LayerMemory, Peak, Storage, choose_storage, layer_memory, peak_memory
@@ -54,44 +54,23 @@ from fasc_lightning.planning._refusal import bytes_of, refusal
 from fasc_lightning.planning._time import Rates, Seconds, estimate, model_work, moments_work, probe, solver_work
 from fasc_lightning.statistics import LayerSketches, moment_dtype
 
-#: Of the options of FascCallback that hold moments in a certain way.
-_DEFAULTS: dict[str, Any] = {
-    "sketch": None,
-    "sketch_size": "auto",
-    "sketch_above": SKETCH_ABOVE,
-    "moments_device": None,
-    "passes": 1,
-    "update_weights": True,
-}
-
 
 @checks_options
 def plan(
     model_or_config: Any,
+    options: CompressionOptions | None = None,
     *,
-    rank: int | float | None = None,
-    keep: float | None = None,
     memory: int | float | str | None = None,
     device: torch.device | str | None = None,
     host_memory: int | float | str | None = None,
     dtype: torch.dtype | None = None,
-    method: str = "fasc",
-    allocation: str = "measured",
-    layout: Layout = "auto",
-    align: int = 1,
-    targets: str | list[str] | None = None,
-    exclude: str | list[str] | None = None,
-    gate: float | None = None,
-    gate_by: str = "debiased",
-    update_weights: bool = False,
     keeps_moments: bool = False,
     sketch: ReductionKind | Literal["auto"] | None = "auto",
-    sketch_size: SketchSize = "auto",
-    sketch_above: int = SKETCH_ABOVE,
     passes: int | None = None,
     batch_tokens: int = 0,
     tokens: int = 0,
     probed: bool | Rates = True,
+    **keywords: Unpack[PlanKeywords],
 ) -> CompressionForecast:
     """Say what a compression will take and leave, from shapes alone: nothing is computed, and no weight is read.
 
@@ -102,33 +81,25 @@ def plan(
 
     Args:
         model_or_config: A module on any device, the meta device included; or a transformers config.
-        rank: See :class:`~fasc_lightning.FascCallback`.
-        keep: Likewise.
+        options: Those of the compression, as a :class:`~fasc_lightning.FascCallback` has them. What its ``memory``
+            leaves at the defaults is chosen here.
         memory: Of the device, with what the weights take: bytes, or "80GB", "24GiB". None for what is there.
         device: What it is planned for; by default the module's, and the CPU for what has no weights. One that is not
             there needs ``memory``.
         host_memory: What moments and factors may take on the CPU beside another device; None keeps them off it.
         dtype: Of the weights that a config's model would have; None for the config's.
-        method: See :class:`~fasc_lightning.FascCallback`.
-        allocation: Likewise; ranks are given for the uniform one, and the budget is that of any.
-        layout: Likewise.
-        align: Likewise.
-        targets: Likewise.
-        exclude: Likewise.
-        gate: Likewise.
-        gate_by: Likewise.
-        update_weights: Likewise; gradients and two states of an optimizer are counted for it, each as large as the
-            weights.
         keeps_moments: Whether moments stay until the end, as a refit needs them to.
-        sketch: See :class:`~fasc_lightning.FascCallback`; "auto" takes "projected" where whole moments do not fit and
-            the options allow it, and "range" where that does not.
-        sketch_size: See :class:`~fasc_lightning.FascCallback`.
-        sketch_above: Likewise.
+        sketch: How moments are held, as :class:`~fasc_lightning.options.Memory` says; "auto" takes "projected" where
+            whole moments do not fit and the options allow it, and "range" where that does not.
         passes: How often the data are gone through, with a share of the layers each; None for as few as fit, and one
             where the weights are updated or moments kept.
         batch_tokens: Tokens of one batch, for its activations; 0 counts none.
         tokens: Tokens of the calibration, for its seconds.
         probed: Whether to measure the device for a moment; or the rates to count with.
+        **keywords: Options of the compression (:class:`~fasc_lightning.options.CompressionOptions`), in place of those
+            in ``options``. Without either the weights are frozen. For weights that are updated, gradients and two
+            states of an optimizer are counted, each as large as the weights. Ranks are given for a uniform allocation;
+            the budget is that of any.
 
     Raises:
         MemoryError: If nothing that is allowed fits; it says what would.
@@ -142,44 +113,42 @@ def plan(
         >>> plan(config, keep=0.8, memory="1GB", probed=False).passes
         1
     """
-    check_budget(rank, keep)
-    check_options(method, allocation, layout, align, "auto", 1.0, None, None)
-    check_gate(gate, gate_by, None, method)
     _check_counts(passes, batch_tokens, tokens)
     if not isinstance(dtype, torch.dtype | None):
         raise TypeError(f"Expected `dtype` to be a dtype of torch or None but got {dtype!r}.")
     if not isinstance(probed, bool | Rates):
         raise TypeError(f"Expected `probed` to be True, False or rates but got {probed!r}.")
-    kinds: tuple[ReductionKind | None, ...] = (sketch,) if sketch != "auto" else (None, "projected", "range")
-    needs = statistics_needed(method, gate, gate_by)
-    if sketch == "auto" and (method != "fasc" or gate is not None or update_weights or keeps_moments):
+    how = _options(options, keywords, sketch, passes, keeps_moments)
+    needs, keeps_moments = statistics_needed(how.method, how.gate_threshold, how.gate_by), how.refit is True
+    kinds: tuple[ReductionKind | None, ...] = (None, "projected", "range")
+    if sketch != "auto" or how.sketch is not None:
+        kinds = (how.sketch,)
+    elif how.method != "fasc" or how.gate_threshold is not None or how.update_weights or keeps_moments:
         kinds = (None, "range")
-    check_projected(sketch, method, gate, update_weights, keeps_moments)
-    check_passes(passes or 1, update_weights, keeps_moments, None)
-    sketching = {kind: None if kind is None else SketchOptions(kind, sketch_size, sketch_above) for kind in kinds}
+    sketching = {k: None if k is None else SketchOptions(k, how.sketch_size, how.sketch_above) for k in kinds}
     room, beside = bytes_of(memory, "memory"), bytes_of(host_memory, "host_memory")
     model = model_on_meta(model_or_config, dtype)
-    chosen = planned_layers(model, targets, exclude)
-    check_rank_fits(layer_shapes(chosen.layers), rank)
-    check_budget_fits(chosen.layers, rank, keep, allocation, layout, align)
+    chosen = planned_layers(model, how.targets, how.exclude)
+    check_rank_fits(layer_shapes(chosen.layers), how.rank)
+    check_budget_fits(chosen.layers, how.rank, how.keep, how.allocation, how.layout, how.align)
     shapes = layer_shapes(chosen.layers)
     where = torch.device(device) if device is not None else _device(model)
     return forecast(
         model,
         chosen,
-        stored_layers(chosen.layers, rank, keep, layout, align),
+        stored_layers(chosen.layers, how.rank, how.keep, how.layout, how.align),
         needs=needs,
         device=where,
         memory=room,
         host_memory=beside or 0,
-        update_weights=update_weights,
+        update_weights=how.update_weights,
         keeps_moments=keeps_moments,
-        measured=allocation == "measured",
+        measured=how.allocation == "measured",
         tiers=Tiers(
-            kinds={kind: sketches_for_budget(shapes, how, rank, keep) for kind, how in sketching.items()},
-            offloaded=(False,) if beside is None or where.type == "cpu" else (False, True),
-            passes=1 if update_weights or keeps_moments else passes,
-            sizes={"sketch_size": sketch_size, "sketch_above": sketch_above},
+            kinds={kind: sketches_for_budget(shapes, kept, how.rank, how.keep) for kind, kept in sketching.items()},
+            offloaded=_offloaded(how.moments_device, beside, where),
+            passes=1 if how.update_weights or keeps_moments else passes or (how.passes if how.passes > 1 else None),
+            sizes={"sketch_size": how.sketch_size, "sketch_above": how.sketch_above},
         ),
         batch_tokens=batch_tokens,
         tokens=tokens,
@@ -309,23 +278,52 @@ def forecast(
         },
         factors_place="disk" if storage.passes > 1 else "cpu" if aside else "device",
         passes=storage.passes,
-        options=_options(storage, tiers.sizes),
+        options=_held(storage, tiers.sizes),
         targeted=targeted,
         whole={"dense": whole, "compressed": _replaced(whole, targeted)},
         seconds=None if rates is None else _seconds(chosen, sketches, needs, rates, storage.passes, tokens),
     )
 
 
-def _options(storage: Storage, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def _options(
+    options: CompressionOptions | None,
+    keywords: Mapping[str, Any],
+    sketch: str | None,
+    passes: int | None,
+    keeps_moments: bool,
+) -> CompressionOptions:
+    """Return the options that :func:`plan` was given, checked together."""
+    given = options_of(options, keywords)
+    if options is None and given.get("calibration") is None:
+        given.setdefault("update_weights", False)
+    if sketch != "auto":
+        given["sketch"] = sketch
+    if passes is not None:
+        given["passes"] = passes
+    if keeps_moments:
+        given["refit"] = True
+    found = CompressionOptions(**given)
+    check_budget(found.rank, found.keep)
+    return found
+
+
+def _offloaded(named: str | None, host_memory: int | None, device: torch.device) -> tuple[bool, ...]:
+    """Return whether moments may or must be on the CPU beside a device."""
+    if named not in (None, device.type):
+        return (True,)
+    return (False,) if host_memory is None or device.type == "cpu" else (False, True)
+
+
+def _held(storage: Storage, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of FascCallback that hold moments in a certain way, those at their defaults left out."""
-    held = {
-        "sketch": storage.kind,
+    memory = Memory(
+        sketch=storage.kind,
+        device="cpu" if storage.offloaded else None,
+        passes=storage.passes,
         **(sizes if storage.kind in ("range", "gaussian") else {}),
-        "moments_device": "cpu" if storage.offloaded else None,
-        "passes": storage.passes,
-        "update_weights": not (storage.passes > 1 or storage.kind == "projected"),
-    }
-    return {name: value for name, value in held.items() if value != _DEFAULTS[name]}
+    )
+    trains = storage.passes == 1 and storage.kind != "projected"
+    return flat("memory", memory) | flat("calibration", Calibration(update_weights=trains))
 
 
 def _seconds(

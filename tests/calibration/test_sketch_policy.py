@@ -4,7 +4,7 @@ import pytest
 
 from fasc_lightning.calibration import expected_rank, sketches_for_budget
 from fasc_lightning.calibration._sketch_policy import auto_size, choose_sketches, describe_sketches
-from fasc_lightning.options import SketchOptions
+from fasc_lightning.options import Memory, SketchOptions
 from fasc_lightning.statistics import CalibrationMoments, LayerSketches, Sketch
 from fasc_lightning.statistics._sketch import SKETCH_KINDS
 
@@ -94,13 +94,13 @@ def test_what_is_sketched_and_what_stays_exact_for_want_of_room_is_said(kind):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "srht"}, "`sketch` to be one of projected, range, gaussian"),
-        ({"size": 0}, "`sketch_size` to be"),
-        ({"size": "large"}, "`sketch_size` to be"),
-        ({"size": True}, "`sketch_size` to be"),
-        ({"above": -1}, "`sketch_above` to be"),
+        ({"sketch": "srht"}, "`sketch` to be one of projected, range, gaussian"),
+        ({"sketch_size": 0}, "`sketch_size` to be"),
+        ({"sketch_size": "large"}, "`sketch_size` to be"),
+        ({"sketch_size": True}, "`sketch_size` to be"),
+        ({"sketch_above": -1}, "`sketch_above` to be"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        SketchOptions(**options)
+        Memory(**options)

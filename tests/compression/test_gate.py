@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny import causal_model
 
+from fasc_lightning import FascCallback, Gate
 from fasc_lightning.compression import choose_methods, excluded_layers, failure_flags
 from fasc_lightning.compression._gate import early_attention, last_projections, variation
 from fasc_lightning.layers import select_layers
-from fasc_lightning.options import check_gate
 from fasc_lightning.statistics import CalibrationMoments, Moments
 
 
@@ -117,10 +117,10 @@ def test_flags_name_the_failure_modes_and_scale_does_not_matter():
 
 
 def test_good_options_pass():
-    check_gate(None)
-    check_gate(0.3)
-    check_gate(1, "rho", "paper", "svd-llm")
-    check_gate(0, "debiased", ["q_proj"], "fasc")
+    FascCallback(keep=0.5, gate=None)
+    FascCallback(keep=0.5, gate=0.3)
+    FascCallback(keep=0.5, gate=Gate(1, "rho", "paper"), method="svd-llm")
+    FascCallback(keep=0.5, gate=Gate(0, "debiased", ["q_proj"]))
 
 
 @pytest.mark.parametrize(
@@ -141,4 +141,4 @@ def test_good_options_pass():
 )
 def test_bad_options_are_refused(options, error, message):
     with pytest.raises(error, match=message):
-        check_gate(**options)
+        FascCallback(keep=0.5, **options)

@@ -443,7 +443,7 @@ def test_undefined_values_are_not_logged():
         ({"update_weights": False}, ValueError, "nothing is compressed"),
         ({"gate": 0.3}, ValueError, "together with `gate`"),
         ({"gate": 1.3, "keep": 0.5}, ValueError, "gate"),
-        ({"monitor_every_n_steps": None}, ValueError, "monitor_every_n_steps=50 to only track rho"),
+        ({"monitor_every_n_steps": None}, ValueError, "monitor=50 to only track rho"),
     ],
 )
 def test_options_are_checked_at_once(options, error, match):

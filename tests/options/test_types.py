@@ -12,10 +12,14 @@ import torch
 from torch import nn
 
 from fasc_lightning import (
+    Calibration,
     Distillation,
     FactorRecovery,
     FascCallback,
+    Gate,
     LoraRecovery,
+    Memory,
+    Monitor,
     RecoveryCallback,
     compress,
     plan,
@@ -23,7 +27,7 @@ from fasc_lightning import (
     recover,
     score,
 )
-from fasc_lightning.options import RefineOptions, checks_options
+from fasc_lightning.options import FLAT, CompressionOptions, RefineOptions, checks_options, described
 from fasc_lightning.options._types import CHECKS
 
 #: What options are given beside those that are wrong.
@@ -39,7 +43,14 @@ CALLS = {
     FactorRecovery: {},
     RefineOptions: {},
     Distillation: {},
+    Calibration: {},
+    Memory: {},
+    Monitor: {},
+    Gate: {},
 }
+
+#: Functions and classes that take options of a compression as keywords.
+TAKERS = (FascCallback, compress, plan)
 
 #: Arguments that are no options: models, data.
 DATA = {"model", "model_or_config", "batches", "data", "checkpoints", "dense", "recovery_data", "recovery_held_out"}
@@ -49,7 +60,7 @@ DATA |= {"held_out", "options"}
 INTERNAL = {(RecoveryCallback, "key"), (RecoveryCallback, "teacher"), (RecoveryCallback, "failed")}
 
 #: What options are called in what is said of them.
-SAID = {"quantization": "quantize"}
+SAID = {"quantization": "quantize", "gate_threshold": "gate"}
 
 #: What no option is.
 NOTHING = [object(), {"a": 1}, 1j]
@@ -74,22 +85,36 @@ WRONG = {
 }
 
 
+def kind(call, name):
+    """What checks an option."""
+    if name in ("calibration", "memory", "monitor", "gate") and (call, name) != (plan, "memory"):
+        return "own"
+    if name == "moments_device" or (call, name) == (Memory, "device"):
+        return "own"
+    return CHECKS[FLAT[name].option if name in FLAT else name].__name__
+
+
 def options():
     for call in CALLS:
-        for name, parameter in inspect.signature(call).parameters.items():
+        parameters = inspect.signature(call).parameters.values()
+        named = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+        if call in TAKERS:
+            fields = [name for name in inspect.signature(CompressionOptions).parameters if name != "flat"]
+            named = {name: described(name).default for name in (*fields, *FLAT)} | named
+        for name, default in named.items():
             if name not in DATA and (call, name) not in INTERNAL:
-                yield pytest.param(call, name, parameter, id=f"{call.__name__}-{name}")
+                yield pytest.param(call, name, default, id=f"{call.__name__}-{name}")
 
 
-@pytest.mark.parametrize(("call", "name", "parameter"), list(options()))
-def test_wrong_options_are_refused_by_name(call, name, parameter):
+@pytest.mark.parametrize(("call", "name", "default"), list(options()))
+def test_wrong_options_are_refused_by_name(call, name, default):
     given = {key: value for key, value in CALLS[call].items() if not (key == "keep" and name == "rank")}
-    wrong = [*NOTHING, *WRONG[CHECKS[name].__name__]]
+    wrong = [*NOTHING, *WRONG[kind(call, name)]]
     if name == "precision":
         wrong = [*NOTHING, 16, "bf16"]
     if name == "cache":
         given["blocks"] = 0
-    optional = parameter.default is None or parameter.default is inspect.Parameter.empty or name == "sketch"
+    optional = default is None or default is inspect.Parameter.empty or name == "sketch"
     if not optional:
         wrong.append(None)
     for value in wrong:

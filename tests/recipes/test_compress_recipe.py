@@ -14,6 +14,8 @@ from tiny import save_model_folder
 from transformers import AutoModelForCausalLM
 
 from fasc_lightning import load_compressed
+from fasc_lightning.cli import OPTIONS
+from fasc_lightning.options import described
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compress.py"
 TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. " * 60
@@ -143,15 +145,21 @@ def test_without_a_budget_it_is_rank_a_half(recipe, folder):
         ["--rank", "12", "--token-fraction", "0.5", "--seed", "3"],
         ["--method", "svd", "--refit", "false", "--align", "8"],
         ["--sketch", "projected", "--passes", "2", "--refit", "false"],
+        ["--sketch", "projected"],
+        ["--passes", "4"],
+        ["--gate", "0.1", "--gate-by", "pooled", "--exclude", "[down_proj]"],
     ],
 )
 def test_options(recipe, folder, options):
     report = recipe.main(arguments(folder, *options))
     layouts = {row["layout"] for row in report["layers"]}
     assert layouts <= ({"factors", "dense"} if "factors" in options else {"pivot", "dense"})
-    assert report["options"]["align"] == (8 if "--align" in options else 1)
+    assert report["options"].get("align", 1) == (8 if "--align" in options else 1)
     assert "--align" not in options or all(row["rank"] % 8 == 0 for row in report["layers"] if row["layout"] != "dense")
-    assert report["options"].get("passes") == (2 if "--passes" in options else None)
+    assert report["options"].get("passes") == (
+        int(options[options.index("--passes") + 1]) if "--passes" in options else None
+    )
+    assert report["options"].get("sketch") == ("projected" if "--sketch" in options else None)
     if "--rank" in options:
         assert report["options"]["rank"] == 12
         assert {row["tokens"] for row in report["layers"]} != {12 * 64}
@@ -167,6 +175,18 @@ def test_self_calibration_and_builtin_evaluation(recipe, folder, monkeypatch):
     assert report["facts"]["count"] > 100
 
 
+def test_options_default_to_those_of_the_package_and_are_described_by_it(recipe, capsys):
+    found = recipe.build_parser().parse_args([])
+    for name, option in ((name, described(name)) for name in OPTIONS):
+        assert found[name] == option.default
+    assert found.refit == "auto"
+    with pytest.raises(SystemExit):
+        recipe.build_parser().parse_args(["--help"])
+    printed = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+    for name in OPTIONS:
+        assert described(name).help[:50] in printed
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -174,7 +194,9 @@ def test_self_calibration_and_builtin_evaluation(recipe, folder, monkeypatch):
         (["--eval-text", "foxes=nowhere.txt"], FileNotFoundError, r"nowhere\.txt is none"),
         (["--windows", "0"], ValueError, "--windows to be at least 1"),
         (["--rank", "0.5", "--keep", "0.5"], ValueError, "got both"),
-        (["--sketch", "projected"], ValueError, "refit='auto' with sketch='projected'"),
+        (["--sketch", "projected", "--refit", "true"], ValueError, "refit='auto' with sketch='projected'"),
+        (["--passes", "2", "--refit", "true"], ValueError, "refit=False or 'auto' with passes=2"),
+        (["--gate-exclude", "paper"], ValueError, "`gate_exclude` together with a `gate`"),
         (["--output", str(Path(__file__).parent)], FileExistsError, "holds other files"),
     ],
 )

@@ -125,3 +125,40 @@ def test_as_a_script_on_the_file_alone(folder):
     command = [RECIPES / "lightning_cli.py", "fit", "--config", str(folder / "cli.yaml")]
     run_script(*command)
     assert load_compressed(folder / "out").config.quantization_config is not None
+
+
+@pytest.mark.parametrize("name", ["FascCallback", "fasc_lightning.FascCallback"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["keep=0.6", "memory.sketch=projected", "calibration.update_weights=false"], None),
+        (["keep=0.6", "memory=projected", "update_weights=false"], None),
+        (["keep=0.6", "sketch=projected", "update_weights=false"], None),
+        (["monitor=50"], {"monitor_every_n_steps": 50}),
+        (["monitor.every_n_steps=50", "monitor.tokens=64"], {"monitor_every_n_steps": 50, "monitor_tokens": 64}),
+        (["rank=12", "gate=0.1", "calibration.steps=3"], {"rank": 12, "gate": 0.1, "calibration_steps": 3}),
+        (["rank=0.5", "gate.threshold=0.1", "gate_by=pooled"], {"rank": 0.5, "gate": 0.1, "gate_by": "pooled"}),
+    ],
+)
+def test_groups_and_flat_names_on_lightnings_command_line(name, options, expected):
+    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    more = [f"--trainer.callbacks.{option}" for option in options]
+    args = [f"--trainer.callbacks+={name}", *more, "--trainer.logger=false"]
+    cli = LightningCLI(BoringModel, run=False, save_config_callback=None, args=args)
+    assert callback_of(cli).options == (expected or {"keep": 0.6, "sketch": "projected", "update_weights": False})
+
+
+def test_a_file_may_hold_groups_flat_names_or_both(tmp_path):
+    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    init = {"keep": 0.8, "update_weights": False, "memory": {"passes": 2}, "gate": {"threshold": 0.2}, "monitor": 5}
+    trainer = {"callbacks": [{"class_path": "FascCallback", "init_args": init}], "logger": False}
+    (tmp_path / "cli.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
+    args = ["--config", str(tmp_path / "cli.yaml"), "--trainer.callbacks.memory.passes=3"]
+    callback = callback_of(LightningCLI(BoringModel, run=False, save_config_callback=None, args=args))
+    assert callback.options == {
+        "keep": 0.8, "update_weights": False, "passes": 3, "gate": 0.2, "monitor_every_n_steps": 5
+    }  # fmt: skip

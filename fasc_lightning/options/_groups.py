@@ -1,0 +1,270 @@
+"""The groups of options, Calibration, Memory, Monitor and Gate, and the short forms that stand for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar, get_args
+
+from fasc_lightning.batches import LossTerms, TokenMask
+from fasc_lightning.dependence import MIN_TOKENS
+from fasc_lightning.layers import Gradient
+from fasc_lightning.options._types import check_fields, check_word, own, plain
+from fasc_lightning.statistics import MomentsDevice
+
+#: Width above which the paper sketches (Shihab et al., section 2.3).
+SKETCH_ABOVE = 4096
+
+#: How second moments can be held that are too large.
+ReductionKind = Literal["projected", "range", "gaussian"]
+
+#: An absolute size, or "auto" (``calibration/_sketch_policy.py``).
+SketchSize = int | Literal["auto"]
+
+#: The scores that can decide between the solvers.
+GateScore = Literal["debiased", "pooled", "rho"]
+GATE_BY: tuple[GateScore, ...] = get_args(GateScore)
+
+#: ``Gate(exclude="paper")``: early attention and the last projections.
+PAPER = "paper"
+
+
+def represent(options: Any) -> str:
+    """Return a dataclass of options as text: its name and what differs from the defaults."""
+    return f"{type(options).__name__}({', '.join(f'{name}={value!r}' for name, value in differences(options).items())})"
+
+
+def differences(options: Any) -> dict[str, Any]:
+    """Return the options of a dataclass that differ from their defaults."""
+    found = {field.name: (getattr(options, field.name), field.default) for field in fields(options)}
+    return {
+        name: value
+        for name, (value, default) in found.items()
+        if value != (type(value)() if type(value) in SHORTHANDS else default)
+    }
+
+
+@dataclass(frozen=True, repr=False)
+class Calibration:
+    """The part of the fit that calibrates, and the tokens that count.
+
+    Args:
+        steps: Calibrate on the last so many optimizer steps (batches in manual optimisation). None calibrates in the
+            last epoch. A number is required where that epoch is not known: with max_steps, max_time or early stopping.
+            A stop that comes before the calibration waits for it (Lightning then says that min_steps has not been met).
+            The length of a stream is learned from its epochs; a fit that would end before the calibration goes on for
+            so many steps.
+        update_weights: Whether the weights go on training while the fit calibrates. False freezes them: eval mode, no
+            optimizer or scheduler step, no weight gradients.
+        token_fraction: Share of the tokens that enters the moments. Fewer tokens are faster and less accurate.
+        loss_terms: How the loss averages: "mean", "sum", or a callable that returns the number of averaged terms of a
+            batch. None asks the module's ``loss_terms`` method (CausalLMModule has one) and otherwise takes a mean. The
+            loss's autograd graph tells the number of terms of a mean. Where it does not (fused losses), the terms are
+            the tokens of ``token_mask``, or else the samples, and a batch of tokens logs a warning.
+        token_mask: Callable that returns True for the real tokens of a batch, shape (samples, length), or None. By
+            default the module's ``token_mask`` method decides, and without one every token counts.
+
+    Raises:
+        ValueError: If an option is out of range.
+        TypeError: If an option is of a wrong type.
+    """
+
+    steps: int | None = None
+    update_weights: bool = True
+    token_fraction: float = 1.0
+    loss_terms: LossTerms | None = None
+    token_mask: TokenMask | None = None
+
+    __repr__ = represent
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
+            raise ValueError(f"Expected `steps` to be a positive int but got {self.steps!r}.")
+        if not 0 < self.token_fraction <= 1:
+            raise ValueError(f"Expected `token_fraction` to be in (0, 1] but got {self.token_fraction}.")
+
+
+@dataclass(frozen=True, repr=False)
+class Memory:
+    """How second moments are held that would take too much memory. A sketch's name alone stands for it.
+
+    Args:
+        sketch: None holds all second moments whole. "projected" holds the moment of a layer's wider side as the weight
+            sees it, W A W^T or W^T G W. It is exact for method="fasc" and as small as the narrower side. It needs
+            frozen weights and rules out a refit. "range" holds a single-pass sketch of the moments that are too wide.
+            "gaussian" is the paper's projection with lifting, whose span is random; it is there for comparison only.
+        sketch_size: Columns of a sketch. "auto" takes four times the rank that the budget means for a layer, two times
+            where this fit's monitor has observed a rho of at most its threshold before the calibration begins, and at
+            most half the width.
+        sketch_above: Sides of layers up to this width are held whole, and so are sides of which a sketch would not be
+            clearly smaller.
+        device: "cpu" holds moments and factors on the CPU, beside the device of the fit. Rows are copied while the
+            backward pass goes on. None holds them on the device of the fit.
+        passes: How many of the last epochs calibrate, each for a share of the layers. The moments then need so much
+            less memory. The factors are the same, and wait on the disk. Several passes need frozen weights and rule out
+            a refit, which needs all moments together.
+
+    Raises:
+        ValueError: If an option is out of range.
+        TypeError: If an option is of a wrong type.
+    """
+
+    sketch: ReductionKind | None = None
+    sketch_size: SketchSize = "auto"
+    sketch_above: int = SKETCH_ABOVE
+    device: MomentsDevice | None = None
+    passes: int = 1
+
+    __repr__ = represent
+
+    def __post_init__(self) -> None:
+        check_fields(self, device=own)
+        if self.sketch is not None:
+            check_word("sketch", self.sketch, get_args(ReductionKind), ", or None,")
+        size = self.sketch_size
+        if size != "auto" and (type(size) is not int or size < 1):
+            raise ValueError(f'Expected `sketch_size` to be "auto" or an int of at least 1 but got {size!r}.')
+        if self.device not in (None, "cpu"):
+            raise ValueError(
+                f"Expected `device` to be None (the device of the fit) or 'cpu' but got {self.device!r}. HINT: which "
+                "device a fit is on is the Trainer's to say (accelerator=, devices=)."
+            )
+        if type(self.passes) is not int or self.passes < 1:
+            raise ValueError(f"Expected `passes` to be a positive int but got {self.passes!r}.")
+
+
+def holds_moments(passes: int, sketch: str | None) -> bool:
+    """Tell whether the whole moments of all layers are there in the end, as a refit reads them."""
+    return passes == 1 and sketch != "projected"
+
+
+@dataclass(frozen=True, repr=False)
+class Monitor:
+    """What is observed of rho while the module trains. An int alone stands for ``every_n_steps``.
+
+    Args:
+        every_n_steps: Observe rho at optimizer steps 0, n, 2n, ... (batches in manual optimisation). None does not.
+        tokens: Tokens of each batch that an observation looks at, a quarter of them from one sequence at most.
+        threshold: Plain rho above which a layer counts as high, in logs and summaries. Chance alone reaches it where
+            ``tokens`` are few, so compare with the null.
+        observations: A layer emerges where rho stays above the threshold and above its null for so many observations.
+        gradient: "input" couples x with g = W^T h, the gradient at the layer's input (the paper's definition). "output"
+            couples x with h, the gradient at the layer's output.
+
+    Raises:
+        ValueError: If an option is out of range.
+        TypeError: If an option is of a wrong type.
+    """
+
+    every_n_steps: int | None = None
+    tokens: int = 512
+    threshold: float = 0.3
+    observations: int = 3
+    gradient: Gradient = "input"
+
+    __repr__ = represent
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        least = {"every_n_steps": 1, "tokens": MIN_TOKENS, "observations": 1}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if name == "every_n_steps" and value is None:
+                continue
+            if type(value) is not int or value < minimum:
+                raise ValueError(f"Expected `{name}` to be an int of at least {minimum} but got {value!r}.")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"Expected `threshold` to be in [0, 1], as rho is, but got {self.threshold}.")
+        if self.gradient not in get_args(Gradient):
+            raise ValueError(
+                f"Expected `gradient` to be 'input' (g = W^T h, the paper's) or 'output' (h) but got {self.gradient!r}."
+            )
+
+
+@dataclass(frozen=True, repr=False)
+class Gate:
+    """Which layers the cheap solver serves. A number alone stands for ``threshold``.
+
+    Args:
+        threshold: rho at or under which the cheap solver ("svd") serves a layer instead of ``method``. None lets
+            ``method`` serve all layers. With a gate every batch is scored, on the tokens that the monitor looks at.
+        by: The score that is compared with the threshold. "debiased" is signed and around 0 for unrelated x and g.
+            "pooled" is the paper's rho of all tokens and costs a third more work for the moments. "rho" is that of
+            minibatches, which chance alone can take past 0.3.
+        exclude: Patterns of layers that rho does not decide and the cheap solver serves. "paper" stands for the
+            attention of blocks 0 to 2 and the output projections of the last block.
+
+    Raises:
+        ValueError: If an option is out of range.
+        TypeError: If an option is of a wrong type.
+    """
+
+    threshold: float | None = None
+    by: GateScore = "debiased"
+    exclude: str | list[str] | None = None
+
+    __repr__ = represent
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_word("by", self.by, GATE_BY)
+        if self.threshold is None and self.exclude is not None:
+            raise ValueError(
+                f"Expected `exclude` together with a `threshold` but got {self.exclude!r} alone: without a gate every "
+                "layer gets the same solver. HINT: gate=Gate(0.3, exclude=...), or FascCallback(exclude=...) to leave "
+                "layers alone altogether."
+            )
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(f"Expected `threshold` to be in [0, 1], as rho is, but got {self.threshold}.")
+
+
+#: Of every group: the option that a value alone stands for, the type of such a value, and the type in words.
+SHORTHANDS: dict[type, tuple[str, type | tuple[type, ...], str] | None] = {
+    Calibration: None,
+    Memory: ("sketch", str, "the name of a sketch"),
+    Monitor: ("every_n_steps", int, "an int"),
+    Gate: ("threshold", (int, float), "a number in [0, 1]"),
+}
+
+Group = TypeVar("Group", Calibration, Memory, Monitor, Gate)
+
+
+def as_group(name: str, group: type[Group], value: Any) -> Group:
+    """Return the group that a value stands for.
+
+    Args:
+        name: Of the option.
+        group: Class.
+        value: A group, its short form, or None for the defaults.
+
+    Raises:
+        TypeError: If it stands for none.
+        ValueError: If it is out of range.
+    """
+    if isinstance(value, group):
+        return value
+    if value is None:
+        return group()
+    short, value = SHORTHANDS[group], plain(value)
+    if short is None or isinstance(value, bool) or not isinstance(value, short[1]):
+        accepted = f"a {group.__name__}" + ("" if short is None else f" or {short[2]}")
+        raise TypeError(f"Expected `{name}` to be {accepted} but got {value!r:.200}.")
+    return changed(group(), {short[0]: value}, {short[0]: name})
+
+
+def changed(group: Group, values: Mapping[str, Any], names: Mapping[str, str]) -> Group:
+    """Return a group with some options changed; what is refused is called as the caller called it.
+
+    Args:
+        group: The group.
+        values: By option.
+        names: How the caller calls the options.
+    """
+    try:
+        return replace(group, **values)
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        for option, name in names.items():
+            message = message.replace(f"`{option}`", f"`{name}`")
+        raise type(error)(message) from None

@@ -133,7 +133,7 @@ class CalibrationPhase(pl.Callback):
         self.run = run = CalibrationRun(trainer, pl_module, layers, gathered, refinement, self._monitor.history)
         self._undo.add(run.release)
         device = trainer.strategy.root_device
-        planned = self._forecast(pl_module, modules, options, device, run.refits, run.sketches, run.passes)
+        planned = self._forecast(pl_module, layers, options, device, run.refits, run.sketches, run.passes)
         rank_zero_info(f"FascCallback: {planned}")
         self._checkpoint.resume(trainer, run, self.schedule)
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import nn
@@ -36,6 +37,11 @@ class TargetedLayers:
     modules: dict[str, nn.Module]
     shapes: dict[str, tuple[int, int]]
 
+    @cached_property
+    def token_shares(self) -> dict[str, float]:
+        """Share of the tokens that each layer sees if a router spreads them evenly; 1 for what is no expert's."""
+        return {name: getattr(module, "expert_share", 1.0) for name, module in self.modules.items()}
+
     @classmethod
     def of(cls, modules: dict[str, nn.Module]) -> TargetedLayers:
         """Return the record of some layers."""
@@ -53,15 +59,19 @@ class TargetedLayers:
 
 
 def target_layers(
-    model: nn.Module, targets: str | list[str] | None, exclude: str | list[str] | None, *, compresses: bool
+    model: nn.Module,
+    targets: str | list[str] | None = None,
+    exclude: str | list[str] | None = None,
+    *,
+    compresses: bool = False,
 ) -> TargetedLayers:
-    """Choose the layers of a fit, and warn of layers that are left out and of those that had better be.
+    """Choose the layers of a fit or a plan, and warn of layers that are left out and of those that had better be.
 
     Args:
-        model: The module of the fit.
+        model: Any module; no weight is read.
         targets: See :func:`select_layers`.
         exclude: Likewise.
-        compresses: Whether the layers are to be replaced, not only observed.
+        compresses: Whether the layers are about to be replaced, not only observed or planned.
 
     Raises:
         ValueError: If nothing is selected.

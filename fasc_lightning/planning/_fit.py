@@ -12,17 +12,16 @@ from torch.utils.data import DataLoader
 from fasc_lightning.calibration import sketches_for_budget
 from fasc_lightning.compression import check_budget_fits, check_rank_fits, statistics_needed
 from fasc_lightning.distributed import is_split
-from fasc_lightning.layers import layer_shapes
+from fasc_lightning.layers import TargetedLayers, target_layers
 from fasc_lightning.options import CalibrationOptions, CompressionOptions, holds_moments
 from fasc_lightning.planning._forecast import CompressionForecast
-from fasc_lightning.planning._model import PlannedLayers, planned_layers
 from fasc_lightning.planning._plan import Tiers, forecast, stored_layers
 from fasc_lightning.statistics import LayerSketches
 
 
 def layers_forecast(
     model: nn.Module,
-    layers: dict[str, nn.Module],
+    layers: TargetedLayers,
     options: CompressionOptions,
     device: torch.device,
     keeps_moments: bool,
@@ -38,7 +37,7 @@ def layers_forecast(
 
     Args:
         model: Module that holds them.
-        layers: By name.
+        layers: The layers.
         options: Of the compression.
         device: Of the fit.
         keeps_moments: Whether moments stay until the end, for a refit.
@@ -52,8 +51,8 @@ def layers_forecast(
     """
     return forecast(
         model,
-        PlannedLayers(layers),
-        stored_layers(layers, options.rank, options.keep, options.layout, options.align),
+        layers,
+        stored_layers(layers.modules, options.rank, options.keep, options.layout, options.align),
         needs=statistics_needed(options.method, options.gate_threshold, options.gate_by),
         device=device,
         keeps_moments=keeps_moments,
@@ -86,14 +85,14 @@ def fit_forecast(
             ``device_map``.
     """
     is_split(model)  # refuses parameters on several devices that nothing brings together, as a fit does
-    layers = planned_layers(model, options.targets, options.exclude).layers
-    check_rank_fits(layer_shapes(layers), options.rank)
-    check_budget_fits(layers, options.rank, options.keep, options.allocation, options.layout, options.align)
+    layers = target_layers(model, options.targets, options.exclude)
+    check_rank_fits(layers.shapes, options.rank)
+    check_budget_fits(layers.modules, options.rank, options.keep, options.allocation, options.layout, options.align)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     # "auto" refits where the model allows it, which only a fit finds out.
     refits = bool(options.refit) and holds_moments(options.passes, options.sketch)
     sketching = CalibrationOptions.of(options).sketching
-    sketches = sketches_for_budget(layer_shapes(layers), sketching, options.rank, options.keep)
+    sketches = sketches_for_budget(layers.shapes, sketching, options.rank, options.keep)
     return layers_forecast(model, layers, options, device, refits, sketches, options.passes, batch_tokens, tokens)
 
 

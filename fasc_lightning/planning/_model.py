@@ -1,31 +1,11 @@
-"""The layers of a model that may not exist yet: of a module on any device, or of a transformers config alone."""
+"""A model that may not exist yet: a module on any device, or one without weights of a transformers config."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
-
-from fasc_lightning.layers import select_layers, warn_other_layers, warn_unknown_experts
-
-
-@dataclass(frozen=True)
-class PlannedLayers:
-    """What is to be compressed.
-
-    Attributes:
-        layers: Linear layers by name, those of experts (``layers/_fused_experts.py``) among them.
-    """
-
-    layers: dict[str, nn.Module]
-
-    @cached_property
-    def shares(self) -> dict[str, float]:
-        """Share of the tokens that each layer sees if a router spreads them evenly; 1 for what is no expert's."""
-        return {name: getattr(layer, "expert_share", 1.0) for name, layer in self.layers.items()}
 
 
 def model_on_meta(model_or_config: Any, dtype: torch.dtype | None = None) -> nn.Module:
@@ -80,24 +60,3 @@ def _check_shapes(model: nn.Module) -> None:
     config: Any = model.config
     if getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1) < 1:
         raise ValueError("it has no layers")
-
-
-def planned_layers(
-    model: nn.Module, targets: str | list[str] | None = None, exclude: str | list[str] | None = None
-) -> PlannedLayers:
-    """Return what a compression of a model takes: the layers of ``select_layers``.
-
-    Says which experts stay dense because nothing here understands them.
-
-    Args:
-        model: Any module; no weight is read.
-        targets: See ``select_layers``.
-        exclude: Likewise.
-
-    Raises:
-        ValueError: If nothing is selected.
-    """
-    if targets in (None, "all-linear"):
-        warn_unknown_experts(model)
-    warn_other_layers(model, targets, exclude)
-    return PlannedLayers(select_layers(model, targets, exclude))

@@ -28,12 +28,14 @@ from fasc_lightning.distributed import is_split
 from fasc_lightning.layers import (
     Layout,
     Size,
+    TargetedLayers,
     auto_layout,
     empty_layer,
-    layer_shapes,
     layer_sizes,
+    linear_shape,
     model_size,
     smaller_side,
+    target_layers,
 )
 from fasc_lightning.options import (
     Calibration,
@@ -49,7 +51,7 @@ from fasc_lightning.options import (
 )
 from fasc_lightning.planning._forecast import CompressionForecast, LayerForecast
 from fasc_lightning.planning._memory import LayerMemory, Peak, Storage, choose_storage, layer_memory, peak_memory
-from fasc_lightning.planning._model import PlannedLayers, model_on_meta, planned_layers
+from fasc_lightning.planning._model import model_on_meta
 from fasc_lightning.planning._refusal import bytes_of, refusal
 from fasc_lightning.planning._time import Rates, Seconds, estimate, model_work, moments_work, probe, solver_work
 from fasc_lightning.statistics import LayerSketches, moment_dtype
@@ -128,15 +130,14 @@ def plan(
     sketching = {k: None if k is None else SketchOptions(k, how.sketch_size, how.sketch_above) for k in kinds}
     room, beside = bytes_of(memory, "memory"), bytes_of(host_memory, "host_memory")
     model = model_on_meta(model_or_config, dtype)
-    chosen = planned_layers(model, how.targets, how.exclude)
-    check_rank_fits(layer_shapes(chosen.layers), how.rank)
-    check_budget_fits(chosen.layers, how.rank, how.keep, how.allocation, how.layout, how.align)
-    shapes = layer_shapes(chosen.layers)
+    chosen = target_layers(model, how.targets, how.exclude)
+    check_rank_fits(chosen.shapes, how.rank)
+    check_budget_fits(chosen.modules, how.rank, how.keep, how.allocation, how.layout, how.align)
     where = torch.device(device) if device is not None else _device(model)
     return forecast(
         model,
         chosen,
-        stored_layers(chosen.layers, how.rank, how.keep, how.layout, how.align),
+        stored_layers(chosen.modules, how.rank, how.keep, how.layout, how.align),
         needs=needs,
         device=where,
         memory=room,
@@ -145,7 +146,7 @@ def plan(
         keeps_moments=keeps_moments,
         measured=how.allocation == "measured",
         tiers=Tiers(
-            kinds={kind: sketches_for_budget(shapes, kept, how.rank, how.keep) for kind, kept in sketching.items()},
+            kinds={k: sketches_for_budget(chosen.shapes, kept, how.rank, how.keep) for k, kept in sketching.items()},
             offloaded=_offloaded(how.moments_device, beside, where),
             passes=1 if how.update_weights or keeps_moments else passes or (how.passes if how.passes > 1 else None),
             sizes={"sketch_size": how.sketch_size, "sketch_above": how.sketch_above},
@@ -175,7 +176,7 @@ class Tiers:
 
 def forecast(
     model: nn.Module,
-    chosen: PlannedLayers,
+    chosen: TargetedLayers,
     stored: Mapping[str, StoredLayer],
     *,
     needs: frozenset[str],
@@ -212,14 +213,14 @@ def forecast(
         MemoryError: If nothing that is allowed fits.
         ValueError: If the device is not there to say how much memory it has.
     """
-    shapes, whole = layer_shapes(chosen.layers), model_size(model)
+    shapes, whole = chosen.shapes, model_size(model)
     tiers = tiers or Tiers()
     if memory is None:
         resident = (p.numel() * p.element_size() for p in model.parameters() if p.device.type == device.type)
         memory = _free(device) + sum(resident)
     if True in tiers.offloaded and host_memory == 0 and device.type != "cpu":
         host_memory = available_memory(torch.device("cpu"))
-    sums, names = moment_dtype(chosen.layers.values()), list(shapes)
+    sums, names = moment_dtype(chosen.modules.values()), list(shapes)
 
     @cache  # of tens of thousands of experts' projections nearly all are alike
     def taken_by(m: int, n: int, sketches: LayerSketches | None) -> LayerMemory:
@@ -230,7 +231,7 @@ def forecast(
         for kind, sketches in tiers.kinds.items()
     }
     training = 3 * whole.bytes if update_weights else 0
-    targeted = {"dense": layer_sizes(chosen.layers), "compressed": _total([s.size for s in stored.values()])}
+    targeted = {"dense": layer_sizes(chosen.modules), "compressed": _total([s.size for s in stored.values()])}
     built = targeted["compressed"].bytes
     activations, units = batch_tokens * activation_bytes(model, chosen), share_units(names)
 
@@ -260,7 +261,7 @@ def forecast(
         )
         for i, (name, shape) in enumerate(shapes.items())
     ]
-    rates = probed if isinstance(probed, Rates) else _rates(device, layers_dtype(chosen.layers)) if probed else None
+    rates = probed if isinstance(probed, Rates) else _rates(device, layers_dtype(chosen.modules)) if probed else None
     parts = shares([layer.moments for layer in taken], storage.passes, units)
     return CompressionForecast(
         layers=layers,
@@ -327,7 +328,7 @@ def _held(storage: Storage, sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seconds(
-    chosen: PlannedLayers,
+    chosen: TargetedLayers,
     sketches: Mapping[str, LayerSketches],
     needs: frozenset[str],
     rates: Rates,
@@ -335,10 +336,10 @@ def _seconds(
     tokens: int,
 ) -> Seconds:
     """Return what the operations of all layers take; an expert sees its share of the tokens."""
-    shapes, copies = layer_shapes(chosen.layers), len(needs & {"plain", "coupled"})
-    model = sum(chosen.shares[name] * model_work(m, n) for name, (m, n) in shapes.items())
+    shapes, copies = chosen.shapes, len(needs & {"plain", "coupled"})
+    model = sum(chosen.token_shares[name] * model_work(m, n) for name, (m, n) in shapes.items())
     moments = sum(
-        chosen.shares[name] * moments_work(m, n, copies, sketches.get(name)) for name, (m, n) in shapes.items()
+        chosen.token_shares[name] * moments_work(m, n, copies, sketches.get(name)) for name, (m, n) in shapes.items()
     )
     return estimate(model, moments, sum(solver_work(m, n) for m, n in shapes.values()), rates, passes, tokens)
 
@@ -372,7 +373,7 @@ def stored_layers(
     known: dict[tuple[Any, ...], StoredLayer] = {}
     stored = {}
     for name, layer in layers.items():
-        m, n = layer_shapes({name: layer})[name]
+        m, n = linear_shape(layer)
         bias = getattr(layer, "bias", None) is not None
         key = m, n, bias, budgets[name], type(layer), getattr(layer, "expert_share", None)
         if key not in known:
@@ -397,7 +398,7 @@ def _stored(
     return StoredLayer(k, held, layer_sizes({"": empty}))
 
 
-def activation_bytes(model: nn.Module, chosen: PlannedLayers) -> int:
+def activation_bytes(model: nn.Module, chosen: TargetedLayers) -> int:
     """Return roughly what one token's activations take between the forward and the backward pass, in bytes.
 
     The inputs and the outputs of the layers and a quarter more, for what norms, attention and the activation function
@@ -408,8 +409,8 @@ def activation_bytes(model: nn.Module, chosen: PlannedLayers) -> int:
         model: Says how many logits there are, by its output embeddings.
         chosen: The layers.
     """
-    itemsize = layers_dtype(chosen.layers).itemsize
-    held = sum(chosen.shares[name] * (m + n) for name, (m, n) in layer_shapes(chosen.layers).items())
+    itemsize = layers_dtype(chosen.modules).itemsize
+    held = sum(chosen.token_shares[name] * (m + n) for name, (m, n) in chosen.shapes.items())
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
     logits = 0 if output is None else len(output.weight)

@@ -5,9 +5,8 @@ import torch
 from tiny import FAMILIES, causal_model, mlp
 from transformers import GptOssConfig, LlamaConfig, MixtralConfig, PreTrainedConfig, T5Config
 
-from fasc_lightning.layers import layer_shapes, select_layers
+from fasc_lightning.layers import layer_shapes, select_layers, target_layers
 from fasc_lightning.planning import model_on_meta
-from fasc_lightning.planning._model import planned_layers
 
 MIXTRAL = {
     "vocab_size": 64,
@@ -24,10 +23,10 @@ MIXTRAL = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_config_has_the_layers_of_its_model(family):
     model = causal_model(family)
-    planned = planned_layers(model_on_meta(model.config))
-    assert layer_shapes(planned.layers) == layer_shapes(select_layers(model))
-    assert set(planned.shares.values()) == {1.0}
-    assert all(layer.weight.is_meta for layer in planned.layers.values())
+    planned = target_layers(model_on_meta(model.config))
+    assert planned.shapes == layer_shapes(select_layers(model))
+    assert set(planned.token_shares.values()) == {1.0}
+    assert all(layer.weight.is_meta for layer in planned.modules.values())
 
 
 def test_a_module_is_taken_as_it_is():
@@ -42,25 +41,25 @@ def test_the_dtype_of_a_config_can_be_chosen():
 
 def test_each_expert_has_its_matrices_and_the_router_is_left_alone():
     model = model_on_meta(MixtralConfig(**MIXTRAL))
-    planned = planned_layers(model)
-    experts = {name: shape for name, shape in layer_shapes(planned.layers).items() if ".experts." in name}
+    planned = target_layers(model)
+    experts = {name: shape for name, shape in planned.shapes.items() if ".experts." in name}
     assert len(experts) == 2 * 4 * 3
     assert {shape for name, shape in experts.items() if name.endswith("w_down")} == {(32, 48)}
     assert {shape for name, shape in experts.items() if not name.endswith("w_down")} == {(48, 32)}
     fused = [p for name, p in model.named_parameters() if ".experts." in name]
     assert sum(m * n for m, n in experts.values()) == sum(p.numel() for p in fused)
-    assert {planned.shares[name] for name in experts} == {0.5}
-    assert not any(m == 4 for m, _ in layer_shapes(planned.layers).values())
-    only = planned_layers(model, targets=["w_down"])
-    assert len(only.layers) == 8
-    assert not any("experts" in name for name in planned_layers(model, exclude=r".*experts.*").layers)
+    assert {planned.token_shares[name] for name in experts} == {0.5}
+    assert not any(m == 4 for m, _ in planned.shapes.values())
+    only = target_layers(model, targets=["w_down"])
+    assert len(only.modules) == 8
+    assert not any("experts" in name for name in target_layers(model, exclude=r".*experts.*").modules)
 
 
 def test_experts_of_an_unknown_kind_are_not_planned_for_and_it_is_said():
     model = model_on_meta(GptOssConfig(**MIXTRAL, head_dim=8))
     with pytest.warns(UserWarning, match="2 modules hold experts of a kind that is not known here"):
-        planned = planned_layers(model)
-    assert not any("experts" in name for name in planned.layers)
+        planned = target_layers(model)
+    assert not any("experts" in name for name in planned.modules)
 
 
 def test_what_has_no_shapes_is_refused():

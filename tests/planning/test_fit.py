@@ -102,7 +102,7 @@ def test_tokens_are_those_of_the_first_batch_times_the_batches():
 
 def test_the_callback_prints_its_plan_before_the_first_batch(make_trainer, monkeypatch):
     said = []
-    monkeypatch.setattr("fasc_lightning.callback.rank_zero_info", said.append)
+    monkeypatch.setattr("fasc_lightning.calibration._phase.rank_zero_info", said.append)
     make_trainer(FascCallback(rank=0.5)).fit(causal_module(), token_loader())
     assert "Plan of a compression" in said[0]
     assert "down_proj" in said[0]

@@ -70,7 +70,7 @@ def test_features_in_half_precision_under_mixed(make_trainer, dtype):
     assert module.report.refit["loss"]["after"] <= module.report.refit["loss"]["before"]
 
 
-@pytest.mark.filterwarnings("ignore:.*is in 16 bits", "ignore:.*nothing lowered the held-out loss")
+@pytest.mark.filterwarnings("ignore:.*in 16 bits", "ignore:.*nothing lowered the held-out loss")
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_a_language_model_is_refined_in_its_precision(make_trainer, precision):
     callback = FascCallback(keep=0.5, update_weights=False, recovery=LoraRecovery(refine_steps=4), refit=True)

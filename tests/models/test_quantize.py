@@ -114,8 +114,8 @@ def test_a_fit_ends_quantised_and_goes_on_with_what_trains(make_trainer):
 
 def test_a_failure_after_the_quantisation_puts_the_dense_layers_back(make_trainer):
     class Failing(FascCallback):
-        def _quantize(self, pl_module):
-            super()._quantize(pl_module)
+        def _quantized(self, pl_module, report):
+            super()._quantized(pl_module, report)
             assert {quantization_of(layer) for layer in compressed_layers(pl_module).values()} == {"int8"}
             raise OSError("disk full")
 

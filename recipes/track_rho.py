@@ -34,7 +34,7 @@ from run_report import Run, full_report, over_layers, write_outputs
 from torch import Tensor
 from window_stream import BatchStream, shuffled_windows
 
-from fasc_lightning import CausalLMModule, FascCallback, Monitor
+from fasc_lightning import CausalLMModule, FascCallback
 from fasc_lightning.cli import Row, mapping, plain, read_json, whole_file, write_json
 from fasc_lightning.data import file_windows, load_model
 from fasc_lightning.evaluation import Fact, FactsResult, factual_recall, load_facts
@@ -125,10 +125,10 @@ def check(options: Namespace) -> Namespace:
 
 def monitor(options: Namespace, every: int) -> FascCallback:
     """Return a callback that observes rho and changes nothing; it refuses wrong values."""
-    return FascCallback(
-        monitor=Monitor(every, options.monitor_tokens, options.rho_threshold),
-        seed=options.seed,
-    )
+    # Under the flat names, so that errors name the recipe's options.
+    names = ("monitor_tokens", "rho_threshold", "seed")
+    flat: dict[str, Any] = {"monitor_every_n_steps": every, **{name: options[name] for name in names}}
+    return FascCallback(**flat)
 
 
 # The model, its data and the facts.

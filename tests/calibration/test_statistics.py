@@ -85,7 +85,9 @@ def test_every_method_compresses_a_model(method):
 
 def test_memory_is_asked_for_what_the_method_needs(make_trainer, monkeypatch):
     asked = []
-    monkeypatch.setattr("fasc_lightning.options._checks.check_moments_memory", lambda needed, *_: asked.append(needed))
+    monkeypatch.setattr(
+        "fasc_lightning.calibration._passes.check_moments_memory", lambda needed, *_: asked.append(needed)
+    )
     for method in ("fasc", "gfwsvd"):
         make_trainer(FascCallback(rank=0.5, method=method)).fit(causal_module(), token_loader())
     shapes = [layer.weight.shape for layer in select_layers(causal_module()).values()]

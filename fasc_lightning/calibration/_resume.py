@@ -292,7 +292,7 @@ class CalibrationCheckpoint:
 
     @staticmethod
     def _read(trainer: pl.Trainer, run: CalibrationRun, state: dict[str, Any], altered: str) -> str:
-        """Read the statistics, unless they are known to be altered; return the reason if they were not read, else ""."""
+        """Read the statistics unless they were altered; return the reason if they were not read, else ""."""
         tensors: dict[str, Tensor] = state.pop("tensors")
         path = Path(str(trainer.ckpt_path))
         beside = "token" in state and trainer.is_global_zero

@@ -26,7 +26,7 @@ from fasc_lightning.layers._reparametrised import warn_without_way_back
 
 @dataclass(frozen=True)
 class TargetedLayers:
-    """The layers that a fit observes or compresses, and what everyone asks of them, looked up once.
+    """The layers that a fit observes or compresses, with their shapes, looked up once.
 
     Attributes:
         modules: The layers by dotted name, in the model's order.
@@ -43,11 +43,11 @@ class TargetedLayers:
 
     @property
     def weights(self) -> int:
-        """How many numbers the weights of the layers hold."""
+        """Number of weights in all layers."""
         return sum(m * n for m, n in self.shapes.values())
 
     def share(self, names: Iterable[str]) -> TargetedLayers:
-        """Return the record of some of these layers, in the order of their names as given."""
+        """Return the record of some of these layers, in the given order of names."""
         names = list(names)
         return TargetedLayers({n: self.modules[n] for n in names}, {n: self.shapes[n] for n in names})
 
@@ -55,13 +55,13 @@ class TargetedLayers:
 def target_layers(
     model: nn.Module, targets: str | list[str] | None, exclude: str | list[str] | None, *, compresses: bool
 ) -> TargetedLayers:
-    """Choose the layers of a fit, and warn of layers that are left out and of those that had better be.
+    """Choose the layers of a fit, and warn of layers that cannot be, or should not be, compressed.
 
     Args:
         model: The module of the fit.
-        targets: See :func:`select_layers`.
-        exclude: Likewise.
-        compresses: Whether the layers are to be replaced, not only observed.
+        targets: As in :func:`select_layers`.
+        exclude: As in :func:`select_layers`.
+        compresses: Whether the layers will be replaced, not only observed.
 
     Raises:
         ValueError: If nothing is selected.
@@ -77,7 +77,7 @@ def target_layers(
 
 
 def matches(name: str, patterns: str | Iterable[str]) -> bool:
-    """Tell whether patterns select a module name, by the rules of peft's ``target_modules``.
+    """Return whether patterns select a module name, by the rules of peft's ``target_modules``.
 
     Args:
         name: Dotted module name.

@@ -98,7 +98,7 @@ def plan(
         probed: Whether to measure the device's speed for a moment; or the rates to use.
         **keywords: Options of the compression (:class:`~fasc_lightning.options.CompressionOptions`); they override
             ``options``. Without either, the weights are frozen. If weights are updated, gradients and two optimizer
-            states are counted, each as large as the weights. The plan's ranks are those of a uniform allocation; other
+            states are counted, each as large as the weights. Ranks are given for a uniform allocation; other
             allocations spend the same budget.
 
     Raises:

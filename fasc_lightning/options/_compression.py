@@ -93,8 +93,8 @@ class CompressionOptions:
             "int8-dynamic" also rounds their inputs. Layers in int8 do not train. None quantises nothing.
         recovery: "lora", "factors" or their options (:class:`~fasc_lightning.LoraRecovery`,
             :class:`~fasc_lightning.FactorRecovery`). This fit compresses. The next fit, by a new Trainer with the same
-            callback, trains adapters on the factors ("lora") or the factors; quantisation waits for its end. None recovers
-            nothing.
+            callback, trains adapters on the factors ("lora") or the factors; quantisation waits for its end. None
+            recovers nothing.
         seed: Seed of the choice of calibration tokens, and of rho's tokens and permutations.
         calibration: When the fit calibrates, and which tokens count: :class:`~fasc_lightning.options.Calibration`.
         memory: How to hold large second moments: :class:`~fasc_lightning.options.Memory`, or only its sketch

@@ -191,7 +191,7 @@ class Gate:
         threshold: Layers with a rho up to this get the cheap solver ("svd") instead of ``method``. None uses ``method``
             for all layers. A gate scores every batch, on as many tokens as the monitor.
         by: Score to compare with the threshold. "debiased" is signed, and around 0 for unrelated x and g. "pooled" is
-            the paper's rho over all tokens and adds a third to the work of the moments. "rho" is averaged over
+            the paper's rho over all tokens and adds a third to the work of the moments. "rho" is the rho of
             minibatches; chance alone can take it past 0.3.
         exclude: Layers that get the cheap solver whatever their rho, as patterns. "paper" stands for the attention of
             blocks 0 to 2 and the output projections of the last block.

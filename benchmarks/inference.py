@@ -45,7 +45,7 @@ from fasc_lightning.cli import library_versions, save_table, whole_file, write_j
 from fasc_lightning.layers import QUANTIZATIONS, layer_sizes
 from fasc_lightning.models import quantize
 
-#: Dtypes of activations; the int8 kinds are those of :func:`fasc_lightning.quantize`, compared with dense int8.
+#: Dtypes of activations; the int8 kinds come from :func:`fasc_lightning.quantize` and are compared with dense int8.
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,

@@ -4,7 +4,7 @@
     python benchmarks/scale.py --write docs/scale.md       # between the page's markers
 
 For every model and budget the tables show the size after compression, the memory of exact and sketched moments, and the
-plan for a device with ``--memory`` and a host with ``--host-memory``. The shapes are those of the configs on the hub.
+plan for a device with ``--memory`` and a host with ``--host-memory``. The shapes come from the configs on the hub.
 """
 
 from __future__ import annotations

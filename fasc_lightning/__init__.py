@@ -47,7 +47,7 @@ __all__ = [
     "quantize",
     "CausalLMModule",
     "CompressionReport",
-    # its options
+    # options of a compression
     "CompressionOptions",
     "Calibration",
     "Memory",

@@ -1,4 +1,4 @@
-"""The former place of :func:`~fasc_lightning.data.load_model`."""
+"""Former module of :func:`~fasc_lightning.data.load_model`."""
 
 from warnings import warn
 

@@ -1,4 +1,4 @@
-"""FascCallback: the phases of a fit that ends with a smaller model."""
+"""``FascCallback``: the phases of a fit that ends with a smaller model."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ from fasc_lightning.recovery import RecoveryStage, set_aside_optimizers
 
 
 class FascCallback(CompressionOptions, pl.Callback):
-    """Track rho while a module trains, compress it at the end of the fit, or both.
+    """Observe rho while a module trains, compress the module at the end of the fit, or both.
 
-    Calibration runs in the last epoch, or in the last ``calibration.steps`` steps: hooks gather second moments of each
-    targeted layer's inputs and output gradients, and nothing else of the fit changes. When the fit ends, one budget
-    of parameters is spent over all layers, and they are swapped for low-rank ones. ``callback.report`` then says what
-    was done. If anything fails, the module is what it was.
+    Calibration runs in the last epoch, or in the last ``calibration.steps`` steps. Hooks gather second moments of each
+    targeted layer's inputs and output gradients; nothing else in the fit changes. When the fit ends, one budget of
+    parameters is spent over all layers, and low-rank layers replace them. ``callback.report`` then holds the results.
+    If anything fails, the module is unchanged.
 
-    Monitoring observes rho, the dependence violation score, at every n-th optimizer step: ``rho/<layer>``,
+    Monitoring observes rho, the dependence violation score, at every n-th optimizer step. ``rho/<layer>``,
     ``rho_null/<layer>``, ``rho_debiased/<layer>``, ``fasc/rho_mean``, ``fasc/rho_debiased_mean`` and
     ``fasc/rho_above_threshold`` go to every logger and into ``trainer.callback_metrics``, for ModelCheckpoint and
-    EarlyStopping; the table with intervals is ``callback.rho_history``.
+    EarlyStopping. The table with intervals is ``callback.rho_history``.
 
-    What decides by losses ("measured" allocation, refit, recovery) runs the training step outside of the loop, again on
-    copies of the batches: told what it was told in training, in the fit's precision, and silenced. The module, its
-    containers, metrics, buffers and generators are then put back; what a step writes elsewhere is written again.
+    Steps that depend on losses ("measured" allocation, refit, recovery) run the training step outside of the loop,
+    again on copies of the batches. The step gets the same arguments as in training, runs in the fit's precision, and
+    its logging is silenced. The module, its containers, metrics, buffers and generators are then restored. Anything
+    that a step writes elsewhere is written again.
 
-    Checkpoints of both kinds, dense and compressed, load in every stage (``models/_checkpoints.py``), and a fit
-    that is killed while it calibrates goes on from its last one (``calibration/_resume.py``).
+    Dense and compressed checkpoints load in every stage (``models/_checkpoints.py``). A fit that is killed while it
+    calibrates continues from its last checkpoint (``calibration/_resume.py``).
 
     Example:
         >>> import lightning as L
@@ -50,23 +51,23 @@ class FascCallback(CompressionOptions, pl.Callback):
         >>> trainer = L.Trainer(max_epochs=1, callbacks=[FascCallback(rank=0.5)], logger=False)
         >>> trainer = L.Trainer(max_epochs=9, callbacks=[FascCallback(monitor=50)], logger=False)
 
-    Every option is declared and described in :class:`~fasc_lightning.options.CompressionOptions`, those in groups in
+    :class:`~fasc_lightning.options.CompressionOptions` describes the options, and
     :class:`~fasc_lightning.options.Calibration`, :class:`~fasc_lightning.options.Memory`,
-    :class:`~fasc_lightning.options.Monitor` and :class:`~fasc_lightning.options.Gate`. Options are attributes, too.
+    :class:`~fasc_lightning.options.Monitor` and :class:`~fasc_lightning.options.Gate` describe the options in groups.
+    Every option is an attribute, too.
 
     Attributes:
         report: The :class:`~fasc_lightning.compression.CompressionReport`, after the fit.
-        rho_history: The :class:`~fasc_lightning.dependence.RhoHistory` of what was observed; kept in checkpoints.
+        rho_history: The observed rho, a :class:`~fasc_lightning.dependence.RhoHistory`; checkpoints keep it.
 
     Raises:
         ValueError: If an option is out of range.
         TypeError: If an option is of a wrong type.
 
     Note:
-        The weights compressed are those at the end of the fit, after any averaging callback has put its own in.
-        Supported strategies are a single device, script-launched DDP, and ModelParallelStrategy with FSDP2 alone
-        (``distributed/_fsdp.py``), under which the fit ends with a module that is whole on every process; others
-        are refused in ``setup``.
+        The fit compresses its final weights, after any averaging callback has put its average in place. Supported
+        strategies are a single device, script-launched DDP, and ModelParallelStrategy with FSDP2 alone
+        (``distributed/_fsdp.py``), which ends with the whole module on every process. ``setup`` refuses others.
     """
 
     def __post_init__(self) -> None:
@@ -75,10 +76,10 @@ class FascCallback(CompressionOptions, pl.Callback):
         self._set_up()
 
     def _set_up(self) -> None:
-        """Make the parts of the callback, once it has its options."""
-        self._undo = Undo()  # hooks and what is frozen, when training ends
-        self._failed = Undo()  # all else, where a fit fails
-        self._last = Undo()  # what is the Trainer's own, after that
+        """Make the parts of the callback from its options."""
+        self._undo = Undo()  # removes hooks and unfreezes the module when training ends
+        self._failed = Undo()  # undoes all other changes if a fit fails
+        self._last = Undo()  # restores the Trainer after that
         self._ended = False
         self._scales = LossScales()
         recovery = as_recovery(self.recovery)
@@ -113,13 +114,13 @@ class FascCallback(CompressionOptions, pl.Callback):
 
     @property
     def rho_history(self) -> RhoHistory:
-        """What was observed of rho, one row a layer and a step."""
+        """Observed rho, one row per layer and step."""
         return self._monitor.history
 
     @property
     @override
     def state_key(self) -> str:
-        # Another budget or rhythm is still the history of the same score of the same layers.
+        # The history belongs to a score and its layers, whatever the budget or the steps between observations.
         options = {name: getattr(self, name) for name in ("targets", "exclude", "rho_gradient")}
         return self._generate_state_key(**options, monitors=self.monitor_every_n_steps is not None)
 
@@ -139,12 +140,12 @@ class FascCallback(CompressionOptions, pl.Callback):
 
     @property
     def _parts(self) -> tuple[MonitorPhase, CalibrationPhase]:
-        """Those of a fit that is no recovery."""
+        """The phases of a fit that is no recovery."""
         return self._monitor, self._calibration
 
     @property
     def _phases(self) -> tuple[pl.Callback, ...]:
-        """Who acts in the hooks of this fit: a recovery alone, or the parts."""
+        """The phases that act in the hooks of this fit: a recovery alone, or the parts."""
         running = self._stage.running
         return self._parts if running is None else (running,)
 
@@ -180,14 +181,14 @@ class FascCallback(CompressionOptions, pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        with self._last:  # what a fit that failed may have left
+        with self._last:  # undoes changes that a failed fit may have left
             self._put_back()
         self._end()
         self._last.add(self._end)
         if stage == "fit":
             self._stage.set_up(trainer, pl_module, self.report, self.state_key)
             self._failed.add(torch.set_grad_enabled, torch.is_grad_enabled())
-        # Weights of every kind load, whatever form the layers have; in modules of others nothing else can see to it.
+        # Dense and compressed weights load into dense and compressed layers. Users' modules have no other place for it.
         self._undo.hook(pl_module.register_load_state_dict_pre_hook, match_on_load)
         if stage != "fit":
             return
@@ -198,7 +199,7 @@ class FascCallback(CompressionOptions, pl.Callback):
         if self._compresses:
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             check_single([c for c in callbacks if isinstance(c, FascCallback) and c._compresses])
-        for part in self._parts:  # a checkpoint may yet end a recovery
+        for part in self._parts:  # even in a recovery, which a checkpoint may still turn into another fit
             part.setup(trainer, pl_module, stage)
 
     @override
@@ -209,15 +210,15 @@ class FascCallback(CompressionOptions, pl.Callback):
             phase.on_fit_start(trainer, pl_module)
 
     def _target(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose the layers of a fit; none in one that goes on from a compressed checkpoint."""
-        if self.report is not None and is_compressed(pl_module):  # as a checkpoint has brought both
+        """Choose the layers of a fit; none if the fit continues a compressed checkpoint."""
+        if self.report is not None and is_compressed(pl_module):  # a checkpoint has set both
             rank_zero_info(
                 "FascCallback: the checkpoint is of a fit that has been compressed already. Its factors are trained "
                 "on, and `report` is of that compression."
             )
             return
         self.report = None
-        # Only here do modules made in `configure_model` exist.
+        # Modules made in `configure_model` do not exist earlier.
         check_module(pl_module, compresses=self._compresses)
         layers = target_layers(pl_module, self.targets, self.exclude, compresses=self._compresses)
         check_sharded(trainer, pl_module, layers.modules)
@@ -233,7 +234,7 @@ class FascCallback(CompressionOptions, pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # The calibration first: it says whether the module is held still, and then rho is not observed.
+        # The calibration acts first, because rho is not observed while it freezes the module.
         for phase in reversed(self._phases):
             phase.on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
@@ -256,7 +257,7 @@ class FascCallback(CompressionOptions, pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for phase in reversed(self._phases):  # as the batch began
+        for phase in reversed(self._phases):  # in the order of on_train_batch_start
             phase.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
@@ -288,10 +289,10 @@ class FascCallback(CompressionOptions, pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # Nobody calls this again, or tears anything down, should it fail as well.
+        # If this method fails, Lightning neither calls it again nor tears anything down.
         with self._last, self._failed, self._undo:
             with self._failed, self._undo:
-                for phase in reversed(self._phases):  # a checkpoint needs what was gathered more than a table
+                for phase in reversed(self._phases):  # the statistics for a checkpoint matter more than rho's table
                     phase.on_exception(trainer, pl_module, exception)
             self._calibration.after_exception(trainer, exception, self._end)
             self._last.forget()
@@ -311,17 +312,17 @@ class FascCallback(CompressionOptions, pl.Callback):
     def _report_compression(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: CompressionReport
     ) -> None:
-        """Say what was compressed, and quantise it unless a recovery comes first."""
+        """Quantise the module unless a recovery comes first, and log the report of the compression."""
         self.report = report if self.recovery is not None else self._quantized(pl_module, report)
         log_report(trainer.loggers, self.report, trainer.global_step)
         rank_zero_info(f"\n{self.report}")
-        # They hold the dense parameters, which a checkpoint would otherwise store beside the factors.
+        # Optimizers hold the dense parameters, which a checkpoint would otherwise store beside the factors.
         set_aside_optimizers(trainer, self._failed)
         if self.recovery is not None:
             rank_zero_info("FascCallback: the next fit, by a new Trainer with this callback, recovers.")
 
     def _report_recovery(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say what was recovered, and quantise what is to be quantised last."""
+        """Quantise the module if asked to, and log the report of the recovery."""
         assert self.report is not None
         self.report = report = self._quantized(pl_module, self.report.with_recovered(self._stage.figures))
         attach_config(pl_module, method=report.method, options=report.options, seed=report.seed)
@@ -329,21 +330,21 @@ class FascCallback(CompressionOptions, pl.Callback):
         rank_zero_info(f"\n{report}")
 
     def _quantized(self, pl_module: pl.LightningModule, report: CompressionReport) -> CompressionReport:
-        """Hold the targeted layers in int8, if asked to, and return the report of that."""
+        """Convert the targeted layers to int8 if asked to, and return the report with it."""
         if self.quantize is None:
             return report
         start, layers = time.perf_counter(), [layer.name for layer in report.layers]
-        unfuse(pl_module, layers)  # experts that all stayed dense
+        unfuse(pl_module, layers)  # splits modules of experts that all stayed dense
         quantize_layers(pl_module, layers, self.quantize)
         return report.with_quantized(pl_module, self.quantize, layers, time.perf_counter() - start)
 
     def _put_back(self) -> None:
-        """Undo what a fit has changed, but for what stays when it has ended; safe at any time."""
+        """Undo the changes of a fit, except the changes that a successful fit keeps; safe at any time."""
         with self._failed:
             self._undo.close()
 
     def _end(self) -> None:
-        """Let go of a fit, and give the Trainer back what is its own; safe at any time."""
+        """Drop the state of a fit, and restore the Trainer; safe at any time."""
         self._ended = False
         with undoing() as undo:
             undo.add(self._scales.forget)

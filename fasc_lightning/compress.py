@@ -1,4 +1,4 @@
-"""compress(): the whole of a calibration fit in one call."""
+"""``compress``: a whole calibration fit in one call."""
 
 from __future__ import annotations
 
@@ -60,32 +60,33 @@ def compress(
     dry_run: bool = False,
     **keywords: Unpack[CompressionKeywords],
 ) -> CompressionReport | CompressionForecast:
-    """Compress a model in place, as it is: calibrate frozen on the batches, factorise, swap.
+    """Compress a model in place without training it: calibrate on the batches, factorise, swap.
 
-    Runs a Trainer fit of one epoch, or one a pass, with a :class:`FascCallback` on the model's device. The model keeps
-    its device, its training mode and its ``requires_grad`` flags; if anything fails, it is what it was. (If a recovery
-    fails, it is compressed and not recovered.)
+    It runs a Trainer fit of one epoch, or one epoch a pass, with a :class:`FascCallback` on the model's device. The
+    model keeps its device, its training mode and its ``requires_grad`` flags. If anything fails, the model is
+    unchanged. (If a recovery fails, the model is compressed and not recovered.)
 
     Args:
         model: A transformers causal language model, or any LightningModule with a ``training_step``.
         batches: A DataLoader, or batches: for a language model mappings with "input_ids" and optionally
             "attention_mask" and "labels", as tensors, lists of ints or NumPy arrays. Without a dimension of samples a
             batch is one sequence, as is each row of a tokenised ``datasets.Dataset``.
-        options: Those of the compression, as a :class:`FascCallback` has them; None for the defaults.
-        recovery_data: What the second fit of a ``recovery`` trains on, by AdamW; None for ``batches``.
-        recovery_held_out: What its best state is chosen by; None holds back an eighth of the data, 64 samples at most.
-        progress: Whether to show progress bars and the memory that the moments will need.
-        dry_run: Whether to only plan: memory, time and size, after a look at the first batch. The model is not run,
-            may be on the meta device, and stays as it is; a generator of batches is used up.
-        **keywords: Options of the compression (:class:`~fasc_lightning.options.CompressionOptions`), in place of those
-            in ``options``. The weights are always frozen, whatever ``calibration`` says.
+        options: Options of the compression, for example a :class:`FascCallback`; None for the defaults.
+        recovery_data: Training data of the second fit of a ``recovery``, by AdamW; None for ``batches``.
+        recovery_held_out: Data that chooses the best state of the recovery; None holds back an eighth of the training
+            data, 64 samples at most.
+        progress: Whether to show progress bars and the memory of the moments.
+        dry_run: Whether to only forecast memory, time and sizes, after a look at the first batch. The model does not
+            run, may be on the meta device, and stays unchanged. A generator of batches is used up.
+        **keywords: Options of the compression (:class:`~fasc_lightning.options.CompressionOptions`); they override
+            ``options``. The weights are always frozen.
 
     Returns:
-        What was done; of a dry run, what would be.
+        The report of the compression; for a dry run, its forecast.
 
     Raises:
         MemoryError: If the moments or the factors do not fit; before the first batch.
-        ValueError: If an option is out of range, or ``update_weights`` is asked for.
+        ValueError: If an option is out of range, or if ``update_weights`` is asked for.
         TypeError: If the model is neither a LightningModule nor a causal language model of transformers.
 
     Example:
@@ -110,7 +111,7 @@ def compress(
     recovery = as_recovery(callback.recovery)
     if recovery is None and not (recovery_data is None and recovery_held_out is None):
         raise ValueError("Expected `recovery` together with data for it but got None. HINT: recovery='lora'.")
-    if isinstance(batches, Iterator):  # to go through twice
+    if isinstance(batches, Iterator):  # a dry run or a recovery reads them again
         batches = list(batches)
     if dry_run:
         forecast = fit_forecast(model, callback, *batch_tokens(as_loader(batches, model=model)))
@@ -120,7 +121,7 @@ def compress(
     if isinstance(recovery_data, Iterator):
         recovery_data = list(recovery_data)
     if recovery is not None and recovery_held_out is None and not _has_validation(model):
-        # Refuses before any work is done.
+        # Refuses data that cannot be split, before any work.
         split_loader(as_loader(batches if recovery_data is None else recovery_data, model=model))
     prefix = run_fit(model, batches, callback, progress, epochs=callback.passes)
     if recovery is not None:
@@ -138,7 +139,7 @@ def compress(
 
 
 def _has_validation(model: nn.Module) -> bool:
-    """Tell whether a module brings validation batches of its own."""
+    """Return whether a module has its own validation batches."""
     return isinstance(model, pl.LightningModule) and is_overridden("val_dataloader", model)
 
 

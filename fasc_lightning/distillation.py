@@ -1,4 +1,4 @@
-"""The former place of :class:`~fasc_lightning.recovery.Distillable`."""
+"""Former module of :class:`~fasc_lightning.recovery.Distillable`."""
 
 from warnings import warn
 

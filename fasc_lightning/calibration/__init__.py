@@ -1,4 +1,4 @@
-"""The calibration of a fit: its schedule, passes, freezing, resuming and end."""
+"""The calibration of a fit: schedule, passes, freezing, resuming and end."""
 
 from fasc_lightning.calibration._frozen_fit import FrozenFit
 from fasc_lightning.calibration._gathering import SCORE_EVERY, SCORE_TOKENS

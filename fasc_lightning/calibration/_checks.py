@@ -20,32 +20,32 @@ from fasc_lightning.statistics import tokens_behind
 def check_batches_given(
     pl_module: pl.LightningModule, loss_terms: LossTerms | None, token_mask: TokenMask | None
 ) -> None:
-    """Refuse steps that take batches by themselves where a batch has to be looked at before.
+    """Refuse steps that fetch their batches themselves if tokens or terms have to be counted before the step.
 
     Raises:
-        MisconfigurationException: With the remedy.
+        MisconfigurationException: If the step has an argument ``dataloader_iter``; the message names the remedy.
     """
     terms = loss_terms or getattr(pl_module, "loss_terms", "mean")
     masked = token_mask is not None or getattr(pl_module, "token_mask", None) is not None
     if takes_iterator(pl_module) and (terms != "sum" or masked):
         raise MisconfigurationException(
-            "Expected a training step that is given its batch, of which tokens and terms are counted before, but it "
-            "has an argument `dataloader_iter`, from which it takes batches by itself. HINT: "
+            "Expected a training step that is given its batch, because its tokens and terms are counted before, but it "
+            "has an argument `dataloader_iter` and takes batches by itself. HINT: "
             "training_step(self, batch, batch_idx); or loss_terms='sum' without a token mask."
         )
 
 
 def check_loss(loss: Tensor, layers: int, label: str) -> None:
-    """Refuse a calibration batch whose loss says nothing, before it reaches the statistics.
+    """Refuse a calibration batch with a detached or non-finite loss, before it reaches the statistics.
 
     Args:
-        loss: Of the batch.
-        layers: How many layers are tapped.
-        label: Names the batch.
+        loss: Loss of the batch.
+        layers: Number of tapped layers.
+        label: Name of the batch in messages.
 
     Raises:
         RuntimeError: If the loss is detached.
-        FloatingPointError: If it is not finite.
+        FloatingPointError: If the loss is not finite.
     """
     if not loss.requires_grad:
         raise RuntimeError(
@@ -63,13 +63,13 @@ def check_moments_memory(needed: int, device: torch.device, passes: int = 1, ske
     """Refuse moments that do not fit.
 
     Args:
-        needed: Bytes.
-        device: That is to hold them.
-        passes: Of the calibration, as they are.
-        sketch: How moments are held, as it is.
+        needed: Bytes of the moments.
+        device: Device that holds them.
+        passes: Passes of the calibration, named in the remedy.
+        sketch: Option ``sketch``, named in the remedy.
 
     Raises:
-        MemoryError: With the estimate.
+        MemoryError: If the moments do not fit; the message holds the estimate.
     """
     free = available_memory(device)
     if needed > free:
@@ -79,12 +79,12 @@ def check_moments_memory(needed: int, device: torch.device, passes: int = 1, ske
             f"Expected the moments of the tapped layers to fit but they need up to {needed / 1e9:.2f} GB and "
             f"{free / 1e9:.2f} GB is free on {device}. HINT: passes={passes + 1} or more gathers a share of them at a "
             f"time{kinds.get(sketch, '')}{beside}; or target fewer layers (`targets`, `exclude`) "
-            "in several runs. plan() says what fits."
+            "in several runs. plan() finds what fits."
         )
 
 
 def warn_unannounced() -> None:
-    """Warn of a training step whose backward passes, and so whose loss, nobody is told of."""
+    """Warn of a training step that runs its own backward passes, which hides its loss from the hooks."""
     rank_zero_warn(
         "FascCallback: the training step calls `loss.backward()` by itself, so that its loss is not known. All "
         "gradients that arrive are counted, those of `torch.autograd.grad` among them, and the scale of the loss is a "
@@ -93,11 +93,11 @@ def warn_unannounced() -> None:
 
 
 def warn_unreached(taps: Taps, batches: int) -> None:
-    """Warn of layers that no gradient has reached by now; of experts a router may still send tokens to some.
+    """Warn of layers that no gradient has reached yet. Experts are left out: a router may still send tokens to them.
 
     Args:
-        taps: On the layers.
-        batches: How many have run.
+        taps: Hooks on the layers.
+        batches: Number of batches that have run.
     """
     missing = [name for name in taps.layers if name not in taps.reached and split_name(name) is None]
     if not missing:
@@ -113,7 +113,7 @@ def warn_unreached(taps: Taps, batches: int) -> None:
 
 
 def warn_few_tokens(tokens: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Warn when layers saw fewer tokens than they have features; experts, with those that they borrow."""
+    """Warn if layers saw fewer tokens than they have features; for experts, borrowed tokens count."""
     short = {name: t for name, t in tokens_behind(tokens, shapes).items() if 0 < t < max(shapes[name])}
     if short:
         name, t = min(short.items(), key=lambda item: item[1] / max(shapes[item[0]]))

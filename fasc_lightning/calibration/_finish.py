@@ -1,4 +1,4 @@
-"""The end of a calibration: layers are replaced, refitted and refined, on batches that were kept meanwhile."""
+"""The end of a calibration: replacement, refit and refinement of layers on the batches that were kept."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from fasc_lightning.refit import RefinePhase, RefitPhase, refine_figures, refit_
 
 
 class Finish:
-    """Keeps the batches of a calibration, and makes a compressed module of its statistics.
+    """Keeps the batches of a calibration, and compresses the module by its statistics.
 
     Args:
         pl_module: The module of the fit.
         layers: The targeted layers in it.
-        options: Of the calibration.
-        refine: How factors are refined in the end; None for not at all.
-        holds_moments: Whether the moments of all layers are there in the end. "auto" does without a refit where not.
+        options: Options of the calibration.
+        refine: Options of the refinement; None for no refinement.
+        holds_moments: Whether the moments of all layers exist at the end. If not, refit="auto" does no refit.
 
     Attributes:
-        kept: The batches of the first process, where what follows runs them once more; empty on the others.
+        kept: The batches of the first process, if a later step replays them; empty on the other processes.
 
     Raises:
-        RefitError: If a refit is insisted on, or a refinement asked for, and the module does not allow one.
-        NoLossError: Likewise, if the module optimises by hand.
+        RefitError: If a refit or a refinement is required and the module does not allow it.
+        NoLossError: If a refit or a refinement is required and the module optimises by hand.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Finish:
             RefinePhase.check(pl_module, layers.modules)
         self._unsharding = Unsharding()
         self.kept = KeptBatches()
-        self._keeps = False  # whether the batch that runs, or has just run, is kept
+        self._keeps = False  # whether the current batch, or the last one between batches, is kept
 
     @property
     def refits(self) -> bool:
@@ -70,32 +70,32 @@ class Finish:
 
     @property
     def replays(self) -> bool:
-        """Whether batches are kept: refit, refinement and the measuring of losses run them once more."""
+        """Whether batches are kept: the refit, the refinement and the measurement of losses replay them."""
         return self.refits or self._refine is not None or self._options.allocation == "measured"
 
     def keep(self, trainer: pl.Trainer, batch: Any, *, is_first_pass: bool) -> None:
-        """Keep a batch that is about to run, if something runs it once more.
+        """Keep a batch that is about to run, if a later step replays it.
 
         Args:
-            trainer: Of the fit.
-            batch: As the training step is about to be given it.
-            is_first_pass: A further pass has the same batches.
+            trainer: Trainer of the fit.
+            batch: The batch as the training step gets it.
+            is_first_pass: Whether this is the first pass; later passes have the same batches.
         """
-        self._keeps = self.replays and trainer.is_global_zero and is_first_pass  # which runs its own alone
+        self._keeps = self.replays and trainer.is_global_zero and is_first_pass  # replays run on the first process
         if self._keeps:
             self.kept.keep(batch, Place.of(trainer))
             steps = self._options.calibration_steps
-            if steps is not None:  # of a stream, more may come than were asked for
+            if steps is not None:  # a stream may give more batches than the steps asked for
                 del self.kept.batches[: -steps * trainer.accumulate_grad_batches]
 
     def leave_out(self) -> None:
-        """Drop the batch that runs, or has just run: it has no loss, or one that says nothing."""
+        """Drop the current batch, or the last one between batches: it has no usable loss."""
         if self._keeps:
             self.kept.batches.pop()
             self._keeps = False
 
     def restore(self, kept: KeptBatches) -> None:
-        """Go on from batches that were saved, if something runs them once more."""
+        """Continue from saved batches, if a later step replays them."""
         self.kept = kept if self.replays else KeptBatches()
 
     def replace(
@@ -111,19 +111,19 @@ class Finish:
         """Swap the module's layers for low-rank ones, in place.
 
         Args:
-            trainer: Of the fit.
+            trainer: Trainer of the fit.
             pl_module: The module, dense.
-            passes: Whose statistics are those of all processes. They are used up, unless a refit needs them.
+            passes: The statistics, summed over all processes. They are used up unless a refit needs them.
             how: The options that decide the factors and their form.
-            seconds: That the batches took.
-            failed: Is given what a fit that fails has to undo of the sharding.
+            seconds: Seconds that the batches took.
+            failed: Gets the changes to the sharding that a failed fit has to undo.
 
         Returns:
-            What was done, and the dense layers by name.
+            The report, and the dense layers by name.
 
         Raises:
-            MisconfigurationException: If the fit was stopped before the last pass, or the last pass had no data.
-            RuntimeError: If no gradient reached any layer, or processes chose different ranks.
+            MisconfigurationException: If the fit was stopped before the last pass, or if the last pass had no data.
+            RuntimeError: If no gradient reached any layer, or if processes chose different ranks.
             ValueError: If the budget cannot be met.
         """
         failed.add(self._unsharding.undo)
@@ -131,7 +131,7 @@ class Finish:
         before = layer_sizes(self._layers.modules), model_size(pl_module)
         return_freed_memory()
         with timed("factorize"):
-            # One process alone runs the whole module, or keeps it for a recovery.
+            # The first process alone runs the whole module, or keeps it for a recovery.
             if self.replays or self._options.recovery is not None:
                 self._unsharding.run(pl_module)
             result, layers = self._build(trainer, pl_module, passes, how)
@@ -169,10 +169,10 @@ class Finish:
     def _build(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, passes: Passes, how: CompressionOptions
     ) -> tuple[CompressionResult, list[LayerReport]]:
-        """Turn the statistics into replacements, the same ones on every process, and say what becomes of each layer."""
+        """Return the replacements, the same on every process, and the report of each layer."""
         options, progress = self._options, layer_progress(trainer)
         factorized = passes.factorize(trainer, progress, consume=not self.refits)
-        return_freed_memory()  # of the moments, on top of which the batches of a measuring would be put
+        return_freed_memory()  # The batches of a measurement need the memory of the moments.
         warn_few_tokens(factorized.tokens, self._layers.shapes)
         measurement = LossMeasurement(
             trainer, pl_module, self._layers.modules, self.kept, options.token_mask, options.loss_terms

@@ -1,8 +1,8 @@
-"""How much of a fit is left, as far as its Trainer can tell.
+"""The remaining length of a fit, as far as its Trainer knows it.
 
-Trainers know their end by epochs, by steps or not at all, and what they know may be wrong: a stream has no length, an
+A Trainer knows its end by epochs, by steps or not at all, and it may be wrong: a stream has no length, an
 `IterableDataset` or `limit_train_batches` may overstate it, accumulation may change with the epoch, and a callback may
-add an epoch in which nothing is trained.
+add an epoch that trains nothing.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from fasc_lightning.distributed import gather_everywhere
 
 
 class FitEnd:
-    """Knows how many steps are left of a fit; a step is a batch with manual optimisation.
+    """Counts the steps that are left of a fit; with manual optimisation a step is a batch.
 
     Attributes:
-        max_epochs: The Trainer's, as its user gave it.
+        max_epochs: ``max_epochs`` of the Trainer, as its user gave it.
     """
 
     def __init__(self) -> None:
         self.max_epochs: int | None = None
-        self._batches: int | None = None  # that an epoch really has, where its loader claims more or says nothing
-        self._again = 0  # batches that Lightning counts of a resumed epoch and yet takes from its loader once more
+        self._batches: int | None = None  # real length of an epoch, if its loader claims more or has no length
+        self._again = 0  # batches of a resumed epoch that Lightning has counted and yet takes from the loader again
 
     def set_up(self, trainer: pl.Trainer) -> None:
-        """Read the Trainer's own end, in ``setup``: in ``on_fit_start`` averaging callbacks add to it."""
+        """Read the Trainer's own end. Call it in ``setup``: averaging callbacks add epochs in ``on_fit_start``."""
         self.max_epochs, self._batches, self._again = trainer.max_epochs, None, 0
 
     def start(self, trainer: pl.Trainer) -> None:
-        """Learn from the epochs of before a resumed training how long they are."""
+        """Learn the length of an epoch from the epochs before a resumed training."""
         total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
         done = batches_done(trainer)
         if trainer.current_epoch > 0:
@@ -43,39 +43,39 @@ class FitEnd:
             self._again = done
 
     def end_epoch(self, trainer: pl.Trainer) -> None:
-        """Learn from an epoch how long it was; on all processes together."""
+        """Learn the length of an epoch that ended; on all processes together."""
         current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         self._learn(trainer, current.ready, self._again)
         self._again = 0
 
     def _learn(self, trainer: pl.Trainer, batches: int, again: int = 0) -> None:
-        fewest = min(gather_everywhere(trainer, batches))  # processes have to agree on when a calibration begins
+        fewest = min(gather_everywhere(trainer, batches))  # processes have to agree on the start of a calibration
         self._batches = fewest - again if again < fewest < trainer.num_training_batches else None
 
     def training_epochs(self, trainer: pl.Trainer) -> int | None:
         """Return the number of epochs with backward passes; None if there is no limit.
 
-        StochasticWeightAveraging adds an epoch for running statistics alone where a module has batch norm.
+        StochasticWeightAveraging adds an epoch for running statistics alone if a module has batch norm.
         """
         if trainer.max_epochs is None or trainer.max_epochs < 0:
             return None
         return self.max_epochs if averages_epochs(trainer) else trainer.max_epochs
 
     def epochs_left(self, trainer: pl.Trainer) -> float:
-        """Return the number of epochs with backward passes that are left, this one included; not above 0 after them."""
+        """Return how many epochs with backward passes are left, this one included; 0 or less after the last."""
         epochs = self.training_epochs(trainer)
         return math.inf if epochs is None else epochs - trainer.current_epoch
 
     def is_length_known(self, trainer: pl.Trainer) -> bool:
-        """Tell whether it is known how many batches an epoch has, rightly or wrongly."""
+        """Return whether the Trainer or an earlier epoch gives the number of batches of an epoch, right or wrong."""
         return self._batches is not None or trainer.num_training_batches != math.inf
 
     def steps_left(self, trainer: pl.Trainer, enough: int) -> float:
-        """Return how many steps are left, this batch's included; infinity where that is not known.
+        """Return how many steps are left, this batch's included; infinity if that is not known.
 
         Args:
-            trainer: Of the fit, as a batch starts or the training does.
-            enough: From where on it does not matter how many more there are.
+            trainer: Trainer of the fit, at the start of a batch or of the training.
+            enough: Number of steps above which the count may stop.
         """
         left = self._left_by_epochs(trainer, enough)
         if trainer.max_steps != -1:
@@ -103,24 +103,24 @@ class FitEnd:
             return math.ceil(claimed / accumulate)
         if claimed == math.inf:
             return math.ceil(self._batches / accumulate)
-        # Where more is claimed, Lightning does not notice the last batch and takes no step for an incomplete group.
+        # If the loader claims more, Lightning does not notice the last batch and takes no step for an incomplete group.
         return max(1, self._batches // accumulate)
 
 
 def averages_epochs(trainer: pl.Trainer) -> bool:
-    """Tell whether a callback averages the weights of a number of epochs that is fixed as the fit starts."""
+    """Return whether a callback averages weights over a number of epochs that is fixed at the start of the fit."""
     return any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def batches_done(trainer: pl.Trainer) -> int:
-    """Return how many batches of this epoch are over; 0 between two epochs."""
+    """Return the number of finished batches of this epoch; 0 between two epochs."""
     epochs: Any = trainer.fit_loop.epoch_progress.current
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return batches.processed if epochs.started > epochs.processed else 0
 
 
 def steps_per_batch(trainer: pl.Trainer) -> float:
-    """Return by how much a batch raises the Trainer's count of steps, in the unit of a calibration's steps."""
+    """Return the increase of the Trainer's step count per step of a calibration."""
     if trainer.lightning_module.automatic_optimization:
         return 1
     total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
@@ -130,7 +130,7 @@ def steps_per_batch(trainer: pl.Trainer) -> float:
 
 
 def _accumulation(trainer: pl.Trainer, epoch: int) -> int:
-    """Return the batches of a step in an epoch that is to come."""
+    """Return the number of batches per step in a future epoch."""
     if not trainer.lightning_module.automatic_optimization:
         return 1
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A fit that computes gradients but changes nothing: for calibrating a model as it is."""
+"""A fit that computes gradients but changes no weights, for the calibration of a model as it is."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fasc_lightning.distributed import is_sharded, reshard
 
 
 class FrozenFit:
-    """Holds a LightningModule still while its Trainer goes through batches.
+    """Freezes a LightningModule while its Trainer goes through batches.
 
-    Between :meth:`enter` and :meth:`exit` the module is in eval mode (no dropout, no running statistics), no parameter
-    requires a gradient (so none is computed; taps carry the gradient to the layers), optimizers and schedulers do not
-    step, and DDP does not synchronise. Everything is put back afterwards.
+    Between :meth:`enter` and :meth:`exit` the module is in eval mode (no dropout, no running statistics). No parameter
+    requires a gradient, so no weight gradient is computed; taps carry the gradient to the layers. Optimizers and
+    schedulers do not step, and DDP does not synchronise. Everything is restored afterwards.
 
-    The optimizer step is intercepted at the strategy, where automatic and manual optimisation meet, before precision
-    plugins unscale or clip anything.
+    The optimizer step is intercepted at the strategy, which automatic and manual optimisation share, before precision
+    plugins unscale or clip gradients.
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -33,11 +33,11 @@ class FrozenFit:
         self.active = False
 
     def enter(self) -> None:
-        """Freeze."""
+        """Freeze the module."""
         if self.active:
             return
         self.active = True
-        reshard(self._module)  # of weights still gathered, a flag would not outlast the batch
+        reshard(self._module)  # flags of gathered weights would not outlast the batch
         self._requires_grad = {p: p.requires_grad for p in self._module.parameters()}
         self._undo.keep_modes(self._module)
         self._undo.keep_flags(self._module)
@@ -48,34 +48,34 @@ class FrozenFit:
         strategy, undo = self._trainer.strategy, self._undo
         undo.set(strategy, "optimizer_step", _run_closure_only)
         undo.set(self._trainer.fit_loop.epoch_loop, "update_lr_schedulers", _no_step)
-        # For those that manual optimisation steps itself. An attribute would go into checkpoints: it is state.
+        # Manual optimisation steps its schedulers itself. An attribute of theirs would go into checkpoints as state.
         for scheduler in [config.scheduler for config in strategy.lr_scheduler_configs]:
             kind = type(scheduler)
             undo.set(scheduler, "__class__", type(kind.__name__, (kind,), {"step": _no_step}))
         if isinstance(strategy.model, DistributedDataParallel):
-            # No parameter has a gradient to average; DDP's reducer would wait for them.
+            # No parameter has a gradient to average, and DDP's reducer would wait for one.
             undo.set(strategy.model, "require_backward_grad_sync", False)
         if is_sharded(self._module):
             undo.set(strategy, "optimizer_state", self._optimizer_state)
 
     def hold(self) -> None:
-        """Freeze again what a validation loop or the user's own hooks set to training mode."""
+        """Freeze the module again after a validation loop or the user's own hooks set training mode."""
         if self.active and any(module.training for module in self._module.modules()):
             self._module.eval()
 
     def exit(self) -> None:
-        """Put everything back; safe to call at any time, any number of times."""
+        """Restore everything; safe to call at any time, any number of times."""
         self._undo.close()
         self.active, self._requires_grad = False, {}
 
     def lend_gradient(self, loss: Tensor) -> None:
-        """Give a loss without a graph something for the Trainer's backward pass to do.
+        """Let a loss without a graph require a gradient, so that the Trainer's backward pass does not fail.
 
-        The loss of a frozen module has no graph where it reaches no tapped layer: on some batches of alternating
-        tasks, or for the discriminator of a GAN.
+        The loss of a frozen module has no graph if it reaches no tapped layer: on some batches of alternating tasks, or
+        for the discriminator of a GAN.
 
         Args:
-            loss: Of the batch, as the backward pass gets it.
+            loss: Loss of the batch, as the backward pass gets it.
         """
         if self.active and not loss.requires_grad:
             self._lent = loss
@@ -90,10 +90,10 @@ class FrozenFit:
             self._lent = None
 
     def _optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Stand in for ``Strategy.optimizer_state`` of sharded weights.
+        """Replace ``Strategy.optimizer_state`` of sharded weights.
 
-        Its checkpoints hold what an optimizer keeps of the parameters that require gradients, and reading one asks for
-        those that require gradients then: the parameters of a fit that begins.
+        A sharded checkpoint holds the optimizer state of parameters that require gradients. Reading it asks for the
+        parameters that require gradients at that time: at the start of a fit. So the flags are restored meanwhile.
         """
         strategy = self._trainer.strategy
         with undoing() as undo:
@@ -104,11 +104,11 @@ class FrozenFit:
 
 
 def _run_closure_only(optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-    """Stand in for ``Strategy.optimizer_step``: forward and backward, no step."""
+    """Replace ``Strategy.optimizer_step``: forward and backward, no step."""
     del optimizer, model, kwargs
     return closure()
 
 
 def _no_step(*args: Any, **kwargs: Any) -> None:
-    """Stand in for the training loop's ``update_lr_schedulers``, and for a scheduler's ``step``."""
+    """Replace the training loop's ``update_lr_schedulers``, and a scheduler's ``step``."""
     del args, kwargs

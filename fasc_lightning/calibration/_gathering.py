@@ -1,4 +1,4 @@
-"""The statistics of one share of the layers: moments and scores, fed by hooks while batches run."""
+"""The statistics of one share of the layers: moments and scores, gathered by hooks while batches run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fasc_lightning.layers import TargetedLayers
 from fasc_lightning.options import CalibrationOptions
 from fasc_lightning.statistics import CalibrationMoments, LayerSketches, offloaded
 
-#: Where rho decides nothing, a calibration scores every so many batches, on so many tokens: it is a diagnostic then,
-#: and moments are what the time is for.
+#: Without a gate, rho is only a diagnostic. A calibration then scores one batch in this many, on this many tokens, to
+#: leave the time for moments.
 SCORE_EVERY, SCORE_TOKENS = 8, 64
 
-#: After so many batches layers that no gradient has reached are named.
+#: Number of batches after which a warning names the layers that no gradient has reached.
 UNREACHED_AFTER = 8
 
 
@@ -30,17 +30,17 @@ class Gathering:
     No hook is on the layers before :meth:`install`.
 
     Args:
-        layers: The share.
-        empty: Returns moments of these layers, of no batch.
-        options: Of the calibration.
-        device: Of the fit.
+        layers: The share of the layers.
+        empty: Returns empty moments of these layers.
+        options: Options of the calibration.
+        device: Device of the fit.
 
     Attributes:
-        layers: The share.
+        layers: The share of the layers.
         moments: Second moments of the layers' inputs and gradients.
         scores: Dependence scores of the layers.
-        batches: How many batches were counted, on this process.
-        rows: The batch that runs; None between batches.
+        batches: Number of counted batches, on this process.
+        rows: Tokens of the current batch; None between batches.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Gathering:
         """Refuse processes whose statistics would not add up; all processes together.
 
         Raises:
-            ValueError: On every process, with what differs.
+            ValueError: On every process; the message names the difference.
         """
         self.moments.check_alike()
 
@@ -85,15 +85,15 @@ class Gathering:
         """Start to count a batch.
 
         Args:
-            rows: The batch's tokens that count, and the scale of its gradients.
-            backwards: The backward passes that count.
+            rows: Tokens of the batch that count, and the scale of its gradients.
+            backwards: Backward passes that count.
         """
         self._taps.begin_batch(rows, backwards)
         self.rows = rows
         self.batches += 1
 
     def begin_backward(self) -> None:
-        """Announce the backward pass that is about to run; one that reaches no tapped layer brings nothing."""
+        """Announce the backward pass that is about to run; a pass that reaches no tapped layer adds nothing."""
         self._taps.begin_backward()
 
     def end_backward(self) -> None:
@@ -101,15 +101,15 @@ class Gathering:
         self._taps.end_backward()
 
     def settle(self) -> None:
-        """Wait until the statistics hold all that a backward pass has brought.
+        """Wait until the statistics include the whole last backward pass.
 
         Raises:
-            FloatingPointError: If some of it is not finite.
+            FloatingPointError: If the pass gave values that are not finite.
         """
         self._taps.settle()
 
     def end_batch(self) -> None:
-        """End a batch, if there is one."""
+        """End the current batch, if there is one."""
         self.rows = None
         if self.installed:
             self._taps.end_batch()
@@ -125,7 +125,7 @@ class Gathering:
             self.scores.all_reduce_()
 
     def clear(self) -> None:
-        """Forget all that was gathered; the count of batches stays."""
+        """Discard all statistics; the count of batches stays."""
         self._replace(self._empty())
         self.scores.reset()
 
@@ -136,13 +136,13 @@ class Gathering:
         waiting: dict[str, list[Sample]],
         batches: int,
     ) -> None:
-        """Go on from statistics that were saved.
+        """Continue from saved statistics.
 
         Args:
-            moments: Of the same layers.
-            scores: By layer.
+            moments: Moments of the same layers.
+            scores: Dependence scores by layer.
             waiting: Samples that wait to be scored, by layer.
-            batches: How many batches were counted.
+            batches: Number of counted batches.
         """
         self._replace(moments)
         self.scores.scores, self.scores.waiting = scores, waiting
@@ -153,23 +153,23 @@ class Gathering:
         self._taps.moments = offloaded(moments, self._device)
 
     def table(self, step: int) -> dict[str, RhoRow]:
-        """Return what is known of each layer's rho, by layer.
+        """Return the row of rho of each layer, by layer.
 
         Args:
-            step: The global step, for the table.
+            step: The global step, for the rows.
         """
         return {row["layer"]: row for row in self.scores.rows(step)}
 
     def setting(self, sketches: dict[str, LayerSketches]) -> dict[str, Any]:
-        """Return, in plain data, what has to be the same for these statistics to add up with others.
+        """Return, in plain data, the properties that statistics have to share to add up.
 
         Args:
-            sketches: As the options alone ask for them: those of a checkpoint, sized by what rho was then, come with
-                its sums.
+            sketches: Sketches that the options alone ask for. A checkpoint stores its own sketches, which rho may have
+                sized, with its sums.
         """
         return {
             "layers": {name: list(shape) for name, shape in self.moments.shapes.items()},
-            # Sketches have no entry of their own: checkpoints of exact moments know no such entry.
+            # Sketches get no entry of their own, because older checkpoints of exact moments have none.
             "statistics": sorted(self.moments.needs) + [f"{k}: {v}" for k, v in sorted(sketches.items())],
             "dtype": str(self.moments.dtype),
             "scored tokens": self.scores.tokens,

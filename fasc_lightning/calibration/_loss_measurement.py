@@ -1,4 +1,4 @@
-"""Measuring losses inside a fit: on the first process, with the module's own loss, the same result on all."""
+"""Measurement of layers' losses inside a fit: on the first process, with the module's own loss, shared with all."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from fasc_lightning.distributed import is_distributed
 
 
 class LossMeasurement:
-    """What approximations of a module's layers lose on the calibration's batches.
+    """Measures the loss that approximations of layers add on the calibration's batches.
 
     Args:
-        trainer: Of the fit.
+        trainer: Trainer of the fit.
         pl_module: Its module, dense.
         layers: The targeted layers by name.
         replay: The calibration's batches.
-        token_mask: See :class:`~fasc_lightning.FascCallback`.
-        loss_terms: Likewise.
+        token_mask: As in :class:`~fasc_lightning.FascCallback`.
+        loss_terms: As in :class:`~fasc_lightning.FascCallback`.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class LossMeasurement:
         self._loss_terms = loss_terms
 
     def measure(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """Return J by layer; nothing, which is said, where the module gives no loss outside of the training loop.
+        """Return J by layer; empty, with a log message, if the module has no loss outside of the training loop.
 
         Args:
             factors: B (m, k), C (k, n) of the layers to measure.
 
         Raises:
             FloatingPointError: If a loss is not finite.
-            RuntimeError: On every process but the first, if the first one failed.
+            RuntimeError: On every process except the first, if the first one failed.
         """
         found = on_first_process(self._trainer, lambda: self._measure(factors), "Measuring the losses of layers")
         if not is_distributed(self._trainer):
@@ -75,7 +75,7 @@ class LossMeasurement:
     def _measure(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
         device = self._trainer.strategy.root_device
         scaler: Any = getattr(self._trainer.precision_plugin, "scaler", None)
-        scale = 1.0 if scaler is None else scaler.get_scale()  # else gradients in float16 would vanish
+        scale = 1.0 if scaler is None else scaler.get_scale()  # gradients in float16 would vanish without it
 
         def rows(batch: Any) -> TokenRows:
             return replayed_rows(

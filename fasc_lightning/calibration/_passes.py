@@ -1,4 +1,4 @@
-"""Passes over the data: each gathers the statistics of one share of the layers, which are factorised at its end."""
+"""Passes over the data: each gathers statistics for one share of the layers and factorises this share at its end."""
 
 from __future__ import annotations
 
@@ -35,30 +35,31 @@ from fasc_lightning.statistics import CalibrationMoments, LayerSketches, moment_
 
 
 class Passes:
-    """Goes through the data once for each share of the layers, and keeps the factors of the shares that are done.
+    """Goes through the data once for each share of the layers, and keeps the factors of finished shares.
 
     Nothing is gathered before :meth:`begin`.
 
     Args:
-        trainer: Of the fit; its device holds the statistics.
+        trainer: Trainer of the fit; its device holds the statistics.
         layers: The targeted layers.
-        options: What to gather.
-        history: What the fit observes of rho. "auto" sizes of sketches follow its last observation before the first
-            batch; where there is none, they are those of a high rho.
+        options: Options of the calibration.
+        history: Observed rho. "auto" sizes of sketches follow its last observation before the first batch; without an
+            observation they are the sizes for a high rho.
 
     Attributes:
-        count: How many passes there are.
-        gathering: The statistics of the share whose pass it is.
-        sketches: Sketches of the moments, as the options alone ask for them, by layer.
+        count: Number of passes.
+        gathering: Statistics of the share of the current pass.
+        sketches: Sketches that the options alone ask for, by layer.
         needed: Bytes that the moments of the largest share may take.
-        moments_bytes: Bytes that the moments of a share took at most, so far.
-        factorizing: Seconds that factorising took between passes.
-        spent: Whether the statistics are being factorised for the last time, which uses them up.
+        moments_bytes: Most bytes that the moments of a share have taken so far.
+        factorizing: Seconds of factorisation between passes.
+        spent: Whether the last factorisation has begun, which uses up the statistics.
 
     Raises:
         MemoryError: If the moments do not fit.
-        MisconfigurationException: If the fit has fewer epochs than passes, or averages weights that are read before.
-        ValueError: If a pattern of ``gate_exclude`` matches nothing, or there are more passes than layers.
+        MisconfigurationException: If the fit has fewer epochs than passes, or if it averages weights at its end that
+            the calibration reads before.
+        ValueError: If a pattern of ``gate_exclude`` matches nothing, or if there are more passes than layers.
     """
 
     gathering: Gathering
@@ -106,7 +107,7 @@ class Passes:
         self.begin_share()
 
     def begin_share(self) -> None:
-        """Start to gather for the share whose pass it is, from nothing."""
+        """Start to gather for the share of the current pass, with empty statistics."""
         share = self._shares[0]
         sketches = {name: sides for name, sides in self._sized.items() if name in share.modules}
         self.gathering = Gathering(
@@ -125,13 +126,13 @@ class Passes:
 
     @property
     def begun(self) -> bool:
-        """Whether there was a batch."""
+        """Whether there has been a batch."""
         return self.gathering.batches > 0 or not self.is_first
 
     def size_sketches(self) -> None:
-        """Choose sizes anew by what monitoring knows of rho by now, before anything is summed: never larger ones.
+        """Choose the sizes again by the observed rho, before the first batch; they never grow.
 
-        Every process has the same history, so that all choose alike.
+        Every process has the same history, so all choose alike.
         """
         known = {name: row["rho"] for name, row in self._history.at().items() if not math.isnan(row["rho"])}
         options = self._options
@@ -154,11 +155,11 @@ class Passes:
         sketched, exact = describe_sketches(self._layers.shapes, self._sized, options)
         if sketched:
             rank_zero_info(f"FascCallback: {sketched}.")
-        if exact:  # an absolute size was meant for all of them
+        if exact:  # an absolute size was meant for all wide sides
             (rank_zero_info if options.size == "auto" else rank_zero_warn)(f"FascCallback: {exact}.")
 
     def sum_(self, trainer: pl.Trainer) -> None:
-        """Sum the statistics of a pass over all processes, once its last batch has run."""
+        """Sum the statistics of a pass over all processes, after its last batch."""
         if is_distributed(trainer):
             self.gathering.sum_()
         if self.count > 1:
@@ -167,7 +168,7 @@ class Passes:
         self.moments_bytes = max(self.moments_bytes, self.gathering.moments.nbytes)
 
     def end_pass(self, trainer: pl.Trainer) -> None:
-        """Factorise the layers of a pass that another one follows, and free their moments."""
+        """Factorise the layers of a pass that is not the last, and free their moments."""
         self.gathering.remove()
         self.sum_(trainer)
         share = self._shares[0]
@@ -186,12 +187,12 @@ class Passes:
         """Factorise the layers of the last pass, and return the factors of all layers.
 
         Args:
-            trainer: Of the fit.
-            progress: Wraps the loop over layers.
-            consume: Whether the moments are freed.
+            trainer: Trainer of the fit.
+            progress: Progress bar of the loop over layers.
+            consume: Whether to free the moments.
 
         Raises:
-            MisconfigurationException: If the fit was stopped before the last pass, or the last pass had no data.
+            MisconfigurationException: If the fit was stopped before the last pass, or if the last pass had no data.
         """
         if not self.is_last:
             raise MisconfigurationException(
@@ -203,7 +204,7 @@ class Passes:
         return self._factorize_share(trainer, progress, consume=consume)
 
     def _check_counts(self) -> None:
-        """Refuse a last pass without data, and warn of passes over unequal ones."""
+        """Refuse a last pass without data, and warn of passes with unequal numbers of batches."""
         if len(set(self._counts)) < 2:
             return
         if self._counts[-1] == 0:
@@ -217,7 +218,7 @@ class Passes:
         )
 
     def _factorize_share(self, trainer: pl.Trainer, progress: Progress | None, *, consume: bool) -> FactorizedLayers:
-        """Factorise the layers of this pass, and keep what reports say of their statistics."""
+        """Factorise the layers of this pass, and keep the figures of their statistics for reports."""
         options, moments, share = self._options, self.gathering.moments, self._shares[0].modules
         rows = self.gathering.table(trainer.global_step)
         scores = gate_scores(options.gate_by, rows, share, moments)
@@ -227,7 +228,7 @@ class Passes:
                 f"FascCallback: {options.gate_by} rho of {len(undecided)} layers is undefined, so that the gate leaves "
                 f"them to {options.method}: {reasons(undecided)}."
             )
-        # Of all layers, since the last block and what an exclusion matches may be in another pass.
+        # Over all layers, because the last block and excluded layers may be in another pass.
         everywhere = self._layers.modules
         flags = failure_flags(everywhere, moments)
         methods = choose_methods(
@@ -237,7 +238,7 @@ class Passes:
             options.gate_exclude,
         )
         for name in share:
-            # Why debiased is NaN. A report has no interval, so it does not say why the interval alone is NaN.
+            # The reason why debiased is NaN. Reports have no interval, so they need no reason for its NaN.
             undefined = (rows[name]["reason"],) if math.isnan(rows[name]["debiased"]) else ()
             self._rows[name] = rows[name], flags[name] + undefined
         found = factorize_layers(
@@ -248,7 +249,7 @@ class Passes:
             progress=progress,
             methods={name: methods[name] for name in share},
             consume=consume,
-            # One pass cannot know whether the gate will mix solvers in another.
+            # A pass does not know whether the gate will mix solvers in another pass.
             unit="fisher" if self.count > 1 and options.gate_threshold is not None else "own",
             hold=offload_to_disk if self.count > 1 else None,
         )
@@ -256,5 +257,5 @@ class Passes:
         return self._factorized
 
     def reports(self, result: CompressionResult) -> list[LayerReport]:
-        """Return what a compression makes of each layer, with what the layer's statistics said."""
+        """Return the report of each layer: its compression and the figures of its statistics."""
         return [LayerReport.of(choice, *self._rows[choice.name]) for choice in result.layers]

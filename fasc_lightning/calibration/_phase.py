@@ -1,4 +1,4 @@
-"""The part of FascCallback that calibrates and compresses: what it does in each hook of a fit."""
+"""The calibration and compression of FascCallback in the hooks of a fit."""
 
 from __future__ import annotations
 
@@ -27,25 +27,26 @@ from fasc_lightning.recovery import RecoveryStage
 
 
 class CalibrationPhase(pl.Callback):
-    """Calibrates on the last batches of a fit, compresses the module when the fit ends, and outlives interruptions.
+    """Calibrates on the last batches of a fit, compresses the module when the fit ends, and survives interruptions.
 
-    Without a budget, and in a fit that goes on from a compressed checkpoint, it does nothing.
+    Without a budget, and in a fit that continues a compressed checkpoint, it does nothing.
 
     Args:
-        options: Those of :class:`~fasc_lightning.FascCallback`, under the same names.
-        monitor: Observes rho, but while the module is held still; sketches are sized by what it knows.
-        recovery: Says what a recovery in the next fit needs of this one.
-        forecast: Says what the compression will take, by the module, its layers, the options, the device, whether the
-            moments stay for a refit, the sketches and the number of passes; refuses what does not fit.
-        key: Of the callback's state in checkpoints.
-        scales: Take the scale of a batch's gradients from its loss.
-        undo: Is given what has to be undone when training ends, and is closed then.
-        failed: Is given what has to be undone if the fit fails.
+        options: Options of the callback.
+        monitor: Phase that observes rho, but not while the module is frozen. Its observations size the sketches.
+        recovery: The recovery in the next fit, which has needs in this one.
+        forecast: Function that returns the forecast of the compression, or raises if it does not fit. Its arguments are
+            the module, its layers, the options, the device, whether the moments stay for a refit, the sketches and the
+            number of passes.
+        key: Key of the callback's state in checkpoints.
+        scales: Scales of gradients, read from the losses of batches.
+        undo: Gets the changes to undo when training ends, and is closed then.
+        failed: Gets the changes to undo if the fit fails.
 
     Attributes:
         run: The calibration of this fit, if there is one.
-        schedule: When the calibration takes place.
-        report: What was done, once the module is compressed.
+        schedule: Decides when the calibration takes place.
+        report: The report, once the module is compressed.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class CalibrationPhase(pl.Callback):
         self._layers = layers
 
     def forget(self) -> None:
-        """Drop what belongs to a fit, and give the Trainer back what is its own; safe at any time."""
+        """Drop all state of a fit, and restore the Trainer; safe at any time."""
         with undoing() as undo:
             undo.add(self._drop)
             undo.add(self._checkpoint.remove)
@@ -115,7 +116,7 @@ class CalibrationPhase(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._checkpoint.load(trainer, checkpoint)
-        if self.run is not None:  # as strategies that shard weights load them after `on_fit_start`
+        if self.run is not None:  # strategies that shard weights load them after `on_fit_start`
             self._checkpoint.resume(trainer, self.run, self.schedule)
 
     @override
@@ -124,7 +125,7 @@ class CalibrationPhase(pl.Callback):
             return
         options, layers, modules = self._options, self._layers, self._layers.modules
         check_batches_given(pl_module, options.loss_terms, options.token_mask)
-        self.schedule.check(trainer)  # only here is it known that the fit is no recovery
+        self.schedule.check(trainer)  # earlier the fit might still turn out to be a recovery
         check_weights((name, linear_weight(layer)) for name, layer in modules.items())
         check_rank_fits(layers.shapes, options.rank)
         self._recovery.check(pl_module, modules)
@@ -169,7 +170,7 @@ class CalibrationPhase(pl.Callback):
     @override
     def on_before_optimizer_step(self, *args: Any) -> None:
         if self.run is not None:
-            self.run.settle_rows()  # what is refused is refused before it gets into the weights
+            self.run.settle_rows()  # refuses values before they get into the weights
 
     @override
     def on_train_batch_end(
@@ -189,7 +190,7 @@ class CalibrationPhase(pl.Callback):
         self._undo.close()
         self.schedule.stop()
         if self.run is not None and self.run.begun:
-            # While every process is still in the loop, and on the device of the process group.
+            # Every process is still in the loop here, and on the device of the process group.
             self.run.end(trainer)
 
     @override
@@ -201,9 +202,9 @@ class CalibrationPhase(pl.Callback):
                 "Expected at least one calibration batch but the fit ended without any: "
                 f"{self.schedule.end_unmet()} The model is not compressed."
             )
-        self.run.end(trainer)  # where the fit had nothing left to run, so that training neither started nor ended
+        self.run.end(trainer)  # A fit with no batch left to run neither starts nor ends its training.
         self._failed.keep(pl_module, attributes=True)
-        # After every `on_train_end`, so that averaging callbacks have put their weights in place.
+        # Every `on_train_end` has run, so averaging callbacks have put their weights in place.
         report, replaced = self.run.compress(trainer, pl_module, self._options, self._failed)
         self._failed.set(self, "report", report)
         self._recovery.keep(replaced)
@@ -211,11 +212,11 @@ class CalibrationPhase(pl.Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self.run is not None:
-            with suppress(Exception):  # what went wrong first is what is to be seen
+            with suppress(Exception):  # the user has to see the first exception
                 self.run.settle(trainer)
 
     def after_exception(self, trainer: pl.Trainer, exception: BaseException, end: Callable[[], None]) -> None:
-        """Call something once other callbacks have saved their checkpoints of what went wrong."""
+        """Call a function after other callbacks have saved their checkpoints of an exception."""
         self._checkpoint.after_exception(trainer, exception, end)
 
     @override

@@ -1,12 +1,12 @@
-"""Calibrations that outlive their process: what checkpoints keep of one, and how a fit goes on from it, or cannot.
+"""Saving and resuming of calibrations in checkpoints.
 
-A checkpoint that is saved while a calibration goes on holds its statistics, summed over all processes, and where each
-process stands in its data. A fit that is resumed from it ends as it would have without the interruption. Where that
-cannot be had (a loader that is not stateful, a file that is missing, another number of processes, a fit that failed
-while it compressed), the fit goes back to where the calibration began, and says why.
+A checkpoint saved during a calibration holds its statistics, summed over all processes, and the position of each
+process in its data. A fit that is resumed from it ends as it would have without the interruption. If that is not
+possible (a loader that is not stateful, a missing file, another number of processes, a fit that failed while it
+compressed), the fit returns to the start of the calibration and logs the reason.
 
-A checkpoint of an exception is saved as things stood when it was raised: what is to be given back to the Trainer and
-let go of then waits until Lightning tears down the plugin that saves checkpoints, which it does last.
+A checkpoint of an exception holds the state at the exception. So the restoring and freeing after an exception waits
+until Lightning tears down the plugin that saves checkpoints, which it does last.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ from fasc_lightning.calibration._schedule import CalibrationSchedule
 from fasc_lightning.calibration._sidecar import SidecarCheckpointIO, is_local, is_run, open_sidecar
 from fasc_lightning.distributed import gather_everywhere, is_distributed
 
-#: Where it is in the callback's state; and where, of a fit whose calibration has not begun, its place in the data is.
+#: Keys in the callback's state: of the calibration, and of the position in the data before the calibration.
 _KEY, _PLACE = "calibration", "place"
 
-#: Bytes of an order of samples above which no place is kept: every checkpoint of a training would hold it.
+#: Bytes of an order of samples above which no position is kept, because every checkpoint of a training would hold it.
 _ORDER_BYTES = 64 * 2**20
 
 
 class CalibrationCheckpoint:
-    """Puts a fit's calibration into its checkpoints, and takes it out of the one that the fit is resumed from.
+    """Puts a fit's calibration into its checkpoints, and reads it from the checkpoint that the fit is resumed from.
 
     Args:
         key: The callback's key in checkpoints.
@@ -79,18 +79,18 @@ class CalibrationCheckpoint:
     def __init__(self, key: str) -> None:
         self._key = key
         self._io: SidecarCheckpointIO | None = None
-        self._checkpoint: dict[str, Any] | None = None  # that the fit is resumed from, while it is read
+        self._checkpoint: dict[str, Any] | None = None  # source of a resumed fit, while it is read
         self._state: dict[str, Any] | None = None
         self._place: dict[str, Any] | None = None
-        self._stopping = False  # as the fit was before the calibration to which it goes back
+        self._stopping = False  # whether the fit was stopping at the start of the calibration to which it returns
         self._undo = Undo()
         self._alone = False  # whether this process failed and others may be waiting for it
 
     def install(self, trainer: pl.Trainer) -> None:
         """Let the Trainer's checkpoints have sidecars."""
-        self.remove()  # of a fit that failed
+        self.remove()  # the plugin of a fit that failed
         inner = trainer.strategy.checkpoint_io
-        if isinstance(inner, SidecarCheckpointIO):  # of a fit that failed
+        if isinstance(inner, SidecarCheckpointIO):  # left by a fit that failed
             inner = inner.inner
         self._io = SidecarCheckpointIO(inner, self._find)
         self._undo.add(_take_out, trainer, self._io)
@@ -99,19 +99,19 @@ class CalibrationCheckpoint:
         self._stopping = self._alone = False
 
     def remove(self) -> None:
-        """Give the Trainer its own plugin back; safe at any time."""
+        """Restore the Trainer's own plugin; safe at any time."""
         self._undo.close()
         self._io = self._checkpoint = self._state = self._place = None
 
     def after_exception(self, trainer: pl.Trainer, exception: BaseException, end: Callable[[], None]) -> None:
-        """Call something once other callbacks have saved their checkpoints of what went wrong.
+        """Call a function after other callbacks have saved their checkpoints of an exception.
 
-        Lightning tears nothing down after an exception but its strategy, and with that the plugin.
+        After an exception Lightning tears down its strategy alone, and the plugin with it.
         """
         self._alone = is_distributed(trainer) and not isinstance(exception, SIGTERMException)
         if self._alone:
-            # Lightning waits for the other processes once it has saved a checkpoint of what went wrong, and they for
-            # this one, until it ends.
+            # After saving a checkpoint of an exception, Lightning would wait for the other processes, which wait for
+            # this one to end.
             self._undo.set(trainer.strategy, "barrier", _wait_for_nobody)
         tears_down = not isinstance(trainer.strategy, ModelParallelStrategy)
         if tears_down and self._io is not None and trainer.strategy.checkpoint_io is self._io:
@@ -120,7 +120,7 @@ class CalibrationCheckpoint:
             end()
 
     def clean(self, trainer: pl.Trainer) -> None:
-        """Remove the sidecars where the fit saves checkpoints: it has ended, and others may be in use elsewhere."""
+        """Remove the sidecars from the fit's checkpoint folders after its end; other folders may be in use."""
         if self._io is not None and trainer.is_global_zero:
             folders = [getattr(c, "dirpath", None) for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
             self._io.clean(Path(folder) for folder in folders if folder is not None and is_local(folder))
@@ -130,7 +130,7 @@ class CalibrationCheckpoint:
     def save(
         self, trainer: pl.Trainer, run: CalibrationRun, schedule: CalibrationSchedule, checkpoint: dict[str, Any]
     ) -> None:
-        """Put a calibration that has begun into a checkpoint; on all processes together unless one of them failed."""
+        """Put a running calibration into a checkpoint; on all processes together unless one of them failed."""
         run.settle(trainer)
         left = _batches_are_left(trainer)
         hindered = run.obstacle
@@ -164,10 +164,10 @@ class CalibrationCheckpoint:
         checkpoint["callbacks"].setdefault(self._key, {})[_KEY] = state
 
     def save_place(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-        """Put where every process stands in its data into a checkpoint of before the calibration; on all together.
+        """Put each process's position in its data into a checkpoint before the calibration; on all processes together.
 
-        Without it Lightning goes on with an order drawn anew, of which it gives every process the first one's place:
-        some samples would be trained on and calibrated twice, and others not at all.
+        Without it Lightning draws a new order and gives every process the first one's position. Some samples would then
+        be trained on and calibrated twice, and others not at all.
         """
         if self._alone or not _batches_are_left(trainer) or _of_any(trainer, obstacle(trainer)):
             return
@@ -183,14 +183,14 @@ class CalibrationCheckpoint:
     # Resuming.
 
     def load(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-        """Take a calibration out of a checkpoint, before Lightning copies what it hands to callbacks.
+        """Take a calibration out of a checkpoint, before Lightning copies the states of callbacks.
 
         Args:
-            trainer: That has read it.
-            checkpoint: What was read.
+            trainer: Trainer that has read the checkpoint.
+            checkpoint: Its content.
 
         Raises:
-            ValueError: If the callbacks' states are not mappings, or a place in the data is damaged.
+            ValueError: If the callbacks' states are not mappings, or if a position in the data is damaged.
         """
         callbacks: Any = checkpoint.get("callbacks")
         check(callbacks, mapping(anything, anything), f"The entry 'callbacks' of {trainer.ckpt_path}")
@@ -205,17 +205,17 @@ class CalibrationCheckpoint:
         state = own.pop(_KEY)
         if self._io is not None:  # in a fit
             self._checkpoint, self._state = checkpoint, state
-            if isinstance(state, dict) and is_run(state.get("run")):  # sharded checkpoints are not written by plugins
+            if isinstance(state, dict) and is_run(state.get("run")):  # no plugin writes sharded checkpoints
                 self._io.run = state["run"]
 
     def resume(self, trainer: pl.Trainer, run: CalibrationRun, schedule: CalibrationSchedule) -> None:
-        """Give a new calibration the statistics of the checkpoint; before Lightning restores its loops.
+        """Give a new calibration the statistics of the checkpoint, before Lightning restores its loops.
 
-        If they cannot be had, the loops will be where the calibration began, whose statistics then start from nothing.
+        If the statistics cannot be used, the loops return to the start of the calibration, and it starts empty.
 
         Raises:
-            ValueError: If the checkpoint is damaged or was edited, so that the calibration can neither go on nor start
-                again.
+            ValueError: If the checkpoint is damaged or was edited, so that the calibration can neither continue nor
+                start again.
         """
         state, checkpoint = self._state, self._checkpoint
         self._checkpoint = None
@@ -246,7 +246,7 @@ class CalibrationCheckpoint:
             )
         if not (damage or altered):
             schedule.prepare(trainer, state["schedule"])
-        # Another setting, and what is not of its kind, explain more than a checksum.
+        # Another setting, or an entry of a wrong type, explains more than a checksum.
         reason = _of_any(trainer, damage or self._unusable(trainer, run, state))
         reason = reason or _of_any(trainer, self._read(trainer, run, state, altered))
         if reason:
@@ -263,7 +263,7 @@ class CalibrationCheckpoint:
             )
 
     def start(self, trainer: pl.Trainer, schedule: CalibrationSchedule) -> None:
-        """Go on where the checkpoint was saved, once the schedule and Lightning's loops have started."""
+        """Continue from the position of the checkpoint, after the schedule and Lightning's loops have started."""
         state, self._state = self._state, None
         if state is not None and state["left"]:
             restore_position(trainer, state["positions"][trainer.global_rank])
@@ -284,15 +284,15 @@ class CalibrationCheckpoint:
 
     @staticmethod
     def _unusable(trainer: pl.Trainer, run: CalibrationRun, state: Mapping[str, Any]) -> str:
-        """Return why the statistics of a checkpoint are not to be had, or not this fit's; "" if nothing hinders."""
+        """Return why this fit cannot use the statistics of a checkpoint; "" if it can."""
         was, now = state["setting"], run.setting(trainer)
-        # Batches that were kept do no harm where nothing replays them.
+        # Kept batches do no harm if nothing replays them.
         changed = [name for name in now if was.get(name) != now[name] and not (name == REPLAYED and was.get(name))]
         return state["obstacle"] or next((change_of(name, was.get(name), now[name]) for name in changed), "")
 
     @staticmethod
     def _read(trainer: pl.Trainer, run: CalibrationRun, state: dict[str, Any], altered: str) -> str:
-        """Read the statistics, unless they are known to be altered; return why not, "" if they were read."""
+        """Read the statistics unless they were altered; return the reason if they were not read, else ""."""
         tensors: dict[str, Tensor] = state.pop("tensors")
         path = Path(str(trainer.ckpt_path))
         beside = "token" in state and trainer.is_global_zero
@@ -322,7 +322,7 @@ class CalibrationCheckpoint:
         state: Mapping[str, Any],
         reason: str,
     ) -> None:
-        """Let Lightning restore its loops as they were before the first batch of the calibration."""
+        """Let Lightning restore its loops to their state before the first batch of the calibration."""
         run.reset()
         go_back(checkpoint, state["origin"])
         self._stopping = state["origin"]["stopping"]
@@ -341,17 +341,17 @@ def _take_out(trainer: pl.Trainer, io: SidecarCheckpointIO) -> None:
 
 
 def _wait_for_nobody(*args: Any, **kwargs: Any) -> None:
-    """Stand in for ``Strategy.barrier``."""
+    """Replace ``Strategy.barrier``."""
     del args, kwargs
 
 
 def _of_any(trainer: pl.Trainer, reason: str) -> str:
-    """Return the reason of the first process that has one, the same on every process; "" if none has."""
+    """Return the reason of the first process that has a reason, the same on every process; "" if none has."""
     return next(filter(None, gather_everywhere(trainer, reason)), "")
 
 
 def _elsewhere(trainer: pl.Trainer, positions: list[Any]) -> str:
-    """Return why a fit cannot go on from the places of an earlier one; "" if it can."""
+    """Return why a fit cannot continue from the positions of an earlier fit; "" if it can."""
     if len(positions) != trainer.world_size:
         return "another number of processes"
     loaders = train_loaders(trainer)
@@ -361,7 +361,7 @@ def _elsewhere(trainer: pl.Trainer, positions: list[Any]) -> str:
 
 
 def _batches_are_left(trainer: pl.Trainer) -> bool:
-    """Tell whether the fit has another batch to run."""
+    """Return whether the fit has another batch to run."""
     loop = trainer.fit_loop
     if 0 <= trainer.max_steps <= trainer.global_step or (trainer.should_stop and loop._can_stop_early):
         return False
@@ -370,13 +370,13 @@ def _batches_are_left(trainer: pl.Trainer) -> bool:
     epochs: Any = loop.epoch_progress.current
     batches: Any = loop.epoch_loop.batch_progress.current
     ended = loop.epoch_loop.batch_progress.is_last_batch and batches.processed == batches.ready
-    # An epoch counts as processed before the hooks at its end, where most checkpoints are saved.
+    # Most checkpoints are saved in the hooks at the end of an epoch, before the epoch counts as processed.
     done = epochs.processed + int(ended and epochs.started > epochs.processed)
     return done < trainer.max_epochs
 
 
 def _end(trainer: pl.Trainer, schedule: CalibrationSchedule) -> list[Any]:
-    """Return what decides when the calibration takes place."""
+    """Return the limits that decide when the calibration takes place."""
     return [schedule.end.max_epochs, trainer.max_steps, schedule.calibration_steps]
 
 

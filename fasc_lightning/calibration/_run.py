@@ -1,4 +1,4 @@
-"""The calibration of one fit: what happens at each batch, from the first one to the compressed module."""
+"""The calibration of one fit, from the first batch to the compressed module."""
 
 from __future__ import annotations
 
@@ -29,30 +29,31 @@ REPLAYED = "replay of batches (refit, refinement, measured allocation)"
 
 
 class CalibrationRun:
-    """Takes each batch of a calibration to what gathers and what keeps it, and holds the module still if asked to.
+    """Gathers statistics from each batch of a calibration, keeps batches, and freezes the module if asked to.
 
-    Nothing is put on the module before the first batch.
+    The module is unchanged before the first batch.
 
     Args:
-        trainer: Of the fit; its device holds the statistics.
+        trainer: Trainer of the fit; its device holds the statistics.
         pl_module: The module of the fit.
         layers: The targeted layers in it.
-        options: What to gather.
-        refine: How factors are refined in the end; None for not at all.
-        history: What the fit observes of rho.
+        options: Options of the calibration.
+        refine: Options of the refinement at the end; None for no refinement.
+        history: Observed rho.
 
     Attributes:
         origin: Lightning's loops and schedulers before the first batch, from which the calibration can start again.
-        trains: Whether the weights go on training.
+        trains: Whether the weights keep training.
         scores_decide: Whether a gate chooses by the dependence scores.
 
     Raises:
         MemoryError: If the moments do not fit; or if weights are sharded, the whole module does not fit into each
-            process, and what is insisted on needs it.
-        MisconfigurationException: If the fit has fewer epochs than passes, or averages weights that are read before.
-        ValueError: If a pattern of ``gate_exclude`` matches nothing, or there are more passes than layers.
-        RefitError: If a refit is insisted on, or a refinement asked for, and the module does not allow one.
-        NoLossError: Likewise, if the module optimises by hand.
+            process, and a required refit, a refinement or a recovery needs it.
+        MisconfigurationException: If the fit has fewer epochs than passes, or if it averages weights at its end that
+            the calibration reads before.
+        ValueError: If a pattern of ``gate_exclude`` matches nothing, or if there are more passes than layers.
+        RefitError: If a refit or a refinement is required and the module does not allow it.
+        NoLossError: If a refit or a refinement is required and the module optimises by hand.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class CalibrationRun:
         self._layers = layers
         self._uneven_inputs = UnevenInputs(_needs_all(options, pl_module))
         self._frozen = None if options.update_weights else FrozenFit(trainer, pl_module)
-        self._is_summed = False  # whether the statistics are those of all processes
+        self._is_summed = False  # whether the statistics have been summed over all processes
         self._seconds = 0.0
         self._began: float | None = None
         self.origin: dict[str, Any] = {}
@@ -83,27 +84,27 @@ class CalibrationRun:
 
     @property
     def seconds(self) -> float:
-        """Seconds that the batches took, those before an interruption included."""
+        """Seconds that the batches took, including batches before an interruption."""
         return self._seconds if self._began is None else self._seconds + time.perf_counter() - self._began
 
     @property
     def begun(self) -> bool:
-        """Whether there was a batch."""
+        """Whether there has been a batch."""
         return self._passes.begun
 
     @property
     def batches(self) -> int:
-        """How many batches were counted in this pass, on this process."""
+        """Number of counted batches in this pass, on this process."""
         return self._passes.gathering.batches
 
     @property
     def passes(self) -> int:
-        """How many passes over the data there are."""
+        """Number of passes over the data."""
         return self._passes.count
 
     @property
     def sketches(self) -> dict[str, LayerSketches]:
-        """Sketches of the moments, as the options alone ask for them, by layer."""
+        """Sketches that the options alone ask for, by layer."""
         return self._passes.sketches
 
     @property
@@ -118,7 +119,7 @@ class CalibrationRun:
 
     @property
     def frozen(self) -> bool:
-        """Whether the module is held still."""
+        """Whether the module is frozen."""
         return self._frozen is not None and self._frozen.active
 
     # Batches.
@@ -127,13 +128,13 @@ class CalibrationRun:
         """Refuse, before the first batch, a fit that is too short and processes whose statistics would not add up.
 
         Args:
-            trainer: Of the fit.
+            trainer: Trainer of the fit.
             is_whole_fit: Whether the fit is nothing but calibration.
 
         Raises:
-            MisconfigurationException: If fewer epochs are left than passes, or the numbers of batches differ and must
-                not.
-            ValueError: On every process, with what differs.
+            MisconfigurationException: If fewer epochs are left than passes, or if the processes' numbers of batches
+                differ and must not.
+            ValueError: On every process, if statistics differ; the message names the difference.
         """
         check_epochs_left(trainer, self._passes.count)
         if is_distributed(trainer):
@@ -141,7 +142,7 @@ class CalibrationRun:
         self._uneven_inputs.start(trainer, is_whole_fit)
 
     def begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        """Start to count a batch; the first one puts the hooks on and freezes what is to be frozen."""
+        """Start to count a batch; the first one installs the hooks and freezes the module if asked to."""
         gathering, options = self._passes.gathering, self._options
         if not self.running:
             self._began = time.perf_counter()
@@ -171,13 +172,13 @@ class CalibrationRun:
         """Count the backward pass that is about to run.
 
         Args:
-            trainer: Of the fit.
-            loss: Of the batch, as the backward pass gets it.
-            scales: Takes the scale of the batch's gradients from it.
+            trainer: Trainer of the fit.
+            loss: Loss of the batch, as the backward pass gets it.
+            scales: Scales of gradients, read from losses.
 
         Raises:
             RuntimeError: If the loss is detached.
-            FloatingPointError: If it is not finite.
+            FloatingPointError: If the loss is not finite.
         """
         label = batch_label(trainer)
         if not scales.take(loss, self._passes.gathering.rows, label=label):
@@ -195,19 +196,19 @@ class CalibrationRun:
             self._frozen.take_gradient_back()
 
     def settle_rows(self) -> None:
-        """Wait until the statistics hold all that a backward pass has brought.
+        """Wait until the statistics include the whole last backward pass.
 
         Raises:
-            FloatingPointError: If some of it is not finite.
+            FloatingPointError: If the pass gave values that are not finite.
         """
         self._passes.gathering.settle()
 
     def end_batch(self, trainer: pl.Trainer, outputs: Any) -> None:
-        """End a batch, if there is one, together with the other processes.
+        """End the current batch, if there is one, together with the other processes.
 
         Args:
-            trainer: Of the fit.
-            outputs: Of the training step; none if it skips its batch.
+            trainer: Trainer of the fit.
+            outputs: Outputs of the training step; empty if the step skips its batch.
         """
         self._passes.gathering.end_batch()
         if not outputs:
@@ -216,24 +217,24 @@ class CalibrationRun:
             self._uneven_inputs.end_batch(trainer)
 
     def settle(self, trainer: pl.Trainer) -> None:
-        """End a batch that has run, for a checkpoint that is saved before this calibration's turn to do so."""
+        """End a batch that has run, for a checkpoint that is saved before :meth:`end_batch` is called."""
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         if progress.processed == progress.ready:
             self._passes.gathering.end_batch()
 
     def end_epoch(self, trainer: pl.Trainer) -> None:
-        """End a pass that others follow: its layers are factorised, and their moments let go of."""
+        """End a pass that is not the last: factorise its layers and free their moments."""
         if self.batches and not self._passes.is_last:
             self._stop_clock()
             self._passes.end_pass(trainer)
 
     def pause(self) -> None:
-        """Take the hooks off and thaw the module until the next batch that is counted."""
+        """Remove the hooks and unfreeze the module until the next counted batch."""
         self._stop_clock()
         self.release()
 
     def release(self) -> None:
-        """Take the hooks off and thaw the module; safe at any time."""
+        """Remove the hooks and unfreeze the module; safe at any time."""
         self._passes.gathering.remove()
         if self._frozen is not None:
             self._frozen.exit()
@@ -244,7 +245,7 @@ class CalibrationRun:
     # The end.
 
     def end(self, trainer: pl.Trainer) -> None:
-        """Sum the statistics over all processes once the last batch has run, unless that is done."""
+        """Sum the statistics over all processes after the last batch, unless they have been summed."""
         if not self._is_summed:
             self._is_summed = True
             self._stop_clock()
@@ -266,7 +267,7 @@ class CalibrationRun:
         return "the fit failed while it compressed the model" if self._passes.spent else ""
 
     def setting(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """Return, in plain data, what has to be the same for statistics to add up."""
+        """Return, in plain data, the properties that statistics have to share to add up."""
         options = self._options
         return {
             **self._passes.gathering.setting(self._passes.sketches),
@@ -282,7 +283,7 @@ class CalibrationRun:
         }
 
     def statistics(self) -> Statistics:
-        """Return the statistics so far; the running ones, which the next batch changes."""
+        """Return the statistics so far, without a copy: the next batch changes them."""
         gathering = self._passes.gathering
         scores = gathering.scores
         return Statistics(
@@ -290,10 +291,10 @@ class CalibrationRun:
         )
 
     def merge(self, trainer: pl.Trainer) -> None:
-        """Let the first process go on with what all have gathered so far, and the others with nothing.
+        """Sum the statistics of all processes on the first process, and empty them on the others.
 
-        As they do after an interruption: that sums are then added up in the same order lets both end with the same
-        factors, to the last bit.
+        A resumed fit starts in the same way. Both then add sums in the same order and end with the same factors, to the
+        last bit.
         """
         if not is_distributed(trainer) or self._is_summed:
             return
@@ -304,25 +305,26 @@ class CalibrationRun:
             gathering.clear()
 
     def restore(self, found: Statistics) -> None:
-        """Go on from the statistics of a calibration that was interrupted.
+        """Continue from the statistics of an interrupted calibration.
 
         Args:
-            found: Of all processes, on the first of them; of the same sketches and empty on the others.
+            found: On the first process, the sums over all processes; on the others, empty statistics with the same
+                sketches.
         """
         self._passes.gathering.restore(found.moments, found.scores, found.waiting, found.batches)
         self._finish.restore(found.kept)
         self._seconds = found.seconds
 
     def resume(self, origin: dict[str, Any]) -> None:
-        """Go on with statistics that every process has restored.
+        """Continue after every process has restored its statistics.
 
         Args:
-            origin: Lightning's loops and schedulers before their first batch.
+            origin: Lightning's loops and schedulers before the first batch of the calibration.
         """
         self.origin = origin
 
     def reset(self) -> None:
-        """Undo a :meth:`restore` that other processes could not follow: nothing has been counted."""
+        """Undo a :meth:`restore` that failed on another process: the statistics are empty again."""
         self._passes.begin_share()
         self._finish.restore(KeptBatches())
         self._seconds = 0.0
@@ -336,7 +338,7 @@ def _needs_all(options: CalibrationOptions, pl_module: pl.LightningModule) -> st
 
 
 def _named(option: Any) -> str | None:
-    """Return an option in plain data: a callable by the name of its code, which is as far as files can tell."""
+    """Return an option in plain data. A callable becomes the name of its code, because files hold no code."""
     if not callable(option):
         return option
     code = option if hasattr(option, "__qualname__") else type(option)

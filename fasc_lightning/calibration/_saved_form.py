@@ -1,4 +1,4 @@
-"""What checkpoints keep of a calibration: the form that it must have, and what is wrong with one that was read."""
+"""The format of a calibration in checkpoints, and checks of a calibration that was read."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from fasc_lightning._utils import (
 from fasc_lightning.batches import LOOPS_BEFORE
 from fasc_lightning.calibration._saved_state import CALIBRATION_HEADER
 
-#: Of what a checkpoint keeps. Those of format 1 have no checksums, and are used, too; of others nothing is.
+#: Version of the format. Format 1 has no checksums and is also read; other formats are not.
 FORMAT = 2
 
-#: What the checksum leaves out: the plugin that writes the file adds some of it, and the rest has checksums of its own.
+#: Entries outside of the checksum: the plugin that writes the file adds some, and the others have their own checksums.
 _UNSUMMED = ("checksum", "origin", "origin_checksum", "tensors", "obstacle", "run", "token")
 
 _STATE = record(
     {
         "format": integer(1, FORMAT),
         "end": row(optional(integer()), integer(), optional(integer(0))),
-        "setting": mapping(anything),  # compared with the fit's own
-        "origin": anything,  # of a schema of its own
+        "setting": mapping(anything),  # compared with the fit's own setting
+        "origin": anything,  # has its own schema
         "schedule": record({"stopping": boolean, "min_steps": optional(integer(0))}, {"extended": boolean}),
         "left": boolean,
         "obstacle": text,
@@ -51,17 +51,17 @@ _STATE = record(
     },
 )
 
-#: Of what a checkpoint of before the calibration keeps.
+#: Schema of the positions in a checkpoint before the calibration.
 PLACES = record({"format": integer(1, FORMAT), "positions": listed(anything)})
 
 
 def state_checksum(state: Mapping[str, Any]) -> str:
-    """Return the checksum of a calibration that is about to be written, or was read."""
+    """Return the checksum of a calibration to write, or of one that was read."""
     return checksum({key: value for key, value in state.items() if key not in _UNSUMMED})
 
 
 def damage_of(state: Mapping[str, Any]) -> str:
-    """Return what is wrong with a calibration that was read; "" if nothing is. Its tensors are looked at later."""
+    """Return the damage of a calibration that was read; "" if there is none. Its tensors are checked later."""
     found = state.get("format")
     if type(found) is not int or not 1 <= found <= FORMAT:
         return f"its format is {found!r:.40}, of which this version knows nothing"
@@ -75,7 +75,7 @@ def damage_of(state: Mapping[str, Any]) -> str:
 
 
 def alteration_of(state: Mapping[str, Any]) -> str:
-    """Return how the checksum of a calibration tells that it was altered; "" if it does not, or there is none."""
+    """Return the alteration that the checksum of a calibration shows; "" if it shows none, or without a checksum."""
     try:
         if "checksum" in state:
             check_sum(state_checksum(state), state["checksum"], "a calibration")
@@ -85,7 +85,7 @@ def alteration_of(state: Mapping[str, Any]) -> str:
 
 
 def damage_of_origin(state: Mapping[str, Any]) -> str:
-    """Return what is wrong with where a calibration began; "" if it can start again from there."""
+    """Return the damage of the record of a calibration's start; "" if the calibration can start again from there."""
     try:
         LOOPS_BEFORE(state.get("origin"), "origin")
         if "origin_checksum" in state:
@@ -96,14 +96,14 @@ def damage_of_origin(state: Mapping[str, Any]) -> str:
 
 
 def change_of(name: str, was: Any, now: Any) -> str:
-    """Return what of a setting has changed, in words.
+    """Return the change of a setting in words.
 
     Args:
-        name: Of the entry.
+        name: Name of the entry.
         was: Its value in a checkpoint.
         now: Its value in the fit.
     """
-    if isinstance(was, dict) and isinstance(now, dict):  # of layers, of which there may be hundreds
+    if isinstance(was, dict) and isinstance(now, dict):  # by layer, so there may be hundreds
         key = next(key for key in [*was, *now] if was.get(key) != now.get(key))
         name, was, now = f"{name}: {key!r}", was.get(key, "not there"), now.get(key, "not there")
     return f"{name} was {was} and is {now} now"

@@ -1,4 +1,4 @@
-"""The statistics of a calibration as named tensors and plain data, and back; of all processes, on the first."""
+"""Conversion of a calibration's statistics to named tensors and plain data and back, on the first process."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ from fasc_lightning.statistics import (
 
 _BATCH = "batch."
 
-#: Largest count that a header may hold.
+#: Largest count in a header.
 _MAX_COUNT = 2**53
 
-#: Sums that are counts.
+#: Names of the sums that are counts.
 _COUNTS = ("tokens", "short", "infinite")
 
-#: Sums of the scores in checkpoints without samples that wait.
+#: Sums of the scores in older checkpoints, which have no waiting samples.
 OLD_SUMS = tuple(name for name in SUMS if not name.startswith("few_"))
 
-#: Of what :func:`pack_calibration` returns beside the tensors.
+#: Schema of the header that :func:`pack_calibration` returns.
 CALIBRATION_HEADER = record(
     {
         "moments": MOMENTS_HEADER,
         "rows": listed(integer(0, _MAX_COUNT)),
-        "kept": anything,  # read by the module that wrote it
+        "kept": anything,  # batches/_codec.py checks it
         "batches": integer(0, _MAX_COUNT),
         "seconds": number(0),
     },
-    {"waiting": listed(integer(0, _MAX_COUNT))},  # none in checkpoints of before samples could wait
+    {"waiting": listed(integer(0, _MAX_COUNT))},  # older checkpoints have no waiting samples
 )
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """All that a calibration of one pass has gathered, between two batches.
+    """All statistics of a calibration of one pass, between two batches.
 
     Attributes:
-        moments: Of the targeted layers.
+        moments: Moments of the targeted layers.
         scores: Dependence scores by layer.
         waiting: Samples that wait to be scored, by layer.
-        kept: Batches that something runs once more.
-        batches: How many batches were counted.
-        seconds: That they took.
+        kept: Batches for a replay.
+        batches: Number of counted batches.
+        seconds: Seconds that the batches took.
     """
 
     moments: CalibrationMoments
@@ -72,15 +72,15 @@ def pack_calibration(trainer: pl.Trainer, found: Statistics) -> tuple[dict[str, 
     """Return statistics as tensors and plain data.
 
     Args:
-        trainer: Of the fit.
+        trainer: Trainer of the fit.
         found: On the first process, the sums over all processes.
 
     Returns:
-        Tensors by name, on the first process only, and a header for :func:`unpack_calibration`. The tensors are the
-        running ones: they have to be written before the next batch.
+        Tensors by name, on the first process only, and a header for :func:`unpack_calibration`. The tensors are no
+        copies: they have to be written before the next batch.
 
     Raises:
-        UnsavableBatchError: On the first process if batches to replay are of a type that a file cannot hold.
+        UnsavableBatchError: On the first process, if kept batches hold a type that a file cannot hold.
     """
     tensors, moments = pack_moments(found.moments)
     scores, rows = _pack_scores(found.scores)
@@ -106,20 +106,20 @@ def unpack_calibration(
     *,
     needs_scores: bool,
 ) -> Statistics:
-    """Return the statistics of which :func:`pack_calibration` returned the state.
+    """Return the statistics that :func:`pack_calibration` converted.
 
-    Only the first process reads tensors: the sums over all processes are to be counted once.
+    Only the first process reads tensors, so that the sums over all processes count once.
 
     Args:
-        trainer: Of the fit.
-        empty: Statistics of the fit's own layers and options, of no batch. They are not changed.
-        header: In plain data, as it was read.
-        tensors: As they were read.
-        checksums: That were saved of the tensors; None if none were.
-        needs_scores: Whether scores of earlier versions, which begin anew, are refused.
+        trainer: Trainer of the fit.
+        empty: Empty statistics of the fit's own layers and options. They are not changed.
+        header: The header, as it was read.
+        tensors: The tensors, as they were read.
+        checksums: Saved checksums of the tensors; None if none were saved.
+        needs_scores: Whether to refuse scores of earlier versions instead of starting them again.
 
     Raises:
-        SchemaError: If the state is damaged, or of another calibration.
+        SchemaError: If the state is damaged, or if it belongs to another calibration.
     """
     CALIBRATION_HEADER(header, "header")
     entries = moments_entries(header["moments"])
@@ -129,7 +129,7 @@ def unpack_calibration(
         moments = empty_moments(header["moments"], device)
         return Statistics(moments, empty.scores, empty.waiting, KeptBatches(), batches, seconds)
     scores = {name: deepcopy(score) for name, score in empty.scores.items()}
-    # Scores of versions without samples that wait are of other tokens and permutations: they begin anew.
+    # Versions without waiting samples scored other tokens with other permutations, so their scores start again.
     scored = "waiting" in header
     if not scored and needs_scores:
         raise SchemaError("Expected scores of this version, by which the gate chooses, but an earlier one wrote them.")
@@ -144,7 +144,7 @@ def unpack_calibration(
 
 
 def _check_same(moments: CalibrationMoments, header: Mapping[str, Any]) -> None:
-    """Refuse moments of other layers, types or statistics than this calibration's, whatever the setting says."""
+    """Refuse moments with other layers, types or statistics than this calibration's, independent of the setting."""
     for what, found, wanted in (
         ("shapes", {name: tuple(shape) for name, shape in header["shapes"].items()}, moments.shapes),
         ("dtype", header["dtype"], str(moments.dtype).removeprefix("torch.")),
@@ -155,7 +155,7 @@ def _check_same(moments: CalibrationMoments, header: Mapping[str, Any]) -> None:
 
 
 def _pack_scores(scores: Mapping[str, DependenceScore]) -> tuple[dict[str, Tensor], list[int]]:
-    """Return the states of all scores, stacked in the order of their names, and how many rows each has."""
+    """Return the states of all scores, stacked in the order of layer names, and the number of rows of each."""
     ordered = [scores[name] for name in sorted(scores)]
     tensors = {f"scores.{name}": torch.stack([getattr(score, name) for score in ordered]) for name in SUMS}
     rows = [torch.cat([score.biased.new_zeros(0, 3), *score.rows]) for score in ordered]
@@ -164,9 +164,9 @@ def _pack_scores(scores: Mapping[str, DependenceScore]) -> tuple[dict[str, Tenso
 
 
 def _pack_waiting(found: Statistics) -> tuple[dict[str, Tensor], list[int]]:
-    """Return the samples that wait to be scored, and how many each layer has, in the order of their names."""
+    """Return the samples that wait to be scored, and their number for each layer, in the order of layer names."""
     waiting = [found.waiting.get(name, []) for name in sorted(found.scores)]
-    tensors = {  # copies: layers share inputs, which files of tensors do not
+    tensors = {  # copies, because layers share inputs and files cannot hold shared tensors
         name: values.clone()
         for i, samples in enumerate(waiting)
         for j, pair in enumerate(samples)
@@ -180,7 +180,7 @@ def _waiting_names(layer: int, sample: int) -> tuple[str, str]:
 
 
 def _waiting_entries(scores: Mapping[str, DependenceScore], counts: list[int]) -> dict[str, Entry]:
-    """Return the schema of the samples that wait."""
+    """Return the schema of the waiting samples."""
     if counts and len(counts) != len(scores):
         raise SchemaError(f"Expected samples of {len(scores)} layers at 'header.waiting' but got {len(counts)}.")
     names = [name for i, count in enumerate(counts) for j in range(count) for name in _waiting_names(i, j)]
@@ -201,14 +201,14 @@ def _unpack_waiting(
 
 
 def _score_entries(scores: Mapping[str, DependenceScore], rows: list[int], current: bool) -> dict[str, Entry]:
-    """Return the schema of the states of some scores; those of earlier versions are fewer and of other sizes."""
+    """Return the schema of the states of some scores; earlier versions have fewer states, with other sizes."""
     if len(rows) != len(scores):
         raise SchemaError(f"Expected rows of {len(scores)} scores at 'header.rows' but got {len(rows)}.")
     entries = {}
     for name in SUMS if current else OLD_SUMS:
         state: Tensor = getattr(next(iter(scores.values())), name)
         low = 0 if name in _COUNTS else None
-        # What few tokens leave undefined may be NaN; counts never are.
+        # Sums are NaN where few tokens leave them undefined; counts never are.
         entries[f"scores.{name}"] = Entry(
             (state.dtype,),
             ((len(scores), *(state.shape if current else [None] * state.ndim)),),

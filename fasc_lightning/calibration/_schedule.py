@@ -1,4 +1,4 @@
-"""When calibration begins, given how the fit is going to end."""
+"""The start of a calibration, chosen by the expected end of the fit."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from fasc_lightning.calibration._fit_end import FitEnd, averages_epochs, batches
 
 
 class CalibrationSchedule:
-    """Decides at each batch whether the calibration phase has begun.
+    """Decides at each batch whether the calibration has begun.
 
-    Without ``calibration_steps`` it is the last epoch of ``max_epochs``. With them it is the last so many optimizer
-    steps; where something may end the fit at any moment (EarlyStopping, ``max_time``, ``trainer.should_stop``), the end
-    is put off until the calibration steps have been taken, through the Trainer's own ``min_steps``.
+    Without ``calibration_steps`` the last epoch of ``max_epochs`` calibrates. With them, this number of optimizer steps
+    at the end of the fit does. If the fit may end at any moment (EarlyStopping, ``max_time``, ``trainer.should_stop``),
+    the Trainer's own ``min_steps`` delays the end until the calibration steps have been taken.
 
-    Where the loader does not say how many batches it has, or fewer come than it says, an epoch that ended tells. In a
-    last epoch of which nothing is known the calibration begins at once; one that freezes the weights would then leave
-    no step to the training, and waits for the end. A fit whose last epoch ends before the calibration has begun goes
-    on for ``calibration_steps`` more, in one epoch more.
+    If the loader has no length, or gives fewer batches than it claims, the length of an ended epoch counts. If no
+    length is known in the last epoch, the calibration begins at once. A calibration that freezes the weights would then
+    leave no step to the training, so it waits for the end. If the last epoch ends before the calibration has begun, the
+    fit runs ``calibration_steps`` more steps in an extra epoch.
 
     Args:
         calibration_steps: Optimizer steps to calibrate on (batches, with manual optimisation), or None.
-        passes: How many of the last epochs serve, where no steps are given.
-        freezes: Whether the weights stand still in a calibration.
+        passes: Number of last epochs that calibrate if there are no ``calibration_steps``.
+        freezes: Whether a calibration freezes the weights.
     """
 
     def __init__(self, calibration_steps: int | None = None, passes: int = 1, freezes: bool = False) -> None:
@@ -48,15 +48,15 @@ class CalibrationSchedule:
         self._undo = Undo()
 
     def set_up(self, trainer: pl.Trainer) -> None:
-        """Read the Trainer's own end, before any callback changes it."""
+        """Read the Trainer's own end before any callback changes it."""
         self.end.set_up(trainer)
         self.begun = self._skipped = self._extended = False
 
     def check(self, trainer: pl.Trainer) -> None:
-        """Refuse a fit whose end is not known, unless ``calibration_steps`` says how long to calibrate.
+        """Refuse a fit with an unknown last epoch and no ``calibration_steps``.
 
         Raises:
-            MisconfigurationException: With the option that is missing.
+            MisconfigurationException: If the last epoch is not known; the message names the missing option.
         """
         if self.calibration_steps is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -77,7 +77,7 @@ class CalibrationSchedule:
             )
 
     def start(self, trainer: pl.Trainer) -> None:
-        """Look at how the fit will end; at the start of training."""
+        """Learn the expected end of the fit, at the start of training."""
         self.begun = False
         if self.calibration_steps is None:
             return
@@ -87,12 +87,12 @@ class CalibrationSchedule:
         self._undo.set(trainer.fit_loop.epoch_loop, "min_steps", sys.maxsize)
 
     def is_whole_fit(self, trainer: pl.Trainer) -> bool:
-        """Tell whether the fit is nothing but calibration: one epoch, or one a pass."""
+        """Return whether the fit is nothing but calibration: one epoch, or one epoch a pass."""
         alone = self.calibration_steps is None and self._in_last_epoch(trainer)
         return alone and trainer.max_epochs == self.end.training_epochs(trainer)
 
     def begins(self, trainer: pl.Trainer) -> bool:
-        """Tell whether the batch that is about to run belongs to the calibration."""
+        """Return whether the batch that is about to run belongs to the calibration."""
         if skips_backward(trainer) or self.end.epochs_left(trainer) <= 0:
             self._skipped = True
             return False
@@ -113,24 +113,24 @@ class CalibrationSchedule:
         return self.begun
 
     def end_epoch(self, trainer: pl.Trainer) -> None:
-        """Learn from an epoch, and let a fit go on that would end before its calibration has begun."""
+        """Learn the length of an epoch, and extend a fit that would end before its calibration has begun."""
         if self.calibration_steps is None or self.begun:
             return
         self.end.end_epoch(trainer)
         epochs: Any = trainer.fit_loop.epoch_progress.current
         is_last = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs.processed
-        # What a callback does with its epochs is not for more steps to spoil.
+        # More steps would spoil the work of an averaging callback.
         if not is_last or self._extended or self._skipped or averages_epochs(trainer):
             return
         rank_zero_info(
             "FascCallback: the last epoch ended before the calibration had begun, since its loader gave fewer batches "
-            f"than were to be expected. The fit goes on for {self.calibration_steps} more steps."
+            f"than expected. The fit goes on for {self.calibration_steps} more steps."
         )
         self._extend(trainer)
         trainer.should_stop = True
 
     def end_unmet(self) -> str:
-        """Return why a fit ended without a calibration, and the remedy."""
+        """Return the reason why a fit ended without a calibration, and the remedy."""
         if self._skipped:
             return (
                 "a callback let its last batches run without backward passes (as averaging of weights does for batch "
@@ -147,7 +147,7 @@ class CalibrationSchedule:
         )
 
     def state_dict(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """Return what a calibration that has begun needs to end where it would have, in another process."""
+        """Return the state that lets a running calibration end in another process as it would have in this one."""
         return {
             "stopping": bool(trainer.should_stop),
             "min_steps": trainer.fit_loop.epoch_loop.min_steps,
@@ -155,26 +155,26 @@ class CalibrationSchedule:
         }
 
     def prepare(self, trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
-        """Let a Trainer go into the epoch that was added, before it finds that it has none left."""
+        """Add the extra epoch again, before the Trainer finds that it has no epoch left."""
         if state.get("extended"):
             self._extend(trainer)
 
     def load_state_dict(self, trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
-        """Go on with a calibration, after :meth:`start`."""
+        """Continue a calibration, after :meth:`start`."""
         self.begun = True
         trainer.should_stop = trainer.should_stop or state["stopping"]
         if self._holding:
             trainer.fit_loop.epoch_loop.min_steps = state["min_steps"]
 
     def missed(self, trainer: pl.Trainer) -> int:
-        """Return how many steps (batches, of a last epoch) the calibration has missed as a resumed training starts."""
+        """Return how many steps (batches of a last epoch) the calibration has missed when a resumed training starts."""
         if self.calibration_steps is not None:
             left = self.end.steps_left(trainer, self.calibration_steps)
             return int(max(0, self.calibration_steps - left))
         return batches_done(trainer) if self._in_last_epoch(trainer) else 0
 
     def stop(self) -> None:
-        """Give the Trainer its own limits back; safe to call at any time."""
+        """Restore the Trainer's own limits; safe to call at any time."""
         self._undo.close()
         self._holding = self._extended = False
 
@@ -184,14 +184,14 @@ class CalibrationSchedule:
         self._extended = True
 
     def _hold_for_calibration(self, trainer: pl.Trainer) -> None:
-        """Let the fit be stopped once the calibration has had its steps."""
+        """Let the fit stop after the steps of the calibration, not before."""
         assert self.calibration_steps is not None
         steps = math.ceil(self.calibration_steps * steps_per_batch(trainer))
         least = 0 if self._extended else self._user_min_steps or 0
         trainer.fit_loop.epoch_loop.min_steps = max(least, trainer.global_step + steps)
 
     def _may_stop(self, trainer: pl.Trainer) -> bool:
-        """Tell whether the user's own minimum has been met."""
+        """Return whether the user's own minimum has been met."""
         epochs_met = trainer.current_epoch >= (trainer.min_epochs or 0)
         return epochs_met and trainer.global_step >= (self._user_min_steps or 0)
 

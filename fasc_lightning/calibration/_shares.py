@@ -1,7 +1,7 @@
-"""A calibration in several passes over the data, each with a share of the layers, for moments that do not fit at once.
+"""Shares of the layers for a calibration in several passes, if the moments of all layers do not fit at once.
 
-The model does not change meanwhile, so that every pass sees the same activations and gradients, and the factors are
-those of one pass but for the order of sums.
+The model does not change between passes. So every pass sees the same activations and gradients, and the factors are the
+same as with one pass, except for the order of sums.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from fasc_lightning.layers import split_name
 
 
 def passes_of(trainer: pl.Trainer, passes: int) -> int:
-    """Return how many passes a fit makes: those asked for, but no more than a fast development run has epochs.
+    """Return the number of passes of a fit: the given number, or fewer if a fast development run has fewer epochs.
 
     Raises:
-        MisconfigurationException: If the fit has fewer epochs.
+        MisconfigurationException: If any other fit has fewer epochs than passes.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return min(passes, trainer.max_epochs or 1)
@@ -32,15 +32,15 @@ def passes_of(trainer: pl.Trainer, passes: int) -> int:
 
 
 def check_averaging(trainer: pl.Trainer, passes: int, sketch: str | None) -> None:
-    """Refuse averages of weights, which come in place at the end, where weights are read before.
+    """Refuse averaging of weights if the calibration reads weights before the average is in place, at the end.
 
     Args:
-        trainer: Of the fit.
-        passes: Of its calibration.
-        sketch: How moments are held.
+        trainer: Trainer of the fit.
+        passes: Passes of its calibration.
+        sketch: Option ``sketch``.
 
     Raises:
-        MisconfigurationException: With the remedy.
+        MisconfigurationException: If a callback averages weights; the message names the remedy.
     """
     kinds = WeightAveraging, StochasticWeightAveraging
     if not any(isinstance(c, kinds) for c in trainer.callbacks):  # type: ignore[attr-defined]
@@ -71,9 +71,9 @@ def check_epochs_left(trainer: pl.Trainer, passes: int) -> None:
 
 
 def share_units(names: Iterable[str]) -> list[list[int]]:
-    """Return the indices of layers that one pass has to gather together, in order: experts of one module.
+    """Return the indices of layers that one pass has to gather together, in order: the experts of one module.
 
-    Experts that saw few tokens borrow from the others (``statistics/_expert_pooling.py``).
+    Experts that saw few tokens borrow statistics from the others (``statistics/_expert_pooling.py``).
     """
 
     def unit(entry: tuple[int, str]) -> tuple[str, bool]:
@@ -84,16 +84,16 @@ def share_units(names: Iterable[str]) -> list[list[int]]:
 
 
 def shares(sizes: Sequence[int], passes: int, units: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
-    """Split layers into consecutive shares of about equal size, so that those with one input stay together.
+    """Split layers into consecutive shares of about equal size; most layers that share an input stay together.
 
     Args:
-        sizes: Of the layers' moments, in order.
-        passes: How many shares.
-        units: Indices of layers that are not to be parted (:func:`share_units`); each on its own by default.
+        sizes: Bytes of the layers' moments, in order.
+        passes: Number of shares.
+        units: Indices of layers that have to stay together (:func:`share_units`); None splits any layers.
 
     Returns:
-        The indices of each share, as many as asked for and none of them empty: a pass without one would gather the
-        last share again, whose layers had then seen more tokens than the others.
+        The indices of each share. No share is empty: a pass without a share would gather the last share again, and its
+        layers would have seen more tokens than the others.
 
     Raises:
         ValueError: If there are fewer units than shares.
@@ -109,7 +109,7 @@ def shares(sizes: Sequence[int], passes: int, units: Sequence[Sequence[int]] | N
     current: list[int] = []
     for done, unit in enumerate(units):
         size = sum(sizes[i] for i in unit)
-        # A unit belongs to the share in which its middle lies, as long as there are units for the shares that follow.
+        # A unit belongs to the share that holds its middle, as long as enough units are left for the other shares.
         needed = len(units) - done < passes - len(found)
         if current and (needed or (before + size / 2) * passes >= total * (len(found) + 1)):
             found.append(current)

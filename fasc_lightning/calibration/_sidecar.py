@@ -1,4 +1,4 @@
-"""Statistics too large for a checkpoint, in a file of their own beside it."""
+"""Sidecar files: statistics too large for a checkpoint, in a file beside it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from typing_extensions import override
 
 from fasc_lightning._utils import Undo, anything, check, mapping, record, whole_file
 
-#: Bytes of statistics above which a checkpoint gets a sidecar. Lightning makes a checkpoint in memory before it is
-#: written, reads it on every process and copies what it hands to a callback: of a 135M model's statistics (1 GB) that
-#: would be several on each. Below it a single file is handier.
+#: Bytes of statistics above which a checkpoint gets a sidecar. Lightning makes a checkpoint in memory before it writes
+#: it, reads it on every process and copies the states of callbacks: several copies of a 135M model's statistics (1 GB)
+#: on each process. Below this size a single file is handier.
 SIDECAR_BYTES = 64 * 2**20
 
 SUFFIX = ".fasc.safetensors"
@@ -29,25 +29,25 @@ _CHECKPOINT = record({}, {"callbacks": mapping(anything), "state_dict": mapping(
 
 _TOKEN = "fasc_lightning.calibration"
 
-#: Characters of a token that name the run, those that a file name has, and what the name has after the run.
+#: Characters of a token that name the run, characters of it in a file name, and the pattern of the latter's rest.
 _RUN, _NAMED = 8, 16
 _UNIQUE = f"[0-9a-f]{{{_NAMED - _RUN}}}"
 
 
 class SidecarCheckpointIO(CheckpointIO):
-    """Saves and removes checkpoints as another plugin does, and with them the sidecars of their calibrations.
+    """Saves and removes checkpoints through another plugin, together with the sidecars of their calibrations.
 
-    Every sidecar has a token that its checkpoint names, so that no checkpoint is ever taken for another's, and a file
-    name of its own, so that an older checkpoint of the same name keeps the one that it has until it is overwritten.
-    Both begin with the run, of which a fit and those that go on from its checkpoints are parts.
+    Every sidecar has a token, which its checkpoint names, so no checkpoint reads another's sidecar. Every sidecar has
+    its own file name, so an older checkpoint of the same name keeps its sidecar until it is overwritten. Token and file
+    name begin with the name of the run. A fit and the fits that continue its checkpoints are one run.
 
     Args:
-        inner: The plugin.
+        inner: The other plugin.
         find: Returns the part of a checkpoint that may hold large "tensors", or None.
 
     Attributes:
-        run: Of this fit; that of the checkpoint where it goes on from one.
-        ending: Steps for when Lightning tears the plugin down.
+        run: Name of the run; a resumed fit takes it from its checkpoint.
+        ending: Steps to run when Lightning tears down the plugin.
     """
 
     def __init__(self, inner: CheckpointIO, find: Callable[[Mapping[str, Any]], dict[str, Any] | None]) -> None:
@@ -59,7 +59,7 @@ class SidecarCheckpointIO(CheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Save a checkpoint; statistics that cannot be written are left out, which it and a warning say."""
+        """Save a checkpoint; if its statistics cannot be written, it lacks them, records this and logs a warning."""
         state = self._find(checkpoint)
         written = None
         if state is not None:
@@ -83,10 +83,11 @@ class SidecarCheckpointIO(CheckpointIO):
         """Load a checkpoint.
 
         Raises:
-            ValueError: If it is no mapping of names, or its callbacks' states are none; Lightning takes that on trust.
+            ValueError: If the checkpoint or its callbacks' states are not mappings by name, which Lightning does not
+                check.
         """
         checkpoint = self.inner.load_checkpoint(path, *args, **kwargs)
-        if isinstance(checkpoint, dict):  # sharded ones are read in other ways
+        if isinstance(checkpoint, dict):  # sharded checkpoints are read in other ways
             check(checkpoint, _CHECKPOINT, f"The checkpoint {path}")
         return checkpoint
 
@@ -103,10 +104,10 @@ class SidecarCheckpointIO(CheckpointIO):
             self.inner.teardown()
 
     def clean(self, folders: Iterable[Path]) -> None:
-        """Remove the sidecars of the run, those of killed processes included.
+        """Remove the sidecars of the run, including sidecars of killed processes.
 
         Args:
-            folders: Where to look for them, beside those of the checkpoints that were saved.
+            folders: Folders to search, besides the folders of saved checkpoints.
         """
         for folder in {*folders, *(path.parent for path in self._kept)}:
             _remove(_matching(folder, rf".*\.{self.run}{_UNIQUE}"))
@@ -116,7 +117,7 @@ class SidecarCheckpointIO(CheckpointIO):
         """Remove the sidecars of earlier checkpoints of the same name."""
         latest = [] if written is None else [written]
         if isinstance(self.inner, AsyncCheckpointIO):
-            # Written in the background, the checkpoint may not be there yet: the one before it keeps its sidecar.
+            # A checkpoint written in the background may not exist yet, so the previous one keeps its sidecar.
             latest = [*self._kept.get(path, []), *latest][-2:]
         self._kept[path] = latest
         _remove(file for file in sidecars(path) if file not in latest)
@@ -127,7 +128,7 @@ def write_sidecar(tensors: Mapping[str, Tensor], path: Path, run: str) -> tuple[
 
     Raises:
         OSError: If the folder is read-only or the disk is full.
-        SafetensorError: Likewise.
+        SafetensorError: If safetensors finds the folder read-only or the disk full.
     """
     from safetensors.torch import save_file
 
@@ -140,17 +141,17 @@ def write_sidecar(tensors: Mapping[str, Tensor], path: Path, run: str) -> tuple[
 
 @contextmanager
 def open_sidecar(token: str, path: Path) -> Iterator[Any]:
-    """Open the sidecar of a checkpoint wherever it lies beside it, whatever it is called.
+    """Open the sidecar in the folder of a checkpoint, or of the file that the checkpoint links to, under any name.
 
     Args:
-        token: That the checkpoint names.
-        path: Of the checkpoint, or a link to it.
+        token: Token that the checkpoint names.
+        path: The checkpoint, or a link to it.
 
     Yields:
         safetensors' handle, whose ``get_tensor(name)`` reads one tensor.
 
     Raises:
-        FileNotFoundError: If it is not there.
+        FileNotFoundError: If there is no such sidecar.
     """
     for folder in dict.fromkeys((path.parent, path.resolve().parent)):
         for file in sorted(folder.glob(f"*{SUFFIX}")):
@@ -162,7 +163,7 @@ def open_sidecar(token: str, path: Path) -> Iterator[Any]:
 
 
 def read_token(file: Path) -> str | None:
-    """Return the token of a sidecar; None of a file that is none, or is damaged."""
+    """Return the token of a sidecar; None if the file is no sidecar, or is damaged."""
     try:
         with safe_open(file, framework="pt") as handle:
             return (handle.metadata() or {}).get(_TOKEN)
@@ -171,12 +172,12 @@ def read_token(file: Path) -> str | None:
 
 
 def sidecars(path: Path) -> list[Path]:
-    """Return the sidecars that were written for checkpoints of a path, and what is left of unfinished ones."""
+    """Return the sidecars of checkpoints of a path, including unfinished files."""
     return _matching(path.parent, rf"{re.escape(_stem(path))}\.[0-9a-f]{{{_RUN}}}{_UNIQUE}")
 
 
 def _matching(folder: Path, pattern: str) -> list[Path]:
-    """Return the files of a folder whose names are a pattern and what ends sidecars, whole or half written."""
+    """Return the files of a folder whose names match a pattern and end like sidecars, finished or not."""
     name = re.compile(rf"{pattern}{re.escape(SUFFIX)}(\.tmp)?")
     return [file for file in folder.glob(f"*{SUFFIX}*") if name.fullmatch(file.name)]
 
@@ -186,17 +187,17 @@ def _name(path: Path, token: str) -> str:
 
 
 def _stem(path: Path) -> str:
-    # Lightning finds the newest checkpoint of a cluster job by what follows this in any file's name.
+    # Lightning finds the newest checkpoint of a cluster job by the number after "hpc_ckpt_" in any file's name.
     return path.name.replace("hpc_ckpt_", "hpc-ckpt-")
 
 
 def is_run(value: Any) -> bool:
-    """Whether a value is the name of a run: file names begin with it."""
+    """Return whether a value is the name of a run, as in the file names of sidecars."""
     return isinstance(value, str) and re.fullmatch(rf"[0-9a-f]{{{_RUN}}}", value) is not None
 
 
 def is_local(path: Any) -> bool:
-    """Whether a path is of this machine's files: checkpoints elsewhere keep their statistics, of any size."""
+    """Return whether a path is a local file; checkpoints elsewhere hold their statistics themselves, of any size."""
     return "://" not in str(path)
 
 

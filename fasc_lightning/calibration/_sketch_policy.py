@@ -1,4 +1,4 @@
-"""Which second moments of a model are sketched, how large the sketches are, and what is said of them."""
+"""Choice, sizes and descriptions of the sketches of a model's second moments."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fasc_lightning.statistics import LayerSketches, Projection, Sketch
 
 
 def expected_rank(m: int, n: int, rank: float | None, keep: float | None) -> int:
-    """Return the rank that a layer gets under a uniform treatment, before any allocation.
+    """Return the rank of a layer if every layer gets the same share, before any allocation.
 
     Args:
         m: Outputs.
         n: Inputs.
         rank: Fraction of full rank (float) or absolute rank (int), or None.
-        keep: Fraction of parameters, k (m + n - k) <= keep m n, where there is no rank.
+        keep: Fraction of parameters, k (m + n - k) <= keep m n, if there is no rank.
     """
     if keep is None:
         assert rank is not None
@@ -30,14 +30,14 @@ def expected_rank(m: int, n: int, rank: float | None, keep: float | None) -> int
 def auto_size(d: int, k: int, rho: float | None = None, threshold: float = 0.3) -> int:
     """Return the paper's size of a sketch: 2k up to the threshold of rho, 4k above, at most d / 2 (Appendix C).
 
-    A layer whose rho is not known yet counts as above. The paper caps 4k only; 2k is capped here as well, since an
-    exact moment is hardly larger than a sketch of half its width.
+    A layer with unknown rho counts as above. The paper caps 4k only. Here 2k is capped, too, because an exact moment is
+    hardly larger than a sketch of half its width.
 
     Args:
         d: Width of the moment.
-        k: Rank that the layer is to have.
-        rho: Dependence score of the layer, in [0, 1].
-        threshold: Where the size doubles.
+        k: Expected rank of the layer.
+        rho: Dependence score of the layer, in [0, 1]; None if unknown.
+        threshold: rho above which the size doubles.
     """
     low = rho is not None and rho <= threshold
     return min((2 if low else 4) * k, d // 2)
@@ -49,21 +49,21 @@ def choose_sketches(
     options: SketchOptions,
     rho: Mapping[str, float] | None = None,
 ) -> dict[str, LayerSketches]:
-    """Return how each layer's second moments are sketched, side by side; layers that stay exact are left out.
+    """Return the sketches of each layer's two sides; layers that stay exact are left out.
 
-    Of kind "projected", the wider side of every layer that has one. Else a side is sketched if it is wider than
-    ``options.above`` and the sketch is clearly smaller than the exact moment
+    Kind "projected" projects the wider side of every layer that has one. The other kinds sketch a side if it is wider
+    than ``options.above`` and the sketch is clearly smaller than the exact moment
     (:attr:`~fasc_lightning.statistics.Sketch.is_worthwhile`). Inputs of one width get one size, the largest that a
-    layer asks for: layers that share an input share its moment, and which do is known only once a batch has run.
+    layer asks for. The reason: layers that share an input share its moment, but sharing shows only when a batch runs.
 
     Args:
         shapes: (m, n) of each layer by name.
-        ranks: Rank that each is to have (:func:`expected_rank`).
-        options: What is to be sketched, and how.
-        rho: Of the layers where it is known.
+        ranks: Expected rank of each layer (:func:`expected_rank`).
+        options: Kind and size of the sketches.
+        rho: Known dependence scores by layer.
 
     Raises:
-        ValueError: If an absolute size is too large for every side that it was meant for.
+        ValueError: If an absolute size is too large for every side above ``options.above``.
     """
     if options.kind == "projected":
         return {name: projected(m, n) for name, (m, n) in shapes.items() if m != n}
@@ -95,7 +95,7 @@ def choose_sketches(
 
 
 def projected(m: int, n: int) -> LayerSketches:
-    """Return how a layer whose sides are of different widths is held as its weight sees the wider one."""
+    """Return the projection of a layer's wider side as the weight sees it; the sides have to differ in width."""
     if m > n:
         return LayerSketches(outputs=Projection(m, n))
     return LayerSketches(inputs=Projection(n, m))
@@ -108,14 +108,14 @@ def sketches_for_budget(
     keep: float | None,
     rho: Mapping[str, float] | None = None,
 ) -> dict[str, LayerSketches]:
-    """Return what :func:`choose_sketches` does with the ranks that a budget means; nothing without options.
+    """Return :func:`choose_sketches` for the expected ranks of a budget; empty without options.
 
     Args:
         shapes: (m, n) of each layer by name.
-        options: What is to be sketched; None for exact moments.
-        rank: See :func:`expected_rank`.
-        keep: Likewise.
-        rho: Of the layers where it is known.
+        options: Kind and size of the sketches; None for exact moments.
+        rank: As in :func:`expected_rank`.
+        keep: As in :func:`expected_rank`.
+        rho: Known dependence scores by layer.
     """
     if options is None:
         return {}
@@ -126,12 +126,12 @@ def sketches_for_budget(
 def describe_sketches(
     shapes: Mapping[str, tuple[int, int]], chosen: Mapping[str, LayerSketches], options: SketchOptions
 ) -> tuple[str, str]:
-    """Return in words what is sketched, and which sides stay exact though they are wide enough; each "" if none.
+    """Describe in words the sketched sides, and the wide sides that stay exact; each text is "" if there are none.
 
     Args:
-        shapes: As for :func:`choose_sketches`.
-        chosen: What it returned.
-        options: Likewise.
+        shapes: As in :func:`choose_sketches`.
+        chosen: Sketches that :func:`choose_sketches` returned.
+        options: As in :func:`choose_sketches`.
     """
     sketched: Counter[tuple[int, int]] = Counter()
     exact: dict[int, tuple[int, str]] = {}

@@ -1,4 +1,4 @@
-"""What the recipes share: their options, and what they save and print."""
+"""Shared parts of the recipes: options, results and output."""
 
 from fasc_lightning._run_fit import on_device, run_fit
 from fasc_lightning._utils import (

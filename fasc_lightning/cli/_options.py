@@ -1,4 +1,4 @@
-"""Options that the recipes name and explain alike."""
+"""Command-line options that the recipes share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def add_source_options(parser: ArgumentParser, windows: int) -> None:
-    """Add where options, the model and the calibration come from.
+    """Add the options for the sources: a file of options, the model and the calibration data.
 
     Args:
-        parser: Of a recipe.
+        parser: Parser of a recipe.
         windows: Default number of calibration windows.
     """
     add = parser.add_argument
@@ -35,18 +35,18 @@ def add_source_options(parser: ArgumentParser, windows: int) -> None:
 
 
 def add_text_options(parser: ArgumentParser, windows: int) -> None:
-    """Add what perplexity is measured on.
+    """Add the options for the texts of perplexity.
 
     Args:
-        parser: Of a recipe.
+        parser: Parser of a recipe.
         windows: Default number of windows of each text.
     """
     parser.add_argument("--eval-text", nargs="+", default=[], help="NAME=FILE: texts to measure perplexity on")
     parser.add_argument("--eval-windows", type=int, default=windows, help="windows of each text")
 
 
-#: Options of a compression that a recipe takes, by their flat names. The others it sets itself (its weights are frozen,
-#: its batches are windows), or names as it needs them (quantize, recovery).
+#: Flat names of the compression options that a recipe takes. It sets other options itself (frozen weights, windows as
+#: batches), or adds them under its own rules (quantize, recovery).
 OPTIONS = (
     *("rank", "keep", "method", "targets", "exclude", "allocation", "layout", "align", "refit"),
     *("sketch", "sketch_size", "sketch_above", "moments_device", "passes", "gate", "gate_by", "gate_exclude"),
@@ -55,10 +55,10 @@ OPTIONS = (
 
 
 def add_compression_options(parser: ArgumentParser) -> None:
-    """Add how much is kept, by what method, and how it is stored: the package's own options, defaults and help.
+    """Add the options of a compression, with the package's own types, defaults and descriptions.
 
     Args:
-        parser: Of a recipe.
+        parser: Parser of a recipe.
     """
     for name in OPTIONS:
         option = described(name)
@@ -70,20 +70,20 @@ def add_compression_options(parser: ArgumentParser) -> None:
 
 
 def compression_options(options: Namespace) -> dict[str, Any]:
-    """Return the options of :func:`add_compression_options` as compress takes them."""
+    """Return the options of :func:`add_compression_options` as arguments of compress."""
     return {name: options[name] for name in OPTIONS}
 
 
 def frozen_options(options: Namespace) -> dict[str, Any]:
-    """Return the options of :func:`add_compression_options` as FascCallback takes them, for weights that are frozen."""
+    """Return the options of :func:`add_compression_options` as arguments of FascCallback, with frozen weights."""
     return {**compression_options(options), "update_weights": False}
 
 
 def add_evaluation_options(parser: ArgumentParser, windows: int) -> None:
-    """Add what perplexity and facts are measured on.
+    """Add the options for the texts of perplexity and the file of facts.
 
     Args:
-        parser: Of a recipe.
+        parser: Parser of a recipe.
         windows: Default number of windows of each text.
     """
     add_text_options(parser, windows)
@@ -91,10 +91,10 @@ def add_evaluation_options(parser: ArgumentParser, windows: int) -> None:
 
 
 def add_output_options(parser: ArgumentParser) -> None:
-    """Add where the model and the report go, and what they are made on.
+    """Add the options for the outputs: folder of the model, its licence, file of the report; and the device.
 
     Args:
-        parser: Of a recipe.
+        parser: Parser of a recipe.
     """
     add = parser.add_argument
     add("--output", help="folder for the compressed model, its tokenizer and its model card")
@@ -104,16 +104,16 @@ def add_output_options(parser: ArgumentParser) -> None:
 
 
 def check_run(options: Namespace, at_least_one: Sequence[str] = ()) -> None:
-    """Fill in what depends on other options, and refuse what cannot work before anything is loaded.
+    """Fill in dependent options, and refuse wrong options before anything is loaded.
 
     Args:
-        options: With all of the above; ``rank`` gets its default, ``eval_text`` becomes files by name.
-        at_least_one: Further options that count something.
+        options: All options of this module; ``rank`` gets its default, ``eval_text`` becomes files by name.
+        at_least_one: Names of further counts, which have to be at least 1.
 
     Raises:
         ValueError: If an option is out of range.
         FileNotFoundError: If a file is missing.
-        FileExistsError: If --output holds files, but no saved model.
+        FileExistsError: If --output holds files but no saved model.
     """
     check_sources(options.calibration, "calibration")
     if options.rank is None and options.keep is None:

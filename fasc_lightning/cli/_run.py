@@ -1,4 +1,4 @@
-"""What the recipes do alike: read what their options name, save the model, say what was measured."""
+"""Shared steps of the recipes: loading data, saving the model, printing results."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: For processes that train or run compressed models in bfloat16 on a CPU, before their first product: every layer has
-#: ranks of its own, and a step takes more kernels than the 1,024 that oneDNN caches, which would compile each of them
-#: whenever it comes up.
+#: Environment for processes that train or run compressed models in bfloat16 on a CPU, to set before their first
+#: product. Layers have different ranks, so a step takes more kernels than the 1,024 that oneDNN caches by default, and
+#: oneDNN would compile each of them again and again.
 KERNEL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384"}
 
-#: What a model is measured as, in this order.
+#: States in which a model is measured, in this order.
 STATES = ("dense", "compressed", "recovered")
 
 
 def questions_of(options: Namespace, tokenizer: PreTrainedTokenizerBase) -> Questions:
-    """Return what the options of a recipe ask a model."""
+    """Return the questions to a model that the options of a recipe select."""
     return Questions.load(
         options.eval_text,
         options.eval_facts,
@@ -50,16 +50,16 @@ def calibration_of(options: Namespace, tokenizer: PreTrainedTokenizerBase, model
 
 
 def save_results(options: Namespace, model: Any, tokenizer: Any, content: dict[str, Any]) -> str:
-    """Write what --output and --report ask for: the compressed model with its tokenizer and card, and the report.
+    """Write the compressed model with its tokenizer and card to --output, and the report to --report.
 
     Args:
-        options: Of the recipe.
-        model: What to save.
-        tokenizer: Of the model.
-        content: The report, which learns the bytes of the weights' files.
+        options: Options of the recipe.
+        model: The compressed model.
+        tokenizer: Its tokenizer.
+        content: The report; "saved_bytes" of the weights' files is added to it.
 
     Returns:
-        What was saved, for people.
+        A line for the user that names the saved files.
     """
     saved = "No model was saved: --output names a folder for it."
     bundled = options.model == SMOLLM2
@@ -82,7 +82,7 @@ def save_results(options: Namespace, model: Any, tokenizer: Any, content: dict[s
 
 
 def measurement_lines(content: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a report says of perplexity, facts and time, state by state, a line each."""
+    """Yield the lines of a report on perplexity, facts and time, state by state."""
     for name, values in content["perplexity"].items():
         yield perplexity_line(name, values)
     if facts := content["facts"]:
@@ -94,7 +94,7 @@ def measurement_lines(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def perplexity_line(name: str, values: Mapping[str, float]) -> str:
-    """Return the perplexity of a text by state, and in times that of the first state."""
+    """Return a line with the perplexity of a text in each state, and its ratios to the first state."""
     first, *others = values.values()
     times = ", ".join(f"{value / first:.2f}" for value in others)
     return f"perplexity of {name}: " + " -> ".join(f"{value:.2f}" for value in values.values()) + f" ({times} times)"

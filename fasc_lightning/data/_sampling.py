@@ -40,8 +40,8 @@ def sample_windows(
     Labels drawn from the model's own distribution give the true Fisher (Kunstner et al. 2019, "Limitations of the
     empirical Fisher approximation"), and no data is needed. Every window begins with the tokenizer's beginning token
     (else its end token). Among four starts on SmolLM2-135M-Instruct (beginning token, document separator, random token,
-    a user turn), this one gave words closest to those of web pages and articles. An end token is an ordinary token
-    here: the model continues after it, usually with a new document, so all windows are full.
+    a user turn), this one gave the words closest to web pages and articles. An end token is an ordinary token here: the
+    model continues after it, usually with a new document, so all windows are full.
 
     Args:
         model: A causal language model.
@@ -102,7 +102,7 @@ def _continue(model: PreTrainedModel, first: int, uniforms: Tensor) -> Tensor:
     ids = torch.full((batch, 1 + steps), first, device=model.device)
     uniforms = uniforms.to(model.device)
     cache = _preallocated_cache(model, capacity=steps)
-    # Only the logits of the last position are needed; those of all positions take much memory.
+    # Only the logits of the last position are needed; the logits of all positions take much memory.
     narrow = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     for step in range(steps):
         start = 0 if cache is None else step

@@ -1,4 +1,4 @@
-"""The part of FascCallback that observes rho: what it does in each hook of a fit."""
+"""The observation of rho by FascCallback in the hooks of a fit."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from fasc_lightning.layers import Gradient, TargetedLayers
 
 
 class MonitorPhase(pl.Callback):
-    """Observes rho at every n-th optimizer step of a fit, and writes the history where the fit's loggers write.
+    """Observes rho at every n-th optimizer step of a fit, and writes the history to the folder of the fit's loggers.
 
     Args:
-        every_n_steps: Optimizer steps from one observation to the next; None observes nothing.
-        tokens: Tokens of each batch that are looked at.
+        every_n_steps: Optimizer steps between observations; None observes nothing.
+        tokens: Number of tokens of each batch to observe.
         threshold: rho above which a layer counts as high.
-        observations: See :class:`~fasc_lightning.FascCallback` (``emergence_observations``).
-        gradient: See :class:`~fasc_lightning.FascCallback` (``rho_gradient``).
-        seed: Of the choice of tokens, and of permutations.
-        token_mask: See :class:`~fasc_lightning.FascCallback`.
-        loss_terms: See :class:`~fasc_lightning.FascCallback`.
-        scales: Take the scale of a batch's gradients from its loss.
-        undo: Is given what has to be undone when training ends.
+        observations: Option ``emergence_observations`` of :class:`~fasc_lightning.FascCallback`.
+        gradient: Option ``rho_gradient`` of :class:`~fasc_lightning.FascCallback`.
+        seed: Seed of the choice of tokens, and of permutations.
+        token_mask: As in :class:`~fasc_lightning.FascCallback`.
+        loss_terms: As in :class:`~fasc_lightning.FascCallback`.
+        scales: Scales of gradients, read from the losses of batches.
+        undo: Gets the changes to undo when training ends.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class MonitorPhase(pl.Callback):
 
     @property
     def history(self) -> RhoHistory:
-        """What was observed, one row a layer and a step."""
+        """Observed rho, one row per layer and step."""
         return self._monitor.history
 
     def target(self, layers: TargetedLayers) -> None:
@@ -76,22 +76,21 @@ class MonitorPhase(pl.Callback):
         self._layers = layers
 
     def rest(self, rests: bool) -> None:
-        """Observe nothing for the time being, or go on.
+        """Pause or continue the observation.
 
         Args:
-            rests: Whether the module is held still. It then has the same rho at every step, and whoever holds it still
-                measures that.
+            rests: Whether the module is frozen. Its rho then stays the same, and the calibration measures it.
         """
         self._rests = rests
 
     def forget(self) -> None:
-        """Drop what belongs to a fit; the history stays. Safe at any time."""
+        """Drop all state of a fit except the history; safe at any time."""
         self._layers, self._rests = None, False
         self._monitor.forget()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if trainer.global_step == 0:  # a checkpoint brings its own history, after this
+        if trainer.global_step == 0:  # a checkpoint loads its own history later
             self._monitor.history = RhoHistory()
 
     @override
@@ -155,7 +154,7 @@ class MonitorPhase(pl.Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._observes:
-            with suppress(OSError):  # what went wrong first is what is to be seen
+            with suppress(OSError):  # the user has to see the first exception
                 self._write(trainer, figures=False)
 
     def _write(self, trainer: pl.Trainer, figures: bool = True) -> None:

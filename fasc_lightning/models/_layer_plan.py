@@ -2,7 +2,7 @@
 
 A plan maps the dotted name of a layer to "rank" (int) and "layout" ("pivot" or "factors"). A quantised layer also has
 "quantize" ("int8" or "int8-dynamic"); its layout can be "dense". "bias" (bool) and "side" ("out" or "in") are given if
-they differ from those that the dense layer and the layout imply. A plan holds no weights.
+they differ from the values that the dense layer and the layout imply. A plan holds no weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every option, declared, described and checked once."""
+"""Declarations, descriptions and checks of all options."""
 
 from fasc_lightning.options._block_training import RefineOptions, Target
 from fasc_lightning.options._calibration import CalibrationOptions, SketchOptions

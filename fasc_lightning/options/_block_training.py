@@ -8,23 +8,23 @@ from typing import Literal
 
 from fasc_lightning.options._types import check_fields
 
-#: What a block is to give: "dense", what the dense block makes of the dense model's hidden states; "drifted", what it
-#: makes of the compressed model's.
+#: Target of a block's training: the output of the dense block for the hidden states of the dense model ("dense") or of
+#: the compressed model ("drifted").
 Target = Literal["dense", "drifted"]
 
 
 @dataclass(frozen=True)
 class RefineOptions:
-    """How a refinement goes about it.
+    """Options of a refinement, which trains the factors block by block.
 
     Attributes:
         steps: Optimizer steps of each block, each on one batch.
         lr: First learning rate, relative to the root mean square of each tensor; it falls to zero.
-        target: See :data:`Target`.
-        holdout: Every so many-th batch is held out; the last one, where there are fewer.
-        tokens: Hidden states of at most so many tokens, padding included, are held: the first batches that have no
-            more are used.
-        seed: Of the order in which batches are taken.
+        target: The output that a block is trained towards, see :data:`Target`.
+        holdout: One batch in this many is held out; if there are fewer batches, the last one is.
+        tokens: Largest number of tokens, padding included, whose hidden states are held. The first batches within this
+            number are used.
+        seed: Seed of the order of batches.
     """
 
     steps: int = 64
@@ -35,7 +35,7 @@ class RefineOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Refuse options that are out of range."""
         check_fields(self)
         least = {"steps": 1, "holdout": 2, "tokens": 1, "seed": 0}
         for name, value in least.items():

@@ -1,4 +1,4 @@
-"""The options as a calibration reads them: a copy of the callback's, and what follows from them."""
+"""The options of a calibration: a copy of the callback's options, and values derived from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class CalibrationOptions(CompressionOptions):
 
     @classmethod
     def of(cls, options: CompressionOptions) -> CalibrationOptions:
-        """Return a copy of options that have been checked, as those of a callback."""
+        """Return a copy of options that have been checked, such as a callback's."""
         made = object.__new__(cls)
         for field in fields(cls):
             setattr(made, field.name, getattr(options, field.name))
@@ -25,24 +25,24 @@ class CalibrationOptions(CompressionOptions):
 
     @property
     def sketching(self) -> SketchOptions | None:
-        """What is to be sketched; None for exact moments."""
+        """Options of the sketches; None for exact moments."""
         if self.sketch is None:
             return None
         return SketchOptions(self.sketch, self.sketch_size, self.sketch_above, self.seed, self.rho_threshold)
 
     def place(self, device: torch.device) -> torch.device:
-        """Return where moments and factors are held in a fit on a device."""
+        """Return the device that holds moments and factors in a fit on a given device."""
         return device if self.moments_device is None else torch.device(self.moments_device)
 
     def without_replay(self, refines: bool, reason: str) -> CalibrationOptions:
-        """Return the options of a calibration whose module no process can hold as a whole, and say so.
+        """Return the options of a calibration whose whole module fits into no process, and log what is left out.
 
         Args:
             refines: Whether a refinement is asked for.
-            reason: Why it cannot be held.
+            reason: Why the module does not fit.
 
         Raises:
-            MemoryError: If what is insisted on needs it.
+            MemoryError: If a refit is required, or a refinement or a recovery asked for: they need the whole module.
         """
         if self.refit is True or refines or self.recovery is not None:
             what = "a refit" if self.refit is True else "a recovery"
@@ -64,15 +64,14 @@ class CalibrationOptions(CompressionOptions):
 
 @dataclass(frozen=True)
 class SketchOptions:
-    """What is to be sketched, and how.
+    """Kind and size of sketches.
 
     Attributes:
-        kind: "projected" holds wider sides as the layer's weight sees them (``statistics/_projected.py``), for
-            which no other option counts; "range", or for comparison "gaussian", sketches
-            (``statistics/_sketch.py``).
+        kind: "projected" holds wider sides as the layer's weight sees them (``statistics/_projected.py``) and ignores
+            the other options. "range", or for comparison "gaussian", sketches (``statistics/_sketch.py``).
         size: Columns of the sketch, or "auto".
-        above: Sides of layers no wider than this stay exact.
-        seed: Of the random matrices.
+        above: Width up to which sides of layers stay exact.
+        seed: Seed of the random matrices.
         threshold: rho up to which "auto" takes the smaller size.
     """
 

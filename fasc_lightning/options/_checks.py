@@ -1,4 +1,4 @@
-"""Refusals of options by themselves and together, before anything is done."""
+"""Range checks of options, and checks of their combinations, before any work."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fasc_lightning.solvers import get_solver
 if TYPE_CHECKING:
     from fasc_lightning.options._compression import CompressionOptions
 
-#: "fisher" spends one budget by predicted losses, "measured" by losses corrected on tokens, "uniform" layer by layer.
+#: "fisher" spends one budget by predicted losses, "measured" by corrected losses; "uniform" spends it layer by layer.
 Allocation = Literal["measured", "fisher", "uniform"]
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
-#: Serves the layers below the gate: the activation covariance alone.
+#: Solver of the layers below the gate; it needs the activation covariance alone.
 CHEAP_METHOD = "svd"
 
 
@@ -25,7 +25,7 @@ def check_budget(rank: float | None, keep: float | None) -> None:
     """Check the two ways to state a budget.
 
     Raises:
-        ValueError: If both or neither are given, or the one given is out of range.
+        ValueError: If both or neither are given, or if the given one is out of range.
     """
     if rank is None and keep is None:
         raise ValueError(
@@ -50,17 +50,17 @@ def check_budget(rank: float | None, keep: float | None) -> None:
 
 
 def check_values(options: CompressionOptions) -> None:
-    """Check the options that are in no group, each by itself.
+    """Check each option outside of the groups by itself.
 
     Raises:
-        ValueError: If one is out of range.
+        ValueError: If an option is out of range.
     """
     get_solver(options.method)
     check_word("allocation", options.allocation, ALLOCATIONS)
     check_word("layout", options.layout, get_args(Layout))
     if type(options.align) is not int or options.align < 1:
         raise ValueError(
-            f"Expected `align` to be a positive int, what ranks are multiples of, but got {options.align!r}."
+            f"Expected `align`, of which ranks are multiples, to be a positive int but got {options.align!r}."
         )
     if not (isinstance(options.refit, bool) or options.refit == "auto"):
         raise ValueError(f"Expected `refit` to be True, False or 'auto' but got {options.refit!r}.")
@@ -69,10 +69,10 @@ def check_values(options: CompressionOptions) -> None:
 
 
 def check_monitor_only(options: CompressionOptions) -> None:
-    """Refuse options of a compression where there is none.
+    """Refuse options of a compression if there is no budget.
 
     Raises:
-        ValueError: If one is given.
+        ValueError: If such an option is given.
     """
     given = {
         "calibration_steps": options.calibration_steps is not None,
@@ -93,7 +93,7 @@ def check_combinations(options: CompressionOptions) -> None:
     """Check a gate, several passes and projected moments against the options that they rule out.
 
     Raises:
-        ValueError: With the remedy.
+        ValueError: If options exclude each other; the message names the remedy.
     """
     if options.gate_threshold is not None and options.method == CHEAP_METHOD:
         raise ValueError(
@@ -115,8 +115,8 @@ def _check_passes(options: CompressionOptions) -> None:
         )
     if options.refit is True:
         raise ValueError(
-            f"Expected refit=False or 'auto' with {passes=} but got True: a refit reads the moments of all layers in "
-            "the end, and several passes are for moments that are not there together."
+            f"Expected refit=False or 'auto' with {passes=} but got True: a refit reads the moments of all layers at "
+            "the end, but several passes never hold them all at once."
         )
     if options.calibration_steps is not None:
         raise ValueError(
@@ -130,7 +130,7 @@ def _check_projected(options: CompressionOptions) -> None:
         "update_weights": (
             options.update_weights,
             False,
-            "it sums what the weights let through, which have to stay the same",
+            "it sums moments as the weights see them, so the weights have to stay the same",
         ),
         "method": (options.method != "fasc", "fasc", "the other solvers read whole moments"),
         "gate": (options.gate_threshold is not None, None, "the cheap solver reads whole moments"),

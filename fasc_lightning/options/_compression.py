@@ -1,4 +1,4 @@
-"""The one declaration of a compression's options."""
+"""The declaration of all options of a compression."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from fasc_lightning.options._groups import (
 from fasc_lightning.options._recovery import FactorRecovery, LoraRecovery, as_recovery, describe_recovery
 from fasc_lightning.options._types import check_fields, own
 
-#: "auto" refits where a module allows it and says why where not; True insists.
+#: "auto" refits if the module allows it and logs the reason if not; True raises an error instead.
 Refit = bool | Literal["auto"]
 
-#: Of the options that are groups: the class.
+#: Class of each option that is a group.
 GROUPS: dict[str, Any] = {"calibration": Calibration, "memory": Memory, "monitor": Monitor, "gate": Gate}
 
 
 class Flat:
-    """The flat name that an option of a group had before there were groups; it can be read, set and given as ever.
+    """The flat name of an option in a group, from before there were groups; an attribute and an argument.
 
     Args:
         group: Name of the group.
-        option: Name in the group.
+        option: Name of the option in the group.
     """
 
     def __init__(self, group: str, option: str) -> None:
@@ -60,55 +60,55 @@ class Flat:
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class CompressionOptions:
-    """Every option of a compression: of FascCallback, which is one, and of compress, plan and the recipes.
+    """All options of a compression; FascCallback, compress, plan and the recipes take them.
 
-    The flat names that options had before there were groups (``passes``, ``update_weights``, ...) are arguments and
-    attributes as well.
+    The flat names from before there were groups (``passes``, ``update_weights``, ...) also work, as arguments and as
+    attributes.
 
     Args:
-        rank: The budget, as a rank: a float is a fraction of full rank (1.0 is full), an int is an absolute rank. It
-            buys the degrees of freedom of uniform rank-k matrices, the sum of k (m + n - k), and they are spent where
-            they matter most. What is kept never exceeds the budget.
-        keep: The budget, as the fraction of the targeted layers' parameters to keep; instead of ``rank``. With neither
-            of them, rho is monitored and nothing is compressed.
-        method: Solver, and with it the statistics that are gathered: "fasc"; "fasc-plain", without coupled moments;
-            "svd-llm"; "svd", by the activation covariance; "weight-svd"; "asvd"; "grad-svd"; "fisher-diag"; "fwsvd";
-            "gfwsvd", by the one step of its iteration that needs no further pass; and, for comparison only, "fasc-eq6",
-            "fasc-eq6-centred" and "fasc-eq6-literal", the eigenproblem as printed. The page of
-            ``fasc_lightning.solvers`` says more.
-        targets: Patterns of the layers to compress, as in peft: a list of names or last parts, or a regular
-            expression. None takes every linear layer but output embeddings and tied weights.
-        exclude: Patterns of layers to leave alone.
-        allocation: "measured" spends one budget over all layers, by losses that are corrected on an eighth of the
-            calibration's batches. "fisher" goes by predicted losses alone. "uniform" gives each layer its own share.
-        layout: How a rank-k (m, n) matrix is stored: "pivot" in k (m + n - k) numbers, "factors" in k (m + n). "auto"
-            is pivot, except where it saves nothing (low ranks) or is slower than a dense layer as small (high ranks).
-        align: Ranks are multiples of this number, within the same budget (layers may stay dense). Matrix products like
-            8 or more.
-        refit: Whether factors are refitted, block by block, to the inputs that the compressed model gives them, on the
-            calibration's batches. "auto" does so where the model's blocks can be run one by one, and says why where
-            not. True insists. A refit keeps the moments until the end.
-        quantize: "int8" holds the targeted layers in int8 when all else is done, those that stay dense included.
-            "int8-dynamic" rounds their inputs as well. What is int8 does not train. None quantises nothing.
+        rank: Budget as a rank: a float is a fraction of full rank (1.0 is full), an int is an absolute rank. The budget
+            is the number of parameters of uniform rank-k (m, n) matrices, the sum of k (m + n - k). ``allocation``
+            spends it and never exceeds it.
+        keep: Budget as the fraction of the targeted layers' parameters to keep, instead of ``rank``. Without either,
+            the callback monitors rho and compresses nothing.
+        method: Solver, which also decides the statistics to gather: "fasc"; "fasc-plain" (no coupled moments);
+            "svd-llm"; "svd" (activation covariance); "weight-svd"; "asvd"; "grad-svd"; "fisher-diag"; "fwsvd"; "gfwsvd"
+            (only the step of its iteration that needs no further pass). For comparison only: "fasc-eq6",
+            "fasc-eq6-centred" and "fasc-eq6-literal", the eigenproblem as printed. ``fasc_lightning.solvers`` documents
+            each.
+        targets: Layers to compress, as patterns of peft: a list of names or last parts of names, or a regular
+            expression. None takes every linear layer except output embeddings and tied weights.
+        exclude: Layers to leave alone, as patterns like those in ``targets``.
+        allocation: "measured" spends one budget over all layers by predicted losses, which it corrects on an eighth of
+            the calibration batches. "fisher" uses predicted losses alone. "uniform" gives each layer its own budget.
+        layout: Storage of a rank-k (m, n) matrix: "pivot" takes k (m + n - k) numbers, "factors" takes k (m + n).
+            "auto" is pivot, except where pivot saves nothing (low ranks) or where a dense layer is faster and no larger
+            (high ranks).
+        align: Ranks are multiples of this number, within the same budget; layers may stay dense. Matrix products run
+            faster with 8 or more.
+        refit: Whether to refit the factors, block by block, to the inputs that they get in the compressed model, on the
+            calibration batches. "auto" refits if the model's blocks can run one by one, and logs the reason if not.
+            True raises an error instead. A refit keeps all moments until the end.
+        quantize: "int8" stores the targeted layers in int8 as the last step, layers that stayed dense included.
+            "int8-dynamic" also rounds their inputs. Layers in int8 do not train. None quantises nothing.
         recovery: "lora", "factors" or their options (:class:`~fasc_lightning.LoraRecovery`,
-            :class:`~fasc_lightning.FactorRecovery`). This fit compresses; the next one, by a new Trainer with the same
-            callback, trains adapters on the factors or the factors, and only then is quantised. None: no recovery
-            follows.
-        seed: Of the choice of calibration tokens, and of rho's tokens and permutations.
-        calibration: The part of the fit that calibrates, and the tokens that count:
-            :class:`~fasc_lightning.options.Calibration`.
-        memory: How second moments are held that would take too much memory:
-            :class:`~fasc_lightning.options.Memory`, or "projected", "range" or "gaussian" alone.
-        monitor: What is observed of rho while the module trains: :class:`~fasc_lightning.options.Monitor`, or the
-            number of steps from one observation to the next alone.
-        gate: Which layers the cheap solver serves: :class:`~fasc_lightning.options.Gate`, or its threshold alone.
+            :class:`~fasc_lightning.FactorRecovery`). This fit compresses. The next fit, by a new Trainer with the same
+            callback, trains adapters on the factors ("lora") or the factors; quantisation waits for its end. None
+            recovers nothing.
+        seed: Seed of the choice of calibration tokens, and of rho's tokens and permutations.
+        calibration: When the fit calibrates, and which tokens count: :class:`~fasc_lightning.options.Calibration`.
+        memory: How to hold large second moments: :class:`~fasc_lightning.options.Memory`, or only its sketch
+            ("projected", "range" or "gaussian").
+        monitor: How to observe rho during training: :class:`~fasc_lightning.options.Monitor`, or only its number of
+            steps between observations.
+        gate: Which layers get the cheap solver: :class:`~fasc_lightning.options.Gate`, or only its threshold.
 
     Raises:
-        ValueError: If an option is out of range, or options exclude each other.
+        ValueError: If an option is out of range, or if options exclude each other.
         TypeError: If an option is of a wrong type.
     """
 
-    # int and float are both spelled out: command lines read the type, and 256 is not 256.0.
+    # Command lines read this type. It names both int and float because 256 is not 256.0.
     rank: int | float | None = field(default=None, kw_only=False)
     keep: float | None = field(default=None, kw_only=False)
     method: str = "fasc"
@@ -126,7 +126,7 @@ class CompressionOptions:
     monitor: Monitor | int | None = None
     gate: Gate | float | None = None
 
-    # The flat names: this is their one table.
+    # The only table of flat names.
     calibration_steps = Flat("calibration", "steps")
     update_weights = Flat("calibration", "update_weights")
     token_fraction = Flat("calibration", "token_fraction")
@@ -161,7 +161,7 @@ class CompressionOptions:
         check_combinations(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options that differ from their defaults as plain data, those of groups under their flat names."""
+        """Return the options that differ from their defaults as plain data; options of groups have their flat names."""
         found: dict[str, Any] = {}
         for name, value in differences(self).items():
             if name in GROUPS:
@@ -175,32 +175,32 @@ def flat(name: str, group: Any) -> dict[str, Any]:
     """Return the options of a group that differ from their defaults as plain data, under their flat names.
 
     Args:
-        name: Of the group among the options.
+        name: Name of the group among the options.
         group: The group.
     """
     return {flat_name(name, option): _plain(part) for option, part in differences(group).items()}
 
 
 def flat_name(group: str, option: str) -> str:
-    """Return what an option of a group is called beside those of the callback: a gate's threshold is the gate."""
+    """Return the flat name of an option of a group; for a gate's threshold it is "gate"."""
     if (group, option) == ("gate", "threshold"):
         return group
     return next(name for name, part in FLAT.items() if (part.group, part.option) == (group, option))
 
 
 def options_of(options: CompressionOptions | None, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of options like given ones, with some changed, for any class of options.
+    """Return the arguments that make options like the given ones with some changes, for any class of options.
 
     Args:
-        options: Those to begin with; None begins with the defaults.
-        changes: Options by name, flat names among them.
+        options: The given options; None for the defaults.
+        changes: Changed options by name; flat names are allowed.
     """
     given = {} if options is None else {f.name: getattr(options, f.name) for f in fields(CompressionOptions)}
     return {**given, **changes}
 
 
 def reported(options: CompressionOptions) -> dict[str, Any]:
-    """Return the options as reports of a compression state them; what is not done yet is stated once it is."""
+    """Return the options as a compression's report states them; ``quantize`` is left out if a recovery comes first."""
     found = options.to_dict()
     if options.recovery is not None:
         found.pop("quantize", None)
@@ -222,8 +222,8 @@ def _changed(name: str, group: Any, values: Mapping[str, Any]) -> Any:
 def _take_flat_names(cls: type) -> None:
     """Make the constructor take the flat names beside its own arguments.
 
-    A flat name changes its option in the group that is given, or else in the group's defaults. The signature shows the
-    flat names as the keywords of a TypedDict, which jsonargparse reads.
+    A flat name changes its option in the given group, or else in the group's defaults. The signature shows the flat
+    names as keywords of a TypedDict, which jsonargparse reads.
     """
     init: Callable[..., None] = cls.__init__  # type: ignore[misc]
 
@@ -246,6 +246,6 @@ def _take_flat_names(cls: type) -> None:
     cls.__init__ = construct  # type: ignore[misc]
 
 
-#: The flat names.
+#: Flat names and the options they stand for.
 FLAT = {name: part for name, part in vars(CompressionOptions).items() if isinstance(part, Flat)}
 _take_flat_names(CompressionOptions)

@@ -1,4 +1,4 @@
-"""What the declarations say of each option, for command lines and tables."""
+"""Type, default and description of each option, for command lines and tables."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, get_type_hints
 from fasc_lightning.options._compression import FLAT, GROUPS, CompressionOptions
 from fasc_lightning.options._groups import SHORTHANDS
 
-#: References and code in docstrings, of which the name stays.
+#: References and code in docstrings; only their text is kept.
 _MARKUP = re.compile(r":\w+:`~?(?:\w+\.)*(\w+)`|``(.*?)``")
 
 
 class Option(NamedTuple):
-    """An option as command lines and tables need it: its type, its default, and its description in one paragraph."""
+    """Type, default and description (one paragraph of plain text) of an option."""
 
     type: Any
     default: Any
@@ -22,11 +22,11 @@ class Option(NamedTuple):
 
 
 def described(name: str) -> Option:
-    """Return what the declaration says of an option.
+    """Return the type, default and description of an option.
 
     Args:
-        name: Of an option, or the flat name of one in a group. Of a group that a value alone may stand for, as a gate,
-            it is the option that the value sets.
+        name: Name of an option, or flat name of an option in a group. The name of a group with a short form (a gate)
+            gives the option that the short form sets.
     """
     cls, option = CompressionOptions, name
     if name in FLAT:

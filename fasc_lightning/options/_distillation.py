@@ -1,4 +1,4 @@
-"""How the dense model teaches the compressed one."""
+"""Options of the teacher: the dense model, from which the compressed one learns."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from fasc_lightning.options._types import check_fields
 
 @dataclass(frozen=True)
 class Distillation:
-    """How the dense model teaches the compressed one.
+    """Options of distillation from the dense model into the compressed one.
 
     The loss is weight T^2 KL(teacher || student) + (1 - weight) label loss + blocks times the relative squared error of
-    the blocks' outputs, token by token, where the distributions are those of logits divided by the temperature T. All
-    of it is over the predictions that the labels, or without labels the padding, let count.
+    the blocks' outputs, token by token. The distributions come from logits divided by the temperature T. The labels
+    select the predictions that count; without labels, the padding does.
 
     Attributes:
-        temperature: T.
-        weight: Of the teacher's predictions against the labels; at 1 no labels are needed.
-        blocks: Weight of the blocks' outputs; 0 does not look at them.
-        device: Where the teacher is, for example "cpu". None for that of the module: then the two share all that
-            recovery does not train, and the teacher is the dense layers alone.
-        dtype: Of a teacher with weights of its own, a torch dtype or its name; None for the module's.
-        cache: Folder for the teacher's ``top_k`` largest logits of each prediction. They are computed once, before
-            the training, and the teacher is then gone; but where the fit does not go through all of a data set of
-            known length, the teacher stays and is asked when a sample is new. All runs towards the same dense layers
-            can share it.
-        top_k: How many of them. What is not among them counts as one outcome.
+        temperature: Temperature T.
+        weight: Weight of the teacher's predictions against the labels; at 1 no labels are needed.
+        blocks: Weight of the blocks' outputs; 0 ignores them.
+        device: Device of the teacher, for example "cpu". With None it is the module's device: the two then share all
+            weights that recovery does not train, and the teacher adds the dense layers alone.
+        dtype: Dtype of a teacher with weights of its own, a torch dtype or its name; None for the module's.
+        cache: Folder for the teacher's ``top_k`` largest logits of each prediction. They are computed once before the
+            training, and the teacher is then freed. If the fit does not go through all of a data set of known length,
+            the teacher stays and serves new samples. All runs towards the same dense layers can share the folder.
+        top_k: Number of logits in the cache. All other tokens count as one outcome.
 
     Raises:
-        ValueError: If an option is out of range, or the options exclude each other.
+        ValueError: If an option is out of range, or if options exclude each other.
     """
 
     temperature: float = 1.0
@@ -66,7 +65,7 @@ class Distillation:
         """Return the teacher's dtype.
 
         Raises:
-            ValueError: If it is not a floating dtype of torch.
+            ValueError: If ``dtype`` is not a floating dtype of torch.
         """
         found = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
         if self.dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):

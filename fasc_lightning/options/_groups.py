@@ -1,4 +1,4 @@
-"""The groups of options, Calibration, Memory, Monitor and Gate, and the short forms that stand for them."""
+"""The groups of options (Calibration, Memory, Monitor, Gate) and their short forms."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fasc_lightning.layers import Gradient
 from fasc_lightning.options._types import check_fields, check_word, own, plain
 from fasc_lightning.statistics import MomentsDevice
 
-#: Width above which the paper sketches (Shihab et al., section 2.3).
+#: Width above which the paper uses sketches (Shihab et al., section 2.3).
 SKETCH_ABOVE = 4096
 
-#: How second moments can be held that are too large.
+#: Ways to hold second moments that are too large to hold whole.
 ReductionKind = Literal["projected", "range", "gaussian"]
 
-#: An absolute size, or "auto" (``calibration/_sketch_policy.py``).
+#: Columns of a sketch, or "auto" (``calibration/_sketch_policy.py``).
 SketchSize = int | Literal["auto"]
 
-#: The scores that can decide between the solvers.
+#: Scores that a gate can compare with its threshold.
 GateScore = Literal["debiased", "pooled", "rho"]
 GATE_BY: tuple[GateScore, ...] = get_args(GateScore)
 
@@ -30,7 +30,7 @@ PAPER = "paper"
 
 
 def represent(options: Any) -> str:
-    """Return a dataclass of options as text: its name and what differs from the defaults."""
+    """Return a dataclass of options as text: its name and the options that differ from the defaults."""
     return f"{type(options).__name__}({', '.join(f'{name}={value!r}' for name, value in differences(options).items())})"
 
 
@@ -46,23 +46,23 @@ def differences(options: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, repr=False)
 class Calibration:
-    """The part of the fit that calibrates, and the tokens that count.
+    """When the fit calibrates, and which tokens count.
 
     Args:
-        steps: Calibrate on the last so many optimizer steps (batches in manual optimisation). None calibrates in the
-            last epoch. A number is required where that epoch is not known: with max_steps, max_time or early stopping.
-            A stop that comes before the calibration waits for it (Lightning then says that min_steps has not been met).
-            The length of a stream is learned from its epochs; a fit that would end before the calibration goes on for
-            so many steps.
-        update_weights: Whether the weights go on training while the fit calibrates. False freezes them: eval mode, no
+        steps: Number of optimizer steps at the end of the fit that calibrate (batches in manual optimisation). None
+            calibrates in the last epoch. A number is required if the last epoch is not known in advance: with
+            max_steps, max_time or early stopping. An early stop waits for the calibration (Lightning then reports that
+            min_steps has not been met). A stream's length is learned from its epochs. A fit that would end before its
+            calibration runs this many more steps.
+        update_weights: Whether the weights keep training during calibration. False freezes them: eval mode, no
             optimizer or scheduler step, no weight gradients.
         token_fraction: Share of the tokens that enters the moments. Fewer tokens are faster and less accurate.
         loss_terms: How the loss averages: "mean", "sum", or a callable that returns the number of averaged terms of a
-            batch. None asks the module's ``loss_terms`` method (CausalLMModule has one) and otherwise takes a mean. The
-            loss's autograd graph tells the number of terms of a mean. Where it does not (fused losses), the terms are
-            the tokens of ``token_mask``, or else the samples, and a batch of tokens logs a warning.
-        token_mask: Callable that returns True for the real tokens of a batch, shape (samples, length), or None. By
-            default the module's ``token_mask`` method decides, and without one every token counts.
+            batch. None uses the module's ``loss_terms`` method (CausalLMModule has one), else "mean". The number of
+            terms of a mean comes from the loss's autograd graph. If the graph does not show it (fused losses), the
+            terms are the tokens of ``token_mask``, else the samples, and a batch of tokens logs a warning.
+        token_mask: Callable that returns True for the real tokens of a batch, shape (samples, length), or None. Without
+            it the module's ``token_mask`` method decides; without either, every token counts.
 
     Raises:
         ValueError: If an option is out of range.
@@ -87,23 +87,23 @@ class Calibration:
 
 @dataclass(frozen=True, repr=False)
 class Memory:
-    """How second moments are held that would take too much memory. A sketch's name alone stands for it.
+    """How to hold large second moments. A sketch's name alone stands for the group.
 
     Args:
         sketch: None holds all second moments whole. "projected" holds the moment of a layer's wider side as the weight
-            sees it, W A W^T or W^T G W. It is exact for method="fasc" and as small as the narrower side. It needs
-            frozen weights and rules out a refit. "range" holds a single-pass sketch of the moments that are too wide.
-            "gaussian" is the paper's projection with lifting, whose span is random; it is there for comparison only.
-        sketch_size: Columns of a sketch. "auto" takes four times the rank that the budget means for a layer, two times
-            where this fit's monitor has observed a rho of at most its threshold before the calibration begins, and at
-            most half the width.
-        sketch_above: Sides of layers up to this width are held whole, and so are sides of which a sketch would not be
+            sees it, W A W^T or W^T G W: as small as the narrower side, and exact for method="fasc". It needs frozen
+            weights and rules out a refit. "range" sketches moments that are too wide, in a single pass. "gaussian" is
+            the paper's projection with lifting, whose span is random; for comparison only.
+        sketch_size: Columns of a sketch. "auto" takes 4 times the rank that the budget means for a layer, at most half
+            the width. It takes 2 times if this fit's monitor observed a rho of at most its threshold before the
+            calibration.
+        sketch_above: Sides of layers up to this width are held whole. Wider sides are too, if a sketch would not be
             clearly smaller.
-        device: "cpu" holds moments and factors on the CPU, beside the device of the fit. Rows are copied while the
-            backward pass goes on. None holds them on the device of the fit.
-        passes: How many of the last epochs calibrate, each for a share of the layers. The moments then need so much
-            less memory. The factors are the same, and wait on the disk. Several passes need frozen weights and rule out
-            a refit, which needs all moments together.
+        device: "cpu" holds moments and factors on the CPU and copies rows during the backward pass. None holds them on
+            the device of the fit.
+        passes: Number of last epochs that calibrate, each for a share of the layers. The moments then take about
+            1 / passes of the memory. The factors are the same and wait on disk. Several passes need frozen weights and
+            rule out a refit, which needs all moments at once.
 
     Raises:
         ValueError: If an option is out of range.
@@ -135,20 +135,21 @@ class Memory:
 
 
 def holds_moments(passes: int, sketch: str | None) -> bool:
-    """Tell whether the whole moments of all layers are there in the end, as a refit reads them."""
+    """Return whether the whole moments of all layers exist at the end, which a refit reads."""
     return passes == 1 and sketch != "projected"
 
 
 @dataclass(frozen=True, repr=False)
 class Monitor:
-    """What is observed of rho while the module trains. An int alone stands for ``every_n_steps``.
+    """How to observe rho during training. An int alone stands for ``every_n_steps``.
 
     Args:
-        every_n_steps: Observe rho at optimizer steps 0, n, 2n, ... (batches in manual optimisation). None does not.
-        tokens: Tokens of each batch that an observation looks at, a quarter of them from one sequence at most.
-        threshold: Plain rho above which a layer counts as high, in logs and summaries. Chance alone reaches it where
-            ``tokens`` are few, so compare with the null.
-        observations: A layer emerges where rho stays above the threshold and above its null for so many observations.
+        every_n_steps: Observe rho at optimizer steps 0, n, 2n, ... (batches in manual optimisation). None never
+            observes it.
+        tokens: Tokens of each batch to observe, at most a quarter of them from one sequence.
+        threshold: Plain rho above which logs and summaries count a layer as high. Chance alone reaches it with few
+            ``tokens``, so compare with the null.
+        observations: A layer emerges if rho stays above the threshold and its null for this many observations.
         gradient: "input" couples x with g = W^T h, the gradient at the layer's input (the paper's definition). "output"
             couples x with h, the gradient at the layer's output.
 
@@ -184,16 +185,16 @@ class Monitor:
 
 @dataclass(frozen=True, repr=False)
 class Gate:
-    """Which layers the cheap solver serves. A number alone stands for ``threshold``.
+    """Which layers get the cheap solver. A number alone stands for ``threshold``.
 
     Args:
-        threshold: rho at or under which the cheap solver ("svd") serves a layer instead of ``method``. None lets
-            ``method`` serve all layers. With a gate every batch is scored, on the tokens that the monitor looks at.
-        by: The score that is compared with the threshold. "debiased" is signed and around 0 for unrelated x and g.
-            "pooled" is the paper's rho of all tokens and costs a third more work for the moments. "rho" is that of
-            minibatches, which chance alone can take past 0.3.
-        exclude: Patterns of layers that rho does not decide and the cheap solver serves. "paper" stands for the
-            attention of blocks 0 to 2 and the output projections of the last block.
+        threshold: Layers with a rho up to this get the cheap solver ("svd") instead of ``method``. None uses ``method``
+            for all layers. A gate scores every batch, on as many tokens as the monitor.
+        by: Score to compare with the threshold. "debiased" is signed, and around 0 for unrelated x and g. "pooled" is
+            the paper's rho over all tokens and adds a third to the work of the moments. "rho" is the rho of
+            minibatches; chance alone can take it past 0.3.
+        exclude: Layers that get the cheap solver whatever their rho, as patterns. "paper" stands for the attention of
+            blocks 0 to 2 and the output projections of the last block.
 
     Raises:
         ValueError: If an option is out of range.
@@ -219,7 +220,7 @@ class Gate:
             raise ValueError(f"Expected `threshold` to be in [0, 1], as rho is, but got {self.threshold}.")
 
 
-#: Of every group: the option that a value alone stands for, the type of such a value, and the type in words.
+#: Of every group: the option that a bare value sets, the type of that value, and the type in words.
 SHORTHANDS: dict[type, tuple[str, type | tuple[type, ...], str] | None] = {
     Calibration: None,
     Memory: ("sketch", str, "the name of a sketch"),
@@ -234,13 +235,13 @@ def as_group(name: str, group: type[Group], value: Any) -> Group:
     """Return the group that a value stands for.
 
     Args:
-        name: Of the option.
-        group: Class.
+        name: Name of the option.
+        group: Class of the group.
         value: A group, its short form, or None for the defaults.
 
     Raises:
-        TypeError: If it stands for none.
-        ValueError: If it is out of range.
+        TypeError: If the value is neither.
+        ValueError: If the value is out of range.
     """
     if isinstance(value, group):
         return value
@@ -254,12 +255,12 @@ def as_group(name: str, group: type[Group], value: Any) -> Group:
 
 
 def changed(group: Group, values: Mapping[str, Any], names: Mapping[str, str]) -> Group:
-    """Return a group with some options changed; what is refused is called as the caller called it.
+    """Return a group with some options changed; errors use the caller's names of the options.
 
     Args:
         group: The group.
-        values: By option.
-        names: How the caller calls the options.
+        values: New values by option.
+        names: The caller's name of each option.
     """
     try:
         return replace(group, **values)

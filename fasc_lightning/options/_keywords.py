@@ -12,7 +12,7 @@ from fasc_lightning.options._recovery import FactorRecovery, LoraRecovery
 
 
 class PlanKeywords(TypedDict, total=False):
-    """The fields of :class:`CompressionOptions`, but for ``memory``; a test compares the two."""
+    """The fields of :class:`CompressionOptions` except ``memory``; a test compares the two."""
 
     rank: int | float | None
     keep: float | None

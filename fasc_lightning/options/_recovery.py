@@ -1,4 +1,4 @@
-"""The options of recovery: what is trained after a compression, for how long, towards what."""
+"""The options of a recovery: trained parameters, length and target of the training after a compression."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from fasc_lightning.options._block_training import RefineOptions
 from fasc_lightning.options._distillation import Distillation
 from fasc_lightning.options._types import check_fields
 
-#: Where the loss comes from: the labels alone, the dense model, or the dense model by given options.
+#: Source of the loss: the labels alone, the dense model, or the dense model with given options.
 TeacherOption = Literal["dense"] | Distillation | None
 
-#: Of a Trainer, in its own words; those of them that leave the model's own numbers what they are.
+#: Precisions of a Trainer that do not convert the model's own weights.
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
-#: Learning rates by arm and by whether there is a teacher. What is compressed little predicts nearly what its teacher
-#: does: steps that labels of new text are worth taking at first lead away from there.
+#: Learning rates by arm and by whether there is a teacher. A slightly compressed model predicts nearly the same as its
+#: teacher. Steps that pay off with labels of new text would at first lead away from there.
 RATES = {("lora", False): 5e-4, ("lora", True): 2e-4, ("factors", False): 5e-5, ("factors", True): 2e-5}
 
-#: Initialisations of peft that leave the factors as they are, so that an adapter adds nothing before it is trained.
+#: Initialisations of peft that leave the factors unchanged: an adapter adds nothing before it is trained.
 _NEUTRAL_INITS = (True, "gaussian", "orthogonal")
 
 _ADAPTERS_ONLY = "recovery trains adapters on the factors and nothing else. HINT: FactorRecovery trains the factors."
 _NOT_MERGED = "such adapters are no sum with a factor, and cannot be merged into it."
 
-#: What a LoraConfig may not ask for: the only value allowed, and why.
+#: Restricted arguments of a LoraConfig: the only allowed value, and the reason.
 _REFUSED: dict[str, tuple[Any, str]] = {
     "bias": ("none", _ADAPTERS_ONLY),
     "lora_bias": (False, _ADAPTERS_ONLY),
@@ -49,9 +49,9 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 
 
 class _Taught:
-    """What follows from the options that every recovery has."""
+    """Properties derived from the options that every recovery has."""
 
-    #: Name in reports.
+    #: Name of the recovery in reports.
     arm: ClassVar[str]
     teacher: TeacherOption
     learning_rate: float | None
@@ -71,35 +71,34 @@ class _Taught:
 
 @dataclass(frozen=True)
 class LoraRecovery(_Taught):
-    """Adapters on the factors are trained and then merged into them; all else is frozen.
+    """Options of a recovery that trains adapters on the factors and merges them; all other weights are frozen.
 
-    An adapter on a factor is merged into that factor, so that ranks stay what they are. Layers that stayed dense get
-    none.
+    Each adapter is merged into its own factor, so ranks do not change. Layers that stayed dense get no adapters.
 
     Attributes:
-        r: Rank of the adapters. More than the rank of a factor has brings nothing.
+        r: Rank of the adapters. A rank above the factor's own gains nothing.
         alpha: An adapter's product is multiplied by alpha / r; None for alpha = 2 r.
-        dropout: Of what goes into an adapter.
-        config: A peft ``LoraConfig``, or its arguments, in place of the three. Its ``target_modules`` (without any all
-            are taken) and ``exclude_modules`` select among the compressed layers, or their factors, as ``targets``
-            does; ``rank_pattern`` and ``alpha_pattern`` name them likewise.
+        dropout: Dropout of an adapter's input.
+        config: A peft ``LoraConfig``, or its arguments, in place of the three. Its ``target_modules`` (all if it has
+            none) and ``exclude_modules`` select compressed layers, or their factors, as ``targets`` does. Its
+            ``rank_pattern`` and ``alpha_pattern`` use the same names.
         teacher: None (labels), "dense" (the dense model's predictions, with the defaults of
             :class:`~fasc_lightning.Distillation`), or a ``Distillation``.
-        refine_steps: Each block's factors are first trained for so many steps towards the dense block's output
-            (``refit/_block_training.py``), on the calibration's batches when the layers have been replaced, in
-            ``recover`` on its own; 0 does not.
-        learning_rate: Of AdamW in ``compress`` and ``recover``, for a transformers model; None for that of
-            :data:`RATES`. A LightningModule has its own optimizers, there and in a Trainer of yours.
-        epochs: In ``compress`` and ``recover``.
-        precision: Of the Trainer in these, "bf16-mixed" for example, but none that converts the model; None for its
-            default.
-        validate_every: Optimizer steps from one look at the held-out loss to the next; None for eight in a fit, or one
-            an epoch where its length is not known.
-        patience: Stop after so many of them that brought nothing; None never stops early.
+        refine_steps: Steps that first train each block's factors towards the dense block's output
+            (``refit/_block_training.py``); 0 for none. They use the calibration batches, after the layers have been
+            replaced; in ``recover``, its own batches.
+        learning_rate: Learning rate of AdamW in ``compress`` and ``recover``, for a transformers model; None for the
+            rate in :data:`RATES`. A LightningModule uses its own optimizers, there and in a Trainer of yours.
+        epochs: Epochs of training in ``compress`` and ``recover``.
+        precision: Precision of the Trainer in ``compress`` and ``recover``, for example "bf16-mixed", but none that
+            converts the model; None for the Trainer's default.
+        validate_every: Optimizer steps between measurements of the held-out loss; None for eight measurements in a fit,
+            or one an epoch if its length is not known.
+        patience: Stop after this many measurements without an improvement; None never stops early.
 
     Raises:
         ValueError: If an option is out of range.
-        TypeError: If one is of a wrong type.
+        TypeError: If an option is of a wrong type.
         ModuleNotFoundError: If peft is not installed.
     """
 
@@ -158,21 +157,21 @@ class LoraRecovery(_Taught):
 
 @dataclass(frozen=True)
 class FactorRecovery(_Taught):
-    """The factors themselves, with their biases, are trained; all else is frozen.
+    """Options of a recovery that trains the factors themselves, with their biases; all other weights are frozen.
 
     Attributes:
         norms: Whether normalisation layers are trained, too.
-        teacher: See :class:`LoraRecovery`.
-        refine_steps: Likewise.
-        learning_rate: Likewise.
-        epochs: Likewise.
-        precision: Likewise.
-        validate_every: Likewise.
-        patience: Likewise.
+        teacher: As in :class:`LoraRecovery`.
+        refine_steps: As in :class:`LoraRecovery`.
+        learning_rate: As in :class:`LoraRecovery`.
+        epochs: As in :class:`LoraRecovery`.
+        precision: As in :class:`LoraRecovery`.
+        validate_every: As in :class:`LoraRecovery`.
+        patience: As in :class:`LoraRecovery`.
 
     Raises:
         ValueError: If an option is out of range.
-        TypeError: If one is of a wrong type.
+        TypeError: If an option is of a wrong type.
     """
 
     arm: ClassVar[str] = "factors"
@@ -197,7 +196,7 @@ def as_recovery(option: Literal["lora", "factors"] | Recovery | None) -> Recover
     """Return the options that a short form stands for.
 
     Raises:
-        ValueError: If it stands for none.
+        ValueError: If the option is no recovery.
     """
     if option is None or isinstance(option, Recovery):
         return option
@@ -211,7 +210,7 @@ def as_recovery(option: Literal["lora", "factors"] | Recovery | None) -> Recover
 
 
 def refine_options(recovery: Recovery | None, seed: int) -> RefineOptions | None:
-    """Return how a recovery refines the blocks before it trains the whole; None if it does not."""
+    """Return the options of the refinement before a recovery trains the whole model; None if there is none."""
     if recovery is None or recovery.refine_steps == 0:
         return None
     return RefineOptions(steps=recovery.refine_steps, seed=seed)
@@ -232,7 +231,7 @@ def describe_recovery(recovery: Recovery) -> dict[str, Any]:
 
 
 def _differences(config: Any) -> dict[str, Any]:
-    """Return what a LoraConfig asks for beside the defaults; sets in an order that is the same in every process."""
+    """Return the arguments of a LoraConfig that differ from the defaults; sets are sorted, alike in every process."""
     defaults = type(config)()
     found = {field.name: getattr(config, field.name) for field in fields(config)}
     return {
@@ -243,7 +242,7 @@ def _differences(config: Any) -> dict[str, Any]:
 
 
 def trained_factors(model: nn.Module, recovery: FactorRecovery) -> dict[str, nn.Parameter]:
-    """Return the parameters that FactorRecovery trains, by name: of compressed layers and, if asked for, of norms."""
+    """Return the parameters that FactorRecovery trains, by name: compressed layers and, if asked for, norms."""
     layers = {id(p) for layer in compressed_layers(model).values() for p in layer.parameters()}
     norms = {
         id(p)
@@ -268,8 +267,8 @@ def _check_common(recovery: Recovery) -> None:
     if recovery.precision not in (None, *get_args(Precision)):
         raise ValueError(
             f"Expected `precision` to be one of {', '.join(get_args(Precision))} or None but got "
-            f"{recovery.precision!r}. (What Lightning calls true precisions would convert the model itself, for good. "
-            "HINT: convert it before, `model.to(torch.bfloat16)`, and give None.)"
+            f"{recovery.precision!r}. (Lightning's true precisions would convert the model itself, for good. HINT: "
+            "convert it before, `model.to(torch.bfloat16)`, and give None.)"
         )
     if type(recovery.refine_steps) is not int or recovery.refine_steps < 0:
         raise ValueError(f"Expected `refine_steps` to be an int of at least 0 but got {recovery.refine_steps!r}.")
@@ -282,10 +281,10 @@ def _check_common(recovery: Recovery) -> None:
 
 
 def _check_config(config: Any) -> None:
-    """Refuse adapters that would train more than factors, or change them before they are trained."""
+    """Refuse adapters that would train more than the factors, or change the factors before the first step."""
     from peft import LoraConfig
 
-    if type(config) is not LoraConfig:  # others are of adapters that are put on, or merged, otherwise
+    if type(config) is not LoraConfig:  # its subclasses attach or merge adapters in other ways
         raise TypeError(f"Expected `config` to be a peft LoraConfig or its arguments but got {config!r:.100}.")
     for name, (allowed, reason) in _REFUSED.items():
         value = getattr(config, name, allowed)
@@ -294,6 +293,6 @@ def _check_config(config: Any) -> None:
     if config.init_lora_weights not in _NEUTRAL_INITS:
         raise ValueError(
             f"Expected `init_lora_weights` to be one of {', '.join(map(repr, _NEUTRAL_INITS))} but got "
-            f"{config.init_lora_weights!r}, which changes the factors, or what the model computes, before the first "
-            "step: what recovery brings could not be told, nor undone."
+            f"{config.init_lora_weights!r}, which changes the factors, or the model's output, before the first step: "
+            "the gain of the recovery could not be measured, and the change not undone."
         )

@@ -1,7 +1,7 @@
-"""Options of a wrong type are refused where they are given, by their names: one table for all functions and classes.
+"""Type checks of options by name: one table for all functions and classes, applied to their arguments.
 
-What a value has to be beside that (a range, one of several words) is for those that take it to say. NumPy's and
-torch's scalars count as the numbers that they hold.
+The functions and classes themselves check ranges and words. Scalars of NumPy and torch count as the numbers that they
+hold.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Takes an option's name and value, raises TypeError or ValueError, and returns the value to go on with.
+#: Takes an option's name and value, and returns the value to use, or raises TypeError or ValueError.
 Check = Callable[[str, Any], Any]
 
 #: The largest seed of torch's generators.
@@ -27,7 +27,7 @@ LARGEST_SEED = 2**63 - 1
 
 
 def plain(value: Any) -> Any:
-    """Return the Python number or bool in a scalar of NumPy or torch; anything else as it is."""
+    """Return the Python number or bool in a scalar of NumPy or torch; return anything else unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
@@ -36,7 +36,7 @@ def _fail(name: str, expected: str, value: Any) -> TypeError:
 
 
 def number(name: str, value: Any, expected: str = "a number") -> Any:
-    """Let numbers pass."""
+    """Accept numbers."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _fail(name, expected, value)
@@ -44,18 +44,18 @@ def number(name: str, value: Any, expected: str = "a number") -> Any:
 
 
 def share(name: str, value: Any) -> Any:
-    """Let numbers pass that are to be from 0 to 1."""
+    """Accept numbers; the error states the range [0, 1], which the caller checks."""
     return number(name, value, "a number in [0, 1]")
 
 
 def whole(name: str, value: Any) -> Any:
-    """Let everything pass: those who take a count refuse what is not an int with the least that it may be."""
+    """Accept everything: the owner of the count checks that it is an int, and its minimum, in one error."""
     del name
     return plain(value)
 
 
 def width(name: str, value: Any) -> Any:
-    """Let ints of at least 0 pass."""
+    """Accept ints of at least 0."""
     value = plain(value)
     if type(value) is not int or value < 0:
         raise ValueError(f"Expected `{name}` to be a width of at least 0 but got {value!r:.200}.")
@@ -63,7 +63,7 @@ def width(name: str, value: Any) -> Any:
 
 
 def seed(name: str, value: Any) -> Any:
-    """Let seeds of torch's generators pass."""
+    """Accept seeds of torch's generators."""
     value = plain(value)
     if type(value) is not int:
         raise _fail(name, "an int", value)
@@ -73,7 +73,7 @@ def seed(name: str, value: Any) -> Any:
 
 
 def flag(name: str, value: Any) -> Any:
-    """Let True and False pass."""
+    """Accept True and False."""
     value = plain(value)
     if not isinstance(value, bool):
         raise _fail(name, "True or False", value)
@@ -81,21 +81,21 @@ def flag(name: str, value: Any) -> Any:
 
 
 def text(name: str, value: Any) -> Any:
-    """Let strings pass."""
+    """Accept strings."""
     if not isinstance(value, str):
         raise _fail(name, "a string", value)
     return value
 
 
 def path(name: str, value: Any) -> Any:
-    """Let paths pass."""
+    """Accept paths."""
     if not isinstance(value, str | PathLike):
         raise _fail(name, "a path", value)
     return value
 
 
 def patterns(name: str, value: Any) -> Any:
-    """Let a regular expression or several names pass."""
+    """Accept a regular expression or several names."""
     listed = isinstance(value, list | tuple | set | frozenset) and all(isinstance(part, str) for part in value)
     if not (isinstance(value, str) or listed):
         raise TypeError(f"Expected `{name}` to be a regular expression or a list of names; got {value!r:.200}.")
@@ -111,21 +111,21 @@ def patterns(name: str, value: Any) -> Any:
 
 
 def averaging(name: str, value: Any) -> Any:
-    """Let what says how a loss averages pass."""
+    """Accept "mean", "sum" and callables, which state how a loss averages."""
     if not (callable(value) or (isinstance(value, str) and value in ("mean", "sum"))):
         raise ValueError(f"Expected `{name}` to be 'mean', 'sum' or a callable but got {value!r:.200}.")
     return value
 
 
 def function(name: str, value: Any) -> Any:
-    """Let callables pass."""
+    """Accept callables."""
     if not callable(value):
         raise _fail(name, "a callable on the batch", value)
     return value
 
 
 def switch(name: str, value: Any) -> Any:
-    """Let True, False and words pass."""
+    """Accept True, False and words."""
     value = plain(value)
     if not isinstance(value, bool | str):
         raise ValueError(f"Expected `{name}` to be True, False or 'auto' but got {value!r:.200}.")
@@ -133,7 +133,7 @@ def switch(name: str, value: Any) -> Any:
 
 
 def device(name: str, value: Any) -> Any:
-    """Let devices of torch pass, and their names."""
+    """Accept devices of torch and their names."""
     try:
         torch.device(value)
     except (TypeError, RuntimeError) as error:
@@ -142,7 +142,7 @@ def device(name: str, value: Any) -> Any:
 
 
 def size(name: str, value: Any) -> Any:
-    """Let numbers of bytes and their short forms pass."""
+    """Accept numbers of bytes and their short forms."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise _fail(name, "bytes, as a number or as '24GB',", value)
@@ -150,12 +150,12 @@ def size(name: str, value: Any) -> Any:
 
 
 def own(name: str, value: Any) -> Any:
-    """Let everything pass: those who take it check it by themselves."""
+    """Accept everything: the owner of the option checks it."""
     del name
     return value
 
 
-#: Of every option: what it has to be. None passes as well where it is the default.
+#: Check of every option. None is also accepted where it is the default.
 CHECKS: dict[str, Check] = {
     # The budget and how it is spent.
     "rank": number,
@@ -210,7 +210,7 @@ CHECKS: dict[str, Check] = {
     "lr": number,
     "target": text,
     "holdout": whole,
-    # What a call does beside.
+    # Other arguments of calls.
     "progress": flag,
     "dry_run": flag,
     "device": device,
@@ -223,16 +223,16 @@ CHECKS: dict[str, Check] = {
     "key": text,
 }
 
-#: Options that None turns off, whatever their default is.
+#: Options that None turns off, whatever their default.
 _OPTIONAL = {"sketch"}
 
 
 def checked(name: str, value: Any, default: Any) -> Any:
-    """Return an option's value to go on with.
+    """Return the value to use for an option.
 
     Raises:
-        TypeError: If it is of a wrong type.
-        ValueError: If it is not valid.
+        TypeError: If the value is of a wrong type.
+        ValueError: If the value is not valid.
     """
     if value is default or (value is None and name in _OPTIONAL):
         return value
@@ -240,7 +240,7 @@ def checked(name: str, value: Any, default: Any) -> Any:
 
 
 def checks_options(function: Callable[P, R]) -> Callable[P, R]:
-    """Check those arguments of a function that are options, before it is called."""
+    """Check the arguments of a function that are options, before each call."""
     signature = inspect.signature(function)
 
     @wraps(function)
@@ -248,7 +248,7 @@ def checks_options(function: Callable[P, R]) -> Callable[P, R]:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
-            return function(*args, **kwargs)  # which raises the same with its own name
+            return function(*args, **kwargs)  # raises the same error with the function's own name
         for name, value in bound.arguments.items():
             if name in CHECKS:
                 bound.arguments[name] = checked(name, value, signature.parameters[name].default)
@@ -262,7 +262,7 @@ def check_fields(options: Any, **checks: Check) -> None:
 
     Args:
         options: The dataclass.
-        **checks: Checks of fields whose names mean something else in the table.
+        **checks: Checks of fields whose names mean other options in the table.
     """
     for field in fields(options):
         name, value = field.name, getattr(options, field.name)
@@ -271,16 +271,16 @@ def check_fields(options: Any, **checks: Check) -> None:
 
 
 def check_word(name: str, value: object, known: tuple[str, ...], beside: str = "") -> None:
-    """Refuse what is none of several words.
+    """Refuse a value that is not one of several words.
 
     Args:
-        name: Of the option.
+        name: Name of the option.
         value: Its value.
-        known: The words.
-        beside: What else it may be, as text.
+        known: The allowed words.
+        beside: Other allowed values, as text.
 
     Raises:
-        ValueError: With the words.
+        ValueError: If the value is none of the words; the message lists them.
     """
     if value not in known:
         raise ValueError(f"Expected `{name}` to be one of {', '.join(known)}{beside} but got {value!r}.")

@@ -1,4 +1,4 @@
-"""Memory, time and size of a compression, before its first batch."""
+"""Forecast of a compression's memory, time and size, before its first batch."""
 
 from fasc_lightning.planning._fit import batch_tokens, fit_forecast, layers_forecast
 from fasc_lightning.planning._forecast import CompressionForecast

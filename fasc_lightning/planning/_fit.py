@@ -1,4 +1,4 @@
-"""The plan of a fit, as FascCallback and compress() carry it out with their options."""
+"""The forecast of a fit with the options of FascCallback or compress()."""
 
 from __future__ import annotations
 
@@ -32,22 +32,21 @@ def layers_forecast(
 ) -> CompressionForecast:
     """Plan the compression of some layers.
 
-    Gradients and states of an optimizer are not counted, so that a fit is only refused for what the compression itself
-    takes.
+    Gradients and optimizer states are not counted, so a fit is only refused for the memory of the compression itself.
 
     Args:
-        model: Module that holds them.
-        layers: The layers.
-        options: Of the compression.
-        device: Of the fit.
+        model: Module that holds the layers.
+        layers: The targeted layers.
+        options: Options of the compression.
+        device: Device of the fit.
         keeps_moments: Whether moments stay until the end, for a refit.
-        sketches: Of the layers' moments.
-        passes: How often the data are gone through.
-        batch_tokens: Tokens of one batch; 0 if they are not known.
-        tokens: Of all batches; likewise.
+        sketches: Sketches of the layers' moments.
+        passes: Number of passes over the data.
+        batch_tokens: Tokens of one batch; 0 if unknown.
+        tokens: Tokens of all batches; 0 if unknown.
 
     Raises:
-        MemoryError: If it does not fit.
+        MemoryError: If the compression does not fit.
     """
     return forecast(
         model,
@@ -71,25 +70,25 @@ def layers_forecast(
 def fit_forecast(
     model: nn.Module, options: CompressionOptions, batch_tokens: int = 0, tokens: int = 0
 ) -> CompressionForecast:
-    """Plan what :func:`~fasc_lightning.compress` would do to a model.
+    """Plan the compression of a model by :func:`~fasc_lightning.compress`.
 
     Args:
-        model: The model, on any device; one without weights is planned for the CPU.
-        options: Of the compression.
-        batch_tokens: Tokens of one batch; 0 if they are not known.
-        tokens: Of all batches; likewise.
+        model: The model, on any device; a model without weights is planned for the CPU.
+        options: Options of the compression.
+        batch_tokens: Tokens of one batch; 0 if unknown.
+        tokens: Tokens of all batches; 0 if unknown.
 
     Raises:
-        MemoryError: If it does not fit.
-        ValueError: If no layer is selected, the budget cannot be met, or the model is on several devices without a
-            ``device_map``.
+        MemoryError: If the compression does not fit.
+        ValueError: If no layer is selected, if the budget cannot be met, or if the model is on several devices without
+            a ``device_map``.
     """
-    is_split(model)  # refuses parameters on several devices that nothing brings together, as a fit does
+    is_split(model)  # refuses several devices without a device_map, as a fit does
     layers = target_layers(model, options.targets, options.exclude)
     check_rank_fits(layers.shapes, options.rank)
     check_budget_fits(layers.modules, options.rank, options.keep, options.allocation, options.layout, options.align)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    # "auto" refits where the model allows it, which only a fit finds out.
+    # "auto" counts as a refit: only a fit finds out whether the model allows one.
     refits = bool(options.refit) and holds_moments(options.passes, options.sketch)
     sketching = CalibrationOptions.of(options).sketching
     sketches = sketches_for_budget(layers.shapes, sketching, options.rank, options.keep)
@@ -97,10 +96,10 @@ def fit_forecast(
 
 
 def batch_tokens(batches: DataLoader[Any] | Iterable[Any]) -> tuple[int, int]:
-    """Return the tokens of the first batch, and of as many like it as there are; 0 where they cannot be told.
+    """Return the tokens of the first batch, and of all batches if they are like the first; 0 if unknown.
 
     Args:
-        batches: A loader, or batches; of language models mappings with "input_ids".
+        batches: A loader, or batches; for language models mappings with "input_ids".
     """
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed for its workers
         first = next(iter(batches), None)
@@ -109,6 +108,6 @@ def batch_tokens(batches: DataLoader[Any] | Iterable[Any]) -> tuple[int, int]:
         return 0, 0
     try:
         count = len(batches)  # type: ignore[arg-type]
-    except TypeError:  # an iterable without an end that is known
+    except TypeError:  # an iterable without a length
         return ids.numel(), 0
     return ids.numel(), count * ids.numel()

@@ -1,4 +1,4 @@
-"""What a plan says of a compression that has not begun, and how it is printed."""
+"""The forecast of a compression, as a record and as text."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class LayerForecast:
     Attributes:
         name: Dotted name.
         shape: (m, n) = (outputs, inputs).
-        moments: "exact" for whole ones, else the option ``sketch``: "projected", "range" or "gaussian".
-        place: Of the moments, "device" or "cpu".
-        bytes: Of the moments.
-        rank: Under a uniform allocation of the same budget; min(m, n) where the layer would stay dense.
-        layout: "pivot", "factors" or "dense", likewise.
+        moments: "exact" for whole moments, else the option ``sketch``: "projected", "range" or "gaussian".
+        place: Place of the moments, "device" or "cpu".
+        bytes: Bytes of the moments.
+        rank: Rank in a uniform allocation of the same budget; min(m, n) if the layer would stay dense.
+        layout: Layout in a uniform allocation: "pivot", "factors" or "dense".
     """
 
     name: str
@@ -36,22 +36,22 @@ class LayerForecast:
 
 @dataclass(frozen=True)
 class CompressionForecast:
-    """What a compression will take and leave; ``str()`` is a table, :meth:`to_dict` plain data.
+    """Memory and time of a compression, and sizes after it; ``str()`` gives a table, :meth:`to_dict` plain data.
 
     Attributes:
-        layers: One row a targeted layer.
-        device: What the moments are gathered on.
-        memory: Bytes that it has.
-        host_memory: Bytes that moments and factors may take beside it, on the CPU.
-        peak: Bytes that the compression takes of both, at most.
-        parts: Bytes of what makes up the peak: "weights", "training", "activations", "moments", "factors" and
-            "workspace". They are not all there at one time, so the peak is less than their sum.
-        factors_place: Where finished factors wait for the rest, "device", "cpu" or, in several passes, "disk".
-        passes: How often the data are gone through.
-        options: Those of :class:`~fasc_lightning.FascCallback` that hold moments as planned.
+        layers: One row per targeted layer.
+        device: Device that gathers the moments.
+        memory: Bytes of the device.
+        host_memory: Bytes of the CPU that moments and factors may take beside another device.
+        peak: Largest memory of the compression, on the device and on the CPU.
+        parts: Bytes of each part of the peak: "weights", "training", "activations", "moments", "factors" and
+            "workspace". They do not exist all at one time, so the peak is less than their sum.
+        factors_place: Place of finished factors until the last: "device", "cpu" or, in several passes, "disk".
+        passes: Number of passes over the data.
+        options: Options of :class:`~fasc_lightning.FascCallback` that hold moments as planned.
         targeted: Sizes of the targeted layers, "dense" and "compressed".
-        whole: Sizes of the whole model, alike.
-        seconds: Estimated; None without a probe.
+        whole: Sizes of the whole model, "dense" and "compressed".
+        seconds: Estimated seconds; None without a probe.
     """
 
     layers: list[LayerForecast] = field(repr=False)
@@ -69,7 +69,7 @@ class CompressionForecast:
 
     @property
     def moments_bytes(self) -> int:
-        """Bytes of the moments of all layers, wherever they are."""
+        """Bytes of the moments of all layers, in any place."""
         return sum(layer.bytes for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:

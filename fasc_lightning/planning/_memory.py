@@ -1,7 +1,7 @@
-"""Where the moments of a calibration fit: whole or not, on the device or beside it, in how many passes.
+"""The memory of a calibration, and the choice of a storage that fits: kind, device and passes of the moments.
 
-All of it is arithmetic on shapes. A layer's memory is of three kinds: its moments, while batches run; its factors, from
-when they are made until ranks are known; and the room that making them takes, once for all layers.
+All of it is arithmetic on shapes. A layer takes three kinds of memory: its moments, while batches run; its factors,
+from their computation until ranks are chosen; and a workspace to compute them in, once for all layers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fasc_lightning.statistics import LayerSketches, Sketch, moments_bytes
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """What one layer takes, in bytes.
+    """Memory of one layer, in bytes.
 
     Attributes:
-        moments: While batches run.
-        factors: Of every rank, from when they are made until the layers are built.
-        workspace: The room in which they are made.
+        moments: Bytes of its moments, while batches run.
+        factors: Bytes of its factors of every rank, from their computation until the layers are built.
+        workspace: Bytes that computing the factors takes.
     """
 
     moments: int
@@ -35,14 +35,14 @@ class LayerMemory:
 
 @dataclass(frozen=True)
 class Storage:
-    """How the moments of all layers are held: options of :class:`~fasc_lightning.FascCallback`.
+    """Storage of the moments of all layers: options of :class:`~fasc_lightning.FascCallback`.
 
-    In several passes finished factors wait on the disk (``compression/_disk_factors.py``).
+    In several passes finished factors wait on disk (``compression/_disk_factors.py``).
 
     Attributes:
-        kind: How those sides are held that need not be held whole; None for all of them whole and exact.
-        offloaded: Whether moments and finished factors are beside the device, on the CPU.
-        passes: How often the data are gone through, each time for a share of the layers.
+        kind: Kind of sketch for sides that need not be held whole; None holds all sides whole and exact.
+        offloaded: Whether moments and finished factors are on the CPU, beside another device.
+        passes: Number of passes over the data, each for a share of the layers.
     """
 
     kind: ReductionKind | None = None
@@ -52,14 +52,14 @@ class Storage:
 
 @dataclass(frozen=True)
 class Peak:
-    """Largest memory of a compression, in bytes: on the device, and beside it on the CPU."""
+    """Largest memory of a compression, in bytes: on the device, and on the CPU beside it."""
 
     device: int
     host: int
 
 
 def rebuilding_bytes(width: int, size: int, itemsize: int) -> int:
-    """Return the room in which a sketch is rebuilt: a copy of it, five of these in float64, five cores."""
+    """Return the bytes to rebuild a sketch in: one copy of it, five in float64, and five cores."""
     return width * size * (itemsize + 40) + 40 * size * size
 
 
@@ -71,23 +71,23 @@ def layer_memory(
     needs: Iterable[str] = frozenset(),
     moments_dtype: torch.dtype = torch.float32,
 ) -> LayerMemory:
-    """Return what an (m, n) layer takes.
+    """Return the memory of an (m, n) layer.
 
-    The room for factors is that of :func:`~fasc_lightning.solvers.two_sided`, in float64: the moments unpacked,
-    the metric, W and W A, and eight matrices of the smaller side for its root and its eigenvectors.
+    The workspace is what :func:`~fasc_lightning.solvers.two_sided` takes in float64: the unpacked moments, the metric,
+    W and W A, and eight matrices of the smaller side for its root and its eigenvectors.
 
     Args:
         m: Outputs.
         n: Inputs.
-        sketches: Of its sides that are not held whole.
-        needs: What is gathered besides the means.
-        moments_dtype: Of the accumulators.
+        sketches: Sketches of its sides that are not held whole.
+        needs: Statistics to gather besides the means.
+        moments_dtype: Dtype of the accumulators.
     """
     sketches, needs = sketches or LayerSketches(), frozenset(needs)
     r = min(m, n)
     sides, both = ((m, sketches.outputs), (n, sketches.inputs)), moments_dtype.itemsize + 8
     rebuilt = [rebuilding_bytes(d, s.size, moments_dtype.itemsize) for d, s in sides if isinstance(s, Sketch)]
-    # A sketch is a factor and a basis in float64 by then, a projection a matrix as wide as the narrower side.
+    # At this point a sketch is a factor and a basis in float64, a projection a matrix as wide as the narrower side.
     held = sum(16 * d * s.size if isinstance(s, Sketch) else both * (d if s is None else s.size) ** 2 for d, s in sides)
     products = 5 if rebuilt else 2  # the weight through a sketch takes three more
     return LayerMemory(
@@ -107,17 +107,17 @@ def peak_memory(
     built: int = 0,
     measured: bool = False,
 ) -> Peak:
-    """Return the largest memory of a compression, going through it layer by layer.
+    """Return the largest memory of a compression, computed layer by layer.
 
     Args:
-        layers: What each takes, held so.
-        storage: How it is held.
-        resident: Bytes on the device all the time: weights, and what training them needs.
-        activations: Bytes that a batch takes on top while it runs.
-        consume: Whether moments are freed as factors are made of them; a refit needs them to the end.
+        layers: Memory of each layer in this storage.
+        storage: Storage of the moments.
+        resident: Bytes on the device at all times: weights, gradients and optimizer states.
+        activations: Additional bytes while a batch runs.
+        consume: Whether moments are freed once their factors exist; a refit needs them until the end.
         units: Layers that one pass gathers together (:func:`~fasc_lightning.calibration.share_units`).
-        built: Bytes of what replaces the layers, on the device beside them until the swap.
-        measured: Whether batches run once more when all factors are there, to measure what layers lose.
+        built: Bytes of the replacements, on the device beside the layers until the swap.
+        measured: Whether batches are replayed when all factors exist, to measure the layers' losses.
     """
     moments = [layer.moments for layer in layers]
     held = factors = busiest = most = 0
@@ -128,7 +128,7 @@ def peak_memory(
         for i in share:
             factors += layers[i].factors if storage.passes == 1 else 0
             there = 0 if storage.offloaded else held + factors
-            # The factors that are being made are on the device, also where finished ones are not.
+            # The current layer's factors are on the device even if finished factors are not.
             made = 0 if storage.passes == 1 and not storage.offloaded else layers[i].factors
             busiest = max(busiest, there + made + layers[i].workspace)
             most = max(most, held + factors)
@@ -148,15 +148,15 @@ def choose_storage(
     passes: int | None,
     most: int,
 ) -> Storage | None:
-    """Return the first storage that fits, the most faithful and then the fastest first; None if none does.
+    """Return the first storage that fits, in the order of accuracy, then of speed; None if none fits.
 
     Args:
-        peak: Largest memory of a storage.
-        memory: What there is, on the device and beside it.
-        kinds: How moments may be held, in the order of preference.
-        offloaded: Likewise, whether they are beside the device.
-        passes: How many passes; None for one, else as few as fit.
-        most: How many passes at most.
+        peak: Returns the largest memory of a storage.
+        memory: Available memory, on the device and on the CPU.
+        kinds: Allowed kinds of sketches, in the order of preference.
+        offloaded: Allowed values of ``Storage.offloaded``, in the order of preference.
+        passes: Number of passes; None tries one, then as few as fit.
+        most: Largest number of passes.
     """
 
     def fits(storage: Storage) -> bool:
@@ -176,5 +176,5 @@ def choose_storage(
 
 
 def gigabytes(size: float) -> str:
-    """Return bytes as a text that :func:`~fasc_lightning.planning.bytes_of` reads, rounded up."""
+    """Return bytes as text for :func:`~fasc_lightning.planning.bytes_of`, rounded up."""
     return f"{math.ceil(size / 1e9)}GB"

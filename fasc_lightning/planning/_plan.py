@@ -1,4 +1,4 @@
-"""plan(): memory, time and size of a compression, before the first batch and without a weight."""
+"""``plan``: memory, time and size of a compression, before the first batch and without weights."""
 
 from __future__ import annotations
 
@@ -74,40 +74,40 @@ def plan(
     probed: bool | Rates = True,
     **keywords: Unpack[PlanKeywords],
 ) -> CompressionForecast:
-    """Say what a compression will take and leave, from shapes alone: nothing is computed, and no weight is read.
+    """Forecast the memory, time and sizes of a compression from shapes alone, without computing or reading weights.
 
-    Memory is counted as the code uses it: moments while batches run; then one layer after the other is factorised in
-    float64, its moments freed, its factors of every rank kept until one budget has been spent over all of them (on the
-    disk, if there are several passes). What a refit or a recovery takes after that is not counted. With
-    ``forecast.options`` :class:`~fasc_lightning.FascCallback` carries the plan out, next to what was given here.
+    Memory is counted as the code uses it. Moments exist while batches run. Then each layer is factorised in float64 and
+    its moments are freed. Its factors of every rank stay, on disk if there are several passes, until one budget has
+    been spent over all layers. The memory of a refit or a recovery is not counted. To carry out the plan, give
+    :class:`~fasc_lightning.FascCallback` the same arguments and ``forecast.options``.
 
     Args:
         model_or_config: A module on any device, the meta device included; or a transformers config.
-        options: Those of the compression, as a :class:`~fasc_lightning.FascCallback` has them. What its ``memory``
-            leaves at the defaults is chosen here.
-        memory: Of the device, with what the weights take: bytes, or "80GB", "24GiB". None for what is there.
-        device: What it is planned for; by default the module's, and the CPU for what has no weights. One that is not
-            there needs ``memory``.
-        host_memory: What moments and factors may take on the CPU beside another device; None keeps them off it.
-        dtype: Of the weights that a config's model would have; None for the config's.
-        keeps_moments: Whether moments stay until the end, as a refit needs them to.
-        sketch: How moments are held, as :class:`~fasc_lightning.options.Memory` says; "auto" takes "projected" where
-            whole moments do not fit and the options allow it, and "range" where that does not.
-        passes: How often the data are gone through, with a share of the layers each; None for as few as fit, and one
-            where the weights are updated or moments kept.
+        options: Options of the compression, for example a :class:`~fasc_lightning.FascCallback`. The plan chooses those
+            parts of ``memory`` that are at their defaults.
+        memory: Memory of the device, the weights included: bytes, or "80GB", "24GiB". None takes the available memory.
+        device: Device of the compression; by default the module's, or the CPU if there are no weights. A device of
+            another machine needs ``memory``.
+        host_memory: Memory of the CPU that moments and factors may take beside another device; None allows none.
+        dtype: Dtype of a config's model; None for the config's own.
+        keeps_moments: Whether moments stay until the end, as a refit needs.
+        sketch: Option ``sketch`` of :class:`~fasc_lightning.options.Memory`. "auto" holds moments whole if they fit,
+            else "projected" if the options allow it, else "range".
+        passes: Number of passes over the data, each for a share of the layers. None takes as few as fit, and one if
+            weights are updated or moments kept.
         batch_tokens: Tokens of one batch, for its activations; 0 counts none.
         tokens: Tokens of the calibration, for its seconds.
-        probed: Whether to measure the device for a moment; or the rates to count with.
-        **keywords: Options of the compression (:class:`~fasc_lightning.options.CompressionOptions`), in place of those
-            in ``options``. Without either the weights are frozen. For weights that are updated, gradients and two
-            states of an optimizer are counted, each as large as the weights. Ranks are given for a uniform allocation;
-            the budget is that of any.
+        probed: Whether to measure the device's speed for a moment; or the rates to use.
+        **keywords: Options of the compression (:class:`~fasc_lightning.options.CompressionOptions`); they override
+            ``options``. Without either, the weights are frozen. If weights are updated, gradients and two optimizer
+            states are counted, each as large as the weights. Ranks are given for a uniform allocation; other
+            allocations spend the same budget.
 
     Raises:
-        MemoryError: If nothing that is allowed fits; it says what would.
-        TypeError: If it is neither a module nor a config, or an option is of a wrong type.
-        ValueError: If a config lacks shapes, an option is out of range, or a module is on several devices without a
-            ``device_map`` and no ``device`` is named.
+        MemoryError: If no allowed storage fits; the message names remedies.
+        TypeError: If the model is neither a module nor a config, or if an option is of a wrong type.
+        ValueError: If a config lacks shapes, if an option is out of range, or if a module is on several devices without
+            a ``device_map`` and without ``device``.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -159,13 +159,13 @@ def plan(
 
 @dataclass(frozen=True)
 class Tiers:
-    """How moments may be held, each in the order of preference.
+    """Allowed storages of moments, each in the order of preference.
 
     Attributes:
-        kinds: Which sides of which layers are not held whole, by how they are held then; None for all whole.
-        offloaded: Whether moments and factors may or must be on the CPU beside the device.
-        passes: How many passes; None for as few as fit.
-        sizes: ``sketch_size`` and ``sketch_above``, by which sketches were chosen.
+        kinds: Sketches of layers by kind; None as a kind holds all moments whole.
+        offloaded: Allowed values of ``Storage.offloaded``.
+        passes: Number of passes; None for as few as fit.
+        sizes: Options ``sketch_size`` and ``sketch_above`` of the sketches.
     """
 
     kinds: Mapping[ReductionKind | None, Mapping[str, LayerSketches]] = field(default_factory=lambda: {None: {}})
@@ -191,27 +191,27 @@ def forecast(
     tokens: int = 0,
     probed: bool | Rates = True,
 ) -> CompressionForecast:
-    """Plan for given layers; :func:`plan` finds them, and says what the options mean.
+    """Plan the compression of given layers; :func:`plan` selects them.
 
     Args:
         model: The model.
-        chosen: Its layers.
-        stored: What they become.
-        needs: What is gathered.
-        device: What it is planned for.
-        memory: Bytes of it, with what the weights take; None for what is there.
-        host_memory: Bytes on the CPU beside it.
-        update_weights: See :func:`plan`.
-        keeps_moments: Likewise.
+        chosen: Its selected layers.
+        stored: The layers after the compression.
+        needs: Statistics to gather.
+        device: Device of the compression.
+        memory: Bytes of the device, the weights included; None for the available memory.
+        host_memory: Bytes of the CPU beside the device.
+        update_weights: As the option of :class:`~fasc_lightning.options.Calibration`.
+        keeps_moments: As in :func:`plan`.
         measured: Whether the budget is spent by measured losses.
-        tiers: How moments may be held; whole, on the device and in one pass by default.
-        batch_tokens: See :func:`plan`.
-        tokens: Likewise.
-        probed: Likewise.
+        tiers: Allowed storages; by default whole moments, on the device, in one pass.
+        batch_tokens: As in :func:`plan`.
+        tokens: As in :func:`plan`.
+        probed: As in :func:`plan`.
 
     Raises:
-        MemoryError: If nothing that is allowed fits.
-        ValueError: If the device is not there to say how much memory it has.
+        MemoryError: If no allowed storage fits.
+        ValueError: If ``memory`` is None and the device is not on this machine.
     """
     shapes, whole = chosen.shapes, model_size(model)
     tiers = tiers or Tiers()
@@ -222,7 +222,7 @@ def forecast(
         host_memory = available_memory(torch.device("cpu"))
     sums, names = moment_dtype(chosen.modules.values()), list(shapes)
 
-    @cache  # of tens of thousands of experts' projections nearly all are alike
+    @cache  # Models have tens of thousands of experts' projections, nearly all of one shape.
     def taken_by(m: int, n: int, sketches: LayerSketches | None) -> LayerMemory:
         return layer_memory(m, n, sketches=sketches, needs=needs, moments_dtype=sums)
 
@@ -237,7 +237,7 @@ def forecast(
 
     def peak(storage: Storage) -> Peak:
         resident = whole.bytes + training
-        # Where there are several passes, there is no refit that moments would be kept for.
+        # Several passes rule out a refit, so no moments are kept for one.
         consume = storage.passes > 1 or not keeps_moments
         return peak_memory(memories[storage.kind], storage, resident, activations, consume, units, built, measured)
 
@@ -293,7 +293,7 @@ def _options(
     passes: int | None,
     keeps_moments: bool,
 ) -> CompressionOptions:
-    """Return the options that :func:`plan` was given, checked together."""
+    """Return the options in the arguments of :func:`plan`, checked together."""
     given = options_of(options, keywords)
     if options is None and given.get("calibration") is None:
         given.setdefault("update_weights", False)
@@ -309,14 +309,14 @@ def _options(
 
 
 def _offloaded(named: str | None, host_memory: int | None, device: torch.device) -> tuple[bool, ...]:
-    """Return whether moments may or must be on the CPU beside a device."""
+    """Return the allowed values of ``Storage.offloaded``, in the order of preference."""
     if named not in (None, device.type):
         return (True,)
     return (False,) if host_memory is None or device.type == "cpu" else (False, True)
 
 
 def _held(storage: Storage, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of FascCallback that hold moments in a certain way, those at their defaults left out."""
+    """Return the options of FascCallback for a storage of moments, without options at their defaults."""
     memory = Memory(
         sketch=storage.kind,
         device="cpu" if storage.offloaded else None,
@@ -335,7 +335,7 @@ def _seconds(
     passes: int,
     tokens: int,
 ) -> Seconds:
-    """Return what the operations of all layers take; an expert sees its share of the tokens."""
+    """Return the seconds of all layers' operations; an expert sees its share of the tokens."""
     shapes, copies = chosen.shapes, len(needs & {"plain", "coupled"})
     model = sum(chosen.token_shares[name] * model_work(m, n) for name, (m, n) in shapes.items())
     moments = sum(
@@ -346,7 +346,7 @@ def _seconds(
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """How a layer is stored after a compression: rank, layout and size."""
+    """Rank, layout and size of a layer after a compression."""
 
     rank: int
     layout: str
@@ -356,17 +356,17 @@ class StoredLayer:
 def stored_layers(
     layers: Mapping[str, nn.Module], rank: float | None, keep: float | None, layout: Layout, align: int = 1
 ) -> dict[str, StoredLayer]:
-    """Return what each layer becomes if every one of them spends its own share of the budget.
+    """Return each layer after a compression that spends the budget layer by layer.
 
-    An allocation that spends it over all layers chooses other ranks, within the same budget. A layer whose share does
-    not hold its lowest rank has that one.
+    An allocation over all layers chooses other ranks, within the same budget. A layer whose share is too small for its
+    lowest rank gets that rank.
 
     Args:
         layers: Linear layers by name; no weight is read.
-        rank: See ``layer_budgets``.
-        keep: Likewise.
-        layout: See :class:`~fasc_lightning.FascCallback`.
-        align: Likewise.
+        rank: As in ``layer_budgets``.
+        keep: As in ``layer_budgets``.
+        layout: As in :class:`~fasc_lightning.FascCallback`.
+        align: As in :class:`~fasc_lightning.FascCallback`.
     """
     dtype = layers_dtype(layers)
     cost, budgets = layout_cost(layout, dtype), layer_budgets(dict(layers), rank, keep)
@@ -394,19 +394,20 @@ def _stored(
     spec = {"rank": k, "layout": held, "bias": bias, "side": smaller_side(m, n)}
     empty = empty_layer("", layer, spec)
     if (share := getattr(layer, "expert_share", None)) is not None:
-        vars(empty)["expert_share"] = share  # for the count of FLOPs
+        vars(empty)["expert_share"] = share  # the count of FLOPs reads it
     return StoredLayer(k, held, layer_sizes({"": empty}))
 
 
 def activation_bytes(model: nn.Module, chosen: TargetedLayers) -> int:
-    """Return roughly what one token's activations take between the forward and the backward pass, in bytes.
+    """Return roughly the bytes of one token's activations between the forward and the backward pass.
 
-    The inputs and the outputs of the layers and a quarter more, for what norms, attention and the activation function
-    of an MLP keep beyond the inputs that layers share: 10 h + 4 i + 2 kv numbers a block of Llama's, where layers have
-    9 h + 3 i + 2 kv. And four times the logits in float32: themselves, their log-softmax and the gradients of both.
+    They are the inputs and outputs of the layers and a quarter more. The quarter is for norms, attention and the MLP's
+    activation function, less the inputs that layers share: a block of Llama keeps 10 h + 4 i + 2 kv numbers, and its
+    layers have 9 h + 3 i + 2 kv. Four times the logits in float32 are added: logits, their log-softmax, and the
+    gradients of both.
 
     Args:
-        model: Says how many logits there are, by its output embeddings.
+        model: The model; its output embeddings give the number of logits.
         chosen: The layers.
     """
     itemsize = layers_dtype(chosen.modules).itemsize
@@ -427,7 +428,7 @@ def _check_counts(passes: object, batch_tokens: object, tokens: object) -> None:
 
 
 def _device(model: nn.Module) -> torch.device:
-    is_split(model)  # refuses several devices that nothing brings together: which one is meant?
+    is_split(model)  # refuses several devices without a device_map, which leave the device open
     found = next((p.device for p in model.parameters()), torch.device("cpu"))
     return torch.device("cpu") if found.type == "meta" else found
 
@@ -443,7 +444,7 @@ def _free(device: torch.device) -> int:
 
 
 def _rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
-    """Return the rates of a device; None of one that is not there."""
+    """Return the rates of a device; None if it is not on this machine."""
     return probe(device, dtype) if _present(device) else None
 
 
@@ -456,7 +457,7 @@ def _total(sizes: list[Size]) -> Size:
 
 
 def _replaced(whole: Size, targeted: Mapping[str, Size]) -> Size:
-    """Return the size of a model whose targeted layers are replaced."""
+    """Return the size of a model after the replacement of its targeted layers."""
     before, after = targeted["dense"], targeted["compressed"]
     return Size(
         whole.parameters - before.parameters + after.parameters,

@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them, and the refusal of a plan that does not fit."""
+"""Parsing of memory amounts, and the message for a plan that does not fit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def bytes_of(amount: int | float | str | None, option: str) -> int | None:
     """Return an amount of memory in bytes.
 
     Args:
-        amount: A number of bytes, or one with a unit: "80GB" (10^9 bytes each), "24GiB" (2^30).
-        option: Names it in messages.
+        amount: A number of bytes, or a number with a unit: "80GB" (10^9 bytes each), "24GiB" (2^30).
+        option: Name of the option in messages.
 
     Raises:
-        ValueError: If it is no positive amount.
+        ValueError: If the amount is not positive, or cannot be read.
     """
     if amount is None:
         return None
@@ -50,17 +50,17 @@ def refusal(
     passes: int,
     most: int,
 ) -> str:
-    """Return the message that nothing fits: what is short, and what would do.
+    """Return the message for a plan that does not fit: the missing memory and the remedies.
 
     Args:
-        memories: What each layer takes, by how moments may be held.
-        shapes: (m, n) of each, by name.
-        peak: Largest memory of a storage.
-        have: Memory that there is.
-        device: What it is planned for.
+        memories: Memory of each layer, by kind of sketch.
+        shapes: (m, n) of each layer by name.
+        peak: Returns the largest memory of a storage.
+        have: Available memory.
+        device: Device of the compression.
         weights: Bytes of the whole model.
-        passes: How many were asked for, or the first that were tried.
-        most: How many there can be.
+        passes: Number of passes asked for, or tried first.
+        most: Largest number of passes.
     """
     first, *others = memories
     asked = peak(Storage(first, passes=passes)).device

@@ -1,4 +1,4 @@
-"""How long a compression will take, by the speed that a short probe finds."""
+"""Estimated time of a compression, from the speed that a short probe measures."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from fasc_lightning.solvers import two_sided
 from fasc_lightning.statistics import LayerSketches, Projection, Reduction, add_gram_, packed_size
 
-#: Sides of the probes' matrices: large enough to run at full speed, small enough to be done in a tenth of a second.
+#: Sides of the probes' matrices: large enough for full speed, small enough for a tenth of a second.
 WIDTH, TOKENS, SOLVED = 1024, 512, 384
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Floating-point operations a second.
+    """Floating-point operations per second.
 
     Attributes:
-        products: Of a linear layer, in the model's dtype.
-        grams: Of sums of outer products.
-        solving: Of :func:`solver_work`.
+        products: Rate of a linear layer, in the model's dtype.
+        grams: Rate of sums of outer products.
+        solving: Rate of a solver, as :func:`solver_work` counts.
     """
 
     products: float
@@ -36,9 +36,9 @@ class Seconds:
     """Estimated seconds.
 
     Attributes:
-        per_1000_tokens: Of calibration, all passes together.
-        factorize: All layers.
-        calibrate: As many tokens as were named; None if none were.
+        per_1000_tokens: Seconds of calibration per 1,000 tokens, all passes together.
+        factorize: Seconds to factorise all layers.
+        calibrate: Seconds of calibration on the given number of tokens; None without a number.
     """
 
     per_1000_tokens: float
@@ -47,19 +47,22 @@ class Seconds:
 
 
 def model_work(m: int, n: int) -> int:
-    """Operations of a token in a linear layer: 2 m n forward, and as many back to its input."""
+    """Return the operations per token of a linear layer: 2 m n forward, and as many back to its input."""
     return 4 * m * n
 
 
 def moments_work(m: int, n: int, copies: int = 1, sketches: LayerSketches | None = None) -> int:
-    """Operations of a token in a layer's moments.
+    """Return the operations per token of a layer's moments.
+
+    An exact side takes two operations per number of its packed matrix. For a sketch of s columns, X^T (X Omega) takes
+    2 d s operations, and X Omega next to none, because Omega is sparse. A projected side takes 2 d s operations for its
+    product with W, then two per number of a packed matrix of its s columns.
 
     Args:
         m: Outputs.
         n: Inputs.
-        copies: How many kinds of second moments there are, "plain" and "coupled".
-        sketches: Of s columns: X^T (X Omega) is 2 d s operations, X Omega next to nothing, since Omega is sparse. An
-            exact side takes twice what a packed matrix holds; a projected one that of its s columns, once W X is there.
+        copies: Number of kinds of second moments ("plain" and "coupled").
+        sketches: Sketches of the two sides.
     """
     sides = sketches or LayerSketches()
 
@@ -72,10 +75,10 @@ def moments_work(m: int, n: int, copies: int = 1, sketches: LayerSketches | None
 
 
 def solver_work(m: int, n: int) -> int:
-    """Operations of :func:`~fasc_lightning.solvers.two_sided`, its eigendecomposition as ten cubes.
+    """Return the operations of :func:`~fasc_lightning.solvers.two_sided`; its eigendecomposition counts as 10 r^3.
 
-    With r = min(m, n) and w = max(m, n): W A is 2 r w^2, W A W^T and the factor on W's side 2 r^2 w each, the rest of
-    the order of r^3.
+    With r = min(m, n) and w = max(m, n), W A takes 2 r w^2, W A W^T and the factor on W's side take 2 r^2 w each, and
+    the rest is of order r^3.
     """
     r, w = min(m, n), max(m, n)
     return 2 * r * w * w + 4 * r * r * w + 14 * r**3
@@ -85,12 +88,12 @@ def estimate(model: float, moments: float, solving: float, rates: Rates, passes:
     """Return seconds from operations.
 
     Args:
-        model: Operations a token of the model, forward and back.
-        moments: Operations a token of the moments; each pass makes a share of them.
+        model: Operations per token of the model, forward and backward.
+        moments: Operations per token of the moments; each pass gathers a share of them.
         solving: Operations of all factorisations.
-        rates: Operations a second.
-        passes: How often the model runs.
-        tokens: Of the calibration; 0 if that is not known.
+        rates: Operations per second.
+        passes: Number of passes over the data.
+        tokens: Tokens of the calibration; 0 if unknown.
     """
     per_token = passes * model / rates.products + moments / rates.grams
     return Seconds(1000 * per_token, solving / rates.solving, tokens * per_token if tokens else None)
@@ -98,11 +101,11 @@ def estimate(model: float, moments: float, solving: float, rates: Rates, passes:
 
 @cache
 def probe(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure a device for a moment, once a process.
+    """Measure a device's rates for a moment, once per process.
 
     Args:
-        device: One that is there.
-        dtype: Of the model.
+        device: A device of this machine.
+        dtype: Dtype of the model.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -121,7 +124,7 @@ def probe(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def _fastest(run: Callable[[], object], device: torch.device, times: Iterable[int] = range(3)) -> float:
-    """Return the least seconds of a few runs: what else the machine does only ever adds to them."""
+    """Return the least seconds of a few runs, because other work of the machine only adds time."""
     seconds = []
     for _ in times:
         start = time.perf_counter()

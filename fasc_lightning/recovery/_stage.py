@@ -1,4 +1,4 @@
-"""The fit after a compression, in which FascCallback recovers: when it is one, and what the first fit leaves for it."""
+"""The recovery fit of FascCallback: its recognition, and the dense layers that the compression fit leaves for it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from fasc_lightning.recovery._teacher import weights_fingerprint
 
 
 class RecoveryStage:
-    """Recognises the fit that recovers and has a :class:`~fasc_lightning.recovery.RecoveryCallback` for it.
+    """Recognises a recovery fit and makes a :class:`~fasc_lightning.recovery.RecoveryCallback` for it.
 
     Args:
-        recovery: What to do; None if no fit is a recovery.
-        seed: See :class:`~fasc_lightning.FascCallback`.
-        token_mask: Likewise.
-        loss_terms: Likewise.
-        failed: Is given what a fit that fails has to undo.
+        recovery: Options of the recovery; None if no fit is a recovery.
+        seed: As in :class:`~fasc_lightning.FascCallback`.
+        token_mask: As in :class:`~fasc_lightning.FascCallback`.
+        loss_terms: As in :class:`~fasc_lightning.FascCallback`.
+        failed: Gets the changes to undo if a fit fails.
 
     Attributes:
-        running: Does the recovery, in a fit that is one.
+        running: The callback of the recovery in a recovery fit; None in other fits.
     """
 
     def __init__(
@@ -51,26 +51,26 @@ class RecoveryStage:
 
     @property
     def refinement(self) -> RefineOptions | None:
-        """How the factors are refined before the recovery; None for not at all."""
+        """Options of the refinement before the recovery; None for no refinement."""
         return refine_options(self._recovery, self._seed)
 
     @property
     def figures(self) -> dict[str, Any]:
-        """What the recovery of this fit has done, in plain types, once it has ended."""
+        """Figures of this fit's recovery, in plain types, after its end."""
         assert self.running is not None
         assert self.running.figures is not None
         return self.running.figures
 
     def check(self, pl_module: pl.LightningModule, layers: Mapping[str, nn.Module]) -> None:
-        """Refuse a module that could be compressed and not recovered, before it is compressed.
+        """Refuse, before the compression, a module that could not be recovered.
 
         Args:
             pl_module: The module.
             layers: The targeted layers by name.
 
         Raises:
-            MisconfigurationException: With the remedy.
-            NoLossError: If it optimises by hand.
+            MisconfigurationException: If the module cannot be recovered; the message names the remedy.
+            NoLossError: If the module optimises by hand.
         """
         if self._recovery is None:
             return
@@ -79,19 +79,19 @@ class RecoveryStage:
             check_distillable(pl_module, self._recovery.distillation, list(layers))
 
     def keep(self, replaced: Mapping[str, nn.Module]) -> None:
-        """Keep the dense layers that a compression has replaced, if a teacher is to be made of them."""
+        """Keep the replaced dense layers if a teacher needs them."""
         taught = self._recovery is not None and self._recovery.distillation is not None
         self._failed.set(self, "_dense", dict(replaced) if taught else {})
         self._failed.set(self, "_teacher", weights_fingerprint(self._dense) if taught else None)
 
     def set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: object, key: str) -> None:
-        """Start a fit; if a checkpoint is loaded after this, :meth:`load` starts it once more.
+        """Start a fit. If a checkpoint is loaded after this, :meth:`load` starts it again.
 
         Args:
-            trainer: Of the fit.
+            trainer: Trainer of the fit.
             pl_module: Its module.
-            report: Of the compression in an earlier fit, if there was one.
-            key: Of the callback's state in checkpoints.
+            report: Report of the compression in an earlier fit, if there was one.
+            key: Key of the callback's state in checkpoints.
         """
         self.running, self._linear = None, {}
         if self._recovery is None:
@@ -99,19 +99,19 @@ class RecoveryStage:
         if report is not None and is_compressed(pl_module):
             self.running = self._callback(key)
             self.running.setup(trainer, pl_module, "fit")
-        else:  # which a checkpoint may be about to replace
+        else:  # a checkpoint may replace these layers next
             self._linear = {name: module for name, module in pl_module.named_modules() if is_plain_linear(module)}
 
     def load(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: Mapping[str, Any], key: str) -> None:
-        """Go on with a recovery, or begin one, from a checkpoint that was saved after the compression.
+        """Continue or begin a recovery from a checkpoint that was saved after the compression.
 
         Args:
-            trainer: Of the fit.
+            trainer: Trainer of the fit.
             pl_module: Its module, with the checkpoint's weights.
-            state: Of the callback in the checkpoint.
-            key: Of that state.
+            state: State of the callback in the checkpoint.
+            key: Key of that state.
         """
-        if self.running is not None:  # of the module as it was before the checkpoint
+        if self.running is not None:  # it belongs to the module before the checkpoint
             self.running.teardown(trainer, pl_module, "fit")
         linear, self.running, self._linear = self._linear, None, {}
         report = state.get("report")
@@ -124,19 +124,19 @@ class RecoveryStage:
             return
         self._teacher = state.get("teacher", self._teacher)
         found = not self._dense
-        if found:  # the layers that the checkpoint has just replaced
+        if found:  # takes the layers that the checkpoint has just replaced
             self._dense.update(linear)
         self.running = self._callback(key)
         self.running.begin(trainer, pl_module, state.get("recovery"), found=found)
 
     def forget(self) -> None:
-        """Drop what only a running fit needs."""
+        """Drop the state that only a running fit needs."""
         if self.running is not None and self.running.figures is not None:
             self._dense = {}
         self.running, self._linear = None, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what says which dense layers the teacher is made of."""
+        """Return the fingerprint of the teacher's dense layers, if there is a teacher."""
         return {} if self._teacher is None else {"teacher": self._teacher}
 
     def _callback(self, key: str) -> RecoveryCallback:

@@ -61,7 +61,7 @@ class _Factorized:
     seconds: float = 0.0
 
     def of(self, cell: Cell) -> _Factorized:
-        """Drop factorisations of other cells, because those of two methods would take the memory of two models."""
+        """Drop factorisations of other cells, because two methods' factorisations take the memory of two models."""
         assert cell.setting is not None
         key = (cell.method, cell.kronecker_steps, cell.methods, cell.setting.unit)
         if key != self.key:

@@ -88,8 +88,8 @@ def refine_kronecker(
     """Take further steps towards the nearest Kronecker factors, and put them into the moments.
 
     Each step multiplies the distance by the ratio of the second to the first singular value of the rearranged Fisher.
-    The windows should be those of the moments. A step also replaces the row sums by the sums of its own pass. Nothing
-    may be added to the moments afterwards, because sums of different steps do not mix.
+    The moments should come from the same windows. A step also replaces the row sums by the sums of its own pass.
+    Nothing may be added to the moments afterwards, because sums of different steps do not mix.
 
     Args:
         model: A causal language model, frozen and in eval mode; nothing of it changes.

@@ -30,8 +30,8 @@ def input_subspace(factorization: Factorization, rank: int) -> Tensor:
 def principal_angles(Q1: Tensor, Q2: Tensor) -> Tensor:
     """Return the principal angles between two subspaces in degrees, ascending, shape (k,).
 
-    The cosines are the singular values of Q1^T Q2, and the sines those of (I - Q1 Q1^T) Q2 (Björck and Golub 1973,
-    "Numerical Methods for Computing Angles Between Linear Subspaces"). Cosines do not resolve angles below 1e-6
+    The cosines are the singular values of Q1^T Q2, the sines the singular values of (I - Q1 Q1^T) Q2 (Björck and Golub
+    1973, "Numerical Methods for Computing Angles Between Linear Subspaces"). Cosines do not resolve angles below 1e-6
     degrees, and sines do not resolve angles near 90; both together give every angle to full precision. It is written
     by hand because ``scipy.linalg.subspace_angles`` is exact to 1e-6 degrees only.
 

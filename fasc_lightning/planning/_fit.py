@@ -15,7 +15,8 @@ from fasc_lightning.distributed import is_split
 from fasc_lightning.layers import TargetedLayers, target_layers
 from fasc_lightning.options import CalibrationOptions, CompressionOptions, holds_moments
 from fasc_lightning.planning._forecast import CompressionForecast
-from fasc_lightning.planning._plan import Tiers, forecast, stored_layers
+from fasc_lightning.planning._plan import Tiers, forecast
+from fasc_lightning.planning._stored_layers import stored_layers
 from fasc_lightning.statistics import LayerSketches
 
 

@@ -10,7 +10,7 @@ from transformers import GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfi
 from fasc_lightning import FascCallback, compress, plan
 from fasc_lightning.layers import _fused_experts as expert_views
 from fasc_lightning.layers import model_size, select_layers
-from fasc_lightning.planning._plan import stored_layers
+from fasc_lightning.planning._stored_layers import stored_layers
 from fasc_lightning.planning._time import Rates
 
 WIDE = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4)

@@ -31,7 +31,7 @@ def title(name: str) -> str:
     """Return the first line of a room's or a module's docstring."""
     folder = ROOT / "fasc_lightning" / name
     path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
-    return (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0].rstrip(".")
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0].rstrip(".").replace("`", "")
 
 
 def draw() -> Figure:
@@ -65,7 +65,7 @@ def draw() -> Figure:
     axes.text(
         0.1,
         len(rows) - 0.1,
-        "Every import runs down. Numbers: the way of a token. Yellow: modules that a user calls, at the root. "
+        "Every import runs down. Numbers: the way of a token. Yellow: modules at the root. "
         "Last row: no room below `score` and `compress` imports these.",
         fontsize=9,
     )

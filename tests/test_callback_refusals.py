@@ -42,7 +42,7 @@ from fasc_lightning.layers import is_compressed
         ({"rank": 0.5, "allocation": "best"}, ValueError, "one of measured, fisher, uniform"),
         ({"rank": 0.5, "layout": "coo"}, ValueError, "one of auto, pivot, factors"),
         ({"rank": 0.5, "align": 0}, ValueError, "`align` to be a positive int"),
-        ({"rank": 0.5, "align": 8.0}, ValueError, "multiples of, but got 8.0"),
+        ({"rank": 0.5, "align": 8.0}, ValueError, "multiples, but got 8.0"),
         ({"rank": 0.5, "token_fraction": 0}, ValueError, "token_fraction"),
         ({"rank": 0.5, "calibration_steps": 0}, ValueError, "calibration_steps"),
         ({"rank": 0.5, "calibration_steps": True}, ValueError, "calibration_steps"),

@@ -60,7 +60,7 @@ def check_values(options: CompressionOptions) -> None:
     check_word("layout", options.layout, get_args(Layout))
     if type(options.align) is not int or options.align < 1:
         raise ValueError(
-            f"Expected `align`, of which ranks are multiples, to be a positive int but got {options.align!r}."
+            f"Expected `align` to be a positive int, as ranks are its multiples, but got {options.align!r}."
         )
     if not (isinstance(options.refit, bool) or options.refit == "auto"):
         raise ValueError(f"Expected `refit` to be True, False or 'auto' but got {options.refit!r}.")

@@ -19,7 +19,7 @@ from fasc_lightning.dependence import MonitorPhase, RhoHistory
 from fasc_lightning.distributed import check_module, check_sharded, check_single, check_strategy
 from fasc_lightning.layers import is_compressed, target_layers, unfuse
 from fasc_lightning.models import attach_config, match_on_load, quantize_layers
-from fasc_lightning.options import CompressionOptions, as_recovery, reported
+from fasc_lightning.options import CompressionOptions, reported
 from fasc_lightning.planning import layers_forecast
 from fasc_lightning.recovery import RecoveryStage, set_aside_optimizers
 
@@ -82,20 +82,8 @@ class FascCallback(CompressionOptions, pl.Callback):
         self._last = Undo()  # restores the Trainer after that
         self._ended = False
         self._scales = LossScales()
-        recovery = as_recovery(self.recovery)
-        self._stage = RecoveryStage(recovery, self.seed, self.token_mask, self.loss_terms, self._failed)
-        self._monitor = MonitorPhase(
-            self.monitor_every_n_steps,
-            self.monitor_tokens,
-            self.rho_threshold,
-            self.emergence_observations,
-            self.rho_gradient,
-            self.seed,
-            token_mask=self.token_mask,
-            loss_terms=self.loss_terms,
-            scales=self._scales,
-            undo=self._undo,
-        )
+        self._stage = RecoveryStage(self, self._failed)
+        self._monitor = MonitorPhase(self, scales=self._scales, undo=self._undo)
         self._calibration = CalibrationPhase(
             self,
             self._monitor,

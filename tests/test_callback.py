@@ -48,6 +48,28 @@ def test_only_the_last_epoch_is_calibrated(make_trainer):
     assert callback.batches == 4
 
 
+def test_options_that_are_set_later_count_in_the_next_fit(make_trainer):
+    seen = []
+
+    def mask(batch):
+        seen.append(batch["input_ids"].shape)
+        return batch["attention_mask"].bool()
+
+    callback = FascCallback(rank=0.5, refit=False, allocation="fisher")
+    callback.update_weights, callback.passes, callback.seed = False, 2, 3
+    callback.monitor_every_n_steps, callback.rho_threshold, callback.token_mask = 2, 0.0, mask
+    callback.recovery = "factors"
+    module, trainer = causal_module(), make_trainer(callback, max_epochs=3)
+    trainer.fit(module, token_loader(samples=8, batch_size=2))
+    assert len(seen) == 2 + 2 * 4  # two observations of the first epoch, and two passes over four batches
+    assert callback.rho_history.steps == [0, 2]
+    assert trainer.callback_metrics["fasc/rho_above_threshold"] == 1
+    assert callback.report.options["passes"] == 2
+    assert callback.report.seed == 3
+    make_trainer(callback).fit(module, token_loader())
+    assert callback.report.recovery["arm"] == "factors"
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_calibration_steps_are_the_last_optimizer_steps(make_trainer, accumulate):
     callback = RecordingCallback(rank=0.5, calibration_steps=3)

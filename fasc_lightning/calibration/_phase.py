@@ -70,11 +70,13 @@ class CalibrationPhase(pl.Callback):
         self._failed = failed
         self._checkpoint = CalibrationCheckpoint(key)
         self._layers: TargetedLayers | None = None
-        self.schedule = CalibrationSchedule(
-            options.calibration_steps, options.passes, freezes=not options.update_weights
-        )
+        self.schedule = self._scheduled()
         self.run: CalibrationRun | None = None
         self.report: CompressionReport | None = None
+
+    def _scheduled(self) -> CalibrationSchedule:
+        options = self._options
+        return CalibrationSchedule(options.calibration_steps, options.passes, freezes=not options.update_weights)
 
     @property
     def _compresses(self) -> bool:
@@ -96,6 +98,7 @@ class CalibrationPhase(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.schedule = self._scheduled()  # by the options that have been set since the last fit
         self.schedule.set_up(trainer)
         if self._compresses:
             self._checkpoint.install(trainer)

@@ -21,7 +21,7 @@ from fasc_lightning.compression import CompressionReport
 from fasc_lightning.dependence import RhoHistory
 from fasc_lightning.distributed import UnevenInputs, is_distributed, is_sharded, lacks_room
 from fasc_lightning.layers import TargetedLayers
-from fasc_lightning.options import CalibrationOptions, CompressionOptions, RefineOptions, holds_moments
+from fasc_lightning.options import CalibrationOptions, CompressionOptions, RefineOptions, holds_moments, named
 from fasc_lightning.statistics import LayerSketches
 
 #: Entry of :meth:`CalibrationRun.setting`.
@@ -276,8 +276,8 @@ class CalibrationRun:
             "seed": options.seed,
             "token_fraction": options.token_fraction,
             "update_weights": options.update_weights,
-            "loss_terms": _named(options.loss_terms),
-            "token_mask": _named(options.token_mask),
+            "loss_terms": named(options.loss_terms),
+            "token_mask": named(options.token_mask),
             REPLAYED: self._finish.replays,
             "number of processes": trainer.world_size,
         }
@@ -335,11 +335,3 @@ def _needs_all(options: CalibrationOptions, pl_module: pl.LightningModule) -> st
     if is_sharded(pl_module):
         return "every layer's weights are gathered from all of them"
     return "every step averages the gradients of all of them" if options.update_weights else ""
-
-
-def _named(option: Any) -> str | None:
-    """Return an option in plain data. A callable becomes the name of its code, because files hold no code."""
-    if not callable(option):
-        return option
-    code = option if hasattr(option, "__qualname__") else type(option)
-    return f"{code.__module__}.{code.__qualname__}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
@@ -26,45 +26,57 @@ from fasc_lightning.dependence._summary import describe
 from fasc_lightning.layers import Gradient, TargetedLayers
 
 
+class MonitorOptions(Protocol):
+    """The options of :class:`~fasc_lightning.FascCallback` that an observation reads, each at its use."""
+
+    seed: int
+
+    @property
+    def token_mask(self) -> TokenMask | None: ...
+    @property
+    def loss_terms(self) -> LossTerms | None: ...
+    @property
+    def monitor_every_n_steps(self) -> int | None: ...
+    @property
+    def monitor_tokens(self) -> int: ...
+    @property
+    def rho_threshold(self) -> float: ...
+    @property
+    def emergence_observations(self) -> int: ...
+    @property
+    def rho_gradient(self) -> Gradient: ...
+
+
 class MonitorPhase(pl.Callback):
     """Observes rho at every n-th optimizer step of a fit, and writes the history to the folder of the fit's loggers.
 
     Args:
-        every_n_steps: Optimizer steps between observations; None observes nothing.
-        tokens: Number of tokens of each batch to observe.
-        threshold: rho above which a layer counts as high.
-        observations: Option ``emergence_observations`` of :class:`~fasc_lightning.FascCallback`.
-        gradient: Option ``rho_gradient`` of :class:`~fasc_lightning.FascCallback`.
-        seed: Seed of the choice of tokens, and of permutations.
-        token_mask: As in :class:`~fasc_lightning.FascCallback`.
-        loss_terms: As in :class:`~fasc_lightning.FascCallback`.
+        options: Options of the callback. Those set after this count from the next fit at the latest.
         scales: Scales of gradients, read from the losses of batches.
         undo: Gets the changes to undo when training ends.
     """
 
-    def __init__(
-        self,
-        every_n_steps: int | None,
-        tokens: int,
-        threshold: float,
-        observations: int,
-        gradient: Gradient,
-        seed: int,
-        *,
-        token_mask: TokenMask | None,
-        loss_terms: LossTerms | None,
-        scales: LossScales,
-        undo: Undo,
-    ) -> None:
-        self._monitor = RhoMonitor(every_n_steps or 1, tokens, threshold, gradient, seed)
-        self._observes = every_n_steps is not None
-        self._observations = observations
-        self._token_mask = token_mask
-        self._loss_terms = loss_terms
+    def __init__(self, options: MonitorOptions, *, scales: LossScales, undo: Undo) -> None:
+        self._options = options
+        self._monitor = self._made()
         self._scales = scales
         self._undo = undo
         self._layers: TargetedLayers | None = None
         self._rests = False
+
+    def _made(self) -> RhoMonitor:
+        options = self._options
+        return RhoMonitor(
+            options.monitor_every_n_steps or 1,
+            options.monitor_tokens,
+            options.rho_threshold,
+            options.rho_gradient,
+            options.seed,
+        )
+
+    @property
+    def _observes(self) -> bool:
+        return self._options.monitor_every_n_steps is not None
 
     @property
     def history(self) -> RhoHistory:
@@ -96,6 +108,8 @@ class MonitorPhase(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._observes and self._layers is not None:
+            history, self._monitor = self.history, self._made()
+            self._monitor.history = history
             self._undo.add(self._monitor.remove)
             self._monitor.start(trainer, self._layers.modules)
 
@@ -109,8 +123,8 @@ class MonitorPhase(pl.Callback):
             trainer,
             pl_module,
             batch,
-            token_mask=self._token_mask,
-            loss_terms=self._loss_terms,
+            token_mask=self._options.token_mask,
+            loss_terms=self._options.loss_terms,
             tokens=self._monitor.tokens,
             seed=self._monitor.seed,
         )
@@ -148,7 +162,8 @@ class MonitorPhase(pl.Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._observes:
-            summary = describe(self.history, self._monitor.threshold, self._observations)
+            options = self._options
+            summary = describe(self.history, options.rho_threshold, options.emergence_observations)
             rank_zero_info(f"FascCallback: {summary}")
 
     @override
@@ -158,4 +173,5 @@ class MonitorPhase(pl.Callback):
                 self._write(trainer, figures=False)
 
     def _write(self, trainer: pl.Trainer, figures: bool = True) -> None:
-        write_history(trainer, self.history, self._monitor.threshold, self._observations, figures)
+        options = self._options
+        write_history(trainer, self.history, options.rho_threshold, options.emergence_observations, figures)

@@ -10,6 +10,7 @@ from fasc_lightning.options._compression import (
     Refit,
     flat,
     flat_name,
+    named,
     options_of,
     reported,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "flat",
     "flat_name",
     "holds_moments",
+    "named",
     "options_of",
     "refine_options",
     "reported",

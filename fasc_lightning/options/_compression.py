@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from inspect import Parameter, signature
-from typing import Any, Literal, NotRequired, TypedDict, Unpack, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, Unpack, get_type_hints
 
 from fasc_lightning.layers import Layout, Quantization
 from fasc_lightning.options._checks import (
@@ -149,16 +149,21 @@ class CompressionOptions:
     __repr__ = represent
 
     def __post_init__(self) -> None:
-        for name, group in GROUPS.items():
-            setattr(self, name, as_group(name, group, getattr(self, name)))
         check_fields(self, **dict.fromkeys(GROUPS, own))
-        self.recovery = as_recovery(self.recovery)
         check_values(self)
         if self.rank is None and self.keep is None and self.monitor_every_n_steps is not None:
             check_monitor_only(self)
         else:
             check_budget(self.rank, self.keep)
         check_combinations(self)
+
+    if not TYPE_CHECKING:  # type checkers would otherwise allow every attribute
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Set an option; short forms of groups and of a recovery become what they stand for."""
+            if name in GROUPS:
+                value = as_group(name, GROUPS[name], value)
+            super().__setattr__(name, as_recovery(value) if name == "recovery" else value)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options that differ from their defaults as plain data; options of groups have their flat names."""
@@ -194,7 +199,15 @@ def options_of(options: CompressionOptions | None, changes: Mapping[str, Any]) -
     Args:
         options: The given options; None for the defaults.
         changes: Changed options by name; flat names are allowed.
+
+    Raises:
+        TypeError: If the given options are none.
     """
+    if not isinstance(options, CompressionOptions | None):
+        raise TypeError(
+            f"Expected `options` to be a CompressionOptions but got {options!r:.200}. HINT: single options are "
+            "keywords, as in rank=0.5."
+        )
     given = {} if options is None else {f.name: getattr(options, f.name) for f in fields(CompressionOptions)}
     return {**given, **changes}
 
@@ -212,7 +225,15 @@ def _plain(value: Any) -> Any:
         return describe_recovery(value)
     if isinstance(value, list | tuple | set | frozenset):
         return sorted(value) if isinstance(value, set | frozenset) else list(value)
-    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else value
+    return named(value)
+
+
+def named(value: Any) -> Any:
+    """Return an option in plain data. A callable becomes the name of its code, because files hold no code."""
+    if not callable(value):
+        return value
+    code = value if hasattr(value, "__qualname__") else type(value)
+    return f"{code.__module__}.{code.__qualname__}"
 
 
 def _changed(name: str, group: Any, values: Mapping[str, Any]) -> Any:

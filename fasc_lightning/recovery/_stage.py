@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 from torch import nn
 
 from fasc_lightning._utils import Undo
-from fasc_lightning.batches import LossTerms, TokenMask, check_automatic
+from fasc_lightning.batches import check_automatic
 from fasc_lightning.layers import is_compressed, is_plain_linear
-from fasc_lightning.options import Recovery, RefineOptions, refine_options
+from fasc_lightning.options import CompressionOptions, Recovery, RefineOptions, as_recovery, refine_options
 from fasc_lightning.recovery._callback import REMEDY, RecoveryCallback
 from fasc_lightning.recovery._distillation import check_distillable
 from fasc_lightning.recovery._teacher import weights_fingerprint
@@ -21,38 +21,29 @@ class RecoveryStage:
     """Recognises a recovery fit and makes a :class:`~fasc_lightning.recovery.RecoveryCallback` for it.
 
     Args:
-        recovery: Options of the recovery; None if no fit is a recovery.
-        seed: As in :class:`~fasc_lightning.FascCallback`.
-        token_mask: As in :class:`~fasc_lightning.FascCallback`.
-        loss_terms: As in :class:`~fasc_lightning.FascCallback`.
+        options: Options of the callback, read when they are used. Without ``recovery`` no fit is a recovery.
         failed: Gets the changes to undo if a fit fails.
 
     Attributes:
         running: The callback of the recovery in a recovery fit; None in other fits.
     """
 
-    def __init__(
-        self,
-        recovery: Recovery | None,
-        seed: int,
-        token_mask: TokenMask | None,
-        loss_terms: LossTerms | None,
-        failed: Undo,
-    ) -> None:
+    def __init__(self, options: CompressionOptions, failed: Undo) -> None:
         self.running: RecoveryCallback | None = None
-        self._recovery = recovery
-        self._seed = seed
-        self._token_mask = token_mask
-        self._loss_terms = loss_terms
+        self._options = options
         self._failed = failed
         self._dense: dict[str, nn.Module] = {}
         self._teacher: str | None = None
         self._linear: dict[str, nn.Module] = {}
 
     @property
+    def _recovery(self) -> Recovery | None:
+        return as_recovery(self._options.recovery)
+
+    @property
     def refinement(self) -> RefineOptions | None:
         """Options of the refinement before the recovery; None for no refinement."""
-        return refine_options(self._recovery, self._seed)
+        return refine_options(self._recovery, self._options.seed)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -144,9 +135,9 @@ class RecoveryStage:
         return RecoveryCallback(
             self._recovery,
             self._dense,
-            seed=self._seed,
-            token_mask=self._token_mask,
-            loss_terms=self._loss_terms,
+            seed=self._options.seed,
+            token_mask=self._options.token_mask,
+            loss_terms=self._options.loss_terms,
             key=key,
             teacher=self._teacher,
             failed=self._failed,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import operator
 from dataclasses import MISSING, fields
+from functools import partial
 from typing import get_args, get_type_hints
 
 import pytest
@@ -111,6 +113,37 @@ def test_short_forms(short, long):
     found, expected = FascCallback(**options, **short), FascCallback(**options, **long)
     for name in GROUPS:
         assert getattr(found, name) == getattr(expected, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "short", "long"),
+    [
+        ("memory", "range", Memory(sketch="range")),
+        ("monitor", 50, Monitor(every_n_steps=50)),
+        ("gate", 0.1, Gate(threshold=0.1)),
+        ("calibration", None, Calibration()),
+        ("recovery", "lora", LoraRecovery()),
+    ],
+)
+def test_short_forms_are_set_later_too(name, short, long):
+    callback = FascCallback(keep=0.5)
+    setattr(callback, name, short)
+    assert getattr(callback, name) == long
+    assert callback.options == FascCallback(keep=0.5, **{name: long}).options
+
+
+def test_what_a_group_may_not_be_is_refused_where_it_is_set():
+    callback = FascCallback(keep=0.5, gate=0.1)
+    with pytest.raises(ValueError, match="`gate` to be in"):
+        callback.gate = 2.0
+    assert callback.gate == Gate(0.1)
+
+
+@pytest.mark.parametrize("mask", [partial(len), operator.itemgetter("attention_mask")])
+def test_plain_data_name_the_code_of_callables_without_a_name(mask):
+    found = CompressionOptions(keep=0.5, token_mask=mask, loss_terms=mask).to_dict()
+    assert found["token_mask"] == found["loss_terms"] == f"{type(mask).__module__}.{type(mask).__qualname__}"
+    assert found == json.loads(json.dumps(found))
 
 
 def test_what_is_printed_is_what_differs_from_the_defaults():
@@ -238,6 +271,8 @@ def test_a_plan_takes_options_and_chooses_what_they_leave_open():
         (lambda: FascCallback(keep=0.5, calibration={"steps": 3}), "`calibration` to be a Calibration but got"),
         (lambda: FascCallback(keep=0.5, memory=Memory(passes=2)), "update_weights=False with passes=2"),
         (lambda: FascCallback(keep=0.5, memory="projected"), "update_weights=False with sketch='projected'"),
+        (lambda: compress(causal_model(), [], 0.5), "`options` to be a CompressionOptions but got 0.5"),
+        (lambda: plan(CONFIG, {"rank": 0.5}), "`options` to be a CompressionOptions but got {'rank': 0.5}"),
         (lambda: FascCallback(keep=0.5, steps=3), "unexpected keyword argument 'steps'"),
     ],
 )

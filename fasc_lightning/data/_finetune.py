@@ -18,6 +18,7 @@ from fasc_lightning.data._finetune_records import Document, read_records
 from fasc_lightning.data._pretrained import cache_folder
 from fasc_lightning.data._sampling import sample_windows
 from fasc_lightning.data._sources import SELF, check_sources
+from fasc_lightning.data._windows import check_window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 #: The treatment of instructions with an empty answer.
 Empty = Literal["error", "skip"]
 EMPTY: tuple[Empty, ...] = ("error", "skip")
-# A tokenizer's `model_max_length` above this means "no limit".
-_NO_LIMIT = 10**9
 
 
 @dataclass
@@ -166,21 +165,6 @@ def finetune_data(
     summary.windows = len(train)
     loader = partial(_loader, batch_size=batch_size, padding=_padding(tokenizer))
     return FinetuneData(loader(_shuffled(train, seed)), loader(held) if held else None, summary)
-
-
-def check_window(window: int, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> None:
-    """Refuse windows of fewer than 2 tokens, or longer than the model's context.
-
-    Raises:
-        ValueError: If the window is too short or too long.
-    """
-    if window < 2:
-        raise ValueError(f"Expected windows of at least 2 tokens but got {window}.")
-    config = getattr(model, "config", None)
-    limits = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
-    context = min((limit for limit in limits if isinstance(limit, int) and limit < _NO_LIMIT), default=window)
-    if window > context:
-        raise ValueError(f"Expected windows of at most {context} tokens, the model's context, but got {window}.")
 
 
 # Examples of each source.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from fasc_lightning.data._text_files import MAX_TEXT, read_text, row_text, text_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# A tokenizer's `model_max_length` above this means "no limit".
+_NO_LIMIT = 10**9
 
 
 def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, windows: int | None, window: int) -> Tensor:
@@ -54,6 +57,21 @@ def file_windows(path: str | Path, tokenizer: PreTrainedTokenizerBase, windows: 
     _check_sizes(windows, window)
     text_ending(path)
     return _windows(lambda length: read_text(path, length), f"the text of {path}", tokenizer, windows, window)
+
+
+def check_window(window: int, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> None:
+    """Refuse windows of fewer than 2 tokens, or longer than the model's context.
+
+    Raises:
+        ValueError: If the window is too short or too long.
+    """
+    if window < 2:
+        raise ValueError(f"Expected windows of at least 2 tokens but got {window}.")
+    config = getattr(model, "config", None)
+    limits = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+    context = min((limit for limit in limits if isinstance(limit, int) and limit < _NO_LIMIT), default=window)
+    if window > context:
+        raise ValueError(f"Expected windows of at most {context} tokens, the model's context, but got {window}.")
 
 
 def _check_sizes(windows: int | None, window: int) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from fasc_lightning._utils import evaluating
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-from fasc_lightning._utils import evaluating
 
 
 class MeanTokenLoss(Metric):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from fasc_lightning.options import FLAT, GROUPS, CompressionOptions, descriptions
+from fasc_lightning.options import CompressionOptions
+from fasc_lightning.options._compression import FLAT, GROUPS
+from fasc_lightning.options._described import descriptions
 
 README = Path(__file__).parents[1] / "README.md"
 #: What stands around the table.

@@ -116,12 +116,12 @@ class LossScales:
         """Begin another fit, in which each kind of problem is warned of once more."""
         self._warned.clear()
 
-    def take(self, loss: Tensor, *batches: TokenRows | None, label: str = "a batch") -> bool:
+    def take(self, loss: Tensor, rows: TokenRows | None, label: str = "a batch") -> bool:
         """Set the scales of a batch from its loss.
 
         Args:
             loss: The loss, before its backward pass.
-            *batches: Descriptions of the batch whose scales are set.
+            rows: Description of the batch, whose scale is set; None if no statistics read this batch.
             label: Name of the batch, for warnings.
 
         Returns:
@@ -130,23 +130,24 @@ class LossScales:
         Raises:
             ValueError: If the terms of a mean cannot be counted.
         """
-        found = [rows.take_loss(loss) for rows in batches if rows is not None]
-        for doubt in [scale.doubt for scale in found if scale.doubt][:1]:
+        if rows is None:
+            return True
+        scale = rows.take_loss(loss)
+        if scale.doubt:
             self._warn(
                 "doubt",
                 f"FascCallback: the graph of the loss of {label} does not show over how many terms it is a mean; it is "
-                f"taken for {doubt}. Gradients are scaled by that number, and batches weigh by it. HINT: give "
+                f"taken for {scale.doubt}. Gradients are scaled by that number, and batches weigh by it. HINT: give "
                 "`loss_terms`, 'sum' or a callable on the batch that returns the number of terms, or let the module "
                 "have a method of that name.",
             )
-        empty = any(scale.empty for scale in found)
-        if empty:
+        if scale.empty:
             self._warn(
                 "empty",
                 f"FascCallback: the loss of {label} has no term (is each of its labels -100?). Batches without terms "
                 "are left out of the statistics.",
             )
-        return not empty
+        return not scale.empty
 
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self._warned:

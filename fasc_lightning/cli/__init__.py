@@ -25,7 +25,6 @@ from fasc_lightning._utils import (
     write_json,
 )
 from fasc_lightning.cli._options import (
-    OPTIONS,
     add_compression_options,
     add_evaluation_options,
     add_output_options,
@@ -50,7 +49,6 @@ __all__ = [
     "GREY",
     "KERNEL_CACHE",
     "MARKERS",
-    "OPTIONS",
     "Clock",
     "Row",
     "add_compression_options",

@@ -16,7 +16,7 @@ from fasc_lightning.dependence._layer_scores import LayerScores, Sample
 from fasc_lightning.dependence._phase import MonitorPhase
 from fasc_lightning.dependence._rho import PooledDependenceScore, debiased_rho, iid_floor, pooled_rho, rho
 from fasc_lightning.dependence._streaming import MIN_ROWS, SUMS, DependenceScore
-from fasc_lightning.dependence._summary import counted, describe, reasons
+from fasc_lightning.dependence._summary import counted, reasons
 
 __all__ = [
     "COLUMNS",
@@ -35,7 +35,6 @@ __all__ = [
     "check_emergence_options",
     "counted",
     "debiased_rho",
-    "describe",
     "emergence",
     "iid_floor",
     "pooled_rho",

@@ -1,15 +1,7 @@
 """Linear layers, dense, low-rank, pivoted, int8 and of experts: selection, swap, description."""
 
 from fasc_lightning.layers._compressed_linear import CompressedLinear
-from fasc_lightning.layers._fused_experts import (
-    ExpertLinear,
-    Routing,
-    expert_groups,
-    named_layers,
-    routed,
-    split_name,
-    warn_unknown_experts,
-)
+from fasc_lightning.layers._fused_experts import ExpertLinear, Routing, expert_groups, named_layers, routed, split_name
 from fasc_lightning.layers._guards import GUARD_SHAPE, expect_guards, guards, is_guard, saved_guards
 from fasc_lightning.layers._int8_layers import (
     QUANTIZATIONS,
@@ -43,7 +35,6 @@ from fasc_lightning.layers._targets import (
     select_layers,
     target_layers,
     warn_other_layers,
-    warn_tied_layers,
 )
 from fasc_lightning.layers._unfused_experts import UnfusedExperts, expert_layers, unfuse
 
@@ -110,6 +101,4 @@ __all__ = [
     "trains_weight",
     "unfuse",
     "warn_other_layers",
-    "warn_tied_layers",
-    "warn_unknown_experts",
 ]

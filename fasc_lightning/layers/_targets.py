@@ -39,7 +39,7 @@ class TargetedLayers:
 
     @cached_property
     def token_shares(self) -> dict[str, float]:
-        """Share of the tokens that each layer sees if a router spreads them evenly; 1 for what is no expert's."""
+        """Share of the tokens that each layer sees if a router spreads them evenly; 1 for layers outside of experts."""
         return {name: getattr(module, "expert_share", 1.0) for name, module in self.modules.items()}
 
     @classmethod

@@ -49,13 +49,10 @@ class Flat:
         self.group, self.option = group, option
 
     def __get__(self, options: Any, owner: type | None = None) -> Any:
-        return self if options is None else getattr(self._group(options), self.option)
+        return self if options is None else getattr(getattr(options, self.group), self.option)
 
     def __set__(self, options: Any, value: Any) -> None:
-        setattr(options, self.group, _changed(self.group, self._group(options), {self.option: value}))
-
-    def _group(self, options: Any) -> Any:
-        return as_group(self.group, GROUPS[self.group], getattr(options, self.group))
+        setattr(options, self.group, _changed(self.group, getattr(options, self.group), {self.option: value}))
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

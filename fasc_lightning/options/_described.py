@@ -41,6 +41,4 @@ def descriptions(cls: type) -> dict[str, str]:
     """Return the descriptions of the options in the docstring of a class, each in one paragraph of plain text."""
     section = (cls.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
     found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", section, re.MULTILINE)
-    return {
-        name: re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`|``(.*?)``", r"\1\2", " ".join(text.split())) for name, text in found
-    }
+    return {name: _MARKUP.sub(r"\1\2", " ".join(text.split())) for name, text in found}

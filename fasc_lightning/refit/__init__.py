@@ -5,14 +5,12 @@ from fasc_lightning.refit._batch_loss import causal_loss
 from fasc_lightning.refit._block_stack import RefitError, find_blocks
 from fasc_lightning.refit._block_steps import relative_error
 from fasc_lightning.refit._block_training_in_fit import RefinePhase, refine_figures, refine_module
-from fasc_lightning.refit._block_training_report import RefineReport
 from fasc_lightning.refit._in_fit import ByLayer, RefitPhase, refit_figures
 from fasc_lightning.refit._reports import RefitReport
 
 __all__ = [
     "ByLayer",
     "RefinePhase",
-    "RefineReport",
     "RefitError",
     "RefitOptions",
     "RefitPhase",

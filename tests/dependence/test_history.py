@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasc_lightning.dependence import COLUMNS, RhoHistory, describe, emergence
+from fasc_lightning.dependence import COLUMNS, RhoHistory, emergence
+from fasc_lightning.dependence._summary import describe
 
 NAN = math.nan
 

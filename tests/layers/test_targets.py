@@ -20,10 +20,9 @@ from fasc_lightning.layers import (
     select_layers,
     swap_modules,
     target_layers,
-    warn_tied_layers,
 )
 from fasc_lightning.layers._swap import _dense
-from fasc_lightning.layers._targets import other_layers
+from fasc_lightning.layers._targets import other_layers, warn_tied_layers
 from fasc_lightning.models import apply_plan, quantize
 
 Tripled = variants()[0]

@@ -25,17 +25,9 @@ from fasc_lightning import (
     compress,
     plan,
 )
-from fasc_lightning.options import (
-    ALLOCATIONS,
-    FLAT,
-    GATE_BY,
-    GROUPS,
-    CompressionKeywords,
-    PlanKeywords,
-    ReductionKind,
-    described,
-    descriptions,
-)
+from fasc_lightning.options import ALLOCATIONS, GATE_BY, CompressionKeywords, PlanKeywords, ReductionKind, described
+from fasc_lightning.options._compression import FLAT, GROUPS
+from fasc_lightning.options._described import descriptions
 from fasc_lightning.solvers import available_methods
 
 CONFIG = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from fasc_lightning import Distillation, FactorRecovery, FascCallback, LoraRecovery
-from fasc_lightning.options import as_recovery, describe_recovery
+from fasc_lightning.options import as_recovery
+from fasc_lightning.options._recovery import describe_recovery
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

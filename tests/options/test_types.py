@@ -27,7 +27,8 @@ from fasc_lightning import (
     recover,
     score,
 )
-from fasc_lightning.options import FLAT, CompressionOptions, RefineOptions, checks_options, described
+from fasc_lightning.options import CompressionOptions, RefineOptions, checks_options, described
+from fasc_lightning.options._compression import FLAT
 from fasc_lightning.options._types import CHECKS
 
 #: What options are given beside those that are wrong.

@@ -14,7 +14,7 @@ from tiny import save_model_folder
 from transformers import AutoModelForCausalLM
 
 from fasc_lightning import load_compressed
-from fasc_lightning.cli import OPTIONS
+from fasc_lightning.cli._options import OPTIONS
 from fasc_lightning.options import described
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compress.py"

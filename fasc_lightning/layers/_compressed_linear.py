@@ -10,12 +10,13 @@ from typing_extensions import override
 from fasc_lightning.layers._guards import guard_key, is_guard
 from fasc_lightning.layers._int8 import Int8Linear
 from fasc_lightning.layers._lazy_weight import LazyWeight
+from fasc_lightning.layers._packed_linear import PackedLinear
 
 
 class CompressedLinear(nn.Module, ABC):
     """A linear layer y = W' x + b, W' of shape (m, n) and rank k, held in fewer than m n numbers or in fewer bytes.
 
-    Its matrices are ``nn.Linear`` children or, quantised, ``Int8Linear``.
+    Its matrices are ``nn.Linear`` children or, quantised, ``Int8Linear`` or ``PackedLinear``.
 
     Model code of transformers reads ``.weight`` of linear layers in about a hundred places, nearly always for its dtype
     or device (T5, GPT-J, Qwen2-VL). So there is a read-only :attr:`weight`, which is no parameter and not in the state
@@ -68,7 +69,8 @@ class CompressedLinear(nn.Module, ABC):
         """Return the left (m, k) and right (k, n) factors of W', differentiable; in float32 for half-precision layers.
 
         Raises:
-            TypeError: If a child is neither a plain linear layer nor an ``Int8Linear`` (adapters, torchao's tensors).
+            TypeError: If a child is neither a plain linear layer nor one of this package's quantised layers (adapters,
+                torchao's tensors).
         """
 
     @property
@@ -93,6 +95,8 @@ class CompressedLinear(nn.Module, ABC):
     def _like(self) -> Tensor:
         """A tensor of the layer's dtype and device: a weight, or the scales of a quantised weight."""
         child: Any = self._child()
+        if isinstance(child, PackedLinear):
+            return child.like
         like: Tensor = child.scale if isinstance(child, Int8Linear) else child.weight
         return like
 
@@ -152,7 +156,7 @@ class CompressedLinear(nn.Module, ABC):
 
 def matrix_of(child: nn.Module) -> Tensor:
     """Return the weight of a child; half precision becomes float32, because products would round twice."""
-    if isinstance(child, Int8Linear):
+    if isinstance(child, Int8Linear | PackedLinear):
         return child.dequantize()
     if not isinstance(child, nn.Linear) or type(child.weight) not in (nn.Parameter, Tensor):
         found = type(child.weight if isinstance(child, nn.Linear) else child)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting
 from torch.nn import functional as F
 
+from fasc_lightning.layers._grid import Rounded
 from fasc_lightning.layers._inference import is_eager
 
 #: Half of the 255 steps from -128 to 127.
@@ -97,6 +98,24 @@ class Int8Linear(nn.Module):
         layer.scale = scale
         if input_bits is not None:
             layer.rounds_inputs = torch.tensor(True, device=scale.device)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+        return layer
+
+    @classmethod
+    def from_rounded(cls, rounded: Rounded, bias: Tensor | None, dtype: torch.dtype) -> Int8Linear:
+        """Return a layer with a matrix that is on a symmetric grid of 8 bits with one scale an output.
+
+        Args:
+            rounded: W on the grid, (m, n).
+            bias: b, (m,), or None.
+            dtype: Dtype of the layer.
+        """
+        m, n = rounded.codes.shape
+        layer = cls(n, m, bias is not None, device="meta")
+        centred = (rounded.codes.to(torch.int16) - rounded.grid.middle).to(torch.int8)
+        layer.weight = nn.Parameter(centred, requires_grad=False)
+        layer.scale = rounded.scale[:, 0].to(dtype)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
         return layer

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fasc_lightning.layers._fused_experts import PROJECTIONS, ExpertLinear, is_fused_experts
 from fasc_lightning.layers._linear import flops_per_token
+from fasc_lightning.layers._packed_linear import PackedLinear
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Size:
     """Parameters, bytes and FLOPs of a set of layers.
 
     Attributes:
-        parameters: Trainable numbers, without the index of a pivoted layer.
+        parameters: Numbers of the matrices and biases, without the index of a pivoted layer, scales and zero points.
         bytes: Memory of parameters and buffers, indices included.
         flops_per_token: Two for each multiply-add of a linear layer; experts count by the share that works on a token.
             Attention and element-wise operations are not counted.
@@ -26,6 +27,11 @@ class Size:
     parameters: int
     bytes: int
     flops_per_token: int
+
+
+def bytes_in_16_bits(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors if their numbers in floating point had 16 bits, as in a saved model."""
+    return sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in tensors)
 
 
 def layer_sizes(layers: Mapping[str, nn.Module]) -> Size:
@@ -61,7 +67,13 @@ def _flops(layers: Iterable[nn.Module]) -> int:
 
 
 def _counts(module: nn.Module) -> tuple[int, int]:
-    """Return the count of parameters, and the bytes with buffers; each is read once, since an expert's is a slice."""
+    """Return the count of parameters, and the bytes with buffers; each is read once, since an expert's is a slice.
+
+    A rounded matrix counts as many parameters as it has codes.
+    """
     parameters = list(module.parameters())
     size = sum(t.numel() * t.element_size() for t in (*parameters, *module.buffers()))
-    return sum(p.numel() for p in parameters), size
+    packed = [m for m in module.modules() if isinstance(m, PackedLinear)]
+    numbers = {id(p): m.in_features * m.out_features for m in packed for p in (m.weight_packed,) if p is not None}
+    scales = {id(m.weight_scale) for m in packed}
+    return sum(numbers.get(id(p), p.numel()) for p in parameters if id(p) not in scales), size

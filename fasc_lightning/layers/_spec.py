@@ -9,10 +9,16 @@ import torch
 from torch import nn
 
 from fasc_lightning.layers._compressed_linear import CompressedLinear
-from fasc_lightning.layers._int8_layers import QUANTIZATIONS, DenseLinear, make_room_for_int8, quantization_of
 from fasc_lightning.layers._linear import linear_shape, linear_weight
 from fasc_lightning.layers._lowrank import LowRankLinear
 from fasc_lightning.layers._pivoted import PivotedLinear
+from fasc_lightning.layers._quantized_layers import (
+    DenseLinear,
+    form_from_plain,
+    form_to_plain,
+    make_room,
+    quantization_of,
+)
 
 
 def check_layers(layers: Any) -> dict[str, dict[str, Any]]:
@@ -29,8 +35,9 @@ def check_layers(layers: Any) -> dict[str, dict[str, Any]]:
         if not _is_valid(spec):
             raise ValueError(
                 f'Expected {{"rank": int, "layout": "factors", "bias": bool}} or {{"rank": int, "layout": "pivot", '
-                f'"side": "in" or "out", "bias": bool}}, and of a quantised layer "quantize": "int8" or '
-                f'"int8-dynamic" ("layout" may then be "dense"), of layer {name!r}, got {spec!r}.'
+                f'"side": "in" or "out", "bias": bool}}, and of a quantised layer "quantize": "int8", '
+                f'"int8-dynamic" or {{"bits": int, "group": int or None, "symmetric": bool}} ("layout" may then be '
+                f'"dense"), of layer {name!r}, got {spec!r}.'
             )
     return {name: dict(spec) for name, spec in layers.items()}
 
@@ -39,8 +46,11 @@ def _is_valid(spec: Any) -> bool:
     if not isinstance(spec, Mapping) or type(spec.get("rank")) is not int or type(spec.get("bias")) is not bool:
         return False
     layout, keys = spec.get("layout"), set(spec) - {"quantize"}
-    if "quantize" in spec and not (isinstance(spec["quantize"], str) and spec["quantize"] in QUANTIZATIONS):
-        return False
+    if "quantize" in spec:
+        try:
+            form_from_plain(spec["quantize"])
+        except ValueError:
+            return False
     if layout == "pivot":
         return keys == {"rank", "layout", "bias", "side"} and spec["side"] in ("in", "out")
     return keys == {"rank", "layout", "bias"} and (layout == "factors" or (layout == "dense" and "quantize" in spec))
@@ -52,7 +62,7 @@ def describe_layer(layer: CompressedLinear) -> dict[str, Any]:
     if isinstance(layer, PivotedLinear):
         spec["side"] = layer.side
     if (quantization := quantization_of(layer)) is not None:
-        spec["quantize"] = quantization
+        spec["quantize"] = form_to_plain(quantization)
     return spec
 
 
@@ -73,7 +83,7 @@ def empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> Compres
             layer = LowRankLinear(n, m, spec["rank"], **options)
         else:
             layer = DenseLinear(n, m, **options)
-        return make_room_for_int8(layer, spec["quantize"]) if "quantize" in spec else layer
+        return make_room(layer, form_from_plain(spec["quantize"])) if "quantize" in spec else layer
     except (TypeError, ValueError) as error:
         raise ValueError(f"The configuration of compressed layer {name!r} does not fit the model: {error}") from error
 
@@ -92,7 +102,8 @@ def place(layer: Layer, device: torch.device) -> Layer:
 
 
 def set_trainable(layer: Layer, trainable: bool) -> Layer:
-    """Set whether a layer's parameters are trained; int8 parameters never are."""
-    for parameter in layer.parameters():
-        parameter.requires_grad_(trainable and parameter.is_floating_point())
+    """Set whether a layer's parameters are trained; integers and the scales beside them are not."""
+    for name, parameter in layer.named_parameters():
+        is_number = parameter.is_floating_point() and not name.endswith("weight_scale")
+        parameter.requires_grad_(trainable and is_number)
     return layer

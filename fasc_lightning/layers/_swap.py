@@ -13,6 +13,7 @@ from fasc_lightning._utils import undoing
 from fasc_lightning.layers._compressed_linear import CompressedLinear
 from fasc_lightning.layers._fused_experts import ExpertLinear
 from fasc_lightning.layers._linear import empty_conv1d, flops_per_token, is_conv1d, linear_shape
+from fasc_lightning.layers._quantized_layers import quantization_of
 from fasc_lightning.layers._reparametrised import remember_form
 from fasc_lightning.layers._shell import own_class, shell
 from fasc_lightning.layers._unfused_experts import fuse_dense, with_experts
@@ -182,7 +183,9 @@ def _match(new: nn.Module, old: nn.Module) -> None:
         found = old.shell if isinstance(old, CompressedLinear) else _shell(old)
         if found is not new.shell:
             vars(new)["shell"] = found
-    kinds = {(p.device, p.dtype) for p in old.parameters() if p.is_floating_point()}
+    # Scales of rounded matrices keep a type of their own.
+    tensors: Any = old.parameters() if quantization_of(old) is None else [old.weight]
+    kinds = {(t.device, t.dtype) for t in tensors if t.dtype.is_floating_point}
     if len(kinds) == 1:
         device, dtype = kinds.pop()
         if device.type != "meta":  # moving there would lose the values

@@ -15,7 +15,7 @@ from fasc_lightning.layers import (
     quantized_layer,
 )
 from fasc_lightning.layers._int8 import Int8Linear
-from fasc_lightning.layers._int8_layers import DenseLinear, make_room_for_int8
+from fasc_lightning.layers._quantized_layers import DenseLinear, make_room
 
 SHAPES = [(40, 60), (60, 40)]  # pivots of outputs, and of inputs
 
@@ -158,7 +158,7 @@ def test_room_for_int8_has_the_form_that_is_loaded_into_it():
             empty = LowRankLinear(60, 40, 12)
         else:
             empty = DenseLinear(60, 40)
-        room = make_room_for_int8(empty, "int8-dynamic")
+        room = make_room(empty, "int8-dynamic")
         room.load_state_dict(new.state_dict())
         x = random(3, 60).float()
         assert torch.equal(room(x), new(x))

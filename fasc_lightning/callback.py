@@ -137,10 +137,6 @@ class FascCallback(CompressionOptions, pl.Callback):
         running = self._stage.running
         return self._parts if running is None else (running,)
 
-    @property
-    def _compresses(self) -> bool:
-        return self.rank is not None or self.keep is not None
-
     # Checkpoints.
 
     @override
@@ -184,9 +180,9 @@ class FascCallback(CompressionOptions, pl.Callback):
             self.report = None
         check_strategy(trainer, recovers=self._stage.running is not None)
         check_module(pl_module, compresses=False)  # a checkpoint may make a compressed module dense
-        if self._compresses:
+        if self.compresses:
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            check_single([c for c in callbacks if isinstance(c, FascCallback) and c._compresses])
+            check_single([c for c in callbacks if isinstance(c, FascCallback) and c.compresses])
         for part in self._parts:  # even in a recovery, which a checkpoint may still turn into another fit
             part.setup(trainer, pl_module, stage)
 
@@ -207,8 +203,8 @@ class FascCallback(CompressionOptions, pl.Callback):
             return
         self.report = None
         # Modules made in `configure_model` do not exist earlier.
-        check_module(pl_module, compresses=self._compresses)
-        layers = target_layers(pl_module, self.targets, self.exclude, compresses=self._compresses)
+        check_module(pl_module, compresses=self.compresses)
+        layers = target_layers(pl_module, self.targets, self.exclude, compresses=self.compresses)
         check_sharded(trainer, pl_module, layers.modules)
         for part in self._parts:
             part.target(layers)
@@ -319,8 +315,9 @@ class FascCallback(CompressionOptions, pl.Callback):
 
     def _quantized(self, pl_module: pl.LightningModule, report: CompressionReport) -> CompressionReport:
         """Convert the targeted layers to int8 if asked to, and return the report with it."""
-        if self.quantize is None:
+        if self.quantize is None or self.rounds:
             return report
+        assert self.quantize == "int8" or self.quantize == "int8-dynamic"  # the only ones beside ranks
         start, layers = time.perf_counter(), [layer.name for layer in report.layers]
         unfuse(pl_module, layers)  # splits modules of experts that all stayed dense
         quantize_layers(pl_module, layers, self.quantize)

@@ -21,7 +21,7 @@ def outcome(worse=0.0, noise=0.0, recalled=40, kept=0.8, zeros=0.0, seconds=3.0,
     source = random.Random(seed)
     losses = [loss + worse + source.uniform(-noise, noise) for loss in HARDNESS]
     measured = Answers({"news": losses}, [i % 40 < recalled for i in range(40)], [i % 2 == 0 for i in range(pairs)])
-    return Outcome(100, kept, zeros, measured, {"factorize": seconds, "evaluate": 1.0})
+    return Outcome(100, kept, zeros=zeros, measured=measured, seconds={"factorize": seconds, "evaluate": 1.0})
 
 
 def failed(error="FloatingPointError: The loss of window 0 is not finite.\nTraceback"):

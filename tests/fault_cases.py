@@ -238,7 +238,8 @@ def resumed(folder: Path, **options: Any) -> World:
     return world
 
 
-_FROZEN = {"rank": 0.5, "update_weights": False}
+_NOT_TRAINED = {"update_weights": False}
+_FROZEN = {"rank": 0.5, **_NOT_TRAINED}
 
 LORA = LoraRecovery(r=2, validate_every=2)
 
@@ -270,6 +271,7 @@ SCENARIOS: dict[str, Callable[[Path], World]] = {
     "sketches": partial(fit, sketch="range", sketch_above=0, sketch_size=6, keep=0.5, refit=False),
     "projected": partial(fit, sketch="projected", refit=False, **_FROZEN),
     "int8": partial(fit, quantize="int8", refit=False, allocation="uniform", **_FROZEN),
+    "rounded": partial(fit, size=0.4, refit=True, **_NOT_TRAINED),
     "offloaded": partial(offloading, refit=False, allocation="uniform", **_FROZEN),
     "checkpoints": partial(with_sidecars, **_FROZEN),
     "resumed": partial(resumed, **_FROZEN),

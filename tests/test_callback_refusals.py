@@ -117,7 +117,7 @@ def test_an_already_compressed_model_is_refused(make_trainer):
     module = causal_module()
     make_trainer(FascCallback(rank=0.5)).fit(module, token_loader())
     before = list(module.state_dict())
-    with pytest.raises(MisconfigurationException, match="holds low-rank layers already"):
+    with pytest.raises(MisconfigurationException, match="holds compressed layers already"):
         make_trainer(FascCallback(rank=0.5)).fit(module, token_loader())
     assert list(module.state_dict()) == before
 

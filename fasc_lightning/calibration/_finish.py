@@ -16,7 +16,10 @@ from fasc_lightning.compression import (
     CompressionReport,
     CompressionResult,
     LayerReport,
+    RoundedLayers,
     build_layers,
+    build_rounded,
+    byte_budget,
     same_everywhere,
 )
 from fasc_lightning.distributed import Unsharding
@@ -55,7 +58,8 @@ class Finish:
     ) -> None:
         self._layers = layers
         self._options = options
-        self._refit = RefitPhase.of(options.refit if holds_moments else False, pl_module, layers.modules)
+        wanted = False if not holds_moments or (options.rounds and options.refit == "auto") else options.refit
+        self._refit = RefitPhase.of(wanted, pl_module, layers.modules)
         self._refine = None if refine is None else RefinePhase(refine)
         if refine is not None:
             RefinePhase.check(pl_module, layers.modules)
@@ -71,7 +75,7 @@ class Finish:
     @property
     def replays(self) -> bool:
         """Whether batches are kept: the refit, the refinement and the measurement of losses replay them."""
-        return self.refits or self._refine is not None or self._options.allocation == "measured"
+        return self.refits or self._refine is not None or self._options.measures
 
     def keep(self, trainer: pl.Trainer, batch: Any, *, is_first_pass: bool) -> None:
         """Keep a batch that is about to run, if a later step replays it.
@@ -171,15 +175,27 @@ class Finish:
     ) -> tuple[CompressionResult, list[LayerReport]]:
         """Return the replacements, the same on every process, and the report of each layer."""
         options, progress = self._options, layer_progress(trainer)
-        factorized = passes.factorize(trainer, progress, consume=not self.refits)
+        found = passes.end(trainer, progress, consume=not self.refits)
         return_freed_memory()  # The batches of a measurement need the memory of the moments.
-        warn_few_tokens(factorized.tokens, self._layers.shapes)
+        warn_few_tokens(found.tokens, self._layers.shapes)
         measurement = LossMeasurement(
             trainer, pl_module, self._layers.modules, self.kept, options.token_mask, options.loss_terms
         )
+        measure = measurement.measure if options.measures else None
+        if isinstance(found, RoundedLayers):
+            result = build_rounded(
+                self._layers.modules,
+                found,
+                method=how.method,
+                budget=None if how.size is None else byte_budget(pl_module, self._layers.modules, how.size),
+                uniform=options.allocation == "uniform",
+                measure=measure,
+                progress=progress,
+            )
+            return same_everywhere(trainer, result), passes.reports(result)
         result = build_layers(
             self._layers.modules,
-            factorized,
+            found,
             rank=how.rank,
             keep=how.keep,
             allocation=options.allocation,
@@ -187,7 +203,7 @@ class Finish:
             align=how.align,
             device=trainer.strategy.root_device,
             progress=progress,
-            measure=measurement.measure,
+            measure=measure,
         )
         reports = passes.reports(result)
         return same_everywhere(trainer, result), reports

@@ -22,7 +22,7 @@ from fasc_lightning.batches import (
     on_first_process,
     replayed_rows,
 )
-from fasc_lightning.compression import evenly_spaced, measure_losses
+from fasc_lightning.compression import Approximation, evenly_spaced, measure_losses
 from fasc_lightning.distributed import is_distributed
 
 
@@ -54,17 +54,17 @@ class LossMeasurement:
         self._token_mask = token_mask
         self._loss_terms = loss_terms
 
-    def measure(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    def measure(self, approximations: Mapping[str, Approximation]) -> dict[str, float]:
         """Return J by layer; empty, with a log message, if the module has no loss outside of the training loop.
 
         Args:
-            factors: B (m, k), C (k, n) of the layers to measure.
+            approximations: Factors or rounded matrices of the layers to measure.
 
         Raises:
             FloatingPointError: If a loss is not finite.
             RuntimeError: On every process except the first, if the first one failed.
         """
-        found = on_first_process(self._trainer, lambda: self._measure(factors), "Measuring the losses of layers")
+        found = on_first_process(self._trainer, lambda: self._measure(approximations), "Measuring the losses of layers")
         if not is_distributed(self._trainer):
             assert found is not None
             return found
@@ -72,7 +72,7 @@ class LossMeasurement:
         dist.broadcast_object_list(shared, src=0)
         return shared[0]
 
-    def _measure(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    def _measure(self, approximations: Mapping[str, Approximation]) -> dict[str, float]:
         device = self._trainer.strategy.root_device
         scaler: Any = getattr(self._trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()  # gradients in float16 would vanish without it
@@ -89,7 +89,7 @@ class LossMeasurement:
             check_automatic(self._module, 'Or allocate by "fisher".')
             with brought([self._module], device):
                 step = TrainingStep(self._trainer, KeptBatches(evenly_spaced(self._replay.batches)), device)
-                return measure_losses(self._module, self._layers, factors, step.batches, rows, loss)
+                return measure_losses(self._module, self._layers, approximations, step.batches, rows, loss)
         except NoLossError as error:
-            rank_zero_info(f"FascCallback: ranks follow predicted losses alone. {error}")
+            rank_zero_info(f"FascCallback: ranks and bits follow predicted losses alone. {error}")
             return {}

@@ -19,12 +19,14 @@ from fasc_lightning.compression import (
     CompressionResult,
     FactorizedLayers,
     LayerReport,
+    RoundedLayers,
     choose_methods,
     excluded_layers,
     factorize_layers,
     failure_flags,
     gate_scores,
     offload_to_disk,
+    round_layers,
     statistics_needed,
 )
 from fasc_lightning.dependence import RhoHistory, RhoRow, reasons
@@ -93,6 +95,7 @@ class Passes:
             f"{'' if self.count == 1 else f', in each of {self.count} passes'}."
         )
         self._factorized: FactorizedLayers | None = None
+        self._rounded: RoundedLayers | None = None
         self._rows: dict[str, tuple[RhoRow, tuple[str, ...]]] = {}
         self._counts: list[int] = []  # batches of each pass, on all processes
         self.moments_bytes = 0
@@ -116,8 +119,8 @@ class Passes:
 
     @property
     def is_first(self) -> bool:
-        """Whether no share has been factorised yet."""
-        return self._factorized is None
+        """Whether no share has been factorised or rounded yet."""
+        return self._factorized is None and self._rounded is None
 
     @property
     def is_last(self) -> bool:
@@ -174,17 +177,17 @@ class Passes:
         share = self._shares[0]
         rank_zero_info(
             f"FascCallback: pass {self.count - len(self._shares) + 1} of {self.count} is over; its "
-            f"{len(share.modules)} layers are factorised."
+            f"{len(share.modules)} layers are {'rounded' if self._options.rounds else 'factorised'}."
         )
         start = time.perf_counter()
-        self._factorize_share(trainer, None, consume=True)
+        self._end_share(trainer, None, consume=True)
         self.factorizing += time.perf_counter() - start
         return_freed_memory()
         self._shares.pop(0)
         self.begin_share()
 
-    def factorize(self, trainer: pl.Trainer, progress: Progress | None, *, consume: bool) -> FactorizedLayers:
-        """Factorise the layers of the last pass, and return the factors of all layers.
+    def end(self, trainer: pl.Trainer, progress: Progress | None, *, consume: bool) -> FactorizedLayers | RoundedLayers:
+        """Factorise or round the layers of the last pass, and return the results of all layers.
 
         Args:
             trainer: Trainer of the fit.
@@ -201,7 +204,10 @@ class Passes:
             )
         self._check_counts()
         self.spent = True
-        return self._factorize_share(trainer, progress, consume=consume)
+        self._end_share(trainer, progress, consume=consume)
+        found = self._rounded if self._options.rounds else self._factorized
+        assert found is not None
+        return found
 
     def _check_counts(self) -> None:
         """Refuse a last pass without data, and warn of passes with unequal numbers of batches."""
@@ -217,8 +223,8 @@ class Passes:
             "saw more of them weigh more when the budget is spent. HINT: a loader that gives all passes the same."
         )
 
-    def _factorize_share(self, trainer: pl.Trainer, progress: Progress | None, *, consume: bool) -> FactorizedLayers:
-        """Factorise the layers of this pass, and keep the figures of their statistics for reports."""
+    def _end_share(self, trainer: pl.Trainer, progress: Progress | None, *, consume: bool) -> None:
+        """Factorise or round the layers of this pass, and keep the figures of their statistics for reports."""
         options, moments, share = self._options, self.gathering.moments, self._shares[0].modules
         rows = self.gathering.table(trainer.global_step)
         scores = gate_scores(options.gate_by, rows, share, moments)
@@ -241,6 +247,18 @@ class Passes:
             # The reason why debiased is NaN. Reports have no interval, so they need no reason for its NaN.
             undefined = (rows[name]["reason"],) if math.isnan(rows[name]["debiased"]) else ()
             self._rows[name] = rows[name], flags[name] + undefined
+        if options.rounds:
+            rounded = round_layers(
+                share,
+                moments,
+                options.grids,
+                calibrated=options.is_calibrated,
+                device=self._device,
+                progress=progress,
+                consume=consume,
+            )
+            self._rounded = rounded if self._rounded is None else self._rounded.join(rounded)
+            return
         found = factorize_layers(
             share,
             moments,
@@ -254,7 +272,6 @@ class Passes:
             hold=offload_to_disk if self.count > 1 else None,
         )
         self._factorized = found if self._factorized is None else self._factorized.join(found)
-        return self._factorized
 
     def reports(self, result: CompressionResult) -> list[LayerReport]:
         """Return the report of each layer: its compression and the figures of its statistics."""

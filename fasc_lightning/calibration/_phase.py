@@ -18,7 +18,7 @@ from fasc_lightning.calibration._checks import check_batches_given
 from fasc_lightning.calibration._resume import CalibrationCheckpoint
 from fasc_lightning.calibration._run import CalibrationRun
 from fasc_lightning.calibration._schedule import CalibrationSchedule
-from fasc_lightning.compression import CompressionReport, check_budget_fits, check_rank_fits
+from fasc_lightning.compression import CompressionReport, check_fits
 from fasc_lightning.dependence import MonitorPhase
 from fasc_lightning.distributed import check_weights
 from fasc_lightning.layers import TargetedLayers, linear_weight
@@ -80,7 +80,7 @@ class CalibrationPhase(pl.Callback):
 
     @property
     def _compresses(self) -> bool:
-        return self._options.rank is not None or self._options.keep is not None
+        return self._options.compresses
 
     def target(self, layers: TargetedLayers) -> None:
         """Take the layers of a fit, before it starts."""
@@ -130,9 +130,8 @@ class CalibrationPhase(pl.Callback):
         check_batches_given(pl_module, options.loss_terms, options.token_mask)
         self.schedule.check(trainer)  # earlier the fit might still turn out to be a recovery
         check_weights((name, linear_weight(layer)) for name, layer in modules.items())
-        check_rank_fits(layers.shapes, options.rank)
         self._recovery.check(pl_module, modules)
-        check_budget_fits(modules, options.rank, options.keep, options.allocation, options.layout, options.align)
+        check_fits(pl_module, layers, options)
         gathered, refinement = CalibrationOptions.of(options), self._recovery.refinement
         self.run = run = CalibrationRun(trainer, pl_module, layers, gathered, refinement, self._monitor.history)
         self._undo.add(run.release)

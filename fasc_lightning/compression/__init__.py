@@ -2,16 +2,24 @@
 
 from fasc_lightning.compression._allocation import Candidate, allocate_fisher, allocate_uniform, least_cost
 from fasc_lightning.compression._budget import (
-    check_budget_fits,
-    check_rank_fits,
+    FLOAT_BYTES,
+    byte_budget,
+    check_fits,
     layer_budgets,
     layers_dtype,
     layout_cost,
 )
-from fasc_lightning.compression._build import CompressionResult, build_layers, compress_layers, same_everywhere
+from fasc_lightning.compression._build import (
+    CompressionResult,
+    LayerChoice,
+    build_layers,
+    compress_layers,
+    same_everywhere,
+)
 from fasc_lightning.compression._disk_factors import offload_to_disk
 from fasc_lightning.compression._expert_report import expert_table
 from fasc_lightning.compression._factorize import FactorizedLayers, Unit, factorize_layers
+from fasc_lightning.compression._figure import allocation_figure
 from fasc_lightning.compression._gate import (
     choose_methods,
     excluded_layers,
@@ -20,25 +28,32 @@ from fasc_lightning.compression._gate import (
     statistics_needed,
 )
 from fasc_lightning.compression._layer_report import LayerReport
-from fasc_lightning.compression._loss_correction import evenly_spaced, measure_losses
+from fasc_lightning.compression._loss_correction import Approximation, evenly_spaced, measure_losses
 from fasc_lightning.compression._objective import fisher_losses, fisher_metric
 from fasc_lightning.compression._report import CompressionReport, log_report
+from fasc_lightning.compression._rounding import RoundedLayers, build_rounded, round_layers
 from fasc_lightning.compression._state_schema import check_callback_state, check_recovery_state, sealed
 from fasc_lightning.compression._summary import outcome, recovery_line
 
 __all__ = [
+    "FLOAT_BYTES",
+    "Approximation",
     "Candidate",
     "CompressionReport",
     "CompressionResult",
     "FactorizedLayers",
+    "LayerChoice",
     "LayerReport",
+    "RoundedLayers",
     "Unit",
     "allocate_fisher",
     "allocate_uniform",
+    "allocation_figure",
     "build_layers",
-    "check_budget_fits",
+    "build_rounded",
+    "byte_budget",
     "check_callback_state",
-    "check_rank_fits",
+    "check_fits",
     "check_recovery_state",
     "choose_methods",
     "compress_layers",
@@ -59,6 +74,7 @@ __all__ = [
     "offload_to_disk",
     "outcome",
     "recovery_line",
+    "round_layers",
     "same_everywhere",
     "sealed",
     "statistics_needed",

@@ -1,4 +1,4 @@
-"""Allocation of ranks: a budget of parameters spent over the layers' loss curves."""
+"""Allocation of a budget, of parameters or of bytes, over the ways to store each layer."""
 
 from __future__ import annotations
 
@@ -32,10 +32,14 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class _Options:
-    """The ways to store one layer, by ascending rank and cost; the last one is dense."""
+class StorageOptions:
+    """The ways to store one layer.
 
-    ranks: NDArray[np.int64]  # 0 stands for dense
+    Attributes:
+        costs: Cost of each way, ascending, in the unit of the budget.
+        losses: Loss of each way, weighted so that the losses of different layers compare.
+    """
+
     costs: NDArray[np.int64]
     losses: NDArray[np.float64]
 
@@ -44,15 +48,22 @@ class _Options:
         return int(np.argmin(self.losses + price * self.costs))
 
 
-def _options(candidate: Candidate, cost: Cost, align: int) -> _Options:
+@dataclass(frozen=True)
+class _Ranks(StorageOptions):
+    """The ranks of one layer, ascending; the last one is dense, for which 0 stands."""
+
+    ranks: NDArray[np.int64]
+
+
+def _ranks(candidate: Candidate, cost: Cost, align: int) -> _Ranks:
     dense = candidate.m * candidate.n
     ranks = np.arange(align, len(candidate.losses), align, dtype=np.int64)
     costs = np.array([cost(candidate.m, candidate.n, k) for k in ranks.tolist()], dtype=np.int64)
     saves = costs < dense
-    return _Options(
-        np.append(ranks[saves], 0),
+    return _Ranks(
         np.append(costs[saves], dense),
         np.append(np.asarray(candidate.losses, dtype=np.float64)[ranks[saves]], 0.0),
+        np.append(ranks[saves], 0),
     )
 
 
@@ -69,12 +80,7 @@ def least_cost(m: int, n: int, cost: Cost, align: int = 1) -> int:
 
 
 def allocate_fisher(candidates: Sequence[Candidate], budget: int, cost: Cost, align: int = 1) -> list[int | None]:
-    """Minimise the sum of the layers' losses under a budget of parameters.
-
-    The Lagrangian sum of loss(k) + price * cost(k) separates by layer. The search compares every rank, because the cost
-    of pivot storage is concave in k, and also the dense layer. The price is bisected to the budget (Everett 1963: the
-    result is optimal for the budget it spends). The rest of the budget is then spent greedily by loss saved per
-    parameter.
+    """Minimise the sum of the layers' losses under a budget of parameters, over all ranks and dense layers.
 
     Args:
         candidates: The layers.
@@ -88,26 +94,43 @@ def allocate_fisher(candidates: Sequence[Candidate], budget: int, cost: Cost, al
     Raises:
         ValueError: If the budget does not hold the lowest rank in every layer.
     """
-    options = [_options(candidate, cost, align) for candidate in candidates]
+    options = [_ranks(candidate, cost, align) for candidate in candidates]
     least = sum(int(o.costs[0]) for o in options)
     if budget < least:
         raise ValueError(
             f"Expected a budget of at least {least:,} parameters (rank {align} in each of {len(options)} layers) but "
             f"got {budget:,}. Raise `rank` or `keep`{'' if align == 1 else ', or lower `align`'}."
         )
+    return [int(o.ranks[i]) or None for o, i in zip(options, spend(options, budget), strict=True)]
 
-    def spend(price: float) -> tuple[list[int], int]:
+
+def spend(options: Sequence[StorageOptions], budget: int) -> list[int]:
+    """Minimise the sum of the layers' losses under a budget of costs.
+
+    The Lagrangian sum of loss + price * cost separates by layer. The search compares every option, because loss curves
+    and costs need not be convex. The price is bisected to the budget (Everett 1963: the result is optimal for the
+    budget it spends). The rest of the budget is then spent greedily by loss saved per unit of cost.
+
+    Args:
+        options: The ways to store each layer.
+        budget: What all layers together may cost; at least the sum of their first options.
+
+    Returns:
+        The index of each layer's option.
+    """
+
+    def spent_at(price: float) -> tuple[list[int], int]:
         chosen = [o.best(price) for o in options]
         return chosen, sum(int(o.costs[i]) for o, i in zip(options, chosen, strict=True))
 
-    chosen, spent = spend(0.0)
+    chosen, spent = spent_at(0.0)
     if spent > budget:
         low, high = 0.0, _prohibitive_price(options)
-        chosen, spent = spend(high)
+        chosen, spent = spent_at(high)
         for _ in range(200):
             # Prices span many orders of magnitude, so their logarithm is bisected once the lower end is above zero.
             middle = (low * high) ** 0.5 if low > 0 else high * 1e-6
-            trial, cost_of_trial = spend(middle)
+            trial, cost_of_trial = spent_at(middle)
             if cost_of_trial > budget:
                 low = middle
             else:
@@ -115,15 +138,31 @@ def allocate_fisher(candidates: Sequence[Candidate], budget: int, cost: Cost, al
             if low > 0 and high / low < 1 + 1e-12:
                 break
     _spend_rest(options, chosen, budget - spent)
-    return [int(o.ranks[i]) or None for o, i in zip(options, chosen, strict=True)]
+    return chosen
 
 
-def _prohibitive_price(options: Sequence[_Options]) -> float:
+def spend_evenly(options: Sequence[StorageOptions], budget: int) -> list[int]:
+    """Give all layers the same option, by index: the last one that the budget holds, or each layer's cheapest one.
+
+    Args:
+        options: The ways to store each layer.
+        budget: What all layers together may cost; at least the sum of their cheapest options.
+
+    Returns:
+        The index of each layer's option.
+    """
+    for i in reversed(range(min(len(o.costs) for o in options))):
+        if sum(int(o.costs[i]) for o in options) <= budget:
+            return [i] * len(options)
+    return [int(np.argmin(o.costs)) for o in options]
+
+
+def _prohibitive_price(options: Sequence[StorageOptions]) -> float:
     """Return a price at which every layer takes its cheapest option."""
     return 2 * max(float(o.losses.max()) for o in options) + 1.0
 
 
-def _spend_rest(options: Sequence[_Options], chosen: list[int], rest: int) -> None:
+def _spend_rest(options: Sequence[StorageOptions], chosen: list[int], rest: int) -> None:
     """Move layers to costlier options while the budget lasts, the best gain per parameter first."""
     while True:
         best: tuple[float, int, int] | None = None
@@ -159,7 +198,7 @@ def allocate_uniform(
     """
     ranks: list[int | None] = []
     for candidate, budget in zip(candidates, budgets, strict=True):
-        o = _options(candidate, cost, align)
+        o = _ranks(candidate, cost, align)
         fitting = np.flatnonzero(o.costs <= budget)
         if not len(fitting):
             raise ValueError(

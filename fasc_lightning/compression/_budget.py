@@ -1,9 +1,10 @@
-"""Budgets: how many parameters a compression may keep in each layer."""
+"""Budgets: how many parameters, or bytes, a compression may keep."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 
 import torch
@@ -12,8 +13,11 @@ from torch import nn
 from fasc_lightning.compression._allocation import Cost, least_cost
 from fasc_lightning.layers import (
     ExpertLinear,
+    Grid,
     Layout,
+    TargetedLayers,
     auto_cost,
+    bytes_in_16_bits,
     factors_cost,
     linear_shape,
     linear_weight,
@@ -21,6 +25,7 @@ from fasc_lightning.layers import (
     rank_budget,
     resolve_rank,
 )
+from fasc_lightning.options import CompressionOptions, as_size
 
 
 def layer_budgets(layers: dict[str, nn.Module], rank: float | None, keep: float | None) -> dict[str, int]:
@@ -84,6 +89,72 @@ def layers_dtype(layers: Mapping[str, nn.Module]) -> torch.dtype:
         module.dtype if isinstance(module, ExpertLinear) else linear_weight(module).dtype for module in layers.values()
     }
     return found.pop() if len(found) == 1 else torch.float32
+
+
+#: Bytes of a number in floating point, in budgets: as in a model that is saved in 16 bits.
+FLOAT_BYTES = 2
+
+
+def byte_budget(model: nn.Module, layers: Mapping[str, nn.Module], size: float | str) -> int:
+    """Return the bytes that the matrices of the targeted layers may take.
+
+    Numbers in floating point count 16 bits, as in a saved model, whatever the model's type. So the choice of bits does
+    not depend on it.
+
+    Args:
+        model: The model.
+        layers: The targeted layers in it.
+        size: A fraction of these layers' bytes, or the bytes of the whole model as text ("90MB").
+    """
+    weights = sum(m * n for m, n in map(linear_shape, layers.values()))
+    amount = as_size(size)
+    if isinstance(amount, int):
+        return amount - (_bytes_in_16_bits(model) - FLOAT_BYTES * weights)
+    # As the decimal fraction that was written: the nearest float may be smaller, and lack a byte.
+    return math.floor(Fraction(str(amount)) * FLOAT_BYTES * weights)
+
+
+def _bytes_in_16_bits(model: nn.Module) -> int:
+    """Return the bytes of a dense model in 16 bits; shared parameters count once."""
+    return bytes_in_16_bits((*model.parameters(), *model.buffers()))
+
+
+def check_size_fits(
+    model: nn.Module, layers: Mapping[str, nn.Module], size: float | str, grids: Sequence[Grid]
+) -> None:
+    """Refuse a size that does not hold the smallest grid in every layer.
+
+    Raises:
+        ValueError: If the size is too small; the message names the smallest possible one.
+    """
+    shapes = [linear_shape(layer) for layer in layers.values()]
+    least = sum(min(FLOAT_BYTES * m * n, *(grid.nbytes(m, n) for grid in grids)) for m, n in shapes)
+    budget, whole = byte_budget(model, layers, size), FLOAT_BYTES * sum(m * n for m, n in shapes)
+    if budget >= least:
+        return
+    if isinstance(size, str):
+        rest = _bytes_in_16_bits(model) - whole
+        raise ValueError(
+            f"Expected a `size` of at least {math.ceil((rest + least) / 1e3):,} KB for this model, of which "
+            f"{rest / 1e3:,.0f} KB are not of the targeted layers, but got {size!r}. Raise it, or target more layers."
+        )
+    raise ValueError(
+        f"Expected a `size` of at least {math.ceil(1e4 * least / whole) / 1e4:g} ({least:,} of the targeted layers' "
+        f"{whole:,} bytes in 16 bits) but got {size!r}."
+    )
+
+
+def check_fits(model: nn.Module, layers: TargetedLayers, options: CompressionOptions) -> None:
+    """Refuse a budget that the targeted layers cannot meet.
+
+    Raises:
+        ValueError: If the budget is too small, or a rank too large; the message names what is possible.
+    """
+    if options.size is not None:
+        check_size_fits(model, layers.modules, options.size, options.grids)
+    elif not options.rounds:
+        check_rank_fits(layers.shapes, options.rank)
+        check_budget_fits(layers.modules, options.rank, options.keep, options.allocation, options.layout, options.align)
 
 
 def check_rank_fits(shapes: Mapping[str, tuple[int, int]], rank: float | None) -> None:

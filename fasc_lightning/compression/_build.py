@@ -21,6 +21,7 @@ from fasc_lightning.compression._loss_correction import LossEstimator, correctio
 from fasc_lightning.distributed import is_distributed, whole
 from fasc_lightning.layers import (
     CompressedLinear,
+    Form,
     Layout,
     auto_layout,
     linear_shape,
@@ -46,6 +47,7 @@ class LayerChoice:
             is J of the Fisher metric for every solver.
         method: The layer's solver, also if the layer stays dense.
         sketches: Figures of its sketched sides (``sketch_figures``); empty for exact moments.
+        form: How its matrices are rounded; None for numbers in floating point.
     """
 
     name: str
@@ -56,6 +58,7 @@ class LayerChoice:
     loss: float
     method: str
     sketches: dict[str, SketchFigures] = field(default_factory=dict)
+    form: Form | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ def build_layers(
     progress = progress or (lambda names, description: names)
     budgets = layer_budgets(layers, rank, keep)
     factorizations, tokens = factorized.factorizations, factorized.tokens
-    _check_reached(factorized)
+    check_reached(factorized.tokens, bool(factorizations))
     _warn_unreached([name for name in layers if name not in factorizations], len(layers))
 
     dtype = layers_dtype(layers)
@@ -211,15 +214,23 @@ def _check_measure(allocation: str, measure: LossEstimator | None) -> None:
         raise ValueError('Expected `measure` for allocation="measured" but got None. Or allocate by "fisher".')
 
 
-def _check_reached(factorized: FactorizedLayers) -> None:
-    """Refuse to compress if no gradient, or only zeros, reached every layer."""
-    reached = sum(count > 0 for count in factorized.tokens.values())
+def check_reached(tokens: Mapping[str, int], any_gradient: bool) -> None:
+    """Refuse to compress if no gradient, or only zeros, reached every layer.
+
+    Args:
+        tokens: Number of tokens in each layer's statistics.
+        any_gradient: Whether a gradient of some layer was not zero.
+
+    Raises:
+        RuntimeError: If so.
+    """
+    reached = sum(count > 0 for count in tokens.values())
     if not reached:
         raise RuntimeError(
-            f"No gradient reached any of the {len(factorized.tokens)} tapped layers in calibration. Is the loss "
-            "detached, the forward run under no_grad or inference mode, or was `manual_backward` never called?"
+            f"No gradient reached any of the {len(tokens)} tapped layers in calibration. Is the loss detached, the "
+            "forward run under no_grad or inference mode, or was `manual_backward` never called?"
         )
-    if not factorized.factorizations:
+    if not any_gradient:
         raise RuntimeError(
             f"Every gradient that reached the {reached} tapped layers was zero, so the loss does not depend on them. "
             "Is the loss a constant?"
@@ -305,16 +316,16 @@ def same_everywhere(trainer: pl.Trainer, result: CompressionResult) -> Compressi
     The moments are equal on all processes, but other hardware may decide a tie in the allocation differently.
 
     Raises:
-        RuntimeError: If the processes chose different ranks.
+        RuntimeError: If the processes chose different ranks or grids.
     """
     if not is_distributed(trainer):
         return result
-    plans: list[Any] = [[(p.name, p.rank, p.layout) for p in result.layers]]
+    plans: list[Any] = [[_place(p) for p in result.layers]]
     dist.broadcast_object_list(plans, src=0)
-    if plans[0] != [(p.name, p.rank, p.layout) for p in result.layers]:
+    if plans[0] != [_place(p) for p in result.layers]:
         raise RuntimeError(
-            "The processes chose different ranks from the same moments, which different hardware or libraries on "
-            "the ranks can cause. Compress on one process instead. The model is unchanged."
+            "The processes chose different ranks or bits from the same moments, which different hardware or libraries "
+            "on the ranks can cause. Compress on one process instead. The model is unchanged."
         )
     device = trainer.strategy.root_device
     for tensor in parameter_tensors(result.replacements):
@@ -322,3 +333,7 @@ def same_everywhere(trainer: pl.Trainer, result: CompressionResult) -> Compressi
         dist.broadcast(shared, src=0)
         tensor.copy_(shared)
     return result
+
+
+def _place(choice: LayerChoice) -> tuple[Any, ...]:
+    return choice.name, choice.rank, choice.layout, choice.form

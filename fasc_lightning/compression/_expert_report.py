@@ -110,7 +110,8 @@ def expert_summary(layers: Iterable[LayerReport]) -> list[str]:
     if borrowed:
         line += f"; {len({name.rpartition('.')[0] for name in borrowed})} saw few and borrow from their block's"
     if unseen := counts.count(0):
-        line += f"; {unseen} saw none and stay dense"
+        rounded = any(layer.tokens == 0 and layer.bits is not None for layer in layers)
+        line += f"; {unseen} saw none and {'are rounded to the nearest' if rounded else 'stay dense'}"
     return [line, expert_table(layers, SHOWN)]
 
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from fasc_lightning.compression._budget import FLOAT_BYTES
 from fasc_lightning.compression._build import LayerChoice
 from fasc_lightning.dependence import RhoRow
+from fasc_lightning.layers import INT8_ROWS, Grid, form_from_plain, form_to_plain
 from fasc_lightning.statistics import SketchFigures
 
 
@@ -17,6 +19,8 @@ class LayerReport:
 
     ``method`` is the layer's solver, and ``flags`` say why its rho may mislead or is undefined. ``sketches`` holds the
     size and the estimated error of each sketched side, "inputs" and "outputs"; it is empty for exact moments.
+    ``quantize`` tells how the calibration rounded the matrix ("int8" or a grid's bits, group and symmetry); it is None
+    for a matrix in floating point.
     """
 
     name: str
@@ -31,6 +35,24 @@ class LayerReport:
     method: str
     flags: tuple[str, ...] = ()
     sketches: dict[str, SketchFigures] = field(default_factory=dict)
+    quantize: str | dict[str, Any] | None = None
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a rounded number; None in floating point."""
+        if isinstance(self.quantize, dict):
+            return int(self.quantize["bits"])
+        return None if self.quantize is None else 8
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix; numbers in floating point have 16 bits."""
+        m, n = self.shape
+        if self.quantize is not None:
+            form = form_from_plain(self.quantize)
+            return (form if isinstance(form, Grid) else INT8_ROWS).nbytes(m, n)
+        cost = {"dense": m * n, "factors": self.rank * (m + n), "pivot": self.rank * (m + n - self.rank)}[self.layout]
+        return FLOAT_BYTES * cost
 
     @classmethod
     def of(cls, plan: LayerChoice, rho: RhoRow, flags: tuple[str, ...]) -> LayerReport:
@@ -48,6 +70,7 @@ class LayerReport:
             method=plan.method,
             flags=flags,
             sketches=plan.sketches,
+            quantize=None if plan.form is None else form_to_plain(plan.form),
         )
 
 

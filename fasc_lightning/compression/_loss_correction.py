@@ -1,4 +1,4 @@
-"""Losses of low-rank layers measured on tokens, which correct the losses predicted from moments.
+"""Losses of approximated layers measured on tokens, which correct the losses predicted from moments.
 
 Moments predict J = E[(h^T (W - W') x)^2] as tr(G D A D^T): this takes a token's input and gradient as independent, and
 it uses the tokens that W' was fitted to. The error depends on the layer. On SmolLM2-135M, at the ranks of keep 0.6, J
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,45 +19,52 @@ from torch import Tensor, nn
 from fasc_lightning._utils import evaluating, undoing
 from fasc_lightning.batches import Backwards, TokenRows, untouched
 from fasc_lightning.hooks import Taps
-from fasc_lightning.layers import linear_weight
+from fasc_lightning.layers import Rounded, linear_weight
 
 #: One in this many calibration batches is used for measuring, if there are enough batches.
 SHARE = 8
 #: The least number of batches for measuring, if there are as many.
 LEAST = 4
 
-#: Takes the factors (left (m, k), right (k, n)) of some layers by name and returns J of each in nats squared per token.
-LossEstimator = Callable[[Mapping[str, tuple[Tensor, Tensor]]], Mapping[str, float]]
+#: What may take the place of a matrix (m, n): its factors left (m, k) and right (k, n), or the matrix on a grid.
+Approximation: TypeAlias = tuple[Tensor, Tensor] | Rounded
+
+#: Takes the approximations of some layers by name and returns J of each in nats squared per token.
+LossEstimator = Callable[[Mapping[str, Approximation]], Mapping[str, float]]
 
 
-class LowRankLosses:
-    """J = E[(h^T (W - left right) x)^2] of one low-rank matrix per layer; a ``pairs`` callback of the taps.
+class ApproximationLosses:
+    """J = E[(h^T (W - W') x)^2] of one approximation W' per layer; a ``pairs`` callback of the taps.
 
-    It makes no matrix of a layer's shape, because h^T left right x is a product of two short vectors.
+    Factors make no matrix of a layer's shape, because h^T left right x is a product of two short vectors.
 
     Args:
         layers: The dense layers by name.
-        factors: left (m, k) and right (k, n) of the layers to measure.
+        approximations: W' of the layers to measure.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], approximations: Mapping[str, Approximation]) -> None:
         self.layers = layers
-        self.factors = factors
-        self.tokens = dict.fromkeys(factors, 0)
-        self._sums = dict.fromkeys(factors, 0.0)
+        self.approximations = approximations
+        self.tokens = dict.fromkeys(approximations, 0)
+        self._sums = dict.fromkeys(approximations, 0.0)
 
     @torch.no_grad()
     def __call__(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int] | None = None) -> None:
         """Add the tokens x (tokens, n), h (tokens, m) of one call; ``batch.scale`` makes h that of a summed loss."""
         del lengths
-        if name not in self.factors:
+        if name not in self.approximations:
             return
         W = linear_weight(self.layers[name]).detach()
         dtype = torch.promote_types(W.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             x, h = x.to(dtype), h.to(dtype)
-            left, right = (factor.to(x) for factor in self.factors[name])
-            changes = ((x @ W.to(dtype).T) * h).sum(1) - ((x @ right.T) * (h @ left)).sum(1)
+            approximation = self.approximations[name]
+            if isinstance(approximation, Rounded):
+                changes = ((x @ (W.to(dtype) - approximation.dequantize().to(x)).T) * h).sum(1)
+            else:
+                left, right = (factor.to(x) for factor in approximation)
+                changes = ((x @ W.to(dtype).T) * h).sum(1) - ((x @ right.T) * (h @ left)).sum(1)
             self._sums[name] += (changes.double() * batch.scale).square().sum().item()
         self.tokens[name] += len(x)
 
@@ -69,12 +76,12 @@ class LowRankLosses:
 def measure_losses(
     model: nn.Module,
     layers: dict[str, nn.Module],
-    factors: Mapping[str, tuple[Tensor, Tensor]],
+    approximations: Mapping[str, Approximation],
     batches: Sequence[Any],
     rows: Callable[[Any], TokenRows],
     loss: Callable[[nn.Module, Any], Tensor],
 ) -> dict[str, float]:
-    """Run batches forward and backward through the dense model, and return the loss of each low-rank matrix alone.
+    """Run batches forward and backward through the dense model, and return the loss of each approximation alone.
 
     The model is in eval mode meanwhile, and none of its parameters gets a gradient. Its state is restored after each
     batch.
@@ -82,7 +89,7 @@ def measure_losses(
     Args:
         model: The model.
         layers: All targeted layers by name, dense.
-        factors: Factors of the layers to measure.
+        approximations: Approximations of the layers to measure.
         batches: Batches on the model's device.
         rows: Returns which tokens of a batch count, and the scale of its loss.
         loss: Returns the model's loss of a batch.
@@ -93,7 +100,7 @@ def measure_losses(
     Raises:
         FloatingPointError: If a loss is not finite.
     """
-    judge = LowRankLosses(layers, factors)
+    judge = ApproximationLosses(layers, approximations)
     taps = Taps(layers, pairs=judge)
     with evaluating(model), _weights_at_rest(model), torch.enable_grad(), undoing() as undo:
         undo.add(taps.remove)

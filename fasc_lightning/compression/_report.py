@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from fasc_lightning._utils import check, library_versions, plain_values, write_json
+from fasc_lightning.compression._figure import allocation_figure
 from fasc_lightning.compression._layer_report import LayerReport, _layer_report
 from fasc_lightning.compression._report_schema import REPORT
 from fasc_lightning.compression._summary import summary_table
 from fasc_lightning.layers import Size, layer_sizes, model_size
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -57,8 +61,9 @@ class CompressionReport:
         """Return plain types only; sizes are grouped by figure, NaN becomes None."""
         result = asdict(self)
         for row in result["layers"]:
-            if not row["sketches"]:  # rows of exact moments keep the format of older reports
-                del row["sketches"]
+            for figure in ("sketches", "quantize"):  # rows without them keep the format of older reports
+                if not row[figure]:
+                    del row[figure]
         for name in ("targeted", "whole"):
             sizes: Mapping[str, Size] = getattr(self, name)
             result[name] = {
@@ -119,18 +124,24 @@ class CompressionReport:
     @property
     def plan(self) -> dict[str, dict[str, Any]]:
         """The plan of the compressed model, for :func:`~fasc_lightning.apply_plan`."""
-        quantize = self.options.get("quantize")
-        form = {} if quantize is None else {"quantize": quantize}
-        return {
-            layer.name: {"rank": layer.rank, "layout": layer.layout, **form}
-            for layer in self.layers
-            if layer.layout != "dense" or quantize is not None
-        }
+        rounded_last = self.options.get("quantize") if {"rank", "keep"} & self.options.keys() else None
+        plan: dict[str, dict[str, Any]] = {}
+        for layer in self.layers:
+            form = layer.quantize if layer.quantize is not None else rounded_last
+            if layer.layout != "dense" or form is not None:
+                plan[layer.name] = {"rank": layer.rank, "layout": layer.layout}
+                if form is not None:
+                    plan[layer.name]["quantize"] = form
+        return plan
 
     @property
     def kept(self) -> float:
         """The fraction of the targeted layers' parameters that is kept."""
         return self.targeted["compressed"].parameters / self.targeted["dense"].parameters
+
+    def figure(self) -> Figure:
+        """Return a picture of the bits that each layer got (:func:`~fasc_lightning.compression.allocation_figure`)."""
+        return allocation_figure(self.layers)
 
     def __str__(self) -> str:
         return summary_table(self)

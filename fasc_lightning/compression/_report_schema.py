@@ -11,15 +11,26 @@ from fasc_lightning._utils import (
     optional,
     plain,
     record,
+    refuse,
     row,
     text,
 )
+from fasc_lightning.layers import form_from_plain
 
 _COUNT = integer(0)
 #: JSON has no NaN; None stands for it.
 _FIGURE = optional(number(finite=False))
 _SIZES = record({"dense": _COUNT, "compressed": _COUNT}, {"unquantized": _COUNT})
 _SET = record(dict.fromkeys(("parameters", "bytes", "flops_per_token"), _SIZES))
+
+
+def _form(value: object, path: str) -> None:
+    """Refuse a value that names no quantisation."""
+    try:
+        form_from_plain(value)
+    except ValueError as error:
+        raise refuse("a quantisation", value, path) from error
+
 
 _LAYER = record(
     {
@@ -32,7 +43,7 @@ _LAYER = record(
         "method": text,
         "flags": listed(text),
     },
-    {"sketches": mapping(record({"size": integer(1), "error": _FIGURE}))},
+    {"sketches": mapping(record({"size": integer(1), "error": _FIGURE})), "quantize": optional(_form)},
     extra=True,
 )
 

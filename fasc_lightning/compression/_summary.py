@@ -21,8 +21,13 @@ def summary_table(report: CompressionReport) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{report.method}: {report.kept:.1%} of the targeted parameters kept")
-    for column in ("layers", "count", "dense", "rank / full", "parameters", "kept", "loss share", "rho debiased"):
+    rounded = any(layer.bits is not None for layer in report.layers)
+    kept = f"{bytes_kept(report.layers):.1%} of the targeted layers' bytes in 16 bits"
+    if not rounded:
+        kept = f"{report.kept:.1%} of the targeted parameters"
+    table = Table(title=f"{report.method}: {kept} kept")
+    form = "bits" if rounded else "rank / full"
+    for column in ("layers", "count", "dense", form, "parameters", "kept", "loss share", "rho debiased"):
         table.add_column(column, justify="left" if column == "layers" else "right")
     kinds: dict[str, list[LayerReport]] = {}
     for layer in report.layers:
@@ -32,14 +37,15 @@ def summary_table(report: CompressionReport) -> str:
         before = sum(r.shape[0] * r.shape[1] for r in rows)
         after = sum(_weights(r) for r in rows)
         ranks = sorted(r.rank / min(r.shape) for r in rows)
+        share = bytes_kept(rows) if rounded else after / before
         rhos = sorted(r.rho_debiased for r in rows if r.rho_debiased == r.rho_debiased)
         table.add_row(
             kind,
             str(len(rows)),
-            str(sum(r.layout == "dense" for r in rows)),
-            f"{ranks[0]:.2f}-{ranks[-1]:.2f}",
+            str(sum(r.layout == "dense" and r.bits is None for r in rows)),
+            _bits_text(rows) if rounded else f"{ranks[0]:.2f}-{ranks[-1]:.2f}",
             f"{before:,}",
-            f"{after / before:.1%}",
+            f"{share:.1%}",
             f"{sum(r.loss for r in rows) / total_loss:.1%}",
             f"{rhos[len(rhos) // 2]:.3f}" if rhos else "-",
         )
@@ -115,6 +121,19 @@ def recovery_line(figures: Mapping[str, Any]) -> str:
         f"{what}: held-out loss {loss['before']:.4f} -> {loss['after']:.4f}, at step {figures['best_step']} of "
         f"{figures['steps']}{end}"
     )
+
+
+def bytes_kept(layers: Sequence[LayerReport]) -> float:
+    """Return the bytes of layers' matrices over their bytes in 16 bits; numbers in floating point have 16 bits."""
+    return sum(layer.nbytes for layer in layers) / sum(2 * layer.shape[0] * layer.shape[1] for layer in layers)
+
+
+def _bits_text(layers: Sequence[LayerReport]) -> str:
+    """Return the number of layers at each number of bits: "20 x 4, 10 x 3"."""
+    counts = Counter(16 if layer.bits is None else layer.bits for layer in layers)
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{count} x {bits}" for bits, count in sorted(counts.items(), reverse=True))
 
 
 def _weights(layer: LayerReport) -> int:

@@ -95,6 +95,6 @@ def check_module(pl_module: pl.LightningModule, compresses: bool = True) -> None
         )
     if is_compressed(pl_module):
         raise MisconfigurationException(
-            f"{type(pl_module).__name__} holds low-rank layers already, and compressing twice loses quality without "
+            f"{type(pl_module).__name__} holds compressed layers already, and compressing twice loses quality without "
             "gain. HINT: start from the dense model. To train the factors, use `recover`, or leave FascCallback out."
         )

@@ -27,6 +27,7 @@ from fasc_lightning.options._recovery import (
     refine_options,
     trained_factors,
 )
+from fasc_lightning.options._rounding import QUANTIZE_WORDS, SIZE_GRIDS, Quantize, QuantizeWord, as_size
 from fasc_lightning.options._types import checks_options
 
 __all__ = [
@@ -34,7 +35,9 @@ __all__ = [
     "CHEAP_METHOD",
     "GATE_BY",
     "PAPER",
+    "QUANTIZE_WORDS",
     "RATES",
+    "SIZE_GRIDS",
     "Calibration",
     "CalibrationOptions",
     "CompressionKeywords",
@@ -47,6 +50,8 @@ __all__ = [
     "Monitor",
     "PlanKeywords",
     "Precision",
+    "Quantize",
+    "QuantizeWord",
     "Recovery",
     "ReductionKind",
     "RefineOptions",
@@ -54,6 +59,7 @@ __all__ = [
     "SketchOptions",
     "Target",
     "as_recovery",
+    "as_size",
     "check_budget",
     "checks_options",
     "described",

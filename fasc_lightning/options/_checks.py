@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
-from fasc_lightning.layers import Layout, check_quantization
+from fasc_lightning.layers import Layout
+from fasc_lightning.options._rounding import check_quantize, check_rounding
 from fasc_lightning.options._types import check_word
 from fasc_lightning.solvers import get_solver
 
@@ -30,7 +31,8 @@ def check_budget(rank: float | None, keep: float | None) -> None:
     if rank is None and keep is None:
         raise ValueError(
             "Expected a budget but got neither `rank` nor `keep`. HINT: rank=0.5 (half of full rank) or keep=0.8 "
-            "(80 % of the targeted parameters); monitor=50 to only track rho."
+            "(80 % of the targeted parameters); size=0.27 (of the bytes) or quantize='int4' for few bits; monitor=50 "
+            "to only track rho."
         )
     if rank is not None and keep is not None:
         raise ValueError(f"Expected `rank` or `keep` but got both ({rank=}, {keep=}). Give one.")
@@ -65,7 +67,7 @@ def check_values(options: CompressionOptions) -> None:
     if not (isinstance(options.refit, bool) or options.refit == "auto"):
         raise ValueError(f"Expected `refit` to be True, False or 'auto' but got {options.refit!r}.")
     if options.quantize is not None:
-        check_quantization(options.quantize)
+        check_quantize(options.quantize)
 
 
 def check_monitor_only(options: CompressionOptions) -> None:
@@ -78,14 +80,13 @@ def check_monitor_only(options: CompressionOptions) -> None:
         "calibration_steps": options.calibration_steps is not None,
         "update_weights=False": not options.update_weights,
         "gate": options.gate_threshold is not None,
-        "quantize": options.quantize is not None,
         "recovery": options.recovery is not None,
     }
     for name, is_given in given.items():
         if is_given:
             raise ValueError(
-                f"Expected a budget (`rank` or `keep`) together with `{name}` but got neither: without one rho is "
-                "monitored and nothing is compressed."
+                f"Expected a budget (`rank`, `keep`, `size` or `quantize`) together with `{name}` but got none: "
+                "without one rho is monitored and nothing is compressed."
             )
 
 
@@ -100,6 +101,7 @@ def check_combinations(options: CompressionOptions) -> None:
             f"Expected a `method` that costs more than {CHEAP_METHOD!r} but got {options.method!r}, which serves the "
             "layers below the gate, too: there is nothing to decide. HINT: method='fasc', or gate=None."
         )
+    check_rounding(options)
     if options.passes > 1:
         _check_passes(options)
     if options.sketch == "projected":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import wraps
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, Unpack, get_type_hints
 
-from fasc_lightning.layers import Layout, Quantization
+from fasc_lightning.layers import Grid, Layout
 from fasc_lightning.options._checks import (
     Allocation,
     check_budget,
@@ -28,6 +28,7 @@ from fasc_lightning.options._groups import (
     represent,
 )
 from fasc_lightning.options._recovery import FactorRecovery, LoraRecovery, as_recovery, describe_recovery
+from fasc_lightning.options._rounding import Quantize, QuantizeWord, grids_of, is_calibrated, rounds
 from fasc_lightning.options._types import check_fields, own
 
 #: "auto" refits if the module allows it and logs the reason if not; True raises an error instead.
@@ -66,8 +67,11 @@ class CompressionOptions:
         rank: Budget as a rank: a float is a fraction of full rank (1.0 is full), an int is an absolute rank. The budget
             is the number of parameters of uniform rank-k (m, n) matrices, the sum of k (m + n - k). ``allocation``
             spends it and never exceeds it.
-        keep: Budget as the fraction of the targeted layers' parameters to keep, instead of ``rank``. Without either,
-            the callback monitors rho and compresses nothing.
+        keep: Budget as the fraction of the targeted layers' parameters to keep, instead of ``rank``.
+        size: Budget in bytes, instead of ``rank``: a fraction of the targeted layers' bytes in 16 bits (0.27), or the
+            bytes of the whole model ("90MB"), with other numbers in 16 bits. Each layer gets 2, 3, 4, 8 or 16 bits,
+            where the budget lowers the loss most. Without any of ``rank``, ``keep``, ``size`` and ``quantize``, the
+            callback monitors rho and compresses nothing.
         method: Solver, which also decides the statistics to gather: "fasc"; "fasc-plain" (no coupled moments);
             "svd-llm"; "svd" (activation covariance); "weight-svd"; "asvd"; "grad-svd"; "fisher-diag"; "fwsvd"; "gfwsvd"
             (only the step of its iteration that needs no further pass). For comparison only: "fasc-eq6",
@@ -77,7 +81,8 @@ class CompressionOptions:
             expression. None takes every linear layer except output embeddings and tied weights.
         exclude: Layers to leave alone, as patterns like those in ``targets``.
         allocation: "measured" spends one budget over all layers by predicted losses, which it corrects on an eighth of
-            the calibration batches. "fisher" uses predicted losses alone. "uniform" gives each layer its own budget.
+            the calibration batches. "fisher" uses predicted losses alone. "uniform" gives each layer its own
+            budget; of a size, it gives all layers the same bits.
         layout: Storage of a rank-k (m, n) matrix: "pivot" takes k (m + n - k) numbers, "factors" takes k (m + n).
             "auto" is pivot, except where pivot saves nothing (low ranks) or where a dense layer is faster and no larger
             (high ranks).
@@ -85,13 +90,16 @@ class CompressionOptions:
             faster with 8 or more.
         refit: Whether to refit the factors, block by block, to the inputs that they get in the compressed model, on the
             calibration batches. "auto" refits if the model's blocks can run one by one, and logs the reason if not.
-            True raises an error instead. A refit keeps all moments until the end.
-        quantize: "int8" stores the targeted layers in int8 as the last step, layers that stayed dense included.
-            "int8-dynamic" also rounds their inputs. Layers in int8 do not train. None quantises nothing.
+            True raises an error instead. A refit keeps all moments until the end. Rounded layers are refitted only if
+            this is True: it takes longer than all else, and gains little (docs/bytes.md).
+        quantize: Bits of all targeted layers: "int8", "int4", "int3", "int2", or
+            :class:`~fasc_lightning.options.Quantize` for other grids. Layers keep their full rank, and are rounded by
+            the calibration. Beside ``rank`` or ``keep``, "int8" rounds the factors as the last step, and layers that
+            stayed dense; "int8-dynamic" also rounds their inputs.
         recovery: "lora", "factors" or their options (:class:`~fasc_lightning.LoraRecovery`,
             :class:`~fasc_lightning.FactorRecovery`). This fit compresses. The next fit, by a new Trainer with the same
-            callback, trains adapters on the factors ("lora") or the factors; quantisation waits for its end. None
-            recovers nothing.
+            callback, trains adapters on the factors ("lora") or the factors; int8 waits for its end. None recovers
+            nothing.
         seed: Seed of the choice of calibration tokens, and of rho's tokens and permutations.
         calibration: When the fit calibrates, and which tokens count: :class:`~fasc_lightning.options.Calibration`.
         memory: How to hold large second moments: :class:`~fasc_lightning.options.Memory`, or only its sketch
@@ -108,6 +116,7 @@ class CompressionOptions:
     # Command lines read this type. It names both int and float because 256 is not 256.0.
     rank: int | float | None = field(default=None, kw_only=False)
     keep: float | None = field(default=None, kw_only=False)
+    size: float | str | None = None
     method: str = "fasc"
     targets: str | list[str] | None = None
     exclude: str | list[str] | None = None
@@ -115,7 +124,7 @@ class CompressionOptions:
     layout: Layout = "auto"
     align: int = 1
     refit: Refit = "auto"
-    quantize: Quantization | None = None
+    quantize: QuantizeWord | Quantize | None = None
     recovery: Literal["lora", "factors"] | LoraRecovery | FactorRecovery | None = None
     seed: int = 0
     calibration: Calibration | None = None
@@ -148,11 +157,36 @@ class CompressionOptions:
     def __post_init__(self) -> None:
         check_fields(self, **dict.fromkeys(GROUPS, own))
         check_values(self)
-        if self.rank is None and self.keep is None and self.monitor_every_n_steps is not None:
+        if not self.compresses and self.monitor_every_n_steps is not None:
             check_monitor_only(self)
-        else:
+        elif not self.rounds:
             check_budget(self.rank, self.keep)
         check_combinations(self)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether there is a budget."""
+        return not (self.rank is None and self.keep is None) or self.rounds
+
+    @property
+    def rounds(self) -> bool:
+        """Whether layers of full rank are rounded by the calibration, in place of being factorised."""
+        return rounds(self)
+
+    @property
+    def measures(self) -> bool:
+        """Whether layers' losses are measured on batches: not if there is nothing to choose."""
+        return self.allocation == "measured" and not (self.rounds and self.size is None)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The grids that layers of full rank may get; none if layers are factorised."""
+        return grids_of(self)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether rounding follows the calibration's moments."""
+        return is_calibrated(self)
 
     if not TYPE_CHECKING:  # type checkers would otherwise allow every attribute
 
@@ -210,9 +244,9 @@ def options_of(options: CompressionOptions | None, changes: Mapping[str, Any]) -
 
 
 def reported(options: CompressionOptions) -> dict[str, Any]:
-    """Return the options as a compression's report states them; ``quantize`` is left out if a recovery comes first."""
+    """Return the options as a compression's report states them; int8 is left out if a recovery comes first."""
     found = options.to_dict()
-    if options.recovery is not None:
+    if options.recovery is not None and not options.rounds:
         found.pop("quantize", None)
     return found
 
@@ -220,6 +254,8 @@ def reported(options: CompressionOptions) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, LoraRecovery | FactorRecovery):
         return describe_recovery(value)
+    if isinstance(value, Quantize):
+        return asdict(value)
     if isinstance(value, list | tuple | set | frozenset):
         return sorted(value) if isinstance(value, set | frozenset) else list(value)
     return named(value)

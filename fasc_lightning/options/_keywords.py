@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
-from fasc_lightning.layers import Layout, Quantization
+from fasc_lightning.layers import Layout
 from fasc_lightning.options._checks import Allocation
 from fasc_lightning.options._compression import Refit
 from fasc_lightning.options._groups import Calibration, Gate, Memory, Monitor, ReductionKind
 from fasc_lightning.options._recovery import FactorRecovery, LoraRecovery
+from fasc_lightning.options._rounding import Quantize, QuantizeWord
 
 
 class PlanKeywords(TypedDict, total=False):
@@ -16,6 +17,7 @@ class PlanKeywords(TypedDict, total=False):
 
     rank: int | float | None
     keep: float | None
+    size: float | str | None
     method: str
     targets: str | list[str] | None
     exclude: str | list[str] | None
@@ -23,7 +25,7 @@ class PlanKeywords(TypedDict, total=False):
     layout: Layout
     align: int
     refit: Refit
-    quantize: Quantization | None
+    quantize: QuantizeWord | Quantize | None
     recovery: Literal["lora", "factors"] | LoraRecovery | FactorRecovery | None
     seed: int
     calibration: Calibration | None

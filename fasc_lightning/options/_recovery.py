@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
-from fasc_lightning.layers import compressed_layers
+from fasc_lightning.layers import SCALE_DTYPE, compressed_layers
 from fasc_lightning.options._block_training import RefineOptions
 from fasc_lightning.options._distillation import Distillation
 from fasc_lightning.options._types import check_fields
@@ -242,8 +242,16 @@ def _differences(config: Any) -> dict[str, Any]:
 
 
 def trained_factors(model: nn.Module, recovery: FactorRecovery) -> dict[str, nn.Parameter]:
-    """Return the parameters that FactorRecovery trains, by name: compressed layers and, if asked for, norms."""
-    layers = {id(p) for layer in compressed_layers(model).values() for p in layer.parameters()}
+    """Return the parameters that FactorRecovery trains, by name: compressed layers and, if asked for, norms.
+
+    Of a rounded matrix these are its scales, if they have been widened.
+    """
+    layers = {
+        id(p)
+        for layer in compressed_layers(model).values()
+        for name, p in layer.named_parameters()
+        if p.is_floating_point() and not (name.endswith("weight_scale") and p.dtype == SCALE_DTYPE)
+    }
     norms = {
         id(p)
         for module in model.modules()

@@ -152,7 +152,7 @@ def size(name: str, value: Any) -> Any:
 def own(name: str, value: Any) -> Any:
     """Accept everything: the owner of the option checks it."""
     del name
-    return value
+    return plain(value)
 
 
 #: Check of every option. None is also accepted where it is the default.
@@ -160,6 +160,7 @@ CHECKS: dict[str, Check] = {
     # The budget and how it is spent.
     "rank": number,
     "keep": number,
+    "size": own,
     "method": text,
     "allocation": text,
     "layout": text,
@@ -185,7 +186,11 @@ CHECKS: dict[str, Check] = {
     "observations": whole,
     "gradient": text,
     "by": text,
-    # int8.
+    # Rounding.
+    "bits": whole,
+    "group": whole,
+    "symmetric": flag,
+    "rounding": text,
     "quantize": own,
     "quantization": own,
     # Recovery, the teacher, refinement.

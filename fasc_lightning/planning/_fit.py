@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fasc_lightning.calibration import sketches_for_budget
-from fasc_lightning.compression import check_budget_fits, check_rank_fits, statistics_needed
+from fasc_lightning.compression import check_fits, statistics_needed
 from fasc_lightning.distributed import is_split
 from fasc_lightning.layers import TargetedLayers, target_layers
 from fasc_lightning.options import CalibrationOptions, CompressionOptions, holds_moments
@@ -52,11 +52,11 @@ def layers_forecast(
     return forecast(
         model,
         layers,
-        stored_layers(layers.modules, options.rank, options.keep, options.layout, options.align),
+        stored_layers(model, layers.modules, options),
         needs=statistics_needed(options.method, options.gate_threshold, options.gate_by),
         device=device,
         keeps_moments=keeps_moments,
-        measured=options.allocation == "measured",
+        measured=options.measures,
         tiers=Tiers(
             {options.sketch: sketches},
             (options.moments_device not in (None, device.type),),
@@ -86,11 +86,11 @@ def fit_forecast(
     """
     is_split(model)  # refuses several devices without a device_map, as a fit does
     layers = target_layers(model, options.targets, options.exclude)
-    check_rank_fits(layers.shapes, options.rank)
-    check_budget_fits(layers.modules, options.rank, options.keep, options.allocation, options.layout, options.align)
+    check_fits(model, layers, options)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    # "auto" counts as a refit: only a fit finds out whether the model allows one.
-    refits = bool(options.refit) and holds_moments(options.passes, options.sketch)
+    # "auto" counts as a refit of factors: only a fit finds out whether the model allows one.
+    wanted = options.refit is True if options.rounds else bool(options.refit)
+    refits = wanted and holds_moments(options.passes, options.sketch)
     sketching = CalibrationOptions.of(options).sketching
     sketches = sketches_for_budget(layers.shapes, sketching, options.rank, options.keep)
     return layers_forecast(model, layers, options, device, refits, sketches, options.passes, batch_tokens, tokens)

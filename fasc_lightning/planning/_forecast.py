@@ -23,6 +23,7 @@ class LayerForecast:
         bytes: Bytes of the moments.
         rank: Rank in a uniform allocation of the same budget; min(m, n) if the layer would stay dense.
         layout: Layout in a uniform allocation: "pivot", "factors" or "dense".
+        bits: Bits of a rounded matrix, in a uniform allocation; None for a matrix in floating point.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LayerForecast:
     bytes: int
     rank: int
     layout: str
+    bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,15 +92,17 @@ class CompressionForecast:
                 "moments": moments,
                 "place": place,
                 "GB": sum(row.bytes for row in rows) / 1e9,
-                "rank": rows[0].rank,
-                "layout": rows[0].layout,
+                **(
+                    {"rank": rows[0].rank, "layout": rows[0].layout} if rows[0].bits is None else {"bits": rows[0].bits}
+                ),
             }
             for (name, shape, moments, place), rows in kinds.items()
         ]
+        what = "ranks" if all(layer.bits is None for layer in self.layers) else "bits"
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts.items() if size)
         beside = f" and {self.peak.host / 1e9:.2f} GB beside it on the CPU" if self.peak.host else ""
         lines = [
-            table_text("Plan of a compression; ranks are those of a uniform allocation", rows),
+            table_text(f"Plan of a compression; {what} are those of a uniform allocation", rows),
             f"peak memory: {self.peak.device / 1e9:.2f} of {self.memory / 1e9:.2f} GB on {self.device}{beside} "
             f"({parts}; factors on the {self.factors_place}), {self.passes} pass{'' if self.passes == 1 else 'es'}",
         ]
@@ -113,5 +117,6 @@ class CompressionForecast:
         if self.seconds is not None:
             known = self.seconds.calibrate
             calibrate = f"{self.seconds.per_1000_tokens:.2g} s per 1,000 tokens" if known is None else f"{known:,.1f} s"
-            lines.append(f"about {calibrate} to calibrate, {self.seconds.factorize:,.1f} s to factorise")
+            end = "factorise" if what == "ranks" else "round"
+            lines.append(f"about {calibrate} to calibrate, {self.seconds.factorize:,.1f} s to {end}")
         return "\n".join(lines)

@@ -13,8 +13,7 @@ from torch import nn
 from fasc_lightning._utils import available_memory
 from fasc_lightning.calibration import share_units, shares, sketches_for_budget
 from fasc_lightning.compression import (
-    check_budget_fits,
-    check_rank_fits,
+    check_fits,
     layers_dtype,
     statistics_needed,
 )
@@ -118,7 +117,7 @@ def plan(
     how = _options(options, keywords, sketch, passes, keeps_moments)
     needs, keeps_moments = statistics_needed(how.method, how.gate_threshold, how.gate_by), how.refit is True
     kinds: tuple[ReductionKind | None, ...] = (None, "projected", "range")
-    if sketch != "auto" or how.sketch is not None:
+    if sketch != "auto" or how.sketch is not None or how.rounds:
         kinds = (how.sketch,)
     elif how.method != "fasc" or how.gate_threshold is not None or how.update_weights or keeps_moments:
         kinds = (None, "range")
@@ -126,20 +125,19 @@ def plan(
     room, beside = bytes_of(memory, "memory"), bytes_of(host_memory, "host_memory")
     model = model_on_meta(model_or_config, dtype)
     chosen = target_layers(model, how.targets, how.exclude)
-    check_rank_fits(chosen.shapes, how.rank)
-    check_budget_fits(chosen.modules, how.rank, how.keep, how.allocation, how.layout, how.align)
+    check_fits(model, chosen, how)
     where = torch.device(device) if device is not None else _device(model)
     return forecast(
         model,
         chosen,
-        stored_layers(chosen.modules, how.rank, how.keep, how.layout, how.align),
+        stored_layers(model, chosen.modules, how),
         needs=needs,
         device=where,
         memory=room,
         host_memory=beside or 0,
         update_weights=how.update_weights,
         keeps_moments=keeps_moments,
-        measured=how.allocation == "measured",
+        measured=how.measures,
         tiers=Tiers(
             kinds={k: sketches_for_budget(chosen.shapes, kept, how.rank, how.keep) for k, kept in sketching.items()},
             offloaded=_offloaded(how.moments_device, beside, where),
@@ -253,6 +251,7 @@ def forecast(
             taken[i].moments,
             stored[name].rank,
             stored[name].layout,
+            stored[name].bits,
         )
         for i, (name, shape) in enumerate(shapes.items())
     ]
@@ -299,7 +298,8 @@ def _options(
     if keeps_moments:
         given["refit"] = True
     found = CompressionOptions(**given)
-    check_budget(found.rank, found.keep)
+    if not found.rounds:
+        check_budget(found.rank, found.keep)
     return found
 
 

@@ -11,38 +11,81 @@ import torch
 from torch import nn
 
 from fasc_lightning.compression import (
+    FLOAT_BYTES,
     Candidate,
     allocate_uniform,
+    byte_budget,
     layer_budgets,
     layers_dtype,
     layout_cost,
     least_cost,
 )
 from fasc_lightning.layers import (
+    Grid,
     Layout,
     Size,
     TargetedLayers,
     auto_layout,
     empty_layer,
+    form_to_plain,
     layer_sizes,
     linear_shape,
     smaller_side,
 )
+from fasc_lightning.options import CompressionOptions
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """Rank, layout and size of a layer after a compression."""
+    """Rank, layout, bits and size of a layer after a compression; bits are None in floating point."""
 
     rank: int
     layout: str
     size: Size
+    bits: int | None = None
 
 
 def stored_layers(
+    model: nn.Module, layers: Mapping[str, nn.Module], options: CompressionOptions
+) -> dict[str, StoredLayer]:
+    """Return each layer after a compression that spends the budget layer by layer; no weight is read.
+
+    A size gives every layer the same grid, the largest that fits, or leaves all layers dense.
+
+    Args:
+        model: The model.
+        layers: The targeted layers in it.
+        options: Options of the compression.
+    """
+    if not options.rounds:
+        return ranked_layers(layers, options.rank, options.keep, options.layout, options.align)
+    grids = list(options.grids)
+    if options.size is not None:
+        budget, shapes = byte_budget(model, layers, options.size), [linear_shape(layer) for layer in layers.values()]
+        if sum(FLOAT_BYTES * m * n for m, n in shapes) <= budget:
+            return {name: _dense(layer) for name, layer in layers.items()}
+        grids = [grid for grid in grids if sum(grid.nbytes(m, n) for m, n in shapes) <= budget] or grids[:1]
+    return {name: _on_grid(layer, grids[-1]) for name, layer in layers.items()}
+
+
+def _dense(layer: nn.Module) -> StoredLayer:
+    return StoredLayer(min(linear_shape(layer)), "dense", layer_sizes({"": layer}))
+
+
+def _on_grid(layer: nn.Module, grid: Grid) -> StoredLayer:
+    m, n = linear_shape(layer)
+    form = form_to_plain(grid)
+    bias = getattr(layer, "bias", None) is not None
+    empty = empty_layer("", layer, {"rank": min(m, n), "layout": "dense", "bias": bias, "quantize": form})
+    if (share := getattr(layer, "expert_share", None)) is not None:
+        vars(empty)["expert_share"] = share  # the count of FLOPs reads it
+    return StoredLayer(min(m, n), "dense", layer_sizes({"": empty}), grid.bits)
+
+
+def ranked_layers(
     layers: Mapping[str, nn.Module], rank: float | None, keep: float | None, layout: Layout, align: int = 1
 ) -> dict[str, StoredLayer]:
-    """Return each layer after a compression that spends the budget layer by layer.
+    """Return each layer after a low-rank compression that spends the budget layer by layer.
 
     An allocation over all layers chooses other ranks, within the same budget. A layer whose share is too small for its
     lowest rank gets that rank.
@@ -76,7 +119,7 @@ def _stored(
 ) -> StoredLayer:
     held = "dense" if k is None else auto_layout(m, n, k, dtype) if layout == "auto" else layout
     if k is None or held == "dense":
-        return StoredLayer(min(m, n), "dense", layer_sizes({"": layer}))
+        return _dense(layer)
     spec = {"rank": k, "layout": held, "bias": bias, "side": smaller_side(m, n)}
     empty = empty_layer("", layer, spec)
     if (share := getattr(layer, "expert_share", None)) is not None:

@@ -16,15 +16,16 @@ from fasc_lightning.layers import (
     CompressedLinear,
     linear_shape,
     linear_weight,
-    make_lowrank,
+    quantization_of,
 )
 from fasc_lightning.refit._batch_loss import BatchLoss, batch_losses, causal_loss, real_tokens
 from fasc_lightning.refit._blocks import BlockRunner
+from fasc_lightning.refit._candidates import Candidates, FactorCandidates, GridCandidates
 from fasc_lightning.refit._checks import check_refit, refittable_layers
 from fasc_lightning.refit._joins import Joins, joins_stream
 from fasc_lightning.refit._reports import BlockRefit, LayerRefit, RefitReport
 from fasc_lightning.refit._shares import Change, shares
-from fasc_lightning.refit._solve import DriftMoments, DriftRows, Factors, Variant, drift_loss, solve_refit
+from fasc_lightning.refit._solve import DriftMoments, DriftRows, Variant, drift_loss
 from fasc_lightning.solvers import SHRINK_A, SHRINK_COUPLED_G, shrink
 from fasc_lightning.statistics import moment_dtype
 
@@ -267,17 +268,14 @@ class _Refit:
         G = shrink(self.G[name].to(device).double(), SHRINK_COUPLED_G)
         own, judged = fit.moments(W), held.moments(W)
         fitted = own.shrunk(W, SHRINK_A)
-        left, right = (factor.detach().to(device).double() for factor in layer.factors())
-        start = Factors(left, right)
+        candidates = self._candidates(name, W, G, fitted)
         scale = float((G * judged.V).sum()) or 1.0
-        before = drift_loss(judged, G, left @ right) / scale
-        bias = options.bias and layer.bias is not None
-        towards = None if bias else self._anchor(name, W, fitted)
+        before = drift_loss(judged, G, candidates.start) / scale
         best, choice = math.inf, None
-        for variant in options.variants:
+        for variant in candidates.variants:
             for anchor in options.anchors:
-                found = solve_refit(fitted, G, start, anchor, variant, bias, towards)
-                error = drift_loss(judged, G, found.left @ found.right, found.shift) / scale
+                found = candidates.solve(fitted, anchor, variant)
+                error = drift_loss(judged, G, *candidates.weight(found)) / scale
                 if error < best:
                     best, choice = error, (anchor, variant)
         if choice is None or not best < before:
@@ -285,8 +283,17 @@ class _Refit:
         anchor, variant = choice
         if not self.judged:  # factors are not fitted to batches that give verdicts
             fitted = own.mixed(judged, held.count / (fit.count + held.count)).shrunk(W, SHRINK_A)
-        _store(layer, solve_refit(fitted, G, start, anchor, variant, bias, towards))
+        candidates.store(candidates.solve(fitted, anchor, variant))
         return LayerRefit(name, block, before, best, anchor, variant, True)
+
+    def _candidates(self, name: str, W: Tensor, G: Tensor, fitted: DriftMoments) -> Candidates:
+        """Return the matrices that a layer can take."""
+        layer, options = self.layers[name], self.options
+        anchor = self._anchor(name, W, fitted)
+        if quantization_of(layer) is not None:
+            return GridCandidates(layer, W, None if anchor is None else anchor[1])
+        bias = options.bias and layer.bias is not None
+        return FactorCandidates(layer, G, options.variants, bias, None if bias else anchor)
 
     def _anchor(self, name: str, W: Tensor, moments: DriftMoments) -> tuple[Tensor, Tensor] | None:
         """Return the dense weight and the calibration's A, in the unit of the tokens' own A."""
@@ -346,21 +353,3 @@ class _Refit:
 def layer_state(layer: CompressedLinear) -> dict[str, Tensor]:
     """Return a copy of a layer's state dict, from which the layer can be restored."""
     return {key: value.detach().clone() for key, value in layer.state_dict().items()}
-
-
-@torch.no_grad()
-def _store(layer: CompressedLinear, factors: Factors) -> None:
-    """Put factors into a layer, which keeps its layout, dtype, device, flags and identity."""
-    bias = layer.bias
-    if bias is not None and factors.shift is not None:
-        bias = (bias.double() + factors.shift.to(bias.device)).to(bias.dtype)
-    parameter = next(layer.parameters())
-    built = make_lowrank(
-        factors.left,
-        factors.right,
-        bias,
-        "pivot" if layer.layout == "pivot" else "factors",
-        dtype=parameter.dtype,
-        device=parameter.device,
-    )
-    layer.load_state_dict(built.state_dict())

@@ -268,7 +268,7 @@ def solve_refit(
     v = (moments.mean_v + anchor * (left @ (right @ moments.mean_x))) / (1 + anchor)
     if bias:
         H, P = H - torch.outer(u, u), P - torch.outer(v, u)
-    T = _divide(P, H)
+    T = divide(P, H)
     if variant == "right":
         G_left = G @ left
         right = _gram_solve(left.T @ G_left, G_left.T @ T)
@@ -277,7 +277,7 @@ def solve_refit(
     return Factors(left, right, v - left @ (right @ u) if bias else None)
 
 
-def _divide(P: Tensor, H: Tensor) -> Tensor:
+def divide(P: Tensor, H: Tensor) -> Tensor:
     """Return P H^-1 for a symmetric positive semidefinite H (n, n), rank-revealing."""
     return _gram_solve(H, P.T).T
 

@@ -207,7 +207,7 @@ def test_a_step_that_differentiates_by_weights_is_predicted(make_trainer, caplog
 
     with caplog.at_level("INFO"):
         compressed(make_trainer, Blocks(during), update_weights=True, refit=False, allocation="measured")
-    assert "ranks follow predicted losses alone. Expected a training step that can run while" in caplog.text
+    assert "ranks and bits follow predicted losses alone. Expected a training step that can run while" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
@@ -303,7 +303,9 @@ def test_a_step_with_an_iterator_is_refused_before_it_runs(make_trainer, caplog)
     with caplog.at_level("INFO"):
         make_trainer(callback).fit(Iterating(), loader())
     assert callback.report.refit is None
-    assert "ranks follow predicted losses alone. Expected a training step that is given its batch" in caplog.text
+    assert (
+        "ranks and bits follow predicted losses alone. Expected a training step that is given its batch" in caplog.text
+    )
 
 
 def test_modules_are_brought_to_the_device_and_back():

@@ -67,7 +67,7 @@ def test_a_module_that_optimises_by_hand_is_compressed_by_predictions(make_train
     with caplog.at_level("INFO"):
         _, report = fit(make_trainer, "measured", by_hand, loss_terms=plain.loss_terms)
     assert watched == []
-    assert "ranks follow predicted losses alone. Expected automatic optimization" in caplog.text
+    assert "ranks and bits follow predicted losses alone. Expected automatic optimization" in caplog.text
     _, expected = fit(make_trainer, "fisher", plain)
     assert [layer.rank for layer in report.layers] == [layer.rank for layer in expected.layers]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from fasc_lightning.batches import TokenRows
 from fasc_lightning.compression import compress_layers, evenly_spaced, measure_losses
-from fasc_lightning.compression._loss_correction import LEAST, SHARE, LowRankLosses, correction
+from fasc_lightning.compression._loss_correction import LEAST, SHARE, ApproximationLosses, correction
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import layer_shapes, select_layers
 from fasc_lightning.refit import causal_loss
@@ -37,7 +37,7 @@ def test_losses_are_those_of_the_whole_matrices():
     torch.manual_seed(0)
     layers = {"up": nn.Linear(7, 5), "down": nn.Linear(5, 7)}
     factors = random_factors({"up": layers["up"]})
-    cheap = LowRankLosses(layers, factors)
+    cheap = ApproximationLosses(layers, factors)
     weights = {"up": layers["up"].weight}
     whole = HeldoutLosses(weights, {"up": {"": factors["up"][0] @ factors["up"][1]}})
     for _ in range(3):
@@ -51,7 +51,7 @@ def test_losses_are_those_of_the_whole_matrices():
 
 def test_a_layer_that_no_token_reached_has_no_loss():
     layers = {"up": nn.Linear(7, 5)}
-    assert math.isnan(LowRankLosses(layers, random_factors(layers)).losses()["up"])
+    assert math.isnan(ApproximationLosses(layers, random_factors(layers)).losses()["up"])
 
 
 def test_measuring_is_a_backward_pass_that_leaves_no_trace():

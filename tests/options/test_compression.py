@@ -25,7 +25,15 @@ from fasc_lightning import (
     compress,
     plan,
 )
-from fasc_lightning.options import ALLOCATIONS, GATE_BY, CompressionKeywords, PlanKeywords, ReductionKind, described
+from fasc_lightning.options import (
+    ALLOCATIONS,
+    GATE_BY,
+    CompressionKeywords,
+    PlanKeywords,
+    QuantizeWord,
+    ReductionKind,
+    described,
+)
 from fasc_lightning.options._compression import FLAT, GROUPS
 from fasc_lightning.options._described import descriptions
 from fasc_lightning.solvers import available_methods
@@ -204,6 +212,7 @@ def test_every_option_is_described_with_all_of_its_values():
         "sketch": get_args(ReductionKind),
         "layout": get_args(get_type_hints(CompressionOptions)["layout"]),
         "rho_gradient": get_args(get_type_hints(Monitor)["gradient"]),
+        "quantize": get_args(QuantizeWord),
     }.items():
         missing = [value for value in values if f'"{value}"' not in described(name).help]
         assert not missing, f"{name}: {missing}"

@@ -27,7 +27,7 @@ from fasc_lightning import (
     recover,
     score,
 )
-from fasc_lightning.options import CompressionOptions, RefineOptions, checks_options, described
+from fasc_lightning.options import CompressionOptions, Quantize, RefineOptions, checks_options, described
 from fasc_lightning.options._compression import FLAT
 from fasc_lightning.options._types import CHECKS
 
@@ -48,6 +48,7 @@ CALLS = {
     Memory: {},
     Monitor: {},
     Gate: {},
+    Quantize: {},
 }
 
 #: Functions and classes that take options of a compression as keywords.
@@ -115,7 +116,7 @@ def test_wrong_options_are_refused_by_name(call, name, default):
         wrong = [*NOTHING, 16, "bf16"]
     if name == "cache":
         given["blocks"] = 0
-    optional = default is None or default is inspect.Parameter.empty or name == "sketch"
+    optional = default is None or default is inspect.Parameter.empty or name in ("sketch", "group")
     if not optional:
         wrong.append(None)
     for value in wrong:
@@ -136,6 +137,8 @@ def test_a_number_that_is_not_finite_is_no_rate():
         ({"rank": np.int64(4)}, "rank", 4),
         ({"rank": np.float32(0.5)}, "rank", 0.5),
         ({"keep": np.float64(0.5)}, "keep", 0.5),
+        ({"size": np.float32(0.5)}, "size", 0.5),
+        ({"size": torch.tensor(0.25)}, "size", 0.25),
         ({"keep": 0.5, "align": np.int32(8)}, "align", 8),
         ({"keep": 0.5, "seed": np.int64(3)}, "seed", 3),
         ({"keep": 0.5, "calibration_steps": np.int64(3)}, "calibration_steps", 3),

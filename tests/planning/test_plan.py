@@ -10,7 +10,7 @@ from transformers import GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfi
 from fasc_lightning import FascCallback, compress, plan
 from fasc_lightning.layers import _fused_experts as expert_views
 from fasc_lightning.layers import model_size, select_layers
-from fasc_lightning.planning._stored_layers import stored_layers
+from fasc_lightning.planning._stored_layers import ranked_layers
 from fasc_lightning.planning._time import Rates
 
 WIDE = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4)
@@ -152,7 +152,7 @@ def test_a_budget_below_the_lowest_ranks_is_refused_and_one_below_a_share_is_not
     layers = select_layers(causal_model())
     with pytest.raises(ValueError, match="Expected a budget of at least"):
         planned(causal_model(), keep=0.01)
-    assert min(layer.rank for layer in stored_layers(layers, None, 0.01, "auto").values()) == 1
+    assert min(layer.rank for layer in ranked_layers(layers, None, 0.01, "auto").values()) == 1
 
 
 @pytest.mark.parametrize(

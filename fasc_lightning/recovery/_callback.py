@@ -31,12 +31,13 @@ from fasc_lightning.batches import (
 from fasc_lightning.compression import check_recovery_state, recovery_line, sealed
 from fasc_lightning.distributed import check_module, check_strategy, sum_everywhere
 from fasc_lightning.layers import compressed_layers, is_compressed, is_plain_linear
-from fasc_lightning.options import LoraRecovery, Recovery, as_recovery, checks_options, trained_factors
+from fasc_lightning.options import LoraRecovery, Recovery, as_recovery, checks_options
 from fasc_lightning.recovery._adapters import Adapters, put_values
 from fasc_lightning.recovery._best_state import BestState
 from fasc_lightning.recovery._checks import check_optimizers, check_recoverable
 from fasc_lightning.recovery._last_checkpoint import saves_on_exception, set_aside_optimizers
 from fasc_lightning.recovery._teacher_phase import TeacherPhase
+from fasc_lightning.recovery._trained import train_factors
 from fasc_lightning.recovery._validation import HeldOutSplit, held_out_batches, held_out_loss, validates
 
 #: Number of measurements of the held-out loss in a fit, by default.
@@ -352,8 +353,7 @@ class RecoveryCallback(pl.Callback):
             self._undo.add(self._adapters.take_off, merge=False)
             self._adapters.put_on()
         else:
-            for parameter in trained_factors(pl_module, self.recovery).values():
-                parameter.requires_grad_(True)
+            train_factors(pl_module, self.recovery, self._undo)
         self._initial = {n: p.detach().clone() for n, p in self._trained(pl_module).items()}
         if self._adapters is None:
             self._failed.add(put_values, pl_module, self._initial)

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from fasc_lightning.layers import compressed_layers, quantization_of
+from fasc_lightning.layers import CompressedLinear, compressed_layers, quantization_of
 from fasc_lightning.options import LoraRecovery, Recovery
 from fasc_lightning.recovery._adapters import carries_adapters, factor_names
 from fasc_lightning.recovery._distillation import check_distillable
@@ -35,17 +35,36 @@ def check_recoverable(pl_module: pl.LightningModule, recovery: Recovery) -> None
             f"Expected a module without adapters but {name!r} carries some, which would be lost or merged "
             "with the recovery's. HINT: merge them first (`merge_and_unload()` of peft)."
         )
-    quantized = [name for name, layer in layers.items() if quantization_of(layer) is not None]
-    if quantized:
-        raise MisconfigurationException(
-            f"Expected layers that can be trained but {quantized[0]!r} is in int8. HINT: recover first and quantise "
-            "last, as FascCallback(recovery=..., quantize=...) does."
-        )
+    _check_quantized(layers, recovery)
     if isinstance(recovery, LoraRecovery):
         config = recovery.lora_config()
         factor_names(pl_module, config.target_modules, config.exclude_modules)
     if recovery.distillation is not None:
         check_distillable(pl_module, recovery.distillation, list(layers))
+
+
+def _check_quantized(layers: Mapping[str, CompressedLinear], recovery: Recovery) -> None:
+    """Refuse layers that have nothing to train.
+
+    Raises:
+        MisconfigurationException: If adapters would have to be merged into rounded matrices, or if all matrices are in
+            int8, which has one scale an output.
+    """
+    forms = {name: form for name, layer in layers.items() if (form := quantization_of(layer)) is not None}
+    if not forms:
+        return
+    first = next(iter(forms))
+    if len(forms) == len(layers) and all(isinstance(form, str) for form in forms.values()):
+        raise MisconfigurationException(
+            f"Expected layers that can be trained but {first!r} is in int8. HINT: recover first and quantise last, as "
+            "FascCallback(rank=..., recovery=..., quantize='int8') does."
+        )
+    if isinstance(recovery, LoraRecovery):
+        raise MisconfigurationException(
+            f"Expected layers in floating point for adapters but {first!r} is rounded ({forms[first]}), and an adapter "
+            "cannot be merged into a rounded matrix. HINT: recovery='factors' trains the scales; or recover first and "
+            "round last, as FascCallback(rank=..., recovery=..., quantize='int8') does."
+        )
 
 
 def check_optimizers(trainer: pl.Trainer, trained: Mapping[str, nn.Parameter]) -> None:

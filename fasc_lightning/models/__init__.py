@@ -3,6 +3,7 @@
 from fasc_lightning.models._attach import attach_config
 from fasc_lightning.models._card import model_card
 from fasc_lightning.models._checkpoints import match_checkpoint, match_on_load
+from fasc_lightning.models._decoding import prepare_decoding
 from fasc_lightning.models._densify import to_dense
 from fasc_lightning.models._layer_plan import apply_plan, compression_plan
 from fasc_lightning.models._load import load_compressed
@@ -18,6 +19,7 @@ __all__ = [
     "match_checkpoint",
     "match_on_load",
     "model_card",
+    "prepare_decoding",
     "quantize",
     "quantize_layers",
     "save_compressed",

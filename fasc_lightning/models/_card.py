@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
 
 from fasc_lightning._utils import Row, library_versions, markdown_table
 from fasc_lightning.compression import CompressionReport, outcome, recovery_line
-from fasc_lightning.layers import Size, compressed_layers, layer_sizes, model_size, quantization_of
+from fasc_lightning.layers import (
+    CompressedLinear,
+    Form,
+    Grid,
+    Size,
+    compressed_layers,
+    layer_sizes,
+    linear_shape,
+    model_size,
+    named_layers,
+    quantization_of,
+)
 from fasc_lightning.models._attach import provenance_of
+from fasc_lightning.models._compressed_tensors import how_to_load
 from fasc_lightning.options import described
 
 if TYPE_CHECKING:
@@ -28,6 +44,9 @@ TASKS = {
 #: Heading of each figure of a size.
 FIGURES = {"parameters": "parameters", "bytes": "MB", "flops_per_token": "MFLOPs a token"}
 
+#: The meaning of a size that is a fraction.
+BYTES = "the fraction of the targeted layers' bytes in 16 bits"
+
 #: Columns of the rho table: the suffix of "rho" in the heading and in the report.
 RHO = {"": "", " null": "_null", " debiased": "_debiased"}
 
@@ -40,6 +59,7 @@ def model_card(
     licence: str | None = None,
     calibration: str | Sequence[str] | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    format: Literal["fasc", "compressed-tensors"] = "fasc",
 ) -> ModelCard:
     """Describe a compressed model in the form that the hub reads: a YAML header and Markdown.
 
@@ -55,6 +75,7 @@ def model_card(
         calibration: The calibration data. By default the report's.
         evaluation: Results before and after, in the form of the recipe's report: ``{"perplexity": {name: {"dense": ...,
             "compressed": ...}}, "facts": {"dense": ..., "compressed": ..., "by_kind": ...}}``. By default the report's.
+        format: Format of the model's folder; the card tells how such a folder is loaded.
 
     Raises:
         ValueError: If the model has no compressed layers, or the report belongs to another model.
@@ -77,7 +98,7 @@ def model_card(
         license=licence,
         metrics=["perplexity"] if "perplexity" in results else None,
         pipeline_tag=task,
-        tags=["fasc", "low-rank", "compression"],
+        tags=_tags(model, format),
     )
     options = {**provenance.get("options", {}), **content.get("options", {})}
     if options.keys() & {"rank", "keep"}:  # what reports do not state is at its default
@@ -86,9 +107,10 @@ def model_card(
     made["quantization"] = _quantization(model)
     sections = [
         _introduction(model, made),
-        _loading(auto_class),
+        _loading(auto_class) if format == "fasc" else how_to_load(model, auto_class),
         *_costs(results),
         *_sizes(content),
+        *_bits(model, content),
         _making(made, calibration),
         *_layers(model, content),
     ]
@@ -134,7 +156,8 @@ def _own_names(model: PreTrainedModel, report: Mapping[str, Any]) -> dict[str, A
 
 def _as_quantized(model: PreTrainedModel, report: dict[str, Any]) -> dict[str, Any]:
     """Return a report with the model's present sizes if the model was quantised after the report was made."""
-    if _quantization(model) is None or report["options"].get("quantize") is not None:
+    rounded = report["options"].keys() & {"quantize", "size"} or any(row.get("quantize") for row in report["layers"])
+    if _quantization(model) is None or rounded:
         return report
     targeted = {row["name"]: model.get_submodule(row["name"]) for row in report["layers"]}
     return {
@@ -153,8 +176,27 @@ def _with_compressed(sizes: Mapping[str, Mapping[str, int]], found: Size) -> dic
 
 def _quantization(model: PreTrainedModel) -> str | None:
     """Return the quantisation of the model's compressed layers, of all or some."""
-    found = sorted({kind for layer in compressed_layers(model).values() if (kind := quantization_of(layer))})
-    return ", ".join(found) or None
+    forms = [form for layer in compressed_layers(model).values() if (form := quantization_of(layer))]
+    found = Counter(map(_words, forms))
+    if len(found) == 1:
+        return next(iter(found))
+    return ", ".join(f"{count} layers {words}" for words, count in sorted(found.items())) or None
+
+
+def _words(form: Form) -> str:
+    """Return a quantisation in words."""
+    if not isinstance(form, Grid):
+        return form
+    group = "one group an output" if form.group is None else f"groups of {form.group}"
+    return f"int{form.bits} in {group}{', symmetric' if form.symmetric else ''}"
+
+
+def _tags(model: PreTrainedModel, format: str) -> list[str]:
+    """Return the hub's tags."""
+    layers = compressed_layers(model).values()
+    tags = {"low-rank": any(layer.layout != "dense" for layer in layers), format: format != "fasc"}
+    tags["quantization"] = "low-rank" not in [tag for tag, holds in tags.items() if holds]
+    return ["fasc", *(tag for tag, holds in tags.items() if holds), "compression"]
 
 
 def _stated_licence(folder: str | None) -> str | None:
@@ -193,10 +235,15 @@ def _introduction(model: PreTrainedModel, made: Mapping[str, Any]) -> str:
     base = made["base"]
     title = f"{base}, compressed" if base else f"A compressed {type(model).__name__}"
     of = f"{base} with" if base else f"A {type(model).__name__} with"
+    full = sum(layer.layout == "dense" for layer in compressed_layers(model).values())
+    counts = {
+        "held as matrices of low rank": len(compressed_layers(model)) - full,
+        "rounded to few bits": full,
+    }
+    held = " and ".join(f"{count} of its linear layers {how}" for how, count in counts.items() if count)
     return (
-        f"# {title}\n\n{of} {len(compressed_layers(model))} of its linear layers held as matrices of low rank, made by "
-        "fasc-lightning. It is an ordinary transformers model in every other respect: it generates, trains and is "
-        "saved as before."
+        f"# {title}\n\n{of} {held}, made by fasc-lightning. It is an ordinary transformers model in every other "
+        "respect: it generates, trains and is saved as before."
     )
 
 
@@ -256,6 +303,35 @@ def _sizes(report: Mapping[str, Any]) -> Iterator[str]:
         yield "## What it saves\n\n" + markdown_table(rows)
 
 
+def _bits(model: PreTrainedModel, report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the section on the bits of layers by kind, if dense layers are rounded."""
+    compressed = compressed_layers(model)
+    if all(layer.layout != "dense" for layer in compressed.values()):
+        return
+    layers, kinds = named_layers(model), dict[str, dict[str, Any]]()
+    for name in [row["name"] for row in report.get("layers", [])] or compressed:
+        kinds.setdefault(name.rpartition(".")[2], {})[name] = layers[name]
+    rows: list[Row] = [
+        {
+            "layers": kind,
+            "stored as": ", ".join(
+                f"{count} x {form}" for form, count in sorted(Counter(map(_stored, of.values())).items())
+            ),
+            "MB": f"{layer_sizes(of).bytes / 1e6:,.1f}",
+            "MB in 16 bits": f"{sum(2 * math.prod(linear_shape(layer)) for layer in of.values()) / 1e6:,.1f}",
+        }
+        for kind, of in kinds.items()
+    ]
+    yield f"## Bits\n\n{markdown_table(rows)}\n\nThe first size has scales, zero points and biases."
+
+
+def _stored(layer: nn.Module) -> str:
+    """Return how a layer is held: its layout, or its bits if it is of full rank."""
+    layout = layer.layout if isinstance(layer, CompressedLinear) else "dense"
+    form = quantization_of(layer)
+    return layout if layout != "dense" or form is None else _words(form)
+
+
 def _making(made: Mapping[str, Any], calibration: str | Sequence[str] | None) -> str:
     options = made["options"]
     versions = made.get("versions") or library_versions()
@@ -282,7 +358,9 @@ def _budget(options: Mapping[str, Any]) -> str:
     if options.get("rank") is not None:
         kind = "absolute" if isinstance(options["rank"], int) else "as a fraction of full rank"
         return f"rank {options['rank']:g} ({kind}), the parameters of uniform matrices of that rank"
-    return "not stated"
+    if (size := options.get("size")) is not None:
+        return f"size {size}, {'bytes of the whole model' if isinstance(size, str) else BYTES}"
+    return "one grid for all targeted layers" if options.get("quantize") is not None else "not stated"
 
 
 def _outcome(made: Mapping[str, Any], phase: str, parts: str) -> str:
@@ -325,18 +403,19 @@ def _layers(model: PreTrainedModel, report: Mapping[str, Any]) -> Iterator[str]:
     if "layers" not in report:
         rows: list[Row] = [
             {"layer": name, "shape": _shape((layer.out_features, layer.in_features)), "rank": layer.rank}
-            | {"stored as": layer.layout}
+            | {"stored as": _stored(layer)}
             for name, layer in compressed_layers(model).items()
         ]
         yield "## Layers\n\n" + _folded(f"Ranks of all {len(rows)} compressed layers", rows)
         return
-    dense = [row["name"] for row in report["layers"] if row["layout"] == "dense"]
+    stored = {name: _stored(layer) for name, layer in named_layers(model).items()}
+    dense = [row["name"] for row in report["layers"] if stored[row["name"]] == "dense"]
     rows = [
         {
             "layer": row["name"],
             "shape": _shape(row["shape"]),
             "rank": row["rank"],
-            "stored as": row["layout"],
+            "stored as": stored[row["name"]],
             "tokens": row["tokens"],
             **{f"rho{name}": _number(row[f"rho{key}"]) for name, key in RHO.items()},
             "loss": _number(row["loss"]),

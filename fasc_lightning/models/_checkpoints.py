@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from fasc_lightning._utils import anything, check, mapping, naming, some_names, undoing
 from fasc_lightning.layers import (
     DENSE_FORM,
+    INT8_ROWS,
     CompressedLinear,
     DenseForm,
+    Grid,
     UnfusedExperts,
     describe_layer,
     empty_dense,
     empty_layer,
+    form_to_plain,
     is_conv1d,
     is_guard,
     linear_shape,
@@ -132,6 +135,7 @@ def _compressed_names(state_dict: Mapping[str, Tensor], prefix: str) -> set[str]
         (".factor_in.weight", (".factor_out.weight",)),
         (".basis.weight", (".coefficients.weight", ".permutation")),
         (".matrix.weight", (".matrix.scale",)),
+        (".matrix.weight_packed", (".matrix.weight_scale",)),
     )
     names = set()
     for first, others in forms:
@@ -154,7 +158,8 @@ def _compressed_layer(name: str, layer: nn.Module, state: Mapping[str, Tensor]) 
         ValueError: If the layer to replace has another shape.
     """
     m, n = linear_shape(layer)
-    spec = _describe(state, m, n)
+    packed = "matrix.weight_packed" in state
+    spec = _describe_packed(name, layer, state, m, n) if packed else _describe(state, m, n)
     if spec is None:
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         raise ValueError(
@@ -174,6 +179,57 @@ def _describe(state: Mapping[str, Tensor], m: int, n: int) -> dict[str, Any] | N
     if spec is not None and any(key.endswith(".scale") for key in state):
         spec["quantize"] = "int8-dynamic" if any(key.endswith(".rounds_inputs") for key in state) else "int8"
     return spec
+
+
+def _describe_packed(name: str, layer: nn.Module, state: Mapping[str, Tensor], m: int, n: int) -> dict[str, Any] | None:
+    """Return the description of a compressed (m, n) layer with a matrix of few bits; None if the state has another one.
+
+    A state dict has no sizes of groups. They are the layer's own if it has such a matrix already. Otherwise they follow
+    from the number of groups: all of one size, or the last one smaller and the others a power of two.
+
+    Raises:
+        ValueError: If groups of two such sizes fit.
+    """
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    grid = quantization_of(layer)
+    if not isinstance(grid, Grid) or not _fits(grid, shapes, m, n):
+        fitting = _fitting_grids(shapes, m, n)
+        if not fitting:
+            return None
+        if len(fitting) > 1:
+            raise ValueError(
+                f"Expected a checkpoint whose layer {name!r} fits one grid but it fits {fitting}. Give the module the "
+                "layers of the checkpoint first: apply_plan(module, plan, state_dict). The module is unchanged."
+            )
+        grid = fitting[0]
+    quantize = form_to_plain(grid)
+    return {"rank": min(m, n), "layout": "dense", "bias": "matrix.bias" in state, "quantize": quantize}
+
+
+def _fitting_grids(shapes: Mapping[str, tuple[int, ...]], m: int, n: int) -> list[Grid]:
+    """Return the grids of a matrix (m, n) of few bits whose tensors have these shapes."""
+    groups, symmetric = shapes["matrix.weight_scale"][1], "matrix.weight_zero_point" not in shapes
+    sizes: list[int | None] = [None, 8 * -(-n // 8)]  # both are one group; 8 bits in rows have another layer
+    if groups > 1:
+        sizes = [*sorted({1 << i for i in range(3, 31)} | ({n // groups} if n % (8 * groups) == 0 else set()))]
+    grids = [Grid(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in sizes]
+    fitting = [grid for grid in grids if grid != INT8_ROWS and _fits(grid, shapes, m, n)]
+    return fitting[:1] if groups == 1 and len({grid.bits for grid in fitting}) == 1 else fitting
+
+
+def _fits(grid: Grid, shapes: Mapping[str, tuple[int, ...]], m: int, n: int) -> bool:
+    """Return whether the tensors of a matrix of few bits have the shapes of an (m, n) matrix on a grid."""
+    groups = grid.groups(n)
+    wanted = {"matrix.weight_packed": (m, _words(n, grid)), "matrix.weight_scale": (m, groups)}
+    if not grid.symmetric:
+        wanted["matrix.weight_zero_point"] = (_words(m, grid), groups)
+    held = {key: shape for key, shape in shapes.items() if key != "matrix.bias"}
+    return held == wanted
+
+
+def _words(count: int, grid: Grid) -> int:
+    """Return the number of 32-bit words of packed codes."""
+    return -(-count * grid.bits // 32)
 
 
 def _describe_form(state: Mapping[str, Tensor], m: int, n: int) -> dict[str, Any] | None:

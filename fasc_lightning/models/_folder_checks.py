@@ -24,7 +24,7 @@ from fasc_lightning._utils import (
     text,
     whole_file,
 )
-from fasc_lightning.layers import GUARD_SHAPE
+from fasc_lightning.layers import GUARD_SHAPE, Grid, form_to_plain
 
 #: Entry of a folder's ``quantization_config``: the SHA-256 of each file of weights. Only :func:`save_compressed` writes
 #: it; other ways to save the model write a configuration without it.
@@ -42,6 +42,9 @@ _REPEATED = (
     "num_local_experts",
     "n_routed_experts",
 )
+
+#: Tensors of a matrix of few bits.
+_OF_GRIDS = ("weight_packed", "weight_scale", "weight_zero_point")
 
 _INDEX = record({"weight_map": mapping(text)}, extra=True)
 
@@ -81,12 +84,20 @@ def of_folder(path: str | PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def add_checksums(folder: Path) -> None:
-    """Write the checksums of a folder's files of weights, which must exist, into its configuration."""
+def add_checksums(folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the checksums of a folder's files of weights, which must exist, into its configuration.
+
+    Args:
+        folder: The folder.
+        dtype: The type in which the model is to be loaded; None for the type that transformers wrote, which is that of
+            the first floating-point parameter, even if that holds the scales of a matrix of few bits.
+    """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     sums = {file.name: file_checksum(file) for file in sorted(folder.glob("*.safetensors"))}
     config["quantization_config"][FILES] = sums
+    if dtype is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -133,7 +144,9 @@ def _check_counts(config: Mapping[str, Any], path: Path) -> None:
 
 
 def check_weight_files(model: nn.Module, files: Iterable[str | PathLike[str]], sums: Mapping[str, str] | None) -> None:
-    """Refuse files of weights that differ from the saved ones, or hold integers for floats of the model or the reverse.
+    """Refuse files of weights that differ from the saved ones, or hold other kinds of numbers than the model does.
+
+    Those are integers for floats or the reverse, and matrices of few bits on another grid.
 
     Args:
         model: The empty model built from the configuration, with compressed layers.
@@ -148,7 +161,9 @@ def check_weight_files(model: nn.Module, files: Iterable[str | PathLike[str]], s
         **dict(model.named_buffers(remove_duplicate=False)),
     }
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for file in map(Path, files):
+    packed: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
+    paths = [Path(file) for file in files]
+    for file in paths:
         if file.suffix != ".safetensors":
             continue
         if sums is not None:
@@ -163,6 +178,7 @@ def check_weight_files(model: nn.Module, files: Iterable[str | PathLike[str]], s
         with open_tensors(file, "file of weights") as (named, _):
             for name, (dtype, shape) in named.forms.items():
                 forms = (name, name.removeprefix(prefix), prefix + name)
+                packed.update((form, (dtype, tuple(shape))) for form in forms if name.endswith(_OF_GRIDS))
                 held = next((state[form] for form in forms if form in state), None)
                 if held is None or shape == GUARD_SHAPE:
                     continue
@@ -171,3 +187,43 @@ def check_weight_files(model: nn.Module, files: Iterable[str | PathLike[str]], s
                     raise SchemaError(f"Expected floats as {name!r} in {file} but got {dtype} and shape {shape}.")
                 if not whole and not held.is_floating_point():
                     raise SchemaError(f"Expected integers as {name!r} in {file} but got {dtype} and shape {shape}.")
+    if packed:
+        _check_grids(model, packed, paths[0].parent)
+
+
+def _check_grids(
+    model: nn.Module, found: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]], folder: Path
+) -> None:
+    """Refuse matrices of few bits that are not on the grids of a model's layers.
+
+    Args:
+        model: The empty model.
+        found: Type and shape of the packed tensors in its files, by all their possible names.
+        folder: Folder of the files.
+
+    Raises:
+        SchemaError: If a tensor of a layer is missing, left over, or of another type or shape. A layer without any is
+            not checked here.
+    """
+    for name, matrix in model.named_modules():
+        grid = getattr(matrix, "grid", None)
+        if not isinstance(grid, Grid):
+            continue
+        state = {key: value for key, value in matrix.state_dict().items() if key in _OF_GRIDS}
+        wanted = {key: (_kind(value.dtype), tuple(value.shape)) for key, value in state.items()}
+        kinds = {key: found[f"{name}.{key}"] for key in _OF_GRIDS if f"{name}.{key}" in found}
+        held = {key: (_kind(dtype), shape) for key, (dtype, shape) in kinds.items()}
+        if held and held != wanted:
+            raise SchemaError(
+                f"Expected a matrix on the grid {form_to_plain(grid)} in layer {name.removesuffix('.matrix')!r}, as "
+                f"config.json describes it, of {_listed(wanted)}. The files of weights in {str(folder)!r} hold "
+                f"{_listed(held)}. Was config.json edited, or is it another model's?"
+            )
+
+
+def _kind(dtype: torch.dtype | None) -> str:
+    return "floats" if dtype is not None and dtype.is_floating_point else str(dtype)
+
+
+def _listed(kinds: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    return ", ".join(f"{key} {shape} of {kind}" for key, (kind, shape) in kinds.items())

@@ -1,8 +1,9 @@
 """The plan of a compressed model: plain data on its compressed layers.
 
 A plan maps the dotted name of a layer to "rank" (int) and "layout" ("pivot" or "factors"). A quantised layer also has
-"quantize" ("int8" or "int8-dynamic"); its layout can be "dense". "bias" (bool) and "side" ("out" or "in") are given if
-they differ from the values that the dense layer and the layout imply. A plan holds no weights.
+"quantize": "int8", "int8-dynamic", or "bits", "group" and "symmetric" of a grid; its layout can be "dense". "bias"
+(bool) and "side" ("out" or "in") are given if they differ from the values that the dense layer and the layout imply. A
+plan holds no weights.
 """
 
 from __future__ import annotations
@@ -16,22 +17,26 @@ from torch import Tensor, nn
 from fasc_lightning._utils import anything, check, mapping, naming, some_names, undoing
 from fasc_lightning.layers import (
     CompressedLinear,
+    Grid,
     check_layers,
     compressed_layers,
     describe_layer,
     empty_layer,
+    form_from_plain,
     linear_shape,
     linear_weight,
     make_lowrank,
     named_layers,
     place,
     quantized_layer,
+    rounded_layer,
     set_trainable,
     smaller_side,
     trains_weight,
 )
 from fasc_lightning.models._attach import swap_layers
 from fasc_lightning.models._layer_state import check_fit, check_state
+from fasc_lightning.rounding import to_nearest
 
 #: The description of each layer by its name.
 Plan = Mapping[str, Mapping[str, Any]]
@@ -163,8 +168,16 @@ def _complete(layer: nn.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def _nearest(dense: nn.Module, spec: Mapping[str, Any]) -> CompressedLinear:
     """Return the layer of a description whose weight is nearest to a dense layer's."""
-    layer: Any = dense if spec["layout"] == "dense" else _truncated(dense, spec)
-    return quantized_layer(layer, spec["quantize"]) if "quantize" in spec else layer
+    form = form_from_plain(spec["quantize"]) if "quantize" in spec else None
+    if not isinstance(form, Grid):
+        layer: Any = dense if spec["layout"] == "dense" else _truncated(dense, spec)
+        return layer if form is None else quantized_layer(layer, form)
+    if spec["layout"] != "dense":
+        raise ValueError(
+            f"Expected a state dict for a plan with factors of {form.bits} bits but got none. HINT: apply_plan(model, "
+            "plan, state_dict)."
+        )
+    return rounded_layer(dense, to_nearest(linear_weight(dense).detach().float(), form))
 
 
 def _truncated(dense: nn.Module, spec: Mapping[str, Any]) -> CompressedLinear:

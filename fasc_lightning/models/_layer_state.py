@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from fasc_lightning._utils import FLOATS, SchemaError, is_permutation, refuse, some_names
 from fasc_lightning.layers import is_guard
 
+#: Ends of the names of packed codes and zero points of few bits.
+PACKED = (".weight_packed", ".weight_zero_point")
+
+#: Ends of the names of tensors with two dimensions.
+MATRICES = (".weight", ".weight_scale", *PACKED)
+
 
 def check_layer_state(name: str, state: Mapping[str, Any]) -> None:
     """Refuse invalid tensors of a compressed layer; shapes are checked elsewhere.
@@ -20,14 +26,14 @@ def check_layer_state(name: str, state: Mapping[str, Any]) -> None:
         state: Its part of a state dict, by the layer's own names.
 
     Raises:
-        SchemaError: If an entry is no tensor, floats are not finite or are integers, int8 numbers have another type, or
-            an index is no permutation.
+        SchemaError: If an entry is no tensor, floats are not finite or are integers, a quantised matrix has integers of
+            another type, or an index is no permutation.
     """
     for key, value in state.items():
         path = f"{name}.{key}"
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             raise refuse("a tensor", value, path)
-        if key.endswith(".weight") and value.ndim != 2:
+        if key.endswith(MATRICES) and value.ndim != 2:
             raise SchemaError(f"Expected a matrix at {path!r} but got {_form(value)}.")
         if key == "permutation":
             # An offloaded layer's index is not in memory.
@@ -36,6 +42,11 @@ def check_layer_state(name: str, state: Mapping[str, Any]) -> None:
         elif key.endswith("rounds_inputs"):
             if value.dtype != torch.bool:
                 raise SchemaError(f"Expected a tensor of bool at {path!r} but got {_form(value)}.")
+        elif key.endswith(PACKED):
+            if value.dtype != torch.int32:
+                raise SchemaError(
+                    f"Expected packed numbers of a quantised layer in int32 at {path!r} but got {_form(value)}."
+                )
         elif key.endswith(".weight") and f"{key.removesuffix('weight')}scale" in state:
             if value.dtype != torch.int8:
                 raise SchemaError(

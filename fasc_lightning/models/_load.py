@@ -11,6 +11,9 @@ from torch import nn
 
 from fasc_lightning._utils import check_json_files, naming, some_names
 from fasc_lightning.layers import compressed_layers
+from fasc_lightning.models._attach import attach_config
+from fasc_lightning.models._compressed_tensors import LIBRARY, is_library_config
+from fasc_lightning.models._compressed_tensors_reader import reading_arguments
 from fasc_lightning.models._config import QUANT_METHOD, FascConfig, is_fasc
 from fasc_lightning.models._folder_checks import check_json_contents, of_folder
 from fasc_lightning.models._layer_state import check_state
@@ -25,8 +28,12 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
     ``from_pretrained`` itself only warns about weights that a folder lacks and fills them with random numbers. This
     function reads safetensors and JSON only: no pickle, and no code from the folder without ``trust_remote_code=True``.
 
+    A folder in the format of compressed-tensors becomes a model with this package's layers, whose matrices stay rounded
+    in memory. That library need not be installed. ``from_pretrained`` needs it, and gives the library's own layers or
+    dense ones.
+
     Args:
-        path: A folder that ``save_pretrained`` wrote, or its id on the hub.
+        path: A folder that :func:`save_compressed` or ``save_pretrained`` wrote, or its id on the hub.
         model_class: A model or auto class of transformers; None for the class that was saved.
         **kwargs: Passed on to ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ...
 
@@ -57,8 +64,12 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
         config = _read_config(path, kwargs)
         model_class = model_class or _saved_class(path, config)
         strict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = model_class.from_pretrained(path, **{**kwargs, **strict})
+        packed = is_library_config(config["quantization_config"])
+        arguments = reading_arguments(path, kwargs) if packed else kwargs
+        model, info = model_class.from_pretrained(path, **{**arguments, **strict})
         _check_loaded(path, model, info)
+        if packed:
+            attach_config(model)  # of this package's own quantizer
     return model
 
 
@@ -77,12 +88,14 @@ def _read_config(path: str | PathLike[str], kwargs: Mapping[str, Any]) -> dict[s
             f"Expected a folder or hub id with a compressed model, found no config.json in {path!s}."
         )
     described = config.get("quantization_config")
+    if is_library_config(described):
+        return config
     if not isinstance(described, dict) or not is_fasc(described):
         found = f"that of {described.get('quant_method')!r}" if isinstance(described, dict) else "none"
         raise ValueError(
             f"Expected a folder with a compressed model, whose config.json has a quantization_config of "
-            f"{QUANT_METHOD!r}, got {found} in {str(path)!r}. Load dense models with transformers; of a model "
-            "compressed in memory, attach_config(model) lets save_pretrained write it."
+            f"{QUANT_METHOD!r} or {LIBRARY!r}, got {found} in {str(path)!r}. Load dense models with transformers; of a "
+            "model compressed in memory, attach_config(model) lets save_pretrained write it."
         )
     FascConfig(**described)
     return config

@@ -3,7 +3,7 @@
 transformers builds a model from its configuration, lets a quantizer change its layers, and then reads the weights by
 name. A compressed model is saved with a :class:`FascConfig` that names its layers and their ranks. The quantizer puts
 empty layers of these shapes into the model. "Quantizer" is the name of transformers' only hook at that point: most
-compressed models are not quantised, and the others hold plain int8 tensors.
+compressed models are not quantised, and the others hold plain tensors of integers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from typing_extensions import override
 
 from fasc_lightning._utils import naming, some_names
 from fasc_lightning.layers import (
+    SCALE_DTYPE,
+    CompressedLinear,
+    Grid,
     compressed_layers,
     empty_layer,
     expect_guards,
     guards,
+    quantization_of,
     saved_guards,
     swap_modules,
     swap_to_dense,
@@ -91,6 +95,7 @@ class FascQuantizer(HfQuantizer):
         with naming(f"The folder {getattr(model, 'name_or_path', '')!r}"):
             for name, layer in compressed_layers(model).items():
                 check_layer_state(name, layer.state_dict())
+                _restore_scales(layer)
         return model
 
     @override
@@ -122,6 +127,17 @@ class FascQuantizer(HfQuantizer):
     @override
     def is_compileable(self) -> bool:
         return True
+
+
+def _restore_scales(layer: CompressedLinear) -> None:
+    """Give the scales of a layer's grid their stored type; transformers keeps some modules in float32."""
+    if not isinstance(quantization_of(layer), Grid):
+        return
+    for child in layer.children():
+        matrix: Any = child
+        if matrix.weight_scale.dtype != SCALE_DTYPE:
+            matrix.narrow_scales()
+        matrix.weight_scale.requires_grad_(False)
 
 
 def _resolve_names(

@@ -162,7 +162,7 @@ def test_a_fit_that_was_compressed_is_not_compressed_again_when_it_is_resumed(fi
 
 def test_a_compressed_module_is_still_refused_by_a_budget_and_taken_by_a_monitor(fitted, make_trainer):
     module, *_ = fitted
-    with pytest.raises(MisconfigurationException, match="holds low-rank layers already"):
+    with pytest.raises(MisconfigurationException, match="holds compressed layers already"):
         make_trainer(FascCallback(keep=0.6)).fit(module, token_loader())
     assert not module._load_state_dict_pre_hooks
     callback = FascCallback(monitor_every_n_steps=2)

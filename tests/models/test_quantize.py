@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from fasc_lightning import FascCallback, compress, load_compressed, quantize, save_compressed
 from fasc_lightning.layers import compressed_layers, is_compressed, is_guard, quantization_of, swap_to_dense
 from fasc_lightning.layers._int8 import Int8Linear
-from fasc_lightning.layers._int8_layers import DenseLinear
+from fasc_lightning.layers._quantized_layers import DenseLinear
 from fasc_lightning.models import attach_config
 from fasc_lightning.models._config import FascConfig
 
@@ -140,15 +140,15 @@ def test_modules_that_are_not_of_transformers():
 
 @pytest.mark.parametrize("value", ["int4", True, 8])
 def test_unknown_kinds_are_refused_before_any_work(value):
-    with pytest.raises(ValueError, match=r"`quantize` to be one of 'int8', 'int8-dynamic' but got"):
+    with pytest.raises(ValueError, match=r"quantize='int8' together with a rank|`quantize` to be one of 'int8'"):
         FascCallback(keep=0.5, quantize=value)
-    with pytest.raises(ValueError, match=r"`quantize` to be one of"):
+    with pytest.raises(ValueError, match=r"`quantize` to be one of|without calibration batches but got 'int4'"):
         quantize(causal_model(), value)
 
 
-def test_monitoring_alone_does_not_quantise():
-    with pytest.raises(ValueError, match=r"Expected a budget .* together with `quantize`"):
-        FascCallback(monitor_every_n_steps=5, quantize="int8")
+def test_monitoring_alone_does_not_round_inputs():
+    with pytest.raises(ValueError, match=r"'int8-dynamic' together with `rank` or `keep`"):
+        FascCallback(monitor_every_n_steps=5, quantize="int8-dynamic")
 
 
 # On its own
@@ -198,7 +198,7 @@ def test_nothing_is_quantised_where_one_layer_cannot_be(compressed):
 
 def test_a_quantised_model_is_not_compressed_again(compressed):
     model, _ = compressed(keep=1.0, quantize="int8")
-    with pytest.raises(Exception, match="holds low-rank layers already"):
+    with pytest.raises(Exception, match="holds compressed layers already"):
         compress(model, list(token_loader(samples=16)), keep=0.5, progress=False)
 
 
@@ -316,7 +316,7 @@ def edit_config(folder, change):
             lambda layers: layers[UP].pop("quantize"),
             r"Expected floats as 'model\.layers\.0\.mlp\.up_proj.* but got torch\.int8",
         ),
-        (lambda layers: layers[UP].update(quantize="int4"), r'a quantised layer "quantize": "int8" or "int8-dynamic"'),
+        (lambda layers: layers[UP].update(quantize="int4"), r'a quantised layer "quantize": "int8", "int8-dynamic" or'),
         (lambda layers: layers[UP].update(rank=1), r"of another shape: model\.layers\.0\.mlp\.up_proj"),
         (lambda layers: layers.pop(UP), r"of another shape: model\.layers\.0\.mlp\.up_proj\.weight"),
         (lambda layers: layers.update({UP: {"rank": 32, "layout": "dense", "bias": False}}), 'may then be "dense"'),

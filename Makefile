@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARK_OUT ?= benchmarks/results
 
-.PHONY: install compress recover track-rho test test-fast suite lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality clean
+.PHONY: install compress recover track-rho test test-fast suite lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality benchmark-bytes clean
 
 install: $(STAMP)
 
@@ -83,6 +83,10 @@ benchmark-scale: install
 # Needs the evaluation texts: FASC_DATA=<folder> make benchmark-sketch-quality
 benchmark-sketch-quality: install
 	$(RUN) benchmarks/sketch_quality.py --output $(BENCHMARK_OUT)/sketch_quality --write docs/scale.md
+
+# Needs them, too: bits, ranks and other programs' models at equal bytes. BYTES='--peers <folders> --speed' adds to it.
+benchmark-bytes: install
+	$(RUN) benchmarks/equal_bytes.py --output $(BENCHMARK_OUT)/bytes --write docs/bytes.md $(BYTES)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

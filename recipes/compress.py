@@ -16,8 +16,8 @@ Every option can also stand in a YAML file given as `--config FILE`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -37,18 +37,29 @@ from fasc_lightning.cli import (
     save_results,
 )
 from fasc_lightning.data import load_model, window_loader
-from fasc_lightning.evaluation import Quality, compare_facts, compare_perplexity
-from fasc_lightning.layers import QUANTIZATIONS
+from fasc_lightning.evaluation import Quality, Questions, compare_facts, compare_perplexity
+from fasc_lightning.layers import bytes_in_16_bits, dequantized, select_layers, swap_modules
+from fasc_lightning.models import attach_config, quantize_layers
+from fasc_lightning.options import Quantize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Plain rounding, beside which the result is set: int8 with a scale for each output, 4 bits in groups of 64.
+CONTROLS = {
+    "int8 to the nearest": Quantize(8, group=None, symmetric=True, rounding="nearest"),
+    "int4 to the nearest": Quantize(4, rounding="nearest"),
+}
+
+#: The default budget: a quarter of the bytes, at which little is lost.
+BUDGET = ("size", 0.27)
 
 
 def build_parser() -> ArgumentParser:
     """Return the parser of this recipe's options."""
     parser = ArgumentParser(prog="compress.py", description=(__doc__ or "").split("\n")[0])
     add_source_options(parser, windows=64)
-    add_compression_options(parser)
-    parser.add_argument(
-        "--quantize", choices=list(QUANTIZATIONS), help="hold the targeted layers in int8 when all else is done"
-    )
+    add_compression_options(parser, f"{BUDGET[0]} {BUDGET[1]}")
     add_evaluation_options(parser, windows=32)
     add_output_options(parser)
     return parser
@@ -57,7 +68,7 @@ def build_parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe and return the report that it writes."""
     options = build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments))
-    check_run(options)
+    check_run(options, BUDGET)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     clock = Clock()
     with clock("load"):
@@ -72,22 +83,64 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with clock("evaluate"):
         print("Evaluating the dense model")
         dense = questions.measure(model, tokenizer)
+    controls: dict[str, Any] = {}
+    if options.size is not None or options.quantize is not None:
+        with clock("controls"):
+            print("Evaluating plain rounding to the nearest numbers")
+            texts = Questions(questions.texts)
+            controls = {name: nearest(model, tokenizer, form, options, texts) for name, form in CONTROLS.items()}
 
     report = compress(
         model,
         window_loader(calibration, options.batch_size),
-        quantize=options.quantize,
         **compression_options(options),
     )
 
     with clock("evaluate"):
         print("Evaluating the compressed model")
-        compressed = questions.measure(model, tokenizer)
+        with dequantized(model):
+            compressed = questions.measure(model, tokenizer)
 
     content = full_report(options, report, clock.seconds, {"dense": dense, "compressed": compressed})
-    print(f"\n{report}\n", *measurement_lines(content), sep="\n")
+    if controls:
+        content["controls"] = controls
+    print(f"\n{report}\n", *measurement_lines(content), *control_lines(content), sep="\n")
     print(save_results(options, model, tokenizer, content))
     return content
+
+
+def nearest(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    form: Quantize,
+    options: Namespace,
+    questions: Questions,
+) -> dict[str, Any]:
+    """Return the bytes and perplexities of the model with the targeted layers rounded to the nearest numbers.
+
+    The model is dense again afterwards.
+    """
+    layers = select_layers(model, options.targets, options.exclude)
+    replaced = quantize_layers(model, layers, form)
+    try:
+        rounded = [model.get_submodule(name) for name in layers]
+        stored = sum(bytes_in_16_bits((*layer.parameters(), *layer.buffers())) for layer in rounded)
+        dense = sum(bytes_in_16_bits(layer.parameters()) for layer in layers.values())
+        with dequantized(model):
+            return {"size": stored / dense, "perplexity": questions.measure(model, tokenizer).perplexity}
+    finally:
+        swap_modules(model, replaced)
+        attach_config(model)
+
+
+def control_lines(content: dict[str, Any]) -> Iterator[str]:
+    """Yield a line about each control."""
+    for name, found in content.get("controls", {}).items():
+        values = ", ".join(
+            f"{text} {value:.2f} ({value / content['perplexity'][text]['dense']:.3f} of dense)"
+            for text, value in found["perplexity"].items()
+        )
+        yield f"{name}, {found['size']:.1%} of the bytes: perplexity of {values}"
 
 
 def full_report(

@@ -77,8 +77,10 @@ from fasc_lightning.evaluation import (
     compare_perplexity,
     retention,
 )
-from fasc_lightning.options import RATES, Distillation, FactorRecovery, LoraRecovery, Precision
+from fasc_lightning.options import RATES, CompressionOptions, Distillation, FactorRecovery, LoraRecovery, Precision
 
+#: The default budget.
+BUDGET = ("rank", 0.5)
 ARMS = {"lora": LoraRecovery, "factors": FactorRecovery}
 #: Options that have no effect beside others.
 UNUSED = {
@@ -97,7 +99,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="compress_then_finetune.py", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add_source_options(parser, windows=32)
-    add_compression_options(parser)
+    add_compression_options(parser, f"{BUDGET[0]} {BUDGET[1]}")
     add("--recovery", default="lora", choices=list(ARMS), help="what is trained: adapters, or the factors")
     add("--teacher", default="dense", choices=["dense", "none"], help="whose outputs are the target; none: the labels'")
     add("--temperature", type=float, default=1.0, help="of the teacher's and the student's distributions")
@@ -219,7 +221,7 @@ def check(options: Namespace) -> LoraRecovery | FactorRecovery:
         FileExistsError: If --output holds files but no saved model.
     """
     options.data = options.data or list(options.calibration)
-    check_run(options, ("tokens", "epochs", "steps", "accumulate", "checkpoint_every"))
+    check_run(options, BUDGET, ("tokens", "epochs", "steps", "accumulate", "checkpoint_every"))
     check_data_options(options.data, options.tokens, options.heldout)
     check_sources(options.data)
     check_in_domain(options)
@@ -240,6 +242,7 @@ def check(options: Namespace) -> LoraRecovery | FactorRecovery:
         recovery = LoraRecovery(r=options.r, alpha=options.alpha, **common)
     else:
         recovery = FactorRecovery(norms=options.norms, **common)
+    CompressionOptions(**frozen_options(options), recovery=recovery)  # refuses adapters on rounded matrices
     options.lr = recovery.rate
     check_checkpoints(options)
     return recovery

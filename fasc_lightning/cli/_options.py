@@ -46,25 +46,30 @@ def add_text_options(parser: ArgumentParser, windows: int) -> None:
 
 
 #: Flat names of the compression options that a recipe takes. It sets other options itself (frozen weights, windows as
-#: batches), or adds them under its own rules (quantize, recovery).
+#: batches), or adds them under its own rules (recovery).
 OPTIONS = (
-    *("rank", "keep", "method", "targets", "exclude", "allocation", "layout", "align", "refit"),
+    *("rank", "keep", "size", "quantize", "method", "targets", "exclude", "allocation", "layout", "align", "refit"),
     *("sketch", "sketch_size", "sketch_above", "moments_device", "passes", "gate", "gate_by", "gate_exclude"),
     *("token_fraction", "seed"),
 )
 
 
-def add_compression_options(parser: ArgumentParser) -> None:
+#: Options that state a budget.
+BUDGETS = ("rank", "keep", "size", "quantize")
+
+
+def add_compression_options(parser: ArgumentParser, budget: str) -> None:
     """Add the options of a compression, with the package's own types, defaults and descriptions.
 
     Args:
         parser: Parser of a recipe.
+        budget: The budget without any of :data:`BUDGETS`, as "size 0.27" for the description.
     """
     for name in OPTIONS:
         option = described(name)
         extra: dict[str, Any] = {"choices": available_methods()} if name == "method" else {"type": option.type}
         flag = f"--{name.replace('_', '-')}"
-        text = option.help + (" A recipe that gets neither takes rank 0.5." if name == "keep" else "")
+        text = option.help + (f" A recipe that gets none takes {budget}." if name == BUDGETS[-1] else "")
         parser.add_argument(flag, default=option.default, help=text.replace("%", "%%"), **extra)
     parser.add_argument("--batch-size", type=int, default=1, help="windows a forward pass")
 
@@ -103,11 +108,13 @@ def add_output_options(parser: ArgumentParser) -> None:
     add("--device", help="default: cuda if there is one")
 
 
-def check_run(options: Namespace, at_least_one: Sequence[str] = ()) -> None:
+def check_run(options: Namespace, budget: tuple[str, float], at_least_one: Sequence[str] = ()) -> None:
     """Fill in dependent options, and refuse wrong options before anything is loaded.
 
     Args:
-        options: All options of this module; ``rank`` gets its default, ``eval_text`` becomes files by name.
+        options: All options of this module; without a budget they get the default one, ``eval_text`` becomes files by
+            name.
+        budget: Option and value of the default budget.
         at_least_one: Names of further counts, which have to be at least 1.
 
     Raises:
@@ -116,8 +123,8 @@ def check_run(options: Namespace, at_least_one: Sequence[str] = ()) -> None:
         FileExistsError: If --output holds files but no saved model.
     """
     check_sources(options.calibration, "calibration")
-    if options.rank is None and options.keep is None:
-        options.rank = 0.5
+    if all(options[name] is None for name in BUDGETS):
+        options[budget[0]] = budget[1]
     CompressionOptions(**frozen_options(options))  # refuses wrong values
     for name in ("windows", "window", "eval_windows", "batch_size", *at_least_one):
         if options[name] is not None and options[name] < 1:

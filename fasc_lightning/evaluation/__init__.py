@@ -1,6 +1,7 @@
 """Evaluations of a model before and after compression: perplexity, facts, grammar, choices and short answers."""
 
 from fasc_lightning.evaluation._builtin import builtin_facts, builtin_text
+from fasc_lightning.evaluation._divergence import log_probabilities, window_divergences
 from fasc_lightning.evaluation._facts import (
     Fact,
     FactsResult,
@@ -66,6 +67,9 @@ __all__ = [
     "perplexity",
     "token_losses",
     "builtin_text",
+    # divergence from the dense model
+    "log_probabilities",
+    "window_divergences",
     # facts
     "Fact",
     "FactsResult",

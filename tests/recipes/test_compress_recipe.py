@@ -133,9 +133,19 @@ def test_int8_is_measured_saved_and_reloaded(recipe, folder, quantization, capsy
     assert "MB of weights" in printed
 
 
-def test_without_a_budget_it_is_rank_a_half(recipe, folder):
+def test_without_a_budget_it_is_a_quarter_of_the_bytes(recipe, folder):
     report = recipe.main(arguments(folder))
-    assert report["options"]["rank"] == 0.5
+    assert report["options"]["size"] == 0.27
+    assert all("quantize" in row for row in report["layers"])
+    assert len({str(row["quantize"]) for row in report["layers"]}) > 1
+    assert report["targeted"]["parameters"]["compressed"] == report["targeted"]["parameters"]["dense"]
+
+
+def test_bits_of_all_layers(recipe, folder):
+    report = recipe.main(arguments(folder, "--quantize", "int4", "--refit", "true"))
+    assert report["options"]["quantize"] == "int4"
+    assert {row["quantize"]["bits"] for row in report["layers"]} == {4}
+    assert report["refit"]["batches"] == {"fit": 10, "held": 2}
 
 
 @pytest.mark.parametrize(
@@ -151,6 +161,7 @@ def test_without_a_budget_it_is_rank_a_half(recipe, folder):
     ],
 )
 def test_options(recipe, folder, options):
+    options = [*options, *([] if "--rank" in options else ["--rank", "0.5"])]
     report = recipe.main(arguments(folder, *options))
     layouts = {row["layout"] for row in report["layers"]}
     assert layouts <= ({"factors", "dense"} if "factors" in options else {"pivot", "dense"})
@@ -161,7 +172,8 @@ def test_options(recipe, folder, options):
     )
     assert report["options"].get("sketch") == ("projected" if "--sketch" in options else None)
     if "--rank" in options:
-        assert report["options"]["rank"] == 12
+        assert str(report["options"]["rank"]) == options[options.index("--rank") + 1]
+    if "--token-fraction" in options:
         assert {row["tokens"] for row in report["layers"]} != {12 * 64}
 
 
@@ -194,7 +206,14 @@ def test_options_default_to_those_of_the_package_and_are_described_by_it(recipe,
         (["--eval-text", "foxes=nowhere.txt"], FileNotFoundError, r"nowhere\.txt is none"),
         (["--windows", "0"], ValueError, "--windows to be at least 1"),
         (["--rank", "0.5", "--keep", "0.5"], ValueError, "got both"),
-        (["--sketch", "projected", "--refit", "true"], ValueError, "refit='auto' with sketch='projected'"),
+        (
+            ["--rank", "0.5", "--sketch", "projected", "--refit", "true"],
+            ValueError,
+            "refit='auto' with sketch='projected'",
+        ),
+        (["--size", "0.3", "--sketch", "projected"], ValueError, "rounding reads whole moments"),
+        (["--size", "0.3", "--quantize", "int4"], ValueError, "`size` or `quantize` but got both"),
+        (["--size", "0.01"], ValueError, "Expected a `size` of at least 0.1"),
         (["--passes", "2", "--refit", "true"], ValueError, "refit=False or 'auto' with passes=2"),
         (["--gate-exclude", "paper"], ValueError, "`gate_exclude` together with a `gate`"),
         (["--output", str(Path(__file__).parent)], FileExistsError, "holds other files"),

@@ -215,6 +215,7 @@ def test_precision_and_refinement_reach_the_fit(recipe, folder, trained, monkeyp
         (["--data", "missing.jsonl"], FileNotFoundError, "data file at missing"),
         (["--eval-text", "foxes"], ValueError, "NAME=FILE but got 'foxes'"),
         (["--rank", "0.5", "--keep", "0.5"], ValueError, "got both"),
+        (["--keep", "null", "--method", "fasc", "--size", "0.3"], ValueError, "which trains scales, but got adapters"),
         (["--output", str(Path(__file__).parent)], FileExistsError, "holds other files"),
     ],
 )

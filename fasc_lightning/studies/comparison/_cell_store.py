@@ -21,7 +21,8 @@ from fasc_lightning._utils import (
     text,
     write_json,
 )
-from fasc_lightning.studies.comparison._cells import Cell, Outcome
+from fasc_lightning.studies.comparison._cells import FOLDER, Cell, Outcome
+from fasc_lightning.studies.comparison._peer import folder_fingerprint
 
 #: Schema of a file of :class:`CellStore`.
 _CELL = record(
@@ -39,7 +40,8 @@ _CELL = record(
                             "losses": mapping(listed(optional(number()))),
                             "recalled": listed(boolean),
                             "preferred": listed(boolean),
-                        }
+                        },
+                        {"divergence": mapping(listed(number(0))), "speed": mapping(number(0))},
                     )
                 ),
                 "seconds": mapping(number(0)),
@@ -47,7 +49,8 @@ _CELL = record(
                 "passes": integer(0),
                 "error": text,
                 "lasting": boolean,
-            }
+            },
+            {"bytes": integer(0)},  # like what else is optional, files of earlier versions lack it
         ),
     }
 )
@@ -68,8 +71,9 @@ class CellStore:
         self.context = context
 
     def key(self, cell: Cell) -> str:
-        """Return the fingerprint of a cell and its context."""
-        return fingerprint(self.context, asdict(cell))
+        """Return the fingerprint of a cell and its context, and of the files of a folder."""
+        files = [folder_fingerprint(cell.label)] if cell.method == FOLDER else []
+        return fingerprint(self.context, asdict(cell), *files)
 
     def path(self, cell: Cell) -> Path:
         """Return the file of a cell."""

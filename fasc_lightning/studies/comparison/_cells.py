@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, cast, get_args
 
 from fasc_lightning.compression import Unit
 from fasc_lightning.layers import Layout
-from fasc_lightning.options import ALLOCATIONS, check_budget
+from fasc_lightning.options import ALLOCATIONS, CompressionOptions, Quantize, QuantizeWord
 from fasc_lightning.studies.comparison._questions import Answers
 
 DENSE = "dense"
+
+#: The method of a model that another program compressed; its cell's label names the folder.
+FOLDER = "folder"
 
 #: Methods that are not solvers: they have no ranks to allocate and no low-rank matrix to store.
 PRUNERS = ("magnitude", "llm-pruner")
@@ -21,15 +25,67 @@ LAYOUTS = ("auto", "pivot", "factors")
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of the targeted layers: a fraction of their parameters, or a rank (:class:`FascCallback`)."""
+    """The budget of the targeted layers, as in :class:`FascCallback`: one of its four ways."""
 
     keep: float | None = None
     rank: float | None = None
+    size: float | None = None
+    quantize: QuantizeWord | Quantize | None = None
 
     def __post_init__(self) -> None:
-        check_budget(self.rank, self.keep)
+        self.options  # noqa: B018 # refuses wrong budgets
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Return the budget of a size, as "0.27", or of bits, as "int4", "int4/32" or "nearest-int4".
+
+        A number behind the slash is the inputs that share a scale. "nearest" rounds to the nearest numbers.
+
+        Raises:
+            ValueError: If it is none of them.
+        """
+        word, slash, group = text.removeprefix("nearest-").partition("/")
+        words = [known for known in get_args(QuantizeWord) if known != "int8-dynamic"]
+        try:
+            if word not in words:
+                return cls(size=float(text))
+            if word == text:
+                return cls(quantize=cast(QuantizeWord, word))
+            bits = int(word.removeprefix("int"))
+            rows = bits == 8 and not slash  # one symmetric scale for each output, as of "int8"
+            form = Quantize(
+                bits,
+                int(group) if slash else None if rows else 64,
+                symmetric=rows,
+                rounding="nearest" if text.startswith("nearest-") else "calibrated",
+            )
+            return cls(quantize=form)
+        except ValueError as error:
+            raise ValueError(
+                f"Expected a size as 0.27, or bits as {', '.join(words)}, int4/32 or nearest-int4, but got {text!r}: "
+                f"{error}"
+            ) from None
+
+    @property
+    def rounds_to_nearest(self) -> bool:
+        """Whether numbers are rounded without the calibration."""
+        return isinstance(self.quantize, Quantize) and self.quantize.rounding == "nearest"
+
+    @property
+    def options(self) -> CompressionOptions:
+        """The budget as options of a compression."""
+        return CompressionOptions(self.rank, self.keep, size=self.size, quantize=self.quantize)
 
     def __str__(self) -> str:
+        if self.size is not None:
+            return f"size {self.size:g}"
+        if isinstance(self.quantize, Quantize):
+            form = self.quantize
+            group = "" if form.group is None else f" groups of {form.group}"
+            nearest = " to the nearest" if self.rounds_to_nearest else ""
+            return f"int{form.bits}{group}{' symmetric' if form.symmetric and form.group else ''}{nearest}"
+        if self.quantize is not None:
+            return self.quantize
         return f"rank {self.rank:g}" if self.keep is None else f"keep {self.keep:g}"
 
 
@@ -92,7 +148,8 @@ class Cell:
     def name(self) -> str:
         """The cell's name in messages and file names."""
         steps = f"{self.kronecker_steps} steps" if self.kronecker_steps else None
-        parts = [self.method, steps, self.budget, self.setting, "refit" if self.refit else None, self.label or None]
+        label = Path(self.label).name if self.method == FOLDER else self.label
+        parts = [self.method, steps, self.budget, self.setting, "refit" if self.refit else None, label or None]
         return " ".join(str(part) for part in parts if part is not None)
 
 
@@ -103,6 +160,7 @@ class Outcome:
     Attributes:
         parameters: Parameters of the cell's compressed layers.
         kept: These parameters as a share of the dense layers'.
+        bytes: Bytes of the cell's compressed layers, numbers in floating point in 16 bits.
         zeros: Share of the layers' weights that are zero and still stored.
         measured: The model's answers; None if the cell failed.
         seconds: Seconds of factorize, swap and evaluate, and of the method's other steps by their names.
@@ -114,6 +172,7 @@ class Outcome:
 
     parameters: int = 0
     kept: float = float("nan")
+    bytes: int = 0
     zeros: float = 0.0
     measured: Answers | None = None
     seconds: dict[str, float] = field(default_factory=dict)

@@ -6,8 +6,8 @@ import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,26 @@ from torch import Tensor, nn
 
 from fasc_lightning._utils import Progress, return_freed_memory, undoing
 from fasc_lightning.batches import TokenRows
-from fasc_lightning.compression import compress_layers, evenly_spaced, layer_budgets, measure_losses
-from fasc_lightning.layers import layer_sizes, swap_modules
+from fasc_lightning.compression import (
+    Approximation,
+    CompressionResult,
+    LayerChoice,
+    RoundedLayers,
+    build_rounded,
+    byte_budget,
+    compress_layers,
+    evenly_spaced,
+    layer_budgets,
+    measure_losses,
+    round_layers,
+)
+from fasc_lightning.layers import bytes_in_16_bits, dequantized, form_to_plain, layer_sizes, swap_modules
 from fasc_lightning.refit import ByLayer, causal_loss, refit
 from fasc_lightning.solvers import Factorization
 from fasc_lightning.statistics import CalibrationMoments
 from fasc_lightning.studies.comparison._cell_store import CellStore
-from fasc_lightning.studies.comparison._cells import DENSE, PRUNERS, Budget, Cell, Outcome
+from fasc_lightning.studies.comparison._cells import DENSE, FOLDER, PRUNERS, Budget, Cell, Outcome
+from fasc_lightning.studies.comparison._peer import load_peer, read_peer
 from fasc_lightning.studies.comparison._questions import Evaluation
 from fasc_lightning.studies.comparison._statistics import GatheredStatistics
 
@@ -37,13 +50,17 @@ LASTING = (FloatingPointError, ValueError, NotImplementedError)
 
 @dataclass(frozen=True)
 class Built:
-    """A model with a cell's compressed layers, and the cost of building it."""
+    """A model with a cell's compressed layers, and the cost of building it.
+
+    ``bytes`` is the size of the compressed layers where the layers in memory have another size, as dequantised ones do.
+    """
 
     model: PreTrainedModel
     layers: Mapping[str, nn.Module]
     seconds: dict[str, float] = field(default_factory=dict)
     plan: list[dict[str, Any]] = field(default_factory=list)
     passes: int = 0
+    bytes: int | None = None
 
 
 @dataclass
@@ -69,6 +86,30 @@ class _Factorized:
         return self
 
 
+@dataclass
+class _Rounded:
+    """Rounded layers that cells of the same grids share, whatever their sizes.
+
+    Attributes:
+        key: Grids, layers and way of rounding.
+        layers: The layers on each grid; None if there are none yet.
+        seconds: Seconds that rounding took.
+    """
+
+    key: tuple[Any, ...] = ()
+    layers: RoundedLayers | None = None
+    seconds: float = 0.0
+
+    def copied(self) -> RoundedLayers:
+        """Return the layers for a cell, which may change its scales in place and copies codes itself."""
+        assert self.layers is not None
+        weights = {
+            name: [replace(r, weight=replace(r.weight, scale=r.weight.scale.clone())) for r in found]
+            for name, found in self.layers.weights.items()
+        }
+        return RoundedLayers(weights, dict(self.layers.tokens))
+
+
 class Comparison:
     """Runs cells on one model, one after the other, and restores the model after each.
 
@@ -84,6 +125,7 @@ class Comparison:
         self.layers = calibration.layers
         self.methods = list(methods)
         self._factorized = _Factorized()
+        self._on_grids = _Rounded()
 
     @cached_property
     def moments(self) -> CalibrationMoments:
@@ -109,6 +151,7 @@ class Comparison:
             if found := outcome is not None:
                 yield cell, outcome, found
                 continue
+            evaluation = evaluation.compared_with(self.model)
             outcome = self.measure(cell, evaluation, progress)
             store.save(cell, outcome)
             yield cell, outcome, found
@@ -118,12 +161,16 @@ class Comparison:
         try:
             with self._built(cell, progress) as built:
                 start = time.perf_counter()
-                measured = evaluation.measure(built.model, self.calibration.tokenizer)
+                # The speed is that of the rounded layers themselves.
+                with dequantized(built.model) if evaluation.prompt is None else nullcontext():
+                    measured = evaluation.measure(built.model, self.calibration.tokenizer)
                 seconds = {**built.seconds, "evaluate": time.perf_counter() - start}
                 dense, compressed = layer_sizes(self._layers(cell)), layer_sizes(built.layers)
+                held = (tensor for m in built.layers.values() for tensor in (*m.parameters(), *m.buffers()))
                 return Outcome(
                     parameters=compressed.parameters,
                     kept=compressed.parameters / dense.parameters,
+                    bytes=bytes_in_16_bits(held) if built.bytes is None else built.bytes,
                     zeros=share_of_zeros(built.layers),
                     measured=measured,
                     seconds=seconds,
@@ -142,9 +189,11 @@ class Comparison:
         """Return the calibration windows for methods that read them themselves."""
         return [{"input_ids": ids.to(self.model.device)} for ids in self.calibration.windows.split(1)]
 
-    def _measure(self, layers: dict[str, nn.Module], factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """Return the losses of low-rank layers on some of the calibration windows."""
-        return measure_losses(self.model, layers, factors, evenly_spaced(self._batches()), _window_rows, causal_loss)
+    def _measure(self, layers: dict[str, nn.Module], approximations: Mapping[str, Approximation]) -> dict[str, float]:
+        """Return the losses of approximated layers on some of the calibration windows."""
+        return measure_losses(
+            self.model, layers, approximations, evenly_spaced(self._batches()), _window_rows, causal_loss
+        )
 
     def _layers(self, cell: Cell) -> dict[str, nn.Module]:
         return self.layers if cell.layers is None else {name: self.layers[name] for name in cell.layers}
@@ -156,8 +205,13 @@ class Comparison:
             yield Built(self.model, layers)
         elif cell.method in PRUNERS:
             yield self._pruned(cell, layers)
+        elif cell.method == FOLDER:
+            peer, model = read_peer(cell.label), load_peer(cell.label, self.model, layers)
+            found = {name: model.get_submodule(name) for name in layers}
+            yield Built(model, found, {"compress": peer.seconds}, bytes=peer.layer_bytes)
         else:
-            with self._lowrank(cell, layers, progress) as built:
+            build = self._rounded if cell.budget is not None and cell.budget.options.rounds else self._lowrank
+            with self._swapped(cell, *build(cell, layers, progress), progress) as built:
                 yield built
 
     def _pruned(self, cell: Cell, layers: dict[str, nn.Module]) -> Built:
@@ -172,12 +226,13 @@ class Comparison:
         pruned = {name: model.get_submodule(name) for name in layers}
         return Built(model, pruned, {"prune": result.seconds}, passes=result.passes)
 
-    @contextmanager
-    def _lowrank(self, cell: Cell, layers: dict[str, nn.Module], progress: Progress | None) -> Iterator[Built]:
-        """Swap low-rank layers in, and the same dense modules back."""
+    def _lowrank(
+        self, cell: Cell, layers: dict[str, nn.Module], progress: Progress | None
+    ) -> tuple[CompressionResult, float]:
+        """Return low-rank layers, and the seconds that they took."""
         assert cell.budget is not None
         assert cell.setting is not None
-        moments = self.moments
+        moments = self.moments  # which may take a pass over the data
         start = time.perf_counter()
         factorized = self._factorized.of(cell)
         there = len(factorized.layers)
@@ -197,28 +252,79 @@ class Comparison:
             measure=partial(self._measure, layers),
             known=factorized.layers,
         )
-        ended = time.perf_counter()
-        spent = ended - start
+        spent = time.perf_counter() - start
         if len(factorized.layers) > there:
             factorized.seconds = spent
         else:  # this cell reuses the work of an earlier one, which counts
             spent += factorized.seconds
-        plan = [{**asdict(layer), "shape": list(layer.shape)} for layer in result.layers]  # as read from JSON
+        return result, spent
+
+    def _rounded(
+        self, cell: Cell, layers: dict[str, nn.Module], progress: Progress | None
+    ) -> tuple[CompressionResult, float]:
+        """Return rounded layers, and the seconds that they took."""
+        assert cell.budget is not None
+        assert cell.setting is not None
+        moments, how = self.moments, cell.budget.options
+        key = (how.grids, how.is_calibrated, cell.layers)
+        if key != self._on_grids.key:
+            self._on_grids = _Rounded()  # two sets of codes take the memory of two models
+            start = time.perf_counter()
+            rounded = round_layers(
+                layers,
+                moments,
+                how.grids,
+                calibrated=how.is_calibrated,
+                device=self.model.device,
+                progress=progress,
+                consume=False,
+            )
+            self._on_grids = _Rounded(key, rounded, time.perf_counter() - start)
+        start = time.perf_counter()
+        result = build_rounded(
+            layers,
+            self._on_grids.copied(),
+            method=cell.method,
+            budget=None if how.size is None else byte_budget(self.model, layers, how.size),
+            uniform=cell.setting.allocation == "uniform",
+            measure=partial(self._measure, layers) if cell.setting.allocation == "measured" else None,
+            progress=progress,
+        )
+        # Rounding counts for every cell, also where an earlier one did it.
+        return result, self._on_grids.seconds + time.perf_counter() - start
+
+    @contextmanager
+    def _swapped(
+        self, cell: Cell, result: CompressionResult, spent: float, progress: Progress | None
+    ) -> Iterator[Built]:
+        """Swap a cell's layers in, refit them if asked to, and swap the same dense modules back."""
+        layers, start = self._layers(cell), time.perf_counter()
+        plan = [_plain(layer) for layer in result.layers]
         with undoing() as undo:
             undo.keep(self.model)
             dense = swap_modules(self.model, result.replacements)
-            seconds = {"factorize": spent, "swap": time.perf_counter() - ended}
+            seconds = {"factorize": spent, "swap": time.perf_counter() - start}
             if cell.refit and dense:
                 report = refit(
                     self.model,
                     dense,
-                    ByLayer(moments.G, dense),
+                    ByLayer(self.moments.G, dense),
                     self._batches(),
-                    inputs=ByLayer(moments.A, dense),
+                    inputs=ByLayer(self.moments.A, dense),
                     progress=progress,
                 )
                 seconds["refit"] = report.seconds
             yield Built(self.model, {**layers, **result.replacements}, seconds, plan)
+
+
+def _plain(layer: LayerChoice) -> dict[str, Any]:
+    """Return a choice as read from JSON; a choice in floating point has no form."""
+    row = {
+        **asdict(layer),
+        "shape": list(layer.shape),
+        "form": None if layer.form is None else form_to_plain(layer.form),
+    }
+    return row if layer.form is not None else {key: value for key, value in row.items() if key != "form"}
 
 
 def _window_rows(batch: Mapping[str, Tensor]) -> TokenRows:
@@ -233,6 +339,6 @@ def budget_share(layers: Mapping[str, nn.Module], budget: Budget) -> float:
 
 
 def share_of_zeros(layers: Mapping[str, nn.Module]) -> float:
-    """Return the share of exact zeros among the layers' parameters."""
-    parameters = [p for layer in layers.values() for p in layer.parameters()]
+    """Return the share of exact zeros among the layers' parameters in floating point."""
+    parameters = [p for layer in layers.values() for p in layer.parameters() if p.is_floating_point()]
     return sum(int((p == 0).sum()) for p in parameters) / max(1, sum(p.numel() for p in parameters))

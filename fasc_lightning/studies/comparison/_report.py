@@ -9,9 +9,12 @@ from typing import Any
 
 from fasc_lightning._utils import Row, markdown_table, save_table, whole_file, write_json
 from fasc_lightning.dependence import RhoRow, rho_gain_scatter, save_figure
-from fasc_lightning.studies.comparison._cells import Budget, Cell, Outcome
+from fasc_lightning.studies.comparison._bytes import bytes_numbers, bytes_table, comparison_table
+from fasc_lightning.studies.comparison._bytes_figure import bytes_figure
+from fasc_lightning.studies.comparison._cells import FOLDER, Budget, Cell, Outcome
 from fasc_lightning.studies.comparison._figures import budget_figure, kinds_figure, sensitivity_figure
 from fasc_lightning.studies.comparison._layers import correlation_rows, fifths_rows, labelled_rows, layer_rows
+from fasc_lightning.studies.comparison._peer import read_peer
 from fasc_lightning.studies.comparison._questions import Evaluation
 from fasc_lightning.studies.comparison._tables import (
     UNRANKED,
@@ -27,6 +30,18 @@ MARKS = (
     "In the tables, **bold** is the best of a column. ≈ ties with it: over the same windows, facts or sentence pairs, "
     "the 95 % bootstrap interval of the difference holds 0. Beside perplexities stands how many times that of the "
     "dense model they are, beside percentages the share of the dense model's."
+)
+BYTES_NOTE = (
+    "*bytes* is the share of the targeted layers' bytes in 16 bits, with codes packed without gaps. *one budget* chose "
+    "the bits of each layer under one size. *same bits* gave all layers the same bits. *to the nearest* is the same "
+    "without a calibration. KL is the divergence of the dense model's predictions from this model's, in nats a token. "
+    "Seconds are those of all steps from the dense model to the compressed one. Other programs stated their own, with "
+    "their own number of threads."
+)
+EQUAL_NOTE = (
+    "Each row sets a model of one budget beside another model with as many bytes or up to a quarter more. It gives the "
+    "ratio of perplexities, the ratio of divergences and the difference of facts in points, over the same windows or "
+    "facts, with 95 % bootstrap intervals. **Bold** is better than the other, ≈ ties with it."
 )
 UNRANKED_NOTE = "_Italics_: methods that only write zeros, which stay in memory; they take no part in the ranking."
 
@@ -64,12 +79,58 @@ class Report:
             own = {cell: outcome for cell, outcome in outcomes.items() if cell.budget == budget}
             notes = [f"Failed: {line}" for line in failure_lines(own)]
             self._add(str(budget), budget_rows(dense, own, metrics, self.seed), *notes)
-        texts = [metric for metric in metrics if not metric.percent]
+        texts = [metric for metric in metrics if metric.scale == "perplexity"]
         others = [metric for metric in metrics if metric.percent]
         for name, chosen in (("perplexity", texts), ("recall", others)):
             if chosen:
                 chance = {"facts %": evaluation.chance, "syntax %": 50.0}
                 self._figure(f"budgets_{name}", budget_figure(dense, outcomes, chosen, chance))
+
+    def by_bytes(
+        self,
+        dense: Outcome,
+        outcomes: Mapping[Cell, Outcome],
+        evaluation: Evaluation,
+        rest: int,
+        calibration: float,
+        speeds: Mapping[Cell, Mapping[str, float]] | None = None,
+    ) -> None:
+        """Add models by their bytes: the table, comparisons at equal bytes, other programs' settings and the figure.
+
+        Args:
+            dense: Outcome of the dense model.
+            outcomes: Outcomes of the other cells.
+            evaluation: The questions.
+            rest: Bytes of the model outside of the targeted layers.
+            calibration: Seconds of the pass over the calibration data.
+            speeds: Tokens per second, of the cells in which they were measured.
+        """
+        assert dense.measured is not None
+        metrics = metrics_of(dense.measured)
+        numbers = bytes_numbers(dense, outcomes, rest, calibration, speeds or {})
+        save_table(numbers, self.folder / "results.csv")
+        self.numbers |= {"models": numbers, "chance of facts": evaluation.chance}
+        self._add("Models by their bytes", bytes_table(numbers, metrics), BYTES_NOTE)
+        self._failures(outcomes)
+        if any(outcome.measured is not None for outcome in outcomes.values()):
+            self._figure("bytes", bytes_figure(dense, outcomes, evaluation.chance))
+        if compared := comparison_table(dense, outcomes, self.seed):
+            self.numbers["at equal bytes"] = compared
+            self._add("At equal bytes", compared, EQUAL_NOTE)
+        if peers := {Path(c.label).name: read_peer(c.label) for c in outcomes if c.method == FOLDER}:
+            self.numbers["other programs"] = {name: vars(peer) for name, peer in peers.items()}
+            rows: list[Row] = [
+                {
+                    "model": name,
+                    "program": f"{peer.name} {peer.version}",
+                    "bits": f"{peer.bits:g}",
+                    "group": peer.group if peer.group and peer.group > 0 else "a row",
+                    "seconds": f"{peer.seconds:.0f}",
+                    "threads": peer.threads,
+                }
+                for name, peer in peers.items()
+            ]
+            self._add("Other programs", rows, "Their settings stand in results.json.")
 
     def kinds(self, dense: Outcome, outcomes: Mapping[Cell, Outcome], evaluation: Evaluation) -> None:
         """Add recall by kind of relation (Table 6)."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,26 +28,40 @@ class Metric:
         name: Column heading.
         items: Its single answers; two models' answers are compared in pairs.
         higher_is_better: Whether larger means are better.
-        percent: Whether the figure is 100 times the mean of the items; otherwise it is exp of the mean, a perplexity.
+        scale: Whether the figure is 100 times the mean of the items ("percent"), exp of the mean ("perplexity"), or the
+            mean itself ("nats").
     """
 
     name: str
     items: Callable[[Answers], NDArray[np.float64]]
     higher_is_better: bool
-    percent: bool
+    scale: Literal["percent", "perplexity", "nats"]
+
+    @property
+    def percent(self) -> bool:
+        """Whether the figure is a percentage."""
+        return self.scale == "percent"
 
     def value(self, measured: Answers) -> float:
         """Return the figure."""
         mean = float(self.items(measured).mean())
-        return 100 * mean if self.percent else math.exp(mean)
+        if self.scale == "perplexity":
+            return math.exp(mean)
+        return 100 * mean if self.percent else mean
 
     def shown(self, value: float) -> str:
         """Return the figure as text."""
-        return f"{value:.1f}" if self.percent else shown_perplexity(value)
+        if self.scale == "perplexity":
+            return shown_perplexity(value)
+        return f"{value:.1f}" if self.percent else shown_nats(value)
 
 
 def _losses(text: str, measured: Answers) -> NDArray[np.float64]:
     return np.asarray(measured.losses[text], dtype=np.float64)
+
+
+def _divergences(text: str, measured: Answers) -> NDArray[np.float64]:
+    return np.asarray(measured.divergence[text], dtype=np.float64)
 
 
 def _recalled(chosen: Sequence[int] | None, measured: Answers) -> NDArray[np.float64]:
@@ -59,15 +74,19 @@ def _preferred(measured: Answers) -> NDArray[np.float64]:
 
 
 def metrics_of(measured: Answers) -> list[Metric]:
-    """Return the metrics with answers: of each text, of facts, of minimal pairs."""
+    """Return the metrics with answers: perplexity and divergence of each text, facts, minimal pairs."""
     metrics = [
-        Metric(f"perplexity of {text}", partial(_losses, text), higher_is_better=False, percent=False)
+        Metric(f"perplexity of {text}", partial(_losses, text), higher_is_better=False, scale="perplexity")
         for text in measured.losses
     ]
+    metrics += [
+        Metric(f"KL on {text}", partial(_divergences, text), higher_is_better=False, scale="nats")
+        for text in measured.divergence
+    ]
     if measured.recalled:
-        metrics.append(Metric("facts %", partial(_recalled, None), higher_is_better=True, percent=True))
+        metrics.append(Metric("facts %", partial(_recalled, None), higher_is_better=True, scale="percent"))
     if measured.preferred:
-        metrics.append(Metric("syntax %", _preferred, higher_is_better=True, percent=True))
+        metrics.append(Metric("syntax %", _preferred, higher_is_better=True, scale="percent"))
     return metrics
 
 
@@ -76,10 +95,10 @@ def kind_metrics(kinds: Sequence[str]) -> list[Metric]:
     chosen = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in sorted(set(kinds))}
     return [
         *(
-            Metric(f"{kind} ({len(facts)})", partial(_recalled, facts), higher_is_better=True, percent=True)
+            Metric(f"{kind} ({len(facts)})", partial(_recalled, facts), higher_is_better=True, scale="percent")
             for kind, facts in chosen.items()
         ),
-        Metric(f"all ({len(kinds)})", partial(_recalled, None), higher_is_better=True, percent=True),
+        Metric(f"all ({len(kinds)})", partial(_recalled, None), higher_is_better=True, scale="percent"),
     ]
 
 
@@ -148,7 +167,8 @@ def results_rows(dense: Outcome, outcomes: Mapping[Cell, Outcome], kinds: Sequen
         for metric in metrics:
             value = math.nan if outcome.measured is None else metric.value(outcome.measured)
             row[metric.name] = value
-            row[f"{metric.name} / dense"] = ratio(value, metric.value(dense.measured))
+            if metric.scale != "nats":  # the dense model's is 0
+                row[f"{metric.name} / dense"] = ratio(value, metric.value(dense.measured))
         for metric in by_kind:
             name = f"facts % of {metric.name.rpartition(' ')[0]}"
             row[name] = math.nan if outcome.measured is None else metric.value(outcome.measured)
@@ -191,7 +211,9 @@ def budget_rows(
             row["kept"] = f"({100 * outcome.zeros:.0f} % zeros)"
         for metric in metrics:
             value = metric.value(outcome.measured)
-            text = f"{metric.shown(value)} ({_relation(value, reference[metric.name], metric)})"
+            text = metric.shown(value)
+            if metric.scale != "nats":
+                text += f" ({_relation(value, reference[metric.name], metric)})"
             ranking = rankings[metric.name]
             if ranking is not None and cell == ranking.best:
                 text = f"**{text}**"
@@ -258,3 +280,10 @@ def shown_perplexity(value: float) -> str:
     if value < 1000:
         return f"{value:.2f}"
     return f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+
+
+def shown_nats(value: float) -> str:
+    """Return a divergence with its significant digits."""
+    if value < 0.01:
+        return f"{value:.4f}"
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}"

@@ -1,0 +1,68 @@
+"""Models at equal bytes: recipes/compare_bytes.py on the texts of P1, beside models of other programs.
+
+    FASC_DATA=<folder with the texts> python benchmarks/equal_bytes.py --output benchmarks/results/bytes \
+        --peers FOLDER ... --write docs/bytes.md
+
+The scripts in benchmarks/peers make the folders. Further options go to the recipe, as ``--speed``. Rows that exist are
+not measured again (delete the folder after a change of the code). ``--write`` replaces the page's generated part and
+its figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from p1 import CALIBRATION, FACTS, TEXTS
+from pages import write_part
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "compare_bytes.py"
+
+#: Sizes, and uniform bits as controls. 0.207 and 0.143 stand beside symmetric grids of 3 and 2 bits.
+SIZES = ("0.52", "0.29", "0.27", "0.21", "0.207", "0.15", "0.143")
+CONTROLS = ("int8", "int4/32", "int4", "int4/128", "int3", "int2", "nearest-int4", "nearest-int3")
+FIGURE = "bytes.png"
+
+
+def command(data: Path, output: Path, more: Sequence[str]) -> list[str]:
+    """Return the recipe's command line."""
+    options = ["--sizes", *SIZES, *CONTROLS, "--windows", "64", "--eval-windows", "32", "--output", str(output)]
+    options += ["--calibration", *(str(data / file) for file in CALIBRATION)]
+    options += ["--eval-text", *(f"{name}={data / file}" for name, file in TEXTS.items())]
+    options += ["--eval-facts", str(data / FACTS)]
+    return [sys.executable, str(RECIPE), *options, *more]
+
+
+def page_part(results: str) -> str:
+    """Return the sections of the recipe's results.md as they stand in a page of docs."""
+    _, found, rest = results.partition("\n## ")
+    sections = re.sub(r"^## ", "### ", f"## {rest}", flags=re.MULTILINE) if found else ""
+    return sections.replace(f"]({FIGURE})", f"](figures/{FIGURE})").strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe, and write the page if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/bytes"))
+    parser.add_argument("--write", type=Path, help="page whose generated part is replaced")
+    options, more = parser.parse_known_args(arguments)
+    folder = os.environ.get("FASC_DATA")
+    if folder is None or not (Path(folder) / FACTS).exists():
+        sys.exit(f"Expected FASC_DATA to name the folder that holds {FACTS} and the texts, but it is {folder!r}.")
+    subprocess.run(command(Path(folder), options.output, more), check=True)
+    if options.write is not None:
+        figures = options.write.parent / "figures"
+        figures.mkdir(exist_ok=True)
+        shutil.copyfile(options.output / FIGURE, figures / FIGURE)
+        text = (options.output / "results.md").read_text(encoding="utf-8")
+        write_part(options.write, "equal_bytes.py", page_part(text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Compare models at equal bytes: bits, ranks and other programs' models, same tokens, same questions, one command.
+
+The defaults need no data and no network and take some minutes a row, on SmolLM2-135M-Instruct and the built-in text
+and facts: five sizes with bits chosen layer by layer, and three with low rank.
+
+    python recipes/compare_bytes.py
+
+On your own data, with uniform bits as controls and beside models that other programs compressed:
+
+    python recipes/compare_bytes.py --calibration a.txt b.txt --windows 64 --sizes 0.52 0.27 0.21 int8 int4 int3 \
+        nearest-int4 --keep 0.8 0.6 --peers hqq-4 gptqmodel-4 --eval-text news=news.txt --eval-facts facts.jsonl \
+        --eval-windows 32 --output bytes
+
+A size is the share of the targeted layers' bytes in 16 bits. `int4` gives all layers 4 bits in groups of 64 (`int4/32`
+in groups of 32), and `nearest-int4` does so without the calibration. A peer is a folder of transformers with
+dequantised weights and a peer.json that states its bytes (benchmarks/peers).
+
+All rows of this package read one pass of statistics, which is kept (`--statistics`). Every row is kept when it ends, so
+a later run computes only the missing rows. Kept results are only used for the same model, tokenizer, tokens, questions,
+options and version. After a change of the code itself, delete the folder. A row that fails is shown with its reason,
+and the run continues.
+
+`--speed` measures prefill and decoding of the dense model and of models with bits. It builds each of them again, so
+that the quality of a row can be measured on a busy machine and its speed later on a quiet one.
+
+The output folder holds results.md, results.csv, results.json, a figure, and the rows.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from fasc_lightning.cli import (
+    add_source_options,
+    add_text_options,
+    calibration_of,
+    fingerprint,
+    library_versions,
+    peak_memory_bytes,
+    terminal_progress,
+)
+from fasc_lightning.data import check_file, file_windows, load_model, named_files, text_windows
+from fasc_lightning.evaluation import builtin_facts, builtin_text, load_facts
+from fasc_lightning.layers import bytes_in_16_bits, select_layers
+from fasc_lightning.studies.comparison import (
+    DENSE,
+    FOLDER,
+    Budget,
+    Cell,
+    CellStore,
+    Comparison,
+    Evaluation,
+    GatheredStatistics,
+    Outcome,
+    Precision,
+    Report,
+    Setting,
+    metrics_of,
+    read_peer,
+)
+
+#: The method of all rows of this package; its moments measure the loss of ranks and of bits.
+METHOD = "fasc"
+
+#: Rows that may be refitted.
+REFITTED = ("sizes", "keep")
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of this recipe's options."""
+    parser = ArgumentParser(prog="compare_bytes.py", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add_source_options(parser, windows=16)
+    add(
+        "--sizes",
+        nargs="*",
+        type=float | str,
+        default=[0.52, 0.29, 0.27, 0.21, 0.15],
+        help="shares of the bytes in 16 bits, or int8, int4, int3, int2 for the same bits in all layers",
+    )
+    add("--keep", nargs="*", type=float, default=[0.8, 0.6, 0.4], help="shares of the parameters, as low rank")
+    add("--setting", default="measured-pivot", help="ALLOCATION-LAYOUT of bits and ranks, as fisher-factors")
+    add("--refit", nargs="*", default=["keep"], help="rows to refit, of sizes and keep; none to the nearest")
+    add("--peers", nargs="*", default=[], help="folders of models that other programs compressed")
+    add_text_options(parser, windows=8)
+    add("--eval-facts", help="jsonl file with subject, relation, template, object, kind")
+    add(
+        "--eval-precision", default="highest", help="of float32 products in reading texts: highest, high, medium (bf16)"
+    )
+    add("--kl-windows", type=int, default=8, help="windows of each text for KL to the dense model; 0 for none")
+    add("--speed", action="store_true", help="measure prefill and decoding in bfloat16; best on a quiet machine")
+    add("--seed", type=int, default=0, help="of sampling and of bootstrap intervals")
+    add("--output", default="bytes", help="folder for rows, tables and the figure")
+    add("--statistics", help="folder for statistics; by default one in the output folder")
+    add("--device", help="default: cuda if there is one")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe and return the content of results.json."""
+    start = time.perf_counter()
+    options = check(build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments)))
+    run = Run(options)
+    dense, outcomes = run.cells("models", cells_of(options), run.evaluation)
+    speeds: dict[Cell, dict[str, float]] = {}
+    if options.speed:
+        prompt = Evaluation({}, [], prompt=run.calibration.windows[:1])
+        timed = [cell for cell in outcomes if has_bits(cell)]
+        dense_speed, found = run.cells("speed", timed, prompt)
+        measured = {Cell(DENSE): dense_speed, **found}
+        speeds = {cell: outcome.measured.speed for cell, outcome in measured.items() if outcome.measured is not None}
+    model = run.calibration.model
+    calibration = run.calibration.seconds_of([METHOD]).get("pass", 0.0)
+    rest = bytes_in_16_bits(model.parameters()) - dense.bytes
+    run.report.by_bytes(dense, outcomes, run.evaluation, rest, calibration, speeds)
+    run.report.head["seconds"] = {"pass over the calibration": calibration, "this run": time.perf_counter() - start}
+    run.report.head["peak memory of this run (GB)"] = peak_memory_bytes(model.device) / 1e9
+    content = run.report.write()
+    print(f"\nTables and the figure are in {options.output}: {Path(options.output) / 'results.md'}")
+    return content
+
+
+def check(options: Namespace) -> Namespace:
+    """Fill in options that depend on others, and refuse invalid ones before anything is loaded.
+
+    Raises:
+        ValueError: If an option is out of range.
+        FileNotFoundError: If a file is missing.
+    """
+    if unknown := [name for name in options.refit if name not in REFITTED]:
+        raise ValueError(f"Expected --refit to be of {', '.join(REFITTED)} but got {', '.join(unknown)}.")
+    for name, least in (("windows", 1), ("window", 2), ("eval_windows", 1), ("kl_windows", 0)):
+        if options[name] < least:
+            raise ValueError(f"Expected --{name.replace('_', '-')} to be at least {least} but got {options[name]}.")
+    precisions = get_args(Precision)
+    if options.eval_precision not in precisions:
+        raise ValueError(
+            f"Expected --eval-precision to be one of {', '.join(precisions)} but got {options.eval_precision!r}."
+        )
+    cells = cells_of(options)  # refuses unknown budgets and settings
+    if not cells:
+        raise ValueError("Expected --sizes, --keep or --peers to compare with the dense model but got none.")
+    names = [cell.name for cell in cells]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Expected different rows, and folders of different names, but {', '.join(twice)} is twice.")
+    for folder in options.peers:
+        read_peer(folder)
+    options.eval_text = named_files(options.eval_text)
+    if options.eval_facts:
+        check_file(options.eval_facts)
+    return options
+
+
+def cells_of(options: Namespace) -> list[Cell]:
+    """Return the cells: sizes first, because they share one rounding to all grids, then uniform bits, ranks, peers."""
+    setting = Setting.parse(options.setting)
+    budgets = [Budget.parse(f"{text}") for text in options.sizes]
+    budgets.sort(key=lambda budget: budget.size is None)
+    cells = [
+        Cell(METHOD, budget, setting, refit="sizes" in options.refit and not budget.rounds_to_nearest)
+        for budget in budgets
+    ]
+    cells += [Cell(METHOD, Budget(keep=keep), setting, refit="keep" in options.refit) for keep in options.keep]
+    return [*cells, *(Cell(FOLDER, label=str(folder)) for folder in options.peers)]
+
+
+def has_bits(cell: Cell) -> bool:
+    """Return whether a cell's layers have few bits in the form that this package runs, each form once."""
+    return cell.budget is not None and cell.budget.options.rounds and not cell.budget.rounds_to_nearest
+
+
+def evaluation_of(options: Namespace, tokenizer: Any) -> Evaluation:
+    """Return the questions: the user's, or the built-in text and facts if there are none."""
+    sizes = options.eval_windows, options.window
+    windows = {name: file_windows(path, tokenizer, *sizes) for name, path in options.eval_text.items()}
+    facts = load_facts(options.eval_facts) if options.eval_facts else []
+    if not (windows or facts):
+        windows = {"python-reference": text_windows(builtin_text(), tokenizer, *sizes)}
+        facts = builtin_facts(options.seed)
+    compared = min(options.kl_windows, options.eval_windows) if windows else 0
+    return Evaluation(windows, facts, precision=options.eval_precision, compared=compared)
+
+
+class Run:
+    """One run of the recipe: the model, its statistics, the questions and the report.
+
+    Args:
+        options: The checked options of the recipe.
+    """
+
+    def __init__(self, options: Namespace) -> None:
+        self.output = Path(options.output)
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, tokenizer = load_model(options.model)
+        model.eval().requires_grad_(False).to(device)
+        self.evaluation = evaluation_of(options, tokenizer)
+        self.calibration = GatheredStatistics(
+            model,
+            tokenizer,
+            select_layers(model),
+            calibration_of(options, tokenizer, model),
+            Path(options.statistics or self.output / "statistics"),
+            seed=options.seed,
+            progress=sys.stderr.isatty(),
+        )
+        self.comparison = Comparison(self.calibration, [METHOD])
+        facts = len(self.evaluation.facts)
+        head = {
+            "model": options.model,
+            "calibration": f"{options.windows} windows of {options.window} tokens of {', '.join(options.calibration)}",
+            "evaluation": f"{options.eval_windows} windows of each text, KL on the first {self.evaluation.compared}, "
+            f"{facts} facts; texts read in {options.eval_precision} precision of products",
+            "setting": options.setting,
+            "seed": options.seed,
+            "threads": torch.get_num_threads(),
+            "versions": library_versions(),
+            "options": {name: value for name, value in options.as_dict().items() if value is not None},
+        }
+        self.report = Report(self.output, "Models at equal bytes", head, options.seed)
+
+    def cells(self, study: str, cells: Sequence[Cell], evaluation: Evaluation) -> tuple[Outcome, dict[Cell, Outcome]]:
+        """Measure the dense model and other cells, print one line each, and return both.
+
+        Raises:
+            RuntimeError: If the dense model cannot be measured, because there is then no comparison.
+        """
+        context = fingerprint(self.calibration.source, evaluation.fingerprint())
+        store = CellStore(self.output / "cells" / study, context)
+        outcomes: dict[Cell, Outcome] = {}
+        everything = [Cell(DENSE), *cells]
+        for cell, outcome, found in self.comparison.run(everything, evaluation, store, terminal_progress):
+            outcomes[cell] = outcome
+            text = line(cell, outcome, outcomes[Cell(DENSE)])
+            print(f"[{len(outcomes)}/{len(everything)}] {text}{' (kept)' if found else ''}", flush=True)
+        dense = outcomes.pop(Cell(DENSE))
+        if dense.measured is None:
+            raise RuntimeError(f"Expected to measure the dense model, but: {dense.error}")
+        return dense, outcomes
+
+
+def line(cell: Cell, outcome: Outcome, dense: Outcome) -> str:
+    """Return one line about a cell."""
+    if outcome.measured is None:
+        return f"{cell.name}: failed, {outcome.reason}"
+    figures = [f"{m.name} {m.shown(m.value(outcome.measured))}" for m in metrics_of(outcome.measured)]
+    figures += [f"{name} {value:.0f} tokens/s" for name, value in outcome.measured.speed.items()]
+    share = f"{outcome.bytes / dense.bytes:.1%} of the bytes"
+    return f"{cell.name}: {share}, {', '.join(figures)}, {sum(outcome.seconds.values()):.0f} s"
+
+
+if __name__ == "__main__":
+    main()

@@ -63,7 +63,7 @@ def add_compression_options(parser: ArgumentParser, budget: str) -> None:
 
     Args:
         parser: Parser of a recipe.
-        budget: The budget without any of :data:`BUDGETS`, as "size 0.27" for the description.
+        budget: The budget without any of :data:`BUDGETS`, as "rank 0.5" for the description.
     """
     for name in OPTIONS:
         option = described(name)
@@ -108,7 +108,7 @@ def add_output_options(parser: ArgumentParser) -> None:
     add("--device", help="default: cuda if there is one")
 
 
-def check_run(options: Namespace, budget: tuple[str, float], at_least_one: Sequence[str] = ()) -> None:
+def check_run(options: Namespace, budget: tuple[str, float | str], at_least_one: Sequence[str] = ()) -> None:
     """Fill in dependent options, and refuse wrong options before anything is loaded.
 
     Args:

@@ -10,9 +10,9 @@ from fasc_lightning.layers import packed_matrices
 def prepare_decoding(model: nn.Module) -> int:
     """Give the layers of 4 bits the form of torch's kernel for few tokens, in place.
 
-    In bfloat16 on a CPU a layer of Llama-3-8B's shapes then decodes about 3 times as fast as a dense one; without this
-    call each token makes the weights dense, and decoding is slower than dense. All else stays as it was: the state
-    dict and copies have the stored form, and training, other types and more than a few tokens use the general path.
+    The kernel reads 4 bits a weight, and multiplies few tokens of bfloat16. Without this call each token makes the
+    weights dense, and decoding is slower than with dense layers. All else stays as it was: the state dict and copies
+    have the stored form, and training, other types and more tokens use the general path.
 
     Args:
         model: Any module, in bfloat16 or under autocast to it.

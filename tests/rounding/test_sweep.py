@@ -123,7 +123,7 @@ def test_every_pass_lowers_the_loss(grid, block, n, monkeypatch):
 
 def test_all_codes_of_a_tiny_matrix_are_tried_and_none_is_much_better():
     grid, ratios = Grid(2, 8, symmetric=True), []
-    for seed in range(20):
+    for seed in range(7):
         W, A, _ = problem(m=1, n=6, seed=seed)
         metric = ColumnMetric.of(A)
         scale, zero = fit_grid(W, grid)
@@ -135,7 +135,7 @@ def test_all_codes_of_a_tiny_matrix_are_tried_and_none_is_much_better():
         found = refine(W, start, metric, passes=5, scales=False)
         tried = (torch.tensor([codes], dtype=torch.uint8) for codes in itertools.product(range(4), repeat=6))
         ratios.append(loss(found.codes) / min(map(loss, tried)))
-    assert sorted(ratios)[10] < 1.3
+    assert sorted(ratios)[3] < 1.3
     assert min(ratios) > 1 - 1e-5
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -48,3 +51,19 @@ def return_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+#: Bytes in the units of an amount given as text.
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def text_in_bytes(text: str, more: Mapping[str, int]) -> float:
+    """Return an amount such as "80GB" or "24 GiB" in bytes; NaN if it cannot be read.
+
+    Args:
+        text: A number and a unit.
+        more: Bytes in further units, in capitals, besides :data:`UNITS`.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    factor = None if found is None else {**UNITS, **more}.get(found[2].upper())
+    return math.nan if found is None or factor is None else float(found[1]) * factor

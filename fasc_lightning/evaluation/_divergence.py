@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fasc_lightning._utils import evaluating
+from fasc_lightning.evaluation._perplexity import check_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,11 +78,7 @@ def window_divergences(model: PreTrainedModel, windows: Tensor, dense: Tensor, b
 
 def _predictions(model: PreTrainedModel, windows: Tensor, batch_size: int) -> Iterator[Tensor]:
     """Yield the log-probabilities of each window, shape (T - 1, vocabulary), float32; NaN is refused."""
-    if windows.ndim != 2 or len(windows) == 0 or windows.shape[1] < 2:
-        raise ValueError(
-            f"Expected at least one window of at least 2 tokens, as (windows, tokens), but got the shape "
-            f"{tuple(windows.shape)}."
-        )
+    check_windows(windows)
     done = 0
     for batch in windows.split(batch_size):
         with evaluating(model), torch.no_grad():

@@ -90,13 +90,22 @@ def token_losses(model: PreTrainedModel, windows: Tensor, batch_size: int = 4) -
     return torch.stack([losses.cpu().double().mean() for losses in _window_losses(model, windows, batch_size)])
 
 
-def _window_losses(model: PreTrainedModel, windows: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Yield the token losses of each window, of shape (T - 1,), checked to be finite."""
+def check_windows(windows: Tensor) -> None:
+    """Refuse windows that predict nothing.
+
+    Raises:
+        ValueError: If they are not a non-empty (windows, T >= 2) tensor.
+    """
     if windows.ndim != 2 or len(windows) == 0 or windows.shape[1] < 2:
         raise ValueError(
             f"Expected at least one window of at least 2 tokens, as (windows, tokens), but got the shape "
             f"{tuple(windows.shape)}."
         )
+
+
+def _window_losses(model: PreTrainedModel, windows: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """Yield the token losses of each window, of shape (T - 1,), checked to be finite."""
+    check_windows(windows)
     done = 0
     for batch in windows.split(batch_size):
         with evaluating(model), torch.no_grad():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from fasc_lightning._utils import text_in_bytes
 from fasc_lightning.layers import INT8_ROWS, Grid
 from fasc_lightning.options._types import check_fields, check_word
 
@@ -21,9 +22,6 @@ QUANTIZE_WORDS: tuple[QuantizeWord, ...] = get_args(QuantizeWord)
 
 #: The grids that a size is spent over.
 SIZE_GRIDS = (Grid(2), Grid(3), Grid(4), INT8_ROWS)
-
-#: Bytes in a unit of a size.
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,9 @@ def as_size(value: Any) -> float | int | None:
     if value is None:
         return None
     if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", value)
-        if found is not None and found[2].upper() in _UNITS:
-            return int(float(found[1]) * _UNITS[found[2].upper()])
+        amount = text_in_bytes(value, {"B": 1})
+        if not math.isnan(amount):
+            return int(amount)
     elif isinstance(value, float | int) and not isinstance(value, bool) and 0 < value <= 1:
         return float(value)
     raise ValueError(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from fasc_lightning._utils import text_in_bytes
 from fasc_lightning.options import ReductionKind
 from fasc_lightning.planning._memory import LayerMemory, Peak, Storage, choose_storage, gigabytes
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def bytes_of(amount: int | float | str | None, option: str) -> int | None:
@@ -28,9 +26,7 @@ def bytes_of(amount: int | float | str | None, option: str) -> int | None:
         return None
     value = math.nan
     if isinstance(amount, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", amount)
-        if found is not None and found[2].upper() in _UNITS:
-            value = float(found[1]) * _UNITS[found[2].upper()]
+        value = text_in_bytes(amount, {"": 1, "TB": 10**12})
     elif not isinstance(amount, bool):
         value = float(amount)
     if not (math.isfinite(value) and value >= 1):

@@ -31,6 +31,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -233,16 +234,9 @@ class Run:
         """
         context = fingerprint(self.calibration.source, evaluation.fingerprint())
         store = CellStore(self.output / "cells" / study, context)
-        outcomes: dict[Cell, Outcome] = {}
-        everything = [Cell(DENSE), *cells]
-        for cell, outcome, found in self.comparison.run(everything, evaluation, store, terminal_progress):
-            outcomes[cell] = outcome
-            text = line(cell, outcome, outcomes[Cell(DENSE)])
-            print(f"[{len(outcomes)}/{len(everything)}] {text}{' (kept)' if found else ''}", flush=True)
-        dense = outcomes.pop(Cell(DENSE))
-        if dense.measured is None:
-            raise RuntimeError(f"Expected to measure the dense model, but: {dense.error}")
-        return dense, outcomes
+        return self.comparison.run_beside_dense(
+            cells, evaluation, store, line, partial(print, flush=True), terminal_progress
+        )
 
 
 def line(cell: Cell, outcome: Outcome, dense: Outcome) -> str:

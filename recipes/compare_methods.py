@@ -33,6 +33,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, get_args
@@ -55,7 +56,6 @@ from fasc_lightning.layers import select_layers
 from fasc_lightning.options import CHEAP_METHOD, Gate
 from fasc_lightning.solvers import available_methods
 from fasc_lightning.studies.comparison import (
-    DENSE,
     PRUNERS,
     Budget,
     Cell,
@@ -290,17 +290,14 @@ class Run:
         """
         context = fingerprint(self.calibration.source, evaluation.fingerprint())
         store = CellStore(self.output / "cells" / study, context)
-        outcomes: dict[Cell, Outcome] = {}
-        everything = [Cell(DENSE), *cells]
-        for cell, outcome, found in self.comparison.run(everything, evaluation, store, terminal_progress):
-            print(
-                f"[{len(outcomes) + 1}/{len(everything)}] {line(cell, outcome)}{' (kept)' if found else ''}", flush=True
-            )
-            outcomes[cell] = outcome
-        dense = outcomes.pop(Cell(DENSE))
-        if dense.measured is None:
-            raise RuntimeError(f"Expected to measure the dense model, but: {dense.error}")
-        return dense, outcomes
+        return self.comparison.run_beside_dense(
+            cells,
+            evaluation,
+            store,
+            lambda cell, outcome, _: line(cell, outcome),
+            partial(print, flush=True),
+            terminal_progress,
+        )
 
 
 def line(cell: Cell, outcome: Outcome) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -155,6 +155,42 @@ class Comparison:
             outcome = self.measure(cell, evaluation, progress)
             store.save(cell, outcome)
             yield cell, outcome, found
+
+    def run_beside_dense(
+        self,
+        cells: Sequence[Cell],
+        evaluation: Evaluation,
+        store: CellStore,
+        line: Callable[[Cell, Outcome, Outcome], str],
+        say: Callable[[str], None],
+        progress: Progress | None = None,
+    ) -> tuple[Outcome, dict[Cell, Outcome]]:
+        """Measure the dense model and then cells as :meth:`run` does, and say one line each.
+
+        Args:
+            cells: The cells.
+            evaluation: The questions.
+            store: The kept outcomes of this evaluation.
+            line: Returns the line about a cell from the cell, its outcome and the dense model's.
+            say: Shows a line.
+            progress: Wraps the loop over a cell's layers.
+
+        Returns:
+            The dense model's outcome, and the outcome of each cell.
+
+        Raises:
+            RuntimeError: If the dense model cannot be measured, because there is then no comparison.
+        """
+        outcomes: dict[Cell, Outcome] = {}
+        everything = [Cell(DENSE), *cells]
+        for cell, outcome, found in self.run(everything, evaluation, store, progress):
+            outcomes[cell] = outcome
+            text = line(cell, outcome, outcomes[Cell(DENSE)])
+            say(f"[{len(outcomes)}/{len(everything)}] {text}{' (kept)' if found else ''}")
+        dense = outcomes.pop(Cell(DENSE))
+        if dense.measured is None:
+            raise RuntimeError(f"Expected to measure the dense model, but: {dense.error}")
+        return dense, outcomes
 
     def measure(self, cell: Cell, evaluation: Evaluation, progress: Progress | None = None) -> Outcome:
         """Build a cell, measure it and restore the model; a failure is also an outcome."""

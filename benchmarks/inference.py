@@ -4,7 +4,8 @@
     python benchmarks/inference.py --output out --compressed FOLDER    # a folder that save_pretrained wrote instead
 
 The workloads are prefilling 512 tokens and decoding at batch 1 and 16, in float32, bfloat16 and int8, with layouts
-pivot and factors at several budgets. The models are all 30 decoder layers of SmolLM2-135M (and their linear layers
+pivot and factors at several budgets. "bits" are layers of full rank with 4 and 8 bits, prepared for decoding, beside
+dense ones in bfloat16. The models are all 30 decoder layers of SmolLM2-135M (and their linear layers
 alone), and one block with the shapes of Llama-3.2-1B and 3B and of Llama-3-8B, which Mistral-7B shares. Weights are
 random, because times depend on shapes alone, and every layer keeps the same share, so that layouts are compared at
 equal parameters. (A compressed model keeps different shares in different layers: give its folder.) Variants run in
@@ -35,6 +36,7 @@ from inference_models import (
     layers_action,
     linear_layers,
     load_pair,
+    rounded_twin,
     weight_bytes,
 )
 from inference_tables import markdown, result_rows, speed_up_figure
@@ -42,7 +44,7 @@ from interleaved import Spread, interleave, speed_ups
 from torch import nn
 
 from fasc_lightning.cli import library_versions, save_table, whole_file, write_json
-from fasc_lightning.layers import QUANTIZATIONS, layer_sizes
+from fasc_lightning.layers import INT8_ROWS, QUANTIZATIONS, Grid, layer_sizes
 from fasc_lightning.models import quantize
 
 #: Dtypes of activations; the int8 kinds come from :func:`fasc_lightning.quantize` and are compared with dense int8.
@@ -51,7 +53,10 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "int8": torch.float32,
     "int8-dynamic": torch.float32,
+    "bits": torch.bfloat16,
 }
+#: The grids of "bits".
+GRIDS = {"int4": Grid(4, 64, symmetric=False), "int8": INT8_ROWS}
 KEEPS = (0.8, 0.6, 0.4)
 DENSE = "dense"
 
@@ -88,6 +93,8 @@ def make_variants(shape: str, dtype: str, options: argparse.Namespace) -> dict[s
     else:
         dense = SHAPES[shape].build(DTYPES[dtype])
         models = {DENSE: dense}
+        if dtype == "bits":
+            return models | {name: rounded_twin(dense, grid) for name, grid in GRIDS.items()}
         for layout in KINDS:
             for keep in options.keep:
                 models[f"{layout} {keep:g}"] = compressed_twin(dense, keep, layout, options.align)
@@ -100,13 +107,15 @@ def measure(models: Mapping[str, nn.Module], part: str, workload: Workload, seco
     actions = {name: PARTS[part](model, workload) for name, model in models.items()}
     times = interleave(actions, seconds)
     ratios = speed_ups(times, DENSE)
-    dense = layer_sizes(linear_layers(models[DENSE])).parameters
+    sizes = {name: layer_sizes(linear_layers(model)) for name, model in models.items()}
+    dense = sizes[DENSE]
     found = {}
     for name, model in models.items():
         grown = growth(actions[name])
         weights = weight_bytes(model)
         found[name] = {
-            "kept": layer_sizes(linear_layers(model)).parameters / dense,
+            # Of the parameters, or of the bytes where all parameters are there in fewer bits.
+            "kept": sizes[name].parameters / dense.parameters if name not in GRIDS else sizes[name].bytes / dense.bytes,
             "tokens_per_second": Spread.of([workload.new_tokens / value for value in times[name]]).to_dict(),
             "speed_up": ratios[name].to_dict(),
             "weight_bytes": weights,

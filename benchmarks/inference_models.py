@@ -17,14 +17,19 @@ from fasc_lightning.cli import return_freed_memory
 from fasc_lightning.compression import Candidate, allocate_uniform
 from fasc_lightning.layers import (
     CompressedLinear,
+    Grid,
     LowRankLinear,
     PivotedLinear,
     Stored,
     linear_shape,
     linear_weight,
+    model_size,
+    rounded_layer,
     swap_modules,
     swap_to_dense,
 )
+from fasc_lightning.models import prepare_decoding
+from fasc_lightning.rounding import to_nearest
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,16 @@ def compressed_twin(dense: nn.Module, keep: float, layout: Stored, align: int) -
     return twin.requires_grad_(False)
 
 
+def rounded_twin(dense: nn.Module, grid: Grid) -> nn.Module:
+    """Return a decoder of full rank with rounded layers, prepared for decoding."""
+    layers = linear_layers(dense)
+    twin = copy.deepcopy(dense, {id(layer): layer for layer in layers.values()})
+    rounded = {name: to_nearest(linear_weight(layer).float(), grid) for name, layer in layers.items()}
+    swap_modules(twin, {name: rounded_layer(layers[name], found) for name, found in rounded.items()})
+    prepare_decoding(twin)
+    return twin.eval().requires_grad_(False)
+
+
 def random_layer(layout: Stored, m: int, n: int, rank: int, dtype: torch.dtype) -> CompressedLinear:
     """Return a layer with random weights and pivots spread over all features, as in a real layer."""
     layer = KINDS[layout](n, m, rank, bias=False, dtype=dtype)  # type: ignore[call-arg]
@@ -168,7 +183,7 @@ def layers_action(model: nn.Module, workload: Workload) -> Callable[[], Any]:
 
 def weight_bytes(model: nn.Module) -> int:
     """Return the memory of a model's parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    return model_size(model).bytes
 
 
 def growth(action: Callable[[], Any]) -> int | None:

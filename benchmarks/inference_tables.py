@@ -68,7 +68,7 @@ def speed_up_figure(rows: Sequence[Row]) -> Figure:
             if i == 0:
                 axes[i, j].set_title(f"{shape}\n{part}", fontsize=9)
             if i == len(workloads) - 1:
-                axes[i, j].set_xlabel("parameters kept")
+                axes[i, j].set_xlabel("parameters (bytes) kept")
         axes[i, 0].set_ylabel(f"{workload}\ntimes as fast as dense")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7), fontsize=8)

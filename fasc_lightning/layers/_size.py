@@ -76,4 +76,6 @@ def _counts(module: nn.Module) -> tuple[int, int]:
     packed = [m for m in module.modules() if isinstance(m, PackedLinear)]
     numbers = {id(p): m.in_features * m.out_features for m in packed for p in (m.weight_packed,) if p is not None}
     scales = {id(m.weight_scale) for m in packed}
+    # The scales of a prepared matrix lie in the memory of the kernel's.
+    size -= sum(m.weight_scale.nbytes for m in packed if m.kernel_scales is not None)
     return sum(numbers.get(id(p), p.numel()) for p in parameters if id(p) not in scales), size

@@ -26,6 +26,7 @@ from torch import nn
 
 from fasc_lightning.layers import (
     CompressedLinear,
+    Grid,
     PivotedLinear,
     compressed_layers,
     make_lowrank,
@@ -103,6 +104,23 @@ def test_int8_rounds_every_variant(options, tmp_path, monkeypatch, quantization)
     for model in models.values():
         assert {quantization_of(layer) for layer in inference.linear_layers(model).values()} == {quantization}
     assert {row["dtype"] for row in rows_of(tmp_path)} == {quantization}
+
+
+def test_bits_are_measured_beside_dense_bfloat16(options, tmp_path, monkeypatch):
+    measured = []
+    measure = inference.measure
+    monkeypatch.setattr(inference, "measure", lambda models, *args: measured.append(models) or measure(models, *args))
+    monkeypatch.setattr(inference, "SHAPES", {"wide block": Shape(128, 256, 4, 2)})
+    main([*options, "--shapes", "wide block", "--dtypes", "bits"])
+    assert list(measured[0]) == ["dense", "int4", "int8"]
+    for name, bits in (("int4", Grid(4, 64, symmetric=False)), ("int8", "int8")):
+        layers = inference.linear_layers(measured[0][name]).values()
+        assert {quantization_of(layer) for layer in layers} == {bits}
+        assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
+    # 4 bits and, for each group of 64, a scale and an offset of 16 bits and a zero point of 4 bits.
+    # 8 bits and, for each output, a scale of 32 bits.
+    kept = {row["layout"]: float(row["kept"]) for row in rows_of(tmp_path)}
+    assert kept == {"dense": 1, "int4": pytest.approx(4.5625 / 16, rel=0.01), "int8": pytest.approx(0.5, rel=0.03)}
 
 
 def folder_of(tmp_path):

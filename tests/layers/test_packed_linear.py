@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fasc_lightning.layers import _packed_codes, _packed_linear
+from fasc_lightning.layers import _packed_codes, _packed_linear, model_size
 from fasc_lightning.layers._grid import BITS, SCALE_DTYPE, Grid, Rounded
 from fasc_lightning.layers._packed_codes import kernel_takes
 from fasc_lightning.layers._packed_linear import PackedLinear
@@ -384,6 +384,7 @@ def test_preparing_holds_one_form_and_can_be_undone():
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*layer.parameters(), *layer.buffers())
     }
     assert sum(tensors.values()) <= layer.grid.nbytes(80, 64) + 2 * 80 * 2 + 2 * 80
+    assert model_size(layer).bytes == sum(tensors.values())  # scales that lie in one memory count once
     assert torch.equal(layer.dequantize().double(), W)
     layer.unprepare()
     assert layer.kernel_codes is None

@@ -158,7 +158,7 @@ def test_what_cannot_be_compressed_is_refused():
 
 @pytest.mark.slow
 def test_the_bundled_model_keeps_more_than_with_svd_llm():
-    """Few tokens and a small text, so only the order is asserted; the README has the figures."""
+    """Few tokens, a small text and a third of the layers, so only the order is asserted; the README has the figures."""
     from importlib.util import find_spec
 
     from fasc_lightning.data import load_model, text_windows, window_loader
@@ -169,14 +169,14 @@ def test_the_bundled_model_keeps_more_than_with_svd_llm():
             pytest.skip(f"{package} is not installed")
     perplexities = {}
     for name, options in {
-        "fasc": {"method": "fasc"},
+        "fasc": {"method": "fasc", "allocation": "fisher"},
         "svd-llm": {"method": "svd-llm", "allocation": "uniform", "layout": "factors"},
     }.items():
         model, tokenizer = load_model("smollm2")
         windows = text_windows(builtin_text(), tokenizer, 24, 128)
         loader = window_loader(windows[:20], 4)
-        report = compress(model, loader, rank=0.5, refit=False, progress=False, **options)
+        report = compress(model, loader, rank=0.3, targets=r".*layers\.2\d\..*", refit=False, progress=False, **options)
         perplexities[name] = perplexity(model, windows[20:])
-        assert len(report.layers) == 210
+        assert len(report.layers) == 70
         assert sum(p.numel() for p in model.parameters()) == report.whole["compressed"].parameters
-    assert perplexities["fasc"] < 0.5 * perplexities["svd-llm"]
+    assert perplexities["fasc"] < 0.6 * perplexities["svd-llm"]

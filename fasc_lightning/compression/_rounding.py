@@ -104,7 +104,9 @@ def round_layers(
             results = [RoundedWeight(to_nearest(W.float(), grid), math.nan) for grid in grids]
         else:
             A, G = fisher_metric(statistics)
-            results = [RoundedWeight(*pair) for pair in round_by_moments(W, A, G, grids, calibrated=calibrated)]
+            plain = statistics.plain_moments()[0] if statistics.is_coupled else None
+            pairs = round_by_moments(W, A, G, grids, plain=plain, calibrated=calibrated)
+            results = [RoundedWeight(*pair) for pair in pairs]
         del statistics  # as large as the moments themselves
         found[name] = sorted((_held(result, moments.device) for result in results), key=lambda r: r.nbytes)
         if consume:

@@ -33,11 +33,11 @@ def no_limit(monkeypatch):
 
 
 CASES = {
-    "frozen": {},
-    "training": {"update_weights": True},
+    "frozen": {"refit": True},
+    "training": {"update_weights": True, "refit": True},
     "in the second epoch": {"epoch": 1, "update_weights": True},
     "after the last batch but one": {"batch": BATCHES - 1},
-    "all statistics": {"method": "gfwsvd", "gate": 0.1, "gate_by": "pooled", "refit": False},
+    "all statistics": {"method": "gfwsvd", "gate": 0.1, "gate_by": "pooled"},
     "subsampled tokens": {"token_fraction": 0.5},
     "with dropout": {"update_weights": True, "family": "gpt2", "model": {"resid_pdrop": 0.2}},
     "a loader without length": {"loader": lambda: stateful_loader(endless=True), "update_weights": True},
@@ -98,11 +98,16 @@ class Saving(pl.Callback):
 
 
 EPOCHS_END = ["the last batch", "the validation", "the end of the epoch", "the start of the next"]
+ENDS = [("epochs", False), ("steps", False), ("steps", True)]
+EACH_PLACE_AND_END = [
+    pytest.param(place, *end, marks=() if i % len(ENDS) == j else pytest.mark.exhaustive)
+    for i, place in enumerate(EPOCHS_END)
+    for j, end in enumerate(ENDS)
+]
 END = {"epochs": {"max_epochs": 2}, "steps": {"max_epochs": -1, "max_steps": 2 * BATCHES}}
 
 
-@pytest.mark.parametrize(("end", "endless"), [("epochs", False), ("steps", False), ("steps", True)])
-@pytest.mark.parametrize("place", EPOCHS_END)
+@pytest.mark.parametrize(("place", "end", "endless"), EACH_PLACE_AND_END)
 def test_a_calibration_of_several_epochs_goes_on_at_the_end_of_one(make_trainer, tmp_path, place, end, endless):
     options = {"validation": True, "trainer": END[end], "loader": lambda: stateful_loader(endless)}
     fits = Fits(make_trainer, tmp_path, calibration_steps=12, update_weights=True, **options)
@@ -112,7 +117,10 @@ def test_a_calibration_of_several_epochs_goes_on_at_the_end_of_one(make_trainer,
     assert (straight[1].batches, resumed[1].batches) == (12, 8)
 
 
-@pytest.mark.parametrize("place", EPOCHS_END)
+@pytest.mark.parametrize(
+    "place",
+    [pytest.param(place, marks=() if "end of" in place else pytest.mark.exhaustive) for place in EPOCHS_END],
+)
 def test_epochs_are_still_counted_right_at_the_next_interruption(make_trainer, tmp_path, place):
     fits = Fits(make_trainer, tmp_path, validation=True, trainer={"max_epochs": 3}, calibration_steps=20)
     straight = fits.run(every_batch(tmp_path / "running"), Saving(tmp_path / "saved.ckpt", place))

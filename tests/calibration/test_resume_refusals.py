@@ -127,7 +127,12 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("case", CHANGES)
+SAMPLED = ("the mask", "the seed", "the statistics", "a refit")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in SAMPLED else pytest.mark.exhaustive) for case in CHANGES]
+)
 def test_other_options_start_the_calibration_again(make_trainer, tmp_path, case):
     options, message = CHANGES[case]
     fits = Fits(make_trainer, tmp_path, refit=False, allocation="fisher")

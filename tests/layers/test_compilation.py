@@ -71,7 +71,13 @@ def assert_same_training(got, expected):
 
 
 @pytest.mark.parametrize(
-    ("layout", "quantization"), [("pivot", None), ("factors", None), ("pivot", "int8"), ("factors", "int8-dynamic")]
+    ("layout", "quantization"),
+    [
+        ("pivot", None),
+        ("factors", "int8-dynamic"),
+        pytest.param("factors", None, marks=pytest.mark.exhaustive),
+        pytest.param("pivot", "int8", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_whole_graph_forward_and_backward(models, layout, quantization):
     model = models(layout, quantization=quantization)

@@ -193,11 +193,11 @@ def test_an_interrupted_run_goes_on_to_the_same_tables(recipe, folder, monkeypat
 @pytest.mark.parametrize(
     "change",
     [
-        ["--seed", "1"],
         ["--windows", "5"],
-        ["--eval-windows", "2"],
-        ["--eval-text", "foxes=other.txt"],
         ["--model", "changed"],
+        pytest.param(["--seed", "1"], marks=pytest.mark.exhaustive),
+        pytest.param(["--eval-windows", "2"], marks=pytest.mark.exhaustive),
+        pytest.param(["--eval-text", "foxes=other.txt"], marks=pytest.mark.exhaustive),
     ],
     ids=lambda change: change[0],
 )

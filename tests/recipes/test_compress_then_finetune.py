@@ -80,8 +80,15 @@ def arguments(folder, model, *more):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("recovery", ["lora", "factors"])
-@pytest.mark.parametrize("teacher", ["dense", "none"])
+@pytest.mark.parametrize(
+    ("recovery", "teacher"),
+    [
+        ("lora", "dense"),
+        ("factors", "none"),
+        pytest.param("lora", "none", marks=pytest.mark.exhaustive),
+        pytest.param("factors", "dense", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_every_arm_wins_back_and_is_measured_in_all_states(recipe, folder, trained, recovery, teacher, capsys):
     path, output = folder / "r.json", folder / "out"
     options = ["--recovery", recovery, "--teacher", teacher, "--lr", "3e-3", "--epochs", "3", "--in-domain", "foxes"]
@@ -237,7 +244,7 @@ def test_a_window_beyond_the_context_is_refused_before_the_work(recipe, folder, 
         recipe.main(arguments(folder, trained, "--window", "500"))
 
 
-@pytest.mark.parametrize("recovery", ["lora", "factors"])
+@pytest.mark.parametrize("recovery", ["lora", pytest.param("factors", marks=pytest.mark.exhaustive)])
 def test_a_recovery_that_was_stopped_again_and_again_goes_on(recipe, folder, trained, recovery, monkeypatch):
     """Stopped before a checkpoint, within the batches of a step, and in the second epoch: the result of one go."""
     more = ["--recovery", recovery, "--lr", "3e-3", "--batch-size", "2", "--accumulate", "2", "--epochs", "2"]

@@ -3,8 +3,9 @@
     FASC_DATA=<folder with the texts> python benchmarks/recovery.py --output benchmarks/results/recovery
 
 recipes/compress.py compresses once per budget, on its defaults, and every arm recovers that model in a process of its
-own. Reports are saved when they end, and existing rows are not run again (delete their files after a change of the
-code). No evaluation text is trained on. The tables are printed as Markdown.
+own. Sizes in bytes, with few bits, have one arm: the scales learn from the dense model. Reports are saved when they
+end, and existing rows are not run again (delete their files after a change of the code). No evaluation text is trained
+on. The tables are printed as Markdown.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ ARMS: dict[str, LoraRecovery | FactorRecovery] = {
 #: The arm with steps block by block first.
 REFINED = "factors, labels, blocks refined first"
 RECOVERIES = {**ARMS, REFINED: FactorRecovery(refine_steps=64)}
+#: The arm of sizes in bytes: adapters cannot be merged into few bits.
+SIZE_ARM = "factors, dense teacher"
 #: The arm without training.
 NONE = "none"
 #: The reference: the dense model, trained in the same way on the labels of the same tokens.
@@ -55,12 +58,18 @@ DENSE = "dense, fine-tuned by lora"
 YARDSTICK = LoraRecovery()
 
 
-def row_name(arm: str, keep: float, tokens: int) -> str:
+def compression_options(budget: str) -> list[str]:
+    """Return the recipe's options for a budget such as "keep0.8" or "size0.21"."""
+    option = budget.rstrip("0123456789.")
+    return [f"--{option}", budget.removeprefix(option)]
+
+
+def row_name(arm: str, budget: str, tokens: int) -> str:
     """Return the stem of a row's report."""
-    return f"{arm.replace(', ', '-').replace(' ', '-')}-keep{keep:g}-{tokens // 1000}k"
+    return f"{arm.replace(', ', '-').replace(' ', '-')}-{budget}-{tokens // 1000}k"
 
 
-def run(arm: str, keep: float, tokens: int, data: Path, output: Path, precision: Precision | None) -> dict[str, Any]:
+def run(arm: str, budget: str, tokens: int, data: Path, output: Path, precision: Precision | None) -> dict[str, Any]:
     """Recover the compressed model of a budget, measure it, and return the row."""
     dense, tokenizer = load_model("smollm2")
     dense.eval()
@@ -73,7 +82,7 @@ def run(arm: str, keep: float, tokens: int, data: Path, output: Path, precision:
         model = dense
         fine_tune(model, train, replace(YARDSTICK, precision=precision))
     else:
-        model = load_compressed(output / f"keep{keep:g}")
+        model = load_compressed(output / budget)
         recovery = replace(RECOVERIES[arm], precision=precision)
         teacher = dense if recovery.teacher is not None or recovery.refine_steps else None
         figures = recover(model, train, recovery, dense=teacher, held_out=held)
@@ -90,7 +99,7 @@ def run(arm: str, keep: float, tokens: int, data: Path, output: Path, precision:
     assert found.facts is not None
     return {
         "arm": arm,
-        "keep": keep,
+        "budget": budget,
         "tokens": tokens,
         "batch": BATCH * WINDOW,
         "precision": precision,
@@ -123,26 +132,26 @@ def fine_tune(model: Any, train: Any, recovery: LoraRecovery) -> None:
     adapted.merge_and_unload()
 
 
-def unrecovered(report: dict[str, Any], keep: float, state: str) -> dict[str, Any]:
+def unrecovered(report: dict[str, Any], budget: str, state: str) -> dict[str, Any]:
     """Return the row of a model without recovery, from the report of its compression."""
     perplexity = {name: report["perplexity"][name][state] for name in TEXTS}
-    return {"arm": NONE, "keep": keep, "perplexity": perplexity, "facts": report["facts"][state]}
+    return {"arm": NONE, "budget": budget, "perplexity": perplexity, "facts": report["facts"][state]}
 
 
 def table(rows: Sequence[dict[str, Any]], dense: dict[str, Any]) -> str:
     """Return rows as a Markdown table, each figure with its ratio to, or share of, the dense model's."""
     first = " | ".join(f"{dense['perplexity'][name]:.2f}" for name in TEXTS)
     lines = [
-        "| keep | recovery | tokens | WikiText-2 | C4, other domain | facts | minutes |",
+        "| budget | recovery | tokens | WikiText-2 | C4, other domain | facts | minutes |",
         "|---|---|---|---|---|---|---|",
         f"| | dense | | {first} | {dense['facts']:.1f} % | |",
     ]
     for row in rows:
-        keep = "" if row["arm"] == DENSE else f"{row['keep']:g}"
+        budget = "" if row["arm"] == DENSE else " ".join(compression_options(row["budget"])).strip("-")
         tokens, minutes = (f"{row['tokens'] // 1000}k", f"{row['seconds'] / 60:.0f}") if "tokens" in row else ("", "")
         texts = (f"{row['perplexity'][name]:.2f} ({_times(row, dense, name)}x)" for name in TEXTS)
         facts = f"{row['facts']:.1f} % ({100 * row['facts'] / dense['facts']:.1f} % of dense)"
-        lines.append("| " + " | ".join([keep, row["arm"], tokens, *texts, facts, minutes]) + " |")
+        lines.append("| " + " | ".join([budget, row["arm"], tokens, *texts, facts, minutes]) + " |")
     return "\n".join(lines)
 
 
@@ -154,7 +163,8 @@ def main() -> None:
     """Run all missing rows, or one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/recovery"))
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.4], help="budgets of the best arm")
+    parser.add_argument("--keep", type=float, nargs="*", default=[0.8, 0.6, 0.4], help="budgets of the best arm")
+    parser.add_argument("--size", type=float, nargs="*", default=[0.27, 0.21], help="sizes in bytes")
     parser.add_argument("--table-tokens", type=int, default=60_000, help="of every arm, at the first budget")
     parser.add_argument("--tokens", type=int, default=400_000, help="of the best arm, at all budgets")
     parser.add_argument("--best", choices=list(ARMS), help="arm of the long runs; default: the best of the table")
@@ -172,36 +182,39 @@ def main() -> None:
     data, output = Path(folder), arguments.output
     output.mkdir(parents=True, exist_ok=True)
     if arguments.row is not None:
-        arm, keep, tokens = json.loads(arguments.row)
-        write_json(
-            run(arm, keep, tokens, data, output, arguments.precision), output / f"{row_name(arm, keep, tokens)}.json"
-        )
+        arm, budget, tokens = json.loads(arguments.row)
+        found = run(arm, budget, tokens, data, output, arguments.precision)
+        write_json(found, output / f"{row_name(arm, budget, tokens)}.json")
         return
 
-    def row(arm: str, keep: float, tokens: int) -> dict[str, Any]:
-        path = output / f"{row_name(arm, keep, tokens)}.json"
+    def row(arm: str, budget: str, tokens: int) -> dict[str, Any]:
+        path = output / f"{row_name(arm, budget, tokens)}.json"
         if not path.exists():
             command = [sys.executable, __file__, "--output", str(output), "--precision", arguments.precision]
             subprocess.run(
-                [*command, "--row", json.dumps([arm, keep, tokens])], check=True, env={**KERNEL_CACHE, **os.environ}
+                [*command, "--row", json.dumps([arm, budget, tokens])], check=True, env={**KERNEL_CACHE, **os.environ}
             )
         return json.loads(path.read_text())
 
-    def compressed(keep: float) -> dict[str, Any]:
-        name = f"keep{keep:g}"
-        return run_row(name, ["--keep", str(keep), "--output", str(output / name)], data, output)
+    def compressed(budget: str) -> dict[str, Any]:
+        options = [*compression_options(budget), "--output", str(output / budget)]
+        return run_row(budget, options, data, output)
 
-    first = arguments.keep[0]
-    dense = unrecovered(compressed(first), first, "dense")
-    rows = [unrecovered(compressed(first), first, "compressed")]
-    trained = [row(arm, first, arguments.table_tokens) for arm in ARMS]
-    rows += [*trained, *(row(arm, first, arguments.table_tokens) for arm in (REFINED, DENSE))]
-    # By the loss of labels on the recovery's own text, because a teacher's loss is another quantity.
-    best = arguments.best or min(trained, key=lambda found: found["held_out"])["arm"]
-    for keep in arguments.keep:
-        if keep != first:
-            rows.append(unrecovered(compressed(keep), keep, "compressed"))
-        rows.append(row(best, keep, arguments.tokens))
+    ranks, sizes = [f"keep{keep:g}" for keep in arguments.keep], [f"size{size:g}" for size in arguments.size]
+    if not (ranks or sizes):
+        sys.exit("Expected a budget, --keep or --size, but got none.")
+    first = (ranks or sizes)[0]
+    dense, rows = unrecovered(compressed(first), first, "dense"), []
+    if ranks:
+        rows.append(unrecovered(compressed(first), first, "compressed"))
+        trained = [row(arm, first, arguments.table_tokens) for arm in ARMS]
+        rows += [*trained, *(row(arm, first, arguments.table_tokens) for arm in (REFINED, DENSE))]
+        # By the loss of labels on the recovery's own text, because a teacher's loss is another quantity.
+        best = arguments.best or min(trained, key=lambda found: found["held_out"])["arm"]
+        rows.append(row(best, first, arguments.tokens))
+    for budget in [*ranks[1:], *sizes]:
+        rows.append(unrecovered(compressed(budget), budget, "compressed"))
+        rows.append(row(best if budget in ranks else SIZE_ARM, budget, arguments.tokens))
     text = table(rows, dense)
     (output / "recovery.md").write_text(text + "\n")
     print(text)

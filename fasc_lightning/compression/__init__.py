@@ -1,6 +1,13 @@
 """Factorisation of layers, allocation of a budget, low-rank replacements, and the report."""
 
-from fasc_lightning.compression._allocation import Candidate, allocate_fisher, allocate_uniform, least_cost
+from fasc_lightning.compression._allocation import (
+    Candidate,
+    StorageOptions,
+    allocate_fisher,
+    allocate_uniform,
+    least_cost,
+    spend,
+)
 from fasc_lightning.compression._budget import (
     FLOAT_BYTES,
     byte_budget,
@@ -45,6 +52,7 @@ __all__ = [
     "LayerChoice",
     "LayerReport",
     "RoundedLayers",
+    "StorageOptions",
     "Unit",
     "allocate_fisher",
     "allocate_uniform",
@@ -77,5 +85,6 @@ __all__ = [
     "round_layers",
     "same_everywhere",
     "sealed",
+    "spend",
     "statistics_needed",
 ]

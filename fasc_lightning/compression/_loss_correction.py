@@ -130,14 +130,18 @@ def evenly_spaced(batches: Sequence[Any]) -> list[Any]:
     return [batches[(i + 1) * len(batches) // count - 1] for i in range(count)]
 
 
-def correction(predicted: float, measured: float) -> float:
-    """Return the factor that corrects a layer's predicted losses: the square root of measured / predicted.
+def correction(predicted: float, measured: float, trust: float = 0.5) -> float:
+    """Return the factor that corrects a layer's predicted losses: (measured / predicted)^trust.
 
-    The root halves the logarithm of the ratio, because the measured tokens are few and the layer was fitted to them.
     The factor is 1 if the two cannot be compared.
+
+    Args:
+        predicted: J of moments.
+        measured: J of tokens, which are few and to which the layer was fitted.
+        trust: Share of the ratio's logarithm that is believed. Factors of low rank fit the tokens closely: half.
     """
     ratio = measured / predicted if predicted > 0 else math.nan
-    return math.sqrt(ratio) if math.isfinite(ratio) and ratio > 0 else 1.0
+    return ratio**trust if math.isfinite(ratio) and ratio > 0 else 1.0
 
 
 @contextmanager

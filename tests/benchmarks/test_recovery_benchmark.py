@@ -44,7 +44,7 @@ def folders(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arm", [*recovery.RECOVERIES, recovery.DENSE])
 def test_every_row_is_trained_and_measured(arm, folders):
-    row = recovery.run(arm, 0.5, 32 * 12, *folders, None)
+    row = recovery.run(arm, "keep0.5", 32 * 12, *folders, None)
     assert row["perplexity"].keys() == recovery.TEXTS.keys()
     assert all(torch.isfinite(torch.tensor([*row["perplexity"].values(), row["held_out"]])))
     assert row["facts"] in (0.0, 50.0, 100.0)
@@ -53,6 +53,17 @@ def test_every_row_is_trained_and_measured(arm, folders):
     else:
         assert row["recovery"]["tokens"] == 32 * 9
         assert ("refine" in row["recovery"]) == (arm == recovery.REFINED)
+
+
+def test_the_scales_of_a_size_learn_from_the_dense_model(folders):
+    data, output = folders
+    model, tokenizer = recovery.load_model("smollm2")
+    windows = text_windows(TEXT, tokenizer, 6, 32)
+    report = compress(model, window_loader(windows, 1), size=0.5, refit=False, progress=False)
+    save_compressed(model, output / "size0.5", report=report, tokenizer=tokenizer)
+    row = recovery.run(recovery.SIZE_ARM, "size0.5", 32 * 12, data, output, None)
+    assert row["budget"] == "size0.5"
+    assert row["recovery"]["tokens"] == 32 * 9
 
 
 def test_the_yardstick_trains_the_layers_that_are_compressed_elsewhere(folders):
@@ -67,10 +78,14 @@ def test_the_yardstick_trains_the_layers_that_are_compressed_elsewhere(folders):
 
 
 def test_the_table_sets_rows_beside_the_dense_model():
-    dense = {"arm": "none", "keep": 0.8, "perplexity": {"wikitext2": 20.0, "c4": 40.0}, "facts": 40.0}
-    row = {"arm": "lora, labels", "keep": 0.6, "tokens": 60_000, "seconds": 90.0}
+    dense = {"arm": "none", "budget": "size0.21", "perplexity": {"wikitext2": 20.0, "c4": 40.0}, "facts": 40.0}
+    row = {"arm": "lora, labels", "budget": "keep0.6", "tokens": 60_000, "seconds": 90.0}
     row |= {"perplexity": {"wikitext2": 25.0, "c4": 44.0}, "facts": 39.0}
     lines = recovery.table([dense, row], dense).splitlines()
     assert lines[2] == "| | dense | | 20.00 | 40.00 | 40.0 % | |"
-    assert lines[4] == ("| 0.6 | lora, labels | 60k | 25.00 (1.250x) | 44.00 (1.100x) | 39.0 % (97.5 % of dense) | 2 |")
-    assert recovery.row_name("lora, dense teacher", 0.8, 60_000) == "lora-dense-teacher-keep0.8-60k"
+    assert lines[4] == (
+        "| keep 0.6 | lora, labels | 60k | 25.00 (1.250x) | 44.00 (1.100x) | 39.0 % (97.5 % of dense) | 2 |"
+    )
+    assert recovery.row_name("lora, dense teacher", "keep0.8", 60_000) == "lora-dense-teacher-keep0.8-60k"
+    assert lines[3].startswith("| size 0.21 | none |  | 20.00 (1.000x)")
+    assert recovery.compression_options("size0.21") == ["--size", "0.21"]

@@ -101,6 +101,7 @@ def test_batches_to_measure_on_lie_evenly():
 
 def test_the_correction_is_the_root_of_the_ratio_or_none():
     assert correction(2.0, 8.0) == pytest.approx(2.0)
+    assert correction(2.0, 8.0, trust=1.0) == pytest.approx(4.0)
     assert [correction(0.0, 1.0), correction(1.0, 0.0), correction(1.0, math.nan)] == [1.0, 1.0, 1.0]
 
 

@@ -86,7 +86,13 @@ def build_parser() -> ArgumentParser:
         default=[0.52, 0.29, 0.27, 0.21, 0.15],
         help="shares of the bytes in 16 bits, or int8, int4, int3, int2 for the same bits in all layers",
     )
-    add("--keep", nargs="*", type=float, default=[0.8, 0.6, 0.4], help="shares of the parameters, as low rank")
+    add(
+        "--keep",
+        nargs="*",
+        type=float | str,
+        default=[0.8, 0.6, 0.4],
+        help="shares of the parameters, as low rank; 0.8+int8 also rounds them to int8",
+    )
     add("--setting", default="measured-pivot", help="ALLOCATION-LAYOUT of bits and ranks, as fisher-factors")
     add("--refit", nargs="*", default=["keep"], help="rows to refit, of sizes and keep; none to the nearest")
     add("--peers", nargs="*", default=[], help="folders of models that other programs compressed")
@@ -168,7 +174,8 @@ def cells_of(options: Namespace) -> list[Cell]:
         Cell(METHOD, budget, setting, refit="sizes" in options.refit and not budget.rounds_to_nearest)
         for budget in budgets
     ]
-    cells += [Cell(METHOD, Budget(keep=keep), setting, refit="keep" in options.refit) for keep in options.keep]
+    ranks = [Budget.parse_keep(f"{text}") for text in options.keep]
+    cells += [Cell(METHOD, budget, setting, refit="keep" in options.refit) for budget in ranks]
     return [*cells, *(Cell(FOLDER, label=str(folder)) for folder in options.peers)]
 
 

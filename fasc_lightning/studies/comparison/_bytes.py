@@ -13,7 +13,7 @@ from fasc_lightning.studies.comparison._cells import DENSE, FOLDER, Cell, Outcom
 from fasc_lightning.studies.comparison._tables import Metric, metrics_of, ratio, shown_perplexity
 
 #: Ways to save bytes, as the tables name them.
-Kind = Literal["dense", "one budget", "same bits", "to the nearest", "low rank", "another program"]
+Kind = Literal["dense", "one budget", "same bits", "to the nearest", "low rank", "low rank in int8", "another program"]
 
 #: Two models count as equal in bytes if the first has at most ``EQUAL`` times the second's bytes, and at least
 #: ``NOT_FAR_BELOW`` times.
@@ -35,8 +35,8 @@ def kind_of(cell: Cell) -> Kind:
         return "dense"
     if cell.budget.size is not None:
         return "one budget"
-    if cell.budget.quantize is None:
-        return "low rank"
+    if cell.budget.keep is not None:
+        return "low rank in int8" if cell.budget.rounds_factors else "low rank"
     return "to the nearest" if cell.budget.rounds_to_nearest else "same bits"
 
 
@@ -62,7 +62,7 @@ def seconds_to_compress(cell: Cell, outcome: Outcome, calibration: float) -> flo
     """
     if outcome.measured is None or kind_of(cell) == "dense":
         return math.nan
-    shared = calibration if kind_of(cell) in ("one budget", "same bits", "low rank") else 0.0
+    shared = 0.0 if kind_of(cell) in ("to the nearest", "another program") else calibration
     return shared + sum(seconds for step, seconds in outcome.seconds.items() if step != "evaluate")
 
 

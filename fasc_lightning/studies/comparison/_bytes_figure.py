@@ -29,6 +29,7 @@ BYTES = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100)
 STYLES: dict[Kind, dict[str, Any]] = {
     "one budget": {"color": COLOURS[0], "marker": "o", "linestyle": "-", "markersize": 6, "zorder": 5},
     "low rank": {"color": COLOURS[1], "marker": "s", "linestyle": "-", "markersize": 5, "zorder": 4},
+    "low rank in int8": {"color": COLOURS[1], "marker": "s", "linestyle": ":", "markersize": 5, "fillstyle": "none"},
     "same bits": {"color": COLOURS[5], "marker": "o", "linestyle": ":", "markersize": 5, "fillstyle": "none"},
     "to the nearest": {"color": GREY, "marker": "x", "linestyle": "", "markersize": 6},
 }
@@ -37,6 +38,7 @@ OTHER_MARKERS = tuple(marker for marker in MARKERS if marker not in ("o", "s"))
 LABELS: dict[Kind, str] = {
     "one budget": "bits by one budget (size)",
     "low rank": "low rank (keep)",
+    "low rank in int8": "low rank in int8",
     "same bits": "same bits everywhere",
     "to the nearest": "rounded to the nearest",
 }

@@ -66,6 +66,26 @@ class Budget:
                 f"{error}"
             ) from None
 
+    @classmethod
+    def parse_keep(cls, text: str) -> Budget:
+        """Return the budget of a share of the parameters, as "0.8", or "0.8+int8" with its matrices in int8.
+
+        Raises:
+            ValueError: If it is none of them.
+        """
+        share, plus, word = text.partition("+")
+        try:
+            if plus and word != "int8":
+                raise ValueError("only int8 rounds factors.")
+            return cls(keep=float(share), quantize="int8" if plus else None)
+        except ValueError as error:
+            raise ValueError(f"Expected a share as 0.8, or 0.8+int8, but got {text!r}: {error}") from None
+
+    @property
+    def rounds_factors(self) -> bool:
+        """Whether layers of low rank are rounded to int8 as the last step."""
+        return self.keep is not None and self.quantize is not None
+
     @property
     def rounds_to_nearest(self) -> bool:
         """Whether numbers are rounded without the calibration."""
@@ -84,9 +104,11 @@ class Budget:
             group = "" if form.group is None else f" groups of {form.group}"
             nearest = " to the nearest" if self.rounds_to_nearest else ""
             return f"int{form.bits}{group}{' symmetric' if form.symmetric and form.group else ''}{nearest}"
-        if self.quantize is not None:
+        if self.quantize is not None and self.keep is None:
             return self.quantize
-        return f"rank {self.rank:g}" if self.keep is None else f"keep {self.keep:g}"
+        if self.keep is not None:
+            return f"keep {self.keep:g}{', int8' if self.rounds_factors else ''}"
+        return f"rank {self.rank:g}"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,14 @@ from fasc_lightning.compression import (
     measure_losses,
     round_layers,
 )
-from fasc_lightning.layers import bytes_in_16_bits, dequantized, form_to_plain, layer_sizes, swap_modules
+from fasc_lightning.layers import (
+    bytes_in_16_bits,
+    dequantized,
+    form_to_plain,
+    layer_sizes,
+    quantized_layer,
+    swap_modules,
+)
 from fasc_lightning.refit import ByLayer, causal_loss, refit
 from fasc_lightning.solvers import Factorization
 from fasc_lightning.statistics import CalibrationMoments
@@ -350,7 +357,11 @@ class Comparison:
                     progress=progress,
                 )
                 seconds["refit"] = report.seconds
-            yield Built(self.model, {**layers, **result.replacements}, seconds, plan)
+            found = {**layers, **result.replacements}
+            if cell.budget is not None and cell.budget.rounds_factors:
+                found = {name: quantized_layer(layer, "int8") for name, layer in found.items()}
+                swap_modules(self.model, found)
+            yield Built(self.model, found, seconds, plan)
 
 
 def _plain(layer: LayerChoice) -> dict[str, Any]:

@@ -100,6 +100,32 @@ def test_budgets_are_read_from_text():
     assert [Budget.parse(text).rounds_to_nearest for text in ("0.27", "int4", "nearest-int4")] == [False, False, True]
 
 
+def test_shares_of_the_parameters_may_be_rounded_to_int8():
+    assert Budget.parse_keep("0.8") == Budget(keep=0.8)
+    both = Budget.parse_keep("0.8+int8")
+    assert (both, str(both)) == (Budget(keep=0.8, quantize="int8"), "keep 0.8, int8")
+    assert [budget.rounds_factors for budget in (both, Budget(keep=0.8), Budget(quantize="int8"))] == [
+        True,
+        False,
+        False,
+    ]
+    for text in ("0.8+int4", "0.8+", "x", "2"):
+        with pytest.raises(ValueError, match=r"a share as 0\.8, or 0\.8\+int8"):
+            Budget.parse_keep(text)
+
+
+def test_factors_are_rounded_after_their_refit_and_the_model_is_put_back(tmp_path, running, evaluation):
+    before = copy.deepcopy(running.model.state_dict())
+    cells = [Cell("fasc", Budget.parse_keep(text), BEST, refit=True) for text in ("0.6", "0.6+int8")]
+    plain, both = [found for _, found, _ in running.run(cells, evaluation, CellStore(tmp_path, "context"))]
+    # Half of the bytes, and a scale for each output of two matrices.
+    assert 0.5 < both.bytes / plain.bytes < 0.6
+    assert both.measured.losses["noise"] != plain.measured.losses["noise"]
+    assert both.measured.losses["noise"] == pytest.approx(plain.measured.losses["noise"], rel=0.01)
+    assert [kind_of(cell) for cell in cells] == ["low rank", "low rank in int8"]
+    assert all(torch.equal(value, before[name]) for name, value in running.model.state_dict().items())
+
+
 @pytest.mark.parametrize("text", ["", "int5", "int8-dynamic", "0", "nan", "int4/", "int4/x", "nearest-0.27"])
 def test_budgets_that_cannot_be_read_are_refused(text):
     with pytest.raises(ValueError, match=r"a size as 0\.27, or bits as int8, int4, int3, int2"):

@@ -222,7 +222,8 @@ class CalibrationMoments:
         for group in self._own():
             group.pop(name, None)
         self.gradients[name] = self._new_gradients(name, m)  # a count of zero marks a released layer
-        for key in [key for key in self.inputs if not any(member in self.shapes for member in key)]:
+        # Of this layer alone: thousands of layers are released one after the other.
+        for key in [key for key in self.inputs if name in key and not any(member in self.shapes for member in key)]:
             self.inputs[key] = self._new_input(key[0], n)
 
     def add_(self, other: CalibrationMoments) -> CalibrationMoments:

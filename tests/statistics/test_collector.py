@@ -48,6 +48,19 @@ def test_release_frees_a_shared_matrix_with_its_last_layer():
     assert moments.nbytes < 100
 
 
+def test_the_work_of_a_release_does_not_grow_with_the_number_of_layers(monkeypatch):
+    names = [f"layer{i}" for i in range(20)]
+    moments, made = CalibrationMoments(dict.fromkeys(names, (4, 3))), []
+    for name in names:
+        moments.add_inputs([name], torch.randn(5, 3))
+        moments.add_gradients(name, torch.randn(5, 4))
+    new = CalibrationMoments._new_input
+    monkeypatch.setattr(CalibrationMoments, "_new_input", lambda *args: made.append(args) or new(*args))
+    for name in names:
+        moments.release(name)
+    assert len(made) == len(names)
+
+
 def test_layer_without_tokens_is_an_error():
     moments = CalibrationMoments({"q": (4, 3)})
     with pytest.raises(ValueError, match="no gradient reached it"):

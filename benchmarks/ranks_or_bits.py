@@ -1,10 +1,10 @@
-"""Whether ranks, or low-rank residuals of rounded matrices, ever win a byte from bits: J of every option of each layer.
+"""Ranks, low-rank residuals of rounded matrices, and bits under one budget of bytes: J of every option of each layer.
 
     FASC_DATA=<folder with the texts> python benchmarks/ranks_or_bits.py --write docs/bytes.md
 
 Each layer may be rounded to 2, 3, 4 or 8 bits in groups of 64; have a rank, in factors of 8 bits that lose nothing more
-by their rounding; or have 2 or 3 bits and a residual of low rank in such factors. The residual minimises J of what
-rounding left (the two-sided form of QERA and EoRA). The matrix is then rounded again without it, and the better of both
+by their rounding; or have 2 or 3 bits and a residual of low rank in such factors. The residual minimises J of the
+error of rounding (the two-sided form of QERA and EoRA). The matrix is then rounded again without it, and the better of both
 is taken. One budget of bytes is spent over the options of all layers, with and without ranks and residuals, by J of the
 moments. Twenty minutes for a third of SmolLM2-135M's blocks, once their moments are there; results are saved layer by
 layer.
@@ -91,7 +91,7 @@ def spent(layers: Mapping[str, Sequence[tuple[str, int, float]]], kinds: Sequenc
 
 
 def table(layers: Mapping[str, Sequence[tuple[str, int, float]]], dense_bytes: int) -> str:
-    """Return J at each budget, by what it is spent on."""
+    """Return a row for each budget and a column for each choice of options: J, and the change against bits alone."""
     rows: list[Row] = []
     for share in BUDGETS:
         row: Row = {"size": f"{share:g}"}

@@ -253,6 +253,7 @@ class Passes:
                 moments,
                 options.grids,
                 calibrated=options.is_calibrated,
+                low_rank=options.offers_ranks,
                 device=self._device,
                 progress=progress,
                 consume=consume,

@@ -203,7 +203,7 @@ def build_layers(
         factorization = factorizations.pop(name)
         # The dtype of the budget: a layer of another dtype must not choose a layout by its own.
         stored: Any = auto_layout(*shape, k, dtype) if layout == "auto" else layout
-        replacements[name] = built = _build(module, factorization, k, stored)
+        replacements[name] = built = factored_layer(module, factorization.truncate(k), stored)
         loss = float(factorization.losses[k])
         plans.append(LayerChoice(name, shape, k, built.layout, tokens[name], loss, solver, sketches))
     return CompressionResult(replacements, plans)
@@ -287,8 +287,9 @@ def _corrected(
     return corrected
 
 
-def _build(module: nn.Module, factorization: Factorization, rank: int, layout: Layout) -> CompressedLinear:
-    left, right = factorization.truncate(rank)
+def factored_layer(module: nn.Module, factors: tuple[Tensor, Tensor], layout: Layout) -> CompressedLinear:
+    """Return a layer with two factors, of the mode, dtype, device and flags of the dense layer, which is only read."""
+    left, right = factors
     weight: Any = linear_weight(module)
     bias: Any = getattr(module, "bias", None)
     built = make_lowrank(

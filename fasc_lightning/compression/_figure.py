@@ -18,7 +18,8 @@ def allocation_figure(layers: Sequence[LayerReport]) -> Figure:
     """Draw a cell for each layer, blocks from left to right: its bits a weight, over all numbers that it stores.
 
     Scales, zero points and both factors count, so 16 is a dense layer in 16 bits. A rounded layer's cell also shows the
-    bits of its codes. Layers outside of blocks, and experts, have one cell of their mean for each kind and block.
+    bits of its codes, or its rank as "r64" if it has factors in int8. Layers outside of blocks, and experts, have one
+    cell of their mean for each kind and block.
 
     Args:
         layers: ``report.layers``.
@@ -45,10 +46,10 @@ def allocation_figure(layers: Sequence[LayerReport]) -> Figure:
     axes = figure.add_subplot()
     image = axes.imshow(bits, aspect="auto", cmap="viridis", vmin=0, vmax=max(8.0, float(np.nanmax(bits))))
     for (row, column), group in cells.items():
-        codes = {layer.bits for layer in group}
-        if len(codes) == 1 and (code := codes.pop()) is not None:
-            dark = bits[row, column] < 0.6 * image.get_clim()[1]
-            axes.text(column, row, str(code), ha="center", va="center", fontsize=7, color="white" if dark else "black")
+        codes = {layer.code for layer in group}
+        if len(codes) == 1 and (code := codes.pop()):
+            dark, size = bits[row, column] < 0.6 * image.get_clim()[1], 7 if len(code) < 3 else 5
+            axes.text(column, row, code, ha="center", va="center", fontsize=size, color="white" if dark else "black")
     axes.set_yticks(range(len(names)), names)
     shown = ticks_within(blocks[0], blocks[-1])
     axes.set_xticks([blocks.index(block) for block in shown if block in blocks], [str(b) for b in shown if b in blocks])

@@ -8,6 +8,7 @@ from typing import Any
 
 from fasc_lightning.compression._budget import FLOAT_BYTES
 from fasc_lightning.compression._build import LayerChoice
+from fasc_lightning.compression._rounding import low_rank_bytes
 from fasc_lightning.dependence import RhoRow
 from fasc_lightning.layers import INT8_ROWS, Grid, form_from_plain, form_to_plain
 from fasc_lightning.statistics import SketchFigures
@@ -45,12 +46,21 @@ class LayerReport:
         return None if self.quantize is None else 8
 
     @property
+    def code(self) -> str:
+        """Bits of the codes as "4", or the rank of factors in int8 as "r57"; empty in floating point."""
+        if self.bits is None:
+            return ""
+        return str(self.bits) if self.layout == "dense" else f"r{self.rank}"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the matrix; numbers in floating point have 16 bits."""
         m, n = self.shape
-        if self.quantize is not None:
+        if self.quantize is not None and self.layout == "dense":
             form = form_from_plain(self.quantize)
             return (form if isinstance(form, Grid) else INT8_ROWS).nbytes(m, n)
+        if self.quantize is not None:
+            return low_rank_bytes(m, n, self.rank)
         cost = {"dense": m * n, "factors": self.rank * (m + n), "pivot": self.rank * (m + n - self.rank)}[self.layout]
         return FLOAT_BYTES * cost
 

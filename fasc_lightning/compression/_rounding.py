@@ -1,10 +1,11 @@
-"""Rounding of layers to few bits, with one budget of bytes for all layers."""
+"""Rounding of layers to few bits, and low ranks in int8, with one budget of bytes for all layers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -14,21 +15,28 @@ from torch import Tensor, nn
 from fasc_lightning._utils import Progress
 from fasc_lightning.compression._allocation import StorageOptions, spend, spend_evenly
 from fasc_lightning.compression._budget import FLOAT_BYTES
-from fasc_lightning.compression._build import CompressionResult, LayerChoice, check_reached
-from fasc_lightning.compression._loss_correction import LossEstimator, correction
+from fasc_lightning.compression._build import CompressionResult, LayerChoice, check_reached, factored_layer
+from fasc_lightning.compression._loss_correction import Approximation, LossEstimator, correction
 from fasc_lightning.compression._objective import fisher_metric
 from fasc_lightning.distributed import whole
 from fasc_lightning.layers import (
+    INT8_ROWS,
+    CompressedLinear,
     Grid,
     Rounded,
     linear_shape,
     linear_weight,
+    quantized_layer,
     rounded_layer,
     set_trainable,
     trains_weight,
 )
 from fasc_lightning.rounding import round_by_moments, to_nearest
+from fasc_lightning.solvers import Factorization, two_sided
 from fasc_lightning.statistics import BorrowedMoments, CalibrationMoments
+
+#: Ranks beside bits are multiples of this: the matrices of fewer bytes differ little.
+RANK_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,55 @@ class RoundedWeight:
     weight: Rounded
     loss: float
 
+    #: Share of the logarithm of measured / predicted J that is believed. Codes follow the tokens less than factors do:
+    #: over the layers of SmolLM2-135M, J of the fitted tokens and of other text go together (their logarithms
+    #: correlate by 0.98).
+    trust: ClassVar[float] = 1.0
+
     @property
     def nbytes(self) -> int:
         """Bytes of the stored matrix."""
         return self.weight.grid.nbytes(*self.weight.codes.shape)
+
+    @property
+    def approximation(self) -> Approximation:
+        """The matrix, for a measurement."""
+        return self.weight
+
+
+@dataclass(frozen=True)
+class LowRankWeight:
+    """One layer's factors of one rank, which take int8.
+
+    Attributes:
+        left: Left factor, (m, k).
+        right: Right factor, (k, n).
+        loss: J before the factors are rounded, which adds a few percent.
+    """
+
+    left: Tensor
+    right: Tensor
+    loss: float
+
+    trust: ClassVar[float] = 0.5
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both factors in int8, each with a scale for each of its outputs."""
+        return low_rank_bytes(len(self.left), self.right.shape[1], len(self.right))
+
+    @property
+    def approximation(self) -> Approximation:
+        """The factors, for a measurement."""
+        return self.left, self.right
+
+
+StoredWeight: TypeAlias = RoundedWeight | LowRankWeight
+
+
+def low_rank_bytes(m: int, n: int, k: int) -> int:
+    """Return the bytes of factors (m, k) and (k, n) in int8 with a scale for each output."""
+    return INT8_ROWS.nbytes(m, k) + INT8_ROWS.nbytes(k, n)
 
 
 @dataclass
@@ -56,14 +109,21 @@ class RoundedLayers:
     Attributes:
         weights: The matrix of each layer on each grid, by ascending bytes.
         tokens: Number of tokens in each layer's statistics; 0 if no gradient came.
+        ranks: Low ranks that lose less than every grid of as few bytes; layers without any are left out.
     """
 
     weights: dict[str, list[RoundedWeight]]
     tokens: dict[str, int]
+    ranks: dict[str, list[LowRankWeight]] = field(default_factory=dict)
 
     def join(self, other: RoundedLayers) -> RoundedLayers:
         """Return these layers and others together."""
-        return RoundedLayers({**self.weights, **other.weights}, {**self.tokens, **other.tokens})
+        parts = zip((self.weights, self.tokens, self.ranks), (other.weights, other.tokens, other.ranks), strict=True)
+        return RoundedLayers(*({**mine, **theirs} for mine, theirs in parts))  # type: ignore[dict-item]
+
+    def options(self, name: str) -> list[StoredWeight]:
+        """Return all ways to store a layer's matrix, by ascending bytes."""
+        return sorted([*self.weights[name], *self.ranks.get(name, ())], key=lambda option: option.nbytes)
 
 
 def round_layers(
@@ -72,6 +132,7 @@ def round_layers(
     grids: Sequence[Grid],
     *,
     calibrated: bool = True,
+    low_rank: bool = False,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     consume: bool = True,
@@ -85,6 +146,7 @@ def round_layers(
         moments: Their moments, coupled or plain.
         grids: The grids.
         calibrated: Whether to round by the moments; False rounds to the nearest numbers and only computes their J.
+        low_rank: Whether to offer low ranks in int8, too.
         device: The device that rounds.
         progress: Wraps the loop over layers.
         consume: Whether to free each layer's moments after use.
@@ -97,6 +159,7 @@ def round_layers(
     borrowed = BorrowedMoments(moments, layers)
     borrowed.say()
     found: dict[str, list[RoundedWeight]] = {}
+    ranks: dict[str, list[LowRankWeight]] = {}
     for name in progress(list(layers), "Rounding"):
         W = whole(linear_weight(layers[name]).detach()).to(device)
         statistics = borrowed.layer(name).to(device) if tokens[name] else None
@@ -107,11 +170,35 @@ def round_layers(
             plain = statistics.plain_moments()[0] if statistics.is_coupled else None
             pairs = round_by_moments(W, A, G, grids, plain=plain, calibrated=calibrated)
             results = [RoundedWeight(*pair) for pair in pairs]
+            if low_rank and (options := _low_ranks(two_sided(W, A, G), results, moments.device)):
+                ranks[name] = options
+            del A, G, plain
         del statistics  # as large as the moments themselves
         found[name] = sorted((_held(result, moments.device) for result in results), key=lambda r: r.nbytes)
         if consume:
             moments.release(name)
-    return RoundedLayers(found, tokens)
+    return RoundedLayers(found, tokens, ranks)
+
+
+def _low_ranks(
+    factorization: Factorization, grids: Sequence[RoundedWeight], device: torch.device
+) -> list[LowRankWeight]:
+    """Return the ranks, multiples of :data:`RANK_STEP`, that lose less than every grid of as few bytes.
+
+    Ranks of no fewer bytes than the costliest grid are left out: the bits of a full rank lose next to nothing there.
+    """
+    (m, r), n = factorization.left.shape, factorization.right.shape[1]
+    most, losses, useful = max(grid.nbytes for grid in grids), factorization.losses.tolist(), []
+    for k in range(RANK_STEP, r, RANK_STEP):
+        size = low_rank_bytes(m, n, k)
+        if size >= most:
+            break
+        if all(losses[k] < grid.loss for grid in grids if grid.nbytes <= size):
+            useful.append(k)
+    if not useful:
+        return []
+    left, right = (factor.float().to(device) for factor in factorization.truncate(useful[-1]))
+    return [LowRankWeight(left[:, :k], right[:k], losses[k]) for k in useful]
 
 
 def build_rounded(
@@ -124,7 +211,7 @@ def build_rounded(
     measure: LossEstimator | None = None,
     progress: Progress | None = None,
 ) -> CompressionResult:
-    """Choose a grid for each layer under one budget of bytes, and build the layers; the layers are only read.
+    """Choose bits or a rank for each layer under one budget of bytes, and build the layers; the layers are only read.
 
     The sum of the layers' losses J is minimised (:func:`~fasc_lightning.compression._allocation.spend`). With
     ``measure``, J is then measured on tokens, each layer's losses are corrected by the result, and the budget is spent
@@ -146,24 +233,37 @@ def build_rounded(
     """
     progress = progress or (lambda names, description: names)
     check_reached(rounded.tokens, bool(_judged(rounded)))
-    chosen = dict.fromkeys(layers, 0) if budget is None else _allocate(layers, rounded, budget, uniform, {})
-    if budget is not None and measure is not None and not uniform:
-        chosen = _allocate(layers, rounded, budget, uniform, _corrections(rounded, chosen, measure))
+    if budget is None:
+        chosen: dict[str, StoredWeight | None] = {name: rounded.weights[name][0] for name in layers}
+    else:
+        chosen = _allocate(layers, rounded, budget, uniform, {})
+        if measure is not None and not uniform:
+            chosen = _allocate(layers, rounded, budget, uniform, _corrections(rounded, chosen, measure))
     _warn_unreached(rounded, chosen)
     replacements: dict[str, nn.Module] = {}
     choices = []
     for name in progress(list(layers), "Building"):
-        module, options = layers[name], rounded.weights.pop(name)
+        module, option = layers[name], chosen.pop(name)
+        del rounded.weights[name]
+        rounded.ranks.pop(name, None)
         shape = linear_shape(module)
         choice = LayerChoice(name, shape, min(shape), "dense", rounded.tokens[name], 0.0, method)
-        if chosen[name] < len(options):
-            option = options[chosen[name]]
-            new = rounded_layer(module, option.weight).train(module.training)
-            replacements[name] = set_trainable(new, trains_weight(module))
-            loss = 0.0 if math.isnan(option.loss) else option.loss
-            choice = replace(choice, loss=loss, form=option.weight.grid)
+        if option is not None:
+            replacements[name] = set_trainable(_layer(module, option).train(module.training), trains_weight(module))
+            choice = replace(choice, loss=0.0 if math.isnan(option.loss) else option.loss)
+        if isinstance(option, RoundedWeight):
+            choice = replace(choice, form=option.weight.grid)
+        elif option is not None:
+            choice = replace(choice, rank=len(option.right), layout="factors", form="int8")
         choices.append(choice)
     return CompressionResult(replacements, choices)
+
+
+def _layer(module: nn.Module, option: StoredWeight) -> CompressedLinear:
+    """Return the layer that takes the place of a dense one."""
+    if isinstance(option, RoundedWeight):
+        return rounded_layer(module, option.weight)
+    return quantized_layer(factored_layer(module, (option.left, option.right), "factors"), "int8")
 
 
 def _judged(rounded: RoundedLayers) -> dict[str, list[RoundedWeight]]:
@@ -176,37 +276,55 @@ def _allocate(
     rounded: RoundedLayers,
     budget: int,
     uniform: bool,
-    corrections: Mapping[str, float],
-) -> dict[str, int]:
-    """Return the index of each layer's grid; the number of its grids stands for a dense layer."""
+    corrections: Mapping[str, tuple[type, float]],
+) -> dict[str, StoredWeight | None]:
+    """Return the choice of each layer; None stands for a dense layer.
+
+    Args:
+        layers: The targeted layers by name.
+        rounded: Their options.
+        budget: Bytes.
+        uniform: Whether all layers get the same bits.
+        corrections: By layer, the kind of its option that was measured, and the factor for losses of that kind.
+    """
     most = max(rounded.tokens.values())
-    options: dict[str, StorageOptions] = {}
-    for name, weights in rounded.weights.items():
+
+    def ways(name: str, options: Sequence[StoredWeight]) -> StorageOptions:
         m, n = linear_shape(layers[name])
         # Losses are means over the layer's tokens; layers that see fewer tokens weigh less in the model's loss.
-        weight = corrections.get(name, 1.0) * rounded.tokens[name] / most
-        losses = [0.0 if math.isnan(option.loss) else weight * option.loss for option in weights]
-        costs = [option.nbytes for option in weights]
-        options[name] = StorageOptions(np.array([*costs, FLOAT_BYTES * m * n]), np.array([*losses, 0.0]))
-    least = sum(int(o.costs.min()) for o in options.values())
+        weight, (kind, factor) = rounded.tokens[name] / most, corrections.get(name, (RoundedWeight, 1.0))
+        losses = [weight * option.loss * (factor if isinstance(option, kind) else 1.0) for option in options]
+        costs = [option.nbytes for option in options]
+        return StorageOptions(np.array([*costs, FLOAT_BYTES * m * n]), np.nan_to_num([*losses, 0.0]))
+
+    def picked(chosen: Mapping[str, int], options: Mapping[str, Sequence[StoredWeight]]) -> dict[str, Any]:
+        return {name: options[name][i] if i < len(options[name]) else None for name, i in chosen.items()}
+
+    grids = {name: ways(name, weights) for name, weights in rounded.weights.items()}
+    least = sum(int(way.costs.min()) for way in grids.values())
     if budget < least:
         raise ValueError(f"Expected a size of at least {least:,} bytes for the targeted layers but got {budget:,}.")
-    chosen = dict(zip(options, spend_evenly(list(options.values()), budget), strict=True))
+    even = dict(zip(grids, spend_evenly(list(grids.values()), budget), strict=True))
+    chosen = picked(even, rounded.weights)
     if uniform:
         return chosen
     # A layer whose loss is not known keeps the bits that all layers could have: nothing tells whether it needs fewer.
-    judged = _judged(rounded)
-    left = budget - sum(int(o.costs[chosen[name]]) for name, o in options.items() if name not in judged)
-    return chosen | dict(zip(judged, spend([options[name] for name in judged], left), strict=True))
+    judged = {name: rounded.options(name) for name in _judged(rounded)}
+    left = budget - sum(int(way.costs[even[name]]) for name, way in grids.items() if name not in judged)
+    indexes = spend([ways(name, options) for name, options in judged.items()], left)
+    return chosen | picked(dict(zip(judged, indexes, strict=True)), judged)
 
 
-def _corrections(rounded: RoundedLayers, chosen: Mapping[str, int], measure: LossEstimator) -> dict[str, float]:
-    """Return the factor by which each layer's losses are off at the chosen grids."""
-    options = {name: rounded.weights[name][i] for name, i in chosen.items() if i < len(rounded.weights[name])}
-    measured = measure({name: option.weight for name, option in options.items() if option.loss > 0})
-    # Codes follow the tokens less than factors do: over the layers of SmolLM2-135M, J of the fitted tokens and of other
-    # text go together (their logarithms correlate by 0.98).
-    return {name: correction(options[name].loss, loss, trust=1.0) for name, loss in measured.items()}
+def _corrections(
+    rounded: RoundedLayers, chosen: Mapping[str, StoredWeight | None], measure: LossEstimator
+) -> dict[str, tuple[type, float]]:
+    """Return the kind of each layer's choice, and the factor by which its loss is off."""
+    options = {name: option for name, option in chosen.items() if option is not None and option.loss > 0}
+    measured = measure({name: option.approximation for name, option in options.items()})
+    return {
+        name: (type(options[name]), correction(options[name].loss, loss, options[name].trust))
+        for name, loss in measured.items()
+    }
 
 
 def _held(result: RoundedWeight, device: torch.device) -> RoundedWeight:
@@ -222,9 +340,9 @@ def _held(result: RoundedWeight, device: torch.device) -> RoundedWeight:
     )
 
 
-def _warn_unreached(rounded: RoundedLayers, chosen: Mapping[str, int]) -> None:
+def _warn_unreached(rounded: RoundedLayers, chosen: Mapping[str, StoredWeight | None]) -> None:
     judged = _judged(rounded)
-    names = [name for name, options in rounded.weights.items() if name not in judged and chosen[name] < len(options)]
+    names = [name for name, option in chosen.items() if name not in judged and option is not None]
     if names:
         rank_zero_warn(
             f"{len(names)} of {len(rounded.weights)} layers are rounded to the nearest numbers because no gradient (or "

@@ -129,11 +129,19 @@ def bytes_kept(layers: Sequence[LayerReport]) -> float:
 
 
 def _bits_text(layers: Sequence[LayerReport]) -> str:
-    """Return the number of layers at each number of bits: "20 x 4, 10 x 3"."""
-    counts = Counter(16 if layer.bits is None else layer.bits for layer in layers)
-    if len(counts) == 1:
-        return str(next(iter(counts)))
-    return ", ".join(f"{count} x {bits}" for bits, count in sorted(counts.items(), reverse=True))
+    """Return the number of layers at each number of bits, low ranks last: "20 x 4, 10 x 3, 2 x rank 48-64"."""
+    counts = Counter(16 if layer.bits is None else layer.bits for layer in layers if not _is_low_rank(layer))
+    parts = {str(bits): count for bits, count in sorted(counts.items(), reverse=True)}
+    if ranks := sorted({layer.rank for layer in layers if _is_low_rank(layer)}):
+        span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        parts[f"rank {span}"] = len(layers) - counts.total()
+    if len(parts) == 1:
+        return next(iter(parts))
+    return ", ".join(f"{count} x {what}" for what, count in parts.items())
+
+
+def _is_low_rank(layer: LayerReport) -> bool:
+    return layer.bits is not None and layer.layout != "dense"
 
 
 def _weights(layer: LayerReport) -> int:

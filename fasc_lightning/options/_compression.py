@@ -70,7 +70,7 @@ class CompressionOptions:
         keep: Budget as the fraction of the targeted layers' parameters to keep, instead of ``rank``.
         size: Budget in bytes, instead of ``rank``: a fraction of the targeted layers' bytes in 16 bits (0.27), or the
             bytes of the whole model ("90MB"), with other numbers in 16 bits. Each layer gets 2, 3, 4, 8 or 16 bits,
-            where the budget lowers the loss most. Without any of ``rank``, ``keep``, ``size`` and ``quantize``, the
+            or a low rank in int8, where the budget lowers the loss most. Without any of ``rank``, ``keep``, ``size`` and ``quantize``, the
             callback monitors rho and compresses nothing.
         method: Solver, which also decides the statistics to gather: "fasc"; "fasc-plain" (no coupled moments);
             "svd-llm"; "svd" (activation covariance); "weight-svd"; "asvd"; "grad-svd"; "fisher-diag"; "fwsvd"; "gfwsvd"
@@ -182,6 +182,11 @@ class CompressionOptions:
     def grids(self) -> tuple[Grid, ...]:
         """The grids that layers of full rank may get; none if layers are factorised."""
         return grids_of(self)
+
+    @property
+    def offers_ranks(self) -> bool:
+        """Whether a size is spent over low ranks in int8, too."""
+        return self.size is not None
 
     @property
     def is_calibrated(self) -> bool:

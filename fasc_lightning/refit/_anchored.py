@@ -215,7 +215,7 @@ class _Refit:
     def _block(self, block: int, current: float) -> float:
         """Refit one block and push both streams past it; returns the judged loss."""
         prefix = self.runner.prefix(block)
-        inside = {name: layer for name, layer in self.layers.items() if name.startswith(prefix)}
+        inside = {name: layer for name, layer in self.layers.items() if name.startswith(prefix) and _moves(layer)}
         groups = self.runner.groups(block, self.drifted[0], inside) if inside else []
         first = [self.dense[group[0]] for group in groups]
         with self.runner.dense():
@@ -348,6 +348,11 @@ class _Refit:
         stream = self.drifted if hidden is None else hidden
         losses = [self.runner.loss_from(block, i, stream[i]) for i in self.judged]
         return sum(losses) / len(losses)
+
+
+def _moves(layer: CompressedLinear) -> bool:
+    """Return whether a layer can be refitted; int8 factors beside bits cannot: their rounding is their last step."""
+    return layer.layout == "dense" or quantization_of(layer) is None
 
 
 def layer_state(layer: CompressedLinear) -> dict[str, Tensor]:

@@ -114,7 +114,7 @@ class _Rounded:
             name: [replace(r, weight=replace(r.weight, scale=r.weight.scale.clone())) for r in found]
             for name, found in self.layers.weights.items()
         }
-        return RoundedLayers(weights, dict(self.layers.tokens))
+        return RoundedLayers(weights, dict(self.layers.tokens), dict(self.layers.ranks))
 
 
 class Comparison:
@@ -318,6 +318,7 @@ class Comparison:
                 moments,
                 how.grids,
                 calibrated=how.is_calibrated,
+                low_rank=how.offers_ranks,
                 device=self.model.device,
                 progress=progress,
                 consume=False,

@@ -1,0 +1,158 @@
+"""A size that is spent over bits and low ranks in int8: fits, files, refits, recoveries and what is chosen."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny import causal_model, causal_module, made_once, token_loader
+from watching import assert_no_hooks
+
+from fasc_lightning import FascCallback, apply_plan, compress, load_compressed, save_compressed, to_dense
+from fasc_lightning.compression import CompressionReport, build_rounded, fisher_metric, round_layers
+from fasc_lightning.compression._rounding import RANK_STEP, LowRankWeight
+from fasc_lightning.layers import LowRankLinear, bytes_in_16_bits, compressed_layers, quantization_of, select_layers
+from fasc_lightning.options import SIZE_GRIDS
+from fasc_lightning.statistics import CalibrationMoments, dense
+
+IDS = torch.arange(3, 19)[None]
+SIZE = 0.24
+WIDE = ("gate_proj", "up_proj")
+
+
+def of_low_rank(model):
+    """Give the wide layers' weights a rank of 8 and a little more."""
+    for name, layer in select_layers(model).items():
+        if name.endswith(WIDE):
+            m, n = layer.weight.shape
+            low = torch.randn(m, RANK_STEP) @ torch.randn(RANK_STEP, n) / math.sqrt(RANK_STEP * n)
+            layer.weight.data = low + 1e-3 * torch.randn(m, n)
+    return model
+
+
+@made_once
+def compressed(**options):
+    torch.manual_seed(3)
+    model = of_low_rank(causal_model().eval())
+    return model, compress(model, token_loader(samples=16), size=SIZE, progress=False, **options)
+
+
+def wide(model):
+    return {name: layer for name, layer in compressed_layers(model).items() if name.endswith(WIDE)}
+
+
+def test_layers_of_low_rank_get_factors_and_the_budget_holds():
+    model, report = compressed()
+    rows = {row.name: row for row in report.layers}
+    assert wide(model)
+    for name, layer in wide(model).items():
+        assert isinstance(layer, LowRankLinear)
+        assert quantization_of(layer) == "int8"
+        assert layer.rank % RANK_STEP == 0
+        row = rows[name]
+        assert (row.layout, row.rank, row.bits, row.quantize) == ("factors", layer.rank, 8, "int8")
+        assert bytes_in_16_bits(layer.state_dict().values()) <= row.nbytes
+    assert any(row.layout == "dense" for row in report.layers)
+    whole = sum(2 * math.prod(row.shape) for row in report.layers)
+    stored = sum(bytes_in_16_bits(layer.state_dict().values()) for layer in compressed_layers(model).values())
+    assert stored <= sum(row.nbytes for row in report.layers) <= SIZE * whole
+    for text in (str(report), str(CompressionReport.from_dict(report.to_dict()))):
+        assert "rank 8 " in text
+
+
+def test_a_model_with_both_is_saved_loaded_planned_and_made_dense(tmp_path):
+    model, report = compressed()
+    expected = model(IDS).logits
+    save_compressed(model, tmp_path / "both", report=report)
+    torch.testing.assert_close(load_compressed(tmp_path / "both").eval()(IDS).logits, expected)
+    planned = causal_model().eval()
+    apply_plan(planned, report.plan)
+    planned.load_state_dict(model.state_dict())
+    torch.testing.assert_close(planned(IDS).logits, expected)
+    to_dense(planned)
+    assert not compressed_layers(planned)
+    torch.testing.assert_close(planned(IDS).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"passes": 3}, {"allocation": "fisher"}])
+def test_other_ways_to_calibrate_offer_ranks_too(options):
+    model, report = compressed(**options)
+    assert {row.layout for row in report.layers if row.name.endswith(WIDE)} == {"factors"}
+    if "passes" in options:
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in compressed()[0].state_dict().items())
+
+
+def test_equal_bits_for_all_layers_leave_no_ranks():
+    assert {row.layout for row in compressed(allocation="uniform")[1].layers} == {"dense"}
+
+
+def test_a_refit_and_a_recovery_leave_int8_factors_alone(make_trainer):
+    (plain, _), (refitted, report) = compressed(), compressed(refit=True)
+    assert report.refit is not None
+    for name, layer in wide(plain).items():
+        state = refitted.get_submodule(name).state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
+    torch.manual_seed(3)
+    module = causal_module()
+    of_low_rank(module.model)
+    callback = FascCallback(size=SIZE, update_weights=False, recovery="factors")
+    make_trainer(callback).fit(module, token_loader(samples=16))
+    kept = {name: {k: v.clone() for k, v in x.state_dict().items()} for name, x in wide(module).items()}
+    assert kept
+    make_trainer(callback).fit(module, token_loader(samples=16))
+    for name, layer in wide(module).items():
+        assert all(torch.equal(value, kept[name][key]) for key, value in layer.state_dict().items())
+    assert_no_hooks(module)
+
+
+def options_of(W, x, h):
+    """The options of one layer from its tokens."""
+    layer = torch.nn.Linear(W.shape[1], W.shape[0])
+    layer.weight.data = W
+    moments = CalibrationMoments({"a": tuple(W.shape)}, needs=["plain", "coupled"])
+    moments.add_inputs(["a"], x)
+    moments.add_gradients("a", h)
+    moments.add_pairs("a", x, h)
+    A, G = (dense(moment) for moment in fisher_metric(moments.layer("a")))
+    return layer, round_layers({"a": layer}, moments, SIZE_GRIDS, low_rank=True, consume=False), A, G
+
+
+def test_a_rank_is_offered_where_it_loses_less_than_every_grid_of_as_few_bytes():
+    x, h = torch.randn(400, 64), torch.randn(400, 48)
+    low = torch.randn(48, RANK_STEP) @ torch.randn(RANK_STEP, 64)
+    layer, found, A, G = options_of(low + 0.05 * torch.randn(48, 64), x, h)
+    grids, ranks = found.weights["a"], found.ranks["a"]
+    assert ranks
+    for option in ranks:
+        D = layer.weight.detach().double() - (option.left @ option.right).double()
+        assert option.loss == pytest.approx(float(torch.trace(G @ D @ A @ D.T)), rel=1e-3)
+        assert all(option.loss < grid.loss for grid in grids if grid.nbytes <= option.nbytes)
+    assert [o.nbytes for o in found.options("a")] == sorted(o.nbytes for o in (*grids, *ranks))
+    # Of a matrix of full rank every grid loses less.
+    assert not options_of(torch.linalg.qr(torch.randn(64, 64))[0], x, torch.randn(400, 64))[1].ranks
+
+
+def test_a_rank_that_is_measured_to_lose_more_gives_way_to_bits():
+    low = torch.randn(48, RANK_STEP) @ torch.randn(RANK_STEP, 64)
+    layer, found, _, _ = options_of(low + 0.05 * torch.randn(48, 64), torch.randn(400, 64), torch.randn(400, 48))
+    rank = found.ranks["a"][0]
+    budget = next(grid.nbytes for grid in found.weights["a"] if grid.nbytes > rank.nbytes)
+
+    def chosen(factor):
+        asked = []
+
+        def measure(approximations):
+            asked.append(approximations["a"])
+            return {"a": factor * rank.loss}
+
+        _, again, _, _ = options_of(layer.weight.detach(), *tokens)
+        result = build_rounded({"a": layer}, again, method="fasc", budget=budget, measure=measure)
+        return result.layers[0].layout, asked[0]
+
+    tokens = torch.randn(400, 64), torch.randn(400, 48)
+    assert isinstance(rank, LowRankWeight)
+    layout, asked = chosen(1.0)
+    assert layout == "factors"
+    assert isinstance(asked, tuple)
+    assert chosen(1e12)[0] == "dense"

@@ -3,8 +3,8 @@
     FASC_DATA=<folder with the texts> python benchmarks/ranks_or_bits.py --write docs/bytes.md
 
 Each layer may be rounded to 2, 3, 4 or 8 bits in groups of 64; have a rank, in factors of 8 bits that lose nothing more
-by their rounding; or have 2 or 3 bits and a residual of low rank in such factors. The residual minimises J of the
-error of rounding (the two-sided form of QERA and EoRA). The matrix is then rounded again without it, and the better of both
+by their rounding; or have 2 or 3 bits and a residual of low rank in such factors. The residual minimises J of the error
+of rounding (the two-sided form of QERA and EoRA). The matrix is then rounded again without it, and the better of both
 is taken. One budget of bytes is spent over the options of all layers, with and without ranks and residuals, by J of the
 moments. Twenty minutes for a third of SmolLM2-135M's blocks, once their moments are there; results are saved layer by
 layer.

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def allocation_figure(layers: Sequence[LayerReport]) -> Figure:
     """Draw a cell for each layer, blocks from left to right: its bits a weight, over all numbers that it stores.
 
-    Scales, zero points and both factors count, so 16 is a dense layer in 16 bits. A rounded layer's cell also shows the
-    bits of its codes, or its rank as "r64" if it has factors in int8. Layers outside of blocks, and experts, have one
-    cell of their mean for each kind and block.
+    Scales, zero points and all factors count, so 16 is a dense layer in 16 bits. A rounded layer's cell also shows the
+    bits of its codes, as "3+8" with a residual of rank 8, or "r64" for factors of rank 64 in int8. Layers outside of
+    blocks, and experts, have one cell of their mean for each kind and block.
 
     Args:
         layers: ``report.layers``.

@@ -47,18 +47,21 @@ class LayerReport:
 
     @property
     def code(self) -> str:
-        """Bits of the codes as "4", or the rank of factors in int8 as "r57"; empty in floating point."""
+        """Bits of the codes as "4", with the rank of a residual as "3+8"; "r57" for factors in int8; else empty."""
         if self.bits is None:
             return ""
+        if self.layout == "residual":
+            return f"{self.bits}+{self.rank}"
         return str(self.bits) if self.layout == "dense" else f"r{self.rank}"
 
     @property
     def nbytes(self) -> int:
         """Bytes of the matrix; numbers in floating point have 16 bits."""
         m, n = self.shape
-        if self.quantize is not None and self.layout == "dense":
+        if self.quantize is not None and self.layout in ("dense", "residual"):
             form = form_from_plain(self.quantize)
-            return (form if isinstance(form, Grid) else INT8_ROWS).nbytes(m, n)
+            matrix = (form if isinstance(form, Grid) else INT8_ROWS).nbytes(m, n)
+            return matrix if self.layout == "dense" else matrix + low_rank_bytes(m, n, self.rank)
         if self.quantize is not None:
             return low_rank_bytes(m, n, self.rank)
         cost = {"dense": m * n, "factors": self.rank * (m + n), "pivot": self.rank * (m + n - self.rank)}[self.layout]

@@ -26,8 +26,8 @@ SHARE = 8
 #: The least number of batches for measuring, if there are as many.
 LEAST = 4
 
-#: What may take the place of a matrix (m, n): its factors left (m, k) and right (k, n), or the matrix on a grid.
-Approximation: TypeAlias = tuple[Tensor, Tensor] | Rounded
+#: What may take the place of a matrix (m, n): factors left (m, k) and right (k, n), the matrix on a grid, or the sum.
+Approximation: TypeAlias = tuple[Tensor, Tensor] | Rounded | tuple[Rounded, Tensor, Tensor]
 
 #: Takes the approximations of some layers by name and returns J of each in nats squared per token.
 LossEstimator = Callable[[Mapping[str, Approximation]], Mapping[str, float]]
@@ -59,18 +59,29 @@ class ApproximationLosses:
         dtype = torch.promote_types(W.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             x, h = x.to(dtype), h.to(dtype)
-            approximation = self.approximations[name]
-            if isinstance(approximation, Rounded):
-                changes = ((x @ (W.to(dtype) - approximation.dequantize().to(x)).T) * h).sum(1)
-            else:
-                left, right = (factor.to(x) for factor in approximation)
-                changes = ((x @ W.to(dtype).T) * h).sum(1) - ((x @ right.T) * (h @ left)).sum(1)
+            approximation, W = self.approximations[name], W.to(dtype)
+            rounded, factors = _parts(approximation)
+            if rounded is not None:
+                W = W - rounded.dequantize().to(x)
+            changes = ((x @ W.T) * h).sum(1)
+            if factors is not None:
+                left, right = (factor.to(x) for factor in factors)
+                changes -= ((x @ right.T) * (h @ left)).sum(1)
             self._sums[name] += (changes.double() * batch.scale).square().sum().item()
         self.tokens[name] += len(x)
 
     def losses(self) -> dict[str, float]:
         """Return J of each layer; NaN if no token reached it."""
         return {name: self._sums[name] / tokens if tokens else math.nan for name, tokens in self.tokens.items()}
+
+
+def _parts(approximation: Approximation) -> tuple[Rounded | None, tuple[Tensor, Tensor] | None]:
+    """Return the matrix on a grid and the factors that an approximation is the sum of."""
+    if isinstance(approximation, Rounded):
+        return approximation, None
+    if len(approximation) == 2:
+        return None, approximation
+    return approximation[0], approximation[1:]
 
 
 def measure_losses(

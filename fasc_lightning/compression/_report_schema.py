@@ -37,7 +37,7 @@ _LAYER = record(
         "name": text,
         "shape": row(integer(1), integer(1)),
         "rank": integer(1),
-        "layout": one_of("dense", "factors", "pivot"),
+        "layout": one_of("dense", "factors", "pivot", "residual"),
         "tokens": _COUNT,
         **dict.fromkeys(("rho", "rho_null", "rho_debiased", "loss"), _FIGURE),
         "method": text,

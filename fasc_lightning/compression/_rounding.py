@@ -27,16 +27,21 @@ from fasc_lightning.layers import (
     linear_shape,
     linear_weight,
     quantized_layer,
+    residual_layer,
     rounded_layer,
     set_trainable,
     trains_weight,
 )
 from fasc_lightning.rounding import round_by_moments, to_nearest
-from fasc_lightning.solvers import Factorization, two_sided
-from fasc_lightning.statistics import BorrowedMoments, CalibrationMoments
+from fasc_lightning.solvers import two_sided
+from fasc_lightning.statistics import BorrowedMoments, CalibrationMoments, SecondMoment
 
 #: Ranks beside bits are multiples of this: the matrices of fewer bytes differ little.
 RANK_STEP = 8
+
+#: Ranks of a residual, and the most bits that may have one.
+RESIDUAL_RANKS = (8, 16, 32, 64)
+RESIDUAL_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,37 @@ class LowRankWeight:
         return self.left, self.right
 
 
-StoredWeight: TypeAlias = RoundedWeight | LowRankWeight
+@dataclass(frozen=True)
+class ResidualWeight:
+    """One layer's matrix on a grid, and factors of its error, which take int8.
+
+    Attributes:
+        weight: The matrix.
+        left: Left factor, (m, k).
+        right: Right factor, (k, n).
+        loss: J before the factors are rounded.
+    """
+
+    weight: Rounded
+    left: Tensor
+    right: Tensor
+    loss: float
+
+    trust: ClassVar[float] = 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix and of both factors."""
+        m, n = self.weight.codes.shape
+        return self.weight.grid.nbytes(m, n) + low_rank_bytes(m, n, len(self.right))
+
+    @property
+    def approximation(self) -> Approximation:
+        """The matrix and the factors, for a measurement."""
+        return self.weight, self.left, self.right
+
+
+StoredWeight: TypeAlias = RoundedWeight | LowRankWeight | ResidualWeight
 
 
 def low_rank_bytes(m: int, n: int, k: int) -> int:
@@ -109,12 +144,13 @@ class RoundedLayers:
     Attributes:
         weights: The matrix of each layer on each grid, by ascending bytes.
         tokens: Number of tokens in each layer's statistics; 0 if no gradient came.
-        ranks: Low ranks that lose less than every grid of as few bytes; layers without any are left out.
+        ranks: Low ranks, and grids with a residual, that lose less than any other way of as few bytes; layers without
+            any are left out.
     """
 
     weights: dict[str, list[RoundedWeight]]
     tokens: dict[str, int]
-    ranks: dict[str, list[LowRankWeight]] = field(default_factory=dict)
+    ranks: dict[str, list[LowRankWeight | ResidualWeight]] = field(default_factory=dict)
 
     def join(self, other: RoundedLayers) -> RoundedLayers:
         """Return these layers and others together."""
@@ -146,7 +182,7 @@ def round_layers(
         moments: Their moments, coupled or plain.
         grids: The grids.
         calibrated: Whether to round by the moments; False rounds to the nearest numbers and only computes their J.
-        low_rank: Whether to offer low ranks in int8, too.
+        low_rank: Whether to offer low ranks and residuals in int8, too.
         device: The device that rounds.
         progress: Wraps the loop over layers.
         consume: Whether to free each layer's moments after use.
@@ -159,7 +195,7 @@ def round_layers(
     borrowed = BorrowedMoments(moments, layers)
     borrowed.say()
     found: dict[str, list[RoundedWeight]] = {}
-    ranks: dict[str, list[LowRankWeight]] = {}
+    ranks: dict[str, list[LowRankWeight | ResidualWeight]] = {}
     for name in progress(list(layers), "Rounding"):
         W = whole(linear_weight(layers[name]).detach()).to(device)
         statistics = borrowed.layer(name).to(device) if tokens[name] else None
@@ -170,7 +206,7 @@ def round_layers(
             plain = statistics.plain_moments()[0] if statistics.is_coupled else None
             pairs = round_by_moments(W, A, G, grids, plain=plain, calibrated=calibrated)
             results = [RoundedWeight(*pair) for pair in pairs]
-            if low_rank and (options := _low_ranks(two_sided(W, A, G), results, moments.device)):
+            if low_rank and (options := _with_ranks(W, A, G, results, moments.device)):
                 ranks[name] = options
             del A, G, plain
         del statistics  # as large as the moments themselves
@@ -180,25 +216,38 @@ def round_layers(
     return RoundedLayers(found, tokens, ranks)
 
 
-def _low_ranks(
-    factorization: Factorization, grids: Sequence[RoundedWeight], device: torch.device
-) -> list[LowRankWeight]:
-    """Return the ranks, multiples of :data:`RANK_STEP`, that lose less than every grid of as few bytes.
+def _with_ranks(
+    W: Tensor, A: SecondMoment, G: SecondMoment, grids: Sequence[RoundedWeight], device: torch.device
+) -> list[LowRankWeight | ResidualWeight]:
+    """Return the low ranks, and the grids with a residual, that lose less than any other way of as few bytes.
 
     Ranks of no fewer bytes than the costliest grid are left out: the bits of a full rank lose next to nothing there.
     """
-    (m, r), n = factorization.left.shape, factorization.right.shape[1]
-    most, losses, useful = max(grid.nbytes for grid in grids), factorization.losses.tolist(), []
-    for k in range(RANK_STEP, r, RANK_STEP):
-        size = low_rank_bytes(m, n, k)
-        if size >= most:
-            break
-        if all(losses[k] < grid.loss for grid in grids if grid.nbytes <= size):
-            useful.append(k)
-    if not useful:
-        return []
-    left, right = (factor.float().to(device) for factor in factorization.truncate(useful[-1]))
-    return [LowRankWeight(left[:, :k], right[:k], losses[k]) for k in useful]
+    m, n = W.shape
+    most = max(grid.nbytes for grid in grids)
+    ways: list[StoredWeight] = [*grids]
+    factorization = two_sided(W, A, G)
+    left, right, losses = factorization.left.float(), factorization.right.float(), factorization.losses.tolist()
+    ranks = [k for k in range(RANK_STEP, min(m, n), RANK_STEP) if low_rank_bytes(m, n, k) < most]
+    ways += [LowRankWeight(left[:, :k], right[:k], losses[k]) for k in ranks]
+    for grid in grids:
+        if grid.weight.grid.bits > RESIDUAL_BITS:
+            continue
+        # The two-sided form of QERA (Zhang et al. 2024) and EoRA (Liu et al. 2024).
+        factorization = two_sided(W - grid.weight.dequantize().to(W), A, G)
+        left, right, losses = factorization.left.float(), factorization.right.float(), factorization.losses.tolist()
+        ranks = [k for k in RESIDUAL_RANKS if k < min(m, n)]
+        residuals = [ResidualWeight(grid.weight, left[:, :k], right[:k], losses[k]) for k in ranks]
+        ways += [option for option in residuals if option.nbytes < most]
+    useful: list[StoredWeight] = []
+    for option in sorted(ways, key=lambda option: (option.nbytes, option.loss)):
+        if not useful or option.loss < useful[-1].loss:
+            useful.append(option)
+    return [
+        replace(option, left=option.left.to(device, copy=True), right=option.right.to(device, copy=True))
+        for option in useful
+        if not isinstance(option, RoundedWeight)
+    ]
 
 
 def build_rounded(
@@ -253,8 +302,10 @@ def build_rounded(
             choice = replace(choice, loss=0.0 if math.isnan(option.loss) else option.loss)
         if isinstance(option, RoundedWeight):
             choice = replace(choice, form=option.weight.grid)
-        elif option is not None:
+        elif isinstance(option, LowRankWeight):
             choice = replace(choice, rank=len(option.right), layout="factors", form="int8")
+        elif option is not None:
+            choice = replace(choice, rank=len(option.right), layout="residual", form=option.weight.grid)
         choices.append(choice)
     return CompressionResult(replacements, choices)
 
@@ -263,7 +314,10 @@ def _layer(module: nn.Module, option: StoredWeight) -> CompressedLinear:
     """Return the layer that takes the place of a dense one."""
     if isinstance(option, RoundedWeight):
         return rounded_layer(module, option.weight)
-    return quantized_layer(factored_layer(module, (option.left, option.right), "factors"), "int8")
+    factors = option.left, option.right
+    if isinstance(option, ResidualWeight):
+        return residual_layer(module, option.weight, factors)
+    return quantized_layer(factored_layer(module, factors, "factors"), "int8")
 
 
 def _judged(rounded: RoundedLayers) -> dict[str, list[RoundedWeight]]:

@@ -129,23 +129,25 @@ def bytes_kept(layers: Sequence[LayerReport]) -> float:
 
 
 def _bits_text(layers: Sequence[LayerReport]) -> str:
-    """Return the number of layers at each number of bits, low ranks last: "20 x 4, 10 x 3, 2 x rank 48-64"."""
-    counts = Counter(16 if layer.bits is None else layer.bits for layer in layers if not _is_low_rank(layer))
-    parts = {str(bits): count for bits, count in sorted(counts.items(), reverse=True)}
-    if ranks := sorted({layer.rank for layer in layers if _is_low_rank(layer)}):
-        span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-        parts[f"rank {span}"] = len(layers) - counts.total()
+    """Return the number of layers at each number of bits: "20 x 4, 10 x 3 and rank 8-16, 2 x rank 48-64"."""
+    kinds: dict[tuple[int, str], list[int]] = {}
+    for layer in layers:
+        bits = 16 if layer.bits is None else layer.bits
+        low = layer.bits is not None and layer.layout not in ("dense", "residual")
+        kinds.setdefault((0 if low else bits, layer.layout), []).append(layer.rank)
+    parts = {}
+    for (bits, layout), ranks in sorted(kinds.items(), reverse=True):
+        span = f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"rank {min(ranks)}-{max(ranks)}"
+        parts[span if bits == 0 else f"{bits} and {span}" if layout == "residual" else str(bits)] = len(ranks)
     if len(parts) == 1:
         return next(iter(parts))
     return ", ".join(f"{count} x {what}" for what, count in parts.items())
-
-
-def _is_low_rank(layer: LayerReport) -> bool:
-    return layer.bits is not None and layer.layout != "dense"
 
 
 def _weights(layer: LayerReport) -> int:
     m, n = layer.shape
     if layer.layout == "dense":
         return m * n
+    if layer.layout == "residual":
+        return m * n + layer.rank * (m + n)
     return layer.rank * (m + n) - (layer.rank**2 if layer.layout == "pivot" else 0)

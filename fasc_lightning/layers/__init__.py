@@ -22,11 +22,13 @@ from fasc_lightning.layers._quantized_layers import (
     packed_matrices,
     quantization_of,
     quantized_layer,
+    residual_layer,
     rounded_layer,
     rounded_state,
 )
 from fasc_lightning.layers._ranks import rank_budget, resolve_rank
 from fasc_lightning.layers._reparametrised import DENSE_FORM, DenseForm, trains_weight
+from fasc_lightning.layers._residual import ResidualLinear
 from fasc_lightning.layers._size import Size, bytes_in_16_bits, layer_sizes, model_size
 from fasc_lightning.layers._spec import check_layers, describe_layer, empty_layer, place, set_trainable
 from fasc_lightning.layers._swap import (
@@ -64,6 +66,7 @@ __all__ = [
     "LowRankLinear",
     "PivotedLinear",
     "Quantization",
+    "ResidualLinear",
     "Rounded",
     "Routing",
     "Size",
@@ -107,6 +110,7 @@ __all__ = [
     "quantization_of",
     "quantized_layer",
     "rank_budget",
+    "residual_layer",
     "resolve_rank",
     "rounded_layer",
     "rounded_state",

@@ -25,7 +25,7 @@ def dequantized(model: nn.Module) -> Iterator[None]:
     layers = {
         name: layer
         for name, layer in compressed_layers(model).items()
-        if layer.layout == "dense" and quantization_of(layer) is not None
+        if layer.layout in ("dense", "residual") and quantization_of(layer) is not None
     }
     dense: dict[str, nn.Module] = {name: layer.to_linear().requires_grad_(False) for name, layer in layers.items()}
     with undoing() as undo:

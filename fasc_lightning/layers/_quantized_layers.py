@@ -14,8 +14,10 @@ from fasc_lightning.layers._grid import Grid, Rounded
 from fasc_lightning.layers._int8 import InputBits, Int8Linear
 from fasc_lightning.layers._linear import linear_weight
 from fasc_lightning.layers._lowrank import LowRankLinear
+from fasc_lightning.layers._make_lowrank import make_lowrank
 from fasc_lightning.layers._packed_linear import PackedLinear
 from fasc_lightning.layers._pivoted import PivotedLinear
+from fasc_lightning.layers._residual import ResidualLinear
 from fasc_lightning.layers._second_matrix import first_and_second, fitted_second
 
 #: "int8": int8 weights, products in floating point. "int8-dynamic": rounded inputs, too, for products of integers.
@@ -151,11 +153,29 @@ def rounded_layer(layer: nn.Module, rounded: Rounded) -> CompressedLinear:
     return new
 
 
+def residual_layer(layer: nn.Module, rounded: Rounded, factors: tuple[Tensor, Tensor]) -> ResidualLinear:
+    """Return a layer with a rounded matrix and a residual of two factors, which are rounded to int8.
+
+    Args:
+        layer: The dense layer (``nn.Linear``, ``Conv1D``, an expert's projection). It is only read.
+        rounded: Its matrix on a grid, shape (m, n).
+        factors: Left (m, k) and right (k, n) factor of the residual.
+    """
+    left, right = factors
+    full = rounded_layer(layer, rounded)
+    weight = linear_weight(layer)
+    low = make_lowrank(left, right, None, "factors", dtype=weight.dtype, device=weight.device)
+    low = quantized_layer(low, "int8")
+    new = ResidualLinear(len(right[0]), len(left), len(right), layer.bias is not None, device="meta")
+    new.matrix, new.factor_in, new.factor_out = full.matrix, low.factor_in, low.factor_out
+    return new
+
+
 def rounded_state(layer: CompressedLinear, rounded: Rounded) -> dict[str, Tensor]:
-    """Return the state dict of a rounded layer of full rank with another matrix on its grid, and its own bias."""
-    other = DenseLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    other.matrix = _rounded_matrix(rounded, layer.bias, layer.weight.dtype)
-    return other.state_dict()
+    """Return the state dict of a rounded layer of full rank with another matrix on its grid, and all else its own."""
+    state = {key: value for key, value in layer.state_dict().items() if not key.startswith("matrix.")}
+    matrix = _rounded_matrix(rounded, layer.bias, layer.weight.dtype)
+    return state | {f"matrix.{key}": value for key, value in matrix.state_dict().items()}
 
 
 def _rounded_matrix(rounded: Rounded, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
@@ -214,7 +234,9 @@ def make_room(layer: CompressedLinear, form: Form) -> CompressedLinear:
         like: dict[str, Any] = {"device": child.weight.device, "dtype": child.weight.dtype}
         bias = child.bias is not None
         new: nn.Module
-        if isinstance(form, Grid):
+        if isinstance(layer, ResidualLinear) and name != "matrix":
+            new = Int8Linear(*shape, bias, None, **like)
+        elif isinstance(form, Grid):
             new = PackedLinear(*shape, form, bias, **like)
         else:
             new = Int8Linear(*shape, bias, _input_bits(layer, name, form), **like)

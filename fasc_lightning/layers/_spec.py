@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fasc_lightning.layers._compressed_linear import CompressedLinear
+from fasc_lightning.layers._grid import Grid
 from fasc_lightning.layers._linear import linear_shape, linear_weight
 from fasc_lightning.layers._lowrank import LowRankLinear
 from fasc_lightning.layers._pivoted import PivotedLinear
@@ -19,6 +20,7 @@ from fasc_lightning.layers._quantized_layers import (
     make_room,
     quantization_of,
 )
+from fasc_lightning.layers._residual import ResidualLinear
 
 
 def check_layers(layers: Any) -> dict[str, dict[str, Any]]:
@@ -37,7 +39,7 @@ def check_layers(layers: Any) -> dict[str, dict[str, Any]]:
                 f'Expected {{"rank": int, "layout": "factors", "bias": bool}} or {{"rank": int, "layout": "pivot", '
                 f'"side": "in" or "out", "bias": bool}}, and of a quantised layer "quantize": "int8", '
                 f'"int8-dynamic" or {{"bits": int, "group": int or None, "symmetric": bool}} ("layout" may then be '
-                f'"dense"), of layer {name!r}, got {spec!r}.'
+                f'"dense" or, with a grid, "residual"), of layer {name!r}, got {spec!r}.'
             )
     return {name: dict(spec) for name, spec in layers.items()}
 
@@ -45,15 +47,16 @@ def check_layers(layers: Any) -> dict[str, dict[str, Any]]:
 def _is_valid(spec: Any) -> bool:
     if not isinstance(spec, Mapping) or type(spec.get("rank")) is not int or type(spec.get("bias")) is not bool:
         return False
-    layout, keys = spec.get("layout"), set(spec) - {"quantize"}
+    layout, keys, form = spec.get("layout"), set(spec) - {"quantize"}, None
     if "quantize" in spec:
         try:
-            form_from_plain(spec["quantize"])
+            form = form_from_plain(spec["quantize"])
         except ValueError:
             return False
     if layout == "pivot":
         return keys == {"rank", "layout", "bias", "side"} and spec["side"] in ("in", "out")
-    return keys == {"rank", "layout", "bias"} and (layout == "factors" or (layout == "dense" and "quantize" in spec))
+    known = layout == "factors" or (layout == "dense" and form is not None)
+    return keys == {"rank", "layout", "bias"} and (known or (layout == "residual" and isinstance(form, Grid)))
 
 
 def describe_layer(layer: CompressedLinear) -> dict[str, Any]:
@@ -81,6 +84,8 @@ def empty_layer(name: str, dense: nn.Module, spec: Mapping[str, Any]) -> Compres
             layer = PivotedLinear(n, m, spec["rank"], side=spec["side"], **options)
         elif spec["layout"] == "factors":
             layer = LowRankLinear(n, m, spec["rank"], **options)
+        elif spec["layout"] == "residual":
+            layer = ResidualLinear(n, m, spec["rank"], **options)
         else:
             layer = DenseLinear(n, m, **options)
         return make_room(layer, form_from_plain(spec["quantize"])) if "quantize" in spec else layer

@@ -202,8 +202,13 @@ def _describe_packed(name: str, layer: nn.Module, state: Mapping[str, Tensor], m
                 "layers of the checkpoint first: apply_plan(module, plan, state_dict). The module is unchanged."
             )
         grid = fitting[0]
-    quantize = form_to_plain(grid)
-    return {"rank": min(m, n), "layout": "dense", "bias": "matrix.bias" in state, "quantize": quantize}
+    kept: dict[str, Any] = {"bias": "matrix.bias" in state, "quantize": form_to_plain(grid)}
+    if "factor_in.weight" not in shapes:
+        return {"rank": min(m, n), "layout": "dense", **kept}
+    k = shapes["factor_in.weight"][0]
+    if (shapes["factor_in.weight"], shapes.get("factor_out.weight")) != ((k, n), (m, k)):
+        return None
+    return {"rank": k, "layout": "residual", **kept}
 
 
 def _fitting_grids(shapes: Mapping[str, tuple[int, ...]], m: int, n: int) -> list[Grid]:
@@ -223,7 +228,7 @@ def _fits(grid: Grid, shapes: Mapping[str, tuple[int, ...]], m: int, n: int) -> 
     wanted = {"matrix.weight_packed": (m, _words(n, grid)), "matrix.weight_scale": (m, groups)}
     if not grid.symmetric:
         wanted["matrix.weight_zero_point"] = (_words(m, grid), groups)
-    held = {key: shape for key, shape in shapes.items() if key != "matrix.bias"}
+    held = {k: shape for k, shape in shapes.items() if k != "matrix.bias" and not k.startswith("factor_")}
     return held == wanted
 
 

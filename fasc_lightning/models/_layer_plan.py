@@ -29,6 +29,7 @@ from fasc_lightning.layers import (
     named_layers,
     place,
     quantized_layer,
+    residual_layer,
     rounded_layer,
     set_trainable,
     smaller_side,
@@ -172,25 +173,32 @@ def _nearest(dense: nn.Module, spec: Mapping[str, Any]) -> CompressedLinear:
     if not isinstance(form, Grid):
         layer: Any = dense if spec["layout"] == "dense" else _truncated(dense, spec)
         return layer if form is None else quantized_layer(layer, form)
-    if spec["layout"] != "dense":
+    if spec["layout"] not in ("dense", "residual"):
         raise ValueError(
             f"Expected a state dict for a plan with factors of {form.bits} bits but got none. HINT: apply_plan(model, "
             "plan, state_dict)."
         )
-    return rounded_layer(dense, to_nearest(linear_weight(dense).detach().float(), form))
+    W = linear_weight(dense).detach().float()
+    rounded = to_nearest(W, form)
+    if spec["layout"] == "dense":
+        return rounded_layer(dense, rounded)
+    return residual_layer(dense, rounded, _leading(W - rounded.dequantize(), spec["rank"]))
 
 
 def _truncated(dense: nn.Module, spec: Mapping[str, Any]) -> CompressedLinear:
     weight = linear_weight(dense).detach()
-    U, S, Vh = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
-    k = spec["rank"]
     bias: Any = dense.bias
     return make_lowrank(
-        U[:, :k] * S[:k],
-        Vh[:k],
+        *_leading(weight.to(torch.promote_types(weight.dtype, torch.float32)), spec["rank"]),
         None if bias is None else bias.detach(),
         spec["layout"],
         dtype=weight.dtype,
         device=weight.device,
         side=spec.get("side"),
     )
+
+
+def _leading(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the factors (m, k) and (k, n) of the nearest matrix of rank k."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, :k] * S[:k], Vh[:k]

@@ -352,7 +352,7 @@ class _Refit:
 
 def _moves(layer: CompressedLinear) -> bool:
     """Return whether a layer can be refitted; int8 factors beside bits cannot: their rounding is their last step."""
-    return layer.layout == "dense" or quantization_of(layer) is None
+    return layer.layout in ("dense", "residual") or quantization_of(layer) is None
 
 
 def layer_state(layer: CompressedLinear) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from fasc_lightning.layers import (
     INT8_ROWS,
     CompressedLinear,
     Grid,
+    ResidualLinear,
     Rounded,
     make_lowrank,
     quantization_of,
@@ -98,6 +99,7 @@ class GridCandidates:
 
     The optimum among all matrices is P H^-1 with H and P of :mod:`fasc_lightning.refit._solve`: it is rounded in the
     metric H, so that errors of early columns are taken over by later ones for the inputs that the layer really gets.
+    A residual of low rank stays as it is.
 
     Args:
         layer: The layer.
@@ -112,6 +114,8 @@ class GridCandidates:
         form = quantization_of(layer)
         self._grid = form if isinstance(form, Grid) else INT8_ROWS
         self.start = layer.to_weight().detach().to(W.device).double()
+        residual = layer.residual().detach().to(W.device).double() if isinstance(layer, ResidualLinear) else 0.0
+        self._residual: Tensor | float = residual
 
     def solve(self, moments: DriftMoments, anchor: float, variant: Variant) -> Rounded:
         """See :class:`Candidates`."""
@@ -119,11 +123,11 @@ class GridCandidates:
         A = moments.A if self._A is None else self._A
         H = (moments.A_hat + anchor * A) / (1 + anchor)
         P = (moments.P + anchor * (self._W @ A)) / (1 + anchor)
-        return round_matrix(divide(P, H), ColumnMetric.of(H), self._grid)
+        return round_matrix(divide(P, H) - self._residual, ColumnMetric.of(H), self._grid)
 
     def weight(self, solution: Rounded) -> tuple[Tensor, Tensor | None]:
         """See :class:`Candidates`."""
-        return solution.dequantize().double(), None
+        return solution.dequantize().double() + self._residual, None
 
     @torch.no_grad()
     def store(self, solution: Rounded) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,10 +10,30 @@ import torch
 from tiny import causal_model, causal_module, made_once, token_loader
 from watching import assert_no_hooks
 
-from fasc_lightning import FascCallback, apply_plan, compress, load_compressed, save_compressed, to_dense
+from fasc_lightning import (
+    FascCallback,
+    apply_plan,
+    compress,
+    load_compressed,
+    match_checkpoint,
+    save_compressed,
+    to_dense,
+)
+from fasc_lightning.batches import TokenRows
 from fasc_lightning.compression import CompressionReport, build_rounded, fisher_metric, round_layers
-from fasc_lightning.compression._rounding import RANK_STEP, LowRankWeight
-from fasc_lightning.layers import LowRankLinear, bytes_in_16_bits, compressed_layers, quantization_of, select_layers
+from fasc_lightning.compression._loss_correction import ApproximationLosses
+from fasc_lightning.compression._rounding import RANK_STEP, LowRankWeight, ResidualWeight
+from fasc_lightning.layers import (
+    LowRankLinear,
+    bytes_in_16_bits,
+    compressed_layers,
+    dequantized,
+    describe_layer,
+    quantization_of,
+    residual_layer,
+    select_layers,
+    swap_modules,
+)
 from fasc_lightning.options import SIZE_GRIDS
 from fasc_lightning.statistics import CalibrationMoments, dense
 
@@ -70,6 +91,16 @@ def test_a_model_with_both_is_saved_loaded_planned_and_made_dense(tmp_path):
     apply_plan(planned, report.plan)
     planned.load_state_dict(model.state_dict())
     torch.testing.assert_close(planned(IDS).logits, expected)
+    # A residual in place of a matrix of few bits alone, in the same files.
+    grid, mixed = {"bits": 3, "group": 16, "symmetric": False}, causal_model().eval()
+    name = next(name for name in report.plan if name.endswith("down_proj"))
+    apply_plan(mixed, report.plan | {name: {"rank": 8, "layout": "residual", "bias": False, "quantize": grid}})
+    save_compressed(mixed, tmp_path / "residual")
+    loaded = load_compressed(tmp_path / "residual").eval()
+    assert describe_layer(loaded.get_submodule(name))["layout"] == "residual"
+    torch.testing.assert_close(loaded(IDS).logits, mixed(IDS).logits)
+    few = loaded.bfloat16()
+    assert torch.isfinite(few.generate(IDS, max_new_tokens=3, do_sample=False)).all()
     to_dense(planned)
     assert not compressed_layers(planned)
     torch.testing.assert_close(planned(IDS).logits, expected, rtol=1e-3, atol=1e-4)
@@ -123,14 +154,95 @@ def test_a_rank_is_offered_where_it_loses_less_than_every_grid_of_as_few_bytes()
     low = torch.randn(48, RANK_STEP) @ torch.randn(RANK_STEP, 64)
     layer, found, A, G = options_of(low + 0.05 * torch.randn(48, 64), x, h)
     grids, ranks = found.weights["a"], found.ranks["a"]
-    assert ranks
+    assert {type(option) for option in ranks} == {LowRankWeight}
     for option in ranks:
         D = layer.weight.detach().double() - (option.left @ option.right).double()
         assert option.loss == pytest.approx(float(torch.trace(G @ D @ A @ D.T)), rel=1e-3)
         assert all(option.loss < grid.loss for grid in grids if grid.nbytes <= option.nbytes)
     assert [o.nbytes for o in found.options("a")] == sorted(o.nbytes for o in (*grids, *ranks))
     # Of a matrix of full rank every grid loses less.
-    assert not options_of(torch.linalg.qr(torch.randn(64, 64))[0], x, torch.randn(400, 64))[1].ranks
+    others = options_of(torch.linalg.qr(torch.randn(64, 64))[0], x, torch.randn(400, 64))[1].ranks.get("a", [])
+    assert LowRankWeight not in {type(option) for option in others}
+
+
+def skewed_tokens(m, n):
+    """Tokens with a few directions that are far larger than the rest, which a residual can serve."""
+    return torch.randn(400, n) * torch.logspace(0, -2, n), torch.randn(400, m) * torch.logspace(0, -2, m)
+
+
+def test_a_residual_is_the_best_of_its_rank_and_takes_its_bytes():
+    W, (x, h) = torch.randn(96, 128), skewed_tokens(96, 128)
+    layer, found, A, G = options_of(W, x, h)
+    residuals = [option for option in found.ranks["a"] if isinstance(option, ResidualWeight)]
+    assert residuals
+    L, R = torch.linalg.cholesky(G), torch.linalg.cholesky(A)
+    for option in residuals:
+        E = (W - option.weight.dequantize()).double()
+        tail = torch.linalg.svdvals(L.T @ E @ R)[len(option.right) :].square().sum()
+        D = E - (option.left @ option.right).double()
+        assert float(torch.trace(G @ D @ A @ D.T)) == pytest.approx(float(tail), rel=1e-3)
+        assert option.loss == pytest.approx(float(tail), rel=1e-3)
+        new = residual_layer(layer, option.weight, (option.left, option.right))
+        assert bytes_in_16_bits(t for name, t in new.state_dict().items() if "bias" not in name) == option.nbytes
+        # int8 factors add a little to what the residual leaves.
+        D = W.double() - new.to_weight().double()
+        assert float(torch.trace(G @ D @ A @ D.T)) < 1.1 * option.loss
+        y = new(x[:5])
+        torch.testing.assert_close(y, x[:5] @ new.to_weight().T + layer.bias, rtol=1e-4, atol=1e-4)
+
+
+def test_residuals_are_chosen_measured_saved_and_loaded(tmp_path):
+    W, (x, h) = torch.randn(96, 128), skewed_tokens(96, 128)
+    layer, found, _, _ = options_of(W, x, h)
+    option = next(option for option in found.ranks["a"] if isinstance(option, ResidualWeight))
+    asked = {}
+
+    def measure(approximations):
+        asked.update(approximations)
+        return {}
+
+    result = build_rounded({"a": layer}, found, method="fasc", budget=option.nbytes, measure=measure)
+    (choice,) = result.layers
+    assert (choice.layout, choice.rank, choice.form) == ("residual", len(option.right), option.weight.grid)
+    losses = ApproximationLosses({"a": layer}, asked)
+    losses("a", x, h, TokenRows("tokens", scale=1.0))
+    D = W - option.weight.dequantize() - option.left @ option.right
+    assert losses.losses()["a"] == pytest.approx(float(((x @ D.T) * h).sum(1).double().square().mean()), rel=1e-3)
+    new, model, again = result.replacements["a"], torch.nn.Sequential(layer), torch.nn.Sequential(copy.deepcopy(layer))
+    swap_modules(model, {"0": new})
+    spec = describe_layer(new)
+    for known in (spec, None):
+        other = copy.deepcopy(again)
+        if known is None:
+            match_checkpoint(other, {"state_dict": model.state_dict()})
+        else:
+            apply_plan(other, {"0": spec})
+        assert describe_layer(other[0]) == spec
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(x[:3]), model(x[:3]))
+        with dequantized(other):
+            assert isinstance(other[0], torch.nn.Linear)
+            torch.testing.assert_close(other(x[:3]), model(x[:3]), rtol=1e-4, atol=1e-4)
+    to_dense(model)
+    torch.testing.assert_close(model(x[:3]), other(x[:3]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_plan_without_values_gives_the_nearest_matrix_and_its_residual():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 48))
+    W = model[0].weight.detach().clone()
+    spec = {"rank": 8, "layout": "residual", "bias": True, "quantize": {"bits": 2, "group": 64, "symmetric": False}}
+    apply_plan(model, {"0": spec})
+    assert describe_layer(model[0]) == spec
+    E = W - model[0].matrix.dequantize()
+    error = torch.linalg.svdvals(E)[8:].square().sum().sqrt()
+    assert float((W - model[0].to_weight()).norm()) == pytest.approx(float(error), rel=0.01)
+
+
+@pytest.mark.parametrize("quantize", ["int8", None])
+def test_a_residual_needs_a_grid(quantize):
+    spec = {"rank": 8, "layout": "residual", "bias": True} | ({} if quantize is None else {"quantize": quantize})
+    with pytest.raises(ValueError, match="residual"):
+        apply_plan(torch.nn.Sequential(torch.nn.Linear(64, 48)), {"0": spec})
 
 
 def test_a_rank_that_is_measured_to_lose_more_gives_way_to_bits():

@@ -356,7 +356,7 @@ def test_reports_plans_and_stored_tensors_agree_on_bytes(family, options):
         forecast = plan(dense, memory="1GB", probed=False, **options)
         assert forecast.whole["compressed"].bytes == whole
         assert {layer.bits for layer in forecast.layers} == {row.bits for row in report.layers}
-    assert report.whole["compressed"].parameters == report.whole["dense"].parameters
+        assert report.whole["compressed"].parameters == report.whole["dense"].parameters
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

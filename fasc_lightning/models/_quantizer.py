@@ -21,12 +21,11 @@ from fasc_lightning._utils import naming, some_names
 from fasc_lightning.layers import (
     SCALE_DTYPE,
     CompressedLinear,
-    Grid,
     compressed_layers,
     empty_layer,
     expect_guards,
     guards,
-    quantization_of,
+    packed_matrices,
     saved_guards,
     swap_modules,
     swap_to_dense,
@@ -131,10 +130,7 @@ class FascQuantizer(HfQuantizer):
 
 def _restore_scales(layer: CompressedLinear) -> None:
     """Give the scales of a layer's grid their stored type; transformers keeps some modules in float32."""
-    if not isinstance(quantization_of(layer), Grid):
-        return
-    for child in layer.children():
-        matrix: Any = child
+    for matrix in packed_matrices(layer):
         if matrix.weight_scale.dtype != SCALE_DTYPE:
             matrix.narrow_scales()
         matrix.weight_scale.requires_grad_(False)

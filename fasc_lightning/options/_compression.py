@@ -69,9 +69,9 @@ class CompressionOptions:
             spends it and never exceeds it.
         keep: Budget as the fraction of the targeted layers' parameters to keep, instead of ``rank``.
         size: Budget in bytes, instead of ``rank``: a fraction of the targeted layers' bytes in 16 bits (0.27), or the
-            bytes of the whole model ("90MB"), with other numbers in 16 bits. Each layer gets 2, 3, 4, 8 or 16 bits, or
-            a low rank in int8, where the budget lowers the loss most. Without any of ``rank``, ``keep``, ``size`` and
-            ``quantize``, the callback monitors rho and compresses nothing.
+            bytes of the whole model ("90MB"), with other numbers in 16 bits. Each layer gets 2, 3, 4, 8 or 16 bits, few
+            bits and a low-rank residual in int8, or a low rank in int8, where the budget lowers the loss most. Without
+            any of ``rank``, ``keep``, ``size`` and ``quantize``, the callback monitors rho and compresses nothing.
         method: Solver, which also decides the statistics to gather: "fasc"; "fasc-plain" (no coupled moments);
             "svd-llm"; "svd" (activation covariance); "weight-svd"; "asvd"; "grad-svd"; "fisher-diag"; "fwsvd"; "gfwsvd"
             (only the step of its iteration that needs no further pass). For comparison only: "fasc-eq6",
@@ -185,7 +185,7 @@ class CompressionOptions:
 
     @property
     def offers_ranks(self) -> bool:
-        """Whether a size is spent over low ranks in int8, too."""
+        """Whether a size is spent over low ranks and residuals in int8, too."""
         return self.size is not None
 
     @property

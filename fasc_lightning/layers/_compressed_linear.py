@@ -50,14 +50,19 @@ class CompressedLinear(nn.Module, ABC):
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
+        self.check_rank(in_features, out_features, rank)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+
+    @staticmethod
+    def check_rank(in_features: int, out_features: int, rank: int) -> None:
+        """Raise a ValueError unless a rank is between 1 and the full rank of an (m, n) matrix."""
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(
                 f"Expected a rank between 1 and {min(in_features, out_features)}, the full rank of a "
                 f"({out_features}, {in_features}) matrix, got {rank}."
             )
-        self.in_features = in_features
-        self.out_features = out_features
-        self.rank = rank
 
     @staticmethod
     @abstractmethod

@@ -7,9 +7,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from fasc_lightning.layers._compressed_linear import CompressedLinear, matrix_of
+from fasc_lightning.layers._dense_linear import DenseLinear
 from fasc_lightning.layers._grid import Grid, Rounded
 from fasc_lightning.layers._int8 import InputBits, Int8Linear
 from fasc_lightning.layers._linear import linear_weight
@@ -31,69 +31,6 @@ INT8_ROWS = Grid(8, group=None, symmetric=True)
 
 #: How the matrices of a layer are held, if not in floating point: int8 rows, or another grid.
 Form: TypeAlias = Quantization | Grid
-
-
-class DenseLinear(CompressedLinear):
-    """A layer of full rank that saves bytes instead of numbers: a dense layer with a quantised matrix.
-
-    Args:
-        in_features: n.
-        out_features: m.
-        bias: Whether there is a bias.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-    """
-
-    layout = "dense"
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, min(in_features, out_features))
-        self.matrix: Any = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-
-    @staticmethod
-    @override
-    def cost(m: int, n: int, k: int) -> int:
-        return m * n
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., n) to (..., m)."""
-        return self.matrix(x)
-
-    @override
-    def factors(self) -> tuple[Tensor, Tensor]:
-        W = matrix_of(self.matrix)
-        eye = torch.eye(self.rank, dtype=W.dtype, device=W.device)
-        return (eye, W) if self.out_features == self.rank else (W, eye)
-
-    @override
-    def to_weight(self) -> Tensor:
-        return matrix_of(self.matrix).to(self._like.dtype)
-
-    @property
-    @override
-    def bias(self) -> Tensor | None:
-        return self.matrix.bias
-
-    @property
-    @override
-    def extra_bytes(self) -> int:
-        return 0
-
-    @property
-    @override
-    def reads_inputs(self) -> str:
-        return "matrix"
-
-    @override
-    def _child(self) -> nn.Module:
-        return self.matrix
 
 
 def quantization_of(layer: nn.Module) -> Form | None:

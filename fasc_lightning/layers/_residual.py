@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fasc_lightning.layers._compressed_linear import CompressedLinear, matrix_of
+from fasc_lightning.layers._dense_linear import DenseLinear
 from fasc_lightning.layers._layouts import factors_cost
 
 
-class ResidualLinear(CompressedLinear):
-    """``matrix(x) + factor_out(factor_in(x))``: W' is a matrix of few bits plus the best of its error at rank k.
-
-    Without a quantisation the children are plain linear layers (:func:`empty_layer` makes room in them).
+class ResidualLinear(DenseLinear):
+    """``matrix(x) + factor_out(factor_in(x))``: a matrix of few bits, and the best of rank k of its error.
 
     Args:
         in_features: n.
@@ -37,8 +36,9 @@ class ResidualLinear(CompressedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, rank)
-        self.matrix: Any = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        CompressedLinear.check_rank(in_features, out_features, rank)
+        self.rank = rank
         self.factor_in: Any = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.factor_out: Any = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
 
@@ -51,38 +51,10 @@ class ResidualLinear(CompressedLinear):
         """Map (..., n) to (..., m)."""
         return self.matrix(x) + self.factor_out(self.factor_in(x))
 
-    @override
-    def factors(self) -> tuple[Tensor, Tensor]:
-        W = self._sum()
-        eye = torch.eye(min(W.shape), dtype=W.dtype, device=W.device)
-        return (eye, W) if len(W) == len(eye) else (W, eye)
-
     def residual(self) -> Tensor:
         """Return the residual, (m, n), in float32."""
         return matrix_of(self.factor_out) @ matrix_of(self.factor_in)
 
     @override
-    def to_weight(self) -> Tensor:
-        return self._sum().to(self._like.dtype)
-
-    @property
-    @override
-    def bias(self) -> Tensor | None:
-        return self.matrix.bias
-
-    @property
-    @override
-    def extra_bytes(self) -> int:
-        return 0
-
-    @property
-    @override
-    def reads_inputs(self) -> str:
-        return "matrix"
-
-    @override
-    def _child(self) -> nn.Module:
-        return self.matrix
-
-    def _sum(self) -> Tensor:
+    def _whole(self) -> Tensor:
         return matrix_of(self.matrix) + self.residual()

@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARK_OUT ?= benchmarks/results
 
-.PHONY: install compress recover track-rho test test-fast suite lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality benchmark-bytes clean
+.PHONY: install compress recover track-rho test test-fast suite lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality benchmark-bytes benchmark-ranks-or-bits clean
 
 install: $(STAMP)
 
@@ -87,6 +87,10 @@ benchmark-sketch-quality: install
 # Needs them, too: bits, ranks and other programs' models at equal bytes. BYTES='--peers <folders> --speed' adds to it.
 benchmark-bytes: install
 	$(RUN) benchmarks/equal_bytes.py --output $(BENCHMARK_OUT)/bytes --write docs/bytes.md $(BYTES)
+
+# Likewise: J of ranks, residuals and bits under one budget, twenty minutes.
+benchmark-ranks-or-bits: install
+	$(RUN) benchmarks/ranks_or_bits.py --output $(BENCHMARK_OUT)/ranks_or_bits --write docs/bytes.md
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -8,7 +8,7 @@ from typing import Any
 
 from fasc_lightning.compression._budget import FLOAT_BYTES
 from fasc_lightning.compression._build import LayerChoice
-from fasc_lightning.compression._rounding import low_rank_bytes
+from fasc_lightning.compression._stored_weight import low_rank_bytes
 from fasc_lightning.dependence import RhoRow
 from fasc_lightning.layers import INT8_ROWS, Grid, form_from_plain, form_to_plain
 from fasc_lightning.statistics import SketchFigures

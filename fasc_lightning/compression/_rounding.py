@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +16,17 @@ from fasc_lightning._utils import Progress
 from fasc_lightning.compression._allocation import StorageOptions, spend, spend_evenly
 from fasc_lightning.compression._budget import FLOAT_BYTES
 from fasc_lightning.compression._build import CompressionResult, LayerChoice, check_reached, factored_layer
-from fasc_lightning.compression._loss_correction import Approximation, LossEstimator, correction
+from fasc_lightning.compression._loss_correction import LossEstimator, correction
 from fasc_lightning.compression._objective import fisher_metric
+from fasc_lightning.compression._stored_weight import (
+    LowRankWeight,
+    ResidualWeight,
+    RoundedWeight,
+    StoredWeight,
+    low_rank_bytes,
+)
 from fasc_lightning.distributed import whole
 from fasc_lightning.layers import (
-    INT8_ROWS,
     CompressedLinear,
     Grid,
     Rounded,
@@ -44,99 +50,6 @@ RESIDUAL_RANKS = (8, 16, 32, 64)
 RESIDUAL_BITS = 4
 
 
-@dataclass(frozen=True)
-class RoundedWeight:
-    """One layer's matrix on a grid.
-
-    Attributes:
-        weight: The matrix.
-        loss: J, in nats squared per token; NaN if no gradient, or only zeros, reached the layer.
-    """
-
-    weight: Rounded
-    loss: float
-
-    #: Share of the logarithm of measured / predicted J that is believed. Codes follow the tokens less than factors do:
-    #: over the layers of SmolLM2-135M, J of the fitted tokens and of other text go together (their logarithms
-    #: correlate by 0.98).
-    trust: ClassVar[float] = 1.0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored matrix."""
-        return self.weight.grid.nbytes(*self.weight.codes.shape)
-
-    @property
-    def approximation(self) -> Approximation:
-        """The matrix, for a measurement."""
-        return self.weight
-
-
-@dataclass(frozen=True)
-class LowRankWeight:
-    """One layer's factors of one rank, which take int8.
-
-    Attributes:
-        left: Left factor, (m, k).
-        right: Right factor, (k, n).
-        loss: J before the factors are rounded, which adds a few percent.
-    """
-
-    left: Tensor
-    right: Tensor
-    loss: float
-
-    trust: ClassVar[float] = 0.5
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both factors in int8, each with a scale for each of its outputs."""
-        return low_rank_bytes(len(self.left), self.right.shape[1], len(self.right))
-
-    @property
-    def approximation(self) -> Approximation:
-        """The factors, for a measurement."""
-        return self.left, self.right
-
-
-@dataclass(frozen=True)
-class ResidualWeight:
-    """One layer's matrix on a grid, and factors of its error, which take int8.
-
-    Attributes:
-        weight: The matrix.
-        left: Left factor, (m, k).
-        right: Right factor, (k, n).
-        loss: J before the factors are rounded.
-    """
-
-    weight: Rounded
-    left: Tensor
-    right: Tensor
-    loss: float
-
-    trust: ClassVar[float] = 1.0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the matrix and of both factors."""
-        m, n = self.weight.codes.shape
-        return self.weight.grid.nbytes(m, n) + low_rank_bytes(m, n, len(self.right))
-
-    @property
-    def approximation(self) -> Approximation:
-        """The matrix and the factors, for a measurement."""
-        return self.weight, self.left, self.right
-
-
-StoredWeight: TypeAlias = RoundedWeight | LowRankWeight | ResidualWeight
-
-
-def low_rank_bytes(m: int, n: int, k: int) -> int:
-    """Return the bytes of factors (m, k) and (k, n) in int8 with a scale for each output."""
-    return INT8_ROWS.nbytes(m, k) + INT8_ROWS.nbytes(k, n)
-
-
 @dataclass
 class RoundedLayers:
     """Layers on one or several grids, and the facts about them that outlive their moments.
@@ -144,8 +57,7 @@ class RoundedLayers:
     Attributes:
         weights: The matrix of each layer on each grid, by ascending bytes.
         tokens: Number of tokens in each layer's statistics; 0 if no gradient came.
-        ranks: Low ranks, and grids with a residual, that lose less than any other way of as few bytes; layers without
-            any are left out.
+        ranks: Low ranks, and grids with a residual, that lose less than any other way of as few bytes.
     """
 
     weights: dict[str, list[RoundedWeight]]
@@ -197,20 +109,18 @@ def round_layers(
     found: dict[str, list[RoundedWeight]] = {}
     ranks: dict[str, list[LowRankWeight | ResidualWeight]] = {}
     for name in progress(list(layers), "Rounding"):
-        W = whole(linear_weight(layers[name]).detach()).to(device)
+        W = whole(linear_weight(layers[name]).detach()).to(device).float()
         statistics = borrowed.layer(name).to(device) if tokens[name] else None
         if statistics is None or not bool(statistics.plain_moments()[1].diagonal().any()):
-            results = [RoundedWeight(to_nearest(W.float(), grid), math.nan) for grid in grids]
+            found[name] = _held([(to_nearest(W, grid), math.nan) for grid in grids], moments.device)
         else:
             A, G = fisher_metric(statistics)
             plain = statistics.plain_moments()[0] if statistics.is_coupled else None
-            pairs = round_by_moments(W, A, G, grids, plain=plain, calibrated=calibrated)
-            results = [RoundedWeight(*pair) for pair in pairs]
-            if low_rank and (options := _with_ranks(W, A, G, results, moments.device)):
-                ranks[name] = options
+            found[name] = _held(round_by_moments(W, A, G, grids, plain=plain, calibrated=calibrated), moments.device)
+            if low_rank:
+                ranks[name] = _with_ranks(W, A, G, found[name], moments.device)
             del A, G, plain
         del statistics  # as large as the moments themselves
-        found[name] = sorted((_held(result, moments.device) for result in results), key=lambda r: r.nbytes)
         if consume:
             moments.release(name)
     return RoundedLayers(found, tokens, ranks)
@@ -381,17 +291,17 @@ def _corrections(
     }
 
 
-def _held(result: RoundedWeight, device: torch.device) -> RoundedWeight:
-    """Return a result on the device where it waits for the other layers."""
-    weight = result.weight
+def _held(results: Sequence[tuple[Rounded, float]], device: torch.device) -> list[RoundedWeight]:
+    """Return matrices and their J by ascending bytes, on the device where they wait for the other layers."""
 
     def moved(value: Tensor) -> Tensor:
         return value.to(device)
 
-    return replace(
-        result,
-        weight=replace(weight, codes=moved(weight.codes), scale=moved(weight.scale), zero=moved(weight.zero)),
-    )
+    held = [
+        RoundedWeight(replace(r, codes=moved(r.codes), scale=moved(r.scale), zero=moved(r.zero)), loss)
+        for r, loss in results
+    ]
+    return sorted(held, key=lambda option: option.nbytes)
 
 
 def _warn_unreached(rounded: RoundedLayers, chosen: Mapping[str, StoredWeight | None]) -> None:

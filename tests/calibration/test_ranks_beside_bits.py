@@ -22,7 +22,8 @@ from fasc_lightning import (
 from fasc_lightning.batches import TokenRows
 from fasc_lightning.compression import CompressionReport, build_rounded, fisher_metric, round_layers
 from fasc_lightning.compression._loss_correction import ApproximationLosses
-from fasc_lightning.compression._rounding import RANK_STEP, LowRankWeight, ResidualWeight
+from fasc_lightning.compression._rounding import RANK_STEP
+from fasc_lightning.compression._stored_weight import LowRankWeight, ResidualWeight
 from fasc_lightning.layers import (
     LowRankLinear,
     bytes_in_16_bits,

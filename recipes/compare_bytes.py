@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -70,8 +70,8 @@ from fasc_lightning.studies.comparison import (
 #: The method of all rows of this package; its moments measure the loss of ranks and of bits.
 METHOD = "fasc"
 
-#: Rows that may be refitted.
-REFITTED = ("sizes", "keep")
+#: Rows that may be refitted, and what marks a single one.
+REFITTED, REFIT = ("sizes", "keep"), "+refit"
 
 
 def build_parser() -> ArgumentParser:
@@ -94,7 +94,12 @@ def build_parser() -> ArgumentParser:
         help="shares of the parameters, as low rank; 0.8+int8 also rounds them to int8",
     )
     add("--setting", default="measured-pivot", help="ALLOCATION-LAYOUT of bits and ranks, as fisher-factors")
-    add("--refit", nargs="*", default=["keep"], help="rows to refit, of sizes and keep; none to the nearest")
+    add(
+        "--refit",
+        nargs="*",
+        default=["keep"],
+        help="rows to refit, of sizes and keep; none to the nearest. One row alone is 0.21+refit",
+    )
     add("--peers", nargs="*", default=[], help="folders of models that other programs compressed")
     add_text_options(parser, windows=8)
     add("--eval-facts", help="jsonl file with subject, relation, template, object, kind")
@@ -168,15 +173,16 @@ def check(options: Namespace) -> Namespace:
 def cells_of(options: Namespace) -> list[Cell]:
     """Return the cells: sizes first, because they share one rounding to all grids, then uniform bits, ranks, peers."""
     setting = Setting.parse(options.setting)
-    budgets = [Budget.parse(f"{text}") for text in options.sizes]
-    budgets.sort(key=lambda budget: budget.size is None)
-    cells = [
-        Cell(METHOD, budget, setting, refit="sizes" in options.refit and not budget.rounds_to_nearest)
-        for budget in budgets
-    ]
-    ranks = [Budget.parse_keep(f"{text}") for text in options.keep]
-    cells += [Cell(METHOD, budget, setting, refit="keep" in options.refit) for budget in ranks]
-    return [*cells, *(Cell(FOLDER, label=str(folder)) for folder in options.peers)]
+
+    def cell(text: str, parse: Callable[[str], Budget], group: str) -> Cell:
+        budget = parse(text.removesuffix(REFIT))
+        refit = group in options.refit or text.endswith(REFIT)
+        return Cell(METHOD, budget, setting, refit=refit and not budget.rounds_to_nearest)
+
+    sizes = [cell(f"{text}", Budget.parse, "sizes") for text in options.sizes]
+    sizes.sort(key=lambda found: found.budget is None or found.budget.size is None)
+    ranks = [cell(f"{text}", Budget.parse_keep, "keep") for text in options.keep]
+    return [*sizes, *ranks, *(Cell(FOLDER, label=str(folder)) for folder in options.peers)]
 
 
 def has_bits(cell: Cell) -> bool:

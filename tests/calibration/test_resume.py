@@ -57,7 +57,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("case", "limit"), [*((case, 0) for case in CASES), ("frozen", 2**30), ("training", 2**30)])
+#: The other cases differ in one thing from these, and run with ``-m exhaustive``.
+SAMPLED = ("frozen", "training", "all statistics", "with dropout", "validations in between", "sketches sized by rho")
+
+
+@pytest.mark.parametrize(
+    ("case", "limit"),
+    [
+        *(pytest.param(case, 0, marks=() if case in SAMPLED else pytest.mark.exhaustive) for case in CASES),
+        ("frozen", 2**30),
+        pytest.param("training", 2**30, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_fit_that_goes_on_ends_as_one_that_was_not_interrupted(make_trainer, tmp_path, monkeypatch, case, limit):
     monkeypatch.setattr("fasc_lightning.calibration._sidecar.SIDECAR_BYTES", limit)
     options = dict(CASES[case])

@@ -117,6 +117,7 @@ def test_lengths_need_as_few_graphs_as_in_the_dense_model(models):
     assert counts[1:] == counts[:1] * 2
 
 
+@pytest.mark.exhaustive  # ten seconds of a C++ compiler
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own use
 def test_generated_code(tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def net_of(kind):
     return nn.Sequential(nn.Linear(12, 12), layer(*kind), nn.ReLU()).eval()
 
 
-@pytest.mark.parametrize("example", [(3, 12), (100, 12), (2, 5, 12)])
+@pytest.mark.parametrize("example", [(3, 12), (100, 12), pytest.param((2, 5, 12), marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trace_holds_for_all_sizes_and_warns_of_nothing(kind, grad, example, tmp_path):

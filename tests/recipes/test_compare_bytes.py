@@ -165,6 +165,15 @@ def test_speed_is_that_of_the_dense_model_and_of_models_with_bits(whole):
     assert timed == {"dense", *(f"{name}, refitted" for name in bits)}
 
 
+def test_a_row_alone_may_be_refitted_or_rounded(recipe):
+    sizes = ["--sizes", "int4", "0.3", "0.3+refit", "int4+refit", "nearest-int4"]
+    options = recipe.build_parser().parse_args([*sizes, "--keep", "0.8", "0.8+int8", "0.8+int8+refit", "--refit"])
+    assert [str(cell.budget) + (" refitted" if cell.refit else "") for cell in recipe.cells_of(options)] == [
+        "size 0.3", "size 0.3 refitted", "int4", "int4 refitted", "int4 groups of 64 to the nearest",
+        "keep 0.8", "keep 0.8, int8", "keep 0.8, int8 refitted",
+    ]  # fmt: skip
+
+
 def test_single_answers_are_kept(whole):
     folder, content = whole
     files = list((folder / "out" / "cells" / "models").glob("*.json"))

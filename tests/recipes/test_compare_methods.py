@@ -246,6 +246,7 @@ def test_refit_and_passes_are_cells_of_their_own(recipe, folder):
     assert len(list((folder / "out" / "cells" / "grid").glob("gfwsvd*"))) == 2
 
 
+@pytest.mark.exhaustive  # compare_bytes asks them, too
 def test_the_built_in_questions(recipe, folder):
     options = ["--model", str(folder / "model"), "--calibration", str(folder / "text.txt"), "--windows", "2"]
     options += ["--window", "64", "--eval-windows", "1", "--methods", "fasc", "--output", str(folder / "out")]

@@ -215,6 +215,7 @@ def test_a_finished_run_is_not_trained_again(whole, tmp_path, monkeypatch):
     assert repr(without_seconds(resumed)) == repr(without_seconds(report))
 
 
+@pytest.mark.exhaustive
 def test_nothing_to_resume_is_a_start(whole, tmp_path, capsys):
     folder, _ = whole
     recipe.main(arguments(tmp_path / "new", "--resume", "true"))

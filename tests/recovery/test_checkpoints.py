@@ -18,6 +18,12 @@ from fasc_lightning.recovery._adapters import carries_adapters
 pytest.importorskip("peft", reason="peft is not installed")
 
 
+#: The first and the last arm; the others with ``-m exhaustive``.
+SAMPLED = [
+    pytest.param(arm, marks=() if i in (0, len(ARMS) - 1) else pytest.mark.exhaustive) for i, arm in enumerate(ARMS)
+]
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_recovery_that_is_resumed_ends_as_one_that_was_not_interrupted(make_trainer, tmp_path, arm):
     module, callback = compressed(make_trainer, ARMS[arm])
@@ -33,7 +39,7 @@ def test_a_recovery_that_is_resumed_ends_as_one_that_was_not_interrupted(make_tr
     assert {**found, "seconds": 0, "peak_memory_bytes": 0} == {**expected, "seconds": 0, "peak_memory_bytes": 0}
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", SAMPLED)
 def test_the_callback_that_compressed_goes_on_with_its_own_module(make_trainer, tmp_path, arm):
     module, callback = compressed(make_trainer, ARMS[arm])
     flags = {name: p.requires_grad for name, p in module.named_parameters()}
@@ -54,7 +60,7 @@ def test_the_callback_that_compressed_goes_on_with_its_own_module(make_trainer, 
     assert {**found, "seconds": 0, "peak_memory_bytes": 0} == {**expected, "seconds": 0, "peak_memory_bytes": 0}
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", SAMPLED)
 def test_a_recovery_that_had_nothing_left_to_train_ends_as_it_would_have(make_trainer, tmp_path, arm):
     module, callback = compressed(make_trainer, ARMS[arm])
     twin, its = copy.deepcopy(module), copy.deepcopy(callback)

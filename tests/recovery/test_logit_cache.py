@@ -56,7 +56,7 @@ def test_a_cache_of_all_classes_gives_the_loss_of_the_teacher(pair, tmp_path):
         LogitCache(tmp_path, {"teacher": "b", "temperature": 1.0}, student.token_mask, 64)
 
 
-@pytest.mark.parametrize("arm", [LoraRecovery, FactorRecovery])
+@pytest.mark.parametrize("arm", [LoraRecovery, pytest.param(FactorRecovery, marks=pytest.mark.exhaustive)])
 def test_a_fit_with_a_cache_lets_the_teacher_go_before_it_trains(make_trainer, tmp_path, arm):
     import weakref
 

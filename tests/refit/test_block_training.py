@@ -344,7 +344,7 @@ def test_copies_are_those_of_one_block_at_a_time(monkeypatch):
     assert most == [1, 1]
 
 
-@pytest.mark.parametrize("target", ["dense", "drifted"])
+@pytest.mark.parametrize("target", ["drifted", pytest.param("dense", marks=pytest.mark.exhaustive)])
 def test_hidden_states_are_held_twice_and_no_more(monkeypatch, target):
     case = compressed_case()
     rows, runners = sum(batch["input_ids"].numel() for batch in case.batches), []

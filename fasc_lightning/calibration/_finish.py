@@ -21,6 +21,7 @@ from fasc_lightning.compression import (
     build_rounded,
     byte_budget,
     same_everywhere,
+    wanted_refit,
 )
 from fasc_lightning.distributed import Unsharding
 from fasc_lightning.layers import TargetedLayers, layer_sizes, model_size, swap_modules
@@ -58,7 +59,7 @@ class Finish:
     ) -> None:
         self._layers = layers
         self._options = options
-        wanted = False if not holds_moments or (options.rounds and options.refit == "auto") else options.refit
+        wanted = wanted_refit(pl_module, layers.modules, options) if holds_moments else False
         self._refit = RefitPhase.of(wanted, pl_module, layers.modules)
         self._refine = None if refine is None else RefinePhase(refine)
         if refine is not None:

@@ -15,6 +15,7 @@ from fasc_lightning.compression._budget import (
     layer_budgets,
     layers_dtype,
     layout_cost,
+    wanted_refit,
 )
 from fasc_lightning.compression._build import (
     CompressionResult,
@@ -87,4 +88,5 @@ __all__ = [
     "sealed",
     "spend",
     "statistics_needed",
+    "wanted_refit",
 ]

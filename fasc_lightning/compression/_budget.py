@@ -25,7 +25,7 @@ from fasc_lightning.layers import (
     rank_budget,
     resolve_rank,
 )
-from fasc_lightning.options import CompressionOptions, as_size
+from fasc_lightning.options import CompressionOptions, Refit, as_size
 
 
 def layer_budgets(layers: dict[str, nn.Module], rank: float | None, keep: float | None) -> dict[str, int]:
@@ -95,6 +95,11 @@ def layers_dtype(layers: Mapping[str, nn.Module]) -> torch.dtype:
 FLOAT_BYTES = 2
 
 
+#: Share of the bytes in 16 bits below which rounded layers are refitted by default. 4 bits in groups of 64 take 0.27,
+#: where a refit gains little for its time (docs/bytes.md).
+FEW_BITS = 0.25
+
+
 def byte_budget(model: nn.Module, layers: Mapping[str, nn.Module], size: float | str) -> int:
     """Return the bytes that the matrices of the targeted layers may take.
 
@@ -117,6 +122,25 @@ def byte_budget(model: nn.Module, layers: Mapping[str, nn.Module], size: float |
 def _bytes_in_16_bits(model: nn.Module) -> int:
     """Return the bytes of a dense model in 16 bits; shared parameters count once."""
     return bytes_in_16_bits((*model.parameters(), *model.buffers()))
+
+
+def wanted_refit(model: nn.Module, layers: Mapping[str, nn.Module], options: CompressionOptions) -> Refit:
+    """Return the option ``refit``, with "auto" decided for rounded layers: they are refitted below :data:`FEW_BITS`.
+
+    Args:
+        model: The model.
+        layers: The targeted layers in it.
+        options: The options of the compression.
+    """
+    if options.refit != "auto" or not options.rounds:
+        return options.refit
+    shapes = [linear_shape(layer) for layer in layers.values()]
+    if options.size is not None:
+        held = byte_budget(model, layers, options.size)
+    else:
+        held = sum(options.grids[0].nbytes(m, n) for m, n in shapes)
+    few = held < FEW_BITS * FLOAT_BYTES * sum(m * n for m, n in shapes)
+    return "auto" if few and options.is_calibrated else False
 
 
 def check_size_fits(

@@ -90,8 +90,8 @@ class CompressionOptions:
             faster with 8 or more.
         refit: Whether to refit the factors, block by block, to the inputs that they get in the compressed model, on the
             calibration batches. "auto" refits if the model's blocks can run one by one, and logs the reason if not.
-            True raises an error instead. A refit keeps all moments until the end. Rounded layers are refitted only if
-            this is True: it takes longer than all else, and gains little (docs/bytes.md).
+            True raises an error instead. A refit keeps all moments until the end. "auto" refits rounded layers below a
+            quarter of the bytes in 16 bits: above, it takes longer than all else, and gains little (docs/bytes.md).
         quantize: Bits of all targeted layers: "int8", "int4", "int3", "int2", or
             :class:`~fasc_lightning.options.Quantize` for other grids. Layers keep their full rank, and are rounded by
             the calibration. Beside ``rank`` or ``keep``, "int8" rounds the factors as the last step, and layers that

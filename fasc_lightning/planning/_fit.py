@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fasc_lightning.calibration import sketches_for_budget
-from fasc_lightning.compression import check_fits, statistics_needed
+from fasc_lightning.compression import check_fits, statistics_needed, wanted_refit
 from fasc_lightning.distributed import is_split
 from fasc_lightning.layers import TargetedLayers, target_layers
 from fasc_lightning.options import CalibrationOptions, CompressionOptions, holds_moments
@@ -89,7 +89,7 @@ def fit_forecast(
     check_fits(model, layers, options)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     # "auto" counts as a refit of factors: only a fit finds out whether the model allows one.
-    wanted = options.refit is True if options.rounds else bool(options.refit)
+    wanted = bool(wanted_refit(model, layers.modules, options))
     refits = wanted and holds_moments(options.passes, options.sketch)
     sketching = CalibrationOptions.of(options).sketching
     sketches = sketches_for_budget(layers.shapes, sketching, options.rank, options.keep)

@@ -195,8 +195,8 @@ def test_a_refit_lowers_the_loss_of_rounded_layers_or_is_put_back(make_trainer, 
 
     monkeypatch.setattr(_finish, "swap_modules", swapped)
     refitted, report = fit(make_trainer, refit=True, **options)
-    plain_one, without = fit(make_trainer, refit="auto", **options)
-    assert without.refit is None  # a refit of rounded layers is asked for, not a default
+    plain_one, without = fit(make_trainer, refit=False, **options)
+    assert without.refit is None
     assert report.refit["batches"] == {"fit": 6, "held": 2}
     assert [row.bits for row in report.layers] == [row.bits for row in without.layers]
     for name, layer in compressed_layers(refitted).items():
@@ -214,6 +214,26 @@ def test_a_refit_lowers_the_loss_of_rounded_layers_or_is_put_back(make_trainer, 
         assert same(refitted, plain_one)
     else:
         assert report.refit["loss"]["after"] < report.refit["loss"]["before"]
+
+
+@pytest.mark.parametrize(
+    ("options", "refits"),
+    [
+        ({"quantize": "int4"}, False),
+        ({"quantize": "int8"}, False),
+        ({"quantize": "int2"}, True),
+        ({"quantize": Quantize(2, rounding="nearest")}, False),
+        ({"quantize": "int2", "passes": 2}, False),
+        ({"size": 0.3}, False),
+        ({"size": 0.24}, True),
+        ({"size": "20KB"}, False),
+        ({"size": "16KB"}, True),
+    ],
+    ids=str,
+)
+def test_few_bits_are_refitted_by_default(make_trainer, options, refits):
+    _, report = fit(make_trainer, trainer={"max_epochs": options.get("passes", 1)}, **options)
+    assert (report.refit is not None) is refits
 
 
 def test_a_refit_keeps_the_layers_themselves():

@@ -36,7 +36,7 @@ STYLES: dict[Kind, dict[str, Any]] = {
 OTHER_COLOURS = tuple(colour for i, colour in enumerate(COLOURS) if i not in (0, 1, 5))
 OTHER_MARKERS = tuple(marker for marker in MARKERS if marker not in ("o", "s"))
 LABELS: dict[Kind, str] = {
-    "one budget": "bits by one budget (size)",
+    "one budget": "one budget (size)",
     "low rank": "low rank (keep)",
     "low rank in int8": "low rank in int8",
     "same bits": "same bits everywhere",

@@ -33,10 +33,10 @@ MARKS = (
 )
 BYTES_NOTE = (
     "*bytes* is the share of the targeted layers' bytes in 16 bits, with codes packed without gaps. *one budget* chose "
-    "the bits of each layer under one size. *same bits* gave all layers the same bits. *to the nearest* is the same "
-    "without a calibration. KL is the divergence of the dense model's predictions from this model's, in nats a token. "
-    "Seconds are those of all steps from the dense model to the compressed one. Other programs stated their own, with "
-    "their own number of threads."
+    "bits, residuals and ranks layer by layer under one size. *same bits* gave all layers the same bits. *to the "
+    "nearest* is the same without a calibration. KL is the divergence of the dense model's predictions from this "
+    "model's, in nats a token. Seconds are those of all steps from the dense model to the compressed one. Other "
+    "programs stated their own, with their own number of threads."
 )
 EQUAL_NOTE = (
     "Each row sets a model of one budget beside another model with as many bytes or up to a quarter more. It gives the "

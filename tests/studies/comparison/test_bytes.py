@@ -400,9 +400,9 @@ def test_the_figure_joins_models_of_one_kind_and_names_programs(tmp_path):
     perplexity, facts = figure.axes
     assert (perplexity.get_yscale(), perplexity.get_xscale(), facts.get_yscale()) == ("log", "log", "linear")
     lines = {line.get_label(): line for line in perplexity.lines}
-    assert list(lines) == ["bits by one budget (size)", "low rank (keep)", "rounded to the nearest", "absmax", "nf4"]
-    assert lines["bits by one budget (size)"].get_xdata() == pytest.approx([21, 27])
-    assert lines["bits by one budget (size)"].get_ydata() == pytest.approx([math.exp(0.3) - 1, math.exp(0.1) - 1])
+    assert list(lines) == ["one budget (size)", "low rank (keep)", "rounded to the nearest", "absmax", "nf4"]
+    assert lines["one budget (size)"].get_xdata() == pytest.approx([21, 27])
+    assert lines["one budget (size)"].get_ydata() == pytest.approx([math.exp(0.3) - 1, math.exp(0.1) - 1])
     assert lines["absmax"].get_linestyle() == "None"
     assert lines["absmax"].get_ydata()[-1] == pytest.approx(0.001)  # as good as dense: on the border
     assert lines["nf4"].get_ydata() == pytest.approx([99])  # 8,000 times

@@ -28,7 +28,7 @@ class FascConfig(QuantizationConfigMixin):
         layers: For each compressed layer, by its dotted name in the model: "rank" (int), "layout" ("pivot" or
             "factors"), "bias" (bool) and, for the pivot layout, "side" ("in" or "out"). A quantised layer also has
             "quantize": "int8", "int8-dynamic" or {"bits": int, "group": int or None, "symmetric": bool}. Its layout can
-            be "dense".
+            be "dense" or, on a grid, "residual", whose "rank" is that of the residual.
         format_version: The format of the folder that is read. The attribute is the oldest format that has such layers.
         provenance: How the model was made (method, budget, ...), in JSON types. Loading does not use it.
         quant_method: "fasc".

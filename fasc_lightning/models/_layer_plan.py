@@ -1,9 +1,9 @@
 """The plan of a compressed model: plain data on its compressed layers.
 
 A plan maps the dotted name of a layer to "rank" (int) and "layout" ("pivot" or "factors"). A quantised layer also has
-"quantize": "int8", "int8-dynamic", or "bits", "group" and "symmetric" of a grid; its layout can be "dense". "bias"
-(bool) and "side" ("out" or "in") are given if they differ from the values that the dense layer and the layout imply. A
-plan holds no weights.
+"quantize": "int8", "int8-dynamic", or "bits", "group" and "symmetric" of a grid; its layout can be "dense" or, on a
+grid, "residual", whose "rank" is that of the residual. "bias" (bool) and "side" ("out" or "in") are given if they
+differ from the values that the dense layer and the layout imply. A plan holds no weights.
 """
 
 from __future__ import annotations

@@ -24,15 +24,18 @@ from pages import write_part
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "compare_bytes.py"
 
-#: Sizes, and uniform bits as controls. 0.207 and 0.143 stand beside symmetric grids of 3 and 2 bits.
-SIZES = ("0.52", "0.29", "0.27", "0.21", "0.207", "0.15", "0.143")
-CONTROLS = ("int8", "int4/32", "int4", "int4/128", "int3", "int2", "nearest-int4", "nearest-int3")
+#: Sizes, and uniform bits as controls.
+SIZES = ("0.29", "0.27", "0.24", "0.21", "0.21+refit", "0.15")
+CONTROLS = ("int8", "int4", "int3", "int2")
+#: Low rank, not refitted: docs/results.md has the refitted rows.
+KEEPS = ("0.8", "0.8+int8")
 FIGURE = "bytes.png"
 
 
 def command(data: Path, output: Path, more: Sequence[str]) -> list[str]:
     """Return the recipe's command line."""
-    options = ["--sizes", *SIZES, *CONTROLS, "--windows", "64", "--eval-windows", "32", "--output", str(output)]
+    options = ["--sizes", *SIZES, *CONTROLS, "--keep", *KEEPS, "--refit", "--output", str(output)]
+    options += ["--windows", "64", "--eval-windows", "32", "--kl-windows", "4"]
     options += ["--calibration", *(str(data / file) for file in CALIBRATION)]
     options += ["--eval-text", *(f"{name}={data / file}" for name, file in TEXTS.items())]
     options += ["--eval-facts", str(data / FACTS)]

@@ -7,6 +7,7 @@ which safetensors files cannot hold. An int8 tensor and a float tensor can be sa
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,6 +24,10 @@ _HALF_RANGE = 127.5
 
 #: A second int8 number holds the rounding error of the first, at most half a step, in this many steps.
 _FINER = 254
+
+#: Tokens up to which torch's int8 kernel for CPUs is faster than the product with a widened weight, and the numbers
+#: that have to divide inputs and outputs: with other numbers of inputs it reads beyond its tensors (torch 2.13).
+KERNEL_TOKENS, KERNEL_INPUTS, KERNEL_OUTPUTS = 64, 64, 8
 
 #: Bits to which inputs are rounded; None for no rounding.
 InputBits = Literal[8, 16] | None
@@ -190,9 +195,38 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int | None) -
             dtype = torch.get_autocast_dtype(device)
     if input_bits is not None:
         return _integer_product(x, weight, scale, input_bits).to(dtype)
+    if not is_scripting():  # noqa: SIM102 # TorchScript would compile the rest of a joint condition
+        if dtype == torch.bfloat16 and _fits_kernel(x, weight):
+            flat = x.reshape(-1, weight.shape[1]).to(dtype).contiguous()
+            y = torch.ops.aten._weight_int8pack_mm(flat, weight, scale.to(dtype))
+            return y.view(*x.shape[:-1], weight.shape[0])
     if dtype == torch.float16:  # unscaled sums are 127 times as large and could overflow
         return F.linear(x, weight.to(dtype) * scale.to(dtype)[:, None])
     return F.linear(x, weight.to(dtype)) * scale.to(dtype)
+
+
+def _fits_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether torch's kernel multiplies these tokens: at once, on a CPU, and few of them."""
+    m, n = weight.shape
+    at_once = type(x) is Tensor and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    if not (at_once and x.is_cpu and weight.is_cpu) or n % KERNEL_INPUTS or m % KERNEL_OUTPUTS:
+        return False
+    few = 0 < x.numel() // n <= KERNEL_TOKENS and weight.is_contiguous()
+    return few and not torch._C._are_functorch_transforms_active() and _has_kernel()
+
+
+@lru_cache
+def _has_kernel() -> bool:
+    """Tell whether this torch has the kernel for this processor, and whether it gives the right product."""
+    if not hasattr(torch.ops.aten, "_weight_int8pack_mm"):
+        return False
+    weight = torch.arange(KERNEL_OUTPUTS * KERNEL_INPUTS).view(KERNEL_OUTPUTS, KERNEL_INPUTS).remainder(251).sub(125)
+    x = torch.arange(3 * KERNEL_INPUTS).view(3, KERNEL_INPUTS).remainder(7).sub(3).bfloat16()
+    try:
+        found = torch.ops.aten._weight_int8pack_mm(x, weight.to(torch.int8), torch.ones(KERNEL_OUTPUTS).bfloat16())
+    except (RuntimeError, NotImplementedError):
+        return False
+    return torch.equal(found, (x.float() @ weight.float().T).bfloat16())
 
 
 def _integer_product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int, finer: int = _FINER) -> Tensor:

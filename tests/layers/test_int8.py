@@ -9,6 +9,7 @@ from lowrank_cases import random
 from torch import nn
 from torch.nn import functional as F
 
+from fasc_lightning.layers import _int8
 from fasc_lightning.layers._int8 import Int8Linear, round_rows
 
 
@@ -262,3 +263,38 @@ def test_numbers_are_those_of_torchao(torchao_quantized, bits, dtype):
     with torch.no_grad():
         ours, theirs = layer(x).double(), theirs(x).double()
     assert (ours - theirs).norm() <= theirs.norm() * (1e-6 if dtype == torch.float32 else 0.01)
+
+
+@pytest.mark.parametrize("tokens", [(1, 128), (2, 3, 128), (64, 128), (65, 128), (0, 128)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_tokens_in_bfloat16_take_the_kernel(tokens, bias, monkeypatch):
+    """The kernel rounds once, to bfloat16; the general path rounds the sums, and again once they are scaled."""
+    torch.manual_seed(0)
+    dense = nn.Linear(128, 24, bias).bfloat16()
+    layer = Int8Linear.from_weight(dense.weight, dense.bias)
+    x, calls = torch.randn(tokens).bfloat16(), []
+    real = _int8._fits_kernel
+    monkeypatch.setattr(_int8, "_fits_kernel", lambda *args: calls.append(real(*args)) or calls[-1])
+    with torch.no_grad():
+        y = layer(x)
+        assert calls == [0 < x.numel() // 128 <= _int8.KERNEL_TOKENS and _int8._has_kernel()]
+        b = None if dense.bias is None else dense.bias.float()
+        torch.testing.assert_close(y.float(), F.linear(x.float(), layer.dequantize(), b), rtol=0.02, atol=0.02)
+        monkeypatch.setattr(_int8, "_fits_kernel", lambda *args: False)
+        torch.testing.assert_close(y, layer(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(24, 120), (20, 128), (24, 8)])
+def test_sizes_that_the_kernel_does_not_take_go_without_it(shape):
+    x, weight = torch.randn(1, shape[1]).bfloat16(), torch.ones(shape, dtype=torch.int8)
+    assert not _int8._fits_kernel(x, weight)
+    assert not _int8._fits_kernel(x.to("meta"), weight)
+
+
+def test_gradients_pass_beside_the_kernel():
+    torch.manual_seed(0)
+    layer = Int8Linear.from_weight(torch.randn(24, 128).bfloat16(), None)
+    x = torch.randn(2, 128).bfloat16().requires_grad_()
+    layer(x).sum().backward()
+    expected = torch.ones(2, 24) @ layer.dequantize()
+    torch.testing.assert_close(x.grad.float(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))

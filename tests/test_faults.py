@@ -19,7 +19,7 @@ MAKES = {**fault_cases.SCENARIOS, **fault_cases.FAILED}
 SAMPLED = sorted(MAKES.keys() - {"monitoring", "gate", "passes", "sketches", "projected", "resumed", "recover"})
 
 #: Trials of a sampled scenario; of every line, of all.
-TRIALS, EACH = 3, 2
+TRIALS, EACH = 2, 2
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from interrupted import BATCHES
 from processes import run_script
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.exhaustive)])
 def test_a_calibration_that_goes_on_with_another_number_of_processes_starts_again_and_says_so(tmp_path, before, after):
     run_script("preempted_fit.py", before, tmp_path, "kill", processes=before, code=-signal.SIGKILL)
     said = run_script("preempted_fit.py", after, tmp_path, processes=after)

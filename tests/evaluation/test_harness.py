@@ -120,6 +120,7 @@ def test_a_local_task_is_scored_as_by_hand(folder, prepare, tmp_path):
     assert run_harness(model, tokenizer, [config], limit=2).scores["colours"]["acc"].value == 0.5
 
 
+@pytest.mark.exhaustive  # its parts are tested above, in this process
 def test_the_command_of_lm_eval_on_a_saved_folder(folder, tmp_path):
     """As the README has it: lm-eval's own program, with the format registered first."""
     model, tokenizer = folder

@@ -3,7 +3,7 @@
 from fasc_lightning.layers._compressed_linear import CompressedLinear
 from fasc_lightning.layers._dequantized import dequantized
 from fasc_lightning.layers._fused_experts import ExpertLinear, Routing, expert_groups, named_layers, routed, split_name
-from fasc_lightning.layers._grid import SCALE_DTYPE, Grid, Rounded
+from fasc_lightning.layers._grid import SCALE_DTYPE, Grid, Rounded, words
 from fasc_lightning.layers._guards import GUARD_SHAPE, expect_guards, guards, is_guard, saved_guards
 from fasc_lightning.layers._layouts import BREAK_EVEN, Layout, Stored, auto_cost, auto_layout, factors_cost, pivot_cost
 from fasc_lightning.layers._linear import Gradient, input_gradient, is_conv1d, linear_shape, linear_weight
@@ -126,4 +126,5 @@ __all__ = [
     "trains_weight",
     "unfuse",
     "warn_other_layers",
+    "words",
 ]

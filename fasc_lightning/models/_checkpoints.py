@@ -33,6 +33,7 @@ from fasc_lightning.layers import (
     place,
     quantization_of,
     set_trainable,
+    words,
 )
 from fasc_lightning.models._attach import swap_layers
 from fasc_lightning.models._layer_plan import REMEMBERED, compression_plan
@@ -225,16 +226,11 @@ def _fitting_grids(shapes: Mapping[str, tuple[int, ...]], m: int, n: int) -> lis
 def _fits(grid: Grid, shapes: Mapping[str, tuple[int, ...]], m: int, n: int) -> bool:
     """Return whether the tensors of a matrix of few bits have the shapes of an (m, n) matrix on a grid."""
     groups = grid.groups(n)
-    wanted = {"matrix.weight_packed": (m, _words(n, grid)), "matrix.weight_scale": (m, groups)}
+    wanted = {"matrix.weight_packed": (m, words(n, grid.bits)), "matrix.weight_scale": (m, groups)}
     if not grid.symmetric:
-        wanted["matrix.weight_zero_point"] = (_words(m, grid), groups)
+        wanted["matrix.weight_zero_point"] = (words(m, grid.bits), groups)
     held = {k: shape for k, shape in shapes.items() if k != "matrix.bias" and not k.startswith("factor_")}
     return held == wanted
-
-
-def _words(count: int, grid: Grid) -> int:
-    """Return the number of 32-bit words of packed codes."""
-    return -(-count * grid.bits // 32)
 
 
 def _describe_form(state: Mapping[str, Tensor], m: int, n: int) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,8 +66,9 @@ class RoundedLayers:
 
     def join(self, other: RoundedLayers) -> RoundedLayers:
         """Return these layers and others together."""
-        parts = zip((self.weights, self.tokens, self.ranks), (other.weights, other.tokens, other.ranks), strict=True)
-        return RoundedLayers(*({**mine, **theirs} for mine, theirs in parts))  # type: ignore[dict-item]
+        return RoundedLayers(
+            {**self.weights, **other.weights}, {**self.tokens, **other.tokens}, {**self.ranks, **other.ranks}
+        )
 
     def options(self, name: str) -> list[StoredWeight]:
         """Return all ways to store a layer's matrix, by ascending bytes."""
@@ -135,26 +136,31 @@ def _with_ranks(
     """
     m, n = W.shape
     most = max(grid.nbytes for grid in grids)
-    ways: list[StoredWeight] = [*grids]
-    factorization = two_sided(W, A, G)
-    left, right, losses = factorization.left.float(), factorization.right.float(), factorization.losses.tolist()
+
+    def best(matrix: Tensor, ranks: Iterable[int]) -> list[tuple[Tensor, Tensor, float]]:
+        found = two_sided(matrix, A, G)
+        return [(*found.truncate(k), float(found.losses[k])) for k in ranks]
+
     ranks = [k for k in range(RANK_STEP, min(m, n), RANK_STEP) if low_rank_bytes(m, n, k) < most]
-    ways += [LowRankWeight(left[:, :k], right[:k], losses[k]) for k in ranks]
+    ways: list[StoredWeight] = [*grids, *(LowRankWeight(*parts) for parts in best(W, ranks))]
     for grid in grids:
         if grid.weight.grid.bits > RESIDUAL_BITS:
             continue
         # The two-sided form of QERA (Zhang et al. 2024) and EoRA (Liu et al. 2024).
-        factorization = two_sided(W - grid.weight.dequantize().to(W), A, G)
-        left, right, losses = factorization.left.float(), factorization.right.float(), factorization.losses.tolist()
-        ranks = [k for k in RESIDUAL_RANKS if k < min(m, n)]
-        residuals = [ResidualWeight(grid.weight, left[:, :k], right[:k], losses[k]) for k in ranks]
+        error = W - grid.weight.dequantize().to(W)
+        parts = best(error, (k for k in RESIDUAL_RANKS if k < min(m, n)))
+        residuals = [ResidualWeight(grid.weight, *factors) for factors in parts]
         ways += [option for option in residuals if option.nbytes < most]
+
+    def held(factor: Tensor) -> Tensor:  # a copy, because a part would hold the whole
+        return factor.to(device, torch.float32, copy=True)
+
     useful: list[StoredWeight] = []
     for option in sorted(ways, key=lambda option: (option.nbytes, option.loss)):
         if not useful or option.loss < useful[-1].loss:
             useful.append(option)
     return [
-        replace(option, left=option.left.to(device, copy=True), right=option.right.to(device, copy=True))
+        replace(option, left=held(option.left), right=held(option.right))
         for option in useful
         if not isinstance(option, RoundedWeight)
     ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from fasc_lightning.data import load_model
 
 #: Steps from one observation to the next, in the README's example and in the recipe.
 EVERY = (50, 60)
+
+#: Sequences in a batch of SmolLM2 and their length.
+SIZES = ((1, 512), (8, 128))
 
 
 class StepTimer(pl.Callback):
@@ -80,23 +84,23 @@ def measure(model: Any, batch_size: int, length: int, steps: int) -> dict[str, f
     return {**result, **{f"overhead_every_{n}": (observed - plain) / plain / n for n in EVERY}}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run all, print, and save as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--steps", type=int, default=8, help="steps on SmolLM2; ten times as many on the small model")
-    arguments = parser.parse_args()
-    results = {"small decoder 16 x 64": measure(small_decoder(), 16, 64, 10 * arguments.steps)}
-    for batch_size, length in ((1, 512), (8, 128)):
+    options = parser.parse_args(arguments)
+    results = {"small decoder 16 x 64": measure(small_decoder(), 16, 64, 10 * options.steps)}
+    for batch_size, length in SIZES:
         model, _ = load_model("smollm2")
-        results[f"SmolLM2-135M {batch_size} x {length}"] = measure(model, batch_size, length, arguments.steps)
+        results[f"SmolLM2-135M {batch_size} x {length}"] = measure(model, batch_size, length, options.steps)
     for name, result in results.items():
         print(
             f"{name:24s} step {result['plain_step']:.2f} s, with an observation {result['observed_step']:.2f} s: "
             + ", ".join(f"{result[f'overhead_every_{n}']:.1%} every {n} steps" for n in EVERY)
             + " (at most 3 % wanted)"
         )
-    write_json({"threads": torch.get_num_threads(), "results": results}, arguments.output / "monitoring.json")
+    write_json({"threads": torch.get_num_threads(), "results": results}, options.output / "monitoring.json")
 
 
 if __name__ == "__main__":

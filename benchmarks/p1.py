@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,19 +77,19 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run all rows, or the named ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     folder = os.environ.get("FASC_DATA")
     if folder is None or not (Path(folder) / FACTS).exists():
         sys.exit(f"Expected FASC_DATA to name the folder that holds {FACTS} and the texts, but it is {folder!r}.")
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    reports = {name: run_row(name, ROWS[name], Path(folder), arguments.output) for name in arguments.rows}
+    options.output.mkdir(parents=True, exist_ok=True)
+    reports = {name: run_row(name, ROWS[name], Path(folder), options.output) for name in options.rows}
     text = table(reports)
-    with whole_file(arguments.output / "p1.md") as temporary:
+    with whole_file(options.output / "p1.md") as temporary:
         temporary.write_text(text + "\n")
     print(text)
 

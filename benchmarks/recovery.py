@@ -3,9 +3,10 @@
     FASC_DATA=<folder with the texts> python benchmarks/recovery.py --output benchmarks/results/recovery
 
 recipes/compress.py compresses once per budget, on its defaults, and every arm recovers that model in a process of its
-own. Sizes in bytes, with few bits, have one arm: the scales learn from the dense model. Reports are saved when they
-end, and existing rows are not run again (delete their files after a change of the code). No evaluation text is trained
-on. The tables are printed as Markdown.
+own. The first budget of either kind, shares of the parameters and sizes in bytes, is recovered by every arm on few
+tokens. The arm with the least held-out loss of labels recovers all budgets of its kind on many tokens. Reports are
+saved when they end, and existing rows are not run again (delete their files after a change of the code). No evaluation
+text is trained on. The tables are printed as Markdown.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fasc_lightning import CausalLMModule, FactorRecovery, LoraRecovery, load_co
 from fasc_lightning.cli import KERNEL_CACHE, write_json
 from fasc_lightning.data import calibration_windows, load_model, window_loader
 from fasc_lightning.evaluation import Questions
-from fasc_lightning.layers import select_layers
+from fasc_lightning.layers import dequantized, select_layers
 from fasc_lightning.options import Precision
 
 WINDOW = 512
@@ -49,8 +50,8 @@ ARMS: dict[str, LoraRecovery | FactorRecovery] = {
 #: The arm with steps block by block first.
 REFINED = "factors, labels, blocks refined first"
 RECOVERIES = {**ARMS, REFINED: FactorRecovery(refine_steps=64)}
-#: The arm of sizes in bytes: adapters cannot be merged into few bits.
-SIZE_ARM = "factors, dense teacher"
+#: The arms of sizes in bytes: adapters cannot be merged into few bits.
+SIZE_ARMS = ("factors, labels", "factors, dense teacher")
 #: The arm without training.
 NONE = "none"
 #: The reference: the dense model, trained in the same way on the labels of the same tokens.
@@ -95,7 +96,8 @@ def run(arm: str, budget: str, tokens: int, data: Path, output: Path, precision:
         window=WINDOW,
     )
     questions = replace(questions, heldout=held)
-    found = questions.measure(model, tokenizer)
+    with dequantized(model):
+        found = questions.measure(model, tokenizer)
     assert found.facts is not None
     return {
         "arm": arm,
@@ -167,7 +169,7 @@ def main() -> None:
     parser.add_argument("--size", type=float, nargs="*", default=[0.27, 0.21], help="sizes in bytes")
     parser.add_argument("--table-tokens", type=int, default=60_000, help="of every arm, at the first budget")
     parser.add_argument("--tokens", type=int, default=400_000, help="of the best arm, at all budgets")
-    parser.add_argument("--best", choices=list(ARMS), help="arm of the long runs; default: the best of the table")
+    parser.add_argument("--best", choices=list(ARMS), help="arm of the long runs; default: the best on few tokens")
     parser.add_argument(
         "--precision",
         default="bf16-mixed",
@@ -200,21 +202,24 @@ def main() -> None:
         options = [*compression_options(budget), "--output", str(output / budget)]
         return run_row(budget, options, data, output)
 
+    def recovered(budgets: Sequence[str], arms: Sequence[str], others: Sequence[str]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for number, budget in enumerate(budgets):
+            rows.append(unrecovered(compressed(budget), budget, "compressed"))
+            if number == 0:
+                trained = [row(arm, budget, arguments.table_tokens) for arm in arms]
+                rows += [*trained, *(row(arm, budget, arguments.table_tokens) for arm in others)]
+                # By the loss of labels on the recovery's own text, because a teacher's loss is another quantity.
+                best = arguments.best or min(trained, key=lambda found: found["held_out"])["arm"]
+            rows.append(row(best, budget, arguments.tokens))
+        return rows
+
     ranks, sizes = [f"keep{keep:g}" for keep in arguments.keep], [f"size{size:g}" for size in arguments.size]
     if not (ranks or sizes):
         sys.exit("Expected a budget, --keep or --size, but got none.")
     first = (ranks or sizes)[0]
-    dense, rows = unrecovered(compressed(first), first, "dense"), []
-    if ranks:
-        rows.append(unrecovered(compressed(first), first, "compressed"))
-        trained = [row(arm, first, arguments.table_tokens) for arm in ARMS]
-        rows += [*trained, *(row(arm, first, arguments.table_tokens) for arm in (REFINED, DENSE))]
-        # By the loss of labels on the recovery's own text, because a teacher's loss is another quantity.
-        best = arguments.best or min(trained, key=lambda found: found["held_out"])["arm"]
-        rows.append(row(best, first, arguments.tokens))
-    for budget in [*ranks[1:], *sizes]:
-        rows.append(unrecovered(compressed(budget), budget, "compressed"))
-        rows.append(row(best if budget in ranks else SIZE_ARM, budget, arguments.tokens))
+    dense = unrecovered(compressed(first), first, "dense")
+    rows = recovered(ranks, list(ARMS), (REFINED, DENSE)) + recovered(sizes, SIZE_ARMS, () if ranks else (DENSE,))
     text = table(rows, dense)
     (output / "recovery.md").write_text(text + "\n")
     print(text)

@@ -5,7 +5,8 @@
 * calibration: tokens per second, with every token and with a quarter of them, against a bare forward pass and backward
   pass to the activations of the same model and batches;
 * factorising: all layers (fasc: statistics in, built layers out), against torch.linalg.svd of their weights in the
-  same dtype (float64);
+  same dtype (float64).
+
 Pairs are interleaved because machines are noisy. Calibration is summed over the batches, and every eighth batch has its
 dependence scored, as in a fit.
 """
@@ -13,6 +14,7 @@ dependence scored, as in a fit.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,11 @@ from fasc_lightning.evaluation import builtin_text
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import layer_shapes, linear_weight, select_layers
 from fasc_lightning.module import CausalLMModule
+from fasc_lightning.solvers import solver_needs
 from fasc_lightning.statistics import CalibrationMoments
+
+#: What fasc reads, as a fit gathers it.
+NEEDS = solver_needs("fasc")
 
 
 def bare_step(model: Any, batch: dict[str, torch.Tensor]) -> None:
@@ -59,7 +65,7 @@ def calibration_speed(
     module = CausalLMModule(model)
     layers = select_layers(model)
     shapes = layer_shapes(layers)
-    moments = {fraction: CalibrationMoments(shapes) for fraction in (1.0, 0.25)}
+    moments = {fraction: CalibrationMoments(shapes, needs=NEEDS) for fraction in (1.0, 0.25)}
     scores = LayerScores(layers, SCORE_TOKENS)
     taps = {fraction: Taps(layers, moments[fraction], scores) for fraction in moments}
     seconds: dict[str, list[float]] = {"bare": [], "every token": [], "a quarter": []}
@@ -88,18 +94,18 @@ def factorising_speed(model: Any, moments: CalibrationMoments) -> dict[str, floa
     return {"svd": (before + after) / 2, "compress_layers": ours, "ratio": 2 * ours / (before + after)}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run all, print, and save as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--window", type=int, default=512)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     model, tokenizer = load_model("smollm2")
     model.eval().requires_grad_(False)
-    windows = text_windows(builtin_text(), tokenizer, arguments.batches * arguments.batch_size, arguments.window)
-    batches = [{"input_ids": ids} for ids in windows.split(arguments.batch_size)]
+    windows = text_windows(builtin_text(), tokenizer, options.batches * options.batch_size, options.window)
+    batches = [{"input_ids": ids} for ids in windows.split(options.batch_size)]
     speeds, ratios, moments = calibration_speed(model, batches)
     held = moments.nbytes
     factorising = factorising_speed(model, moments)
@@ -111,7 +117,7 @@ def main() -> None:
         "moments_bytes": held,
         "factorising": factorising,
     }
-    write_json(result, arguments.output / "speed.json")
+    write_json(result, options.output / "speed.json")
     wanted = {"every token": 0.6, "a quarter": 0.85}
     for name, speed in speeds.items():
         ratio = f"  {ratios[name]:.2f} of bare (at least {wanted[name]} wanted)" if name in ratios else ""

@@ -55,13 +55,14 @@ def test_every_row_is_trained_and_measured(arm, folders):
         assert ("refine" in row["recovery"]) == (arm == recovery.REFINED)
 
 
-def test_the_scales_of_a_size_learn_from_the_dense_model(folders):
+@pytest.mark.parametrize("arm", recovery.SIZE_ARMS)
+def test_the_scales_of_a_size_are_trained(arm, folders):
     data, output = folders
     model, tokenizer = recovery.load_model("smollm2")
     windows = text_windows(TEXT, tokenizer, 6, 32)
     report = compress(model, window_loader(windows, 1), size=0.5, refit=False, progress=False)
     save_compressed(model, output / "size0.5", report=report, tokenizer=tokenizer)
-    row = recovery.run(recovery.SIZE_ARM, "size0.5", 32 * 12, data, output, None)
+    row = recovery.run(arm, "size0.5", 32 * 12, data, output, None)
     assert row["budget"] == "size0.5"
     assert row["recovery"]["tokens"] == 32 * 9
 

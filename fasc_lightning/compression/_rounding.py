@@ -116,11 +116,10 @@ def round_layers(
             found[name] = _held([(to_nearest(W, grid), math.nan) for grid in grids], moments.device)
         else:
             A, G = fisher_metric(statistics)
-            plain = statistics.plain_moments()[0] if statistics.is_coupled else None
-            found[name] = _held(round_by_moments(W, A, G, grids, plain=plain, calibrated=calibrated), moments.device)
+            found[name] = _held(round_by_moments(W, A, G, grids, calibrated=calibrated), moments.device)
             if low_rank:
                 ranks[name] = _with_ranks(W, A, G, found[name], moments.device)
-            del A, G, plain
+            del A, G
         del statistics  # as large as the moments themselves
         if consume:
             moments.release(name)

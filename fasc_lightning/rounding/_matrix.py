@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fasc_lightning.layers import Grid, Rounded
@@ -17,9 +16,6 @@ PASSES = 2
 
 #: Bits from which scales stay as they are: a new scale is rounded to 16 bits, which moves large codes by half a step.
 FIXED_SCALES = 8
-
-#: Share of the plain A in the A that the sweep sees, best on text that nothing was fitted to (docs/bytes.md).
-PLAIN_SHARE = 0.25
 
 
 def round_matrix(W: Tensor, metric: ColumnMetric, grid: Grid, passes: int = PASSES) -> Rounded:
@@ -56,27 +52,12 @@ def rounding_loss(W: Tensor, rounded: Rounded, A: Tensor, G: Tensor) -> float:
     return float(((G @ D) * (D @ A)).sum().clamp(min=0))
 
 
-def blended(A: Tensor, plain: Tensor) -> Tensor:
-    """Return the A of the sweep: coupled, with a share of the plain A at the same trace; shape (n, n).
-
-    The coupled A weighs tokens by the lengths of their gradients, so that few tokens decide. Of the tokens of a
-    calibration these are too few, and codes fitted to them lose more on other text.
-
-    Args:
-        A: Coupled A, shape (n, n).
-        plain: Plain A of the same tokens, shape (n, n).
-    """
-    total, other = A.trace(), plain.trace()
-    return A if other <= 0 else torch.lerp(A, plain * (total / other), PLAIN_SHARE)
-
-
 def round_by_moments(
     W: Tensor,
     A: SecondMoment,
     G: SecondMoment,
     grids: Sequence[Grid],
     *,
-    plain: SecondMoment | None = None,
     calibrated: bool = True,
 ) -> list[tuple[Rounded, float]]:
     """Round a matrix to several grids; each result has the loss J, which is never above that of the nearest numbers.
@@ -86,15 +67,13 @@ def round_by_moments(
         A: Second moment of its inputs, shape (n, n).
         G: Second moment of the gradients at its outputs, shape (m, m).
         grids: The grids.
-        plain: Plain A, if ``A`` is coupled: see :func:`blended`. J does not see it.
         calibrated: False takes the nearest numbers only.
 
     Raises:
         ValueError: If W is not finite.
     """
     W, A, G = W.float(), dense(A).float(), dense(G).float()
-    seen = A if plain is None else blended(A, dense(plain).float())
-    metric = ColumnMetric.of(seen) if calibrated else None
+    metric = ColumnMetric.of(A) if calibrated else None
     results = []
     for grid in grids:
         scale, zero = fit_grid(W, grid, None if metric is None else metric.A.diagonal())

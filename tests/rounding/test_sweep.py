@@ -20,7 +20,6 @@ from fasc_lightning.rounding import (
     to_nearest,
 )
 from fasc_lightning.rounding import _sweep as module
-from fasc_lightning.rounding._matrix import blended
 
 GRIDS = [Grid(4, 16), Grid(3, 8, symmetric=True), Grid(2, 16), Grid(8, None, symmetric=True)]
 
@@ -150,18 +149,6 @@ def test_the_loss_is_never_above_that_of_the_nearest_numbers(seed):
         assert loss == pytest.approx(float(torch.trace(G @ D @ A @ D.T)), rel=1e-4)
         for weights in (None, A.diagonal().float()):
             assert loss <= rounding_loss(W, to_nearest(W, grid, weights), A, G) * (1 + 1e-4)
-
-
-def test_a_share_of_the_plain_moment_counts_in_the_sweep_and_not_in_the_loss():
-    (W, A, G), (_, plain, _) = problem(), problem(seed=1)
-    share = 0.25 * plain * (A.diagonal().sum() / plain.diagonal().sum())
-    torch.testing.assert_close(blended(A, plain), 0.75 * A + share)
-    assert torch.equal(blended(A, torch.zeros_like(A)), A)
-    for scale in (1.0, 1e-6):  # plain moments have another unit than coupled ones
-        for grid, (rounded, loss) in zip(GRIDS, round_by_moments(W, A, G, GRIDS, plain=scale * plain), strict=True):
-            expected = round_matrix(W, ColumnMetric.of(0.75 * A + share), grid)
-            assert (rounded.codes != expected.codes).float().mean() < 0.02
-            assert loss == pytest.approx(rounding_loss(W, rounded, A, G), rel=1e-4)
 
 
 def test_calibrated_rounding_loses_much_less_where_inputs_are_correlated():

@@ -74,12 +74,9 @@ def _dense(layer: nn.Module) -> StoredLayer:
 
 def _on_grid(layer: nn.Module, grid: Grid) -> StoredLayer:
     m, n = linear_shape(layer)
-    form = form_to_plain(grid)
     bias = getattr(layer, "bias", None) is not None
-    empty = empty_layer("", layer, {"rank": min(m, n), "layout": "dense", "bias": bias, "quantize": form})
-    if (share := getattr(layer, "expert_share", None)) is not None:
-        vars(empty)["expert_share"] = share  # the count of FLOPs reads it
-    return StoredLayer(min(m, n), "dense", layer_sizes({"": empty}), grid.bits)
+    spec = {"rank": min(m, n), "layout": "dense", "bias": bias, "quantize": form_to_plain(grid)}
+    return _built(layer, spec, grid.bits)
 
 
 def ranked_layers(
@@ -120,11 +117,15 @@ def _stored(
     held = "dense" if k is None else auto_layout(m, n, k, dtype) if layout == "auto" else layout
     if k is None or held == "dense":
         return _dense(layer)
-    spec = {"rank": k, "layout": held, "bias": bias, "side": smaller_side(m, n)}
+    return _built(layer, {"rank": k, "layout": held, "bias": bias, "side": smaller_side(m, n)})
+
+
+def _built(layer: nn.Module, spec: dict[str, Any], bits: int | None = None) -> StoredLayer:
+    """Return what the layer of a specification stores."""
     empty = empty_layer("", layer, spec)
     if (share := getattr(layer, "expert_share", None)) is not None:
         vars(empty)["expert_share"] = share  # the count of FLOPs reads it
-    return StoredLayer(k, held, layer_sizes({"": empty}))
+    return StoredLayer(spec["rank"], spec["layout"], layer_sizes({"": empty}), bits)
 
 
 def activation_bytes(model: nn.Module, chosen: TargetedLayers) -> int:

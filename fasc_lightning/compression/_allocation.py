@@ -9,6 +9,12 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+#: Layers up to which the choice is exact: with more, the Lagrangian leaves less than a thousandth of the loss.
+_EXACT_LAYERS = 32
+
+#: Partial choices that the exact search holds at once; beyond it the search ends without a result.
+_MOST_PARTIAL = 1 << 18
+
 #: Number of parameters of a rank-k (m, n) matrix in a layout: cost(m, n, k).
 Cost: TypeAlias = Callable[[int, int, int], int]
 
@@ -109,7 +115,8 @@ def spend(options: Sequence[StorageOptions], budget: int) -> list[int]:
 
     The Lagrangian sum of loss + price * cost separates by layer. The search compares every option, because loss curves
     and costs need not be convex. The price is bisected to the budget (Everett 1963: the result is optimal for the
-    budget it spends). The rest of the budget is then spent greedily by loss saved per unit of cost.
+    budget it spends). The rest of the budget is then spent greedily by loss saved per unit of cost. Few layers leave a
+    gap to the best choice that is worth closing: there the choice is exact (:func:`_exact`).
 
     Args:
         options: The ways to store each layer.
@@ -123,9 +130,10 @@ def spend(options: Sequence[StorageOptions], budget: int) -> list[int]:
         chosen = [o.best(price) for o in options]
         return chosen, sum(int(o.costs[i]) for o, i in zip(options, chosen, strict=True))
 
+    low = high = 0.0
     chosen, spent = spent_at(0.0)
     if spent > budget:
-        low, high = 0.0, _prohibitive_price(options)
+        high = _prohibitive_price(options)
         chosen, spent = spent_at(high)
         for _ in range(200):
             # Prices span many orders of magnitude, so their logarithm is bisected once the lower end is above zero.
@@ -137,8 +145,57 @@ def spend(options: Sequence[StorageOptions], budget: int) -> list[int]:
                 high, chosen, spent = middle, trial, cost_of_trial
             if low > 0 and high / low < 1 + 1e-12:
                 break
+    if high == 0.0:  # the budget holds every layer's best option
+        return chosen
     _spend_rest(options, chosen, budget - spent)
-    return chosen
+    return (_exact(options, budget, chosen, high) if len(options) <= _EXACT_LAYERS else None) or chosen
+
+
+def _exact(options: Sequence[StorageOptions], budget: int, known: Sequence[int], price: float) -> list[int] | None:
+    """Return the choice with the least sum of losses under a budget; None if the search would hold too many.
+
+    Layer by layer, the partial choices that no other one beats in both cost and loss are kept (Nemhauser and Ullmann
+    1969). The Lagrangian at a price bounds the loss of every completion from below. What cannot end below the loss of
+    a known choice is dropped, so that few partial choices are left (Dyer et al. 1995).
+
+    Args:
+        options: The ways to store each layer.
+        budget: What all layers together may cost.
+        known: A choice within the budget, by index.
+        price: Price of a unit of cost, near the one at which the budget is spent.
+    """
+    scores = [o.losses + price * o.costs for o in options]
+    incumbent = sum(float(o.losses[i]) for o, i in zip(options, known, strict=True))
+    bound = incumbent + price * budget
+    gap = bound * (1 + 1e-12) - sum(float(score.min()) for score in scores)  # rounding must not drop the known choice
+    cheapest = np.array([int(o.costs.min()) for o in options])
+    later = np.append(cheapest[::-1].cumsum()[::-1][1:], 0)
+    costs, losses, excess = np.zeros(1, np.int64), np.zeros(1), np.zeros(1)
+    steps: list[tuple[NDArray[np.intp], NDArray[np.intp]]] = []
+    for o, score, rest in zip(options, scores, later, strict=True):
+        over = score - score.min()
+        near = np.flatnonzero(over <= gap)
+        if len(costs) * len(near) > 16 * _MOST_PARTIAL:
+            return None
+        all_costs = (costs[:, None] + o.costs[near]).ravel()
+        all_losses = (losses[:, None] + o.losses[near]).ravel()
+        all_excess = (excess[:, None] + over[near]).ravel()
+        kept = np.flatnonzero((all_excess <= gap) & (all_costs <= budget - rest))
+        kept = kept[np.lexsort((all_losses[kept], all_costs[kept]))]
+        ahead = np.append(np.inf, np.minimum.accumulate(all_losses[kept])[:-1])
+        kept = kept[all_losses[kept] < ahead]
+        if not 0 < len(kept) <= _MOST_PARTIAL:
+            return None
+        steps.append((kept // len(near), near[kept % len(near)]))
+        costs, losses, excess = all_costs[kept], all_losses[kept], all_excess[kept]
+    place = int(losses.argmin())
+    if losses[place] >= incumbent:
+        return None
+    found: list[int] = []
+    for before, chosen in reversed(steps):
+        found.append(int(chosen[place]))
+        place = int(before[place])
+    return found[::-1]
 
 
 def spend_evenly(options: Sequence[StorageOptions], budget: int) -> list[int]:

@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARK_OUT ?= benchmarks/results
 
-.PHONY: install compress recover track-rho test test-fast suite lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality benchmark-bytes benchmark-ranks-or-bits clean
+.PHONY: install compress recover track-rho test test-fast suite lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality benchmark-bytes benchmark-ranks-or-bits benchmark-gpu clean
 
 install: $(STAMP)
 
@@ -68,6 +68,10 @@ benchmark-p1: install
 # Needs them, too, and hours: every variant of fasc that was tried. VARIANTS='--variants fasc refit' runs a few.
 benchmark-variants: install
 	$(RUN) benchmarks/fasc_variants.py --output $(BENCHMARK_OUT)/fasc_variants $(VARIANTS)
+
+# Nine minutes on a GPU: every phase and inference at shapes of 1B and 8B. GPU='--write docs/gpu.md' writes the page.
+benchmark-gpu: install
+	$(RUN) benchmarks/gpu.py --output $(BENCHMARK_OUT)/gpu $(GPU)
 
 # Likewise, four hours: what recovery brings, by arm, teacher, budget and tokens. RECOVERY='--keep 0.8' runs one budget.
 benchmark-recovery: install

@@ -42,10 +42,10 @@ class Shape:
     kv_heads: int
     layers: int = 1
 
-    def build(self, dtype: torch.dtype) -> LlamaModel:
-        """Return the decoder with random weights, in eval mode; its vocabulary is tiny because it is not timed."""
-        config = LlamaConfig(
-            vocab_size=32,
+    def config(self, vocabulary: int) -> LlamaConfig:
+        """Return the decoder's config."""
+        return LlamaConfig(
+            vocab_size=vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,
@@ -53,7 +53,10 @@ class Shape:
             num_key_value_heads=self.kv_heads,
             max_position_embeddings=4096,
         )
-        model: Any = LlamaModel(config)
+
+    def build(self, dtype: torch.dtype) -> LlamaModel:
+        """Return the decoder with random weights, in eval mode; its vocabulary is tiny because it is not timed."""
+        model: Any = LlamaModel(self.config(32))
         return model.to(dtype).eval().requires_grad_(False)
 
 
@@ -144,11 +147,11 @@ def load_pair(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
 def decoder_action(model: Any, workload: Workload) -> Callable[[], Any]:
     """Return a run of all decoder layers with attention and norms; each run restores the cache."""
     generator = torch.Generator().manual_seed(0)
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    like = next(p for p in model.parameters() if p.is_floating_point())
 
     def embedded(tokens: int) -> torch.Tensor:
         size = (workload.batch, tokens, model.config.hidden_size)
-        return torch.randn(size, generator=generator).to(dtype)
+        return torch.randn(size, generator=generator).to(like)
 
     x = embedded(workload.tokens)
     if not workload.past:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -35,6 +36,12 @@ class Spread:
     def to_dict(self) -> dict[str, float]:
         """Return plain types."""
         return asdict(self)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until an accelerator has done all of its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def timed(action: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:

@@ -19,6 +19,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from interleaved import wait_for
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,17 +35,22 @@ SIZES = ((1, 512), (8, 128))
 
 
 class StepTimer(pl.Callback):
-    """Times whole batches; it stands first in the list of callbacks, so that a batch begins before the others act."""
+    """Times whole batches; it stands first in the list of callbacks, so that a batch begins before the others act.
+
+    An accelerator's work is waited for.
+    """
 
     def __init__(self) -> None:
         self.starts: list[float] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Record the time; the end of a batch is the start of the next."""
+        wait_for(trainer.strategy.root_device)
         self.starts.append(time.perf_counter())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record the end of the last batch."""
+        wait_for(trainer.strategy.root_device)
         self.starts.append(time.perf_counter())
 
     @property
@@ -61,13 +67,14 @@ def small_decoder() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def measure(model: Any, batch_size: int, length: int, steps: int) -> dict[str, float]:
+def measure(model: Any, batch_size: int, length: int, steps: int, accelerator: str = "cpu") -> dict[str, float]:
     """Train for some steps, every other one observed, and return seconds and overheads."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (steps + 2, batch_size, length), generator=generator)
     timer, callback = StepTimer(), FascCallback(monitor=2)
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,

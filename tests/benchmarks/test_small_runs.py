@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import gpu
 import monitoring
 import p1
 import peak
 import pytest
 import speed
+from pages import markers
 from tiny import causal_model, save_model_folder
 
 from fasc_lightning.data import load_model
@@ -63,3 +65,21 @@ def test_peak_compares_predicted_with_measured_memory(tiny):
     assert 0 < row["before"] <= row["loaded"] <= row["peak"]
     assert row["predicted"] > 0
     assert peak.table({"projected": row}).splitlines()[2].startswith("| projected | ")
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "OBSERVED_STEPS", 2)
+    sizes = ["--windows", "6", "--batch", "2", "--window", "32", "--past", "8", "--vocabulary", "64"]
+    page = tmp_path / "gpu.md"
+    page.write_text("\n".join(markers("gpu.py")))
+    options = ["--output", str(tmp_path), "--write", str(page), "--device", "cpu", "--shapes", "tiny", *sizes]
+    gpu.main([*options, "--seconds-a-cell", "0"])
+    found = json.loads((tmp_path / "tiny.json").read_text())
+    assert found["forms"].keys() == gpu.FORMS.keys()
+    assert all(figures["seconds"]["all"] > 0 for figures in found["forms"].values())
+    for forms in found["inference"].values():
+        assert forms.keys() == {"dense", *gpu.FORMS}
+        assert forms["dense"]["times dense"] == 1
+    assert "| tiny | int4 |" in page.read_text()
+    gpu.main([*options[:-1], "99", "--seconds", "0"])  # a saved shape is not measured again
+    assert "left out" not in capsys.readouterr().out

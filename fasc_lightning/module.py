@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fasc_lightning.batches import as_token_batch
+from fasc_lightning.layers import packed_matrices
 from fasc_lightning.models import match_checkpoint
 from fasc_lightning.recovery import Teacher
+
+#: Learning rate of the scales of rounded matrices, in units of the learning rate (docs/recovery.md).
+SCALE_RATE = 4.0
 
 
 class CausalLMModule(pl.LightningModule):
@@ -26,8 +30,9 @@ class CausalLMModule(pl.LightningModule):
 
     Args:
         model: A causal language model, for example ``AutoModelForCausalLM.from_pretrained(...)``.
-        learning_rate: Learning rate of AdamW over the parameters that require gradients.
-        weight_decay: Weight decay of AdamW.
+        learning_rate: Learning rate of AdamW over the parameters that require gradients. The scales of rounded
+            matrices, where they train, take ``SCALE_RATE`` times of it.
+        weight_decay: Weight decay of AdamW; the scales of rounded matrices have none.
         schedule: "constant", or "cosine": a warm-up over a tenth of the steps, then a cosine down to a tenth of the
             rate.
 
@@ -73,7 +78,14 @@ class CausalLMModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         # A model with only frozen parameters, as for inference, can still be calibrated.
         parameters = [p for p in self.parameters() if p.requires_grad] or list(self.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        scales = {id(matrix.weight_scale) for matrix in packed_matrices(self)}
+        groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in scales]}]
+        # A scale stands for a group of weights, and the steps that suit single weights move it too little.
+        if trained := [p for p in parameters if id(p) in scales]:
+            groups.append({"params": trained, "lr": SCALE_RATE * self.learning_rate, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=self.learning_rate, weight_decay=self.weight_decay
+        )
         if self.schedule == "constant":
             return optimizer
         steps = self.trainer.estimated_stepping_batches

@@ -5,9 +5,11 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
+from packed_cases import round_layers
 from tiny import Tokens, causal_model, causal_module, token_loader
 
 from fasc_lightning import CausalLMModule
+from fasc_lightning.layers import Grid, packed_matrices, select_layers
 
 
 def batch(padded=True):
@@ -48,6 +50,24 @@ def test_only_trainable_parameters_are_optimised():
     assert group["lr"] == 0.5
     assert all(p.requires_grad for p in group["params"])
     assert len(group["params"]) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_scales_of_rounded_matrices_take_a_rate_of_their_own():
+    model = causal_model()
+    round_layers(model, select_layers(model), [Grid(4, 16)])
+    matrices = packed_matrices(model)
+    model.requires_grad_(False)
+    model.model.norm.requires_grad_(True)
+    for matrix in matrices:
+        matrix.widen_scales()
+    module = CausalLMModule(model, learning_rate=0.5, weight_decay=0.1)
+    rest, scales = module.configure_optimizers().param_groups
+    assert [id(p) for p in rest["params"]] == [id(model.model.norm.weight)]
+    assert {id(p) for p in scales["params"]} == {id(matrix.weight_scale) for matrix in matrices}
+    assert (rest["lr"], rest["weight_decay"]) == (0.5, 0.1)
+    assert (scales["lr"], scales["weight_decay"]) == (2.0, 0.0)
+    model.model.norm.requires_grad_(False)
+    assert len(module.configure_optimizers().param_groups) == 1  # the scales alone
 
 
 class Rates(pl.Callback):

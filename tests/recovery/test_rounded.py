@@ -18,7 +18,7 @@ FEW = Quantize(2, 16)
 
 def rounded(make_trainer, recovery, **options):
     module = trained()
-    module.learning_rate = 5e-4
+    module.learning_rate = 1.25e-4  # scales take four times as much
     callback = FascCallback(quantize=FEW, calibration=FROZEN, recovery=recovery, **options)
     make_trainer(callback).fit(module, training_loader())
     return module, callback

@@ -7,9 +7,12 @@ samples itself. It then learns from the dense model on more sampled text:
 
 With your own data, instructions or plain text; only the answers of instructions are learnt:
 
-    python recipes/compress_then_finetune.py --model FOLDER_OR_HUB_ID --keep 0.8 --calibration a.txt b.txt \
-        --data instructions.jsonl --tokens 400000 --recovery lora --teacher dense --checkpoints checkpoints \
-        --eval-text news=news.txt --eval-facts facts.jsonl --output recovered --report report.json
+    python recipes/compress_then_finetune.py --model FOLDER_OR_HUB_ID --keep 0.8 --data a.txt instructions.jsonl \
+        --tokens 400000 --checkpoints checkpoints --eval-text news=news.txt --eval-facts facts.jsonl \
+        --output recovered --report report.json
+
+The data are calibrated on as well, unless --calibration names something else, and their labels are the target. Text
+that the model samples has its predictions as the target.
 
 A tenth of the data is held out and never trained on (nor calibrated on, if plain text is long enough). The dense, the
 compressed and the recovered model are measured on the held-out data, the texts and the facts. The report's `drift`
@@ -60,6 +63,7 @@ from fasc_lightning.cli import (
 from fasc_lightning.data import (
     EMPTY,
     OVERLONG,
+    SELF,
     FinetuneData,
     check_data_options,
     check_sources,
@@ -82,6 +86,8 @@ from fasc_lightning.options import RATES, CompressionOptions, Distillation, Fact
 #: The default budget.
 BUDGET = ("rank", 0.5)
 ARMS = {"lora": LoraRecovery, "factors": FactorRecovery}
+#: Tokens to read by default: of data, twenty minutes of training for the bundled model on two cores; of sampled text.
+TOKENS, SAMPLED_TOKENS = 100_000, 16_384
 #: Options that have no effect beside others.
 UNUSED = {
     ("recovery", "lora"): ("norms",),
@@ -99,9 +105,14 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="compress_then_finetune.py", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add_source_options(parser, windows=32)
+    parser.set_defaults(calibration=None)
     add_compression_options(parser, f"{BUDGET[0]} {BUDGET[1]}")
-    add("--recovery", default="lora", choices=list(ARMS), help="what is trained: adapters, or the factors")
-    add("--teacher", default="dense", choices=["dense", "none"], help="whose outputs are the target; none: the labels'")
+    add("--recovery", default="factors", choices=list(ARMS), help="what is trained: the factors, or adapters on them")
+    add(
+        "--teacher",
+        choices=["dense", "none"],
+        help="whose outputs are the target; none: the labels'. Default: none, but dense on text sampled from the model",
+    )
     add("--temperature", type=float, default=1.0, help="of the teacher's and the student's distributions")
     add("--teacher-weight", type=float, default=1.0, help="of the teacher's predictions against the labels'")
     add("--teacher-blocks", type=float, default=0.0, help="weight of the outputs of the teacher's blocks")
@@ -110,8 +121,13 @@ def build_parser() -> ArgumentParser:
     add("--alpha", type=float, help="adapters are multiplied by alpha / r; default: 2 r")
     add("--norms", type=bool, default=False, help="whether norms are trained beside the factors")
     add("--refine-steps", type=int, default=0, help="steps towards each dense block's output before all is trained")
-    add("--data", nargs="+", help="what to recover on, named like --calibration; default: what --calibration names")
-    add("--tokens", type=int, default=16384, help="tokens of the data to read, those held out included")
+    add("--data", nargs="+", help="what to recover on, named like --calibration; each is the default of the other")
+    add(
+        "--tokens",
+        type=int,
+        help="most tokens of the data to read, with the held-out ones; default: "
+        f"{TOKENS:,}, or {SAMPLED_TOKENS:,} sampled from the model",
+    )
     add("--heldout", type=float, default=0.1, help="share of the data that is only measured on")
     add("--answers-only", type=bool, default=True, help="whether instructions themselves are learnt")
     add("--pack", type=bool, default=True, help="whether examples share a window, and then see those before them")
@@ -138,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns the report that it writes."""
     parser = build_parser()
     options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
+    fill_in(options)
     check_used(options, parser)
     recovery = check(options)
     if options.precision == "bf16-mixed":
@@ -190,6 +207,20 @@ def finish(options: Namespace, model: Any, tokenizer: Any, content: dict[str, An
     print(save_results(options, model, tokenizer, content))
 
 
+def fill_in(options: Namespace) -> None:
+    """Fill in the sources, the tokens and the teacher that were not given.
+
+    Labels of real text win more back than the dense model's predictions do (docs/results.md).
+    """
+    options.calibration = options.calibration or options.data or [SELF]
+    options.data = options.data or list(options.calibration)
+    sampled = set(options.data) == {SELF}
+    if options.tokens is None:
+        options.tokens = SAMPLED_TOKENS if sampled else TOKENS
+    if options.teacher is None:
+        options.teacher = "dense" if sampled else "none"
+
+
 def check_used(options: Namespace, parser: ArgumentParser) -> None:
     """Refuse options without effect.
 
@@ -220,7 +251,6 @@ def check(options: Namespace) -> LoraRecovery | FactorRecovery:
         FileNotFoundError: If a file is missing.
         FileExistsError: If --output holds files but no saved model.
     """
-    options.data = options.data or list(options.calibration)
     check_run(options, BUDGET, ("tokens", "epochs", "steps", "accumulate", "checkpoint_every"))
     check_data_options(options.data, options.tokens, options.heldout)
     check_sources(options.data)

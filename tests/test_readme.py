@@ -50,6 +50,7 @@ def data(tmp_path):
             (folder / name).write_text("\n".join(fact.format(s, o) for s, o in (("a", "b"), ("c", "d"))))
         else:
             (folder / name).write_text("All happy families are alike. " * 100)
+    (tmp_path / "texts.txt").write_text("All happy families are alike. " * 100)  # a reader's own text
     save_model_folder(tmp_path / "model", positions=128)
     return tmp_path
 

@@ -80,6 +80,12 @@ def arguments(folder, model, *more):
     ]  # fmt: skip
 
 
+def without(given, *names):
+    """Return arguments without some options and the value of each."""
+    left = iter(given)
+    return [option for option in left if option not in names or next(left) is None]
+
+
 @pytest.mark.parametrize(
     ("recovery", "teacher"),
     [
@@ -161,20 +167,48 @@ def test_on_text_of_its_own_and_the_builtin_evaluation(recipe, folder, monkeypat
 
 def test_options_become_a_recovery(recipe):
     def recovery(*arguments):
-        return recipe.check(recipe.build_parser().parse_args(list(arguments)))
+        options = recipe.build_parser().parse_args(list(arguments))
+        recipe.fill_in(options)
+        return recipe.check(options)
 
-    assert recovery() == LoraRecovery(r=8, teacher=Distillation())
-    assert recovery("--r", "4", "--teacher", "none") == LoraRecovery(r=4)
-    expected = FactorRecovery(norms=True, teacher=Distillation(temperature=2.0))
-    assert recovery("--recovery", "factors", "--norms", "true", "--temperature", "2") == expected
-    more = recovery("--precision", "bf16-mixed", "--refine-steps", "3", "--epochs", "2", "--patience", "4")
-    assert more == LoraRecovery(teacher=Distillation(), precision="bf16-mixed", refine_steps=3, epochs=2, patience=4)
+    assert recovery() == FactorRecovery(teacher=Distillation())
+    assert recovery("--recovery", "lora", "--r", "4", "--teacher", "none") == LoraRecovery(r=4)
+    assert recovery("--norms", "true", "--temperature", "2") == FactorRecovery(
+        norms=True, teacher=Distillation(temperature=2.0)
+    )
+    more = ("--precision", "bf16-mixed", "--refine-steps", "3", "--epochs", "2", "--patience", "4")
+    assert recovery("--recovery", "lora", *more) == LoraRecovery(
+        teacher=Distillation(), precision="bf16-mixed", refine_steps=3, epochs=2, patience=4
+    )
+
+
+def test_data_of_ones_own_are_calibrated_on_and_their_labels_learnt(recipe, folder, trained):
+    options = arguments(folder, trained, "--data", str(folder / "text.txt"), str(folder / "rows.jsonl"))
+    parser = recipe.build_parser()
+    found = parser.parse_args(without(options, "--calibration", "--tokens"))
+    assert found.calibration is found.tokens is None
+    recipe.fill_in(found)
+    assert found.calibration == found.data == [str(folder / "text.txt"), str(folder / "rows.jsonl")]
+    assert (found.teacher, found.tokens) == ("none", recipe.TOKENS)
+    sampled = parser.parse_args([])
+    recipe.fill_in(sampled)
+    assert (sampled.teacher, sampled.tokens, sampled.calibration) == ("dense", recipe.SAMPLED_TOKENS, ["self"])
+
+
+def test_on_data_of_ones_own_the_defaults_end_below_the_compression(recipe, folder, trained):
+    given = arguments(folder, trained, "--data", str(folder / "text.txt"), "--lr", "3e-3")
+    report = recipe.main(without(given, "--calibration", "--tokens"))
+    assert report["options"]["calibration"] == [str(folder / "text.txt")]
+    assert report["recovery"]["arm"] == "factors"
+    assert report["recovery"]["teacher"] is False
+    foxes = report["perplexity"]["foxes"]
+    assert foxes["recovered"] < foxes["compressed"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--norms", "true"], "no --norms together with --recovery lora"),
+        (["--recovery", "lora", "--norms", "true"], "no --norms together with --recovery lora"),
         (["--recovery", "factors", "--r", "4"], "no --r together with --recovery factors"),
         (["--recovery", "factors", "--alpha", "4"], "no --alpha together"),
         (["--teacher", "none", "--temperature", "2"], "no --temperature together with --teacher none"),
@@ -211,7 +245,7 @@ def test_precision_and_refinement_reach_the_fit(recipe, folder, trained, monkeyp
         (["--lr", "0"], ValueError, "`learning_rate` to be positive but got 0"),
         (["--tokens", "0"], ValueError, "--tokens to be at least 1"),
         (["--steps", "0"], ValueError, "--steps to be at least 1"),
-        (["--r", "0"], ValueError, "`r` to be a positive int but got 0"),
+        (["--recovery", "lora", "--r", "0"], ValueError, "`r` to be a positive int but got 0"),
         (["--heldout", "1"], ValueError, "a share in"),
         (["--refine-steps", "-1"], ValueError, "`refine_steps` to be an int of at least 0 but got -1"),
         (["--calibration", "missing.jsonl"], FileNotFoundError, "calibration file at missing"),
@@ -222,7 +256,11 @@ def test_precision_and_refinement_reach_the_fit(recipe, folder, trained, monkeyp
         (["--data", "missing.jsonl"], FileNotFoundError, "data file at missing"),
         (["--eval-text", "foxes"], ValueError, "NAME=FILE but got 'foxes'"),
         (["--rank", "0.5", "--keep", "0.5"], ValueError, "got both"),
-        (["--keep", "null", "--method", "fasc", "--size", "0.3"], ValueError, "which trains scales, but got adapters"),
+        (
+            ["--keep", "null", "--method", "fasc", "--size", "0.3", "--recovery", "lora"],
+            ValueError,
+            "which trains scales, but got adapters",
+        ),
         (["--output", str(Path(__file__).parent)], FileExistsError, "holds other files"),
     ],
 )

@@ -79,7 +79,9 @@ class Passes:
         self.sketches = sketches_for_budget(layers.shapes, options.sketching, options.rank, options.keep)
         self._sized = self.sketches
         dtype, place = moment_dtype(layers.modules.values()), options.place(self._device)
-        self._empty = partial(CalibrationMoments, dtype=dtype, device=place, needs=needs)
+        self._empty = partial(
+            CalibrationMoments, dtype=dtype, device=place, needs=needs, output_share=options.output_share
+        )
         exact, names = LayerSketches(), list(layers.shapes)
         sizes = [
             moments_bytes([shape], dtype, needs, [self.sketches.get(name, exact)])

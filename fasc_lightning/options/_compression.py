@@ -31,6 +31,9 @@ from fasc_lightning.options._recovery import FactorRecovery, LoraRecovery, as_re
 from fasc_lightning.options._rounding import Quantize, QuantizeWord, grids_of, is_calibrated, rounds
 from fasc_lightning.options._types import check_fields, own
 
+#: Share of the tokens in G where all layers get the same bits.
+OUTPUT_SHARE = 0.25
+
 #: "auto" refits if the module allows it and logs the reason if not; True raises an error instead.
 Refit = bool | Literal["auto"]
 
@@ -177,6 +180,15 @@ class CompressionOptions:
     def measures(self) -> bool:
         """Whether layers' losses are measured on batches: not if there is nothing to choose."""
         return self.allocation == "measured" and not (self.rounds and self.size is None)
+
+    @property
+    def output_share(self) -> float:
+        """Share of the tokens whose gradients enter G: a part where G only tells how large the losses are.
+
+        The same bits in all layers are that case, unless a refit follows, as "auto" may below 4 bits.
+        """
+        told = self.rounds and self.size is None and self.refit is not True and min(g.bits for g in self.grids) >= 4
+        return OUTPUT_SHARE if told else 1.0
 
     @property
     def grids(self) -> tuple[Grid, ...]:

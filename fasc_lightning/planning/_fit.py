@@ -57,6 +57,7 @@ def layers_forecast(
         device=device,
         keeps_moments=keeps_moments,
         measured=options.measures,
+        output_share=options.output_share,
         tiers=Tiers(
             {options.sketch: sketches},
             (options.moments_device not in (None, device.type),),

@@ -137,6 +137,7 @@ def plan(
         host_memory=beside or 0,
         update_weights=how.update_weights,
         keeps_moments=keeps_moments,
+        output_share=how.output_share,
         measured=how.measures,
         tiers=Tiers(
             kinds={k: sketches_for_budget(chosen.shapes, kept, how.rank, how.keep) for k, kept in sketching.items()},
@@ -179,6 +180,7 @@ def forecast(
     update_weights: bool = False,
     keeps_moments: bool = False,
     measured: bool = False,
+    output_share: float = 1.0,
     tiers: Tiers | None = None,
     batch_tokens: int = 0,
     tokens: int = 0,
@@ -197,6 +199,7 @@ def forecast(
         update_weights: As the option of :class:`~fasc_lightning.options.Calibration`.
         keeps_moments: As in :func:`plan`.
         measured: Whether the budget is spent by measured losses.
+        output_share: Share of the tokens that enter G.
         tiers: Allowed storages; by default whole moments, on the device, in one pass.
         batch_tokens: As in :func:`plan`.
         tokens: As in :func:`plan`.
@@ -276,7 +279,9 @@ def forecast(
         options=_held(storage, tiers.sizes),
         targeted=targeted,
         whole={"dense": whole, "compressed": replaced_size(whole, targeted)},
-        seconds=None if rates is None else _seconds(chosen, sketches, needs, rates, storage.passes, tokens),
+        seconds=None
+        if rates is None
+        else _seconds(chosen, sketches, needs, rates, storage.passes, tokens, output_share),
     )
 
 
@@ -329,12 +334,14 @@ def _seconds(
     rates: Rates,
     passes: int,
     tokens: int,
+    output_share: float,
 ) -> Seconds:
     """Return the seconds of all layers' operations; an expert sees its share of the tokens."""
     shapes, copies = chosen.shapes, len(needs & {"plain", "coupled"})
     model = sum(chosen.token_shares[name] * model_work(m, n) for name, (m, n) in shapes.items())
     moments = sum(
-        chosen.token_shares[name] * moments_work(m, n, copies, sketches.get(name)) for name, (m, n) in shapes.items()
+        chosen.token_shares[name] * moments_work(m, n, copies, sketches.get(name), output_share)
+        for name, (m, n) in shapes.items()
     )
     return estimate(model, moments, sum(solver_work(m, n) for m, n in shapes.values()), rates, passes, tokens)
 

@@ -51,7 +51,9 @@ def model_work(m: int, n: int) -> int:
     return 4 * m * n
 
 
-def moments_work(m: int, n: int, copies: int = 1, sketches: LayerSketches | None = None) -> int:
+def moments_work(
+    m: int, n: int, copies: int = 1, sketches: LayerSketches | None = None, output_share: float = 1.0
+) -> float:
     """Return the operations per token of a layer's moments.
 
     An exact side takes two operations per number of its packed matrix. For a sketch of s columns, X^T (X Omega) takes
@@ -63,6 +65,7 @@ def moments_work(m: int, n: int, copies: int = 1, sketches: LayerSketches | None
         n: Inputs.
         copies: Number of kinds of second moments ("plain" and "coupled").
         sketches: Sketches of the two sides.
+        output_share: Share of the tokens that enter G.
     """
     sides = sketches or LayerSketches()
 
@@ -71,7 +74,7 @@ def moments_work(m: int, n: int, copies: int = 1, sketches: LayerSketches | None
             return 2 * packed_size(d)
         return 2 * d * sketch.size + (2 * packed_size(sketch.size) if isinstance(sketch, Projection) else 0)
 
-    return copies * (side(m, sides.outputs) + side(n, sides.inputs))
+    return copies * (output_share * side(m, sides.outputs) + side(n, sides.inputs))
 
 
 def solver_work(m: int, n: int) -> int:

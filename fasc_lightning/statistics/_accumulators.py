@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Self
 
 import torch
@@ -263,6 +264,8 @@ class CoupledMoments(Accumulator):
         n: Length of x.
         dtype: Dtype of the sums.
         sketches: Sketch or projection of A and of G, None for exact ones.
+        output_share: Share of the tokens of an update whose outer products enter G (:func:`systematic_sample`). G then
+            is an estimate, of nearly the same expectation; A is exact.
     """
 
     right: Tensor
@@ -275,11 +278,13 @@ class CoupledMoments(Accumulator):
         n: int,
         dtype: torch.dtype = torch.float32,
         sketches: tuple[Reduction | None, Reduction | None] = (None, None),
+        output_share: float = 1.0,
     ) -> None:
         A, G = (second_moment_size(d, sketch) for d, sketch in zip((n, m), sketches, strict=True))
         super().__init__(dtype, {"right": (A,), "left": (G,), "weights": (2,)})  # state names, as in files
         self.shape = (m, n)
         self.sketches = sketches
+        self.output_share = output_share
 
     def update(self, x: Tensor, h: Tensor, scale: float = 1.0, seen: Tensor | None = None) -> None:
         """Add the pairs (x, scale * h).
@@ -301,12 +306,16 @@ class CoupledMoments(Accumulator):
             X, H = x.detach().to(self.accumulator_dtype), h.detach().to(self.accumulator_dtype)
             p, q = H.norm(dim=1), X.norm(dim=1)
             of_A, of_G = self.sketches
-            for sums, sketch, rows, root, weight in (
-                (self.right, of_A, X, p.sqrt()[:, None], abs(scale)),
-                (self.left, of_G, H, q.sqrt()[:, None], scale**2),
-            ):
-                through = S * root if S is not None and isinstance(sketch, Projection) else None
-                add_second_moment_(sums, sketch, rows * root, weight, through)
+            roots = (p.sqrt()[:, None], q.sqrt()[:, None])
+            through_A, through_G = (
+                S * root if S is not None and isinstance(sketch, Projection) else None
+                for sketch, root in zip(self.sketches, roots, strict=True)
+            )
+            add_second_moment_(self.right, of_A, X * roots[0], abs(scale), through_A)
+            rows = H * roots[1]
+            if self.output_share < 1 and through_G is None:
+                rows = systematic_sample(rows, p * q, self.output_share)
+            add_second_moment_(self.left, of_G, rows, scale**2, through_G)
             self.weights += torch.stack([p.sum() * abs(scale), q.sum()])
             self.count += len(x)
 
@@ -321,6 +330,28 @@ class CoupledMoments(Accumulator):
         (m, n), (of_A, of_G) = self.shape, self.sketches
         p, q = self.weights.clamp(min=torch.finfo(self.accumulator_dtype).tiny)
         return second_moment(self.right, n, of_A, p), second_moment(self.left, m, of_G, q)
+
+
+def systematic_sample(rows: Tensor, sizes: Tensor, share: float) -> Tensor:
+    """Return a share of the rows, each scaled so that the sum of their outer products is about that of all rows.
+
+    Systematic sampling with probability proportional to size (Madow 1949): the rows stand one after the other on a
+    line, each as long as its size, and points at equal distances pick rows. A row is scaled by the root of the inverse
+    of its number of points to expect; a long one may be picked several times. No random numbers are drawn.
+
+    Args:
+        rows: Shape (tokens, d).
+        sizes: At least zero, shape (tokens,); rows of size zero have to be zero.
+        share: Share of the rows to pick, above 0.
+    """
+    count = max(1, math.ceil(share * len(rows))) if len(rows) else 0
+    ends = sizes.double().cumsum(0)
+    if count == 0:
+        return rows
+    points = (torch.arange(count, dtype=torch.float64, device=rows.device) + 0.5) * (ends[-1] / count)
+    picked = torch.searchsorted(ends, points).clamp(max=len(rows) - 1)
+    expected = (sizes[picked].double() * (count / ends[-1].clamp(min=torch.finfo(torch.float64).tiny))).to(rows.dtype)
+    return rows[picked] * expected.clamp(min=torch.finfo(rows.dtype).tiny).rsqrt()[:, None]
 
 
 def check_pairs(x: Tensor, h: Tensor, shape: tuple[int, int]) -> None:

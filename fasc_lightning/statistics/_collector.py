@@ -30,6 +30,8 @@ class CalibrationMoments:
             a third more work. "saliency" and "kronecker" take as much memory as A and G and more work.
         sketches: Sketches by layer, in place of the exact plain and coupled moments; other statistics stay exact. All
             processes must pass the same.
+        output_share: Share of the tokens of a batch whose gradients enter the coupled G of each layer
+            (:class:`CoupledMoments`).
 
     Raises:
         ValueError: If a need is unknown, or a sketch does not fit its layer.
@@ -42,6 +44,7 @@ class CalibrationMoments:
         device: torch.device | str = "cpu",
         needs: Iterable[str] = frozenset(),
         sketches: Mapping[str, LayerSketches] | None = None,
+        output_share: float = 1.0,
     ) -> None:
         self.shapes = dict(shapes)
         self.dtype = dtype
@@ -57,9 +60,8 @@ class CalibrationMoments:
         self.sequences: dict[str, SequenceFisher] = {}
         for name, (m, n) in shapes.items():
             if "coupled" in self.needs:
-                self.couplings[name] = CoupledMoments(
-                    m, n, dtype, (self._sketch(name).inputs, self._sketch(name).outputs)
-                ).to(self.device)
+                sides = self._sketch(name).inputs, self._sketch(name).outputs
+                self.couplings[name] = CoupledMoments(m, n, dtype, sides, output_share).to(self.device)
             if "C" in self.needs:
                 self.crosses[name] = CrossMoments(n, m, dtype).to(self.device)
             if "saliency" in self.needs:

@@ -18,7 +18,7 @@ from fasc_lightning.calibration import _finish, _passes
 from fasc_lightning.compression import CompressionReport, measure_losses
 from fasc_lightning.layers import compressed_layers, is_compressed, linear_weight, quantization_of, select_layers
 from fasc_lightning.layers._quantized_layers import DenseLinear
-from fasc_lightning.options import Quantize
+from fasc_lightning.options import Quantize, _compression
 from fasc_lightning.refit._shares import Change
 from fasc_lightning.rounding import to_nearest
 
@@ -95,6 +95,17 @@ def test_a_budget_is_spent_where_the_model_loses_most():
     assert len({row.bits for row in even.layers}) == 1
     assert len({row.bits for row in spent.layers}) > 1
     assert sum(row.loss for row in spent.layers) < sum(row.loss for row in even.layers)
+
+
+def test_codes_do_not_depend_on_the_share_of_gradients_that_is_summed(monkeypatch):
+    shared, report = compressed(quantize="int4")
+    monkeypatch.setattr(_compression, "OUTPUT_SHARE", 1.0)
+    whole = causal_model().eval()
+    exact = compress(whole, token_loader(samples=16), progress=False, quantize="int4")
+    assert same(shared, whole)
+    losses = [(a.loss, b.loss) for a, b in zip(report.layers, exact.layers, strict=True)]
+    assert any(a != b for a, b in losses)
+    assert all(a == pytest.approx(b, rel=0.5) for a, b in losses)
 
 
 def test_only_a_size_needs_measured_losses(make_trainer, monkeypatch):

@@ -280,3 +280,19 @@ def test_a_plan_takes_options_and_chooses_what_they_leave_open():
 def test_what_is_refused_is_called_as_the_caller_called_it(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({"quantize": "int4"}, 0.25),
+        ({"quantize": "int8"}, 0.25),
+        ({"quantize": "int4", "refit": True}, 1.0),
+        ({"quantize": "int3"}, 1.0),  # refitted by default
+        ({"size": 0.27}, 1.0),
+        ({"keep": 0.8}, 1.0),
+        ({"keep": 0.8, "quantize": "int8"}, 1.0),
+    ],
+)
+def test_all_gradients_count_where_their_moment_decides_anything(options, share):
+    assert CompressionOptions(**options).output_share == share

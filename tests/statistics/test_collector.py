@@ -7,6 +7,7 @@ import torch
 from layer_moments import full_moments
 
 from fasc_lightning.statistics import CalibrationMoments, CoupledMoments, moments_bytes
+from fasc_lightning.statistics._accumulators import systematic_sample
 from fasc_lightning.statistics._layer_moments import NEEDS
 
 
@@ -164,6 +165,44 @@ def test_a_token_that_no_gradient_comes_back_to_does_not_count_in_coupled_moment
     blank = CoupledMoments(4, 3)
     blank.update(torch.zeros(2, 3), torch.zeros(2, 4))
     assert not any(S.any() for S in blank.compute())
+
+
+def test_a_share_of_the_tokens_estimates_the_moment_of_gradients_and_leaves_that_of_inputs_exact():
+    torch.manual_seed(0)
+    mixing, n_tokens = torch.randn(4, 4, dtype=torch.float64), 4096
+    x = torch.randn(n_tokens, 3, dtype=torch.float64)
+    h = torch.randn(n_tokens, 4, dtype=torch.float64) @ mixing * torch.randn(n_tokens, 1, dtype=torch.float64).exp()
+    x[::7], h[::5] = 0, 0  # tokens that do not count
+    part, whole = (CoupledMoments(4, 3, torch.float64, output_share=share) for share in (0.25, 1.0))
+    for stream in (part, whole):
+        for rows in torch.arange(n_tokens).split(512):
+            stream.update(x[rows], h[rows], scale=2.0)
+    (A, G), (exact_A, exact_G) = part.compute(), whole.compute()
+    assert torch.equal(A, exact_A)
+    assert not torch.equal(G, exact_G)
+    assert (G - exact_G).norm() < 0.05 * exact_G.norm()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_a_systematic_sample_has_the_expectation_of_all_rows(share):
+    """Over all starts of the line of rows, each row is picked as often as its size says."""
+    torch.manual_seed(0)
+    rows, sizes = torch.randn(20, 3, dtype=torch.float64), torch.rand(20, dtype=torch.float64)
+    rows[3], sizes[3] = 0, 0
+    sizes[5] *= 30  # picked several times
+    sizes /= sizes.sum()
+    blank, total, starts = torch.zeros(1, 3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64), 2000
+    distance = 2 / -(-share * 22 // 1)  # of the points on a line of length 2: rows, and blanks before and after them
+    for start in torch.arange(starts, dtype=torch.float64) * distance / starts:
+        line = torch.cat([start.view(1), sizes, 1 - start.view(1)])
+        found = systematic_sample(torch.cat([blank, rows, blank]), line, share)
+        total += found.T @ found / starts
+    torch.testing.assert_close(total, rows.T @ rows, rtol=0, atol=0.01 * float(rows.square().sum()))
+
+
+def test_a_sample_of_nothing_and_of_zeros_is_finite():
+    assert systematic_sample(torch.zeros(0, 3), torch.zeros(0), 0.5).shape == (0, 3)
+    assert torch.equal(systematic_sample(torch.zeros(4, 3), torch.zeros(4), 0.5), torch.zeros(2, 3))
 
 
 def test_magnitudes_follow_rows_that_move(tokens):

@@ -71,7 +71,7 @@ def calibration_step(
 def calibration_speed(
     model: Any, batches: list[dict[str, torch.Tensor]]
 ) -> tuple[dict[str, Any], dict[str, Any], CalibrationMoments]:
-    """Time bare steps and those of each arm in turn on the same batches."""
+    """Time bare steps and the steps of each arm in turn on the same batches."""
     module = CausalLMModule(model)
     layers = select_layers(model)
     shapes = layer_shapes(layers)

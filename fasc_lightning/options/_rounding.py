@@ -144,7 +144,7 @@ def check_rounding(options: CompressionOptions) -> None:
     if getattr(options.recovery, "arm", None) == "lora":
         raise ValueError(
             "Expected recovery='factors', which trains scales, but got adapters: they cannot be merged into rounded "
-            "matrices."
+            "matrices, and bring nothing beside scales (docs/recovery.md)."
         )
     if options.recovery is not None and options.quantize == "int8":
         raise ValueError(

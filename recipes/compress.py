@@ -33,6 +33,7 @@ from fasc_lightning.cli import (
     check_run,
     compression_options,
     measurement_lines,
+    quality_line,
     questions_of,
     save_results,
 )
@@ -83,12 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with clock("evaluate"):
         print("Evaluating the dense model")
         dense = questions.measure(model, tokenizer)
+        print(quality_line(dense))
     controls: dict[str, Any] = {}
     if options.size is not None or options.quantize is not None:
         with clock("controls"):
             print("Evaluating plain rounding to the nearest numbers")
             texts = Questions(questions.texts)
-            controls = {name: nearest(model, tokenizer, form, options, texts) for name, form in CONTROLS.items()}
+            for name, form in CONTROLS.items():
+                controls[name] = nearest(model, tokenizer, form, options, texts)
+                print(f"  {name}: {', '.join(f'{k} {v:.2f}' for k, v in controls[name]['perplexity'].items())}")
 
     report = compress(
         model,

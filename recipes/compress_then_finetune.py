@@ -54,6 +54,7 @@ from fasc_lightning.cli import (
     on_device,
     perplexity_line,
     plain,
+    quality_line,
     questions_of,
     read_json,
     run_fit,
@@ -176,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with clock("evaluate"):
         print("Evaluating the dense model")
         states["dense"] = questions.measure(model, tokenizer)
+        print(quality_line(states["dense"]))
 
     callback = FascCallback(**frozen_options(options), recovery=recovery)
     module = CausalLMModule(model, recovery.rate, schedule="cosine")
@@ -185,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with clock("evaluate"):
         print("Evaluating the compressed model")
         states["compressed"] = questions.measure(model, tokenizer)
+        print(quality_line(states["compressed"]))
 
     print(f"Recovering on {', '.join(options.data)}")
     try:
@@ -192,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         with clock("evaluate"):
             print("Evaluating the recovered model")
             states["recovered"] = questions.measure(model, tokenizer)
+            print(quality_line(states["recovered"]))
     except BaseException:  # the compression took most of the time and must not be lost
         print("The recovery failed. This is the compressed model:")
         finish(options, model, tokenizer, full_report(options, callback, data, clock.seconds, states), callback)

@@ -39,6 +39,7 @@ from fasc_lightning.cli._run import (
     calibration_of,
     measurement_lines,
     perplexity_line,
+    quality_line,
     questions_of,
     save_results,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "on_device",
     "peak_memory_bytes",
     "perplexity_line",
+    "quality_line",
     "plain",
     "questions_of",
     "read_json",

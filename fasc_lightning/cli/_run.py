@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fasc_lightning._utils import write_json
 from fasc_lightning.data import SMOLLM2, SMOLLM2_LICENCE, SMOLLM2_SOURCE, calibration_windows
-from fasc_lightning.evaluation import Questions
+from fasc_lightning.evaluation import HELD_OUT, Quality, Questions
 from fasc_lightning.models import save_compressed
 
 if TYPE_CHECKING:
@@ -91,6 +91,16 @@ def measurement_lines(content: Mapping[str, Any]) -> Iterator[str]:
         for kind, values in facts["by_kind"].items():
             yield f"  {kind}: {_percentages(values, states)} of {values['count']}"
     yield "seconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in content["seconds"].items())
+
+
+def quality_line(found: Quality) -> str:
+    """Return a line with what was measured of a model in one state, to print while others are still to come."""
+    parts = [f"perplexity of {name} {value:.2f}" for name, value in found.perplexity.items()]
+    if found.heldout is not None:
+        parts.append(f"of {HELD_OUT} data {found.heldout:.2f}")
+    if found.facts is not None:
+        parts.append(f"facts recalled {found.facts.percent:.1f} % of {found.facts.count}")
+    return f"  {', '.join(parts)}"
 
 
 def perplexity_line(name: str, values: Mapping[str, float]) -> str:

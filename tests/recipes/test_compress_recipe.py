@@ -86,6 +86,9 @@ def test_the_report_is_what_the_contract_says(recipe, folder, capsys):
     printed = capsys.readouterr().out
     assert "perplexity of foxes" in printed
     assert "facts recalled" in printed
+    first = printed.split("Evaluating the dense model\n")[1].splitlines()[0]  # figures come as soon as they are there
+    assert first.startswith(f"  perplexity of foxes {report['perplexity']['foxes']['dense']:.2f}")
+    assert f"facts recalled {report['facts']['dense']:.1f} % of {report['facts']['count']}" in first
 
     # The card says so, and names files without their folders.
     card = ModelCard.load(folder / "compressed" / "README.md")

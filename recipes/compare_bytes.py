@@ -31,39 +31,27 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from fasc_lightning.cli import (
+    ComparisonRun,
+    add_comparison_options,
     add_source_options,
-    add_text_options,
-    calibration_of,
-    fingerprint,
-    library_versions,
+    check_comparison,
     peak_memory_bytes,
-    terminal_progress,
 )
-from fasc_lightning.data import check_file, file_windows, load_model, named_files, text_windows
-from fasc_lightning.evaluation import builtin_facts, builtin_text, load_facts
-from fasc_lightning.layers import bytes_in_16_bits, select_layers
+from fasc_lightning.layers import bytes_in_16_bits
 from fasc_lightning.studies.comparison import (
     DENSE,
     FOLDER,
     Budget,
     Cell,
-    CellStore,
-    Comparison,
     Evaluation,
-    GatheredStatistics,
     Outcome,
-    Precision,
-    Report,
     Setting,
-    metrics_of,
     read_peer,
 )
 
@@ -101,17 +89,9 @@ def build_parser() -> ArgumentParser:
         help="rows to refit, of sizes and keep; none to the nearest. One row alone is 0.21+refit",
     )
     add("--peers", nargs="*", default=[], help="folders of models that other programs compressed")
-    add_text_options(parser, windows=8)
-    add("--eval-facts", help="jsonl file with subject, relation, template, object, kind")
-    add(
-        "--eval-precision", default="highest", help="of float32 products in reading texts: highest, high, medium (bf16)"
-    )
     add("--kl-windows", type=int, default=8, help="windows of each text for KL to the dense model; 0 for none")
     add("--speed", action="store_true", help="measure prefill and decoding in bfloat16; best on a quiet machine")
-    add("--seed", type=int, default=0, help="of sampling and of bootstrap intervals")
-    add("--output", default="bytes", help="folder for rows, tables and the figure")
-    add("--statistics", help="folder for statistics; by default one in the output folder")
-    add("--device", help="default: cuda if there is one")
+    add_comparison_options(parser, windows=8, output="bytes")
     return parser
 
 
@@ -119,13 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe and return the content of results.json."""
     start = time.perf_counter()
     options = check(build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments)))
-    run = Run(options)
-    dense, outcomes = run.cells("models", cells_of(options), run.evaluation)
+    head = {"setting": options.setting}
+    run = ComparisonRun(options, "Models at equal bytes", [METHOD], head=head)
+    dense, outcomes = run.cells("models", cells_of(options), run.evaluation, share_of_bytes)
     speeds: dict[Cell, dict[str, float]] = {}
     if options.speed:
         prompt = Evaluation({}, [], prompt=run.calibration.windows[:1])
         timed = [cell for cell in outcomes if has_bits(cell)]
-        dense_speed, found = run.cells("speed", timed, prompt)
+        dense_speed, found = run.cells("speed", timed, prompt, share_of_bytes)
         measured = {Cell(DENSE): dense_speed, **found}
         speeds = {cell: outcome.measured.speed for cell, outcome in measured.items() if outcome.measured is not None}
     model = run.calibration.model
@@ -148,14 +129,7 @@ def check(options: Namespace) -> Namespace:
     """
     if unknown := [name for name in options.refit if name not in REFITTED]:
         raise ValueError(f"Expected --refit to be of {', '.join(REFITTED)} but got {', '.join(unknown)}.")
-    for name, least in (("windows", 1), ("window", 2), ("eval_windows", 1), ("kl_windows", 0)):
-        if options[name] < least:
-            raise ValueError(f"Expected --{name.replace('_', '-')} to be at least {least} but got {options[name]}.")
-    precisions = get_args(Precision)
-    if options.eval_precision not in precisions:
-        raise ValueError(
-            f"Expected --eval-precision to be one of {', '.join(precisions)} but got {options.eval_precision!r}."
-        )
+    check_comparison(options, [("windows", 1), ("window", 2), ("eval_windows", 1), ("kl_windows", 0)])
     cells = cells_of(options)  # refuses unknown budgets and settings
     if not cells:
         raise ValueError("Expected --sizes, --keep or --peers to compare with the dense model but got none.")
@@ -164,9 +138,6 @@ def check(options: Namespace) -> Namespace:
         raise ValueError(f"Expected different rows, and folders of different names, but {', '.join(twice)} is twice.")
     for folder in options.peers:
         read_peer(folder)
-    options.eval_text = named_files(options.eval_text)
-    if options.eval_facts:
-        check_file(options.eval_facts)
     return options
 
 
@@ -190,76 +161,9 @@ def has_bits(cell: Cell) -> bool:
     return cell.budget is not None and cell.budget.options.rounds and not cell.budget.rounds_to_nearest
 
 
-def evaluation_of(options: Namespace, tokenizer: Any) -> Evaluation:
-    """Return the questions: the user's, or the built-in text and facts if there are none."""
-    sizes = options.eval_windows, options.window
-    windows = {name: file_windows(path, tokenizer, *sizes) for name, path in options.eval_text.items()}
-    facts = load_facts(options.eval_facts) if options.eval_facts else []
-    if not (windows or facts):
-        windows = {"python-reference": text_windows(builtin_text(), tokenizer, *sizes)}
-        facts = builtin_facts(options.seed)
-    compared = min(options.kl_windows, options.eval_windows) if windows else 0
-    return Evaluation(windows, facts, precision=options.eval_precision, compared=compared)
-
-
-class Run:
-    """One run of the recipe: the model, its statistics, the questions and the report.
-
-    Args:
-        options: The checked options of the recipe.
-    """
-
-    def __init__(self, options: Namespace) -> None:
-        self.output = Path(options.output)
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load_model(options.model)
-        model.eval().requires_grad_(False).to(device)
-        self.evaluation = evaluation_of(options, tokenizer)
-        self.calibration = GatheredStatistics(
-            model,
-            tokenizer,
-            select_layers(model),
-            calibration_of(options, tokenizer, model),
-            Path(options.statistics or self.output / "statistics"),
-            seed=options.seed,
-            progress=sys.stderr.isatty(),
-        )
-        self.comparison = Comparison(self.calibration, [METHOD])
-        facts = len(self.evaluation.facts)
-        head = {
-            "model": options.model,
-            "calibration": f"{options.windows} windows of {options.window} tokens of {', '.join(options.calibration)}",
-            "evaluation": f"{options.eval_windows} windows of each text, KL on the first {self.evaluation.compared}, "
-            f"{facts} facts; texts read in {options.eval_precision} precision of products",
-            "setting": options.setting,
-            "seed": options.seed,
-            "threads": torch.get_num_threads(),
-            "versions": library_versions(),
-            "options": {name: value for name, value in options.as_dict().items() if value is not None},
-        }
-        self.report = Report(self.output, "Models at equal bytes", head, options.seed)
-
-    def cells(self, study: str, cells: Sequence[Cell], evaluation: Evaluation) -> tuple[Outcome, dict[Cell, Outcome]]:
-        """Measure the dense model and other cells, print one line each, and return both.
-
-        Raises:
-            RuntimeError: If the dense model cannot be measured, because there is then no comparison.
-        """
-        context = fingerprint(self.calibration.source, evaluation.fingerprint())
-        store = CellStore(self.output / "cells" / study, context)
-        return self.comparison.run_beside_dense(
-            cells, evaluation, store, line, partial(print, flush=True), terminal_progress
-        )
-
-
-def line(cell: Cell, outcome: Outcome, dense: Outcome) -> str:
-    """Return one line about a cell."""
-    if outcome.measured is None:
-        return f"{cell.name}: failed, {outcome.reason}"
-    figures = [f"{m.name} {m.shown(m.value(outcome.measured))}" for m in metrics_of(outcome.measured)]
-    figures += [f"{name} {value:.0f} tokens/s" for name, value in outcome.measured.speed.items()]
-    share = f"{outcome.bytes / dense.bytes:.1%} of the bytes"
-    return f"{cell.name}: {share}, {', '.join(figures)}, {sum(outcome.seconds.values()):.0f} s"
+def share_of_bytes(outcome: Outcome, dense: Outcome) -> str:
+    """Return the bytes of an outcome as a share of the dense model's."""
+    return f"{outcome.bytes / dense.bytes:.1%} of the bytes"
 
 
 if __name__ == "__main__":

@@ -33,43 +33,30 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any, get_args
+from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from fasc_lightning.cli import (
+    ComparisonRun,
+    add_comparison_options,
     add_source_options,
-    add_text_options,
-    calibration_of,
-    fingerprint,
-    library_versions,
+    check_comparison,
     peak_memory_bytes,
-    terminal_progress,
 )
-from fasc_lightning.data import check_file, file_windows, load_model, named_files, text_windows
-from fasc_lightning.evaluation import builtin_facts, builtin_text, load_facts, load_minimal_pairs
-from fasc_lightning.layers import select_layers
 from fasc_lightning.options import CHEAP_METHOD, Gate
 from fasc_lightning.solvers import available_methods
 from fasc_lightning.studies.comparison import (
     PRUNERS,
     Budget,
     Cell,
-    CellStore,
-    Comparison,
     Evaluation,
-    GatheredStatistics,
     Outcome,
-    Precision,
-    Report,
     Setting,
     gate_cells,
     group_cells,
-    metrics_of,
     sensitivity_cells,
     some_facts,
 )
@@ -90,11 +77,6 @@ def build_parser() -> ArgumentParser:
     add("--settings", nargs="+", default=["measured-pivot"], help="ALLOCATION-LAYOUT, as uniform-factors")
     add("--refit-methods", nargs="*", default=[], help="solvers measured refitted as well, in the last setting")
     add("--gfwsvd-passes", type=int, default=2, help="passes of gfwsvd's iteration beyond the first step")
-    add_text_options(parser, windows=8)
-    add("--eval-facts", help="jsonl file with subject, relation, template, object, kind")
-    add(
-        "--eval-precision", default="highest", help="of float32 products in reading texts: highest, high, medium (bf16)"
-    )
     add("--minimal-pairs", help="jsonl file of minimal pairs in BLiMP's format, for a column on syntax")
     add("--studies", nargs="+", default=["grid", "kinds"], help=f"any of {', '.join(STUDIES)}")
     add("--study-methods", nargs="+", default=["fasc", "svd"], help="solvers of sensitivity and layers")
@@ -102,10 +84,7 @@ def build_parser() -> ArgumentParser:
     add("--study-windows", type=int, default=4, help="windows of each text when one layer is compressed")
     add("--study-facts", type=int, default=100, help="facts at least when one layer is compressed, by relations")
     add("--thresholds", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.3], help="of debiased rho")
-    add("--seed", type=int, default=0, help="of sampling, shuffling and permutations")
-    add("--output", default="comparison", help="folder for cells, tables and figures")
-    add("--statistics", help="folder for statistics; by default one in the output folder")
-    add("--device", help="default: cuda if there is one")
+    add_comparison_options(parser, windows=8, output="comparison")
     return parser
 
 
@@ -113,10 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe and return the content of results.json."""
     start = time.perf_counter()
     options = check(build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments)))
-    run = Run(options)
+    run = ComparisonRun(options, "Methods compared", solvers_of(options), options.gfwsvd_passes)
     studies = options.studies
     if {"grid", "kinds"} & set(studies):
-        dense, outcomes = run.cells("grid", grid_cells(options), run.evaluation)
+        dense, outcomes = run.cells("grid", grid_cells(options), run.evaluation, share_kept)
         if "grid" in studies:
             run.report.grid(dense, outcomes, run.evaluation)
         if "kinds" in studies:
@@ -126,11 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if "sensitivity" in studies:
         few = few_questions(run.evaluation, options)
         cells = sensitivity_cells(run.calibration.layers, options.study_methods, options.study_rank)
-        dense, outcomes = run.cells("sensitivity", cells, few)
+        dense, outcomes = run.cells("sensitivity", cells, few, share_kept)
         run.report.sensitivity(dense, outcomes, options.study_rank, scores)
     if "layers" in studies:
         cells = group_cells(debiased, options.study_methods, options.study_rank)
-        dense, outcomes = run.cells("layers", cells, run.evaluation)
+        dense, outcomes = run.cells("layers", cells, run.evaluation, share_kept)
         title = f"Critical and safe layers, each fifth together at rank {options.study_rank:g}"
         note = "Critical are the layers with the highest debiased rho, safe those with the lowest."
         run.report.labelled(title, dense, outcomes, "groups.csv", note)
@@ -138,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         setting, budget = Setting.parse(options.settings[-1]), Budget(rank=options.study_rank)
         thresholds = sorted(options.thresholds)
         cells = gate_cells(debiased, thresholds, "fasc", CHEAP_METHOD, budget, setting)
-        dense, outcomes = run.cells("thresholds", cells, run.evaluation)
+        dense, outcomes = run.cells("thresholds", cells, run.evaluation, share_kept)
         note = f"Layers: on fasc. Debiased rho; {setting}; thresholds that choose the same layers stand once."
         run.report.labelled(f"Thresholds of rho, {budget}", dense, outcomes, "thresholds.csv", note)
     run.report.head["seconds"] = {
@@ -174,22 +153,11 @@ def check(options: Namespace) -> Namespace:
             raise ValueError(f"Expected --{name.replace('_', '-')} to be different names but got {options[name]}.")
     if not options.keep and not options.rank:
         options.keep = [0.8]
-    for name, least in (("gfwsvd_passes", 0), ("study_facts", 1), ("study_windows", 1), ("eval_windows", 1)):
-        if options[name] < least:
-            raise ValueError(f"Expected --{name.replace('_', '-')} to be at least {least} but got {options[name]}.")
+    check_comparison(options, [("gfwsvd_passes", 0), ("study_facts", 1), ("study_windows", 1), ("eval_windows", 1)])
     for threshold in options.thresholds:
         Gate(threshold)  # refuses wrong values
-    precisions = get_args(Precision)
-    if options.eval_precision not in precisions:
-        raise ValueError(
-            f"Expected --eval-precision to be one of {', '.join(precisions)} but got {options.eval_precision!r}."
-        )
     grid_cells(options)  # refuses unknown budgets and settings
     Budget(rank=options.study_rank)
-    options.eval_text = named_files(options.eval_text)
-    for path in (options.eval_facts, options.minimal_pairs):
-        if path:
-            check_file(path)
     return options
 
 
@@ -215,19 +183,6 @@ def grid_cells(options: Namespace) -> list[Cell]:
     return cells
 
 
-def evaluation_of(options: Namespace, tokenizer: Any) -> Evaluation:
-    """Return the questions: the user's, or the built-in text and facts if there are none."""
-    builtin = not (options.eval_text or options.eval_facts or options.minimal_pairs)
-    sizes = options.eval_windows, options.window
-    windows = {name: file_windows(path, tokenizer, *sizes) for name, path in options.eval_text.items()}
-    facts = load_facts(options.eval_facts) if options.eval_facts else []
-    if builtin:
-        windows = {"python-reference": text_windows(builtin_text(), tokenizer, *sizes)}
-        facts = builtin_facts(options.seed)
-    pairs = load_minimal_pairs(options.minimal_pairs) if options.minimal_pairs else []
-    return Evaluation(windows, facts, pairs, options.eval_precision)
-
-
 def few_questions(evaluation: Evaluation, options: Namespace) -> Evaluation:
     """Return some of the questions, for studies with hundreds of cells: whole relations of facts, no minimal pairs."""
     texts = {name: windows[: options.study_windows] for name, windows in evaluation.texts.items()}
@@ -235,77 +190,21 @@ def few_questions(evaluation: Evaluation, options: Namespace) -> Evaluation:
     return replace(evaluation, texts=texts, facts=facts, pairs=[])
 
 
-class Run:
-    """One run of the recipe: the parts that all studies share.
-
-    Args:
-        options: The checked options of the recipe.
-    """
-
-    def __init__(self, options: Namespace) -> None:
-        self.output = Path(options.output)
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load_model(options.model)
-        model.eval().requires_grad_(False).to(device)
-        self.evaluation = evaluation_of(options, tokenizer)
-        windows = calibration_of(options, tokenizer, model)
-        self.calibration = GatheredStatistics(
-            model,
-            tokenizer,
-            select_layers(model),
-            windows,
-            Path(options.statistics or self.output / "statistics"),
-            options.gfwsvd_passes,
-            options.seed,
-            progress=sys.stderr.isatty(),
-        )
-        grid = [*options.methods, *options.refit_methods] if self._grid(options) else []
-        solvers = [method for method in dict.fromkeys(grid) if method not in PRUNERS]
-        if {"sensitivity", "layers"} & set(options.studies):
-            solvers += options.study_methods
-        if "thresholds" in options.studies:
-            solvers += ["fasc", CHEAP_METHOD]
-        self.comparison = Comparison(self.calibration, solvers)
-        sources = ", ".join(options.calibration)
-        head = {
-            "model": options.model,
-            "calibration": f"{options.windows} windows of {options.window} tokens of {sources}",
-            "evaluation": f"{options.eval_windows} windows of each text, {len(self.evaluation.facts)} facts, "
-            f"{len(self.evaluation.pairs)} minimal pairs; texts read in {options.eval_precision} precision of products",
-            "seed": options.seed,
-            "versions": library_versions(),
-            "options": {name: value for name, value in options.as_dict().items() if value is not None},
-        }
-        self.report = Report(self.output, "Methods compared", head, options.seed)
-
-    @staticmethod
-    def _grid(options: Namespace) -> bool:
-        return bool({"grid", "kinds"} & set(options.studies))
-
-    def cells(self, study: str, cells: Sequence[Cell], evaluation: Evaluation) -> tuple[Outcome, dict[Cell, Outcome]]:
-        """Measure the dense model and a study's cells, print one line each, and return both.
-
-        Raises:
-            RuntimeError: If the dense model cannot be measured, because there is then no comparison.
-        """
-        context = fingerprint(self.calibration.source, evaluation.fingerprint())
-        store = CellStore(self.output / "cells" / study, context)
-        return self.comparison.run_beside_dense(
-            cells,
-            evaluation,
-            store,
-            lambda cell, outcome, _: line(cell, outcome),
-            partial(print, flush=True),
-            terminal_progress,
-        )
+def solvers_of(options: Namespace) -> list[str]:
+    """Return the solvers of all studies' cells."""
+    grid = [*options.methods, *options.refit_methods] if {"grid", "kinds"} & set(options.studies) else []
+    solvers = [method for method in dict.fromkeys(grid) if method not in PRUNERS]
+    if {"sensitivity", "layers"} & set(options.studies):
+        solvers += options.study_methods
+    if "thresholds" in options.studies:
+        solvers += ["fasc", CHEAP_METHOD]
+    return solvers
 
 
-def line(cell: Cell, outcome: Outcome) -> str:
-    """Return one line about a cell."""
-    if outcome.measured is None:
-        return f"{cell.name}: failed, {outcome.reason}"
-    figures = [f"{m.name} {m.shown(m.value(outcome.measured))}" for m in metrics_of(outcome.measured)]
-    return f"{cell.name}: kept {outcome.kept:.1%}, {', '.join(figures)}, {sum(outcome.seconds.values()):.0f} s"
+def share_kept(outcome: Outcome, dense: Outcome) -> str:
+    """Return the share of the parameters that an outcome keeps."""
+    del dense
+    return f"kept {outcome.kept:.1%}"
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def measurement_lines(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def quality_line(found: Quality) -> str:
-    """Return a line with what was measured of a model in one state, to print while others are still to come."""
+    """Return a line with the figures of one state, to print while other states are still to come."""
     parts = [f"perplexity of {name} {value:.2f}" for name, value in found.perplexity.items()]
     if found.heldout is not None:
         parts.append(f"of {HELD_OUT} data {found.heldout:.2f}")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fasc_lightning.evaluation import builtin_facts
 from fasc_lightning.layers import select_layers
+from fasc_lightning.studies.comparison import Comparison
 from fasc_lightning.studies.comparison import _speed as speed
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compare_bytes.py"
@@ -187,7 +188,7 @@ def test_single_answers_are_kept(whole):
 def test_a_second_run_measures_nothing_and_says_the_same(recipe, whole, monkeypatch, capsys):
     folder, content = whole
     page = (folder / "out" / "results.md").read_text()
-    monkeypatch.setattr(recipe.Comparison, "measure", None)
+    monkeypatch.setattr(Comparison, "measure", None)
     monkeypatch.setattr("fasc_lightning.studies.comparison._questions.log_probabilities", None)
     again = recipe.main(arguments(folder, *ROWS, *peers(folder), "--speed"))
     assert repr(again["models"]) == repr(content["models"])
@@ -201,7 +202,7 @@ def test_a_second_run_measures_nothing_and_says_the_same(recipe, whole, monkeypa
 def test_an_interrupted_run_goes_on_to_the_same_rows(recipe, whole, folder, monkeypatch, capsys):
     _, content = whole
     options = arguments(folder, *ROWS)
-    real, done = recipe.Comparison.measure, []
+    real, done = Comparison.measure, []
 
     def killed(self, cell, *more):
         if len(done) == 2:
@@ -210,7 +211,7 @@ def test_an_interrupted_run_goes_on_to_the_same_rows(recipe, whole, folder, monk
         return real(self, cell, *more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(recipe.Comparison, "measure", killed)
+        patched.setattr(Comparison, "measure", killed)
         with pytest.raises(KeyboardInterrupt):
             recipe.main(options)
     assert not (folder / "out" / "results.md").exists()

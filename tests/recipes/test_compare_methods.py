@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from fasc_lightning.evaluation import builtin_facts
 from fasc_lightning.solvers import available_methods, register_solver
 from fasc_lightning.solvers._registry import _NEEDS, _SOLVERS
+from fasc_lightning.studies.comparison import Comparison
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compare_methods.py"
 TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. " * 60
@@ -155,7 +156,7 @@ def test_studies_of_layers(whole):
 def test_a_second_run_measures_nothing_and_says_the_same(recipe, whole, monkeypatch, capsys):
     folder, content = whole
     page = (folder / "out" / "results.md").read_text()
-    monkeypatch.setattr(recipe.Comparison, "measure", None)
+    monkeypatch.setattr(Comparison, "measure", None)
     studies = ["--studies", *recipe.STUDIES, "--study-facts", "5", "--study-windows", "1", "--thresholds", "0", "1"]
     again = recipe.main(arguments(folder, *GRID, *studies, "--minimal-pairs", str(folder / "pairs.jsonl")))
     assert comparable(again) == comparable(content)
@@ -170,7 +171,7 @@ def test_a_second_run_measures_nothing_and_says_the_same(recipe, whole, monkeypa
 def test_an_interrupted_run_goes_on_to_the_same_tables(recipe, folder, monkeypatch, capsys):
     options = arguments(folder, *GRID)
     expected = recipe.main([*options, "--output", str(folder / "expected")])
-    real, done = recipe.Comparison.measure, []
+    real, done = Comparison.measure, []
 
     def killed(self, cell, *more):
         if len(done) == 4:
@@ -179,7 +180,7 @@ def test_an_interrupted_run_goes_on_to_the_same_tables(recipe, folder, monkeypat
         return real(self, cell, *more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(recipe.Comparison, "measure", killed)
+        patched.setattr(Comparison, "measure", killed)
         with pytest.raises(KeyboardInterrupt):
             recipe.main(options)
     assert not (folder / "out" / "results.md").exists()

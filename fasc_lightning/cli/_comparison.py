@@ -1,0 +1,174 @@
+"""The parts that recipes of comparisons share: options, questions, and a run with its report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from fasc_lightning._utils import fingerprint, library_versions, terminal_progress
+from fasc_lightning.cli._options import add_text_options
+from fasc_lightning.cli._run import calibration_of
+from fasc_lightning.data import check_file, file_windows, load_model, named_files, text_windows
+from fasc_lightning.evaluation import builtin_facts, builtin_text, load_facts, load_minimal_pairs
+from fasc_lightning.layers import select_layers
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from fasc_lightning.studies.comparison import Cell, Evaluation, Outcome
+
+
+def add_comparison_options(parser: ArgumentParser, windows: int, output: str) -> None:
+    """Add the options for the questions, the seed and the places of a comparison.
+
+    Args:
+        parser: Parser of a recipe.
+        windows: Default number of windows of each evaluation text.
+        output: Default folder of the results.
+    """
+    add = parser.add_argument
+    add_text_options(parser, windows)
+    add("--eval-facts", help="jsonl file with subject, relation, template, object, kind")
+    add(
+        "--eval-precision", default="highest", help="of float32 products in reading texts: highest, high, medium (bf16)"
+    )
+    add("--seed", type=int, default=0, help="of sampling, shuffling, permutations and bootstrap intervals")
+    add("--output", default=output, help="folder for rows, tables and figures")
+    add("--statistics", help="folder for statistics; by default one in the output folder")
+    add("--device", help="default: cuda if there is one")
+
+
+def check_comparison(options: Namespace, least: Iterable[tuple[str, int]]) -> None:
+    """Refuse invalid options of :func:`add_comparison_options`; ``eval_text`` becomes files by name.
+
+    Args:
+        options: The options.
+        least: Names of counts, each with the smallest number that it may be.
+
+    Raises:
+        ValueError: If an option is out of range.
+        FileNotFoundError: If a file is missing.
+    """
+    from fasc_lightning.studies.comparison import Precision
+
+    for name, minimum in least:
+        if options[name] < minimum:
+            raise ValueError(f"Expected --{name.replace('_', '-')} to be at least {minimum} but got {options[name]}.")
+    precisions = get_args(Precision)
+    if options.eval_precision not in precisions:
+        raise ValueError(
+            f"Expected --eval-precision to be one of {', '.join(precisions)} but got {options.eval_precision!r}."
+        )
+    options.eval_text = named_files(options.eval_text)
+    for path in (options.eval_facts, options.get("minimal_pairs")):
+        if path:
+            check_file(path)
+
+
+def evaluation_of(options: Namespace, tokenizer: Any) -> Evaluation:
+    """Return the questions: the user's, or the built-in text and facts if there are none."""
+    from fasc_lightning.studies.comparison import Evaluation
+
+    pairs = load_minimal_pairs(options.minimal_pairs) if options.get("minimal_pairs") else []
+    sizes = options.eval_windows, options.window
+    windows = {name: file_windows(path, tokenizer, *sizes) for name, path in options.eval_text.items()}
+    facts = load_facts(options.eval_facts) if options.eval_facts else []
+    if not (windows or facts or pairs):
+        windows = {"python-reference": text_windows(builtin_text(), tokenizer, *sizes)}
+        facts = builtin_facts(options.seed)
+    compared = min(options.get("kl_windows", 0), options.eval_windows) if windows else 0
+    return Evaluation(windows, facts, pairs, options.eval_precision, compared=compared)
+
+
+class ComparisonRun:
+    """One run of a comparison: the model, its statistics, the questions and the report.
+
+    Args:
+        options: The checked options of the recipe.
+        title: Title of the report.
+        solvers: Solvers of the cells.
+        passes: Passes of gfwsvd's iteration beyond the first step.
+        head: Further entries of the report's head.
+    """
+
+    def __init__(
+        self,
+        options: Namespace,
+        title: str,
+        solvers: Sequence[str],
+        passes: int = 0,
+        head: Mapping[str, Any] | None = None,
+    ) -> None:
+        import torch
+
+        from fasc_lightning.studies.comparison import Comparison, GatheredStatistics, Report
+
+        self.output = Path(options.output)
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, tokenizer = load_model(options.model)
+        model.eval().requires_grad_(False).to(device)
+        self.evaluation = evaluation_of(options, tokenizer)
+        self.calibration = GatheredStatistics(
+            model,
+            tokenizer,
+            select_layers(model),
+            calibration_of(options, tokenizer, model),
+            Path(options.statistics or self.output / "statistics"),
+            passes,
+            options.seed,
+            progress=sys.stderr.isatty(),
+        )
+        self.comparison = Comparison(self.calibration, list(solvers))
+        asked = [f"{options.eval_windows} windows of each text", f"{len(self.evaluation.facts)} facts"]
+        if self.evaluation.compared:
+            asked.insert(1, f"KL on the first {self.evaluation.compared}")
+        if self.evaluation.pairs:
+            asked.append(f"{len(self.evaluation.pairs)} minimal pairs")
+        content = {
+            "model": options.model,
+            "calibration": f"{options.windows} windows of {options.window} tokens of {', '.join(options.calibration)}",
+            "evaluation": f"{', '.join(asked)}; texts read in {options.eval_precision} precision of products",
+            **(head or {}),
+            "seed": options.seed,
+            "threads": torch.get_num_threads(),
+            "versions": library_versions(),
+            "options": {name: value for name, value in options.as_dict().items() if value is not None},
+        }
+        self.report = Report(self.output, title, content, options.seed)
+
+    def cells(
+        self, study: str, cells: Sequence[Cell], evaluation: Evaluation, share: Callable[[Outcome, Outcome], str]
+    ) -> tuple[Outcome, dict[Cell, Outcome]]:
+        """Measure the dense model and a study's cells, print one line each, and return both.
+
+        Args:
+            study: Name of the study, whose cells share a folder.
+            cells: The cells.
+            evaluation: The questions.
+            share: Returns the size of an outcome in words, beside the dense model's outcome.
+
+        Raises:
+            RuntimeError: If the dense model cannot be measured, because there is then no comparison.
+        """
+        from fasc_lightning.studies.comparison import CellStore
+
+        context = fingerprint(self.calibration.source, evaluation.fingerprint())
+        store = CellStore(self.output / "cells" / study, context)
+        return self.comparison.run_beside_dense(
+            cells, evaluation, store, partial(cell_line, share=share), partial(print, flush=True), terminal_progress
+        )
+
+
+def cell_line(cell: Cell, outcome: Outcome, dense: Outcome, share: Callable[[Outcome, Outcome], str]) -> str:
+    """Return one line about a cell."""
+    from fasc_lightning.studies.comparison import metrics_of
+
+    if outcome.measured is None:
+        return f"{cell.name}: failed, {outcome.reason}"
+    figures = [f"{m.name} {m.shown(m.value(outcome.measured))}" for m in metrics_of(outcome.measured)]
+    figures += [f"{name} {value:.0f} tokens/s" for name, value in outcome.measured.speed.items()]
+    seconds = sum(outcome.seconds.values())
+    return f"{cell.name}: {share(outcome, dense)}, {', '.join(figures)}, {seconds:.0f} s"

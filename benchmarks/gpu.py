@@ -7,7 +7,8 @@ The models are decoders of the shapes of Llama-3.2-1B (all blocks) and of Llama-
 random weights, because times depend on shapes alone. Each model is compressed by :func:`fasc_lightning.compress` to a
 low rank with a refit, and rounded to 8 and to 4 bits. The report gives the seconds of each phase. Prefilling and
 decoding are timed in turn beside the dense model. A shape begins only while ``--seconds`` last; a finished shape is
-saved, and not measured again (delete the file after a change of the code).
+saved, and not measured again under the same settings (delete the file after a change of the code). The peak memory of
+a phase includes the models that were compressed before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import copy
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -86,6 +88,8 @@ def calibration(model: Any, batches: Sequence[dict[str, torch.Tensor]], device: 
 
 def compressed(model: Any, batches: list[dict[str, torch.Tensor]], options: Mapping[str, Any]) -> dict[str, Any]:
     """Compress a model in place, and return the seconds of each phase and the peak memory."""
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
     start = time.perf_counter()
     report = compress(model, batches, progress=False, **options)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
@@ -191,18 +195,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--seconds", type=float, default=400.0, help="no shape begins after this")
     add("--seconds-a-cell", type=float, default=2.0, help="of each timing, beyond five rounds")
     options = parser.parse_args(arguments)
+    if options.windows < 2:
+        sys.exit(f"Expected --windows to be at least 2, since the first is not timed, but got {options.windows}.")
     end = time.perf_counter() + options.seconds
+    device = torch.device(options.device)
+    title = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    sizes = ("windows", "batch", "window", "past", "vocabulary", "seconds_a_cell")
+    settings = {"device": title, **{name: getattr(options, name) for name in sizes}}
     results = {}
     for name in options.shapes:
         path = options.output / f"{name}.json".replace(" ", "_")
-        if not path.exists():
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        if saved.get("settings") != settings:
             if time.perf_counter() > end:
                 print(f"{name} is left out: {options.seconds:.0f} s are over.")
                 continue
-            write_json(measure(SHAPES[name], options), path)
-        results[name] = json.loads(path.read_text())
-    device = torch.device(options.device)
-    title = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+            saved = {"settings": settings, **measure(SHAPES[name], options)}
+            write_json(saved, path)
+        results[name] = saved
+    if not results:
+        sys.exit("Expected time for one shape at least: raise --seconds.")
     text = page(results, title)
     print(text)
     if options.write is not None:

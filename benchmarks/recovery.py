@@ -169,7 +169,9 @@ def main() -> None:
     parser.add_argument("--size", type=float, nargs="*", default=[0.27, 0.21], help="sizes in bytes")
     parser.add_argument("--table-tokens", type=int, default=60_000, help="of every arm, at the first budget")
     parser.add_argument("--tokens", type=int, default=400_000, help="of the best arm, at all budgets")
-    parser.add_argument("--best", choices=list(ARMS), help="arm of the long runs; default: the best on few tokens")
+    parser.add_argument(
+        "--best", choices=list(ARMS), help="arm of the long runs where it can be; default: the best of few"
+    )
     parser.add_argument(
         "--precision",
         default="bf16-mixed",
@@ -210,7 +212,8 @@ def main() -> None:
                 trained = [row(arm, budget, arguments.table_tokens) for arm in arms]
                 rows += [*trained, *(row(arm, budget, arguments.table_tokens) for arm in others)]
                 # By the loss of labels on the recovery's own text, because a teacher's loss is another quantity.
-                best = arguments.best or min(trained, key=lambda found: found["held_out"])["arm"]
+                best = min(trained, key=lambda found: found["held_out"])["arm"]
+                best = arguments.best if arguments.best in arms else best
             rows.append(row(best, budget, arguments.tokens))
         return rows
 

@@ -11,8 +11,8 @@ With your own data, instructions or plain text; only the answers of instructions
         --tokens 400000 --checkpoints checkpoints --eval-text news=news.txt --eval-facts facts.jsonl \
         --output recovered --report report.json
 
-The data are calibrated on as well, unless --calibration names something else, and their labels are the target. Text
-that the model samples has its predictions as the target.
+The part of the data that is trained on is calibrated on as well, unless --calibration names something else, and its
+labels are the target. Text that the model samples has the dense model's predictions as the target.
 
 A tenth of the data is held out and never trained on (nor calibrated on, if plain text is long enough). The dense, the
 compressed and the recovered model are measured on the held-out data, the texts and the facts. The report's `drift`
@@ -28,6 +28,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -87,6 +88,8 @@ from fasc_lightning.options import RATES, CompressionOptions, Distillation, Fact
 #: The default budget.
 BUDGET = ("rank", 0.5)
 ARMS = {"lora": LoraRecovery, "factors": FactorRecovery}
+#: Calibration on the rows of the data that are trained on.
+DATA = "data"
 #: Tokens to read by default: of data, twenty minutes of training for the bundled model on two cores; of sampled text.
 TOKENS, SAMPLED_TOKENS = 100_000, 16_384
 #: Options that have no effect beside others.
@@ -108,11 +111,16 @@ def build_parser() -> ArgumentParser:
     add_source_options(parser, windows=32)
     parser.set_defaults(calibration=None)
     add_compression_options(parser, f"{BUDGET[0]} {BUDGET[1]}")
-    add("--recovery", default="factors", choices=list(ARMS), help="what is trained: the factors, or adapters on them")
+    add(
+        "--recovery",
+        choices=list(ARMS),
+        help="what is trained: the factors, or adapters on them. Default: the factors, unless --r or --alpha is given",
+    )
     add(
         "--teacher",
         choices=["dense", "none"],
-        help="whose outputs are the target; none: the labels'. Default: none, but dense on text sampled from the model",
+        help="whose outputs are the target; none: the labels'. Default: none, but dense on text that the model samples "
+        "and beside other options of the teacher",
     )
     add("--temperature", type=float, default=1.0, help="of the teacher's and the student's distributions")
     add("--teacher-weight", type=float, default=1.0, help="of the teacher's predictions against the labels'")
@@ -122,7 +130,11 @@ def build_parser() -> ArgumentParser:
     add("--alpha", type=float, help="adapters are multiplied by alpha / r; default: 2 r")
     add("--norms", type=bool, default=False, help="whether norms are trained beside the factors")
     add("--refine-steps", type=int, default=0, help="steps towards each dense block's output before all is trained")
-    add("--data", nargs="+", help="what to recover on, named like --calibration; each is the default of the other")
+    add(
+        "--data",
+        nargs="+",
+        help="what to recover on, named like --calibration, whose default is the part of it to train on",
+    )
     add(
         "--tokens",
         type=int,
@@ -155,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns the report that it writes."""
     parser = build_parser()
     options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
-    fill_in(options)
+    fill_in(options, parser)
     check_used(options, parser)
     recovery = check(options)
     if options.precision == "bf16-mixed":
@@ -168,8 +180,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         check_window(options.window, tokenizer, model)
         questions = questions_of(options, tokenizer)
     with clock("data"):
-        calibration = calibration_of(options, tokenizer, model)
+        own = options.calibration == [DATA]
+        calibration = None if own else calibration_of(options, tokenizer, model)
         data = recovery_data(options, model, tokenizer, calibration)
+        batches: Any = list(islice(data.train, -(-options.windows // options.batch_size)))
+        if calibration is not None:
+            batches = window_loader(calibration, options.batch_size)
     print(f"Data: {data.summary}")
     questions = replace(questions, heldout=data.heldout or ())
     states: dict[str, Quality] = {}
@@ -181,8 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     callback = FascCallback(**frozen_options(options), recovery=recovery)
     module = CausalLMModule(model, recovery.rate, schedule="cosine")
-    print(f"Compressing on {options.windows} windows of {options.window} tokens from {', '.join(options.calibration)}")
-    run_fit(module, window_loader(calibration, options.batch_size), callback, progress=True, epochs=callback.passes)
+    rows = min(options.windows, data.summary.windows) if own else options.windows
+    print(f"Compressing on {rows} windows of {options.window} tokens from {', '.join(options.calibration)}")
+    run_fit(module, batches, callback, progress=True, epochs=callback.passes)
 
     with clock("evaluate"):
         print("Evaluating the compressed model")
@@ -211,18 +228,25 @@ def finish(options: Namespace, model: Any, tokenizer: Any, content: dict[str, An
     print(save_results(options, model, tokenizer, content))
 
 
-def fill_in(options: Namespace) -> None:
-    """Fill in the sources, the tokens and the teacher that were not given.
+def fill_in(options: Namespace, parser: ArgumentParser) -> None:
+    """Fill in the sources, the tokens, the teacher and the trained parameters that were not given.
 
     Labels of real text win more back than the dense model's predictions do (docs/results.md).
     """
-    options.calibration = options.calibration or options.data or [SELF]
+
+    def given(*names: str) -> bool:
+        return any(options[name] != parser.get_default(name) for name in names)
+
+    if options.calibration is None:
+        options.calibration = [DATA] if options.data else [SELF]
     options.data = options.data or list(options.calibration)
     sampled = set(options.data) == {SELF}
     if options.tokens is None:
         options.tokens = SAMPLED_TOKENS if sampled else TOKENS
+    if options.recovery is None:
+        options.recovery = "lora" if given(*UNUSED["recovery", "factors"]) else "factors"
     if options.teacher is None:
-        options.teacher = "dense" if sampled else "none"
+        options.teacher = "dense" if sampled or given(*UNUSED["teacher", "none"]) else "none"
 
 
 def check_used(options: Namespace, parser: ArgumentParser) -> None:
@@ -255,6 +279,11 @@ def check(options: Namespace) -> LoraRecovery | FactorRecovery:
         FileNotFoundError: If a file is missing.
         FileExistsError: If --output holds files but no saved model.
     """
+    if options.quantize == "int8" and options.rank is options.keep is None:
+        raise ValueError(
+            "Expected a compression with something to train but got --quantize int8 alone, whose layers stay as they "
+            "are. HINT: recipes/compress.py makes this model; nothing is lost that a recovery could win back."
+        )
     check_run(options, BUDGET, ("tokens", "epochs", "steps", "accumulate", "checkpoint_every"))
     check_data_options(options.data, options.tokens, options.heldout)
     check_sources(options.data)
@@ -331,7 +360,7 @@ def _stated(options: Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name not in PLACES}
 
 
-def recovery_data(options: Namespace, model: Any, tokenizer: Any, calibration: Tensor) -> FinetuneData:
+def recovery_data(options: Namespace, model: Any, tokenizer: Any, calibration: Tensor | None) -> FinetuneData:
     """Return the data of the recovery; held-out data was not calibrated on either, if there is enough text."""
     return finetune_data(
         options.data,

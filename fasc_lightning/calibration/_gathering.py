@@ -144,6 +144,7 @@ class Gathering:
             waiting: Samples that wait to be scored, by layer.
             batches: Number of counted batches.
         """
+        moments.sum_outputs(self.moments.output_share)
         self._replace(moments)
         self.scores.scores, self.scores.waiting = scores, waiting
         self.batches = batches

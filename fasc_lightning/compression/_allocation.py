@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 _EXACT_LAYERS = 32
 
 #: Partial choices that the exact search holds at once; beyond it the search ends without a result.
-_MOST_PARTIAL = 1 << 18
+_MOST_PARTIAL = 1 << 14
+
+#: Share of the loss that an exact search has to be able to save.
+_LEAST_GAIN = 1e-4
 
 #: Number of parameters of a rank-k (m, n) matrix in a layout: cost(m, n, k).
 Cost: TypeAlias = Callable[[int, int, int], int]
@@ -116,7 +119,8 @@ def spend(options: Sequence[StorageOptions], budget: int) -> list[int]:
     The Lagrangian sum of loss + price * cost separates by layer. The search compares every option, because loss curves
     and costs need not be convex. The price is bisected to the budget (Everett 1963: the result is optimal for the
     budget it spends). The rest of the budget is then spent greedily by loss saved per unit of cost. Few layers leave a
-    gap to the best choice that is worth closing: there the choice is exact (:func:`_exact`).
+    gap to the best choice that is worth closing: there the choice is exact, where the search stays small
+    (:func:`_exact`).
 
     Args:
         options: The ways to store each layer.
@@ -154,6 +158,8 @@ def spend(options: Sequence[StorageOptions], budget: int) -> list[int]:
 def _exact(options: Sequence[StorageOptions], budget: int, known: Sequence[int], price: float) -> list[int] | None:
     """Return the choice with the least sum of losses under a budget; None if the search would hold too many.
 
+    It is None as well where the known choice is at most :data:`_LEAST_GAIN` above the bound.
+
     Layer by layer, the partial choices that no other one beats in both cost and loss are kept (Nemhauser and Ullmann
     1969). The Lagrangian at a price bounds the loss of every completion from below. What cannot end below the loss of
     a known choice is dropped, so that few partial choices are left (Dyer et al. 1995).
@@ -168,6 +174,8 @@ def _exact(options: Sequence[StorageOptions], budget: int, known: Sequence[int],
     incumbent = sum(float(o.losses[i]) for o, i in zip(options, known, strict=True))
     bound = incumbent + price * budget
     gap = bound * (1 + 1e-12) - sum(float(score.min()) for score in scores)  # rounding must not drop the known choice
+    if not gap > _LEAST_GAIN * incumbent:
+        return None
     cheapest = np.array([int(o.costs.min()) for o in options])
     later = np.append(cheapest[::-1].cumsum()[::-1][1:], 0)
     costs, losses, excess = np.zeros(1, np.int64), np.zeros(1), np.zeros(1)

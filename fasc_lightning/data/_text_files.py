@@ -35,8 +35,8 @@ _BLOCK = 2**20
 _TEXT_FIELDS = (
     ("text",),
     ("prompt", "completion", "response"),
-    ("instruction", "input", "output"),
-    ("question", "answer"),
+    ("instruction", "input", "context", "output", "response"),
+    ("question", "context", "answer"),
 )
 
 

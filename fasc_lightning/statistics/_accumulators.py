@@ -24,6 +24,9 @@ from fasc_lightning.statistics._second_moments import SecondMoment, dense
 #: A cached result would be a second matrix, and wrong after a merge.
 OWN_SYNC: dict[str, Any] = {"sync_on_compute": False, "compute_with_cache": False}
 
+#: (sqrt(5) - 1) / 2.
+GOLDEN_SECTION = (5**0.5 - 1) / 2
+
 
 class Accumulator(Metric):
     """Sums over rows, and the count of the rows.
@@ -265,7 +268,7 @@ class CoupledMoments(Accumulator):
         dtype: Dtype of the sums.
         sketches: Sketch or projection of A and of G, None for exact ones.
         output_share: Share of the tokens of an update whose outer products enter G (:func:`systematic_sample`). G then
-            is an estimate, of nearly the same expectation; A is exact.
+            is an estimate; A is exact.
     """
 
     right: Tensor
@@ -314,7 +317,8 @@ class CoupledMoments(Accumulator):
             add_second_moment_(self.right, of_A, X * roots[0], abs(scale), through_A)
             rows = H * roots[1]
             if self.output_share < 1 and through_G is None:
-                rows = systematic_sample(rows, p * q, self.output_share)
+                # Multiples of the golden section spread the starts evenly, wherever a fit was resumed.
+                rows = systematic_sample(rows, p * q, self.output_share, (self.count * GOLDEN_SECTION).frac())
             add_second_moment_(self.left, of_G, rows, scale**2, through_G)
             self.weights += torch.stack([p.sum() * abs(scale), q.sum()])
             self.count += len(x)
@@ -332,26 +336,31 @@ class CoupledMoments(Accumulator):
         return second_moment(self.right, n, of_A, p), second_moment(self.left, m, of_G, q)
 
 
-def systematic_sample(rows: Tensor, sizes: Tensor, share: float) -> Tensor:
+def systematic_sample(rows: Tensor, sizes: Tensor, share: float, start: Tensor) -> Tensor:
     """Return a share of the rows, each scaled so that the sum of their outer products is about that of all rows.
 
     Systematic sampling with probability proportional to size (Madow 1949): the rows stand one after the other on a
     line, each as long as its size, and points at equal distances pick rows. A row is scaled by the root of the inverse
-    of its number of points to expect; a long one may be picked several times. No random numbers are drawn.
+    of its number of points to expect; a long one may be picked several times. Over all starts, the expectation is the
+    sum of all rows.
 
     Args:
         rows: Shape (tokens, d).
-        sizes: At least zero, shape (tokens,); rows of size zero have to be zero.
+        sizes: At least zero, shape (tokens,); rows of size zero count as zero.
         share: Share of the rows to pick, above 0.
+        start: Place of the first point, as a part of the distance between two, in [0, 1); a float64 scalar.
     """
-    count = max(1, math.ceil(share * len(rows))) if len(rows) else 0
-    ends = sizes.double().cumsum(0)
+    count = math.ceil(share * len(rows))
     if count == 0:
         return rows
-    points = (torch.arange(count, dtype=torch.float64, device=rows.device) + 0.5) * (ends[-1] / count)
+    ends = sizes.double().cumsum(0)
+    distance = ends[-1] / count
+    points = (torch.arange(count, dtype=torch.float64, device=rows.device) + start) * distance
     picked = torch.searchsorted(ends, points).clamp(max=len(rows) - 1)
-    expected = (sizes[picked].double() * (count / ends[-1].clamp(min=torch.finfo(torch.float64).tiny))).to(rows.dtype)
-    return rows[picked] * expected.clamp(min=torch.finfo(rows.dtype).tiny).rsqrt()[:, None]
+    # Divided first: the inverse of the smallest numbers would overflow.
+    expected = sizes[picked].double() / distance.clamp(min=torch.finfo(torch.float64).tiny)
+    factor = torch.where(expected > 0, expected.rsqrt(), 0.0)
+    return rows[picked] * factor.to(rows.dtype)[:, None]
 
 
 def check_pairs(x: Tensor, h: Tensor, shape: tuple[int, int]) -> None:

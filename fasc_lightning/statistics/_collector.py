@@ -51,6 +51,7 @@ class CalibrationMoments:
         self.device = torch.device(device)
         self.needs = check_needs(needs)
         self.sketches = dict(sketches or {})
+        self.output_share = output_share
         check_sketches(self.shapes, self.sketches, shared="plain" in self.needs)
         self.inputs: dict[tuple[str, ...], Moments] = {}
         self.gradients = {name: self._new_gradients(name, m) for name, (m, _) in shapes.items()}
@@ -101,6 +102,12 @@ class CalibrationMoments:
     def add_gradients(self, name: str, h: Tensor, scale: float = 1.0) -> None:
         """Add gradient rows ``scale * h`` (tokens, m) of one layer."""
         self.gradients[name].update(h.to(self.device), scale)
+
+    def sum_outputs(self, share: float) -> None:
+        """Let a share of the tokens enter the coupled G from now on."""
+        self.output_share = share
+        for stream in self.couplings.values():
+            stream.output_share = share
 
     def settle(self) -> None:
         """Do nothing: rows are summed at once (:class:`CpuOffload` waits here)."""

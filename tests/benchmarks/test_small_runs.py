@@ -81,5 +81,9 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
         assert forms.keys() == {"dense", *gpu.FORMS}
         assert forms["dense"]["times dense"] == 1
     assert "| tiny | int4 |" in page.read_text()
-    gpu.main([*options[:-1], "99", "--seconds", "0"])  # a saved shape is not measured again
+    gpu.main([*options, "--seconds-a-cell", "0", "--seconds", "0"])  # a saved shape is not measured again
     assert "left out" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="raise --seconds"):  # figures of other settings are not shown
+        gpu.main([*options, "--seconds", "0"])
+    with pytest.raises(SystemExit, match="--windows to be at least 2"):
+        gpu.main([*options, "--windows", "1"])

@@ -39,6 +39,7 @@ CASES = {
     "after the last batch but one": {"batch": BATCHES - 1},
     "all statistics": {"method": "gfwsvd", "gate": 0.1, "gate_by": "pooled"},
     "subsampled tokens": {"token_fraction": 0.5},
+    "a share of the gradients": {"keep": None, "quantize": "int4"},
     "with dropout": {"update_weights": True, "family": "gpt2", "model": {"resid_pdrop": 0.2}},
     "a loader without length": {"loader": lambda: stateful_loader(endless=True), "update_weights": True},
     "several batches a step": {"trainer": {"accumulate_grad_batches": 2}, "update_weights": True, "batch": 4},
@@ -58,7 +59,10 @@ CASES = {
 
 
 #: The other cases differ in one thing from these, and run with ``-m exhaustive``.
-SAMPLED = ("frozen", "training", "all statistics", "with dropout", "validations in between", "sketches sized by rho")
+SAMPLED = (
+    *("frozen", "training", "all statistics", "with dropout", "validations in between", "sketches sized by rho"),
+    "a share of the gradients",
+)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from interrupted import Fits, plain
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import run_script
-from tiny import causal_model, causal_module, feature_loader, made_once, mlp, token_loader
+from tiny import Classifier, causal_model, causal_module, feature_loader, made_once, mlp, token_loader
 from watching import assert_no_hooks, assert_untouched, state
 
 from fasc_lightning import FascCallback, apply_plan, compress, load_compressed, plan, save_compressed, to_dense
@@ -29,10 +29,10 @@ IDS = torch.arange(3, 19)[None]
 BUDGETS = [{"quantize": "int4"}, {"size": 0.4}]
 
 
-def fit(make_trainer, module=None, trainer=None, **options):
+def fit(make_trainer, module=None, trainer=None, loader=None, **options):
     module = module or causal_module()
     callback = FascCallback(**{"update_weights": False, **options})
-    make_trainer(callback, **(trainer or {})).fit(module, token_loader(samples=16))
+    make_trainer(callback, **(trainer or {})).fit(module, loader or token_loader(samples=16))
     return module, callback.report
 
 
@@ -106,6 +106,17 @@ def test_codes_do_not_depend_on_the_share_of_gradients_that_is_summed(monkeypatc
     losses = [(a.loss, b.loss) for a, b in zip(report.layers, exact.layers, strict=True)]
     assert any(a != b for a, b in losses)
     assert all(a == pytest.approx(b, rel=0.5) for a, b in losses)
+
+
+def test_a_batch_without_gradients_changes_no_layer(make_trainer):
+
+    class Weighted(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (batch_idx != 1)
+
+    weighted = Weighted(mlp().net)
+    _, report = fit(make_trainer, weighted, quantize="int4", loader=feature_loader(samples=256, batch_size=64))
+    assert all(row.loss > 0 for row in report.layers)
 
 
 def test_only_a_size_needs_measured_losses(make_trainer, monkeypatch):

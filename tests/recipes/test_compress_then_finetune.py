@@ -167,8 +167,9 @@ def test_on_text_of_its_own_and_the_builtin_evaluation(recipe, folder, monkeypat
 
 def test_options_become_a_recovery(recipe):
     def recovery(*arguments):
-        options = recipe.build_parser().parse_args(list(arguments))
-        recipe.fill_in(options)
+        parser = recipe.build_parser()
+        options = parser.parse_args(list(arguments))
+        recipe.fill_in(options, parser)
         return recipe.check(options)
 
     assert recovery() == FactorRecovery(teacher=Distillation())
@@ -182,23 +183,47 @@ def test_options_become_a_recovery(recipe):
     )
 
 
+def test_options_of_a_teacher_and_of_adapters_imply_them(recipe):
+    parser = recipe.build_parser()
+    for arguments, expected in (
+        (["--data", "a.txt", "--temperature", "2"], ("factors", "dense")),
+        (["--data", "a.txt", "--r", "4"], ("lora", "none")),
+        (["--data", "a.txt", "--alpha", "4", "--teacher-cache", "c"], ("lora", "dense")),
+        (["--data", "a.txt"], ("factors", "none")),
+    ):
+        found = parser.parse_args(arguments)
+        recipe.fill_in(found, parser)
+        recipe.check_used(found, parser)
+        assert (found.recovery, found.teacher) == expected
+
+
+def test_few_instructions_are_calibrated_on_as_far_as_they_are_trained_on(recipe, folder, trained):
+    given = arguments(folder, trained, "--data", str(folder / "rows.jsonl"), "--window", "128", "--lr", "3e-3")
+    report = recipe.main(without(given, "--calibration", "--tokens", "--windows"))
+    assert report["options"]["windows"] == 32
+    assert 0 < report["layers"][0]["tokens"] <= report["data"]["tokens"]
+
+
 def test_data_of_ones_own_are_calibrated_on_and_their_labels_learnt(recipe, folder, trained):
     options = arguments(folder, trained, "--data", str(folder / "text.txt"), str(folder / "rows.jsonl"))
     parser = recipe.build_parser()
     found = parser.parse_args(without(options, "--calibration", "--tokens"))
     assert found.calibration is found.tokens is None
-    recipe.fill_in(found)
-    assert found.calibration == found.data == [str(folder / "text.txt"), str(folder / "rows.jsonl")]
+    recipe.fill_in(found, parser)
+    assert found.calibration == ["data"]
+    assert found.data == [str(folder / "text.txt"), str(folder / "rows.jsonl")]
     assert (found.teacher, found.tokens) == ("none", recipe.TOKENS)
     sampled = parser.parse_args([])
-    recipe.fill_in(sampled)
+    recipe.fill_in(sampled, parser)
     assert (sampled.teacher, sampled.tokens, sampled.calibration) == ("dense", recipe.SAMPLED_TOKENS, ["self"])
 
 
 def test_on_data_of_ones_own_the_defaults_end_below_the_compression(recipe, folder, trained):
     given = arguments(folder, trained, "--data", str(folder / "text.txt"), "--lr", "3e-3")
     report = recipe.main(without(given, "--calibration", "--tokens"))
-    assert report["options"]["calibration"] == [str(folder / "text.txt")]
+    assert report["options"]["calibration"] == ["data"]
+    assert report["data"]["calibrated"] == 0
+    assert report["layers"][0]["tokens"] == 8 * 64
     assert report["recovery"]["arm"] == "factors"
     assert report["recovery"]["teacher"] is False
     foxes = report["perplexity"]["foxes"]
@@ -254,6 +279,7 @@ def test_precision_and_refinement_reach_the_fit(recipe, folder, trained, monkeyp
         (["--data", "a/b", "a/b"], ValueError, "distinct sources"),
         (["--in-domain", "fox"], ValueError, r"--in-domain to name some of \['foxes', 'families'\] but got \['fox'\]"),
         (["--data", "missing.jsonl"], FileNotFoundError, "data file at missing"),
+        (["--keep", "null", "--method", "fasc", "--quantize", "int8"], ValueError, "something to train"),
         (["--eval-text", "foxes"], ValueError, "NAME=FILE but got 'foxes'"),
         (["--rank", "0.5", "--keep", "0.5"], ValueError, "got both"),
         (

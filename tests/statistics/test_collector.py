@@ -191,18 +191,41 @@ def test_a_systematic_sample_has_the_expectation_of_all_rows(share):
     rows[3], sizes[3] = 0, 0
     sizes[5] *= 30  # picked several times
     sizes /= sizes.sum()
+    half = torch.tensor(0.5, dtype=torch.float64)
     blank, total, starts = torch.zeros(1, 3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64), 2000
     distance = 2 / -(-share * 22 // 1)  # of the points on a line of length 2: rows, and blanks before and after them
     for start in torch.arange(starts, dtype=torch.float64) * distance / starts:
         line = torch.cat([start.view(1), sizes, 1 - start.view(1)])
-        found = systematic_sample(torch.cat([blank, rows, blank]), line, share)
+        found = systematic_sample(torch.cat([blank, rows, blank]), line, share, half)
         total += found.T @ found / starts
     torch.testing.assert_close(total, rows.T @ rows, rtol=0, atol=0.01 * float(rows.square().sum()))
 
 
-def test_a_sample_of_nothing_and_of_zeros_is_finite():
-    assert systematic_sample(torch.zeros(0, 3), torch.zeros(0), 0.5).shape == (0, 3)
-    assert torch.equal(systematic_sample(torch.zeros(4, 3), torch.zeros(4), 0.5), torch.zeros(2, 3))
+@pytest.mark.parametrize("tokens", [1, 4, 13, 64])
+@pytest.mark.parametrize("value", [0.0, 1e-30])
+def test_a_batch_without_gradients_leaves_the_moments_as_they_were(tokens, value):
+    torch.manual_seed(0)
+    stream = CoupledMoments(4, 3, output_share=0.25)
+    stream.update(torch.randn(64, 3), torch.randn(64, 4))
+    before = [S.clone() for S in stream.compute()]
+    weight = stream.weights.clone()
+    stream.update(torch.randn(tokens, 3), torch.full((tokens, 4), value))
+    A, G = stream.compute()
+    torch.testing.assert_close(A, before[0])
+    torch.testing.assert_close(G * stream.weights[1], before[1] * weight[1])
+    stream.update(torch.zeros(0, 3), torch.zeros(0, 4))
+    assert torch.equal(stream.compute()[0], A)
+
+
+def test_a_token_at_the_same_place_of_each_update_counts_as_often_as_others():
+    torch.manual_seed(0)
+    part, whole = (CoupledMoments(2, 3, torch.float64, output_share=share) for share in (0.25, 1.0))
+    for _ in range(800):
+        x, h = torch.randn(16, 3, dtype=torch.float64), torch.randn(16, 2, dtype=torch.float64)
+        h[1:, 0], h[0, 1] = 0, 0  # only the first token has a gradient at the first output
+        for stream in (part, whole):
+            stream.update(x, h)
+    torch.testing.assert_close(part.compute()[1].diagonal(), whole.compute()[1].diagonal(), rtol=0.1, atol=0)
 
 
 def test_magnitudes_follow_rows_that_move(tokens):

@@ -111,8 +111,9 @@ def test_a_model_with_both_is_saved_loaded_planned_and_made_dense(tmp_path):
 def test_other_ways_to_calibrate_offer_ranks_too(options):
     model, report = compressed(**options)
     assert {row.layout for row in report.layers if row.name.endswith(WIDE)} == {"factors"}
-    if "passes" in options:
-        assert all(torch.equal(value, model.state_dict()[name]) for name, value in compressed()[0].state_dict().items())
+    if "passes" in options:  # which rule out the refit that this size gets otherwise
+        expected = compressed(refit=False)[0].state_dict()
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.items())
 
 
 def test_equal_bits_for_all_layers_leave_no_ranks():

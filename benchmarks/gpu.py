@@ -21,11 +21,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from inference_models import Shape, Workload, decoder_action
+from inference import workloads
+from inference_models import SHAPES as BLOCKS
+from inference_models import Shape, decoder_action
 from interleaved import interleave, speed_ups, timed, wait_for
 from monitoring import measure as observed
 from pages import write_part
@@ -38,8 +41,8 @@ from fasc_lightning.cli import markdown_table, write_json
 from fasc_lightning.models import prepare_decoding
 
 SHAPES = {
-    "Llama-3.2-1B": Shape(2048, 8192, 32, 8, layers=16),
-    "Llama-3-8B, 4 blocks": Shape(4096, 14336, 32, 8, layers=4),
+    "Llama-3.2-1B": replace(BLOCKS["Llama-3.2-1B block"], layers=16),
+    "Llama-3-8B, 4 blocks": replace(BLOCKS["Llama-3-8B block"], layers=4),
     "tiny": Shape(32, 64, 2, 1, layers=2),
 }
 #: The tiny shape is for dry runs.
@@ -73,7 +76,7 @@ def build(shape: Shape, vocabulary: int, device: torch.device) -> LlamaForCausal
     return model.to(torch.bfloat16).eval().requires_grad_(False)
 
 
-def calibration(model: Any, batches: Sequence[dict[str, torch.Tensor]], device: torch.device) -> dict[str, float]:
+def bare_speed(model: Any, batches: Sequence[dict[str, torch.Tensor]], device: torch.device) -> float:
     """Return tokens a second of bare forward and backward passes, after one batch that does not count."""
 
     def steps() -> None:
@@ -83,7 +86,7 @@ def calibration(model: Any, batches: Sequence[dict[str, torch.Tensor]], device: 
     step = waited(steps, device)
     bare_step(model, batches[0])
     wait_for(device)
-    return {"bare tokens/s": sum(batch["input_ids"].numel() for batch in batches[1:]) / timed(step)}
+    return sum(batch["input_ids"].numel() for batch in batches[1:]) / timed(step)
 
 
 def compressed(model: Any, batches: list[dict[str, torch.Tensor]], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,13 +107,8 @@ def compressed(model: Any, batches: list[dict[str, torch.Tensor]], options: Mapp
 @torch.inference_mode()
 def inference(models: Mapping[str, nn.Module], options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Return the speed of each model at each workload, and its ratio to the dense one."""
-    works = {
-        f"prefill {options.window}": Workload(1, options.window, 0),
-        "decode, batch 1": Workload(1, 1, options.past),
-        "decode, batch 16": Workload(16, 1, options.past),
-    }
     found: dict[str, Any] = {}
-    for name, work in works.items():
+    for name, work in workloads(options.window, options.past).items():
         actions = {form: waited(decoder_action(model, work), device) for form, model in models.items()}
         times = interleave(actions, options.seconds_a_cell)
         ratios = speed_ups(times, "dense")
@@ -129,7 +127,7 @@ def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     ids = torch.randint(options.vocabulary, (options.windows, options.batch, options.window), device=device)
     batches = [{"input_ids": part} for part in ids]
     result: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
-    result["bare"] = calibration(model, batches, device)
+    result["bare tokens/s"] = bare_speed(model, batches, device)
     models, result["forms"] = {"dense": model.base_model}, {}
     for form, how in FORMS.items():
         other = copy.deepcopy(model)
@@ -151,7 +149,7 @@ def page(results: Mapping[str, Mapping[str, Any]], device: str) -> str:
     for shape, found in results.items():
         for form, figures in found["forms"].items():
             seconds = figures["seconds"]
-            of_bare = figures["calibrate tokens/s"] / found["bare"]["bare tokens/s"]
+            of_bare = figures["calibrate tokens/s"] / found["bare tokens/s"]
             phases.append(
                 {
                     "model": shape,

@@ -100,13 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     start = time.perf_counter()
     options = check(build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments)))
     head = {"setting": options.setting}
-    run = ComparisonRun(options, "Models at equal bytes", [METHOD], head=head)
-    dense, outcomes = run.cells("models", cells_of(options), run.evaluation, share_of_bytes)
+    run = ComparisonRun(options, "Models at equal bytes", [METHOD], share_of_bytes, head=head)
+    dense, outcomes = run.cells("models", cells_of(options), run.evaluation)
     speeds: dict[Cell, dict[str, float]] = {}
     if options.speed:
         prompt = Evaluation({}, [], prompt=run.calibration.windows[:1])
         timed = [cell for cell in outcomes if has_bits(cell)]
-        dense_speed, found = run.cells("speed", timed, prompt, share_of_bytes)
+        dense_speed, found = run.cells("speed", timed, prompt)
         measured = {Cell(DENSE): dense_speed, **found}
         speeds = {cell: outcome.measured.speed for cell, outcome in measured.items() if outcome.measured is not None}
     model = run.calibration.model

@@ -92,10 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe and return the content of results.json."""
     start = time.perf_counter()
     options = check(build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments)))
-    run = ComparisonRun(options, "Methods compared", solvers_of(options), options.gfwsvd_passes)
+    run = ComparisonRun(options, "Methods compared", solvers_of(options), share_kept, options.gfwsvd_passes)
     studies = options.studies
     if {"grid", "kinds"} & set(studies):
-        dense, outcomes = run.cells("grid", grid_cells(options), run.evaluation, share_kept)
+        dense, outcomes = run.cells("grid", grid_cells(options), run.evaluation)
         if "grid" in studies:
             run.report.grid(dense, outcomes, run.evaluation)
         if "kinds" in studies:
@@ -105,11 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if "sensitivity" in studies:
         few = few_questions(run.evaluation, options)
         cells = sensitivity_cells(run.calibration.layers, options.study_methods, options.study_rank)
-        dense, outcomes = run.cells("sensitivity", cells, few, share_kept)
+        dense, outcomes = run.cells("sensitivity", cells, few)
         run.report.sensitivity(dense, outcomes, options.study_rank, scores)
     if "layers" in studies:
         cells = group_cells(debiased, options.study_methods, options.study_rank)
-        dense, outcomes = run.cells("layers", cells, run.evaluation, share_kept)
+        dense, outcomes = run.cells("layers", cells, run.evaluation)
         title = f"Critical and safe layers, each fifth together at rank {options.study_rank:g}"
         note = "Critical are the layers with the highest debiased rho, safe those with the lowest."
         run.report.labelled(title, dense, outcomes, "groups.csv", note)
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         setting, budget = Setting.parse(options.settings[-1]), Budget(rank=options.study_rank)
         thresholds = sorted(options.thresholds)
         cells = gate_cells(debiased, thresholds, "fasc", CHEAP_METHOD, budget, setting)
-        dense, outcomes = run.cells("thresholds", cells, run.evaluation, share_kept)
+        dense, outcomes = run.cells("thresholds", cells, run.evaluation)
         note = f"Layers: on fasc. Debiased rho; {setting}; thresholds that choose the same layers stand once."
         run.report.labelled(f"Thresholds of rho, {budget}", dense, outcomes, "thresholds.csv", note)
     run.report.head["seconds"] = {

@@ -130,17 +130,9 @@ def build_parser() -> ArgumentParser:
     add("--alpha", type=float, help="adapters are multiplied by alpha / r; default: 2 r")
     add("--norms", type=bool, default=False, help="whether norms are trained beside the factors")
     add("--refine-steps", type=int, default=0, help="steps towards each dense block's output before all is trained")
-    add(
-        "--data",
-        nargs="+",
-        help="what to recover on, named like --calibration, whose default is the part of it to train on",
-    )
-    add(
-        "--tokens",
-        type=int,
-        help="most tokens of the data to read, with the held-out ones; default: "
-        f"{TOKENS:,}, or {SAMPLED_TOKENS:,} sampled from the model",
-    )
+    add("--data", nargs="+", help="what to recover on, named like --calibration; its training part is calibrated on")
+    amount = f"{TOKENS:,}, or {SAMPLED_TOKENS:,} of text that the model samples"
+    add("--tokens", type=int, help=f"most tokens of the data to read, the held-out ones included; default: {amount}")
     add("--heldout", type=float, default=0.1, help="share of the data that is only measured on")
     add("--answers-only", type=bool, default=True, help="whether instructions themselves are learnt")
     add("--pack", type=bool, default=True, help="whether examples share a window, and then see those before them")
@@ -180,11 +172,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         check_window(options.window, tokenizer, model)
         questions = questions_of(options, tokenizer)
     with clock("data"):
-        own = options.calibration == [DATA]
-        calibration = None if own else calibration_of(options, tokenizer, model)
+        calibration = None if options.calibration == [DATA] else calibration_of(options, tokenizer, model)
         data = recovery_data(options, model, tokenizer, calibration)
-        batches: Any = list(islice(data.train, -(-options.windows // options.batch_size)))
-        if calibration is not None:
+        if calibration is None:
+            batches: Any = list(islice(data.train, -(-options.windows // options.batch_size)))
+        else:
             batches = window_loader(calibration, options.batch_size)
     print(f"Data: {data.summary}")
     questions = replace(questions, heldout=data.heldout or ())
@@ -197,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     callback = FascCallback(**frozen_options(options), recovery=recovery)
     module = CausalLMModule(model, recovery.rate, schedule="cosine")
-    rows = min(options.windows, data.summary.windows) if own else options.windows
+    rows = options.windows if calibration is not None else min(options.windows, data.summary.windows)
     print(f"Compressing on {rows} windows of {options.window} tokens from {', '.join(options.calibration)}")
     run_fit(module, batches, callback, progress=True, epochs=callback.passes)
 
@@ -279,11 +271,6 @@ def check(options: Namespace) -> LoraRecovery | FactorRecovery:
         FileNotFoundError: If a file is missing.
         FileExistsError: If --output holds files but no saved model.
     """
-    if options.quantize == "int8" and options.rank is options.keep is None:
-        raise ValueError(
-            "Expected a compression with something to train but got --quantize int8 alone, whose layers stay as they "
-            "are. HINT: recipes/compress.py makes this model; nothing is lost that a recovery could win back."
-        )
     check_run(options, BUDGET, ("tokens", "epochs", "steps", "accumulate", "checkpoint_every"))
     check_data_options(options.data, options.tokens, options.heldout)
     check_sources(options.data)

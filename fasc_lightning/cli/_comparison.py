@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from fasc_lightning._utils import fingerprint, library_versions, terminal_progress
 from fasc_lightning.cli._options import add_text_options
-from fasc_lightning.cli._run import calibration_of
-from fasc_lightning.data import check_file, file_windows, load_model, named_files, text_windows
-from fasc_lightning.evaluation import builtin_facts, builtin_text, load_facts, load_minimal_pairs
+from fasc_lightning.cli._run import calibration_of, questions_of
+from fasc_lightning.data import check_file, load_model, named_files
+from fasc_lightning.evaluation import Questions, load_minimal_pairs
 from fasc_lightning.layers import select_layers
 
 if TYPE_CHECKING:
@@ -73,14 +73,10 @@ def evaluation_of(options: Namespace, tokenizer: Any) -> Evaluation:
     from fasc_lightning.studies.comparison import Evaluation
 
     pairs = load_minimal_pairs(options.minimal_pairs) if options.get("minimal_pairs") else []
-    sizes = options.eval_windows, options.window
-    windows = {name: file_windows(path, tokenizer, *sizes) for name, path in options.eval_text.items()}
-    facts = load_facts(options.eval_facts) if options.eval_facts else []
-    if not (windows or facts or pairs):
-        windows = {"python-reference": text_windows(builtin_text(), tokenizer, *sizes)}
-        facts = builtin_facts(options.seed)
-    compared = min(options.get("kl_windows", 0), options.eval_windows) if windows else 0
-    return Evaluation(windows, facts, pairs, options.eval_precision, compared=compared)
+    only_pairs = pairs and not (options.eval_text or options.eval_facts)
+    asked = Questions({}) if only_pairs else questions_of(options, tokenizer)
+    compared = min(options.get("kl_windows", 0), options.eval_windows) if asked.texts else 0
+    return Evaluation(asked.texts, asked.facts, pairs, options.eval_precision, compared=compared)
 
 
 class ComparisonRun:
@@ -90,6 +86,7 @@ class ComparisonRun:
         options: The checked options of the recipe.
         title: Title of the report.
         solvers: Solvers of the cells.
+        share: Returns the size of an outcome in words, beside the dense model's outcome.
         passes: Passes of gfwsvd's iteration beyond the first step.
         head: Further entries of the report's head.
     """
@@ -99,6 +96,7 @@ class ComparisonRun:
         options: Namespace,
         title: str,
         solvers: Sequence[str],
+        share: Callable[[Outcome, Outcome], str],
         passes: int = 0,
         head: Mapping[str, Any] | None = None,
     ) -> None:
@@ -107,6 +105,7 @@ class ComparisonRun:
         from fasc_lightning.studies.comparison import Comparison, GatheredStatistics, Report
 
         self.output = Path(options.output)
+        self._share = share
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, tokenizer = load_model(options.model)
         model.eval().requires_grad_(False).to(device)
@@ -139,16 +138,13 @@ class ComparisonRun:
         }
         self.report = Report(self.output, title, content, options.seed)
 
-    def cells(
-        self, study: str, cells: Sequence[Cell], evaluation: Evaluation, share: Callable[[Outcome, Outcome], str]
-    ) -> tuple[Outcome, dict[Cell, Outcome]]:
+    def cells(self, study: str, cells: Sequence[Cell], evaluation: Evaluation) -> tuple[Outcome, dict[Cell, Outcome]]:
         """Measure the dense model and a study's cells, print one line each, and return both.
 
         Args:
             study: Name of the study, whose cells share a folder.
             cells: The cells.
             evaluation: The questions.
-            share: Returns the size of an outcome in words, beside the dense model's outcome.
 
         Raises:
             RuntimeError: If the dense model cannot be measured, because there is then no comparison.
@@ -157,8 +153,9 @@ class ComparisonRun:
 
         context = fingerprint(self.calibration.source, evaluation.fingerprint())
         store = CellStore(self.output / "cells" / study, context)
+        line = partial(cell_line, share=self._share)
         return self.comparison.run_beside_dense(
-            cells, evaluation, store, partial(cell_line, share=share), partial(print, flush=True), terminal_progress
+            cells, evaluation, store, line, partial(print, flush=True), terminal_progress
         )
 
 

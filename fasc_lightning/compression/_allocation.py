@@ -134,31 +134,29 @@ def spend(options: Sequence[StorageOptions], budget: int) -> list[int]:
         chosen = [o.best(price) for o in options]
         return chosen, sum(int(o.costs[i]) for o, i in zip(options, chosen, strict=True))
 
-    low = high = 0.0
     chosen, spent = spent_at(0.0)
-    if spent > budget:
-        high = _prohibitive_price(options)
-        chosen, spent = spent_at(high)
-        for _ in range(200):
-            # Prices span many orders of magnitude, so their logarithm is bisected once the lower end is above zero.
-            middle = (low * high) ** 0.5 if low > 0 else high * 1e-6
-            trial, cost_of_trial = spent_at(middle)
-            if cost_of_trial > budget:
-                low = middle
-            else:
-                high, chosen, spent = middle, trial, cost_of_trial
-            if low > 0 and high / low < 1 + 1e-12:
-                break
-    if high == 0.0:  # the budget holds every layer's best option
+    if spent <= budget:  # it holds every layer's best option
         return chosen
+    low, high = 0.0, _prohibitive_price(options)
+    chosen, spent = spent_at(high)
+    for _ in range(200):
+        # Prices span many orders of magnitude, so their logarithm is bisected once the lower end is above zero.
+        middle = (low * high) ** 0.5 if low > 0 else high * 1e-6
+        trial, cost_of_trial = spent_at(middle)
+        if cost_of_trial > budget:
+            low = middle
+        else:
+            high, chosen, spent = middle, trial, cost_of_trial
+        if low > 0 and high / low < 1 + 1e-12:
+            break
     _spend_rest(options, chosen, budget - spent)
-    return (_exact(options, budget, chosen, high) if len(options) <= _EXACT_LAYERS else None) or chosen
+    return _exact(options, budget, chosen, high) or chosen
 
 
 def _exact(options: Sequence[StorageOptions], budget: int, known: Sequence[int], price: float) -> list[int] | None:
     """Return the choice with the least sum of losses under a budget; None if the search would hold too many.
 
-    It is None as well where the known choice is at most :data:`_LEAST_GAIN` above the bound.
+    It is None as well for many layers, and where the known choice is at most :data:`_LEAST_GAIN` above the bound.
 
     Layer by layer, the partial choices that no other one beats in both cost and loss are kept (Nemhauser and Ullmann
     1969). The Lagrangian at a price bounds the loss of every completion from below. What cannot end below the loss of
@@ -170,6 +168,8 @@ def _exact(options: Sequence[StorageOptions], budget: int, known: Sequence[int],
         known: A choice within the budget, by index.
         price: Price of a unit of cost, near the one at which the budget is spent.
     """
+    if len(options) > _EXACT_LAYERS:
+        return None
     scores = [o.losses + price * o.costs for o in options]
     incumbent = sum(float(o.losses[i]) for o, i in zip(options, known, strict=True))
     bound = incumbent + price * budget

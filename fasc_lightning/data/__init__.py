@@ -9,9 +9,9 @@ from fasc_lightning.data._text_files import json_row, open_text, read_text
 from fasc_lightning.data._windows import calibration_windows, check_window, file_windows, text_windows, window_loader
 
 __all__ = [
-    "SELF",
     "EMPTY",
     "OVERLONG",
+    "SELF",
     "SMOLLM2",
     "SMOLLM2_LICENCE",
     "SMOLLM2_SOURCE",

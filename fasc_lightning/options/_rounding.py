@@ -149,7 +149,7 @@ def check_rounding(options: CompressionOptions) -> None:
     if options.recovery is not None and options.quantize == "int8":
         raise ValueError(
             "Expected recovery=None with quantize='int8' alone, which leaves nothing to recover, but got "
-            f"{options.recovery!r}."
+            f"{options.recovery!r}. HINT: leave the recovery out, or take fewer bits, which have something to train."
         )
     if options.refit is True and not is_calibrated(options):
         raise ValueError(

@@ -309,17 +309,16 @@ class CoupledMoments(Accumulator):
             X, H = x.detach().to(self.accumulator_dtype), h.detach().to(self.accumulator_dtype)
             p, q = H.norm(dim=1), X.norm(dim=1)
             of_A, of_G = self.sketches
-            roots = (p.sqrt()[:, None], q.sqrt()[:, None])
-            through_A, through_G = (
-                S * root if S is not None and isinstance(sketch, Projection) else None
-                for sketch, root in zip(self.sketches, roots, strict=True)
-            )
-            add_second_moment_(self.right, of_A, X * roots[0], abs(scale), through_A)
-            rows = H * roots[1]
-            if self.output_share < 1 and through_G is None:
-                # Multiples of the golden section spread the starts evenly, wherever a fit was resumed.
-                rows = systematic_sample(rows, p * q, self.output_share, (self.count * GOLDEN_SECTION).frac())
-            add_second_moment_(self.left, of_G, rows, scale**2, through_G)
+            for sums, sketch, rows, root, weight, share in (
+                (self.right, of_A, X, p.sqrt()[:, None], abs(scale), 1.0),
+                (self.left, of_G, H, q.sqrt()[:, None], scale**2, self.output_share),
+            ):
+                weighted = rows * root
+                through = S * root if S is not None and isinstance(sketch, Projection) else None
+                if share < 1 and through is None:
+                    # Multiples of the golden section spread the starts evenly, wherever a fit was resumed.
+                    weighted = systematic_sample(weighted, p * q, share, (self.count * GOLDEN_SECTION).frac())
+                add_second_moment_(sums, sketch, weighted, weight, through)
             self.weights += torch.stack([p.sum() * abs(scale), q.sum()])
             self.count += len(x)
 

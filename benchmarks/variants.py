@@ -91,7 +91,6 @@ VARIANTS = {
     "refit": Variant(refit=RefitOptions()),
     "refit-to-factors": Variant(refit=RefitOptions(towards="factors")),
     "refit-layer": Variant(refit=RefitOptions(target="layer")),
-    "refit-judge": Variant(refit=RefitOptions(judge_batches=4)),
     "refit-lambda-1": Variant(refit=RefitOptions(anchors=(1.0,))),
     "refit-lambda-3": Variant(refit=RefitOptions(anchors=(3.0,))),
     "refit-lambda-0.3-1-3": Variant(refit=RefitOptions(anchors=(0.3, 1.0, 3.0))),

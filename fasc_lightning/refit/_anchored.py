@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,10 +23,11 @@ from fasc_lightning.refit._batch_loss import BatchLoss, batch_losses, causal_los
 from fasc_lightning.refit._blocks import BlockRunner
 from fasc_lightning.refit._candidates import Candidates, FactorCandidates, GridCandidates
 from fasc_lightning.refit._checks import check_refit, refittable_layers
+from fasc_lightning.refit._drift import DriftRows, OutputBasis
 from fasc_lightning.refit._joins import Joins, joins_stream
-from fasc_lightning.refit._reports import BlockRefit, LayerRefit, RefitReport
+from fasc_lightning.refit._reports import LayerRefit, RefitReport
 from fasc_lightning.refit._shares import Change, shares
-from fasc_lightning.refit._solve import DriftMoments, DriftRows, Variant, drift_loss
+from fasc_lightning.refit._solve import anchor_moments, mixed_with_anchor
 from fasc_lightning.solvers import SHRINK_A, SHRINK_COUPLED_G, shrink
 from fasc_lightning.statistics import moment_dtype
 
@@ -48,37 +50,27 @@ class RefitOptions:
     Attributes:
         anchors: Values of lambda to choose from, layer by layer, by the error on the choosing batches.
         towards: See :data:`Anchor`.
-        variants: Factors that may move, chosen in the same way.
         target: See :data:`Target`.
         bias: Whether existing biases move, too.
         holdout: One batch in ``holdout`` chooses and another one checks, but at least one and two (``shares``).
-        judge_batches: Number of choosing batches on which the model's loss is measured after each block; factors are
-            not fitted to them. 0 leaves out the verdicts on blocks and keeps the last check alone.
     """
 
     anchors: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
     towards: Anchor = "dense"
-    variants: tuple[Variant, ...] = ("factors",)
     target: Target = "stream"
     bias: bool = True
     holdout: int = 8
-    judge_batches: int = 0
 
     def __post_init__(self) -> None:
         """Check the options."""
         if not self.anchors or not all(0 <= anchor < math.inf for anchor in self.anchors):
             raise ValueError(f"Expected `anchors` to be finite numbers of at least 0 but got {self.anchors}.")
-        if not self.variants or not set(self.variants) <= {"factors", "right"}:
-            raise ValueError(f'Expected `variants` out of "factors" and "right" but got {self.variants}.')
         if self.towards not in ("dense", "factors"):
             raise ValueError(f'Expected `towards` to be "dense" or "factors" but got {self.towards!r}.')
         if self.target not in ("layer", "stream"):
             raise ValueError(f'Expected `target` to be "layer" or "stream" but got {self.target!r}.')
-        if self.holdout < 3 or self.judge_batches < 0:
-            raise ValueError(
-                f"Expected `holdout` of at least 3 and `judge_batches` of at least 0 but got {self.holdout} and "
-                f"{self.judge_batches}."
-            )
+        if self.holdout < 3:
+            raise ValueError(f"Expected `holdout` of at least 3 but got {self.holdout}.")
 
 
 def refit(
@@ -159,7 +151,6 @@ def refit(
     done = {layer.name for layer in reports}
     return RefitReport(
         layers=reports,
-        blocks=work.blocks,
         skipped=[name for name in layers if name not in done],
         loss_before=change.before,
         loss_after=change.after,
@@ -169,6 +160,23 @@ def refit(
         held_batches=len(check),
         seconds=time.perf_counter() - start,
     )
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of layers that share an input.
+
+    Attributes:
+        fit: Moments of those to fit to.
+        held: Moments of those that choose.
+        inputs: Drifted inputs of each batch, shape (tokens, n), of a layer that joins the end of the block; else none.
+        outputs: Outputs of the drifted block for each batch, likewise.
+    """
+
+    fit: DriftRows
+    held: DriftRows
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
 
 
 class _Refit:
@@ -195,25 +203,20 @@ class _Refit:
         self.device = device
         self.progress = progress or (lambda names, description: names)
         self.held = held
-        # The judged batches are spread over all held-out ones, which may come from several sources in turn.
-        count = min(options.judge_batches, len(self.held))
-        self.judged = [self.held[i * len(self.held) // count] for i in range(count)]
         self.rows = [real_tokens(batch) for batch in runner.batches]
         # Both streams start from the same embeddings.
         self.exact = list(runner.inputs)
         self.drifted = list(runner.inputs)
         self.reports: list[LayerRefit] = []
-        self.blocks: list[BlockRefit] = []
 
     def run(self) -> None:
         """Go through all blocks."""
-        current = self._judge(0)
         numbers = [str(i) for i in range(len(self.runner.blocks))]
         for number in self.progress(numbers, "Refitting"):
-            current = self._block(int(number), current)
+            self._block(int(number))
 
-    def _block(self, block: int, current: float) -> float:
-        """Refit one block and push both streams past it; returns the judged loss."""
+    def _block(self, block: int) -> None:
+        """Refit one block and push both streams past it."""
         prefix = self.runner.prefix(block)
         inside = {name: layer for name, layer in self.layers.items() if name.startswith(prefix) and _moves(layer)}
         groups = self.runner.groups(block, self.drifted[0], inside) if inside else []
@@ -222,29 +225,21 @@ class _Refit:
             seen = [self.runner.run_and_see(block, i, hidden, first) for i, hidden in enumerate(self.exact)]
         exact, inputs = [output for _, output in seen], [inputs for inputs, _ in seen]
         del seen
-        saved = {name: layer_state(inside[name]) for group in groups for name in group}
-        reports = []
+        outputs: list[Tensor] = []  # of the drifted block, as long as they are known
         for group in groups:  # each group's inputs are freed after it
-            reports += self._group(block, group, exact, [batch.pop(0) for batch in inputs])
-        drifted = self._push(block, self.drifted)
-        if any(report.accepted for report in reports) and self.judged:
-            judged = self._judge(block + 1, drifted)
-            accepted = judged < current
-            self.blocks.append(BlockRefit(block, current, judged, accepted))
-            if accepted:
-                current = judged
-            else:
-                for name, state in saved.items():
-                    inside[name].load_state_dict(state)
-                reports = [report.undone() for report in reports]
-                drifted = self._push(block, self.drifted)
-        self.reports += reports
-        self.exact, self.drifted = exact, drifted
-        return current
+            outputs = self._group(block, group, exact, [batch.pop(0) for batch in inputs], outputs)
+        if not outputs:
+            outputs = [self.runner.run(block, i, hidden) for i, hidden in enumerate(self.drifted)]
+        self.exact, self.drifted = exact, outputs
 
     def _group(
-        self, block: int, group: Sequence[str], exact: Sequence[Tensor], inputs: Sequence[Tensor]
-    ) -> list[LayerRefit]:
+        self,
+        block: int,
+        group: Sequence[str],
+        exact: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        outputs: list[Tensor],
+    ) -> list[Tensor]:
         """Refit layers that share an input.
 
         Args:
@@ -252,73 +247,86 @@ class _Refit:
             group: Names of the layers.
             exact: The dense block's outputs.
             inputs: The layers' inputs in the dense model.
+            outputs: The drifted block's outputs; empty if they are not known.
+
+        Returns:
+            The drifted block's outputs; empty if they are not known any more.
         """
         first = group[0]
         joins: Joins = None
         if self.options.target == "stream" and len(group) == 1:
             joins = joins_stream(self.runner, block, self.drifted[0], self.layers[first])
-        fit, held = self._moments(block, first, joins, exact, inputs)
-        return [self._layer(block, name, fit, held) for name in group]
+        tokens = self._tokens(block, group, joins, exact, inputs)
+        before = _affine(self.layers[first])
+        reports = [self._layer(block, name, tokens) for name in group]
+        self.reports += reports
+        if not any(report.accepted for report in reports):
+            return tokens.outputs or outputs
+        # The layer's output is added to the block's, so that its change is, too.
+        W, bias = (new - old for new, old in zip(_affine(self.layers[first]), before, strict=True))
+        return [
+            (output + (x_hat @ W.T + bias).view(output.shape)).to(output.dtype)
+            for output, x_hat in zip(tokens.outputs, tokens.inputs, strict=True)
+        ]
 
-    def _layer(self, block: int, name: str, fit: DriftRows, held: DriftRows) -> LayerRefit:
+    def _layer(self, block: int, name: str, tokens: _Tokens) -> LayerRefit:
         """Try all candidates on one layer and keep the best if it beats the present factors."""
-        layer, options = self.layers[name], self.options
+        layer, fit, held = self.layers[name], tokens.fit, tokens.held
         device = self.device or next(layer.parameters()).device
         W = linear_weight(self.dense[name]).detach().to(device).double()
         G = shrink(self.G[name].to(device).double(), SHRINK_COUPLED_G)
-        own, judged = fit.moments(W), held.moments(W)
-        fitted = own.shrunk(W, SHRINK_A)
-        candidates = self._candidates(name, W, G, fitted)
-        scale = float((G * judged.V).sum()) or 1.0
-        before = drift_loss(judged, G, candidates.start) / scale
-        best, choice = math.inf, None
-        for variant in candidates.variants:
-            for anchor in options.anchors:
-                found = candidates.solve(fitted, anchor, variant)
-                error = drift_loss(judged, G, *candidates.weight(found)) / scale
-                if error < best:
-                    best, choice = error, (anchor, variant)
-        if choice is None or not best < before:
-            return LayerRefit(name, block, before, before, math.nan, "", False)
-        anchor, variant = choice
-        if not self.judged:  # factors are not fitted to batches that give verdicts
-            fitted = own.mixed(judged, held.count / (fit.count + held.count)).shrunk(W, SHRINK_A)
-        candidates.store(candidates.solve(fitted, anchor, variant))
-        return LayerRefit(name, block, before, best, anchor, variant, True)
+        bias = self._moves_bias(layer)
+        rounded = quantization_of(layer) is not None
+        A = None if bias else self._calibrated(name)
+        basis = OutputBasis.of(W, G, whole=rounded or fit.measured or A is None)
+        level = fit.level.to(device)
+        own, judged = fit.moments(basis), held.moments(basis)
+        fitted = own.shrunk(basis, SHRINK_A, level)
+        candidates: Candidates = GridCandidates(layer, basis) if rounded else FactorCandidates(layer, basis, bias)
+        if A is not None:
+            A = shrink(A.to(device).double(), SHRINK_A)
+            anchor = anchor_moments(basis.F, A * (level / A.diagonal().mean()))  # in the unit of the tokens
+        else:
+            A, mean = (value.to(device) for value in fit.inputs())
+            anchor = anchor_moments(basis.F if rounded else candidates.start, shrink(A, SHRINK_A), mean)
+        scale = float(judged.energy) or 1.0
+        before = judged.error(candidates.start) / scale
+        choice, error = candidates.choose(self.options.anchors, partial(mixed_with_anchor, fitted, anchor), judged)
+        if not error / scale < before:
+            return LayerRefit(name, block, before, before, math.nan, False)
+        both = own.mixed(judged, held.count / (fit.count + held.count)).shrunk(basis, SHRINK_A, level)
+        candidates.take(mixed_with_anchor(both, anchor, choice))
+        return LayerRefit(name, block, before, error / scale, choice, True)
 
-    def _candidates(self, name: str, W: Tensor, G: Tensor, fitted: DriftMoments) -> Candidates:
-        """Return the matrices that a layer can take."""
-        layer, options = self.layers[name], self.options
-        anchor = self._anchor(name, W, fitted)
-        if quantization_of(layer) is not None:
-            return GridCandidates(layer, W, None if anchor is None else anchor[1])
-        bias = options.bias and layer.bias is not None
-        return FactorCandidates(layer, G, options.variants, bias, None if bias else anchor)
+    def _calibrated(self, name: str) -> Tensor | None:
+        """Return the calibration's A of a layer if the anchor is the dense layer in it."""
+        return None if self.inputs is None or self.options.towards == "factors" else self.inputs[name]
 
-    def _anchor(self, name: str, W: Tensor, moments: DriftMoments) -> tuple[Tensor, Tensor] | None:
-        """Return the dense weight and the calibration's A, in the unit of the tokens' own A."""
-        if self.inputs is None or self.options.towards == "factors":
-            return None
-        A = shrink(self.inputs[name].to(W.device).double(), SHRINK_A)
-        return W, A * (moments.A.diagonal().sum() / A.diagonal().sum())
+    def _moves_bias(self, layer: CompressedLinear) -> bool:
+        return self.options.bias and layer.bias is not None and quantization_of(layer) is None
 
-    def _moments(
-        self, block: int, name: str, joins: Joins, exact: Sequence[Tensor], inputs: Sequence[Tensor]
-    ) -> tuple[DriftRows, DriftRows]:
-        """Return the moments of a layer's tokens in the fitting and in the choosing batches.
+    def _tokens(
+        self, block: int, group: Sequence[str], joins: Joins, exact: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> _Tokens:
+        """Return the moments of the tokens of layers that share an input.
 
         Args:
             block: Number of the block.
-            name: Name of a layer in it.
-            joins: Where the layer's output joins the stream; the layer then has to correct the stream's error.
+            group: Names of the layers.
+            joins: Where the one layer's output joins the stream; the layer then has to correct the stream's error.
             exact: The dense block's outputs.
             inputs: The dense layer's inputs.
         """
-        layer, original = self.layers[name], self.dense[name]
+        layer, original = self.layers[group[0]], self.dense[group[0]]
         m, n = linear_shape(layer)
         dtype, device = moment_dtype([layer]), next(layer.parameters()).device
-        fit, held = (DriftRows((m, n), joins is not None, dtype, device) for _ in range(2))
+        own = any(self._moves_bias(self.layers[name]) or self._calibrated(name) is None for name in group)
+        fit, held = (
+            DriftRows((m, n), joins is not None, energy=chooses, inputs=own, dtype=dtype, device=device)
+            for chooses in (False, True)
+        )
         W, W_low = (weight.detach().to(dtype) for weight in (linear_weight(original), layer.to_weight()))
+        tokens = _Tokens(fit, held)
         for i, rows in enumerate(self.rows):
             x, v = inputs[i].reshape(-1, n).to(dtype), None
             if joins == "end":
@@ -328,6 +336,9 @@ class _Refit:
                 x_hat = self.runner.layer_input(block, i, self.drifted[i], layer)
                 missing = self.exact[i] - self.drifted[i]
             x_hat = x_hat.reshape(-1, n).to(dtype)
+            if joins == "end":
+                tokens.inputs.append(x_hat)
+                tokens.outputs.append(drifted)
             if joins is not None:
                 # At the end of the block, the drifted stream includes this layer's present output.
                 added = x_hat @ W_low.T if joins == "end" else x @ W.T
@@ -336,18 +347,13 @@ class _Refit:
                 real = rows.to(device)
                 x, x_hat, v = x[real], x_hat[real], None if v is None else v[real]
             (held if i in self.held else fit).update(x, x_hat, v)
-        return fit, held
+        return tokens
 
-    def _push(self, block: int, stream: Sequence[Tensor]) -> list[Tensor]:
-        return [self.runner.run(block, i, hidden) for i, hidden in enumerate(stream)]
 
-    def _judge(self, block: int, hidden: Sequence[Tensor] | None = None) -> float:
-        """Return the mean loss of the judged batches, run from a block's input on; NaN counts as worst."""
-        if not self.judged:
-            return math.inf
-        stream = self.drifted if hidden is None else hidden
-        losses = [self.runner.loss_from(block, i, stream[i]) for i in self.judged]
-        return sum(losses) / len(losses)
+def _affine(layer: CompressedLinear) -> tuple[Tensor, Tensor]:
+    """Return a layer's weight (m, n) and bias (m,), in the type of its moments."""
+    W = layer.to_weight().detach().to(moment_dtype([layer]), copy=True)
+    return W, W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().to(W.dtype, copy=True)
 
 
 def _moves(layer: CompressedLinear) -> bool:

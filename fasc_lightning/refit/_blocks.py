@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasc_lightning._utils import undoing
+from fasc_lightning._utils import Undo, undoing
 from fasc_lightning.refit._batch_loss import BatchLoss
 from fasc_lightning.refit._block_stack import WITHOUT_REFIT, RefitError, find_blocks
 
@@ -95,7 +95,7 @@ class BlockRunner:
         self._context: Callable[[], AbstractContextManager[Any]] = getattr(loss, "context", nullcontext)
         self._remedy = remedy
         self._calls: list[list[_BlockCall]] = []
-        self._tuples: list[bool] = [False] * len(self.blocks)
+        self._plain = True  # whether blocks return hidden states and nothing else
         self.inputs: list[Tensor] = []
         modules = dict(model.named_modules(remove_duplicate=False))
         self._slots = [_slot(modules, name, layer) for name, layer in dense.items()]
@@ -109,12 +109,6 @@ class BlockRunner:
     def loss(self, batch: int) -> float:
         """Return the model's mean loss of a batch."""
         return float(self._loss(self.model, self.batches[batch]))
-
-    @torch.no_grad()
-    def loss_from(self, block: int, batch: int, hidden: Tensor) -> float:
-        """Return the model's mean loss of a batch, given the hidden states at a block's input."""
-        with self._starting_at(block, hidden):
-            return self.loss(batch)
 
     @torch.no_grad()
     def run(self, block: int, batch: int, hidden: Tensor) -> Tensor:
@@ -226,11 +220,14 @@ class BlockRunner:
         held = 0
         for number, batch in enumerate(batches):
             calls: list[_BlockCall] = []
-            ends: list[Tensor] = []
-            with undoing() as undo:
+            with undoing() as undo, suppress(_Reached):
+                # The other arguments of blocks do not depend on the hidden states (``_check_replay``), so that after
+                # the first batch no block has to compute them.
+                if number and self._plain:
+                    self._stand_in(undo)
                 for i, block in enumerate(self.blocks):
                     undo.hook(block.register_forward_pre_hook, self._note_call(i, calls, intern), with_kwargs=True)
-                    undo.hook(block.register_forward_hook, self._note_output(i, ends))
+                    undo.hook(block.register_forward_hook, self._note_output)
                 self._loss(self.model, batch)
             if len(calls) != len(self.blocks) or len(self.inputs) != number + 1:
                 raise RefitError(
@@ -262,12 +259,15 @@ class BlockRunner:
 
         return note
 
-    def _note_output(self, i: int, ends: list[Tensor]) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._tuples[i] = isinstance(output, tuple)
-            ends[:] = [_hidden(output).detach()]
+    def _stand_in(self, undo: Undo) -> None:
+        """Put a module in place of each block that returns its input; the forward stops at the last one."""
+        last = len(self.blocks) - 1
+        for i, block in enumerate(list(self.blocks)):
+            undo.add(self.blocks._modules.__setitem__, str(i), block)
+            self.blocks._modules[str(i)] = _Skip(block, stops=i == last)
 
-        return note
+    def _note_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._plain = self._plain and isinstance(output, Tensor)
 
     def _check_replay(self) -> None:
         """Compare the last block's output in the dense model with the output of its blocks called one after the other.
@@ -276,8 +276,12 @@ class BlockRunner:
         therefore differ with the dense ones.
         """
         ends: list[Tensor] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            ends.append(_hidden(output).detach())
+
         with undoing() as undo:
-            undo.hook(self.blocks[-1].register_forward_hook, self._note_output(len(self.blocks) - 1, ends))
+            undo.hook(self.blocks[-1].register_forward_hook, note)
             self.loss(0)
         hidden = self.inputs[0]
         for i in range(len(self.blocks)):
@@ -290,31 +294,29 @@ class BlockRunner:
                 f"passes on more than hidden states. {self._remedy}"
             )
 
-    @contextmanager
-    def _starting_at(self, block: int, hidden: Tensor) -> Iterator[None]:
-        """Skip the blocks before the given one inside the context, and start from its given input."""
-        with undoing() as undo:
-            for i, original in enumerate(list(self.blocks[:block])):
-                undo.add(self.blocks._modules.__setitem__, str(i), original)
-                self.blocks._modules[str(i)] = _Skip(original, hidden, self._tuples[i])
-            yield
-
 
 class _Reached(Exception):  # noqa: N818 (no error: it ends a forward early)
     pass
 
 
 class _Skip(nn.Module):
-    """Stands in for a block and returns given hidden states; other attributes, which models read, are the block's."""
+    """Stands in for a block and returns its hidden states; other attributes, which models read, are the block's.
 
-    def __init__(self, block: nn.Module, hidden: Tensor, as_tuple: bool) -> None:
+    Args:
+        block: The block.
+        stops: Whether the forward ends here.
+    """
+
+    def __init__(self, block: nn.Module, stops: bool) -> None:
         super().__init__()
         object.__setattr__(self, "_block", block)  # not registered as a child
-        self._output = (hidden,) if as_tuple else hidden
+        self._stops = stops
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
         del args, kwargs
-        return self._output
+        if self._stops:
+            raise _Reached
+        return hidden
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_block"), name)

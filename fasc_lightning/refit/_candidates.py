@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,29 +18,34 @@ from fasc_lightning.layers import (
     quantization_of,
     rounded_state,
 )
-from fasc_lightning.refit._solve import DriftMoments, Factors, Variant, divide, solve_refit
+from fasc_lightning.refit._drift import OutputBasis, TargetMoments
+from fasc_lightning.refit._solve import Factors, solve, solve_low_rank
 from fasc_lightning.rounding import ColumnMetric, round_matrix
+
+#: Moments of the problem for a lambda: those of the tokens, which are shrunk, and of the anchor.
+Problem = Callable[[float], TargetMoments]
 
 
 class Candidates(Protocol):
     """The matrices that a layer can take, and the way to put one into it.
 
     Attributes:
-        start: The present W', shape (m, n), float64.
-        variants: Parts of the matrix that may move.
+        start: The present W' in the basis of the outputs, shape (r, n).
     """
 
     start: Tensor
-    variants: tuple[Variant, ...]
 
-    def solve(self, moments: DriftMoments, anchor: float, variant: Variant) -> Any:
-        """Return the solution for moments of tokens that are shrunk."""
+    def choose(self, anchors: Sequence[float], problem: Problem, judged: TargetMoments) -> tuple[float, float]:
+        """Return the lambda whose solution is best on the tokens that choose, and its error there.
 
-    def weight(self, solution: Any) -> tuple[Tensor, Tensor | None]:
-        """Return W' (m, n), float64, and the shift of the bias (m,), of a solution."""
+        Args:
+            anchors: Values of lambda.
+            problem: See :data:`Problem`.
+            judged: Moments of the tokens that choose.
+        """
 
-    def store(self, solution: Any) -> None:
-        """Put a solution into the layer, which keeps its form, dtype, device, flags and identity."""
+    def take(self, problem: TargetMoments) -> None:
+        """Put a problem's solution into the layer, which keeps its form, dtype, device, flags and identity."""
 
 
 class FactorCandidates:
@@ -47,45 +53,35 @@ class FactorCandidates:
 
     Args:
         layer: The layer.
-        G: Metric, shape (m, m), float64.
-        variants: Factors that may move.
+        basis: Basis of its outputs.
         bias: Whether the bias moves, too.
-        towards: The anchor, as in :func:`solve_refit`.
     """
 
-    def __init__(
-        self,
-        layer: CompressedLinear,
-        G: Tensor,
-        variants: tuple[Variant, ...],
-        bias: bool,
-        towards: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        left, right = (factor.detach().to(G.device).double() for factor in layer.factors())
-        self._layer, self._G, self._bias, self._towards = layer, G, bias, towards
-        self._factors = Factors(left, right)
-        self.start = left @ right
-        self.variants = variants
+    def __init__(self, layer: CompressedLinear, basis: OutputBasis, bias: bool) -> None:
+        self._layer, self._basis, self._bias = layer, basis, bias
+        left, right = (factor.detach().to(basis.E.device).double() for factor in layer.factors())
+        self._rank = right.shape[0]
+        self.start = (basis.dual @ left) @ right
 
-    def solve(self, moments: DriftMoments, anchor: float, variant: Variant) -> Factors:
+    def choose(self, anchors: Sequence[float], problem: Problem, judged: TargetMoments) -> tuple[float, float]:
         """See :class:`Candidates`."""
-        return solve_refit(moments, self._G, self._factors, anchor, variant, self._bias, self._towards)
+        error, best = min((self._solve(problem(anchor)).error(judged), anchor) for anchor in anchors)
+        return best, error
 
-    def weight(self, solution: Factors) -> tuple[Tensor, Tensor | None]:
-        """See :class:`Candidates`."""
-        return solution.left @ solution.right, solution.shift
+    def _solve(self, problem: TargetMoments) -> Factors:
+        return solve_low_rank(problem, self._rank, self._bias)
 
     @torch.no_grad()
-    def store(self, solution: Factors) -> None:
+    def take(self, problem: TargetMoments) -> None:
         """See :class:`Candidates`."""
-        layer = self._layer
+        layer, E, found = self._layer, self._basis.E, self._solve(problem)
         bias = layer.bias
-        if bias is not None and solution.shift is not None:
-            bias = (bias.double() + solution.shift.to(bias.device)).to(bias.dtype)
+        if bias is not None and found.shift is not None:
+            bias = (bias.double() + (E @ found.shift).to(bias.device)).to(bias.dtype)
         parameter = next(layer.parameters())
         built = make_lowrank(
-            solution.left,
-            solution.right,
+            E @ found.left,
+            found.right,
             bias,
             "pivot" if layer.layout == "pivot" else "factors",
             dtype=parameter.dtype,
@@ -97,39 +93,37 @@ class FactorCandidates:
 class GridCandidates:
     """Numbers on the grid of a rounded layer of full rank.
 
-    The optimum among all matrices is P H^-1 with H and P of :mod:`fasc_lightning.refit._solve`: it is rounded in the
-    metric H, so that errors of early columns are taken over by later ones for the inputs that the layer really gets.
-    A residual of low rank stays as it is.
+    The optimum among all matrices, T = P H^-1, is rounded in the metric H, so that errors of early columns are taken
+    over by later ones for the inputs that the layer really gets. A residual of low rank stays as it is.
+
+    Problems are compared by T before it is rounded: rounding adds about as much to every error, and takes longer than
+    all else.
 
     Args:
         layer: The layer.
-        W: Dense weight, shape (m, n), float64.
-        A: The calibration's A in the unit of the tokens' A; None takes the tokens' own.
+        basis: Basis of all of its outputs.
     """
 
-    variants: tuple[Variant, ...] = ("factors",)
-
-    def __init__(self, layer: CompressedLinear, W: Tensor, A: Tensor | None) -> None:
-        self._layer, self._W, self._A = layer, W, A
+    def __init__(self, layer: CompressedLinear, basis: OutputBasis) -> None:
+        self._layer, self._basis = layer, basis
         form = quantization_of(layer)
         self._grid = form if isinstance(form, Grid) else INT8_ROWS
-        self.start = layer.to_weight().detach().to(W.device).double()
-        residual = layer.residual().detach().to(W.device).double() if isinstance(layer, ResidualLinear) else 0.0
+        device = basis.E.device
+        residual = layer.residual().detach().to(device).double() if isinstance(layer, ResidualLinear) else 0.0
         self._residual: Tensor | float = residual
+        self.start = basis.dual @ layer.to_weight().detach().to(device).double()
 
-    def solve(self, moments: DriftMoments, anchor: float, variant: Variant) -> Rounded:
+    def choose(self, anchors: Sequence[float], problem: Problem, judged: TargetMoments) -> tuple[float, float]:
         """See :class:`Candidates`."""
-        del variant
-        A = moments.A if self._A is None else self._A
-        H = (moments.A_hat + anchor * A) / (1 + anchor)
-        P = (moments.P + anchor * (self._W @ A)) / (1 + anchor)
-        return round_matrix(divide(P, H) - self._residual, ColumnMetric.of(H), self._grid)
+        _, best = min((judged.error(solve(problem(anchor))), anchor) for anchor in anchors)
+        weight = self._round(problem(best)).dequantize().double() + self._residual
+        return best, judged.error(self._basis.dual @ weight)
 
-    def weight(self, solution: Rounded) -> tuple[Tensor, Tensor | None]:
-        """See :class:`Candidates`."""
-        return solution.dequantize().double() + self._residual, None
+    def _round(self, problem: TargetMoments) -> Rounded:
+        T = self._basis.E @ solve(problem)
+        return round_matrix(T - self._residual, ColumnMetric.of(problem.A), self._grid)
 
     @torch.no_grad()
-    def store(self, solution: Rounded) -> None:
+    def take(self, problem: TargetMoments) -> None:
         """See :class:`Candidates`."""
-        self._layer.load_state_dict(rounded_state(self._layer, solution))
+        self._layer.load_state_dict(rounded_state(self._layer, self._round(problem)))

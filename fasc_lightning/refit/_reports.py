@@ -1,4 +1,4 @@
-"""Reports of an anchored refit, layer by layer and block by block."""
+"""Reports of an anchored refit, layer by layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ class LayerRefit:
         before: Error of the former factors on the choosing batches, relative to the error of an output of zero.
         after: Error of the chosen factors; equal to ``before`` if none were better.
         anchor: lambda of the chosen factors; NaN if none were chosen.
-        variant: Factors that moved; "" if none did.
         accepted: Whether the layer ended with new factors.
     """
 
@@ -24,7 +23,6 @@ class LayerRefit:
     before: float
     after: float
     anchor: float
-    variant: str
     accepted: bool
 
     def undone(self) -> LayerRefit:
@@ -33,29 +31,11 @@ class LayerRefit:
 
 
 @dataclass(frozen=True)
-class BlockRefit:
-    """The verdict on one block: the model's mean loss on choosing batches, in nats.
-
-    Attributes:
-        block: Number of the block.
-        before: Loss with the block's former factors, after the refit of earlier blocks.
-        after: Loss with the block's new factors.
-        accepted: Whether the new factors stayed.
-    """
-
-    block: int
-    before: float
-    after: float
-    accepted: bool
-
-
-@dataclass(frozen=True)
 class RefitReport:
     """The report of a refit.
 
     Attributes:
         layers: The refitted layers in order of execution.
-        blocks: The verdicts on blocks.
         skipped: Layers that could not be refitted: they ran never, more than once, or on other tokens than the block.
         loss_before: The model's mean loss before, in nats, on batches that factors were neither fitted to nor chosen
             by.
@@ -69,7 +49,6 @@ class RefitReport:
     """
 
     layers: list[LayerRefit]
-    blocks: list[BlockRefit]
     skipped: list[str]
     loss_before: float
     loss_after: float

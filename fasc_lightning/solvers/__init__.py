@@ -29,7 +29,7 @@ from fasc_lightning.solvers._fisher_diag import fisher_diag as fisher_diag
 from fasc_lightning.solvers._fwsvd import fwsvd as fwsvd
 from fasc_lightning.solvers._gfwsvd import gfwsvd as gfwsvd
 from fasc_lightning.solvers._grad_svd import grad_svd as grad_svd
-from fasc_lightning.solvers._linalg import shrink, square_root
+from fasc_lightning.solvers._linalg import SquareRoot, descending_eigh, shrink, square_root
 from fasc_lightning.solvers._registry import available_methods as available_methods
 from fasc_lightning.solvers._registry import get_solver as get_solver
 from fasc_lightning.solvers._registry import register_solver as register_solver
@@ -66,7 +66,9 @@ __all__ = [
     "SHRINK_A",
     "SHRINK_COUPLED_G",
     "SHRINK_G",
+    "SquareRoot",
     "coupled_metric",
+    "descending_eigh",
     "plain_metric",
     "shrink",
     "square_root",

@@ -114,9 +114,9 @@ def test_what_is_judged_is_the_refitted_model(bench, monkeypatch):
         return report
 
     monkeypatch.setattr(fasc_variants, "refit", refit_and_break)
-    found = next(bench.run("refit-judge", VARIANTS["refit-judge"], [0.6]))
+    found = next(bench.run("refit-lambda-3", VARIANTS["refit-lambda-3"], [0.6]))
     ((options, batches),) = refits
-    assert options.judge_batches == 4
+    assert options.anchors == (3.0,)
     assert torch.equal(torch.cat(batches), bench.statistics.windows)
     assert found["losses"] != next(bench.run("fasc", VARIANTS["fasc"], [0.6]))["losses"]
 

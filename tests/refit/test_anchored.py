@@ -13,12 +13,12 @@ from fasc_lightning.layers import LowRankLinear, PivotedLinear, compressed_layer
 from fasc_lightning.refit import RefitError, RefitOptions, causal_loss, refit
 from fasc_lightning.refit import _anchored as refit_module
 from fasc_lightning.refit._checks import check_refit
+from fasc_lightning.refit._drift import DriftRows, TargetMoments
 from fasc_lightning.refit._shares import Change, shares
-from fasc_lightning.refit._solve import DriftRows
 from fasc_lightning.solvers import shrink, two_sided
 
 #: Without shrinkage nor choice: what the closed forms alone would do.
-PLAIN = RefitOptions(holdout=4, anchors=(0.0,), variants=("factors",), target="layer", judge_batches=0)
+PLAIN = RefitOptions(holdout=4, anchors=(0.0,), target="layer")
 
 
 def state(model):
@@ -48,7 +48,7 @@ def test_families_lose_less_on_held_out_tokens_with_the_same_parameters(family):
     layers = compressed_layers(case.model)
     kinds = {name: (type(layer), layer.rank, layer.parameter_count, id(layer)) for name, layer in layers.items()}
     parameters = sum(p.numel() for p in case.model.parameters())
-    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4, judge_batches=3))
+    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4))
     assert report.loss_before == pytest.approx(before, rel=1e-5)
     after = report.loss_before if report.reverted else report.loss_after
     assert after == pytest.approx(held_loss(case, case.model), rel=1e-5)
@@ -90,8 +90,7 @@ def test_each_block_is_fitted_to_what_the_refitted_ones_before_it_give(monkeypat
     """Two blocks by hand: least squares on all batches but those that check, with the drift of a refitted block 0."""
     monkeypatch.setattr(refit_module, "SHRINK_A", 0.0)
     monkeypatch.setattr(refit_module, "SHRINK_COUPLED_G", 0.0)
-    monkeypatch.setattr(refit_module, "drift_loss", lambda *arguments, **options: next(falling))
-    falling = iter(range(100, 0, -1))  # every candidate is better than the last one
+    monkeypatch.setattr(TargetMoments, "error", lambda *arguments: float("inf"))  # every candidate is better
     model, dense, gradients, batches = linear_stack()
     compressed = compressed_layers(model)
     fit, choose, _ = shares(8, 4)
@@ -120,7 +119,7 @@ def test_layers_that_join_the_stream_are_fitted_to_its_error(monkeypatch):
     read = [*batches[:3], batches[0]]  # what is fitted to chooses, too
     batches = [read[0], batches[4], read[1], batches[5], read[2], read[3]]
     assert shares(6, 6) == ([0, 2, 4], [5], [1, 3])
-    options = RefitOptions(holdout=6, anchors=(0.0,), variants=("factors",), target="stream", judge_batches=0)
+    options = RefitOptions(holdout=6, anchors=(0.0,), target="stream")
     x = torch.cat([batch["x"].reshape(-1, 6) for batch in read])
     exact = x + x @ dense["blocks.0.linear"].weight.detach().T
     exact = exact + exact @ dense["blocks.1.linear"].weight.detach().T
@@ -160,24 +159,11 @@ def test_what_does_not_carry_over_is_not_accepted():
     noise = [{"input_ids": torch.full((2, 24), 3 + i)} for i in range(12)]
     batches = [batch if i % 4 == 3 else noise[i] for i, batch in enumerate(case.batches)]
     before = state(case.model)
-    plain = RefitOptions(holdout=4, anchors=(0.0,), judge_batches=3)
+    plain = RefitOptions(holdout=4, anchors=(0.0,))
     report = refit(case.model, case.dense, case.gradients, batches, options=plain)
     assert report.accepted == 0
     assert same(before, state(case.model))
     assert report.loss_after == report.loss_before
-
-
-def test_the_judge_puts_a_block_back_and_says_so(monkeypatch, accepting):
-    case = compressed_case()
-    before = state(case.model)
-    verdicts = iter([1.0, 2.0, 0.5])  # before; after block 0; after block 1
-    monkeypatch.setattr(refit_module._Refit, "_judge", lambda self, block, hidden=None: next(verdicts))
-    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4, judge_batches=3))
-    assert [(block.block, block.accepted) for block in report.blocks] == [(0, False), (1, True)]
-    assert {layer.block for layer in report.layers if layer.accepted} == {1}
-    for name, value in case.model.state_dict().items():
-        if ".layers.0." in name:
-            assert torch.equal(value, before[name])
 
 
 @pytest.mark.parametrize("after", [3.0, float("nan")])
@@ -186,20 +172,30 @@ def test_the_last_check_puts_everything_back_and_says_so(monkeypatch, after):
     before = state(case.model)
     losses = iter([[2.0] * 3, [after] * 3])
     monkeypatch.setattr(refit_module, "batch_losses", lambda *arguments: next(losses))
-    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4, judge_batches=0))
+    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4))
     assert report.reverted
     assert report.accepted == 0
     assert same(before, state(case.model))
     assert f"put back, since the held-out loss would have gone from 2.0000 to {after:.4f}" in str(report)
 
 
-@pytest.mark.parametrize("calls", [1, 8, 14, 18, 23])
-def test_an_interrupted_refit_leaves_the_factors_as_they_were(calls):
+def between_blocks(names, description):
+    """Progress over the blocks that is interrupted after the first one."""
+    yield names[0]
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "interrupted",
+    [*({"loss": interrupted_loss(calls)} for calls in (1, 8, 12, 14)), {"progress": between_blocks}],
+    ids=["check", "capture", "replay", "last check", "between blocks"],
+)
+def test_an_interrupted_refit_leaves_the_factors_as_they_were(interrupted):
     case = compressed_case()
     before, modules = state(case.model), list(case.model.modules())
     case.model.train()
     with pytest.raises(KeyboardInterrupt):
-        refit(*case.refit_arguments(), loss=interrupted_loss(calls), options=RefitOptions(holdout=4, judge_batches=3))
+        refit(*case.refit_arguments(), options=RefitOptions(holdout=4), **interrupted)
     assert same(before, state(case.model))
     assert modules == list(case.model.modules())
     assert case.model.training
@@ -252,7 +248,7 @@ def test_padding_does_not_count(accepting):
         mask = nn.functional.pad(batch["attention_mask"], (0, 5))
         padded.append({"input_ids": ids, "attention_mask": mask})
     other = copy.deepcopy(case)
-    options = RefitOptions(holdout=4, anchors=(1.0,), judge_batches=0)
+    options = RefitOptions(holdout=4, anchors=(1.0,))
     first = refit(*case.refit_arguments(), options=options)
     second = refit(other.model, other.dense, other.gradients, padded, options=options)
     assert first.accepted == second.accepted > 0
@@ -266,11 +262,11 @@ def test_biases_move_with_the_factors_unless_told_not_to():
     case = compressed_case("gpt2")
     other = copy.deepcopy(case)
     biases = {name: layer.bias.clone() for name, layer in compressed_layers(case.model).items()}
-    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4, judge_batches=0))
+    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4))
     moved = {name for name, layer in compressed_layers(case.model).items() if not torch.equal(layer.bias, biases[name])}
     assert moved == {layer.name for layer in report.layers if layer.accepted}
     assert moved
-    refit(*other.refit_arguments(), options=RefitOptions(holdout=4, judge_batches=0, bias=False))
+    refit(*other.refit_arguments(), options=RefitOptions(holdout=4, bias=False))
     assert all(torch.equal(layer.bias, biases[name]) for name, layer in compressed_layers(other.model).items())
 
 
@@ -318,10 +314,8 @@ def test_a_layer_in_two_places_is_refused():
     [
         ({"anchors": ()}, "`anchors` to be finite numbers"),
         ({"anchors": (-1.0,)}, "`anchors` to be finite numbers"),
-        ({"variants": ("left",)}, 'out of "factors" and "right"'),
         ({"target": "model"}, 'to be "layer" or "stream" but got \'model\''),
         ({"holdout": 2}, "`holdout` of at least 3"),
-        ({"judge_batches": -1}, "`judge_batches` of at least 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

@@ -3,45 +3,50 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fasc_lightning.refit._solve import (
-    DriftRows,
-    Factors,
-    RowMoments,
-    drift_loss,
-    linear_target_moments,
-    measured_target_moments,
-    solve_refit,
-)
+from fasc_lightning.refit._drift import DriftRows, OutputBasis, RowMoments
+from fasc_lightning.refit._solve import anchor_moments, mixed_with_anchor, solve, solve_low_rank
 from fasc_lightning.solvers import shrink, two_sided
 
 TOKENS, M, N, K = 40, 4, 5, 2
 
 
+def problem_of(m, n):
+    """Tokens x, drifted x^, W, factors of rank K near it, and a metric G far from the identity; all float64."""
+    double = {"dtype": torch.float64}
+    mixing = torch.randn(n, n, **double)
+    x = torch.randn(TOKENS, n, **double) @ mixing + 0.5
+    drifted = x + 0.4 * torch.randn(TOKENS, n, **double) - 0.2 * x.tanh()
+    W, root = torch.randn(m, n, **double), torch.randn(m, m, **double)
+    G = root.T @ root + 0.1 * torch.eye(m)
+    return x, drifted, W, G, two_sided(W, x.T @ x / TOKENS, G).truncate(K)
+
+
 @pytest.fixture
 def problem():
-    """Tokens x, drifted x^, W, a rank-k W'_0 near it, and a metric G far from the identity; all float64."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        mixing = torch.randn(N, N)
-        x = torch.randn(TOKENS, N) @ mixing + 0.5
-        drifted = x + 0.4 * torch.randn(TOKENS, N) - 0.2 * x.tanh()
-        W, root = torch.randn(M, N), torch.randn(M, M)
-        G = root.T @ root + 0.1 * torch.eye(M)
-        start = Factors(*two_sided(W, x.T @ x / TOKENS, G).truncate(K))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return x, drifted, W, G, start
+    return problem_of(M, N)
 
 
-def linear_moments(x, drifted, W):
-    rows = torch.cat([x, drifted], dim=1)
-    return linear_target_moments(W, rows.T @ rows / len(rows), rows.mean(0))
+def rows_of(x, drifted, v, shape):
+    rows = DriftRows(shape, v is not None, energy=True, inputs=True, dtype=x.dtype, device=x.device)
+    rows.update(x, drifted, v)
+    return rows
+
+
+def refitted(x, drifted, W, G, start, anchor, bias=False, towards=None, v=None, whole=True):
+    """The factors and the shift of the bias of a layer, as the refit finds them without shrinkage."""
+    basis, rows = OutputBasis.of(W, G, whole), rows_of(x, drifted, v, W.shape)
+    if towards is None:
+        pull = anchor_moments(basis.dual @ start[0] @ start[1], *rows.inputs())
+    else:
+        pull = anchor_moments(basis.dual @ towards[0], towards[1])
+    found = solve_low_rank(mixed_with_anchor(rows.moments(basis), pull, anchor), start[1].shape[0], bias)
+    return basis.E @ found.left, found.right, None if found.shift is None else basis.E @ found.shift
 
 
 def objective(x, drifted, v, G, start, anchor, weight, shift):
     """The definition, token by token."""
     error = v - drifted @ weight.T - shift
-    change = x @ (start.left @ start.right).T - x @ weight.T - shift
+    change = x @ (start[0] @ start[1]).T - x @ weight.T - shift
     return ((error @ G) * error).sum(1).mean() + anchor * ((change @ G) * change).sum(1).mean()
 
 
@@ -61,137 +66,139 @@ def minimise(loss, *parameters):
     return loss(*parameters).item()
 
 
+@pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("anchor", [0.0, 0.7])
-def test_both_factors_reach_what_an_optimiser_reaches(problem, anchor, bias):
+def test_the_factors_reach_what_an_optimiser_reaches(problem, anchor, bias, measured):
     x, drifted, W, G, start = problem
-    found = solve_refit(linear_moments(x, drifted, W), G, start, anchor, "factors", bias)
-    shift = torch.zeros(M, dtype=torch.float64) if found.shift is None else found.shift
-    closed = objective(x, drifted, x @ W.T, G, start, anchor, found.left @ found.right, shift).item()
+    v = x @ W.T + (x.square() @ W.T if measured else 0)
+    left, right, shift = refitted(x, drifted, W, G, start, anchor, bias, v=v if measured else None)
+    zero = torch.zeros(M, dtype=torch.float64)
+    closed = objective(x, drifted, v, G, start, anchor, left @ right, zero if shift is None else shift).item()
 
     def loss(B, C, s):
-        return objective(x, drifted, x @ W.T, G, start, anchor, B @ C, s if bias else 0 * s)
+        return objective(x, drifted, v, G, start, anchor, B @ C, s if bias else 0 * s)
 
     # From the anchor and from elsewhere: the landscape of rank-k matrices has saddles, but no other minima.
-    zero = torch.zeros(M, dtype=torch.float64)
     brute = min(
-        minimise(loss, start.left, start.right, zero),
-        minimise(loss, torch.randn_like(start.left), torch.randn_like(start.right), zero),
+        minimise(loss, *start, zero), minimise(loss, torch.randn_like(start[0]), torch.randn_like(start[1]), zero)
     )
-    assert found.left.shape == (M, K)
-    assert found.right.shape == (K, N)
+    assert left.shape == (M, K)
+    assert right.shape == (K, N)
+    assert (shift is None) is not bias
     assert closed == pytest.approx(brute, rel=1e-6)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("anchor", [0.0, 0.7])
-def test_the_right_factor_reaches_what_an_optimiser_reaches(problem, anchor, bias):
+def test_a_strong_anchor_leaves_the_factors_what_they_were(problem):
     x, drifted, W, G, start = problem
-    found = solve_refit(linear_moments(x, drifted, W), G, start, anchor, "right", bias)
-    shift = torch.zeros(M, dtype=torch.float64) if found.shift is None else found.shift
-    closed = objective(x, drifted, x @ W.T, G, start, anchor, found.left @ found.right, shift).item()
-
-    def loss(C, s):
-        return objective(x, drifted, x @ W.T, G, start, anchor, start.left @ C, s if bias else 0 * s)
-
-    assert torch.equal(found.left, start.left)
-    assert closed == pytest.approx(minimise(loss, start.right, torch.zeros(M, dtype=torch.float64)), rel=1e-6)
-
-
-@pytest.mark.parametrize("variant", ["factors", "right"])
-def test_a_strong_anchor_leaves_the_factors_what_they_were(problem, variant):
-    x, drifted, W, G, start = problem
-    moments, before = linear_moments(x, drifted, W), start.left @ start.right
     changes = []
     for anchor in (0.0, 1.0, 10.0, 1e9):
-        found = solve_refit(moments, G, start, anchor, variant, bias=True)
-        changes.append((found.left @ found.right - before).norm().item())
+        left, right, shift = refitted(x, drifted, W, G, start, anchor, bias=True)
+        changes.append((left @ right - start[0] @ start[1]).norm().item())
     assert changes == sorted(changes, reverse=True)
     assert changes[-1] < 1e-6
-    assert found.shift.abs().max() < 1e-6
+    assert shift.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("variant", ["factors", "right"])
-def test_an_anchor_elsewhere_is_measured_in_its_own_moments(problem, variant):
+def test_an_anchor_elsewhere_is_measured_in_its_own_moments(problem):
     x, drifted, W, G, start = problem
     A = torch.diag(torch.arange(1.0, N + 1, dtype=torch.float64))
-    found = solve_refit(linear_moments(x, drifted, W), G, start, 0.7, variant, towards=(W, A))
+    left, right, _ = refitted(x, drifted, W, G, start, 0.7, towards=(W, A))
 
     def loss(B, C):
         error, change = x @ W.T - drifted @ (B @ C).T, W - B @ C
         return ((error @ G) * error).sum(1).mean() + 0.7 * (G * (change @ A @ change.T)).sum()
 
-    if variant == "right":
-        brute = minimise(lambda C: loss(start.left, C), start.right)
-    else:
-        brute = min(
-            minimise(loss, start.left, start.right),
-            minimise(loss, torch.randn_like(start.left), torch.randn_like(start.right)),
-        )
-    assert loss(found.left, found.right).item() == pytest.approx(brute, rel=1e-6)
+    brute = min(minimise(loss, *start), minimise(loss, torch.randn_like(start[0]), torch.randn_like(start[1])))
+    assert loss(left, right).item() == pytest.approx(brute, rel=1e-6)
 
 
 def test_a_strong_anchor_elsewhere_is_the_two_sided_solution(problem):
     x, drifted, W, G, start = problem
     A = torch.diag(torch.arange(1.0, N + 1, dtype=torch.float64))
-    found = solve_refit(linear_moments(x, drifted, W), G, start, 1e9, towards=(W, A))
+    left, right, _ = refitted(x, drifted, W, G, start, 1e9, towards=(W, A))
     B, C = two_sided(W, A, G).truncate(K)
-    torch.testing.assert_close(found.left @ found.right, B @ C, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(left @ right, B @ C, rtol=1e-5, atol=1e-6)
 
 
-def test_a_bias_needs_the_tokens_own_anchor(problem):
-    x, drifted, W, G, start = problem
-    with pytest.raises(ValueError, match="Expected no `towards`"):
-        solve_refit(linear_moments(x, drifted, W), G, start, 1.0, bias=True, towards=(W, torch.eye(N)))
+@pytest.mark.parametrize(("m", "n", "width"), [(7, 4, 4), (4, 7, 4)])
+def test_a_basis_of_what_the_weight_reaches_gives_the_same_factors(m, n, width):
+    x, drifted, W, G, start = problem_of(m, n)
+    A = x.T @ x / TOKENS + torch.eye(n)
+    whole, reached = (OutputBasis.of(W, G, whole) for whole in (True, False))
+    assert reached.F.shape == (width, n)
+    for basis in (whole, reached):
+        torch.testing.assert_close(basis.E.T @ G @ basis.E, torch.eye(basis.E.shape[1], dtype=torch.float64))
+        torch.testing.assert_close(basis.E @ basis.F, W)
+        torch.testing.assert_close(basis.dual, basis.E.T @ G)
+    first, second = (refitted(x, drifted, W, G, start, 0.7, towards=(W, A), whole=whole) for whole in (True, False))
+    torch.testing.assert_close(first[0] @ first[1], second[0] @ second[1])
+    rows = rows_of(x, drifted, None, W.shape)
+    errors = [solve_low_rank(rows.moments(basis), K).error(rows.moments(basis)) for basis in (whole, reached)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-9)
 
 
 @pytest.mark.parametrize("measured", [False, True])
 def test_moments_of_two_shares_mix_to_those_of_all(problem, measured):
-    x, drifted, W, _, _ = problem
-    shares = [DriftRows((M, N), measured, torch.float64, x.device) for _ in range(3)]
-    for rows, share in ((slice(0, 10), shares[0]), (slice(10, TOKENS), shares[1]), (slice(0, TOKENS), shares[2])):
-        share.update(x[rows], drifted[rows], 2 * x[rows] @ W.T if measured else None)
-    first, second, everything = (share.moments(W) for share in shares)
+    x, drifted, W, G, _ = problem
+    basis = OutputBasis.of(W, G)
+    parts = (slice(0, 10), slice(10, TOKENS), slice(0, TOKENS))
+    shares = [rows_of(x[part], drifted[part], 2 * x[part] @ W.T if measured else None, (M, N)) for part in parts]
+    first, second, everything = (share.moments(basis) for share in shares)
     mixed = first.mixed(second, shares[1].count / TOKENS)
     for name, value in vars(everything).items():
         torch.testing.assert_close(getattr(mixed, name), value)
 
 
 def test_without_drift_and_anchor_it_is_the_two_sided_solution(problem):
-    x, _, W, G, start = problem
-    moments = linear_moments(x, x, W).shrunk(W, 0.01)
-    rough = Factors(torch.randn_like(start.left), torch.randn_like(start.right))
-    found = solve_refit(moments, G, rough, 0.0)
+    x, _, W, G, _ = problem
+    basis, rows = OutputBasis.of(W, G), rows_of(x, x, None, (M, N))
+    found = solve_low_rank(rows.moments(basis).shrunk(basis, 0.01, rows.level), K)
     B, C = two_sided(W, shrink(x.T @ x / TOKENS, 0.01), G).truncate(K)
-    torch.testing.assert_close(found.left @ found.right, B @ C)
+    torch.testing.assert_close(basis.E @ found.left @ found.right, B @ C)
     assert found.shift is None
 
 
-def test_the_loss_is_that_of_the_tokens(problem):
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_error_is_that_of_the_tokens(problem, measured, shifted):
     x, drifted, W, G, start = problem
-    moments, shift = linear_moments(x, drifted, W), torch.randn(M, dtype=torch.float64)
-    weight = start.left @ start.right
-    for s in (None, shift):
-        error = x @ W.T - drifted @ weight.T - (0 if s is None else s)
-        assert drift_loss(moments, G, weight, s) == pytest.approx(((error @ G) * error).sum(1).mean().item())
+    v = x @ W.T + (x.square() @ W.T if measured else 0)
+    basis = OutputBasis.of(W, G)
+    moments = rows_of(x, drifted, v if measured else None, (M, N)).moments(basis)
+    shift = torch.randn(M, dtype=torch.float64) if shifted else None
+    weight = start[0] @ start[1]
+    error = v - drifted @ weight.T - (0 if shift is None else shift)
+    expected = ((error @ G) * error).sum(1).mean().item()
+    whitened = None if shift is None else basis.dual @ shift
+    assert moments.error(basis.dual @ weight, whitened) == pytest.approx(expected)
+    found = solve_low_rank(moments, K, bias=shifted)
+    assert found.error(moments) == pytest.approx(moments.error(found.left @ found.right, found.shift))
 
 
 def test_a_measured_target_of_the_dense_outputs_is_the_linear_one(problem):
-    x, drifted, W, _, _ = problem
-    rows = torch.cat([drifted, x @ W.T], dim=1)
-    measured = measured_target_moments(x.T @ x / TOKENS, x.mean(0), rows.T @ rows / TOKENS, rows.mean(0))
-    measured = measured.shrunk(W, 0.01)
-    linear = linear_moments(x, drifted, W).shrunk(W, 0.01)
+    x, drifted, W, G, _ = problem
+    basis = OutputBasis.of(W, G)
+    linear, measured = (
+        rows.moments(basis).shrunk(basis, 0.01, rows.level)
+        for rows in (rows_of(x, drifted, None, (M, N)), rows_of(x, drifted, x @ W.T, (M, N)))
+    )
     for name, value in vars(linear).items():
         torch.testing.assert_close(getattr(measured, name), value)
 
 
-@pytest.mark.parametrize("variant", ["factors", "right"])
-def test_fewer_tokens_than_features_are_an_ordinary_input(problem, variant):
-    x, drifted, W, G, start = problem
-    moments = linear_moments(x[:3], drifted[:3], W)
-    for given in (moments, moments.shrunk(W, 1e-4)):
-        found = solve_refit(given, G, start, 0.0, variant, bias=True)
+def test_the_optimum_among_all_matrices_is_least_squares(problem):
+    x, drifted, W, G, _ = problem
+    basis = OutputBasis.of(W, G)
+    T = basis.E @ solve(rows_of(x, drifted, None, (M, N)).moments(basis))
+    torch.testing.assert_close(T, torch.linalg.lstsq(drifted, x @ W.T).solution.T)
+
+
+def test_fewer_tokens_than_features_are_an_ordinary_input(problem):
+    x, drifted, W, G, _ = problem
+    basis, rows = OutputBasis.of(W, G), rows_of(x[:3], drifted[:3], None, (M, N))
+    for given in (rows.moments(basis), rows.moments(basis).shrunk(basis, 1e-4, rows.level)):
+        found = solve_low_rank(given, K, bias=True)
         assert all(value.isfinite().all() for value in (found.left, found.right, found.shift))
 
 
@@ -199,28 +206,33 @@ def test_directions_without_data_are_drawn_to_the_dense_weight(problem):
     x, drifted, W, G, _ = problem
     x, drifted = x.clone(), drifted.clone()
     x[:, 0] = drifted[:, 0] = 0
-    full = Factors(W, torch.eye(N, dtype=torch.float64))
-    found = solve_refit(linear_moments(x, drifted, W).shrunk(W, 1e-4), G, full, 0.0, "right")
-    weight = found.left @ found.right
+    basis, rows = OutputBasis.of(W, G), rows_of(x, drifted, None, (M, N))
+    weight = basis.E @ solve(rows.moments(basis).shrunk(basis, 1e-4, rows.level))
     torch.testing.assert_close(weight[:, 0], W[:, 0], rtol=0.05, atol=0.05)
 
 
 def test_moments_in_single_precision_are_solved_in_double(problem):
-    x, drifted, W, G, start = problem
-    rows = torch.cat([x, drifted], dim=1).float()
-    moments = linear_target_moments(W.float(), rows.T @ rows / TOKENS, rows.mean(0))
+    x, drifted, W, G, _ = problem
+    moments = rows_of(x.float(), drifted.float(), None, (M, N)).moments(OutputBasis.of(W, G))
     assert {value.dtype for value in vars(moments).values()} == {torch.float64}
-    found = solve_refit(moments, G, start, 1.0)
-    assert found.left.dtype == torch.float64
 
 
-def test_rows_are_summed_over_batches():
-    rows = torch.randn(30, 5, dtype=torch.float64)
-    moments = RowMoments(5, torch.float64, rows.device)
-    moments.update(rows[:12])
-    moments.update(rows[12:])
-    torch.testing.assert_close(moments.compute(), rows.T @ rows / 30)
-    torch.testing.assert_close(moments.mean(), rows.mean(0))
-    rows[3, 2] = float("nan")
+def test_rows_are_summed_over_batches(problem):
+    x, drifted, _, _, _ = problem
+    moments = RowMoments(N, torch.float64, x.device)
+    moments.update(x[:12])
+    moments.update(x[12:])
+    torch.testing.assert_close(moments.compute(), x.T @ x / TOKENS)
+    torch.testing.assert_close(moments.mean(), x.mean(0))
+    rows = rows_of(x, drifted, None, (M, N))
+    assert rows.level.item() == pytest.approx(x.square().mean().item())
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_rows_that_are_not_finite_are_refused(problem, which):
+    x, drifted, W, _, _ = problem
+    rows = [x, drifted, x @ W.T]
+    rows[which] = rows[which].clone()
+    rows[which][3, 2] = float("nan")
     with pytest.raises(FloatingPointError, match="finite activations"):
-        moments.update(rows)
+        rows_of(*rows, (M, N))

@@ -151,12 +151,14 @@ class Moments(Accumulator):
         self.second = second
         self.sketch = sketch
 
-    def update(self, x: Tensor, scale: float = 1.0) -> None:
+    def update(self, x: Tensor, scale: float = 1.0, finite: list[Tensor] | None = None) -> None:
         """Add the rows of ``scale * x``.
 
         Args:
             x: Vectors, shape (tokens, d), any floating dtype.
             scale: Factor of all rows; cheaper here than as a copy of ``x``.
+            finite: Gets a scalar that tells whether ``x`` is finite, in place of an error: reading it at once would
+                make the host wait for an accelerator.
 
         Raises:
             ValueError: If ``x`` is not of shape (tokens, d).
@@ -170,7 +172,10 @@ class Moments(Accumulator):
             X = x.detach().to(self.accumulator_dtype)
             total = X.sum(0)
             # A sum is finite only if every term is, so one scalar is read back instead of another pass.
-            if not torch.isfinite(total.sum()):
+            is_finite = torch.isfinite(total.sum())
+            if finite is not None:
+                finite.append(is_finite)
+            elif not is_finite:
                 raise FloatingPointError("Expected finite vectors but some hold NaN or Inf.")
             if self.second:
                 add_second_moment_(self.outer, self.sketch, X, scale**2)

@@ -15,6 +15,18 @@ from fasc_lightning.statistics._layer_moments import LayerMoments, check_needs, 
 from fasc_lightning.statistics._layer_sketches import LayerSketches, check_sketches
 
 
+class RowsRefusedError(FloatingPointError):
+    """Rows that the moments refused after the call that brought them had returned.
+
+    Attributes:
+        what: Names the rows.
+    """
+
+    def __init__(self, what: str, error: FloatingPointError) -> None:
+        super().__init__(str(error))
+        self.what = what
+
+
 class CalibrationMoments:
     """Moments of all tapped layers; layers that share an input tensor share its A.
 
@@ -53,6 +65,10 @@ class CalibrationMoments:
         self.sketches = dict(sketches or {})
         self.output_share = output_share
         check_sketches(self.shapes, self.sketches, shared="plain" in self.needs)
+        #: Whether rows that are not finite are refused at once, or at the end of their batch (:meth:`settle`). A scalar
+        #: of each layer, read at once, would make the host wait for an accelerator again and again.
+        self.refuses_at_once = self.device.type == "cpu"
+        self._unread: list[tuple[str, Tensor]] = []  # names of rows, and whether they were finite
         self.inputs: dict[tuple[str, ...], Moments] = {}
         self.gradients = {name: self._new_gradients(name, m) for name, (m, _) in shapes.items()}
         self.couplings: dict[str, CoupledMoments] = {}
@@ -88,7 +104,8 @@ class CalibrationMoments:
 
     def add_inputs(self, members: Iterable[str], x: Tensor) -> None:
         """Add input rows x (tokens, n) that all of ``members`` read."""
-        self._input(members).update(x.to(self.device))
+        members = tuple(members)
+        self._update(self._input(members), x, 1.0, f"an activation of layer {members[0]!r}")
 
     def move_inputs(self, members: Iterable[str], reached: Iterable[str], x: Tensor) -> None:
         """Move rows that were counted for ``members`` to the subset of layers that got a gradient."""
@@ -101,7 +118,15 @@ class CalibrationMoments:
 
     def add_gradients(self, name: str, h: Tensor, scale: float = 1.0) -> None:
         """Add gradient rows ``scale * h`` (tokens, m) of one layer."""
-        self.gradients[name].update(h.to(self.device), scale)
+        self._update(self.gradients[name], h, scale, f"a gradient of layer {name!r}")
+
+    def _update(self, stream: Moments, rows: Tensor, scale: float, what: str) -> None:
+        if self.refuses_at_once:
+            stream.update(rows.to(self.device), scale)
+            return
+        finite: list[Tensor] = []
+        stream.update(rows.to(self.device), scale, finite)
+        self._unread.append((what, finite[0]))
 
     def sum_outputs(self, share: float) -> None:
         """Let a share of the tokens enter the coupled G from now on."""
@@ -110,10 +135,22 @@ class CalibrationMoments:
             stream.output_share = share
 
     def settle(self) -> None:
-        """Do nothing: rows are summed at once (:class:`CpuOffload` waits here)."""
+        """Read once whether all rows since the last call were finite; moments on the CPU have raised it already.
+
+        Raises:
+            RowsRefusedError: If some were not. They are in the moments, which are of no more use.
+        """
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        finite = torch.stack([flag for _, flag in unread])
+        if not finite.all():
+            what = unread[int(finite.int().argmin())][0]
+            raise RowsRefusedError(what, FloatingPointError("Expected finite vectors but some hold NaN or Inf."))
 
     def drop(self) -> None:
-        """Do nothing: no rows wait to be summed."""
+        """Forget what :meth:`settle` would read."""
+        self._unread.clear()
 
     @property
     def takes_pairs(self) -> bool:
@@ -178,6 +215,7 @@ class CalibrationMoments:
             KeyError: If the layer is not tapped.
             ValueError: If no token reached it.
         """
+        self.settle()
         if self.tokens(name) == 0:
             raise ValueError(f"Expected moments of layer {name!r} but no gradient reached it in calibration.")
         parts = [moments for key, moments in self.inputs.items() if name in key]

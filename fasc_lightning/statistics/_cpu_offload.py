@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fasc_lightning._utils import undoing
-from fasc_lightning.statistics._collector import CalibrationMoments
+from fasc_lightning.statistics._collector import CalibrationMoments, RowsRefusedError
 
 #: Devices that can hold the moments in place of the fit's.
 MomentsDevice = Literal["cpu"]
@@ -59,18 +59,6 @@ class MomentSums(Protocol):
 
     def drop(self) -> None:
         """As ``CpuOffload.drop``."""
-
-
-class RowsRefusedError(FloatingPointError):
-    """Rows that the moments refused after the call that brought them had returned.
-
-    Attributes:
-        what: Names the rows.
-    """
-
-    def __init__(self, what: str, error: FloatingPointError) -> None:
-        super().__init__(str(error))
-        self.what = what
 
 
 class CpuOffload:

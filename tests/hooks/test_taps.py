@@ -8,6 +8,7 @@ from layer_moments import full_moments
 from tap_cases import assert_moments, brute_force, tapped
 from tiny import Tokens, causal_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fasc_lightning.batches import TokenRows
@@ -383,6 +384,58 @@ def test_non_finite_values_are_refused_by_name():
     with pytest.raises(FloatingPointError, match=r"an activation of layer 'layer'"):
         y.nan_to_num().sum().backward()
     assert moments.tokens("layer") == 0
+
+
+def test_on_an_accelerator_non_finite_values_are_refused_by_name_at_the_end_of_the_batch():
+    layers = {name: nn.Linear(3, 3) for name in ("first", "second")}
+    taps, moments = tapped(layers, torch.float32)
+    moments.refuses_at_once = False
+    taps.install()
+    for broken in ("gradient", "activation"):
+        taps.begin_batch(TokenRows(label="batch 7"))
+        y = layers["first"](torch.randn(4, 3))
+        if broken == "gradient":
+            (layers["second"](y).sum() + (y * float("inf")).sum()).backward()
+        else:
+            layers["second"](y * float("nan")).nan_to_num().sum().backward()
+        with pytest.raises(FloatingPointError, match=rf"{broken} of layer '\w+' is NaN or Inf in batch 7"):
+            taps.end_batch()
+    taps.begin_batch(TokenRows(label="batch 8"))  # nothing is left of the batches before
+    layers["first"](torch.randn(4, 3)).sum().backward()
+    taps.end_batch()
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the reads of a scalar by the host, each of which waits for an accelerator."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("needs", ["coupled", "plain"])
+def test_a_batch_reads_one_scalar_whatever_the_number_of_layers(batch, needs):
+    counts = []
+    for targets in (["q_proj"], None):
+        model = causal_model("llama")
+        layers = select_layers(model, targets)
+        moments = CalibrationMoments(layer_shapes(layers), needs={needs}, output_share=0.5)
+        moments.refuses_at_once = False
+        taps = Taps(layers, moments)
+        taps.install()
+        with HostReads() as reads:
+            taps.begin_batch(TokenRows(mask=batch["attention_mask"].bool()))
+            loss = model(**batch).loss
+            before = reads.count
+            loss.backward()
+            taps.end_batch()
+        counts.append(reads.count - before)
+        taps.remove()
+    assert counts == [1, 1]
 
 
 def test_removing_leaves_no_hook():

@@ -146,7 +146,7 @@ class Gathering:
         """
         moments.sum_outputs(self.moments.output_share)
         self._replace(moments)
-        self.scores.scores, self.scores.waiting = scores, waiting
+        self.scores.restore(scores, waiting)
         self.batches = batches
 
     def _replace(self, moments: CalibrationMoments) -> None:

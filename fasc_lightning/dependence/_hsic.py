@@ -1,13 +1,14 @@
 """The Hilbert-Schmidt independence criterion (HSIC) of token samples, from their s x s Gram matrices.
 
 With the linear kernel, K = X X^T and L = G G^T, HSIC(x, g) is |Sigma_xg|_F^2. Ratios of it give rho^2, and no d x d
-matrix is formed. Gram matrices are stacked: (v, s, s) for v variables on the same s tokens. Results are (v, v), for
-all pairs of variables.
+matrix is formed. All functions take L samples of one shape at once, so that an observation of many layers makes few
+calls. Gram matrices are symmetric and come as tiles, each tile above the diagonal once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import cycle, islice, permutations
 
@@ -21,75 +22,154 @@ MIN_TOKENS = 4
 CONSTANT = 1e-12
 
 
-def centered_gram(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the centred Gram matrix of a sample in units of its variance, and that variance.
+def standardized(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return centred samples in units of their largest number, that unit squared, and the variances.
 
-    Gradients are tiny and enter HSIC to the fourth power. In units of their own variance they neither underflow nor
-    overflow in float32. A constant variable has a zero matrix and zero variance.
+    Gradients are tiny and enter HSIC to the fourth power. In units of their own size they neither underflow nor
+    overflow in float32.
 
     Args:
-        x: Sample, shape (s, n), any floating type. The matrix is computed in float64 for float64, else in float32.
+        x: Samples, shape (..., s, n), any floating type. The result is in float64 for float64, else in float32.
 
     Returns:
-        K = X X^T / variance, shape (s, s), and variance = tr(Sigma_xx), a float64 scalar. Both are NaN if x holds NaN
-        or Inf.
+        z, shape (..., s, n), with |z| <= 1; unit^2, shape (...), float64, so that unit^2 z z^T is the centred Gram
+        matrix; the variance tr(Sigma_xx), shape (...), float64; and |z_i|^2 of each token, shape (..., s), float64.
+        unit^2 and the variance of a constant variable are zero. Both are NaN if x holds NaN or Inf.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        values = x.detach().to(dtype)
-        # In units of the largest number, squares cannot overflow.
-        low, high = values.aminmax()
-        unit = torch.maximum(-low, high).double()
-        inverse = torch.where(unit > 0, 1 / unit, unit)
-        mean = values.mean(0)
-        values = (values - mean).mul_(inverse.to(dtype))
-        K = values @ values.T
-        variance = K.diagonal().double().mean()
-        second = variance + mean.double().mul(inverse).square().sum()
-        varies = (variance > CONSTANT * second) | ~torch.isfinite(unit)
-        scale = torch.where(varies, 1 / variance, 0.0)
-        K.mul_(scale.to(dtype))
-    return K, torch.where(varies, variance * unit.square(), 0.0)
+    values = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    mean = values.mean(-2, keepdim=True)
+    z = values - mean
+    unit = torch.maximum(-z.amin((-2, -1)), z.amax((-2, -1))).double()
+    inverse = torch.where(unit > 0, 1 / unit, unit)[..., None, None]
+    z.mul_(inverse.to(z.dtype))
+    own = torch.linalg.vector_norm(z, dim=-1).double().square()
+    variance = own.mean(-1)
+    second = variance + mean.double().mul(inverse).square().sum((-2, -1))
+    varies = (variance > CONSTANT * second) | ~torch.isfinite(unit)
+    square = torch.where(varies, unit.square(), 0.0)
+    return z, square, torch.where(varies, variance * unit.square(), 0.0), own
 
 
-def hsic_biased(grams: Tensor) -> Tensor:
-    """Return the biased HSIC, <K_i, K_j> / s^2 = |Sigma_ij|_F^2, for all pairs of variables (Gretton et al. 2005).
+def tile_numbers(groups: int, device: torch.device | None = None) -> Tensor:
+    """Return the numbers of the tiles on and above the diagonal, shape (2, tiles), row by row: rows, then columns."""
+    return torch.triu_indices(groups, groups, device=device)
+
+
+def gram_tiles(z: Tensor, groups: int) -> Tensor:
+    """Return the Gram matrices z z^T as tiles, each tile above the diagonal once.
 
     Args:
-        grams: Centred Gram matrices K_i = X_i X_i^T of v variables on the same s tokens, shape (v, s, s).
+        z: Samples, shape (L, s, n), s a multiple of ``groups``.
+        groups: Number of equal runs of t consecutive tokens.
 
     Returns:
-        Shape (v, v), float64.
+        Shape (L, tiles, t, t), in the order of :func:`tile_numbers`. The tile (a, b) holds the products of the tokens
+        of run b, its rows, with those of run a, its columns.
     """
-    flat = grams.flatten(1)
-    return (flat @ flat.T).double() / grams.shape[-1] ** 2
+    samples, s, _ = z.shape
+    t = s // groups
+    tiles = z.new_empty(samples, groups * (groups + 1) // 2, t, t)
+    at = 0
+    for a in range(groups):  # one product for each column of tiles: it begins at the diagonal
+        column = tiles[:, at : at + groups - a].flatten(1, 2)
+        torch.bmm(z[:, a * t :], z[:, a * t : (a + 1) * t].mT, out=column)
+        at += groups - a
+    return tiles
 
 
-def hsic_unbiased(grams: Tensor) -> Tensor:
-    """Return the unbiased HSIC_1 (Song et al. 2012, Eq. 5) for all pairs of variables; it may be negative.
+def block_products(K: Tensor, L: Tensor, blocks: int) -> Tensor:
+    """Return <K_ab, L_ab> for all pairs of blocks (a, b).
 
     Args:
-        grams: Gram matrices of v variables on the same s tokens, shape (v, s, s), centred or not.
+        K: Tiles of Gram matrices, shape (L, tiles, t, t).
+        L: Tiles of other Gram matrices, the same shape.
+        blocks: Number of equal runs of consecutive tokens, a multiple of the number of groups.
 
     Returns:
-        Shape (v, v), float64.
+        Shape (L, blocks, blocks), symmetric, float64.
+    """
+    samples, tiles, t, _ = K.shape
+    groups = (math.isqrt(8 * tiles + 1) - 1) // 2
+    inner = blocks // groups  # blocks of a group
+    found = (K * L).view(samples, tiles, inner, t // inner, inner, t // inner).sum(3).sum(-1).double()
+    first, second = tile_numbers(groups, K.device)
+    every = found.new_empty(samples, groups, groups, inner, inner)
+    every[:, first, second] = found.mT
+    every[:, second, first] = found
+    return every.transpose(2, 3).reshape(samples, blocks, blocks)
+
+
+def tile_products(K: Tensor, L: Tensor) -> Tensor:
+    """Return the products of every tile of K with every tile of L, for :func:`hsic_permuted`.
+
+    Args:
+        K: Tiles of Gram matrices, shape (L, tiles, t, t).
+        L: Tiles of other Gram matrices, the same shape.
+
+    Returns:
+        Shape (L, tiles, groups^2): with the tiles of L in the order of :func:`tile_numbers`, then with those below the
+        diagonal in the order of the tiles above it.
+    """
+    samples, tiles, t, _ = K.shape
+    groups = (math.isqrt(8 * tiles + 1) - 1) // 2
+    every = L.new_empty(samples, groups**2, t, t)
+    every[:, :tiles] = L
+    at, below = 0, tiles
+    for size in range(groups, 0, -1):  # each column of tiles but its first, which lies on the diagonal
+        every[:, below : below + size - 1] = L[:, at + 1 : at + size].mT
+        at, below = at + size, below + size - 1
+    return K.flatten(2) @ every.flatten(2).mT
+
+
+def hsic_permuted(products: Tensor, orders: Tensor) -> Tensor:
+    """Return s^2 times the biased HSIC of x and g, with the groups of g permuted.
+
+    Every tile of K has met every tile of L once, so a permutation only looks products up.
+
+    Args:
+        products: Result of :func:`tile_products` for the Gram matrices of x and g, shape (L, tiles, groups^2).
+        orders: Permutations of the groups of g, shape (count, groups), on the CPU.
+
+    Returns:
+        <K, P L P^T> for each order, shape (L, count), float64.
+    """
+    groups = orders.shape[1]
+    first, second = tile_numbers(groups)
+    above = first != second
+    number = torch.empty(groups, groups, dtype=torch.long)
+    number[second[above], first[above]] = len(first) + torch.arange(int(above.sum()))
+    number[first, second] = torch.arange(len(first))
+    places = number[orders[:, first], orders[:, second]].T.to(products.device)  # (tiles, count)
+    found = products.gather(2, places.expand(len(products), -1, -1))
+    twice = (1 + above.double()).to(products.device)  # tiles above the diagonal stand for those below
+    return (twice[:, None] * found).sum(1)
+
+
+def hsic_unbiased(pairs: Tensor, own: Tensor, rows: Tensor) -> Tensor:
+    """Return the unbiased HSIC_1 (Song et al. 2012, Eq. 5) of two variables on the same s tokens; may be negative.
+
+    Args:
+        pairs: <K, L> of the whole Gram matrices, shape (...).
+        own: Diagonals of K and L, shape (2, ..., s).
+        rows: Sums of the rows of K and L, shape (2, ..., s).
+
+    Returns:
+        Shape (...), float64.
 
     Raises:
         ValueError: If there are fewer than four tokens.
     """
-    s = grams.shape[-1]
+    s = own.shape[-1]
     if s < MIN_TOKENS:
         raise ValueError(f"Expected at least {MIN_TOKENS} tokens for the unbiased HSIC but got {s}.")
-    hollow = grams.clone()
-    hollow.diagonal(dim1=-2, dim2=-1).zero_()  # a token with itself
-    rows = hollow.sum(-1).double()  # (v, s)
-    totals = rows.sum(-1)  # (v,)
-    flat = hollow.flatten(1)
-    pairs = (flat @ flat.T).double()
-    return (pairs + torch.outer(totals, totals) / ((s - 1) * (s - 2)) - 2 / (s - 2) * (rows @ rows.T)) / (s * (s - 3))
+    hollow = rows - own  # without the pairs of a token with itself
+    totals = hollow.sum(-1)
+    pairs = pairs - own.prod(0).sum(-1)
+    crossed = hollow.prod(0).sum(-1)
+    return (pairs + totals.prod(0) / ((s - 1) * (s - 2)) - 2 / (s - 2) * crossed) / (s * (s - 3))
 
 
-def hsic_between(grams: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+def hsic_between(products: Tensor, rows: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
     """Return the unbiased HSIC from pairs of tokens in different blocks only, and the same without each block in turn.
 
     This is the U-statistic of Song et al. 2012 with blocks (whole sequences) in place of tokens. It is unbiased if
@@ -101,68 +181,51 @@ def hsic_between(grams: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     Each term is a sum over tiles of the Gram matrices. Blocks of one token give :func:`hsic_unbiased`.
 
     Args:
-        grams: Gram matrices, shape (v, s, s), s a multiple of ``blocks``.
-        blocks: Number of equal runs of consecutive tokens; at least 4.
+        products: <K_ab, L_ab> of all pairs of blocks, for each pair (K, L) of variables, shape
+            (pairs, ..., blocks, blocks).
+        rows: For each variable, the sum of each token's row over each block, shape (v, ..., blocks * l, blocks).
+        pairs: Pairs of variables, by their place in ``rows``.
 
     Returns:
-        The estimate, shape (v, v), and the estimates that leave one block out, shape (blocks, v, v), or (0, v, v)
-        where fewer than four blocks would be left; float64.
+        The estimate, then the estimates that leave one block out, shape (pairs, ..., 1 + blocks); or the estimate
+        alone, shape (pairs, ..., 1), where fewer than four blocks would be left; float64.
 
     Raises:
         ValueError: If there are fewer than four blocks.
     """
+    blocks = products.shape[-1]
     if blocks < MIN_TOKENS:
         raise ValueError(f"Expected at least {MIN_TOKENS} blocks for the unbiased HSIC but got {blocks}.")
-    v, s, _ = grams.shape
-    length = s // blocks
-    tiles = grams.view(v, blocks, length, blocks, length)
-    flat = tiles.permute(1, 3, 0, 2, 4).reshape(blocks, blocks, v, length**2)
-    rows = tiles.sum(4).double()  # (v, blocks, length, blocks): each token's sum over a block
-    hollow = 1 - torch.eye(blocks, dtype=torch.float64, device=grams.device)
-    distinct = hollow[:, :, None] * hollow[:, None, :] * hollow[None, :, :]
-    pairs = (flat @ flat.mT).double() * hollow[:, :, None, None]  # <S_a, S_b>: (blocks, blocks, v, v)
-    triples = torch.einsum("uaib,waic->uwabc", rows, rows) * distinct  # <S_a, p_b q_c^T>
-    sums = rows.sum(2) * hollow  # <p_a, p_b>: (v, blocks, blocks)
-    # Rows of included blocks: all blocks, then all but one.
-    kept = torch.cat([torch.ones_like(hollow[:1]), hollow]) if blocks > MIN_TOKENS else torch.ones_like(hollow[:1])
-    two = torch.einsum("ea,eb,abuw->euw", kept, kept, pairs)
-    three = torch.einsum("ea,eb,ec,uwabc->euw", kept, kept, kept, triples)
-    margins = torch.einsum("eb,uab->eua", kept, sums) * kept[:, None, :]
-    totals = margins.sum(-1)
-    squares = torch.einsum("ea,eb,uab,wab->euw", kept, kept, sums, sums)
-    four = totals[:, :, None] * totals[:, None, :] - 4 * margins @ margins.mT + 2 * squares
-    b = kept.sum(1)[:, None, None]
-    estimates = (
+    hollow = 1 - torch.eye(blocks, dtype=torch.float64, device=products.device)
+    rows = rows.double().unflatten(-2, (blocks, -1)) * hollow[:, None]  # (v, ..., a, l, b)
+    length = rows.shape[-2]
+    # A column for all blocks, then one for all but each: (blocks, 1 + blocks).
+    kept = torch.ones_like(hollow[:, :1])
+    if blocks > MIN_TOKENS:
+        kept = torch.cat([kept, hollow], 1)
+    two = _both(products.double() * hollow, kept)
+    sums = rows @ kept  # each token's sum over the other kept blocks: (v, ..., a, l, 1 + blocks)
+
+    def crossed(values: Tensor) -> Tensor:
+        return torch.stack([values[i] * values[j] for i, j in pairs])
+
+    # <S_a, p_b q_c^T> over distinct b and c: over all of them, less b = c.
+    summed, same = (torch.stack([(v[i] * v[j]).sum(-2) for i, j in pairs]) for v in (sums, rows))
+    three = ((summed - same @ kept) * kept).sum(-2)
+    margins = sums.sum(-2) * kept
+    means = rows.sum(-2)  # <p_a, p_b>
+    four = crossed(margins.sum(-2)) - 4 * crossed(margins).sum(-2) + 2 * _both(crossed(means), kept)
+    b = kept.sum(0)
+    return (
         two / (b * (b - 1)) / length**2
         - 2 * three / (b * (b - 1) * (b - 2)) / length**3
         + four / (b * (b - 1) * (b - 2) * (b - 3)) / length**4
     )
-    return estimates[0], estimates[1:]
 
 
-def hsic_permuted(K: Tensor, L: Tensor, orders: Tensor) -> Tensor:
-    """Return the biased HSIC of x and g, with the blocks of g permuted.
-
-    Args:
-        K: Centred Gram matrix of x, shape (s, s), s a multiple of the number of blocks b.
-        L: Centred Gram matrix of g, shape (s, s).
-        orders: Permutations of the b equal runs of consecutive tokens of g, shape (count, b), on the CPU.
-
-    Returns:
-        <K, P L P^T> / s^2 for each order, shape (count,), float64.
-    """
-    s = len(K)
-    blocks = orders.shape[1]
-    length = s // blocks
-    first, second = torch.triu_indices(blocks, blocks, device=K.device)
-    tiles_of_K = K.view(blocks, length, blocks, length)[first, :, second].flatten(1)
-    tiles_of_L = L.view(blocks, length, blocks, length).transpose(1, 2).reshape(blocks**2, length**2)
-    # Every tile of K meets every tile of L once; a permutation only looks products up.
-    # The source of each tile on and above the diagonal, numbered row by row: (tiles, count).
-    places = (orders[:, first.cpu()] * blocks + orders[:, second.cpu()]).T
-    found = (tiles_of_K @ tiles_of_L.T).gather(1, places.to(K.device))
-    twice = 1 + (first != second).double()  # tiles above the diagonal stand for those below
-    return twice @ found.double() / s**2
+def _both(values: Tensor, kept: Tensor) -> Tensor:
+    """Return the sum of (..., blocks, blocks) values over pairs of kept blocks, one for each column of ``kept``."""
+    return ((values @ kept) * kept).sum(-2)
 
 
 @lru_cache(maxsize=16)
@@ -185,16 +248,16 @@ def random_orders(blocks: int, count: int, seed: int) -> Tensor:
 
 
 def normalized(hsic: Tensor, crossed: Tensor | None = None) -> Tensor:
-    """Return HSIC(x, g) / sqrt(HSIC(x, x) HSIC(g, g)) of a (2, 2) matrix, NaN where x or g does not vary.
+    """Return HSIC(x, g) / sqrt(HSIC(x, x) HSIC(g, g)), NaN where x or g does not vary.
 
     Args:
-        hsic: HSIC of all pairs of (x, g), shape (2, 2).
-        crossed: Values that replace HSIC(x, g), any shape.
+        hsic: HSIC of all pairs of (x, g), shape (..., 2, 2).
+        crossed: Values that replace HSIC(x, g), shape (...).
     """
-    crossed = hsic[0, 1] if crossed is None else crossed
-    own = hsic.diagonal()
-    ratio = crossed / own.clamp(min=0).sqrt().prod()
-    return torch.where((own > 0).all(), ratio, float("nan"))
+    crossed = hsic[..., 0, 1] if crossed is None else crossed
+    own = hsic.diagonal(dim1=-2, dim2=-1)
+    ratio = crossed / own.clamp(min=0).sqrt().prod(-1)
+    return torch.where((own > 0).all(-1), ratio, float("nan"))
 
 
 def signed_root(ratio: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,7 @@ class RhoMonitor:
             device = trainer.strategy.root_device
             self._scores = LayerScores(self._layers, self.tokens, self.gradient, self.seed, device)
         if self._taps is None:
-            self._taps = Taps(self._layers, pairs=self._score, anchor=False)
+            self._taps = Taps(self._layers, pairs=self._score, anchor=False, inputs=self.gradient == "input")
             self._taps.install()
             self._step = _position(trainer)
         self._taps.begin_batch(rows, backwards)
@@ -115,6 +117,7 @@ class RhoMonitor:
             return
         scores = self._scores
         self.remove()
+        self._guarded(scores.settle)
         if is_distributed(trainer):
             scores.all_reduce_()
         rows = scores.rows(self._step)
@@ -138,15 +141,30 @@ class RhoMonitor:
                 "`accumulate_grad_batches`."
             )
 
-    def _score(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int]) -> None:
-        """Feed a layer's score. A failure becomes the layer's reason, since training matters more than a score."""
+    def _score(
+        self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int], g: Tensor | None = None
+    ) -> None:
+        """Feed a layer's score."""
         assert self._scores is not None
+        self._guarded(partial(self._scores, name, x, h, batch, lengths, g), name)
+
+    def _guarded(self, act: Callable[[], None], *names: str) -> None:
+        """Do something with the scores. A failure becomes a reason, since training matters more than a score.
+
+        Args:
+            act: What to do.
+            *names: Layers that fail with it, beside those whose held tokens are lost.
+        """
+        assert self._scores is not None
+        held = self._scores.held
         try:
-            self._scores(name, x, h, batch, lengths)
+            act()
         except Exception as error:
+            failed = [*names, *sorted(held - self._scores.held)]
+            text = f"{type(error).__name__}: {error}"
             if not self._failures:
-                rank_zero_warn(f"FascCallback could not observe rho of {name!r}: {type(error).__name__}: {error}")
-            self._failures[name] = f"{type(error).__name__}: {error}"
+                rank_zero_warn(f"FascCallback could not observe rho of {failed[0]!r}: {text}")
+            self._failures.update(dict.fromkeys(failed, text))
 
     def publish(self, trainer: pl.Trainer) -> None:
         """Put the last values into the callback metrics again, since Lightning empties them between its loops."""

@@ -12,36 +12,22 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
-from fasc_lightning.batches import MAX_SEQUENCES, MIN_SEQUENCES
-from fasc_lightning.dependence._grams import Grams
-from fasc_lightning.dependence._hsic import (
-    MIN_TOKENS,
-    hsic_between,
-    hsic_biased,
-    hsic_permuted,
-    hsic_unbiased,
-    normalized,
-    random_orders,
-    signed_root,
+from fasc_lightning.dependence._estimates import PERMUTATIONS, estimate
+from fasc_lightning.dependence._grams import minibatches
+from fasc_lightning.dependence._hsic import MIN_TOKENS
+from fasc_lightning.dependence._reading import (
+    SUMS,
+    debiased_figure,
+    facts,
+    floor_figure,
+    interval_figure,
+    null_figure,
+    reason,
+    rho_figure,
 )
-
-#: Fewest sequences, or minibatches of four, for an interval.
-MIN_ROWS = 8
-
-#: Fewest groups of sequences that a permutation moves. Groups of neighbours cost less than single sequences.
-MIN_GROUPS = 8
-
-#: Random orders of sequences behind the null, beside the identity: with it, ten times all orders of four sequences and
-#: twice all orders of five. One in twenty of them may reach the null.
-PERMUTATIONS, NULL_LEVEL = 239, 0.95
 
 #: Most rows kept for the interval; beyond it neighbours are added up, so that memory is bounded.
 MAX_ROWS = 2048
-
-#: The states that add up over batches and processes. The other state, ``rows``, is concatenated.
-SUMS = (
-    "biased", "unbiased", "permuted", "floor", "tokens", "few_biased", "few_floor", "few_tokens", "short", "infinite"
-)  # fmt: skip
 
 
 class DependenceScore(Metric):
@@ -114,19 +100,7 @@ class DependenceScore(Metric):
                 "Expected x and g of shape (tokens, features) or (sequences, tokens, features) with as many tokens "
                 f"but got {tuple(x.shape)} and {tuple(g.shape)}."
             )
-        self.add(Grams.of(x), Grams.of(g))
-
-    def add(self, x: Grams, g: Grams) -> None:
-        """Add tokens by their Gram matrices. Layers that share an input share its matrices."""
-        self._update_count = max(self._update_count, 1)  # torchmetrics counts calls of `update` alone
-        for parts_x, parts_g in zip(x.parts, g.parts, strict=True):
-            rows = [
-                self._add(K, L, torch.stack([variance_x, variance_g]))
-                for (K, variance_x), (L, variance_g) in zip(parts_x, parts_g, strict=True)
-            ]
-            found = [part for part in rows if part is not None]
-            if found:
-                self._add_rows(torch.stack(found).sum(0))
+        add_samples_([(self, x, g)])
 
     @property
     def observed(self) -> int:
@@ -135,137 +109,47 @@ class DependenceScore(Metric):
 
     def compute(self) -> Tensor:
         """Return rho of the minibatches, in [0, 1]; biased upwards for small minibatches, NaN where undefined."""
-        return normalized(self._sum("biased")).clamp(0, 1).sqrt()
+        return rho_figure(self._sums())
 
     @property
     def null(self) -> Tensor:
         """The value that rho exceeds by chance in at most 5 of 100 cases, by permutations of whole sequences."""
-        return self._synchronized(self._null)
+        return self._synchronized(lambda: null_figure(self._sums()))
 
     @property
     def debiased(self) -> Tensor:
         """Signed root of the debiased rho^2 (Song et al. 2012): about 0 for independent x and g; may be negative."""
-        return self._synchronized(lambda: signed_root(normalized(self.unbiased)))
+        return self._synchronized(lambda: debiased_figure(self._sums()))
 
     @property
     def interval(self) -> Tensor:
         """95 % interval of :attr:`debiased` by a jackknife over sequences, shape (2,); NaN for fewer than eight."""
-        return self._synchronized(self._interval)
+        return self._synchronized(lambda: interval_figure(self._sums(), self.all_rows()))
 
     @property
     def iid_floor(self) -> Tensor:
         """About the rho of independent x, g and tokens (:func:`~fasc_lightning.dependence.iid_floor`)."""
-        return self._synchronized(lambda: normalized(self._sum("biased"), self._sum("floor")).sqrt())
+        return self._synchronized(lambda: floor_figure(self._sums()))
 
     @property
     def reason(self) -> str:
         """Why the score, or only its null, debiased value or interval, is undefined; "" if all are defined."""
-        return self._synchronized(self._reason)
+        return self._synchronized(lambda: reason(facts(self._sums()).tolist(), len(self.all_rows())))
 
-    def _sum(self, name: str) -> Tensor:
-        """Return a sum over the minibatches of four sequences or more; if there are none, over the smaller ones."""
-        found: Tensor = getattr(self, name if self.tokens > 0 else f"few_{name}")
-        return found
+    def all_rows(self) -> Tensor:
+        """Return the pseudo-values of all sequences, shape (rows, 3)."""
+        return dim_zero_cat(self.rows) if len(self.rows) else self.biased.new_zeros(0, 3)
 
-    def _add(self, K: Tensor, L: Tensor, variances: Tensor) -> Tensor | None:
-        """Add one minibatch by its centred Gram matrices, each of shape (sequences, tokens, sequences, tokens).
+    def _sums(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in SUMS}
 
-        Returns:
-            Its pseudo-values, shape (blocks, 3), or (1, 3) for four blocks; None if the minibatch does not count.
-        """
-        sequences, length = K.shape[:2]
-        s = sequences * length
-        if s < MIN_TOKENS:
-            self.short += 1
-            return None
-        if not bool(torch.isfinite(variances).all()):
-            self.infinite += 1
-            return None
-        grams = torch.stack([K.reshape(s, s), L.reshape(s, s).to(K)])
-        weights = s * torch.outer(variances, variances)
-        biased = hsic_biased(grams)
-        if sequences < MIN_SEQUENCES:
-            self.few_tokens += s
-            self.few_biased += weights * biased
-            self.few_floor += weights[0, 1] / s
-            return None
-        self.tokens += s
-        self.biased += weights * biased
-        self.floor += weights[0, 1] / s
-
-        # Many independent tokens are grouped into equal blocks; the last few stay out.
-        blocks = sequences // -(-sequences // MAX_SEQUENCES)
-        used = sequences // blocks * blocks * length
-        inner = grams if used == s else grams[:, :used, :used].contiguous()
-        self.permuted += weights[0, 1] * self._permuted(inner, blocks, biased[0, 1])
-        between, without = hsic_between(inner, blocks)
-        unbiased = hsic_unbiased(grams) if length == 1 else between
-        self.unbiased += weights * unbiased
-        if not len(without):
-            return (weights * unbiased)[None, [0, 0, 1], [0, 1, 1]]
-        # Jackknife pseudo-values (Tukey 1958), centred at the estimate.
-        values = weights * (unbiased + (blocks - 1) * (without.mean(0) - without))
-        return values[:, [0, 0, 1], [0, 1, 1]] / blocks
-
-    def _permuted(self, grams: Tensor, blocks: int, biased: Tensor) -> Tensor:
-        """Return HSIC with g's blocks permuted, shape (PERMUTATIONS,), scaled so that the identity gives ``biased``."""
-        groups = next((n for n in range(MIN_GROUPS, blocks) if blocks % n == 0), blocks)
-        orders = random_orders(groups, PERMUTATIONS, self.seed)
-        same = (orders == torch.arange(groups)).all(1).to(biased.device)
-        found = hsic_permuted(grams[0], grams[1], orders)
-        inner = hsic_biased(grams)[0, 1]
-        found = found * torch.where(inner > 0, biased / inner, 1.0)
-        return torch.where(same, biased, found)  # exact, so that the identity does not exceed itself
-
-    def _add_rows(self, rows: Tensor) -> None:
+    def add_rows(self, rows: Tensor) -> None:
+        """Add pseudo-values, shape (rows, 3)."""
         self.rows.append(rows)
         if sum(len(row) for row in self.rows) > MAX_ROWS:
             rows = torch.cat(self.rows)
             even = len(rows) // 2 * 2
             self.rows = [rows[:even].view(-1, 2, 3).sum(1), rows[even:]]
-
-    def _null(self) -> Tensor:
-        # With the identity, PERMUTATIONS + 1 orders are equally likely under independence (Phipson and Smyth 2010).
-        # rho exceeds the null if it is among the highest 5 % of them.
-        exceeding = int((1 - NULL_LEVEL) * (PERMUTATIONS + 1))
-        highest = self.permuted.topk(exceeding).values[-1]
-        # Values that differ by the rounding of a sum over processes count as equal.
-        return normalized(self.biased, highest * (1 + 1e-12)).clamp(0, 1).sqrt()
-
-    def _interval(self) -> Tensor:
-        rows = dim_zero_cat(self.rows) if len(self.rows) else self.biased.new_zeros(0, 3)
-        if self._undefined() or len(rows) < MIN_ROWS:
-            return self.biased.new_full((2,), float("nan"))
-        # The infinitesimal jackknife of the ratio, with Student's t for few degrees of freedom.
-        xx, xg, gg = rows.sum(0)
-        norm = (xx * gg).sqrt()
-        ratio = xg / norm
-        count = len(rows)
-        influences = count * (rows[:, 1] / norm - ratio / 2 * (rows[:, 0] / xx + rows[:, 2] / gg))
-        error = (influences.square().sum() / (count * (count - 1))).sqrt()
-        reach = student_quantile(count - 1) * error
-        return signed_root(torch.stack([ratio - reach, ratio + reach]))
-
-    def _reason(self) -> str:
-        rows = sum(len(part) for part in self.rows)
-        if (undefined := self._undefined()) or rows >= MIN_ROWS:
-            return undefined
-        return f"fewer than {MIN_ROWS} sequences, too few for an interval"
-
-    def _undefined(self) -> str:
-        """Return why rho or its debiased value is undefined."""
-        if self.observed == 0:
-            if self.infinite > 0:
-                return "activations or gradients that are not finite"
-            return f"fewer than {MIN_TOKENS} tokens" if self.short > 0 else "no tokens"
-        for i, what in enumerate(("activations", "gradients")):
-            if self._sum("biased")[i, i] <= 0:
-                return f"constant {what}"
-            if self.tokens == 0:
-                continue
-            if self.unbiased[i, i] <= 0:
-                return f"too few tokens to tell {what} from noise"
-        return "" if self.tokens > 0 else f"fewer than {MIN_SEQUENCES} sequences, too few for all but rho"
 
     def _synchronized(self, value: Callable[[], Any]) -> Any:
         """Return a value computed from the states of all processes, as torchmetrics does for ``compute``."""
@@ -284,6 +168,56 @@ class DependenceScore(Metric):
         super().sync(*args, **kwargs)
 
 
+def add_samples_(samples: Iterable[tuple[DependenceScore, Tensor, Tensor]]) -> None:
+    """Add a sample of tokens to each of many scores, with one transfer to the host for all of them.
+
+    Samples of one shape are computed together. Each score comes out as by :meth:`DependenceScore.update`.
+
+    Args:
+        samples: Scores, each with x and g as :meth:`DependenceScore.update` takes them. Scores may share x.
+    """
+    cut: dict[int, list[list[Tensor]]] = {}  # minibatches of an input, by its id
+    scores: list[DependenceScore] = []  # of each set of sequences
+    groups: dict[tuple[Any, ...], list[tuple[int, Tensor, Tensor]]] = {}
+    samples = list(samples)  # holds the inputs, so that their ids stay theirs
+    for score, x, g in samples:
+        score._update_count = max(score._update_count, 1)  # torchmetrics counts calls of `update` alone
+        for parts in zip(cut.setdefault(id(x), minibatches(x)), minibatches(g), strict=True):
+            scores.append(score)
+            for a, b in zip(*parts, strict=True):
+                if a.shape[0] * a.shape[1] < MIN_TOKENS:
+                    score.short += 1
+                else:
+                    key = a.shape, b.shape, a.dtype, b.dtype, b.device, score.seed
+                    groups.setdefault(key, []).append((len(scores) - 1, a, b))
+    found = [
+        ([place for place, _, _ in group], estimate([x for _, x, _ in group], [g for _, _, g in group], key[-1]))
+        for key, group in groups.items()
+    ]
+    if not found:
+        return
+    finite = iter(torch.cat([estimates.finite.to(found[0][1].finite.device) for _, estimates in found]).tolist())
+    rows: dict[int, list[Tensor]] = {}
+    for (places, estimates), key in zip(found, groups, strict=True):
+        tokens = key[0][0] * key[0][1]
+        sums = {name: values.unbind() for name, values in estimates.sums.items()}
+        for i, place in enumerate(places):
+            score = scores[place]
+            if not next(finite):
+                score.infinite += 1
+                continue
+            for name, values in sums.items():
+                state: Tensor = getattr(score, name)
+                state += values[i]
+            if estimates.rows.shape[1]:
+                score.tokens += tokens
+                rows.setdefault(place, []).append(estimates.rows[i])
+            else:
+                score.few_tokens += tokens
+    for place, parts in rows.items():
+        scores[place].add_rows(torch.stack(parts).sum(0))
+
+
 def all_reduce_scores_(scores: Iterable[DependenceScore], group: Any | None = None) -> None:
     """Merge the states of many scores over all processes in two messages.
 
@@ -296,31 +230,17 @@ def all_reduce_scores_(scores: Iterable[DependenceScore], group: Any | None = No
         return
     packed = torch.stack([torch.cat([getattr(score, name).flatten() for name in SUMS]) for score in scores])
     dist.all_reduce(packed, group=group)
-    rows: list[Any] = [None] * dist.get_world_size(group)
-    mine = [dim_zero_cat(score.rows).cpu() if len(score.rows) else None for score in scores]
-    dist.all_gather_object(rows, mine, group=group)
+    mine = [score.all_rows() for score in scores]
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, (torch.cat(mine).cpu(), [len(rows) for rows in mine]), group=group)
+    parts = [rows.to(packed.device).split(counts) for rows, counts in every]
     for i, (score, row) in enumerate(zip(scores, packed, strict=True)):
         start = 0
         for name in SUMS:
             state: Tensor = getattr(score, name)
             setattr(score, name, row[start : start + state.numel()].view(state.shape).clone())
             start += state.numel()
-        score.rows = [part[i].to(score.biased.device) for part in rows if part[i] is not None]
-        score._update_count = max(score._update_count, int(score.observed > 0))
-
-
-def student_quantile(freedom: float) -> float:
-    """Return the 97.5 % quantile of Student's t, with an error below 1e-3 from 6 degrees of freedom on.
-
-    Args:
-        freedom: Degrees of freedom.
-    """
-    # The expansion of Cornish and Fisher (1938) in powers of 1 / freedom.
-    z = 1.959963984540054
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * freedom**4)
-    )
+        score.rows = [part[i] for part in parts if len(part[i])]
+    seen = torch.stack([score.tokens + score.few_tokens for score in scores]).tolist()
+    for score, tokens in zip(scores, seen, strict=True):
+        score._update_count = max(score._update_count, int(tokens > 0))

@@ -26,8 +26,9 @@ from fasc_lightning.layers import ExpertLinear, Routing, input_gradient, linear_
 from fasc_lightning.statistics import MomentSums, RowsRefusedError
 
 #: Called with a layer's name, its counted inputs x (tokens, n), the unscaled gradients h (tokens, m) of the batch's
-#: loss at its outputs, the batch, and the count of tokens of each sequence.
-Pairs = Callable[[str, Tensor, Tensor, TokenRows, list[int]], None]
+#: loss at its outputs, the batch, the count of tokens of each sequence, and, if the taps have them, the gradients g
+#: (tokens, n) at its inputs.
+Pairs = Callable[..., None]
 
 
 class _SavedInput(torch.autograd.Function):
@@ -78,6 +79,8 @@ class _Call:
         gradients: Sum of the gradients of several backward passes, by layer.
         unannounced: The same sum of passes that were not announced, for batches without announced passes.
         saved: Functions that give the input back, by layer.
+        inner: The members whose gradient at the input arrives after the one at the output.
+        late: Gradients at the outputs of members whose gradient at the input is still missing, by layer.
         routed: For an expert's input: the indices of its counted rows, and the count of rows of each sequence.
     """
 
@@ -93,6 +96,8 @@ class _Call:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     unannounced: dict[str, Tensor] = field(default_factory=dict)
     saved: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    inner: set[str] = field(default_factory=set)
+    late: dict[str, Tensor] = field(default_factory=dict)
     routed: tuple[Tensor, list[int]] | None = None
 
     def select(self, values: Tensor) -> Tensor:
@@ -149,6 +154,9 @@ class Taps:
         pairs: Called with each layer's inputs and gradients once both have arrived.
         anchor: Whether layers with nothing trainable before them get a gradient, too; the backward pass then goes down
             to them. Otherwise they are skipped, and the fit computes the same as without taps.
+        inputs: Whether ``pairs`` also gets the gradients at the layers' inputs. Autograd computes them for the layers
+            before; they need no product W^T h, and no gathered weight. Inputs without a gradient, experts, half
+            precision and sums of several backward passes have none.
 
     Attributes:
         called: The layers that ran in some batch.
@@ -162,11 +170,13 @@ class Taps:
         moments: MomentSums | None = None,
         pairs: Pairs | None = None,
         anchor: bool = True,
+        inputs: bool = False,
     ) -> None:
         self.layers = layers
         self.moments = moments
         self.pairs = pairs
         self.anchor = anchor
+        self.inputs = inputs
         #: Whether hooks are on the model.
         self.installed = False
         self.called: set[str] = set()
@@ -183,6 +193,7 @@ class Taps:
         # Weak: a call belongs to the graph whose hooks hold it. The graph that checkpointing recomputes is freed
         # without a backward pass of its own, and its inputs must be freed with it.
         self._by_input: WeakValueDictionary[int, _Call] = WeakValueDictionary()
+        self._entered: dict[str, tuple[Tensor, Tensor]] = {}  # a running layer's input and the view that replaces it
         # Added to outputs that require no gradient because everything before them is frozen. Autograd then carries
         # the gradient down to them without computing any weight's.
         self._anchor = torch.zeros((), requires_grad=True)
@@ -194,6 +205,8 @@ class Taps:
         self.installed = True
         self._experts.install(self._undo)
         for name, module in self.layers.items():
+            if self.inputs and not isinstance(module, ExpertLinear):
+                self._undo.hook(module.register_forward_pre_hook, ForwardHook(self._on_entry, name), with_kwargs=True)
             self._undo.hook(module.register_forward_hook, ForwardHook(self._on_forward, name), with_kwargs=True)
 
     def remove(self) -> None:
@@ -228,6 +241,9 @@ class Taps:
         try:
             for call in self._calls:
                 self._add_summed(call)
+                for name, h in call.late.items():  # a backward pass that stopped at the layer
+                    if call.rows is not None:
+                        self._add(name, call, call.rows, h)
                 if call.pending and call.summed and call.rows is not None and self.moments is not None:
                     reached = [name for name in call.members if name not in call.pending]
                     self.moments.move_inputs(call.members, reached, call.rows)
@@ -240,6 +256,7 @@ class Taps:
         self._open = self._announced = False
         self._calls.clear()
         self._by_input.clear()
+        self._entered.clear()
 
     def settle(self) -> None:
         """Wait until the moments hold all rows that have been counted so far.
@@ -250,6 +267,20 @@ class Taps:
         if self.moments is not None and self._batch is not None:
             with _named("a number", self._batch):
                 self.moments.settle()
+
+    def _on_entry(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Give the layer a view of its input: the view's gradient is the layer's own, without that of other layers."""
+        if self._batch is None or not torch.is_grad_enabled() or self._backwards.several or not args:
+            return None
+        x = args[0]
+        wide = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+        if not x.requires_grad or not wide:
+            return None
+        view = x.view_as(x)
+        self._entered[name] = x, view
+        return (view, *args[1:]), kwargs
 
     def _on_forward(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -266,7 +297,13 @@ class Taps:
             output = anchored = output + self._anchor.to(output)
         routing = args[2] if isinstance(module, ExpertLinear) else None
         x = args[0] if args else next(iter(kwargs.values()))
+        before, view = self._entered.pop(name, (None, None))
+        if before is not None and view is x:
+            x = before
         call = self._call(name, x, routing)
+        if view is not None and x is before:
+            call.inner.add(name)
+            view.register_hook(partial(self._on_input_gradient, name, call))
         # Each layer saves its input, shared or not: checkpointing counts the saved tensors, and must find the same
         # count when it recomputes some of the layers that share one.
         call.saved[name] = _save(x, self._anchor)
@@ -312,12 +349,23 @@ class Taps:
             call.counted = True
             self._calls.append(call)
         if not how.several:
-            self._add(name, call, x, h)
+            if name in call.inner:
+                call.late[name] = h
+            else:
+                self._add(name, call, x, h)
             return
         if announced and self.moments is not None and not torch.isfinite(h).all():  # before an optimizer steps on it
             with _named(f"a gradient of layer {name!r}", call.batch):
                 raise FloatingPointError
         call.add_gradient(name, h, announced)
+
+    @torch.no_grad()
+    def _on_input_gradient(self, name: str, call: _Call, gradient: Tensor) -> None:
+        """Count a call whose gradient at the output has arrived before."""
+        if call.batch is not self._batch or call.batch.overflowed or name not in call.late:
+            return
+        assert call.rows is not None  # rows stay until the layer is counted
+        self._add(name, call, call.rows, call.late.pop(name), call.select(gradient))
 
     def _add_summed(self, call: _Call) -> None:
         """Count a call with the gradients of all backward passes of its batch."""
@@ -332,14 +380,14 @@ class Taps:
             elif self.moments is not None:
                 raise _modified(name)
 
-    def _add(self, name: str, call: _Call, x: Tensor, h: Tensor) -> None:
+    def _add(self, name: str, call: _Call, x: Tensor, h: Tensor, g: Tensor | None = None) -> None:
         """Pass one layer's rows of one call to the moments and the pairs."""
         self.reached.add(name)
         if self.moments is not None:
             self._add_moments(self.moments, name, call, x, h)
         # An expert with nothing but padding did not run; a batch of nothing but padding did, and is reported as empty.
         if self.pairs is not None and (len(x) or call.routed is None):
-            self.pairs(name, x, h, call.batch, call.lengths())
+            self.pairs(name, x, h, call.batch, call.lengths(), *(() if g is None else (g,)))
         call.pending.discard(name)
         if not call.pending:
             call.rows = None

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from dependence_cases import autocorrelated, scored
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fasc_lightning import DependenceScore
 from fasc_lightning.batches import TokenRows, sample_seeds
 from fasc_lightning.dependence import LayerScores
 from fasc_lightning.hooks import Taps
@@ -83,6 +86,103 @@ def test_layers_that_lose_different_tokens_are_scored_on_their_own():
     found = {row["layer"]: row["rho"] for row in scores.rows()}
     assert found["a"] == pytest.approx(scored((x, h)).compute().item(), abs=1e-5)
     assert found["b"] == pytest.approx(scored((x[:, 5:], h[:, 5:])).compute().item(), abs=1e-5)
+
+
+def test_many_layers_together_have_the_scores_of_each_alone():
+    generator = torch.Generator().manual_seed(8)
+    widths = {"a": (6, 4), "b": (6, 4), "c": (6, 9), "d": (40, 4), "routed": (6, 4), "few": (6, 4), "broken": (6, 4)}
+    scores = LayerScores({name: nn.Linear(n, m) for name, (n, m) in widths.items()}, 512, gradient="output")
+    alone = {name: DependenceScore() for name in widths}
+    for number in range(2):
+        shared = torch.randn(16, 20, 6, generator=generator) + 1
+        rows = TokenRows(sample_seeds=sample_seeds(shared, 0), scale=3 + number)
+        flat = {6: shared.flatten(0, 1)}
+        for name, (n, m) in widths.items():
+            flat.setdefault(n, torch.randn(16 * 20, n, generator=generator))
+            sequences = {"routed": 9, "few": 2}.get(name, 16)
+            x = flat[n][: sequences * 20]
+            x = flat[n] if len(x) == len(flat[n]) else x
+            h = 1e-5 * (torch.randn(len(x), m, generator=generator) + x[:, :1])
+            if name == "b":
+                h.view(sequences, 20, m)[:, -1] = 0
+            if name == "broken" and number:
+                h[7, 2] = math.inf
+            scores(name, x, h, rows, [20] * sequences)
+            if name == "few":
+                continue
+            kept = [v.view(sequences, 20, -1)[:, : 19 if name == "b" else 20] for v in (x, h * rows.scale)]
+            alone[name].update(*kept)
+    x, h = (torch.cat(values) for values in zip(*scores.waiting["few"], strict=True))
+    alone["few"].update(x, h)
+    for row in scores.rows(7):
+        score = alone[row["layer"]]
+        low, high = score.interval.tolist()
+        expected = [score.compute(), score.null, score.debiased, low, high, score.iid_floor]
+        found = [row[key] for key in ("rho", "null", "debiased", "low", "high", "iid_floor")]
+        assert found == pytest.approx([float(value) for value in expected], abs=1e-6, nan_ok=True)
+        assert (row["step"], row["tokens"], row["reason"]) == (7, score.observed, score.reason)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make a host wait for a device."""
+
+    OPERATIONS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "bincount")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.found = Counter()
+        for name in ("tolist", "cpu"):
+            monkeypatch.setattr(torch.Tensor, name, self.counted(name, getattr(torch.Tensor, name)))
+
+    def counted(self, name, call):
+        def count(*args, **settings):
+            self.found[name] += 1
+            return call(*args, **settings)
+
+        return count
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        on_host = name == "nonzero"  # of the choice of tokens, from a mask that the host has
+        if name in self.OPERATIONS and not on_host:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_observation_waits_for_the_device_as_often_for_many_layers_as_for_few(monkeypatch):
+    found = []
+    for depth in (2, 12):
+        layers = {str(i): nn.Linear(6, 6) for i in range(depth)}
+        scores = LayerScores(layers, 512)
+        taps = Taps(layers, pairs=scores, anchor=False, inputs=True)
+        taps.install()
+        rows = TokenRows(sample_seeds=sample_seeds(torch.randn(8, 20), 0), sample=128)
+        taps.begin_batch(rows)
+        with monkeypatch.context() as patches, Waits(patches) as waits:
+            x = torch.randn(8, 20, 6)
+            for layer in layers.values():
+                x = torch.tanh(layer(x))
+            x.square().sum().backward()
+            taps.end_batch()
+            assert [row["reason"] for row in scores.rows()] == [""] * depth
+        taps.remove()
+        found.append(waits.found)
+    assert found[0] == found[1]
+    assert sum(found[0].values()) <= 8
+
+
+def test_held_tokens_are_those_of_the_call():
+    x, h = torch.randn(8, 30, 4), torch.randn(8, 30, 4)
+    expected = only(fed([(x, h)], tokens=240))
+    layers = {"layer": nn.Linear(4, 4)}
+    scores = LayerScores(layers, 240, gradient="output")
+    taken = x.clone().flatten(0, 1), h.clone().flatten(0, 1)
+    scores("layer", *taken, TokenRows(sample_seeds=sample_seeds(x, 0)), [30] * 8)
+    assert scores.held == {"layer"}
+    for values in taken:
+        values.zero_()  # a model may write into its activations, autograd into gradients
+    assert repr(only(scores)) == repr(expected)
+    assert not scores.held
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

@@ -16,6 +16,7 @@ from torch import nn
 from watching import assert_no_hooks, state
 
 from fasc_lightning import CausalLMModule, DependenceScore, FascCallback, rho
+from fasc_lightning.dependence import _layer_scores
 from fasc_lightning.dependence._monitor import rho_metrics
 
 BATCH = {"samples": 32, "batch_size": 8}  # four steps of eight sequences of sixteen tokens
@@ -301,10 +302,10 @@ def test_what_no_gradient_reaches_is_left_as_it_is(make_trainer):
 
 
 def test_a_score_that_fails_does_not_stop_the_training(make_trainer, monkeypatch):
-    def failing(self, x, g):
+    def failing(samples):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(DependenceScore, "add", failing)
+    monkeypatch.setattr(_layer_scores, "add_samples_", failing)
     callback = FascCallback(monitor_every_n_steps=3)
     with pytest.warns(UserWarning, match=r"could not observe rho of 'model.model.*out of memory"):
         make_trainer(callback).fit(causal_module(), token_loader(**BATCH))

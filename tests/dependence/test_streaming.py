@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fasc_lightning import DependenceScore, debiased_rho, iid_floor, rho
 from fasc_lightning.dependence._grams import MAX_TOKENS
-from fasc_lightning.dependence._streaming import MAX_ROWS, student_quantile
+from fasc_lightning.dependence._reading import student_quantile
+from fasc_lightning.dependence._streaming import MAX_ROWS
 
 
 @settings(deadline=None, max_examples=30)

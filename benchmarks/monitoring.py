@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(
             f"{name:24s} step {result['plain_step']:.2f} s, with an observation {result['observed_step']:.2f} s: "
             + ", ".join(f"{result[f'overhead_every_{n}']:.1%} every {n} steps" for n in EVERY)
-            + " (at most 3 % wanted)"
+            + " (at most 1 % wanted)"
         )
     write_json({"threads": torch.get_num_threads(), "results": results}, options.output / "monitoring.json")
 

@@ -214,8 +214,8 @@ def add_samples_(samples: Iterable[tuple[DependenceScore, Tensor, Tensor]]) -> N
                 rows.setdefault(place, []).append(estimates.rows[i])
             else:
                 score.few_tokens += tokens
-    for place, parts in rows.items():
-        scores[place].add_rows(torch.stack(parts).sum(0))
+    for place, minibatch_rows in rows.items():
+        scores[place].add_rows(torch.stack(minibatch_rows).sum(0))
 
 
 def all_reduce_scores_(scores: Iterable[DependenceScore], group: Any | None = None) -> None:

@@ -64,7 +64,7 @@ def gram_tiles(z: Tensor, groups: int) -> Tensor:
 
     Returns:
         Shape (L, tiles, t, t), in the order of :func:`tile_numbers`. The tile (a, b) holds the products of the tokens
-        of run b, its rows, with those of run a, its columns.
+        of run b, its rows, with the tokens of run a, its columns.
     """
     samples, s, _ = z.shape
     t = s // groups

@@ -173,7 +173,7 @@ class LayerScores:
         return kept
 
     def settle(self) -> None:
-        """Score the held tokens of all layers; samples of fewer than eight sequences go to those that wait."""
+        """Score the held tokens of all layers; samples of fewer than eight sequences wait."""
         held = self._held
         self._let_go()
         ready: list[tuple[DependenceScore, list[Sample]]] = []
@@ -226,7 +226,7 @@ def _chosen(held: Mapping[str, _Held], tokens: int) -> dict[str, Sample]:
     """Return the sample of each layer, with one transfer for all. Layers that share an input share its sample."""
     masks = [item.alive for item in held.values() if item.alive is not None]
     alive = iter(torch.cat(masks).cpu().split([len(mask) for mask in masks]) if masks else ())
-    places: dict[Any, Tensor] = {}  # of the chosen tokens, by what they depend on
+    places: dict[Any, Tensor] = {}  # of the chosen tokens, by batch, lengths and mask
     inputs: dict[Any, Tensor] = {}
     found: dict[str, Sample] = {}
     for name, item in held.items():
@@ -244,7 +244,7 @@ def _chosen(held: Mapping[str, _Held], tokens: int) -> dict[str, Sample]:
 
 
 def _add(ready: Sequence[tuple[DependenceScore, list[Sample]]]) -> None:
-    """Add samples to scores, those of each score as one sample."""
+    """Add samples to scores; the samples of a score count as one."""
     inputs: dict[tuple[int, ...], Tensor] = {}
     together = []
     for score, samples in ready:

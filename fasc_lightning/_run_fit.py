@@ -19,7 +19,7 @@ from fasc_lightning._utils import undoing
 from fasc_lightning.batches import is_hf_dataset, token_batches
 from fasc_lightning.distributed import DeviceMapStrategy, check_weights, is_split
 from fasc_lightning.module import CausalLMModule
-from fasc_lightning.options import Recovery
+from fasc_lightning.options import Precision, Recovery
 
 
 def run_fit(
@@ -32,6 +32,7 @@ def run_fit(
     recovery: Recovery | None = None,
     seed: int = 0,
     epochs: int = 1,
+    precision: Precision | None = None,
 ) -> str:
     """Fit a model on its own device with a callback, for some epochs or for the length of a recovery.
 
@@ -45,6 +46,7 @@ def run_fit(
             shuffled.
         seed: Seed of the shuffled order.
         epochs: Epochs of a fit without a recovery.
+        precision: Precision of a fit without a recovery.
 
     Returns:
         The prefix of the model's names in the fit: "" or "model.".
@@ -54,7 +56,7 @@ def run_fit(
         ValueError: If its parameters are on several devices without a ``device_map``, or on none.
     """
     module, prefix = as_lightning_module(model, recovery)
-    training: dict[str, Any] = {"max_epochs": epochs}
+    training: dict[str, Any] = {"max_epochs": epochs, "precision": precision}
     if recovery is not None:
         training = {
             "max_epochs": recovery.epochs,

@@ -15,7 +15,15 @@ from torch.utils.data import DataLoader
 from fasc_lightning._run_fit import as_loader, run_fit
 from fasc_lightning.callback import FascCallback
 from fasc_lightning.compression import CompressionReport
-from fasc_lightning.options import CompressionKeywords, CompressionOptions, as_recovery, checks_options, options_of
+from fasc_lightning.options import (
+    CompressionKeywords,
+    CompressionOptions,
+    Precision,
+    as_recovery,
+    check_precision,
+    checks_options,
+    options_of,
+)
 from fasc_lightning.planning import CompressionForecast, batch_tokens, fit_forecast
 from fasc_lightning.recovery import split_loader
 
@@ -28,6 +36,7 @@ def compress(
     *,
     recovery_data: DataLoader[Any] | Iterable[Any] | None = None,
     recovery_held_out: DataLoader[Any] | Iterable[Any] | None = None,
+    precision: Precision | None = None,
     progress: bool = True,
     dry_run: Literal[True],
     **keywords: Unpack[CompressionKeywords],
@@ -42,6 +51,7 @@ def compress(
     *,
     recovery_data: DataLoader[Any] | Iterable[Any] | None = None,
     recovery_held_out: DataLoader[Any] | Iterable[Any] | None = None,
+    precision: Precision | None = None,
     progress: bool = True,
     dry_run: Literal[False] = False,
     **keywords: Unpack[CompressionKeywords],
@@ -56,6 +66,7 @@ def compress(
     *,
     recovery_data: DataLoader[Any] | Iterable[Any] | None = None,
     recovery_held_out: DataLoader[Any] | Iterable[Any] | None = None,
+    precision: Precision | None = None,
     progress: bool = True,
     dry_run: bool = False,
     **keywords: Unpack[CompressionKeywords],
@@ -75,6 +86,8 @@ def compress(
         recovery_data: Training data of the second fit of a ``recovery``, by AdamW; None for ``batches``.
         recovery_held_out: Data that chooses the best state of the recovery; None holds back an eighth of the training
             data, 64 samples at most.
+        precision: Precision of the Trainer that calibrates, refits and measures, for example "bf16-mixed" for a float32
+            model on a device that multiplies bfloat16 faster. None is the model's own. A recovery has one of its own.
         progress: Whether to show progress bars and the memory of the moments.
         dry_run: Whether to only forecast memory, time and sizes, after a look at the first batch. The model does not
             run, may be on the meta device, and stays unchanged. A generator of batches is used up.
@@ -101,6 +114,7 @@ def compress(
         >>> report.kept <= 0.8
         True
     """
+    check_precision(precision)
     given = options_of(options, keywords)
     if given.setdefault("update_weights", False):
         raise ValueError(
@@ -123,7 +137,7 @@ def compress(
     if recovery is not None and recovery_held_out is None and not _has_validation(model):
         # Refuses data that cannot be split, before any work.
         split_loader(as_loader(batches if recovery_data is None else recovery_data, model=model))
-    prefix = run_fit(model, batches, callback, progress, epochs=callback.passes)
+    prefix = run_fit(model, batches, callback, progress, epochs=callback.passes, precision=precision)
     if recovery is not None:
         run_fit(
             model,

@@ -24,6 +24,7 @@ from fasc_lightning.options._recovery import (
     Precision,
     Recovery,
     as_recovery,
+    check_precision,
     refine_options,
     trained_factors,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "as_recovery",
     "as_size",
     "check_budget",
+    "check_precision",
     "checks_options",
     "described",
     "flat",

@@ -265,6 +265,20 @@ def _text(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
+def check_precision(precision: Precision | None) -> None:
+    """Refuse a precision that is unknown, or that would convert the model itself.
+
+    Raises:
+        ValueError: If it is not one of :data:`Precision`, nor None.
+    """
+    if precision not in (None, *get_args(Precision)):
+        raise ValueError(
+            f"Expected `precision` to be one of {', '.join(get_args(Precision))} or None but got {precision!r}. "
+            "(Lightning's true precisions would convert the model itself, for good. HINT: convert it before, "
+            "`model.to(torch.bfloat16)`, and give None.)"
+        )
+
+
 def _check_common(recovery: Recovery) -> None:
     check_fields(recovery)
     teacher = recovery.teacher
@@ -272,12 +286,7 @@ def _check_common(recovery: Recovery) -> None:
         raise ValueError(f"Expected `teacher` to be None, 'dense' or a Distillation but got {teacher!r}.")
     if recovery.learning_rate is not None and not 0 < recovery.learning_rate < math.inf:
         raise ValueError(f"Expected `learning_rate` to be positive but got {recovery.learning_rate!r}.")
-    if recovery.precision not in (None, *get_args(Precision)):
-        raise ValueError(
-            f"Expected `precision` to be one of {', '.join(get_args(Precision))} or None but got "
-            f"{recovery.precision!r}. (Lightning's true precisions would convert the model itself, for good. HINT: "
-            "convert it before, `model.to(torch.bfloat16)`, and give None.)"
-        )
+    check_precision(recovery.precision)
     if type(recovery.refine_steps) is not int or recovery.refine_steps < 0:
         raise ValueError(f"Expected `refine_steps` to be an int of at least 0 but got {recovery.refine_steps!r}.")
     for name in ("epochs", "validate_every", "patience"):

@@ -65,11 +65,11 @@ class FactorCandidates:
 
     def choose(self, anchors: Sequence[float], problem: Problem, judged: TargetMoments) -> tuple[float, float]:
         """See :class:`Candidates`."""
-        error, best = min((self._solve(problem(anchor)).error(judged), anchor) for anchor in anchors)
+        error, best = min((self._solve(problem(each), torch.float32).error(judged), each) for each in anchors)
         return best, error
 
-    def _solve(self, problem: TargetMoments) -> Factors:
-        return solve_low_rank(problem, self._rank, self._bias)
+    def _solve(self, problem: TargetMoments, dtype: torch.dtype = torch.float64) -> Factors:
+        return solve_low_rank(problem, self._rank, self._bias, dtype)
 
     @torch.no_grad()
     def take(self, problem: TargetMoments) -> None:

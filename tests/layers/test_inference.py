@@ -10,11 +10,11 @@ from torch import nn
 
 from fasc_lightning.layers import PivotedLinear
 from fasc_lightning.layers import _inference as _direct
-from fasc_lightning.layers._inference import MANY_TOKENS, may_be_direct
+from fasc_lightning.layers._inference import FEW_TOKENS, MANY_TOKENS, may_be_direct
 
 # The pivot layout permutes the smaller side: outputs, inputs.
 CASES = [("factors", 12, 20), ("pivot", 12, 20), ("pivot", 20, 12)]
-TOKENS = [1, 5, MANY_TOKENS, 2 * MANY_TOKENS + 3]
+TOKENS = [1, 5, FEW_TOKENS, MANY_TOKENS, 2 * MANY_TOKENS + 3]
 
 
 def children(layer):
@@ -44,6 +44,15 @@ def test_is_the_linear_map_and_leaves_its_input_alone(layout, m, n, bias, tokens
     assert torch.allclose(layer(x), y, atol=1e-12)
 
 
+@pytest.fixture(params=[False, True], ids=["no matrix units", "matrix units"])
+def matrix_units(request, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: request.param)
+    _direct.multiplies_vectors.cache_clear()
+    yield
+    _direct.multiplies_vectors.cache_clear()
+
+
+@pytest.mark.usefixtures("matrix_units")
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("layout", "m", "n"), CASES)
 def test_half_precision_is_no_less_exact_than_with_gradients(layout, m, n, tokens):
@@ -163,6 +172,8 @@ def test_a_layer_can_be_mapped_over_batches(layout, m, n, tokens):
     x = random(2, tokens, n)
     with torch.no_grad():
         assert torch.allclose(torch.vmap(layer)(x), F.linear(x, W, b), atol=1e-12)
+        half = torch.vmap(layer.bfloat16())(x.bfloat16())
+        torch.testing.assert_close(half.double(), F.linear(x, W, b), rtol=0, atol=0.02 * float(W.abs().sum(1).max()))
 
 
 @pytest.mark.parametrize("tokens", [3, MANY_TOKENS])

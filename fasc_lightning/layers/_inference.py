@@ -72,7 +72,7 @@ def two_factors(x: Tensor, factor_in: Tensor, factor_out: Tensor, bias: Tensor |
     Returns:
         Shape (..., m).
     """
-    if is_vector(x, factor_in):
+    if x.numel() == factor_in.shape[1] and multiplies_vectors(x.dtype):
         y = affine(factor_out, torch.mv(factor_in, x.reshape(-1)), bias)
         return y.view(*x.shape[:-1], len(factor_out))
     return F.linear(F.linear(x, factor_in), factor_out, bias)
@@ -86,11 +86,6 @@ def multiplies_vectors(dtype: torch.dtype) -> bool:
     as F.linear on a CPU with matrix units (AMX), whose tiles one token leaves empty; 0.5 to 0.8 times on one without.
     """
     return dtype.itemsize >= 4 or torch.cpu._is_amx_tile_supported()
-
-
-def is_vector(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether x (..., n) is one token that is best multiplied as a vector by a weight (m, n)."""
-    return x.numel() == weight.shape[1] and multiplies_vectors(weight.dtype)
 
 
 def affine(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -120,7 +115,7 @@ def pivot_rows(
         Shape (..., m).
     """
     n, shape = basis.shape[1], (*x.shape[:-1], len(permutation))
-    if is_vector(x, basis):
+    if x.numel() == n and multiplies_vectors(x.dtype):
         z = torch.mv(basis, x.reshape(-1))
         rest = affine(coefficients, z, bias)
         parts = torch.cat((z if pivot_bias is None else z.add_(pivot_bias), rest))
@@ -147,7 +142,7 @@ def pivot_columns(x: Tensor, basis: Tensor, coefficients: Tensor, bias: Tensor |
     """
     # The sum is in place, because the permuted inputs are a copy.
     k, n = coefficients.shape[0], len(permutation)
-    if x.numel() == n and multiplies_vectors(basis.dtype):
+    if x.numel() == n and multiplies_vectors(x.dtype):
         z, rest = x.reshape(-1).index_select(0, permutation).tensor_split((k,))
         y = affine(basis, z.addmv_(coefficients, rest), bias)
     else:

@@ -10,7 +10,8 @@ alone), and one block with the shapes of Llama-3.2-1B and 3B and of Llama-3-8B, 
 random, because times depend on shapes alone, and every layer keeps the same share, so that layouts are compared at
 equal parameters. (A compressed model keeps different shares in different layers: give its folder.) Variants run in
 turn. Each ratio is to the dense model of the same round, and is stated as the median over the rounds with the middle
-half of them.
+half of them. With --compile each decoder also runs by torch.compile (a C++ compiler and minutes for each graph); the
+ratio of the compiled dense model is to the eager one, and the others' to the compiled dense model.
 
 Each cell (a shape, a dtype, a workload) is saved when it ends, and not measured again under the same settings (delete
 the folder after a change of the code). The benchmark writes results.csv, results.md and speed_ups.png.
@@ -30,6 +31,7 @@ from inference_models import (
     KINDS,
     SHAPES,
     Workload,
+    compiled_action,
     compressed_twin,
     decoder_action,
     growth,
@@ -59,6 +61,8 @@ DTYPES: dict[str, torch.dtype] = {
 GRIDS = {"int4": Grid(4, 64, symmetric=False), "int8": INT8_ROWS}
 KEEPS = (0.8, 0.6, 0.4)
 DENSE = "dense"
+#: End of the first word of the names of compiled variants.
+COMPILED = "-compiled"
 
 #: The timed part of a model: the whole decoder, or its linear layers alone.
 PARTS: dict[str, Callable[[Any, Workload], Callable[[], Any]]] = {
@@ -101,12 +105,29 @@ def make_variants(shape: str, dtype: str, options: argparse.Namespace) -> dict[s
     return {name: quantised(model, dtype) for name, model in models.items()}
 
 
+def compiled_name(name: str) -> str:
+    """Return the name of the compiled form of a variant: "pivot-compiled 0.6" for "pivot 0.6"."""
+    layout, *keep = name.split(" ")
+    return " ".join([layout + COMPILED, *keep])
+
+
 @torch.inference_mode()
-def measure(models: Mapping[str, nn.Module], part: str, workload: Workload, seconds: float) -> dict[str, Any]:
+def measure(
+    models: Mapping[str, nn.Module], part: str, workload: Workload, seconds: float, compiled: bool
+) -> dict[str, Any]:
     """Return speeds, ratios to the dense model, sizes and memory of each variant."""
     actions = {name: PARTS[part](model, workload) for name, model in models.items()}
+    if compiled and part == "decoder":
+        torch._dynamo.reset()
+        twins = {compiled_name(name): model for name, model in models.items()}
+        with torch._dynamo.config.patch(recompile_limit=64):
+            actions |= {name: compiled_action(model, workload) for name, model in twins.items()}
+        models = {**models, **twins}
     times = interleave(actions, seconds)
     ratios = speed_ups(times, DENSE)
+    if DENSE + COMPILED in times:
+        of_compiled = speed_ups(times, DENSE + COMPILED)
+        ratios |= {n: of_compiled[n] for n in times if COMPILED in n and n != DENSE + COMPILED}
     sizes = {name: layer_sizes(linear_layers(model)) for name, model in models.items()}
     dense = sizes[DENSE]
     found = {}
@@ -134,6 +155,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "compressed": None if options.compressed is None else str(options.compressed.resolve()),
         "window": options.window,
         "past": options.past,
+        "compile": options.compile,
         "versions": library_versions(),
     }
     for dtype in options.dtypes:
@@ -145,7 +167,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 if cell.get("settings") != settings:
                     models = models or make_variants(shape, dtype, options)
                     cell = {"shape": shape, "dtype": dtype, "part": part, "workload": name, "settings": settings}
-                    cell |= measure(models, part, workload, options.seconds)
+                    cell |= measure(models, part, workload, options.seconds, options.compile)
                     write_json(cell, path)
                     print(summary(cell), flush=True)
                 yield cell
@@ -179,6 +201,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--window", type=int, default=512, help="tokens to prefill")
     add("--past", type=int, default=128, help="tokens in the cache of each sequence that is decoded")
     add("--seconds", type=float, default=10.0, help="of each cell, beyond five rounds")
+    add("--compile", action="store_true", help="measure the decoders by torch.compile, too")
     add("--compressed", type=Path, help="folder of a compressed model to measure in place of the shapes")
     options = parser.parse_args(arguments)
     if options.compressed is not None:

@@ -144,8 +144,23 @@ def load_pair(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     return dense.requires_grad_(False), compressed
 
 
-def decoder_action(model: Any, workload: Workload) -> Callable[[], Any]:
-    """Return a run of all decoder layers with attention and norms; each run restores the cache."""
+def compiled_action(model: Any, workload: Workload) -> Callable[[], Any]:
+    """Return :func:`decoder_action` by torch.compile, which fails if the model is more than one graph."""
+    action = decoder_action(model, workload, torch.compile(model, fullgraph=True, dynamic=False))
+    for _ in range(2):  # the cache has other strides after the first run, which takes a second graph
+        action()
+    return action
+
+
+def decoder_action(model: Any, workload: Workload, forward: Callable[..., Any] | None = None) -> Callable[[], Any]:
+    """Return a run of all decoder layers with attention and norms; each run restores the cache.
+
+    Args:
+        model: The decoder; it fills the cache.
+        workload: Tokens to run, after the tokens in the cache.
+        forward: The model in the form that is timed, if that is another one.
+    """
+    forward = model if forward is None else forward
     generator = torch.Generator().manual_seed(0)
     like = next(p for p in model.parameters() if p.is_floating_point())
 
@@ -155,12 +170,12 @@ def decoder_action(model: Any, workload: Workload) -> Callable[[], Any]:
 
     x = embedded(workload.tokens)
     if not workload.past:
-        return lambda: model(inputs_embeds=x, use_cache=True)
+        return lambda: forward(inputs_embeds=x, use_cache=True)
     cache = DynamicCache(config=model.config)
     model(inputs_embeds=embedded(workload.past), past_key_values=cache, use_cache=True)
 
     def step() -> None:
-        model(inputs_embeds=x, past_key_values=cache, use_cache=True)
+        forward(inputs_embeds=x, past_key_values=cache, use_cache=True)
         cache.crop(-workload.tokens)
 
     return step

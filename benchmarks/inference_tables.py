@@ -64,7 +64,7 @@ def speed_up_figure(rows: Sequence[Row]) -> Figure:
     for i, workload in enumerate(workloads):
         for j, (shape, part) in enumerate(columns):
             chosen = [row for row in rows if (row["workload"], row["shape"], row["part"]) == (workload, shape, part)]
-            _panel(axes[i, j], [row for row in chosen if row["layout"] != "dense"], dtypes)
+            _panel(axes[i, j], [row for row in chosen if not row["layout"].startswith("dense")], dtypes)
             if i == 0:
                 axes[i, j].set_title(f"{shape}\n{part}", fontsize=9)
             if i == len(workloads) - 1:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import shutil
 
 import inference
 import inference_models
@@ -12,6 +14,7 @@ from inference import main
 from inference_models import (
     Shape,
     Workload,
+    compiled_action,
     compressed_twin,
     decoder_action,
     growth,
@@ -121,6 +124,42 @@ def test_bits_are_measured_beside_dense_bfloat16(options, tmp_path, monkeypatch)
     # 8 bits and, for each output, a scale of 32 bits.
     kept = {row["layout"]: float(row["kept"]) for row in rows_of(tmp_path)}
     assert kept == {"dense": 1, "int4": pytest.approx(4.5625 / 16, rel=0.01), "int8": pytest.approx(0.5, rel=0.03)}
+
+
+@pytest.mark.exhaustive  # a minute of a C++ compiler
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own use
+def test_decoders_are_measured_compiled_beside_eager(options, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    main([*options, "--shapes", "wide block", "--dtypes", "float32", "--keep", "0.5", "--compile"])
+    rows = [row for row in rows_of(tmp_path) if row["workload"] == "decode, batch 1"]
+    assert [row["layout"] for row in rows] == [
+        *("dense", "pivot", "factors"),
+        *("dense-compiled", "pivot-compiled", "factors-compiled"),
+    ]
+    assert [row["keep"] for row in rows] == ["1.0", "0.5", "0.5"] * 2
+    assert all(float(row["speed-up median"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("layout", ["pivot", "factors"])
+@pytest.mark.parametrize("workload", [Workload(1, 8, 0), Workload(1, 1, 4)])
+def test_a_compiled_action_runs_one_graph_of_the_same_model(layout, workload, monkeypatch):
+    model = compressed_twin(TINY["deep"].build(torch.float32), 0.5, layout, 4)
+    outputs, compiler = [], torch.compile
+
+    def kept(forward):
+        def run(**inputs):
+            outputs.append(forward(**inputs).last_hidden_state)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: kept(compiler(*args, **kwargs, backend="eager")))
+    with torch.inference_mode():
+        compiled_action(model, workload)
+        decoder_action(model, workload, kept(model))()
+    torch.testing.assert_close(outputs[0], outputs[-1])
+    torch.testing.assert_close(outputs[1], outputs[-1])
+    torch._dynamo.reset()
 
 
 def folder_of(tmp_path):

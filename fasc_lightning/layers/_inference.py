@@ -83,7 +83,7 @@ def multiplies_vectors(dtype: torch.dtype) -> bool:
     """Tell whether a product of a matrix and a vector is at least as fast as F.linear for one token.
 
     It has less overhead, and in float32 the same kernel. In 16-bit dtypes it has a kernel of its own: 1.4 times as fast
-    as F.linear on a CPU with matrix units (AMX), whose tiles one token leaves empty; 0.5 to 0.8 times on one without.
+    as F.linear on a CPU with matrix units (AMX), whose tiles one token leaves empty; 0.5 to 0.85 times on one without.
     """
     return dtype.itemsize >= 4 or torch.cpu._is_amx_tile_supported()
 

@@ -17,19 +17,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from fasc_lightning import CompressionReport, compress
 from fasc_lightning.cli import (
+    AUTO,
     Clock,
     add_compression_options,
     add_evaluation_options,
     add_output_options,
     add_source_options,
     calibration_of,
+    calibration_precision,
     check_run,
     compression_options,
     measurement_lines,
@@ -41,7 +43,7 @@ from fasc_lightning.data import load_model, window_loader
 from fasc_lightning.evaluation import Quality, Questions, compare_facts, compare_perplexity
 from fasc_lightning.layers import bytes_in_16_bits, dequantized, select_layers, swap_modules
 from fasc_lightning.models import attach_config, quantize_layers
-from fasc_lightning.options import Quantize
+from fasc_lightning.options import Precision, Quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +65,12 @@ def build_parser() -> ArgumentParser:
     add_compression_options(parser, f"{BUDGET[0]} {BUDGET[1]}")
     add_evaluation_options(parser, windows=32)
     add_output_options(parser)
+    parser.add_argument(
+        "--precision",
+        choices=(AUTO, *get_args(Precision)),
+        default=AUTO,
+        help="of the calibration; auto: bf16-mixed for a float32 model where the device multiplies bfloat16 faster",
+    )
     return parser
 
 
@@ -75,10 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with clock("load"):
         model, tokenizer = load_model(options.model)
         model.eval().to(device)
+        options.precision = calibration_precision(options.precision, model)
         questions = questions_of(options, tokenizer)
     with clock("data"):
         print(
-            f"Calibrating on {options.windows} windows of {options.window} tokens from {', '.join(options.calibration)}"
+            f"Calibrating on {options.windows} windows of {options.window} tokens from "
+            f"{', '.join(options.calibration)}{f', in {options.precision}' if options.precision else ''}"
         )
         calibration = calibration_of(options, tokenizer, model)
     with clock("evaluate"):
@@ -97,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     report = compress(
         model,
         window_loader(calibration, options.batch_size),
+        precision=options.precision,
         **compression_options(options),
     )
 
@@ -152,7 +163,7 @@ def full_report(
 ) -> dict[str, Any]:
     """Return the compression's report with the model, the recipe's options and the evaluation."""
     content = report.to_dict()
-    recipe = ("calibration", "windows", "window", "batch_size", "eval_text", "eval_facts", "eval_windows")
+    recipe = ("calibration", "windows", "window", "batch_size", "eval_text", "eval_facts", "eval_windows", "precision")
     content["model"] = options.model
     content["options"] = {**content["options"], **{name: options[name] for name in recipe}}
     content["perplexity"] = compare_perplexity(states)

@@ -92,6 +92,28 @@ def test_half_precision_models_stay_so():
     assert torch.isfinite(model(torch.randint(3, 60, (2, 9))).logits).all()
 
 
+def test_a_float32_model_is_calibrated_in_bfloat16_and_stays_float32():
+    losses = {}
+    for precision in (None, "bf16-mixed"):
+        model = causal_model()
+        seen = []
+        handle = model.model.layers[0].mlp.down_proj.register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(output.dtype)
+        )
+        report = compress(model, list(token_loader()), keep=0.7, precision=precision, progress=False)
+        handle.remove()
+        assert set(seen) == {torch.float32 if precision is None else torch.bfloat16}
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        losses[precision] = sum(layer.loss for layer in report.layers)
+    assert losses["bf16-mixed"] != losses[None]
+    assert losses["bf16-mixed"] == pytest.approx(losses[None], rel=0.05)
+
+
+def test_a_precision_that_would_convert_the_model_is_refused():
+    with pytest.raises(ValueError, match="`precision` to be one of 32-true, bf16-mixed, 16-mixed or None"):
+        compress(causal_model(), list(token_loader()), keep=0.7, precision="bf16-true")
+
+
 def test_fasc_loses_less_than_svd_llm_at_the_same_parameters():
     """On a model that has learned something; the paper's point, and the package's."""
     losses = {}

@@ -35,6 +35,7 @@ from fasc_lightning.cli._options import (
     compression_options,
     frozen_options,
 )
+from fasc_lightning.cli._precision import AUTO, calibration_precision
 from fasc_lightning.cli._run import (
     KERNEL_CACHE,
     calibration_of,
@@ -46,6 +47,7 @@ from fasc_lightning.cli._run import (
 )
 
 __all__ = [
+    "AUTO",
     "COLOURS",
     "DASHES",
     "GREY",
@@ -61,6 +63,7 @@ __all__ = [
     "add_source_options",
     "add_text_options",
     "calibration_of",
+    "calibration_precision",
     "check_comparison",
     "check_run",
     "compression_options",

@@ -65,11 +65,11 @@ class FactorCandidates:
 
     def choose(self, anchors: Sequence[float], problem: Problem, judged: TargetMoments) -> tuple[float, float]:
         """See :class:`Candidates`."""
-        error, best = min((self._solve(problem(each), torch.float32).error(judged), each) for each in anchors)
+        error, best = min((self._solve(problem(anchor)).error(judged), anchor) for anchor in anchors)
         return best, error
 
-    def _solve(self, problem: TargetMoments, dtype: torch.dtype = torch.float64) -> Factors:
-        return solve_low_rank(problem, self._rank, self._bias, dtype)
+    def _solve(self, problem: TargetMoments) -> Factors:
+        return solve_low_rank(problem, self._rank, self._bias)
 
     @torch.no_grad()
     def take(self, problem: TargetMoments) -> None:
@@ -117,10 +117,10 @@ class GridCandidates:
         """See :class:`Candidates`."""
         _, best = min((judged.error(solve(problem(anchor))), anchor) for anchor in anchors)
         weight = self._round(problem(best)).dequantize().double() + self._residual
-        return best, judged.error(self._basis.dual @ weight)
+        return best, judged.error((self._basis.dual @ weight).to(judged.P.dtype))
 
     def _round(self, problem: TargetMoments) -> Rounded:
-        T = self._basis.E @ solve(problem)
+        T = self._basis.E @ solve(problem).double()
         return round_matrix(T - self._residual, ColumnMetric.of(problem.A), self._grid)
 
     @torch.no_grad()

@@ -52,7 +52,7 @@ class OutputBasis:
 
 @dataclass(frozen=True)
 class TargetMoments:
-    """Moments of pairs of an input x^ and a target v~, r numbers in the basis of the outputs, in float64.
+    """Moments of pairs of an input x^ and a target v~, r numbers in the basis of the outputs, in float64 or float32.
 
     Attributes:
         A: E[x^ x^^T], shape (n, n).
@@ -67,6 +67,10 @@ class TargetMoments:
     mean_x: Tensor
     mean_v: Tensor
     energy: Tensor
+
+    def single(self) -> TargetMoments:
+        """Return the moments in float32."""
+        return TargetMoments(**{name: value.float() for name, value in vars(self).items()})
 
     def mixed(self, other: TargetMoments, share: float) -> TargetMoments:
         """Return the moments of these tokens and others together; the others' share of all tokens is ``share``."""

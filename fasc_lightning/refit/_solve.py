@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fasc_lightning.refit._drift import TargetMoments
@@ -82,9 +81,7 @@ def solve(moments: TargetMoments) -> Tensor:
     return root.solve_transposed(Z).T
 
 
-def solve_low_rank(
-    moments: TargetMoments, rank: int, bias: bool = False, dtype: torch.dtype = torch.float64
-) -> Factors:
+def solve_low_rank(moments: TargetMoments, rank: int, bias: bool = False) -> Factors:
     """Return the optimum among all matrices of a rank.
 
     With a bias both sides are centred first, since the bias is optimal for its matrix. Its shift is then the mean of
@@ -94,14 +91,12 @@ def solve_low_rank(
         moments: Moments of the problem.
         rank: k.
         bias: Whether the layer has a bias to shift.
-        dtype: Type of the eigendecomposition. In float32 it takes half the time. The left factor's span is then not
-            quite the best one, and the rest is exact for it.
 
     Returns:
-        The factors; the columns of the left one are orthonormal.
+        The factors, in the type of the moments; the columns of the left one are orthonormal.
     """
     root, Z = _whitened(moments.centred() if bias else moments)
-    left = descending_eigh((Z.T @ Z).to(dtype))[1][:, :rank].double()
+    left = descending_eigh(Z.T @ Z)[1][:, :rank]
     right = root.solve_transposed(Z @ left).T
     return Factors(left, right, moments.mean_v - left @ (right @ moments.mean_x) if bias else None)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,20 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(options: dict[str, Any], windows: int, window: int) -> dict[str, Any]:
-    """Compress in this process, and return predicted and measured memory."""
+def measure(
+    options: dict[str, Any], windows: int, window: int, make: Callable[[], Any] | None = None
+) -> dict[str, Any]:
+    """Compress in this process, and return predicted and measured memory.
+
+    Args:
+        options: Options of the compression.
+        windows: Number of batches.
+        window: Tokens of each batch.
+        make: Returns the model; None for SmolLM2-135M-Instruct.
+    """
     warm_up()
     before = resident()
-    model, _ = load_model("smollm2")
+    model = load_model("smollm2")[0] if make is None else make()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (windows, 1, window), generator=generator)
     batches = [{"input_ids": part, "labels": part} for part in ids]

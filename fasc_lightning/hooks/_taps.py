@@ -410,7 +410,12 @@ class Taps:
         if side is None:
             return None
         W = whole(linear_weight(self.layers[name])).detach()
-        return input_gradient(x, W.T) if side == "inputs" else input_gradient(h, W)
+        rows, W = (x, W.T) if side == "inputs" else (h, W)
+        if rows.dtype != W.dtype:
+            return input_gradient(rows, W)
+        # In the weight's type, as in the model's own passes: twice as fast in bfloat16 on a CPU, more on other devices.
+        with torch.autocast(rows.device.type, enabled=False):
+            return rows @ W
 
 
 def _modified(name: str) -> RuntimeError:

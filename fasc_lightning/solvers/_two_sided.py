@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fasc_lightning.solvers._linalg import descending_eigh, square_root, tail_sums
 from fasc_lightning.solvers._types import Factorization
-from fasc_lightning.statistics import SecondMoment, congruence, dense
+from fasc_lightning.statistics import ProjectedMoment, SecondMoment, congruence, dense
 
 
 def two_sided(W: Tensor, A: SecondMoment, G: SecondMoment) -> Factorization:
@@ -26,13 +27,19 @@ def two_sided(W: Tensor, A: SecondMoment, G: SecondMoment) -> Factorization:
         G: Symmetric positive semidefinite, shape (m, m).
 
     Returns:
-        The factorisation, in float64.
+        The factorisation: factors in W's dtype or in float32, whichever is wider, and losses in float64.
     """
     m, n = W.shape
     if m > n:  # the same problem for W^T, whose smaller side is its outputs
         transposed = two_sided(W.T, G, A)
         return Factorization(transposed.right.T, transposed.left.T, transposed.losses)
-    W, A, G = W.double(), A.double(), dense(G.double())
+    W = W.to(torch.promote_types(W.dtype, torch.float32))
+    A, G = A.double(), dense(G.double())
     root = square_root(G)  # L with G = L L^T
-    spectrum, U = descending_eigh(root.L.T @ congruence(W, A) @ root.L)
-    return Factorization(root.solve_transposed(U), (root.L @ U).T @ W, tail_sums(spectrum))
+    # A projected moment reads W for its ridge alone.
+    seen = congruence(W if isinstance(A, ProjectedMoment) else W.double(), A)
+    spectrum, U = descending_eigh(root.L.T @ seen @ root.L)
+    # The product with W needs no float64: the rows' errors add their squares, in A, to the loss, since R_G times the
+    # other factor is orthonormal.
+    left, through = root.solve_transposed(U).to(W.dtype), (root.L @ U).T.to(W.dtype)
+    return Factorization(left, through @ W, tail_sums(spectrum))

@@ -18,7 +18,7 @@ from fasc_lightning.statistics._fisher import SequenceFisher
 from fasc_lightning.statistics._layer_moments import LayerMoments, check_needs, not_gathered
 from fasc_lightning.statistics._layer_sketches import LayerSketches
 from fasc_lightning.statistics._packed import add_gram_, packed_size, unpack
-from fasc_lightning.statistics._projected import Projection
+from fasc_lightning.statistics._projected import ProjectedMoment, Projection
 from fasc_lightning.statistics._reduction import Reduction
 from fasc_lightning.statistics._second_moments import SecondMoment, apply, congruence, dense, diagonal_moment
 from fasc_lightning.statistics._size import moment_dtype, moments_bytes
@@ -36,6 +36,7 @@ __all__ = [
     "MomentSums",
     "Moments",
     "MomentsDevice",
+    "ProjectedMoment",
     "Projection",
     "Reduction",
     "RowsRefusedError",

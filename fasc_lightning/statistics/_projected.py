@@ -62,8 +62,12 @@ class ProjectedMoment:
         return ProjectedMoment((1 - amount) * self.matrix, (1 - amount) * self.level, self.features, ridge)
 
     def congruence(self, W: Tensor) -> Tensor:
-        """Return W S W^T, shape (r, r), for the W of the sums, shape (r, d)."""
-        return self.matrix + self.ridge * (W @ W.T)
+        """Return W S W^T, shape (r, r), for the W of the sums, shape (r, d), in any floating dtype.
+
+        The ridge is a small part of S, so the products of W alone are computed in W's dtype.
+        """
+        r = len(W)
+        return self.matrix + self.ridge * unpack(add_gram_(W.new_zeros(packed_size(r)), W.T), r)
 
     def apply(self, X: Tensor) -> Tensor:
         """Refuse: see :meth:`dense`."""

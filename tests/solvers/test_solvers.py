@@ -19,6 +19,7 @@ from fasc_lightning.solvers import (
     shrink,
     solver_needs,
     square_root,
+    two_sided,
 )
 from fasc_lightning.solvers._linalg import tail_sums
 from fasc_lightning.statistics import LayerMoments
@@ -33,6 +34,21 @@ def objective(W, B, C, A, G):
     """J = tr(G D A D^T), straight from its definition."""
     D = W - B @ C
     return torch.trace(G @ D @ A @ D.T).item()
+
+
+@pytest.mark.parametrize(("m", "n"), [(48, 80), (80, 48), (64, 64)])
+def test_factors_of_weights_in_float32_lose_what_factors_in_float64_lose(m, n):
+    """Moments whose eigenvalues fall by six orders of magnitude, as those of a language model do."""
+    W = torch.randn(m, n)
+    scales = [torch.logspace(0, -3, d, dtype=torch.float64) for d in (n, m)]
+    tokens = [torch.randn(500, d, dtype=torch.float64) * scale for d, scale in zip((n, m), scales, strict=True)]
+    A, G = (rows.T @ rows / 500 for rows in tokens)
+    short, long = two_sided(W, A, G), two_sided(W.double(), A, G)
+    assert short.left.dtype == short.right.dtype == torch.float32
+    torch.testing.assert_close(short.losses, long.losses, rtol=1e-9, atol=0)
+    for k in range(0, min(m, n), 8):
+        B, C = (factor.double() for factor in short.truncate(k))
+        assert objective(W.double(), B, C, A, G) == pytest.approx(long.losses[k].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(("m", "n"), [(5, 8), (8, 5), (6, 6), (1, 4), (4, 1)])
@@ -140,7 +156,9 @@ def test_singular_statistics_are_ordinary_input(method):
         if method in SEES_EVERY_TOKEN:
             # Three tokens span three directions: rank 3 reproduces the outputs that were seen.
             B, C = found.truncate(3)
-            torch.testing.assert_close((x.double() @ (B @ C).T).float(), x @ W.T, rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(
+                (x.double() @ (B.double() @ C.double()).T).float(), x @ W.T, rtol=1e-2, atol=1e-2
+            )
 
 
 @pytest.mark.parametrize("method", available_methods())

@@ -63,6 +63,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "window": 32,
     },
 }
+#: Windows of the rows about peaks, which hardly depend on their number.
+PEAK_WINDOWS = 2
 #: Windows of bare passes; a whole calibration of them would take as long as the compression's.
 BARE_WINDOWS = 1
 #: Tokens that a loaded model generates.
@@ -190,7 +192,7 @@ def measure(part: str, row: str, arguments: argparse.Namespace) -> dict[str, Any
     sizes, options = SIZES[arguments.sizes], PARTS[part][row]
     if part == "peak":
         found = peak.measure(
-            options, sizes["windows"], sizes["window"], lambda: language_model(sizes["peak"], sizes["vocabulary"])
+            options, PEAK_WINDOWS, sizes["window"], lambda: language_model(sizes["peak"], sizes["vocabulary"])
         )
     else:
         warm_up()

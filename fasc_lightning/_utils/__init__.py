@@ -9,7 +9,13 @@ from fasc_lightning._utils._fingerprint import fingerprint, model_fingerprint, t
 from fasc_lightning._utils._forward_hook import ForwardHook
 from fasc_lightning._utils._json_files import check_json_files, parse_json, plain_values, read_json, write_json
 from fasc_lightning._utils._layer_names import block_of, some_names
-from fasc_lightning._utils._memory import available_memory, peak_memory_bytes, return_freed_memory, text_in_bytes
+from fasc_lightning._utils._memory import (
+    FreedMemory,
+    available_memory,
+    peak_memory_bytes,
+    return_freed_memory,
+    text_in_bytes,
+)
 from fasc_lightning._utils._plotting import (
     COLOURS,
     DASHES,
@@ -65,6 +71,7 @@ __all__ = [
     "MARKERS",
     "MAX_DEPTH",
     "Clock",
+    "FreedMemory",
     "Entry",
     "ForwardHook",
     "NamedTensors",

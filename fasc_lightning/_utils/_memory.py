@@ -53,6 +53,28 @@ def return_freed_memory() -> None:
             trim(0)
 
 
+class FreedMemory:
+    """Returns freed memory to the system once enough of it has been freed, because each time costs page faults.
+
+    In a loop over layers each layer frees large copies and leaves small results, which come to lie between the places
+    of the copies. The allocator then holds up to as much as the results take (glibc keeps blocks of less than 32 MiB).
+
+    Args:
+        every: Bytes after which memory is returned.
+    """
+
+    def __init__(self, every: int = 2**26) -> None:
+        self._every = every
+        self._freed = 0
+
+    def add(self, size: int) -> None:
+        """Count freed bytes."""
+        self._freed += size
+        if self._freed >= self._every:
+            self._freed = 0
+            return_freed_memory()
+
+
 #: Bytes in the units of an amount given as text.
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Literal
@@ -9,10 +10,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fasc_lightning._utils import Progress
+from fasc_lightning._utils import FreedMemory, Progress
 from fasc_lightning.compression._objective import fisher_losses, fisher_metric
 from fasc_lightning.distributed import whole
-from fasc_lightning.layers import linear_weight
+from fasc_lightning.layers import linear_shape, linear_weight
 from fasc_lightning.solvers import Factorization, get_solver, solver_needs
 from fasc_lightning.statistics import (
     BorrowedMoments,
@@ -122,6 +123,7 @@ def factorize_layers(
     borrowed.say()
     factorizations: dict[str, Factorization] = {}
     sketches: dict[str, dict[str, SketchFigures]] = {}
+    freed = FreedMemory()
     for name in progress([name for name in layers if tokens[name] > 0], "Factorising"):
         factorization = None if known is None else known.get(name)
         if factorization is None:
@@ -135,6 +137,7 @@ def factorize_layers(
                 known[name] = factorizations[name]
         if consume:
             moments.release(name)
+            freed.add(torch.float64.itemsize * math.prod(linear_shape(layers[name])))
     return FactorizedLayers(factorizations, tokens, solvers, sketches, fisher or method in FISHER_METHODS)
 
 

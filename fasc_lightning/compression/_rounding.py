@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from fasc_lightning._utils import Progress
+from fasc_lightning._utils import FreedMemory, Progress
 from fasc_lightning.compression._allocation import StorageOptions, spend, spend_evenly
 from fasc_lightning.compression._budget import FLOAT_BYTES
 from fasc_lightning.compression._build import CompressionResult, LayerChoice, check_reached, factored_layer
@@ -39,7 +39,7 @@ from fasc_lightning.layers import (
     trains_weight,
 )
 from fasc_lightning.rounding import round_by_moments, to_nearest
-from fasc_lightning.solvers import two_sided
+from fasc_lightning.solvers import Factorization, leading, two_sided
 from fasc_lightning.statistics import BorrowedMoments, CalibrationMoments, SecondMoment
 
 #: Ranks beside bits are multiples of this: the matrices of fewer bytes differ little.
@@ -109,6 +109,7 @@ def round_layers(
     borrowed.say()
     found: dict[str, list[RoundedWeight]] = {}
     ranks: dict[str, list[LowRankWeight | ResidualWeight]] = {}
+    freed = FreedMemory()
     for name in progress(list(layers), "Rounding"):
         W = whole(linear_weight(layers[name]).detach()).to(device).float()
         statistics = borrowed.layer(name).to(device) if tokens[name] else None
@@ -123,6 +124,7 @@ def round_layers(
         del statistics  # as large as the moments themselves
         if consume:
             moments.release(name)
+            freed.add(torch.float64.itemsize * math.prod(linear_shape(layers[name])))
     return RoundedLayers(found, tokens, ranks)
 
 
@@ -136,18 +138,18 @@ def _with_ranks(
     m, n = W.shape
     most = max(grid.nbytes for grid in grids)
 
-    def best(matrix: Tensor, ranks: Iterable[int]) -> list[tuple[Tensor, Tensor, float]]:
-        found = two_sided(matrix, A, G)
+    def cut(found: Factorization, ranks: Iterable[int]) -> list[tuple[Tensor, Tensor, float]]:
         return [(*found.truncate(k), float(found.losses[k])) for k in ranks]
 
     ranks = [k for k in range(RANK_STEP, min(m, n), RANK_STEP) if low_rank_bytes(m, n, k) < most]
-    ways: list[StoredWeight] = [*grids, *(LowRankWeight(*parts) for parts in best(W, ranks))]
+    ways: list[StoredWeight] = [*grids, *(LowRankWeight(*parts) for parts in cut(two_sided(W, A, G), ranks))]
+    few = [k for k in RESIDUAL_RANKS if k < min(m, n)]
     for grid in grids:
-        if grid.weight.grid.bits > RESIDUAL_BITS:
+        if grid.weight.grid.bits > RESIDUAL_BITS or not few:
             continue
         # The two-sided form of QERA (Zhang et al. 2024) and EoRA (Liu et al. 2024).
         error = W - grid.weight.dequantize().to(W)
-        parts = best(error, (k for k in RESIDUAL_RANKS if k < min(m, n)))
+        parts = cut(leading(error, A, G, few[-1], grid.loss), few)
         residuals = [ResidualWeight(grid.weight, *factors) for factors in parts]
         ways += [option for option in residuals if option.nbytes < most]
 

@@ -29,6 +29,7 @@ from fasc_lightning.solvers._fisher_diag import fisher_diag as fisher_diag
 from fasc_lightning.solvers._fwsvd import fwsvd as fwsvd
 from fasc_lightning.solvers._gfwsvd import gfwsvd as gfwsvd
 from fasc_lightning.solvers._grad_svd import grad_svd as grad_svd
+from fasc_lightning.solvers._leading import leading
 from fasc_lightning.solvers._linalg import SquareRoot, descending_eigh, shrink, square_root
 from fasc_lightning.solvers._registry import available_methods as available_methods
 from fasc_lightning.solvers._registry import get_solver as get_solver
@@ -69,6 +70,7 @@ __all__ = [
     "SquareRoot",
     "coupled_metric",
     "descending_eigh",
+    "leading",
     "plain_metric",
     "shrink",
     "square_root",

@@ -54,6 +54,19 @@ class Accumulator(Metric):
         for name in shapes:
             self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self._unwrap()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._unwrap()
+
+    def _unwrap(self) -> None:
+        """Drop torchmetrics' wrappers of ``update`` and ``compute``, which count calls and cache results.
+
+        An accumulator that held them would be part of a reference cycle. Its matrices would stay in memory until the
+        next run of the garbage collector, which comes after thousands of new objects: never, in a loop over layers.
+        """
+        del self.update, self.compute
 
     def allocate(self) -> None:
         """Give the states their full shapes; the first update and a reduction call this."""
@@ -79,7 +92,6 @@ class Accumulator(Metric):
             theirs = other.sums
             for name, mine in self.sums.items():
                 mine.add_(theirs[name].to(mine.device), alpha=weight)
-            self._update_count += other._update_count
         return self
 
     def subtract_(self, other: Self) -> Self:
@@ -103,7 +115,6 @@ class Accumulator(Metric):
             moved = state if device is None else state.to(device)
             dist.all_reduce(moved, group=group)
             state.copy_(moved)
-        self._update_count = max(self._update_count, int(self.count > 0))
 
     @property
     def nbytes(self) -> int:

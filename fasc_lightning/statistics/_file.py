@@ -156,7 +156,6 @@ def unpack_moments(
             for state in stream.sums:
                 setattr(stream, state, tensor(f"{group}.{i}.{state}"))
             _check_stream(f"{group}.{i}", stream)
-            stream._update_count = int(stream.count > 0)
     reached = {name for key, stream in moments.inputs.items() if stream.count > 0 for name in key}
     if lost := [name for name, stream in moments.gradients.items() if stream.count > 0 and name not in reached]:
         raise SchemaError(f"Expected inputs of the layer {lost[0]!r}, which has gradients, but there are none.")

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -47,6 +50,25 @@ def test_release_frees_a_shared_matrix_with_its_last_layer():
     assert moments.layer("k").A.shape == (3, 3)
     moments.release("k")
     assert moments.nbytes < 100
+
+
+def test_released_sums_are_freed_without_the_garbage_collector():
+    """A cycle would keep the matrices until its next run, which thousands of new objects cause."""
+    moments = CalibrationMoments({"q": (4, 3)}, needs={"coupled"})
+    copies = copy.deepcopy(moments)  # copies and unpickled moments are built in another way
+    gc.collect()
+    gc.disable()
+    try:
+        for one in (moments, copies):
+            one.add_inputs(["q"], torch.randn(5, 3))
+            one.add_gradients("q", torch.randn(5, 4))
+            one.add_pairs("q", torch.randn(5, 3), torch.randn(5, 4))
+            sums = [weakref.ref(stream) for stream in one._streams()]
+            one.release("q")
+            assert len(sums) == 3
+            assert all(ref() is None for ref in sums)
+    finally:
+        gc.enable()
 
 
 def test_the_work_of_a_release_does_not_grow_with_the_number_of_layers(monkeypatch):

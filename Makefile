@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARK_OUT ?= benchmarks/results
 
-.PHONY: install compress recover track-rho test test-fast suite lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality benchmark-bytes benchmark-ranks-or-bits benchmark-gpu clean
+.PHONY: install compress recover track-rho test test-fast suite lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality benchmark-bytes benchmark-ranks-or-bits benchmark-gpu benchmark-large clean
 
 install: $(STAMP)
 
@@ -83,6 +83,11 @@ benchmark-scale: install
 	$(RUN) benchmarks/sketches.py widths --output $(BENCHMARK_OUT)
 	$(RUN) benchmarks/sketches.py block --output $(BENCHMARK_OUT) --write docs/scale.md
 	$(RUN) benchmarks/peak.py --output $(BENCHMARK_OUT) --write docs/scale.md
+
+# One block of 8B shapes, a model of 1.1B parameters and predicted peaks: hours on one thread, 12 GB of memory.
+# LARGE='--parts block' measures a part of it.
+benchmark-large: install
+	$(RUN) benchmarks/large_models.py --output $(BENCHMARK_OUT)/large --write docs/scale.md $(LARGE)
 
 # Needs the evaluation texts: FASC_DATA=<folder> make benchmark-sketch-quality
 benchmark-sketch-quality: install

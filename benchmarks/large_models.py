@@ -59,7 +59,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "model": Shape(32, 96, 4, 2, layers=2),
         "peak": Shape(32, 96, 4, 2, layers=2),
         "vocabulary": 64,
-        "windows": 8,
+        "windows": 2,
         "window": 32,
     },
 }

@@ -15,7 +15,7 @@ import torch
 
 from fasc_lightning.calibration import shares
 from fasc_lightning.options import ReductionKind
-from fasc_lightning.statistics import LayerSketches, Sketch, moments_bytes
+from fasc_lightning.statistics import LayerSketches, Projection, Sketch, moments_bytes
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,25 @@ def rebuilding_bytes(width: int, size: int, itemsize: int) -> int:
     return width * size * (itemsize + 40) + 40 * size * size
 
 
+def solving_bytes(m: int, n: int, itemsize: int, sketched: bool, projected: bool) -> int:
+    """Return the bytes that :func:`~fasc_lightning.solvers.two_sided` takes beside the moments of an (m, n) layer.
+
+    At first these are W, W and W A in float64, and two matrices of the smaller side, a root and a product. Later they
+    are W, the factor of its shape, and six matrices of the smaller side in float64: the root, the product before and
+    after the root, its eigenvectors, and two for LAPACK.
+
+    Args:
+        m: Outputs.
+        n: Inputs.
+        itemsize: Bytes of a number of W and of the factors.
+        sketched: Whether a moment is sketched: the weight through a sketch takes three matrices more.
+        projected: Whether a moment is projected: then W is not needed in float64.
+    """
+    r = min(m, n)
+    products = 0 if projected else (itemsize + (40 if sketched else 16)) * m * n + 16 * r * r
+    return max(products, 2 * itemsize * m * n + 48 * r * r)
+
+
 def layer_memory(
     m: int,
     n: int,
@@ -73,8 +92,8 @@ def layer_memory(
 ) -> LayerMemory:
     """Return the memory of an (m, n) layer.
 
-    The workspace is what :func:`~fasc_lightning.solvers.two_sided` takes in float64: the unpacked moments, the metric,
-    W and W A, and eight matrices of the smaller side for its root and its eigenvectors.
+    The workspace holds the unpacked moments, the metric in float64, and what
+    :func:`~fasc_lightning.solvers.two_sided` takes (:func:`solving_bytes`).
 
     Args:
         m: Outputs.
@@ -89,11 +108,11 @@ def layer_memory(
     rebuilt = [rebuilding_bytes(d, s.size, moments_dtype.itemsize) for d, s in sides if isinstance(s, Sketch)]
     # At this point a sketch is a factor and a basis in float64, a projection a matrix as wide as the narrower side.
     held = sum(16 * d * s.size if isinstance(s, Sketch) else both * (d if s is None else s.size) ** 2 for d, s in sides)
-    products = 5 if rebuilt else 2  # the weight through a sketch takes three more
+    projected = any(isinstance(s, Projection) for _, s in sides)
     return LayerMemory(
         moments=moments_bytes([(m, n)], moments_dtype, needs, [sketches]),
         factors=r * (m + n) * moments_dtype.itemsize,
-        workspace=max(held + (products * m * n + 8 * r * r) * 8, *rebuilt, 0),
+        workspace=max(held + solving_bytes(m, n, moments_dtype.itemsize, bool(rebuilt), projected), *rebuilt, 0),
     )
 
 

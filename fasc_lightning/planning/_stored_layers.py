@@ -133,19 +133,21 @@ def activation_bytes(model: nn.Module, chosen: TargetedLayers) -> int:
 
     They are the inputs and outputs of the layers and a quarter more. The quarter is for norms, attention and the MLP's
     activation function, less the inputs that layers share: a block of Llama keeps 10 h + 4 i + 2 kv numbers, and its
-    layers have 9 h + 3 i + 2 kv. Four times the logits in float32 are added: logits, their log-softmax, and the
-    gradients of both.
+    layers have 9 h + 3 i + 2 kv. The larger of two parts is added. At the start of the backward pass it is the logits:
+    in float32 the logits, their log-softmax, and the gradients of both; and in half precision the logits and their
+    gradients again. Later it is the rows of one layer, while they are summed: x and h in float32, and weighted.
 
     Args:
         model: The model; its output embeddings give the number of logits.
         chosen: The layers.
     """
-    itemsize = layers_dtype(chosen.modules).itemsize
-    held = sum(chosen.token_shares[name] * (m + n) for name, (m, n) in chosen.shapes.items())
+    itemsize, summed = layers_dtype(chosen.modules).itemsize, torch.float32.itemsize
+    sides = [chosen.token_shares[name] * (m + n) for name, (m, n) in chosen.shapes.items()]
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
     logits = 0 if output is None else len(output.weight)
-    return math.ceil(1.25 * held * itemsize + 4 * logits * torch.float32.itemsize)
+    of_logits = logits * (4 * summed + (2 * itemsize if itemsize < summed else 0))
+    return math.ceil(1.25 * sum(sides) * itemsize + max(of_logits, 2 * max(sides) * summed))
 
 
 def total_size(sizes: list[Size]) -> Size:

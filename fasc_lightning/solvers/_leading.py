@@ -9,7 +9,7 @@ from fasc_lightning.solvers._linalg import descending_eigh, square_root
 from fasc_lightning.solvers._types import Factorization
 from fasc_lightning.statistics import SecondMoment, apply, dense
 
-#: Columns beyond the wanted ranks, and products with the matrix. At (1024, 2816) and rank 64 the factors save 98 % of what
+#: Columns beyond the wanted ranks, and products with the matrix. At (1024, 2816) and rank 64, factors save 98 % of what
 #: the best ones save if the spectrum is flat, the hardest case, and 99.9 % if moments fall by four orders of magnitude.
 SPARE, STEPS = 32, 4
 

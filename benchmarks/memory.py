@@ -6,8 +6,10 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -23,6 +25,40 @@ def resident() -> int:
         lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
         return 1024 * int(lines["VmHWM"].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def anonymous() -> int:
+    """Return the resident memory of this process now, without pages of mapped files, in bytes; 0 where not known.
+
+    The system drops pages of mapped files when it needs memory, so they count for nothing.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+    return 1024 * int(lines["RssAnon"].split()[0])
+
+
+@contextmanager
+def watched(every: float = 0.01) -> Iterator[Callable[[], int]]:
+    """Watch :func:`anonymous` from a thread of its own; yields a function that returns the largest value so far.
+
+    Args:
+        every: Seconds between two looks. What lasts less may be missed.
+    """
+    most, ended = [anonymous()], Event()
+
+    def watch() -> None:
+        while not ended.wait(every):
+            most[0] = max(most[0], anonymous())
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lambda: most[0]
+    finally:
+        ended.set()
+        thread.join()
 
 
 def restart_peak() -> None:

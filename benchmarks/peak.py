@@ -2,10 +2,10 @@
 
     python benchmarks/peak.py --output benchmarks/results
 
-The predicted peak comes from ``compress(..., dry_run=True)``. The measured peak is the largest resident memory of the
-process, minus the memory of the interpreter and its libraries before the model was loaded, and minus the finished
-factors that several passes map from the disk. Tokens are random, because memory does not depend on them. Existing rows
-of the output are not measured again.
+The predicted peak comes from ``compress(..., dry_run=True)``. The measured peak is the largest memory of the process
+that is not of mapped files (several passes map finished factors from the disk), minus the memory of the interpreter and
+its libraries before the model was loaded. It needs Linux. Tokens are random, because memory does not depend on them.
+Existing rows of the output are not measured again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import resident, run_alone, warm_up
+from memory import anonymous, run_alone, warm_up, watched
 from pages import write_part
 
 from fasc_lightning import compress
@@ -46,23 +46,24 @@ def measure(
         make: Returns the model; None for SmolLM2-135M-Instruct.
     """
     warm_up()
-    before = resident()
+    before = anonymous()
     model = load_model("smollm2")[0] if make is None else make()
+    for parameter in model.parameters():  # loaded ones are mapped from their file
+        parameter.data = parameter.data.clone()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (windows, 1, window), generator=generator)
     batches = [{"input_ids": part, "labels": part} for part in ids]
     options = {"keep": 0.6, "refit": False, "progress": False, **options}
     predicted = compress(model, batches, dry_run=True, **options)
     assert isinstance(predicted, CompressionForecast)
-    loaded = resident()
-    report = compress(model, batches, **options)
+    loaded = anonymous()
+    with watched() as peak:
+        report = compress(model, batches, **options)
     return {
         "before": before,
         "loaded": loaded,
-        "peak": resident(),
+        "peak": peak(),
         "predicted": predicted.peak.device,
-        # Pages of mapped files count as resident, but the system drops them when it needs memory.
-        "mapped": predicted.parts["factors"] if predicted.factors_place == "disk" else 0,
         "parts": predicted.parts,
         "moments": report.moments_bytes,
         "seconds": report.seconds,
@@ -86,7 +87,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def _own(row: dict[str, Any]) -> int:
-    return row["peak"] - row["before"] - row["mapped"]
+    return row["peak"] - row["before"]
 
 
 def main() -> None:

@@ -8,8 +8,8 @@
   a size (moments as ``plan`` proposes them for ``--memory``). It is saved, loaded again, compared, and generates.
 * peak: predicted and measured peaks of a model of 0.3B parameters in bfloat16.
 
-Every row runs in a process of its own. Its seconds stand beside those of bare forward and backward passes on the same
-tokens in the same process. Existing rows of the output are not measured again, and a failed row does not end the
+Every row runs in a process of its own. Its seconds stand beside the seconds of bare forward and backward passes on the
+same tokens in the same process. Existing rows of the output are not measured again, and a failed row does not end the
 others. Wall-clock seconds suffer from other work on the machine; processor seconds, of all threads together, less so.
 """
 
@@ -253,7 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--row", nargs=2, metavar=("PART", "NAME"), help="measure this one in this process")
     options = parser.parse_args(arguments)
     if options.row is not None:  # in the measuring process, whose last line is the result
-        print(json.dumps(measure(*options.row, options)))
+        part, name = options.row
+        print(json.dumps(measure(part, name, options)))
         return
     path = options.output / "large_models.json"
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

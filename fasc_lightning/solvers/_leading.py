@@ -9,8 +9,8 @@ from fasc_lightning.solvers._linalg import descending_eigh, square_root
 from fasc_lightning.solvers._types import Factorization
 from fasc_lightning.statistics import SecondMoment, apply, dense
 
-#: Columns beyond the wanted ranks, and products with the matrix. At (1024, 2816) and rank 64, factors save 98 % of what
-#: the best ones save if the spectrum is flat, the hardest case, and 99.9 % if moments fall by four orders of magnitude.
+#: Columns beyond the wanted ranks, and products with the matrix. At (1024, 2816) and rank 64, factors save 98 % as much
+#: as the best ones if the spectrum is flat, the hardest case, and 99.9 % if moments fall by four orders of magnitude.
 SPARE, STEPS = 32, 4
 
 
@@ -20,7 +20,7 @@ def leading(W: Tensor, A: SecondMoment, G: SecondMoment, rank: int, loss: float)
     :func:`~fasc_lightning.solvers.two_sided` computes all eigenvectors of S = R_G W A W^T R_G^T. Here subspace
     iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) finds a space near the leading ones, and the
     eigenvectors of S within it (Rayleigh and Ritz). S itself is never made: products with few columns take an r-th part
-    of the time. The losses are exactly those of the factors.
+    of the time. The losses are exactly the factors' own.
 
     Args:
         W: Shape (m, n).

@@ -182,6 +182,7 @@ class Passes:
             f"{len(share.modules)} layers are {'rounded' if self._options.rounds else 'factorised'}."
         )
         start = time.perf_counter()
+        return_freed_memory()  # the activations of the last batch
         self._end_share(trainer, None, consume=True)
         self.factorizing += time.perf_counter() - start
         return_freed_memory()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from fasc_lightning._utils import Progress
+from fasc_lightning._utils import FreedMemory, Progress
 from fasc_lightning.compression._allocation import Candidate, Cost, allocate_fisher, allocate_uniform, least_cost
 from fasc_lightning.compression._budget import layer_budgets, layers_dtype, layout_cost
 from fasc_lightning.compression._factorize import FactorizedLayers, Unit, factorize_layers
@@ -189,10 +189,11 @@ def build_layers(
     cost = layout_cost(layout, dtype)
     ranks = _allocate(layers, factorizations, tokens, budgets, allocation, cost, align)
     if allocation == "measured" and measure is not None and factorized.compare:
-        factorizations = _corrected(factorizations, ranks, measure)
+        factorizations |= _corrected(factorizations, ranks, measure)  # in place, so that used factors are freed below
         ranks = _allocate(layers, factorizations, tokens, budgets, allocation, cost, align)
     replacements: dict[str, nn.Module] = {}
     plans = []
+    freed = FreedMemory()
     for name in progress(list(layers), "Building"):
         module, solver, sketches = layers[name], factorized.solvers[name], factorized.sketches.get(name, {})
         shape = linear_shape(module)
@@ -201,6 +202,7 @@ def build_layers(
             plans.append(LayerChoice(name, shape, min(shape), "dense", tokens[name], 0.0, solver, sketches))
             continue
         factorization = factorizations.pop(name)
+        freed.add(factorization.left.nbytes + factorization.right.nbytes)
         # The dtype of the budget: a layer of another dtype must not choose a layout by its own.
         stored: Any = auto_layout(*shape, k, dtype) if layout == "auto" else layout
         replacements[name] = built = factored_layer(module, factorization.truncate(k), stored)
@@ -275,10 +277,10 @@ def _allocate(
 def _corrected(
     factorizations: dict[str, Factorization], ranks: Mapping[str, int | None], measure: LossEstimator
 ) -> dict[str, Factorization]:
-    """Return the factorisations with losses corrected by their measured values at the given ranks."""
+    """Return the factorisations of given ranks with losses corrected by their measured values at these ranks."""
     chosen = {name: k for name, k in ranks.items() if k is not None}
     measured = measure({name: factorizations[name].truncate(k) for name, k in chosen.items()})
-    corrected = dict(factorizations)
+    corrected = {}
     for name, k in chosen.items():
         losses = factorizations[name].losses
         corrected[name] = replace(

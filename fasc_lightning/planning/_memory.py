@@ -135,7 +135,7 @@ def peak_memory(
         activations: Additional bytes while a batch runs.
         consume: Whether moments are freed once their factors exist; a refit needs them until the end.
         units: Layers that one pass gathers together (:func:`~fasc_lightning.calibration.share_units`).
-        built: Bytes of the replacements, on the device beside the layers until the swap.
+        built: Bytes of the replacements, on the device beside the layers until the swap, in place of the factors.
         measured: Whether batches are replayed when all factors exist, to measure the layers' losses.
     """
     moments = [layer.moments for layer in layers]
@@ -153,8 +153,10 @@ def peak_memory(
             most = max(most, held + factors)
             if consume:
                 held -= moments[i]
+    kept = 0 if storage.offloaded else held
     there = 0 if storage.offloaded else held + factors
-    busiest = max(busiest, there + built, there + (activations if measured else 0))
+    # A layer's factors are freed once it is built. Replacements are smaller than the factors of every rank.
+    busiest = max(busiest, kept + built, there + (activations if measured else 0))
     return Peak(busiest + resident, most if storage.offloaded else 0)
 
 

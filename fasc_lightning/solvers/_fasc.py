@@ -6,7 +6,7 @@ from typing import overload
 
 from torch import Tensor
 
-from fasc_lightning.solvers._linalg import shrink
+from fasc_lightning.solvers._linalg import double_shrunk
 from fasc_lightning.solvers._registry import register_solver
 from fasc_lightning.solvers._two_sided import two_sided
 from fasc_lightning.solvers._types import Factorization
@@ -26,7 +26,7 @@ def coupled_metric(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]: ...
 def coupled_metric(A: SecondMoment, G: SecondMoment) -> tuple[SecondMoment, SecondMoment]: ...
 def coupled_metric(A: SecondMoment, G: SecondMoment) -> tuple[SecondMoment, SecondMoment]:
     """Return the shrunk coupled A (n, n) and G (m, m) in float64: the metric in which ``fasc`` measures a loss."""
-    return shrink(A.double(), SHRINK_A), shrink(G.double(), SHRINK_COUPLED_G)
+    return double_shrunk(A, SHRINK_A), double_shrunk(G, SHRINK_COUPLED_G)
 
 
 @overload
@@ -35,7 +35,7 @@ def plain_metric(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]: ...
 def plain_metric(A: SecondMoment, G: SecondMoment) -> tuple[SecondMoment, SecondMoment]: ...
 def plain_metric(A: SecondMoment, G: SecondMoment) -> tuple[SecondMoment, SecondMoment]:
     """Return the shrunk plain A (n, n) and G (m, m) in float64: the metric in which ``fasc-plain`` measures a loss."""
-    return shrink(A.double(), SHRINK_A), shrink(G.double(), SHRINK_G)
+    return double_shrunk(A, SHRINK_A), double_shrunk(G, SHRINK_G)
 
 
 @register_solver("fasc", needs=["coupled"])

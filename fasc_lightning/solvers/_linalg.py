@@ -26,11 +26,25 @@ def shrink(S: SecondMoment, amount: float) -> SecondMoment:
         S: Symmetric positive semidefinite, shape (d, d).
         amount: In [0, 1).
     """
-    if not isinstance(S, Tensor):
-        return S.shrunk(amount)
-    shrunk = (1 - amount) * S
-    shrunk.diagonal().add_(amount * S.diagonal().mean())
-    return shrunk
+    return _shrink_(S.clone(), amount) if isinstance(S, Tensor) else S.shrunk(amount)
+
+
+@overload
+def double_shrunk(S: Tensor, amount: float) -> Tensor: ...
+@overload
+def double_shrunk(S: SecondMoment, amount: float) -> SecondMoment: ...
+def double_shrunk(S: SecondMoment, amount: float) -> SecondMoment:
+    """Return :func:`shrink` of S in float64, with one copy of it where ``shrink(S.double(), amount)`` makes two."""
+    if isinstance(S, Tensor):
+        return _shrink_(S.to(torch.float64, copy=True), amount)
+    return S.double().shrunk(amount)
+
+
+def _shrink_(S: Tensor, amount: float) -> Tensor:
+    mean = S.diagonal().mean()
+    S *= 1 - amount
+    S.diagonal().add_(amount * mean)
+    return S
 
 
 @dataclass(frozen=True)

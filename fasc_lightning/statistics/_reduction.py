@@ -43,7 +43,7 @@ def add_second_moment_(
 def second_moment(sums: Tensor, d: int, sketch: Reduction | None, divisor: Tensor) -> SecondMoment:
     """Return sums over a divisor: a matrix (d, d) of packed sums, or the moment rebuilt from reduced ones."""
     divisor = divisor.to(sums.dtype)
-    return unpack(sums, d) / divisor if sketch is None else sketch.second_moment(sums / divisor)
+    return unpack(sums, d).div_(divisor) if sketch is None else sketch.second_moment(sums / divisor)
 
 
 def second_moment_diagonal(sums: Tensor, d: int, sketch: Reduction | None) -> Tensor:

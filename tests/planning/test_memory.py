@@ -42,7 +42,8 @@ def walked(storage, consume=True):
             if number and consume:
                 del held[i]
     left = sum(held.values()) + sum(factors.values())
-    device = max(device, 7 + BUILT + (0 if storage.offloaded else left))
+    device = max(device, 7 + (0 if storage.offloaded else left))
+    device = max(device, 7 + BUILT + (0 if storage.offloaded else sum(held.values())))
     return Peak(device, host)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fasc_lightning.compression import _build as factorize
-from fasc_lightning.compression import compress_layers, fisher_losses, fisher_metric
+from fasc_lightning.compression import build_layers, compress_layers, factorize_layers, fisher_losses, fisher_metric
 from fasc_lightning.compression._factorize import UNITS
 from fasc_lightning.layers import _layouts as layouts
 from fasc_lightning.solvers import get_solver
@@ -43,6 +43,26 @@ def test_plans_name_the_solver_and_the_layout_of_the_built_layer(layers, moments
             built = result.replacements.get(plan.name)
             assert plan.layout == ("dense" if built is None else built.layout)
         assert {plan.layout for plan in result.layers} <= {layout, "dense"}
+
+
+@pytest.mark.parametrize("allocation", ["fisher", "uniform", "measured"])
+def test_factors_are_freed_as_soon_as_their_layer_is_built(layers, moments, allocation):
+    factorized, left = factorize_layers(layers, moments), []
+
+    def progress(names, description):
+        for name in names:
+            left.append(len(factorized.factorizations))
+            yield name
+
+    def measure(factors):
+        return dict.fromkeys(factors, 1.0)
+
+    result = build_layers(
+        layers, factorized, keep=0.4, layout="factors", allocation=allocation, measure=measure, progress=progress
+    )
+    assert len(result.replacements) == 3
+    assert left == [3, 2, 1]
+    assert not factorized.factorizations
 
 
 @pytest.mark.parametrize("allocation", ["fisher", "uniform"])

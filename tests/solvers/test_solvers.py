@@ -21,7 +21,7 @@ from fasc_lightning.solvers import (
     square_root,
     two_sided,
 )
-from fasc_lightning.solvers._linalg import tail_sums
+from fasc_lightning.solvers._linalg import double_shrunk, tail_sums
 from fasc_lightning.statistics import LayerMoments
 
 #: Methods whose metric is the whole second moment of the inputs.
@@ -139,6 +139,16 @@ def test_scale_of_the_data_does_not_matter(scale_x, scale_h):
     B, C = fasc_plain(W, moments).truncate(2)
     B2, C2 = fasc_plain(W, scaled).truncate(2)
     torch.testing.assert_close(B @ C, B2 @ C2, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shrinkage_moves_towards_the_mean_of_the_diagonal_and_leaves_its_argument(dtype):
+    S = torch.randn(5, 5, dtype=dtype)
+    before, full = S.clone(), S.double().numpy()
+    expected = 0.7 * full + 0.3 * np.trace(full) / 5 * np.eye(5)
+    np.testing.assert_allclose(double_shrunk(S, 0.3).numpy(), expected, rtol=1e-14, atol=1e-15)
+    np.testing.assert_allclose(shrink(S, 0.3).double().numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(S, before)
 
 
 @pytest.mark.parametrize("method", available_methods())

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,8 @@ def _fixed(options: Mapping[str, Any]) -> dict[str, Any]:
 def measure(part: str, row: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one row in this process."""
     sizes, options = SIZES[arguments.sizes], PARTS[part][row]
+    if arguments.blocks is not None:
+        sizes = {**sizes, "model": replace(sizes["model"], layers=arguments.blocks)}
     if part == "peak":
         found = peak.measure(
             options, PEAK_WINDOWS, sizes["window"], lambda: language_model(sizes["peak"], sizes["vocabulary"])
@@ -219,6 +222,7 @@ def phase_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         shown.append(
             {
                 "row": name,
+                **({"parameters": f"{row['parameters'] / 1e9:.2f} G"} if "parameters" in row else {}),
                 "threads": row["threads"],
                 "bare passes": f"{bare:.0f} s",
                 "calibrate": f"{seconds['calibrate'] * scale:.0f} s",
@@ -250,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--sizes", choices=list(SIZES), default="full")
     parser.add_argument("--memory", default="14GB", help="that the moments of a size are planned for")
+    parser.add_argument("--blocks", type=int, help="of the model; fewer than 22 measure a part in less time")
     parser.add_argument("--row", nargs=2, metavar=("PART", "NAME"), help="measure this one in this process")
     options = parser.parse_args(arguments)
     if options.row is not None:  # in the measuring process, whose last line is the result
@@ -263,8 +268,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in PARTS[part]:
             if name in results.get(part, {}):
                 continue
+            how = ["--sizes", options.sizes, "--memory", options.memory]
+            how += [] if options.blocks is None else ["--blocks", str(options.blocks)]
             try:
-                taken = run_alone(__file__, ["--row", part, name, "--sizes", options.sizes, "--memory", options.memory])
+                taken = run_alone(__file__, ["--row", part, name, *how])
             except subprocess.CalledProcessError as error:  # the other rows may still be measured
                 failed.append(f"{part}, {name} (exit code {error.returncode})")
                 continue

@@ -38,7 +38,7 @@ def test_every_part_is_measured_once_and_written_down(forked, tmp_path):
     assert found["model"]["size 0.27"]["report"]["kept_bytes"] <= 0.28
     assert all(row["predicted"] > 0 for row in found["peak"].values())
     text = page.read_text(encoding="utf-8")
-    for start in ("| projected | 1 |", "| keep 0.6 | 1 |", "| size 0.27 | 1 |", "| 4 passes |"):
+    for start in ("| projected | 1 |", "| keep 0.6 | 0.00 G | 1 |", "| size 0.27 | 0.00 G | 1 |", "| 4 passes |"):
         assert start in text
 
 

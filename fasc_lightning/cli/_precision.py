@@ -9,7 +9,7 @@ from torch import nn
 
 from fasc_lightning.options import Precision
 
-#: Value of a recipe's option ``--precision``, beside those of a Trainer.
+#: Value of a recipe's option ``--precision``, beside a Trainer's precisions.
 AUTO = "auto"
 
 

@@ -167,10 +167,10 @@ class _Tokens:
     """The tokens of layers that share an input.
 
     Attributes:
-        fit: Moments of those to fit to.
-        held: Moments of those that choose.
-        inputs: Drifted inputs of each batch, shape (tokens, n), of a layer that joins the end of the block; else none.
-        outputs: Outputs of the drifted block for each batch, likewise.
+        fit: Moments of the tokens to fit to.
+        held: Moments of the tokens that choose.
+        inputs: Drifted inputs of each batch, shape (tokens, n), of a layer that joins the end of the block; else empty.
+        outputs: Outputs of the drifted block for each batch of such a layer; else empty.
     """
 
     fit: DriftRows

@@ -22,7 +22,7 @@ from fasc_lightning.refit._drift import OutputBasis, TargetMoments
 from fasc_lightning.refit._solve import Factors, solve, solve_low_rank
 from fasc_lightning.rounding import ColumnMetric, round_matrix
 
-#: Moments of the problem for a lambda: those of the tokens, which are shrunk, and of the anchor.
+#: Moments of the problem for a lambda: the tokens' moments, which are shrunk, mixed with the anchor's.
 Problem = Callable[[float], TargetMoments]
 
 

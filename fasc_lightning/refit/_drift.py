@@ -37,8 +37,8 @@ class OutputBasis:
         Args:
             W: Dense weight, shape (m, n), float64.
             G: Metric, shape (m, m), float64, positive definite.
-            whole: Whether the basis spans all outputs, r = m. Otherwise it spans those that W reaches, which are fewer
-                if m > n, so that r = min(m, n).
+            whole: Whether the basis spans all outputs, r = m. Otherwise it spans the outputs that W reaches, fewer of
+                them if m > n, so that r = min(m, n).
         """
         m, n = W.shape
         if whole or m <= n:

@@ -5,6 +5,7 @@ from fasc_lightning.layers._dequantized import dequantized
 from fasc_lightning.layers._fused_experts import ExpertLinear, Routing, expert_groups, named_layers, routed, split_name
 from fasc_lightning.layers._grid import SCALE_DTYPE, Grid, Rounded, words
 from fasc_lightning.layers._guards import GUARD_SHAPE, expect_guards, guards, is_guard, saved_guards
+from fasc_lightning.layers._int8 import align_weights
 from fasc_lightning.layers._layouts import BREAK_EVEN, Layout, Stored, auto_cost, auto_layout, factors_cost, pivot_cost
 from fasc_lightning.layers._linear import Gradient, input_gradient, is_conv1d, linear_shape, linear_weight
 from fasc_lightning.layers._lowrank import LowRankLinear
@@ -74,6 +75,7 @@ __all__ = [
     "TargetedLayers",
     "UnfusedExperts",
     "auto_cost",
+    "align_weights",
     "auto_layout",
     "bytes_in_16_bits",
     "check_in_memory",

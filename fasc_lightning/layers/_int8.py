@@ -29,6 +29,9 @@ _FINER = 254
 #: that have to divide inputs and outputs: with other numbers of inputs it reads beyond its tensors (torch 2.13).
 KERNEL_TOKENS, KERNEL_INPUTS, KERNEL_OUTPUTS = 64, 64, 8
 
+#: Bytes of which the kernel needs addresses of weights and inputs to be a multiple.
+KERNEL_BYTES = 16
+
 #: Bits to which inputs are rounded; None for no rounding.
 InputBits = Literal[8, 16] | None
 
@@ -198,7 +201,7 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor, input_bits: int | None) -
     if not is_scripting():  # noqa: SIM102 # TorchScript would compile the rest of a joint condition
         if dtype == torch.bfloat16 and _fits_kernel(x, weight):
             flat = x.reshape(-1, weight.shape[1]).to(dtype).contiguous()
-            y = torch.ops.aten._weight_int8pack_mm(flat, weight, scale.to(dtype))
+            y = torch.ops.aten._weight_int8pack_mm(flat if is_aligned(flat) else flat.clone(), weight, scale.to(dtype))
             return y.view(*x.shape[:-1], weight.shape[0])
     if dtype == torch.float16:  # unscaled sums are 127 times as large and could overflow
         return F.linear(x, weight.to(dtype) * scale.to(dtype)[:, None])
@@ -212,7 +215,26 @@ def _fits_kernel(x: Tensor, weight: Tensor) -> bool:
     if not (at_once and x.is_cpu and weight.is_cpu) or n % KERNEL_INPUTS or m % KERNEL_OUTPUTS:
         return False
     few = 0 < x.numel() // n <= KERNEL_TOKENS and weight.is_contiguous()
-    return few and not torch._C._are_functorch_transforms_active() and _has_kernel()
+    return few and not torch._C._are_functorch_transforms_active() and is_aligned(weight) and _has_kernel()
+
+
+def is_aligned(values: Tensor) -> bool:
+    """Tell whether a tensor lies where torch's kernel can read it; elsewhere the kernel ends the process (torch 2.13).
+
+    Weights that are mapped from a file, and inputs that are a part of a tensor, may lie elsewhere.
+    """
+    return values.data_ptr() % KERNEL_BYTES == 0
+
+
+def align_weights(model: nn.Module) -> None:
+    """Copy the int8 weights on a CPU that torch's kernel cannot read where they lie, in place.
+
+    Args:
+        model: Any module.
+    """
+    for module in model.modules():
+        if isinstance(module, Int8Linear) and module.weight.is_cpu and not is_aligned(module.weight):
+            module.weight.data = module.weight.data.clone()
 
 
 @lru_cache

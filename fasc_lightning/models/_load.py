@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fasc_lightning._utils import check_json_files, naming, some_names
-from fasc_lightning.layers import compressed_layers
+from fasc_lightning.layers import align_weights, compressed_layers
 from fasc_lightning.models._attach import attach_config
 from fasc_lightning.models._compressed_tensors import LIBRARY, is_library_config
 from fasc_lightning.models._compressed_tensors_reader import reading_arguments
@@ -68,6 +68,7 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
         arguments = reading_arguments(path, kwargs) if packed else kwargs
         model, info = model_class.from_pretrained(path, **{**arguments, **strict})
         _check_loaded(path, model, info)
+        align_weights(model)
         if packed:
             attach_config(model)  # of this package's own quantizer
     return model

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fasc_lightning.layers import _int8
-from fasc_lightning.layers._int8 import Int8Linear, round_rows
+from fasc_lightning.layers._int8 import Int8Linear, align_weights, round_rows
 
 
 def peaked(*shape, seed=0):
@@ -289,6 +289,25 @@ def test_sizes_that_the_kernel_does_not_take_go_without_it(shape):
     x, weight = torch.randn(1, shape[1]).bfloat16(), torch.ones(shape, dtype=torch.int8)
     assert not _int8._fits_kernel(x, weight)
     assert not _int8._fits_kernel(x.to("meta"), weight)
+
+
+@pytest.mark.parametrize(("of_weight", "of_input"), [(8, 0), (0, 1), (0, 4), (8, 1)])
+def test_tensors_that_the_kernel_cannot_read_where_they_lie_do_not_end_the_process(of_weight, of_input):
+    """A weight that is mapped from a file may begin at any byte; an input may be a part of another tensor."""
+    torch.manual_seed(0)
+    m, n, tokens = 328, 1024, 16
+    layer = Int8Linear.from_weight(torch.randn(m, n).bfloat16(), None)
+    bytes_ = torch.zeros(m * n + of_weight, dtype=torch.int8)
+    moved = bytes_[of_weight:].view(m, n)
+    layer.weight.data = moved.copy_(layer.weight.data)
+    x = torch.randn(tokens * n + of_input).bfloat16()[of_input:].view(tokens, n)
+    with torch.no_grad():
+        expected = F.linear(x.float(), layer.dequantize())
+        torch.testing.assert_close(layer(x).float(), expected, rtol=0.02, atol=0.5)
+    assert _int8._fits_kernel(x, layer.weight) == (of_weight == 0 and _int8._has_kernel())
+    align_weights(layer)
+    assert torch.equal(layer.weight, moved)
+    assert _int8._fits_kernel(x, layer.weight) == _int8._has_kernel()
 
 
 def test_gradients_pass_beside_the_kernel():

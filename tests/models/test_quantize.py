@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from fasc_lightning import FascCallback, compress, load_compressed, quantize, save_compressed
 from fasc_lightning.layers import compressed_layers, is_compressed, is_guard, quantization_of, swap_to_dense
-from fasc_lightning.layers._int8 import Int8Linear
+from fasc_lightning.layers._int8 import Int8Linear, is_aligned
 from fasc_lightning.layers._quantized_layers import DenseLinear
 from fasc_lightning.models import attach_config
 from fasc_lightning.models._config import FascConfig
@@ -37,6 +37,16 @@ def compressed():
         return copy.deepcopy(model), report
 
     return get
+
+
+def test_loaded_int8_weights_lie_where_the_kernel_can_read_them(compressed, tmp_path):
+    model, _ = compressed(layout="factors", quantize="int8")
+    save_compressed(model.bfloat16(), tmp_path / "saved")
+    loaded = load_compressed(tmp_path / "saved")
+    weights = [module.weight for module in loaded.modules() if isinstance(module, Int8Linear)]
+    assert len(weights) > 10
+    assert all(map(is_aligned, weights))
+    assert_same_state(model, loaded)
 
 
 def tensor_bytes(model):

@@ -205,7 +205,7 @@ def measure(part: str, row: str, arguments: argparse.Namespace) -> dict[str, Any
     return {**found, "threads": torch.get_num_threads()}
 
 
-def _minutes(seconds: float) -> str:
+def _in_seconds(seconds: float) -> str:
     return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}"
 
 
@@ -228,7 +228,7 @@ def phase_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
                 "calibrate": f"{seconds['calibrate'] * scale:.0f} s",
                 "factorise or round": f"{seconds['factorize'] * scale:.0f} s",
                 "all": f"{ours:.0f} s ({ours / bare:.1f} times bare)",
-                **{what: f"{_minutes(phases[what]['seconds'])} s" for what in ("save", "load") if what in phases},
+                **{what: f"{_in_seconds(phases[what]['seconds'])} s" for what in ("save", "load") if what in phases},
                 "peak GB": f"{phases['compress']['peak'] / 1e9:.1f}",
                 "bytes kept": f"{report['kept_bytes']:.0%}",
             }

@@ -96,7 +96,8 @@ def refit(
     and the layers' identities stay.
 
     Memory: the hidden states of the first two shares at one block's input, twice; the inputs of its layers in the dense
-    model; and the moments of one group of layers that share an input.
+    model, and in the compressed one for a layer whose output joins the end of its block; and the moments of one group
+    of layers that share an input.
 
     Args:
         model: The compressed model.
@@ -169,12 +170,14 @@ class _Tokens:
     Attributes:
         fit: Moments of the tokens to fit to.
         held: Moments of the tokens that choose.
-        inputs: Drifted inputs of each batch, shape (tokens, n), of a layer that joins the end of the block; else empty.
+        present: Weight and bias, before the refit, of a layer that joins the end of the block; else None.
+        inputs: Drifted inputs of each batch, shape (tokens, n), of such a layer; else empty.
         outputs: Outputs of the drifted block for each batch of such a layer; else empty.
     """
 
     fit: DriftRows
     held: DriftRows
+    present: tuple[Tensor, Tensor] | None
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
 
@@ -257,13 +260,14 @@ class _Refit:
         if self.options.target == "stream" and len(group) == 1:
             joins = joins_stream(self.runner, block, self.drifted[0], self.layers[first])
         tokens = self._tokens(block, group, joins, exact, inputs)
-        before = _affine(self.layers[first])
         reports = [self._layer(block, name, tokens) for name in group]
         self.reports += reports
         if not any(report.accepted for report in reports):
             return tokens.outputs or outputs
+        if tokens.present is None:
+            return []
         # The layer's output is added to the block's, so that its change is, too.
-        W, bias = (new - old for new, old in zip(_affine(self.layers[first]), before, strict=True))
+        W, bias = (new - old for new, old in zip(_affine(self.layers[first]), tokens.present, strict=True))
         return [
             (output + (x_hat @ W.T + bias).view(output.shape)).to(output.dtype)
             for output, x_hat in zip(tokens.outputs, tokens.inputs, strict=True)
@@ -327,24 +331,24 @@ class _Refit:
             DriftRows((m, n), joins is not None, energy=chooses, inputs=own, dtype=dtype, device=device)
             for chooses in (False, True)
         )
-        W, W_low = (weight.detach().to(dtype) for weight in (linear_weight(original), layer.to_weight()))
-        tokens = _Tokens(fit, held)
+        W = linear_weight(original).detach().to(dtype)
+        tokens = _Tokens(fit, held, _affine(layer) if joins == "end" else None)
         for i, rows in enumerate(self.rows):
             x, v = inputs[i].reshape(-1, n).to(dtype), None
-            if joins == "end":
+            if tokens.present is not None:
                 (x_hat,), drifted = self.runner.run_and_see(block, i, self.drifted[i], [layer])
                 missing = exact[i] - drifted
             else:
                 x_hat = self.runner.layer_input(block, i, self.drifted[i], layer)
                 missing = self.exact[i] - self.drifted[i]
             x_hat = x_hat.reshape(-1, n).to(dtype)
-            if joins == "end":
+            if tokens.present is not None:
                 tokens.inputs.append(x_hat)
                 tokens.outputs.append(drifted)
-            if joins is not None:
                 # At the end of the block, the drifted stream includes this layer's present output.
-                added = x_hat @ W_low.T if joins == "end" else x @ W.T
-                v = added + missing.reshape(-1, m).to(dtype)
+                v = x_hat @ tokens.present[0].T + missing.reshape(-1, m).to(dtype)
+            elif joins is not None:
+                v = x @ W.T + missing.reshape(-1, m).to(dtype)
             if rows is not None:
                 real = rows.to(device)
                 x, x_hat, v = x[real], x_hat[real], None if v is None else v[real]

@@ -96,16 +96,19 @@ class TargetMoments:
         A, P = self.A - torch.outer(self.mean_x, self.mean_x), self.P - torch.outer(self.mean_v, self.mean_x)
         return replace(self, A=A, P=P)
 
-    def error(self, weight: Tensor, shift: Tensor | None = None) -> float:
+    def error(self, weight: Tensor, shift: Tensor | None = None, left: Tensor | None = None) -> float:
         """Return E[(v - W' x^ - s)^T G (v - W' x^ - s)], the error in the metric of the squared first-order loss.
 
         Args:
-            weight: W' in the basis of the outputs, shape (r, n).
+            weight: W' in the basis of the outputs, shape (r, n); or the right factor of W' = left @ weight.
             shift: s, the shift of the bias, in the same basis, shape (r,).
+            left: Left factor with orthonormal columns, shape (r, k), which drops out of the square.
         """
-        loss = self.energy - 2 * (weight * self.P).sum() + ((weight @ self.A) * weight).sum()
+        P = self.P if left is None else left.T @ self.P
+        loss = self.energy - 2 * (weight * P).sum() + ((weight @ self.A) * weight).sum()
         if shift is not None:
-            loss = loss + shift @ (shift - 2 * (self.mean_v - weight @ self.mean_x))
+            output = weight @ self.mean_x
+            loss = loss + shift @ (shift - 2 * (self.mean_v - (output if left is None else left @ output)))
         return float(loss)
 
 
@@ -171,7 +174,7 @@ class DriftRows:
         self._cross = torch.zeros(m if measured else n, n, dtype=dtype, device=device)
         self._inputs = RowMoments(n, dtype, device) if inputs or (energy and not measured) else None
         self._targets = RowMoments(m, dtype, device) if energy and measured else None
-        self._sums = [torch.zeros(width, dtype=dtype, device=device) for width in (n, len(self._cross))]
+        self._total = torch.zeros(len(self._cross), dtype=dtype, device=device)  # of the targets
         self._squares = torch.zeros((), dtype=dtype, device=device)
 
     def update(self, x: Tensor, x_hat: Tensor, v: Tensor | None) -> None:
@@ -186,17 +189,15 @@ class DriftRows:
             FloatingPointError: If a value is not finite.
         """
         target = x if v is None else v
-        totals = [x.sum(0), target.sum(0)]
-        squares = x.square().sum()
-        if not torch.isfinite(squares + x_hat.sum() + totals[1].sum()):
+        total, squares = target.sum(0), x.square().sum()
+        if not torch.isfinite(squares + x_hat.sum() + total.sum()):
             raise FloatingPointError("Expected finite activations but some are NaN or Inf. The refit is undone.")
         self._drifted.update(x_hat)
         self._cross.addmm_(target.T, x_hat)
         for rows, values in ((self._inputs, x), (self._targets, target)):
             if rows is not None:
                 rows.update(values)
-        for sums, total in zip(self._sums, totals, strict=True):
-            sums += total
+        self._total += total
         self._squares += squares
 
     @property
@@ -212,7 +213,7 @@ class DriftRows:
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Return E[x x^T] (n, n) and E[x] (n,) of the dense inputs; only if they were wanted."""
         assert self._inputs is not None
-        return self._inputs.compute(), self._mean(0)
+        return self._inputs.compute(), self._inputs.mean()
 
     def moments(self, basis: OutputBasis) -> TargetMoments:
         """Return the moments on the device of the basis. The target is W x, unless it was measured."""
@@ -226,9 +227,6 @@ class DriftRows:
             self._drifted.compute().to(device),
             back @ (self._cross.double() / max(self.count, 1)).to(device),
             self._drifted.mean().to(device),
-            back @ self._mean(1).to(device),
+            back @ (self._total.double() / max(self.count, 1)).to(device),
             energy,
         )
-
-    def _mean(self, which: int) -> Tensor:
-        return self._sums[which].double() / max(self.count, 1)

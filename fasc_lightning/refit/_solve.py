@@ -43,12 +43,7 @@ class Factors:
 
     def error(self, moments: TargetMoments) -> float:
         """Return the error of :meth:`TargetMoments.error`, for orthonormal columns of the left factor."""
-        right = self.right
-        loss = moments.energy - 2 * (right * (self.left.T @ moments.P)).sum() + ((right @ moments.A) * right).sum()
-        if self.shift is not None:
-            residual = moments.mean_v - self.left @ (right @ moments.mean_x)
-            loss = loss + self.shift @ (self.shift - 2 * residual)
-        return float(loss)
+        return moments.error(self.right, self.shift, self.left)
 
 
 def mixed_with_anchor(moments: TargetMoments, anchor: TargetMoments, weight: float) -> TargetMoments:

@@ -1,4 +1,4 @@
-"""Square roots, shrinkage and spectra of second moments, in float64."""
+"""Square roots, shrinkage and spectra of second moments, in float64, or float32 for mere choices."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def square_root(S: Tensor) -> SquareRoot:
     """Return L with L L^T = S: by Cholesky, or by the eigendecomposition if S is numerically singular.
 
     Args:
-        S: Symmetric positive semidefinite, shape (d, d), float64.
+        S: Symmetric positive semidefinite, shape (d, d), float64 or float32.
     """
     L, info = torch.linalg.cholesky_ex(S)
     pivots = L.diagonal()

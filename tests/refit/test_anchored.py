@@ -15,6 +15,7 @@ from fasc_lightning.refit import _anchored as refit_module
 from fasc_lightning.refit._checks import check_refit
 from fasc_lightning.refit._drift import DriftRows, TargetMoments
 from fasc_lightning.refit._shares import Change, shares
+from fasc_lightning.refit._solve import Factors
 from fasc_lightning.solvers import shrink, two_sided
 
 #: Without shrinkage nor choice: what the closed forms alone would do.
@@ -91,6 +92,7 @@ def test_each_block_is_fitted_to_what_the_refitted_ones_before_it_give(monkeypat
     monkeypatch.setattr(refit_module, "SHRINK_A", 0.0)
     monkeypatch.setattr(refit_module, "SHRINK_COUPLED_G", 0.0)
     monkeypatch.setattr(TargetMoments, "error", lambda *arguments: float("inf"))  # every candidate is better
+    monkeypatch.setattr(Factors, "error", lambda *arguments: 0.0)
     model, dense, gradients, batches = linear_stack()
     compressed = compressed_layers(model)
     fit, choose, _ = shares(8, 4)

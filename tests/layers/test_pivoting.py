@@ -27,7 +27,8 @@ def nasty(kind: str, m: int, k: int, seed: int) -> Tensor:
     if kind == "columns":
         return B * torch.logspace(-150, 150, k, dtype=torch.float64)
     if kind == "rows":
-        return B * torch.logspace(0, -12, m, dtype=torch.float64)[torch.randperm(m, generator=generator)][:, None]
+        # Not to 1e-12: a square draw whose own condition is 1e4 would then be singular to float64.
+        return B * torch.logspace(0, -9, m, dtype=torch.float64)[torch.randperm(m, generator=generator)][:, None]
     if kind == "conditioned":
         mix = torch.randn(k, k, dtype=torch.float64, generator=generator)
         return B * torch.logspace(0, -6, k, dtype=torch.float64) @ mix

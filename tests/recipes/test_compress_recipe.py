@@ -127,7 +127,9 @@ def test_int8_is_measured_saved_and_reloaded(recipe, folder, quantization, capsy
     model, tokenizer = load_model(str(path))
     assert sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) == sizes["compressed"]
     windows = text_windows(TEXT, tokenizer, 4, 64)
-    assert perplexity(model, windows) == pytest.approx(report["perplexity"]["foxes"]["compressed"], rel=1e-5)
+    # The last bit of an input decides how it is rounded, and the last bit depends on the batch.
+    tolerance = 1e-3 if quantization == "int8-dynamic" else 1e-5
+    assert perplexity(model, windows) == pytest.approx(report["perplexity"]["foxes"]["compressed"], rel=tolerance)
     # On disk there are a header and no buffers that can be computed.
     assert report["saved_bytes"] == (path / "model.safetensors").stat().st_size
     assert report["saved_bytes"] < sizes["unquantized"]

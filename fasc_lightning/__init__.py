@@ -38,6 +38,8 @@ from fasc_lightning.recover import recover
 from fasc_lightning.recovery import RecoveryCallback
 from fasc_lightning.score import score
 
+__version__ = "0.1.0"
+
 __all__ = [
     # compression
     "FascCallback",

@@ -34,14 +34,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from fasc_lightning.cli import (
+    CommandParser,
     ComparisonRun,
     add_comparison_options,
     add_source_options,
     check_comparison,
     peak_memory_bytes,
+    run_program,
 )
 from fasc_lightning.layers import bytes_in_16_bits
 from fasc_lightning.studies.comparison import (
@@ -62,9 +64,9 @@ METHOD = "fasc"
 REFITTED, REFIT = ("sizes", "keep"), "+refit"
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> CommandParser:
     """Return the parser of this recipe's options."""
-    parser = ArgumentParser(prog="compare_bytes.py", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(__doc__)
     add = parser.add_argument
     add_source_options(parser, windows=16)
     add(
@@ -167,4 +169,4 @@ def share_of_bytes(outcome: Outcome, dense: Outcome) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

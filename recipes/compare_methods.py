@@ -37,14 +37,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from fasc_lightning.cli import (
+    CommandParser,
     ComparisonRun,
     add_comparison_options,
     add_source_options,
     check_comparison,
     peak_memory_bytes,
+    run_program,
 )
 from fasc_lightning.options import CHEAP_METHOD, Gate
 from fasc_lightning.solvers import available_methods
@@ -65,9 +67,9 @@ STUDIES = ("grid", "kinds", "sensitivity", "layers", "thresholds")
 RHO_STUDIES = frozenset({"layers", "thresholds"})
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> CommandParser:
     """Return the parser of this recipe's options."""
-    parser = ArgumentParser(prog="compare_methods.py", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(__doc__)
     add = parser.add_argument
     add_source_options(parser, windows=16)
     everything = ", ".join([*available_methods(), *PRUNERS])
@@ -208,4 +210,4 @@ def share_kept(outcome: Outcome, dense: Outcome) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

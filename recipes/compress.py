@@ -19,14 +19,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
-import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from fasc_lightning import CompressionReport, compress
 from fasc_lightning.cli import (
     AUTO,
     Clock,
+    CommandParser,
     add_compression_options,
+    add_dtype_option,
     add_evaluation_options,
     add_output_options,
     add_source_options,
@@ -34,9 +35,12 @@ from fasc_lightning.cli import (
     calibration_precision,
     check_run,
     compression_options,
+    device_of,
+    dtype_of,
     measurement_lines,
     quality_line,
     questions_of,
+    run_program,
     save_results,
 )
 from fasc_lightning.data import load_model, window_loader
@@ -58,13 +62,14 @@ CONTROLS = {
 BUDGET = ("quantize", "int4")
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> CommandParser:
     """Return the parser of this recipe's options."""
-    parser = ArgumentParser(prog="compress.py", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(__doc__)
     add_source_options(parser, windows=64)
     add_compression_options(parser, f"{BUDGET[0]} {BUDGET[1]}")
     add_evaluation_options(parser, windows=32)
     add_output_options(parser)
+    add_dtype_option(parser)
     parser.add_argument(
         "--precision",
         choices=(AUTO, *get_args(Precision)),
@@ -78,10 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe and return the report that it writes."""
     options = build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments))
     check_run(options, BUDGET)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(options.device)
     clock = Clock()
     with clock("load"):
-        model, tokenizer = load_model(options.model)
+        model, tokenizer = load_model(options.model, dtype_of(options.dtype))
         model.eval().to(device)
         options.precision = calibration_precision(options.precision, model)
         questions = questions_of(options, tokenizer)
@@ -173,4 +178,4 @@ def full_report(
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -33,22 +33,24 @@ from pathlib import Path
 from typing import Any, get_args
 
 import lightning.pytorch as pl
-import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import Tensor
 
 from fasc_lightning import CausalLMModule, FascCallback
 from fasc_lightning.cli import (
+    DATA,
     KERNEL_CACHE,
     Clock,
+    CommandParser,
     add_compression_options,
     add_evaluation_options,
     add_output_options,
     add_source_options,
     calibration_of,
     check_run,
+    device_of,
     frozen_options,
     mapping,
     measurement_lines,
@@ -59,6 +61,7 @@ from fasc_lightning.cli import (
     questions_of,
     read_json,
     run_fit,
+    run_program,
     save_results,
     write_json,
 )
@@ -88,8 +91,6 @@ from fasc_lightning.options import RATES, CompressionOptions, Distillation, Fact
 #: The default budget.
 BUDGET = ("rank", 0.5)
 ARMS = {"lora": LoraRecovery, "factors": FactorRecovery}
-#: Calibration on the rows of the data that are trained on.
-DATA = "data"
 #: Tokens to read by default: of data, twenty minutes of training for the bundled model on two cores; of sampled text.
 TOKENS, SAMPLED_TOKENS = 100_000, 16_384
 #: Options that have no effect beside others.
@@ -104,9 +105,9 @@ PLACES = frozenset({"config", "output", "report", "licence", "device", "checkpoi
 MEASURING = frozenset({"eval_text", "eval_facts", "eval_windows", "in_domain"})
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> CommandParser:
     """Return the parser of this recipe's options."""
-    parser = ArgumentParser(prog="compress_then_finetune.py", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(__doc__)
     add = parser.add_argument
     add_source_options(parser, windows=32)
     parser.set_defaults(calibration=None)
@@ -165,10 +166,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.precision == "bf16-mixed":
         for name, value in KERNEL_CACHE.items():
             os.environ.setdefault(name, value)
-    clock = Clock()
+    device, clock = device_of(options.device), Clock()
     with clock("load"):
         model, tokenizer = load_model(options.model)
-        model.eval().to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model.eval().to(device)
         check_window(options.window, tokenizer, model)
         questions = questions_of(options, tokenizer)
     with clock("data"):
@@ -220,7 +221,7 @@ def finish(options: Namespace, model: Any, tokenizer: Any, content: dict[str, An
     print(save_results(options, model, tokenizer, content))
 
 
-def fill_in(options: Namespace, parser: ArgumentParser) -> None:
+def fill_in(options: Namespace, parser: CommandParser) -> None:
     """Fill in the sources, the tokens, the teacher and the trained parameters that were not given.
 
     Labels of real text win more back than the dense model's predictions do (docs/results.md).
@@ -241,7 +242,7 @@ def fill_in(options: Namespace, parser: ArgumentParser) -> None:
         options.teacher = "dense" if sampled or given(*UNUSED["teacher", "none"]) else "none"
 
 
-def check_used(options: Namespace, parser: ArgumentParser) -> None:
+def check_used(options: Namespace, parser: CommandParser) -> None:
     """Refuse options without effect.
 
     Raises:
@@ -444,4 +445,4 @@ def report_lines(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from fasc_lightning import CausalLMModule, FascCallback, save_compressed
+from fasc_lightning.cli import run_program
 from fasc_lightning.data import FinetuneData, finetune_data, load_model
 from fasc_lightning.models import check_folder
 
@@ -136,4 +137,4 @@ def main(arguments: ArgsType = None) -> RecoveryCLI:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(lambda arguments: main())  # LightningCLI reads the arguments of the process

@@ -24,24 +24,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from torch import Tensor, nn
 
 from fasc_lightning import FascCallback
 from fasc_lightning.cli import (
+    CommandParser,
     Row,
     add_source_options,
     add_text_options,
+    device_of,
     library_versions,
     peak_memory_bytes,
+    require,
     return_freed_memory,
+    run_program,
     save_table,
     table_text,
     write_json,
 )
 from fasc_lightning.compression import choose_methods, compress_layers, failure_flags
-from fasc_lightning.data import calibration_windows, file_windows, load_model, named_files, text_windows
+from fasc_lightning.data import calibration_windows, check_sources, file_windows, load_model, named_files, text_windows
 from fasc_lightning.dependence import (
     RhoHistory,
     angles_figure,
@@ -80,9 +83,9 @@ SIZES = (1024, 2048, 4096, 8192, 16384)
 METHOD = "fasc-plain"
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> CommandParser:
     """Return the parser of this recipe's options."""
-    parser = ArgumentParser(prog="study_rho.py", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(__doc__)
     add = parser.add_argument
     add_source_options(parser, windows=64)
     add("--heldout-windows", type=int, default=16, help="more windows of the same texts, to measure gains on")
@@ -105,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe and return the report that it writes."""
     options = check(build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments)))
     output, studies, clock = Path(options.output), options.studies, Stopwatch()
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(options.device)
     report: dict[str, Any] = {"model": options.model, "options": options.as_dict(), "versions": library_versions()}
 
     model, tokenizer = load_model(options.model)
@@ -163,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         report["gate"] = gate_study(model, layers, statistics.moments, scores, texts, options)
         clock.lap("gate")
 
-    report |= {"layers": rows, "seconds": clock.seconds, "peak_memory_bytes": peak_memory_bytes(torch.device(device))}
+    report |= {"layers": rows, "seconds": clock.seconds, "peak_memory_bytes": peak_memory_bytes(device)}
     write_json(report, options.report or output / "report.json")
     print("\nseconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in clock.seconds.items()))
     print(f"peak memory {report['peak_memory_bytes'] / 1e9:.2f} GB; tables and figures are in {output}")
@@ -176,7 +179,10 @@ def check(options: Namespace) -> Namespace:
     Raises:
         ValueError: If an option is out of range.
         FileNotFoundError: If a file is missing.
+        ModuleNotFoundError: If matplotlib or scipy is not installed.
     """
+    require("The figures and correlations need", "plot", "matplotlib", "scipy")
+    check_sources(options.calibration, "calibration")
     FascCallback(rank=options.rank)  # refuses wrong values
     for threshold in options.thresholds:
         Gate(threshold, options.gate_by, options.gate_exclude)
@@ -396,4 +402,4 @@ class Stopwatch:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -29,13 +29,23 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from biographies import biography_windows, make_people, recall_facts, word_tokenizer
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from run_report import Run, full_report, over_layers, write_outputs
 from torch import Tensor
 from window_stream import BatchStream, shuffled_windows
 
 from fasc_lightning import CausalLMModule, FascCallback
-from fasc_lightning.cli import Row, mapping, plain, read_json, whole_file, write_json
+from fasc_lightning.cli import (
+    CommandParser,
+    Row,
+    mapping,
+    plain,
+    read_json,
+    require,
+    run_program,
+    whole_file,
+    write_json,
+)
 from fasc_lightning.data import file_windows, load_model
 from fasc_lightning.evaluation import Fact, FactsResult, factual_recall, load_facts
 
@@ -53,9 +63,9 @@ OBSERVATIONS = 15
 CHECKPOINT_EVERY = 3  # observations
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> CommandParser:
     """Return the parser of this recipe's options."""
-    parser = ArgumentParser(prog="track_rho.py", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(__doc__)
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")
     add("--model", help="folder, hub id, or smollm2, to fine-tune on --text; default: a small decoder from scratch")
@@ -99,7 +109,9 @@ def check(options: Namespace) -> Namespace:
     Raises:
         ValueError: If options are out of range or contradict each other.
         FileNotFoundError: If a file is missing.
+        ModuleNotFoundError: If matplotlib is not installed.
     """
+    require("The figures need", "plot", "matplotlib")
     if (options.model is None) != (options.text is None):
         raise ValueError("Expected --model and --text together, to fine-tune the one on the other, or neither.")
     if options.eval_facts and not options.text:
@@ -412,4 +424,4 @@ def prepare_folder(options: Namespace, runs: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

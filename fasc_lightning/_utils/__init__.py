@@ -16,6 +16,7 @@ from fasc_lightning._utils._memory import (
     return_freed_memory,
     text_in_bytes,
 )
+from fasc_lightning._utils._optional import require
 from fasc_lightning._utils._plotting import (
     COLOURS,
     DASHES,
@@ -119,6 +120,7 @@ __all__ = [
     "read_json",
     "record",
     "refuse",
+    "require",
     "return_freed_memory",
     "rng_state",
     "row",

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fasc_lightning._utils._optional import require
+
 
 class Correlation(NamedTuple):
     """Pearson's and Spearman's correlation, each with its p-value, and the number of pairs."""
@@ -27,10 +29,9 @@ def correlate(x: ArrayLike, y: ArrayLike) -> Correlation:
     Raises:
         ModuleNotFoundError: If scipy is not installed.
     """
-    try:
-        from scipy.stats import pearsonr, spearmanr
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Correlations need scipy: pip install 'fasc-lightning[plot]'.") from error
+    require("Correlations need", "plot", "scipy")
+    from scipy.stats import pearsonr, spearmanr
+
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     finite = np.isfinite(a) & np.isfinite(b)
     a, b = a[finite], b[finite]

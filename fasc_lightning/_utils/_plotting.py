@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fasc_lightning._utils._layer_names import block_of
+from fasc_lightning._utils._optional import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,10 +30,9 @@ def new_figure(width: float, height: float) -> Figure:
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Figures need matplotlib: pip install 'fasc-lightning[plot]'.") from error
+    require("Figures need", "plot", "matplotlib")
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

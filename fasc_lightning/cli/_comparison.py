@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from fasc_lightning._utils import fingerprint, library_versions, terminal_progress
-from fasc_lightning.cli._options import add_text_options
+from fasc_lightning._utils import fingerprint, library_versions, require, terminal_progress
+from fasc_lightning.cli._models import device_of
+from fasc_lightning.cli._options import add_text_options, check_least
 from fasc_lightning.cli._run import calibration_of, questions_of
-from fasc_lightning.data import check_file, load_model, named_files
-from fasc_lightning.evaluation import Questions, load_minimal_pairs
+from fasc_lightning.data import check_file, check_sources, load_model, named_files
+from fasc_lightning.evaluation import Questions, check_builtin_facts, load_minimal_pairs
 from fasc_lightning.layers import select_layers
 
 if TYPE_CHECKING:
@@ -51,21 +52,24 @@ def check_comparison(options: Namespace, least: Iterable[tuple[str, int]]) -> No
     Raises:
         ValueError: If an option is out of range.
         FileNotFoundError: If a file is missing.
+        ModuleNotFoundError: If an optional package is missing.
     """
     from fasc_lightning.studies.comparison import Precision
 
-    for name, minimum in least:
-        if options[name] < minimum:
-            raise ValueError(f"Expected --{name.replace('_', '-')} to be at least {minimum} but got {options[name]}.")
+    check_least(options, dict(least))
+    check_sources(options.calibration, "calibration")
+    require("The figures of a comparison need", "plot", "matplotlib")
     precisions = get_args(Precision)
     if options.eval_precision not in precisions:
         raise ValueError(
             f"Expected --eval-precision to be one of {', '.join(precisions)} but got {options.eval_precision!r}."
         )
     options.eval_text = named_files(options.eval_text)
-    for path in (options.eval_facts, options.get("minimal_pairs")):
-        if path:
-            check_file(path)
+    given = [path for path in (options.eval_facts, options.get("minimal_pairs")) if path]
+    for path in given:
+        check_file(path)
+    if not given and not options.eval_text:
+        check_builtin_facts()
 
 
 def evaluation_of(options: Namespace, tokenizer: Any) -> Evaluation:
@@ -106,7 +110,7 @@ class ComparisonRun:
 
         self.output = Path(options.output)
         self._share = share
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device_of(options.device)
         model, tokenizer = load_model(options.model)
         model.eval().requires_grad_(False).to(device)
         self.evaluation = evaluation_of(options, tokenizer)

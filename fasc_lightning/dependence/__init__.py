@@ -17,7 +17,7 @@ from fasc_lightning.dependence._phase import MonitorPhase
 from fasc_lightning.dependence._reading import MIN_ROWS, SUMS
 from fasc_lightning.dependence._rho import PooledDependenceScore, debiased_rho, iid_floor, pooled_rho, rho
 from fasc_lightning.dependence._streaming import DependenceScore
-from fasc_lightning.dependence._summary import counted, reasons
+from fasc_lightning.dependence._summary import counted, describe, reasons
 
 __all__ = [
     "COLUMNS",
@@ -36,6 +36,7 @@ __all__ = [
     "check_emergence_options",
     "counted",
     "debiased_rho",
+    "describe",
     "emergence",
     "iid_floor",
     "pooled_rho",

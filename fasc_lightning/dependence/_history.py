@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fasc_lightning._utils import Entry, SchemaError, check, listed, naming, record, text, whole_file
+from fasc_lightning._utils import Entry, SchemaError, check, listed, naming, record, require, text, whole_file
 
 
 class RhoRow(TypedDict):
@@ -224,13 +224,10 @@ class RhoHistory(Sequence[RhoRow]):
         Raises:
             ModuleNotFoundError: If pyarrow is not installed.
         """
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "Parquet needs pyarrow: pip install 'fasc-lightning[table]'. to_csv() needs nothing."
-            ) from error
+        require("Parquet needs", "table", "pyarrow", instead="or write to_csv()")
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
         schema = pa.schema([(name, types[_TYPES[name]]) for name in COLUMNS])
         table = pa.table({name: self.column(name) for name in COLUMNS}, schema=schema)

@@ -1,6 +1,6 @@
 """Evaluations of a model before and after compression: perplexity, facts, grammar, choices and short answers."""
 
-from fasc_lightning.evaluation._builtin import builtin_facts, builtin_text
+from fasc_lightning.evaluation._builtin import builtin_facts, builtin_text, check_builtin_facts
 from fasc_lightning.evaluation._divergence import log_probabilities, window_divergences
 from fasc_lightning.evaluation._facts import (
     Fact,
@@ -78,6 +78,7 @@ __all__ = [
     "recalled_facts",
     "load_facts",
     "builtin_facts",
+    "check_builtin_facts",
     # numerical facts
     "NumberFact",
     "number_recall",

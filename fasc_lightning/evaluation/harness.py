@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fasc_lightning._utils import evaluating
+from fasc_lightning._utils import evaluating, require
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -84,8 +84,8 @@ def harness_model(
     Raises:
         ModuleNotFoundError: If lm-eval is not installed.
     """
-    with _explained_import():
-        from lm_eval.models.huggingface import HFLM
+    _check_installed()
+    from lm_eval.models.huggingface import HFLM
 
     class FiniteHFLM(HFLM):
         """HFLM that refuses log-probabilities that are not finite."""
@@ -148,10 +148,11 @@ def run_harness(
         ValueError: If there are no tasks, or a task is unknown.
         FloatingPointError: If a log-probability or a metric is not finite; the message names the task.
     """
-    with _explained_import():
-        import lm_eval
-        from lm_eval.evaluator import evaluate
-        from lm_eval.tasks import TaskManager
+    _check_installed()
+    import lm_eval
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
     if isinstance(tasks, str | PathLike | dict) or not tasks:
         raise ValueError(f"Expected a list of at least one task but got {tasks!r}.")
     specs = [dict(task) if isinstance(task, dict) else str(task) for task in tasks]
@@ -226,18 +227,8 @@ def _check_finite(requests: Sequence[Any], values: Iterable[float]) -> None:
             )
 
 
-@contextmanager
-def _explained_import() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in ("lm_eval", "accelerate"):
-            raise
-        raise ModuleNotFoundError(
-            f"The evaluation harness is lm-eval[hf], of which {package} is not installed. Run "
-            "`pip install 'fasc-lightning[eval]'`."
-        ) from None
+def _check_installed() -> None:
+    require("The evaluation harness needs", "eval", "lm_eval", "accelerate")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from fasc_lightning.models._checkpoints import match_checkpoint, match_on_load
 from fasc_lightning.models._decoding import prepare_decoding
 from fasc_lightning.models._densify import to_dense
 from fasc_lightning.models._layer_plan import apply_plan, compression_plan
-from fasc_lightning.models._load import load_compressed
+from fasc_lightning.models._load import is_compressed_config, load_compressed
 from fasc_lightning.models._quantize import quantize, quantize_layers
 from fasc_lightning.models._save import check_folder, save_compressed
 
@@ -15,6 +15,7 @@ __all__ = [
     "attach_config",
     "check_folder",
     "compression_plan",
+    "is_compressed_config",
     "load_compressed",
     "match_checkpoint",
     "match_on_load",

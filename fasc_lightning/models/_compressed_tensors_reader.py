@@ -93,6 +93,15 @@ def reading_arguments(path: str | PathLike[str], kwargs: Mapping[str, Any]) -> d
     return {**passed_on, "config": config}
 
 
+def is_readable(described: Mapping[str, Any]) -> bool:
+    """Tell whether this package has layers for all matrices that a ``quantization_config`` of the library describes."""
+    try:
+        PackedConfig(**{**described, "quant_method": _READER})
+    except ValueError:
+        return False
+    return True
+
+
 #: Arguments that the configuration and the weights are both found with.
 _HUB_ARGUMENTS = (
     "cache_dir",

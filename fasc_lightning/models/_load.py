@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fasc_lightning._utils import check_json_files, naming, some_names
 from fasc_lightning.layers import align_weights, compressed_layers
 from fasc_lightning.models._attach import attach_config
-from fasc_lightning.models._compressed_tensors import LIBRARY, is_library_config
-from fasc_lightning.models._compressed_tensors_reader import reading_arguments
+from fasc_lightning.models._compressed_tensors import LIBRARY, PROVENANCE, is_library_config
+from fasc_lightning.models._compressed_tensors_reader import is_readable, reading_arguments
 from fasc_lightning.models._config import QUANT_METHOD, FascConfig, is_fasc
 from fasc_lightning.models._folder_checks import check_json_contents, of_folder
 from fasc_lightning.models._layer_state import check_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 #: Files of a saved model besides its weights.
 JSON_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -72,6 +75,18 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
         if packed:
             attach_config(model)  # of this package's own quantizer
     return model
+
+
+def is_compressed_config(config: PreTrainedConfig) -> bool:
+    """Tell whether :func:`load_compressed` loads the models of a configuration, by its ``quantization_config``.
+
+    Folders in the format of compressed-tensors that this package has no layers for are not among them.
+    """
+    described = getattr(config, "quantization_config", None)
+    described = described if isinstance(described, dict | None) else described.to_dict()
+    if described is None or not is_library_config(described):
+        return described is not None and is_fasc(described)
+    return PROVENANCE in described or is_readable(described)
 
 
 def _read_config(path: str | PathLike[str], kwargs: Mapping[str, Any]) -> dict[str, Any]:

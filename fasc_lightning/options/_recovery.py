@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
+from fasc_lightning._utils import require
 from fasc_lightning.layers import SCALE_DTYPE, compressed_layers
 from fasc_lightning.options._block_training import RefineOptions
 from fasc_lightning.options._distillation import Distillation
@@ -124,11 +124,7 @@ class LoraRecovery(_Taught):
             raise ValueError(f"Expected `alpha` to be positive or None but got {self.alpha!r}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"Expected `dropout` to be in [0, 1) but got {self.dropout!r}.")
-        if find_spec("peft") is None:
-            raise ModuleNotFoundError(
-                "Expected peft for recovery by LoRA but it is not installed. HINT: pip install "
-                "'fasc-lightning[recovery]', or train the factors themselves: recovery='factors'."
-            )
+        require("Recovery by LoRA needs", "recovery", "peft", instead="or train the factors: recovery='factors'")
         if self.config is not None:
             if (self.r, self.alpha, self.dropout) != (8, None, 0.0):
                 raise ValueError("Expected `config` or (`r`, `alpha`, `dropout`) but got both. Give one.")

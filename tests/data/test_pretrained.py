@@ -155,3 +155,21 @@ def test_smollm2_folder_reloads_without_gguf(fake_wheel, save_tiny, monkeypatch)
     bundled.load_model("smollm2")
     folder = bundled.cache_folder() / "smollm2-135m-instruct-9.9"
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 8
+
+
+def test_a_config_needs_no_weights(tmp_path, save_tiny):
+    save_tiny(tmp_path, eos_token="<eos>")
+    (tmp_path / "model.safetensors").unlink()
+    for name in (tmp_path, tmp_path / "config.json"):
+        assert bundled.load_config(str(name)).vocab_size == 8
+
+
+@pytest.mark.parametrize("load", [bundled.load_model, bundled.load_config, bundled.load_tokenizer])
+def test_an_unknown_hub_id_is_explained(load):
+    with pytest.raises(FileNotFoundError, match="'nowhere/none': there is no such folder, and the hub gave no such"):
+        load("nowhere/none")
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        bundled.load_model(str(tmp_path))

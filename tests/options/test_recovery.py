@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -71,7 +72,7 @@ def test_wrong_options_are_refused(arm, options, error, message):
 
 
 def test_peft_is_asked_for_at_once(monkeypatch):
-    monkeypatch.setattr("fasc_lightning.options._recovery.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ModuleNotFoundError, match=r"fasc-lightning\[recovery\]"):
         FascCallback(rank=0.5, recovery="lora")
     FascCallback(rank=0.5, recovery="factors")

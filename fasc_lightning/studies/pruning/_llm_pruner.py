@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fasc_lightning._utils import block_of, evaluating, undoing
+from fasc_lightning._utils import block_of, evaluating, require, undoing
 from fasc_lightning.layers import is_compressed, is_plain_linear, select_layers
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.studies.pruning._types import TaylorResult, check_keep, count_weights
@@ -158,14 +158,9 @@ def _coupled_groups(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> 
         ModuleNotFoundError: If torch-pruning is not installed.
         ValueError: If the model's form cannot be pruned; the message names its family.
     """
-    try:
-        from fasc_lightning.studies.pruning import _coupling as _coupling
-    except ModuleNotFoundError as error:
-        if error.name != "torch_pruning":
-            raise
-        raise ModuleNotFoundError(
-            "LLM-Pruner works through torch-pruning, which is not installed. Run `pip install 'fasc-lightning[eval]'`."
-        ) from None
+    require("LLM-Pruner needs", "eval", "torch_pruning")
+    from fasc_lightning.studies.pruning import _coupling as _coupling
+
     if is_compressed(model):
         raise ValueError(
             f"Expected a dense {type(model).__name__} but it holds low-rank layers, whose rows and columns cannot be "

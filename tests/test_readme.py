@@ -16,6 +16,7 @@ import lightning as L
 import pytest
 from options_table import PAGE, with_table
 from processes import run_script
+from test_prose import PATTERN
 from tiny import byte_tokenizer, causal_model, causal_module, save_model_folder, token_loader
 
 from fasc_lightning import compress
@@ -25,6 +26,12 @@ README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = {file.relative_to(ROOT).as_posix(): file.read_text() for file in FILES}
+
+#: Pages for users, in plain English. The pages of results are measurements of many days.
+GUIDES = [
+    "README.md",
+    *(page for page in PAGES if re.match(r"docs/(guides/|get-|limits|options|recovery|serving|vers)", page)),
+]
 
 #: First line of a block that needs a GPU, the evaluation data, the network or hours; the reason follows.
 NOT_TESTED = "# not tested: "
@@ -171,6 +178,12 @@ def test_links_lead_to_files(page):
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
     assert [link for link in links if link and not (ROOT / page).parent.joinpath(link).is_file()] == []
     assert not made & set(links) or page.startswith("docs/api/")
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_guides_have_no_phrase_of_the_list(page):
+    text = " ".join(re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL).split())
+    assert [text[max(0, found.start() - 40) : found.end()] for found in PATTERN.finditer(text)] == []
 
 
 def test_the_options_table_is_that_of_the_declarations():

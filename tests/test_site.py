@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import logging
 import re
 from pathlib import Path
@@ -48,14 +47,19 @@ def site(tmp_path_factory):
 def test_the_reference_has_every_public_name(room):
     pages = "".join(file.read_text() for file in (ROOT / "docs" / "api").glob("*.md"))
     described = re.findall(rf"^::: {re.escape(room)}\.(?:(?!solvers|evaluation)\w+\.)?(\w+)$", pages, re.MULTILINE)
-    assert sorted(described) == sorted(set(DOCUMENTED[room].__all__))
+    rooms = {name.rpartition(".")[2] for name in DOCUMENTED}
+    assert sorted(set(described) - rooms) == sorted(DOCUMENTED[room].__all__)
+    assert len(set(described)) == len(described)
 
 
 def test_every_name_of_the_reference_is_rendered(site):
     pages = "".join(file.read_text() for file in (site / "api").glob("*.html"))
     for room, module in DOCUMENTED.items():
-        assert [name for name in module.__all__ if f'id="{room}.{name}"' not in pages] == []
-    assert "Without any of rank, keep, size and quantize" in html.unescape(pages)
+        # The path of a function in a module of its own name, such as `compress`, has the name twice.
+        ids = {name: (f'id="{room}.{name}"', f'id="{room}.{name}.{name}"') for name in module.__all__}
+        assert [name for name, either in ids.items() if not any(found in pages for found in either)] == []
+    options = (site / "api" / "options.html").read_text()
+    assert "Budget in bytes" in " ".join(options.split())  # a description of an argument
 
 
 def test_every_page_is_in_the_navigation(site):

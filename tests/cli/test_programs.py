@@ -26,6 +26,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen
 @pytest.fixture(autouse=True)
 def _program(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fasc test"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 

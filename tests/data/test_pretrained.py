@@ -165,9 +165,26 @@ def test_a_config_needs_no_weights(tmp_path, save_tiny):
 
 
 @pytest.mark.parametrize("load", [bundled.load_model, bundled.load_config, bundled.load_tokenizer])
-def test_an_unknown_hub_id_is_explained(load):
+def test_an_unknown_hub_id_is_explained_at_once(load, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="'nowhere/none': there is no such folder, and the hub gave no such"):
         load("nowhere/none")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    class ConnectError(Exception):
+        pass
+
+    asked = []
+
+    def model_info(self, name, timeout):
+        asked.append((name, timeout))
+        raise ConnectError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    with pytest.raises(FileNotFoundError, match=r"gave no such model \(no route\)"):
+        bundled.load_model("nowhere/none")
+    assert asked == [("nowhere/none", 10)]
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

@@ -1,5 +1,7 @@
 """fasc-lightning: knowledge-aware low-rank compression inside PyTorch Lightning."""
 
+from typing import TYPE_CHECKING, Any
+
 from fasc_lightning.callback import FascCallback
 from fasc_lightning.compress import compress
 from fasc_lightning.compression import CompressionReport, expert_table
@@ -38,9 +40,13 @@ from fasc_lightning.recover import recover
 from fasc_lightning.recovery import RecoveryCallback
 from fasc_lightning.score import score
 
+if TYPE_CHECKING:
+    from fasc_lightning.trainer_callback import FascTrainerCallback
+
 __all__ = [
     # compression
     "FascCallback",
+    "FascTrainerCallback",
     "compress",
     "plan",
     "CompressionForecast",
@@ -78,3 +84,12 @@ __all__ = [
     "emergence",
     "expert_table",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The Trainer of transformers takes a second to import, and few programs have both Trainers.
+    if name == "FascTrainerCallback":
+        from fasc_lightning.trainer_callback import FascTrainerCallback
+
+        return FascTrainerCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -163,7 +163,7 @@ def test_missing_matplotlib_is_named_in_one_line(make_trainer, tmp_path, monkeyp
         trainer = make_trainer(FascCallback(monitor=2), logger=CSVLogger(tmp_path, "run"))
         trainer.fit(causal_module(), token_loader())
     lines = [record.getMessage() for record in caplog.records if "matplotlib" in record.getMessage()]
-    assert lines == ["FascCallback: no figures of rho without matplotlib: pip install 'fasc-lightning[plot]'"]
+    assert lines == ["No figures of rho without matplotlib: pip install 'fasc-lightning[plot]'"]
 
 
 def test_a_module_without_blocks_is_not_told_what_to_do(make_trainer, caplog):

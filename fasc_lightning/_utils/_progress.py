@@ -39,7 +39,10 @@ def _rich_progress(trainer: pl.Trainer, bar: RichProgressBar) -> Progress:
     def progress(names: Sequence[str], description: str) -> Iterator[str]:
         assert bar.progress is not None
         with RichProgress(*bar.configure_columns(trainer), console=bar.progress.console) as shown:
-            yield from shown.track(names, description=description)
+            task = shown.add_task(description, total=len(names))  # `track` would show "2/14.0"
+            for name in names:
+                yield name
+                shown.advance(task)
 
     return progress
 

@@ -27,7 +27,7 @@ def draw_history(history: RhoHistory, threshold: float, observations: int) -> di
         observations: Observations in a row that emergence needs.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        rank_zero_info("FascCallback: no figures of rho without matplotlib: pip install 'fasc-lightning[plot]'")
+        rank_zero_info("No figures of rho without matplotlib: pip install 'fasc-lightning[plot]'")
         return {}
     return {
         "rho_heatmap": rho_heatmap(history, threshold=threshold, observations=observations),

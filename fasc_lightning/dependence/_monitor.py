@@ -143,7 +143,7 @@ class RhoMonitor:
         if partly and not self._explained:
             self._explained = True
             rank_zero_info(
-                f"FascCallback: {len(partly)} of {len(rows)} layers have rho at step {self.step}, but not its null, "
+                f"{len(partly)} of {len(rows)} layers have rho at step {self.step}, but not its null, "
                 f"debiased value or interval: {reasons(partly)}. HINT: use larger batches, or accumulate the gradients "
                 "of several (`accumulate_grad_batches`; `gradient_accumulation_steps` in transformers)."
             )

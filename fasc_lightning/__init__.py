@@ -1,5 +1,7 @@
 """fasc-lightning: knowledge-aware low-rank compression inside PyTorch Lightning."""
 
+from typing import TYPE_CHECKING, Any
+
 from fasc_lightning.callback import FascCallback
 from fasc_lightning.compress import compress
 from fasc_lightning.compression import CompressionReport, expert_table
@@ -40,9 +42,13 @@ from fasc_lightning.score import score
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from fasc_lightning.trainer_callback import FascTrainerCallback
+
 __all__ = [
     # compression
     "FascCallback",
+    "FascTrainerCallback",
     "compress",
     "plan",
     "CompressionForecast",
@@ -80,3 +86,12 @@ __all__ = [
     "emergence",
     "expert_table",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The Trainer of transformers takes a second to import, and few programs have both Trainers.
+    if name == "FascTrainerCallback":
+        from fasc_lightning.trainer_callback import FascTrainerCallback
+
+        return FascTrainerCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

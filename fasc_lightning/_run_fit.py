@@ -15,11 +15,14 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fasc_lightning._utils import undoing
+from fasc_lightning._utils import RichWorkBar, undoing
 from fasc_lightning.batches import is_hf_dataset, token_batches
 from fasc_lightning.distributed import DeviceMapStrategy, check_weights, is_split
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.options import Precision, Recovery
+
+#: Start of the messages of a callback.
+PREFIX = "FascCallback: "
 
 
 def run_fit(
@@ -28,6 +31,7 @@ def run_fit(
     callback: pl.Callback,
     progress: bool,
     *,
+    bar: pl.callbacks.ProgressBar | None = None,
     held_out: DataLoader[Any] | Iterable[Any] | None = None,
     recovery: Recovery | None = None,
     seed: int = 0,
@@ -41,6 +45,7 @@ def run_fit(
         batches: A DataLoader, or batches.
         callback: The callback that does the work.
         progress: Whether to show progress bars and the callback's messages.
+        bar: The progress bar; None for one of rich, named "Calibration" or "Recovery".
         held_out: Data for validation.
         recovery: Length and learning rate of a language model's training, if it is trained; a list of batches is then
             shuffled.
@@ -66,6 +71,7 @@ def run_fit(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     split = is_split(model)
     check_weights(model.named_parameters())
+    bars = [bar or RichWorkBar("Calibration" if recovery is None else "Recovery")] if progress else []
     where: dict[str, Any] = {"strategy": DeviceMapStrategy(device)} if split else {}
     with _quiet_trainer(progress), undoing() as undo:
         if not split:
@@ -79,7 +85,7 @@ def run_fit(
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=progress,
-            callbacks=[callback],
+            callbacks=[callback, *bars],
         )
         generator = None if recovery is None else torch.Generator().manual_seed(seed)
         held = None if held_out is None else as_loader(held_out, model=module)
@@ -192,7 +198,13 @@ def _quiet_trainer(progress: bool) -> Iterator[None]:
     """Suppress a Trainer's messages on devices, workers and modes, which the caller did not choose."""
 
     def ours(record: logging.LogRecord) -> bool:
-        return progress and record.getMessage().startswith("FascCallback")
+        """Pass the callback's messages on, without the name of a callback that the caller has not used."""
+        text = record.getMessage()
+        if not (progress and text.startswith(PREFIX)):
+            return False
+        text = text.removeprefix(PREFIX)
+        record.msg, record.args = f"{text[:1].upper()}{text[1:]}", None
+        return True
 
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     with undoing() as undo:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -22,6 +22,9 @@ from fasc_lightning.models import attach_config, match_on_load, quantize_layers
 from fasc_lightning.options import CompressionOptions, reported
 from fasc_lightning.planning import layers_forecast
 from fasc_lightning.recovery import RecoveryStage, set_aside_optimizers
+
+#: The last line of a fit that compresses.
+NOT_SAVED = "Not saved yet: save_compressed(model, folder), or trainer.save_checkpoint(file)."
 
 
 class FascCallback(CompressionOptions, pl.Callback):
@@ -123,6 +126,21 @@ class FascCallback(CompressionOptions, pl.Callback):
         self.rho_history.load_state_dict(state_dict["rho_history"])
         if "report" in state_dict:
             self.report = CompressionReport.from_dict(state_dict["report"])
+
+    # Not Lightning.
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse a Trainer of transformers, which calls this method first.
+
+        Raises:
+            TypeError: Always; it names the callback for that Trainer.
+        """
+        raise TypeError(
+            "Expected a Trainer of Lightning but FascCallback was given to a Trainer of transformers. HINT: "
+            "FascTrainerCallback, with the same options."
+        )
+
+    on_train_begin = on_init_end  # the first method of callbacks that are added to a Trainer later
 
     # Parts.
 
@@ -297,21 +315,24 @@ class FascCallback(CompressionOptions, pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: CompressionReport
     ) -> None:
         """Quantise the module unless a recovery comes first, and log the report of the compression."""
-        self.report = report if self.recovery is not None else self._quantized(pl_module, report)
-        log_report(trainer.loggers, self.report, trainer.global_step)
+        report = report if self.recovery is not None else self._quantized(pl_module, report)
+        self.report = self._calibration.validated(report)
+        log_report(trainer.loggers, self.report, trainer.global_step, layers=self.log_layers is not False)
         rank_zero_info(f"\n{self.report}")
         # Optimizers hold the dense parameters, which a checkpoint would otherwise store beside the factors.
         set_aside_optimizers(trainer, self._failed)
         if self.recovery is not None:
             rank_zero_info("FascCallback: the next fit, by a new Trainer with this callback, recovers.")
+        rank_zero_info(NOT_SAVED)
 
     def _report_recovery(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantise the module if asked to, and log the report of the recovery."""
         assert self.report is not None
         self.report = report = self._quantized(pl_module, self.report.with_recovered(self._stage.figures))
         attach_config(pl_module, method=report.method, options=report.options, seed=report.seed)
-        log_report(trainer.loggers, report, trainer.global_step)
+        log_report(trainer.loggers, report, trainer.global_step, layers=self.log_layers is not False)
         rank_zero_info(f"\n{report}")
+        rank_zero_info(NOT_SAVED)
 
     def _quantized(self, pl_module: pl.LightningModule, report: CompressionReport) -> CompressionReport:
         """Convert the targeted layers to int8 if asked to, and return the report with it."""

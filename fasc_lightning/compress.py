@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any, Literal, Unpack, overload
 
 import lightning.pytorch as pl
@@ -88,7 +87,7 @@ def compress(
             data, 64 samples at most.
         precision: Precision of the Trainer that calibrates, refits and measures, for example "bf16-mixed" for a float32
             model on a device that multiplies bfloat16 faster. None is the model's own. A recovery has one of its own.
-        progress: Whether to show progress bars and the memory of the moments.
+        progress: Whether to show progress bars, the memory of the moments and the report.
         dry_run: Whether to only forecast memory, time and sizes, after a look at the first batch. The model does not
             run, may be on the meta device, and stays unchanged. A generator of batches is used up.
         **keywords: Options of the compression (:class:`~fasc_lightning.options.CompressionOptions`); they override
@@ -130,7 +129,7 @@ def compress(
     if dry_run:
         forecast = fit_forecast(model, callback, *batch_tokens(as_loader(batches, model=model)))
         if progress:
-            rank_zero_info(f"FascCallback: {forecast}")
+            rank_zero_info(f"\n{forecast}")
         return forecast
     if isinstance(recovery_data, Iterator):
         recovery_data = list(recovery_data)
@@ -149,14 +148,13 @@ def compress(
             seed=callback.seed,
         )
     assert callback.report is not None
-    return _without_prefix(callback.report, prefix)
+    report = callback.report.without_prefix(prefix)
+    if progress:
+        rank_zero_info(f"\n{report}")
+        rank_zero_info("Not saved yet: save_compressed(model, folder).")
+    return report
 
 
 def _has_validation(model: nn.Module) -> bool:
     """Return whether a module has its own validation batches."""
     return isinstance(model, pl.LightningModule) and is_overridden("val_dataloader", model)
-
-
-def _without_prefix(report: CompressionReport, prefix: str) -> CompressionReport:
-    layers = [replace(layer, name=layer.name.removeprefix(prefix)) for layer in report.layers]
-    return replace(report, layers=layers)

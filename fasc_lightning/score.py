@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from fasc_lightning._run_fit import run_fit
-from fasc_lightning._utils import undoing
+from fasc_lightning._utils import RichWorkBar, undoing
 from fasc_lightning.batches import (
     LossScales,
     LossTerms,
@@ -103,7 +103,7 @@ def score(
 
     def observe(step: int) -> None:
         once = _ScoreFit(step, targets, exclude, tokens, gradient, token_mask, loss_terms, seed)
-        prefix = run_fit(model, data, once, progress)
+        prefix = run_fit(model, data, once, progress, bar=RichWorkBar("Scoring") if progress else None)
         for row in once.history:
             history.append({**row, "layer": row["layer"].removeprefix(prefix)})
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny import causal_model, feature_loader, mlp, token_loader
 from torch import nn
 
@@ -27,6 +28,14 @@ def test_the_forms_give_the_same_model():
         compress(model, batches, keep=0.8, progress=False)
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_loader_of_a_transformers_trainer_is_taken():
+    model, dense = causal_model(), causal_model()
+    loader = Accelerator(cpu=True).prepare(token_loader(samples=16))
+    for each, batches in ((model, loader), (dense, token_loader(samples=16))):
+        compress(each, batches, keep=0.8, progress=False)
+    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_a_model_keeps_its_mode_and_flags():

@@ -54,7 +54,8 @@ def test_moved_names_are_found_with_a_word_on_where_they_are(path):
 def test_importing_the_package_loads_nothing_slow():
     program = (
         "import sys, lightning.pytorch, torchmetrics, transformers; before = set(sys.modules); import fasc_lightning; "
-        "print(*{m.split('.')[0] for m in set(sys.modules) - before})"
+        "print(*{m.split('.')[0] for m in set(sys.modules) - before}); "
+        "assert 'fasc_lightning.trainer_callback' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert "fasc_lightning" in done.stdout

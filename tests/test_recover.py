@@ -176,7 +176,7 @@ def test_blocks_are_refined_before_the_recovery(arm):
     assert report.seconds["refine"] == pytest.approx(report.refine["seconds"], rel=0.2, abs=0.5)
     assert report.refine["loss"]["after"] < report.refine["loss"]["before"]
     assert report.recovery["held_out_loss"]["before"] < plain.recovery["held_out_loss"]["before"]
-    assert "refine: 2 blocks changed; held-out loss" in str(report)
+    assert "refinement: 2 blocks changed; held-out loss" in str(report)
     assert type(report).from_dict(report.to_dict()).refine == report.refine
 
 

@@ -11,6 +11,7 @@ from fasc_lightning._utils._json_files import check_json_files, parse_json, plai
 from fasc_lightning._utils._layer_names import block_of, some_names
 from fasc_lightning._utils._memory import (
     FreedMemory,
+    amount,
     available_memory,
     peak_memory_bytes,
     return_freed_memory,
@@ -32,7 +33,7 @@ from fasc_lightning._utils._plotting import (
     spread_positions,
     ticks_within,
 )
-from fasc_lightning._utils._progress import Progress, layer_progress, terminal_progress
+from fasc_lightning._utils._progress import Progress, RichWorkBar, TqdmWorkBar, layer_progress, terminal_progress
 from fasc_lightning._utils._rng_state import check_rng_state, rng_state, same_rng, seed_rng, set_rng_state
 from fasc_lightning._utils._schema import (
     FLOATS,
@@ -77,10 +78,13 @@ __all__ = [
     "ForwardHook",
     "NamedTensors",
     "Progress",
+    "RichWorkBar",
     "Row",
     "SchemaError",
+    "TqdmWorkBar",
     "Undo",
     "anything",
+    "amount",
     "available_memory",
     "block_index",
     "block_of",

@@ -75,6 +75,20 @@ class FreedMemory:
             return_freed_memory()
 
 
+def amount(value: float, unit: str) -> str:
+    """Return an amount with three digits and a prefix of its unit, as "1.23 GB" or "40.0 kFLOPs".
+
+    Args:
+        value: The amount, at least 0.
+        unit: The unit, for example "B" for bytes.
+    """
+    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= factor:
+            scaled = value / factor
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {prefix}{unit}"
+    return f"{value:.0f} {unit}"
+
+
 #: Bytes in the units of an amount given as text.
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

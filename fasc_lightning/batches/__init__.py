@@ -20,7 +20,14 @@ from fasc_lightning.batches._loader_state import (
 from fasc_lightning.batches._loss_graph import graph_alone
 from fasc_lightning.batches._masks import TokenMask, batch_mask
 from fasc_lightning.batches._resumable_loader import ResumableLoader, restore_loaders
-from fasc_lightning.batches._rows import backwards_of, batch_label, calibration_rows, observed_rows, replayed_rows
+from fasc_lightning.batches._rows import (
+    backwards_of,
+    batch_label,
+    calibration_rows,
+    observed_rows,
+    replayed_rows,
+    sampled_rows,
+)
 from fasc_lightning.batches._sampling import MAX_SEQUENCES, MIN_SEQUENCES, sample_seeds
 from fasc_lightning.batches._scaling import LossScales, LossTerms, loss_terms_of, reads_loss
 from fasc_lightning.batches._silence import silent
@@ -79,6 +86,7 @@ __all__ = [
     "restore_loaders",
     "restore_position",
     "sample_seeds",
+    "sampled_rows",
     "silent",
     "skips_backward",
     "takes_iterator",

@@ -191,7 +191,10 @@ def loops_before(trainer: pl.Trainer) -> dict[str, Any]:
     The state of the loaders is left out, since the batch has been taken from them. Without it they start from the
     beginning. The result also holds whether the Trainer is to stop.
     """
-    loops = trainer.fit_loop.state_dict()
+    with undoing() as undo:
+        if (combined := trainer.fit_loop._combined_loader) is not None:
+            undo.set(combined, "_state_dicts", list)  # not asked, since some loaders fail to answer
+        loops = trainer.fit_loop.state_dict()
     loops["state_dict"].pop("combined_loader", None)
     progress = loops["epoch_loop.batch_progress"]
     progress["is_last_batch"] = False
@@ -291,5 +294,15 @@ def train_loaders(trainer: pl.Trainer) -> Sequence[Any]:
 
 
 def is_stateful(value: Any) -> bool:
-    """Return whether a loader or sampler can save and restore its position."""
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+    """Return whether a loader or sampler can save and restore its position.
+
+    Having the methods is not enough: wrappers of loaders, such as accelerate's, have them whatever they wrap, and fail
+    when they are called.
+    """
+    if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))):
+        return False
+    try:
+        value.state_dict()
+    except (AttributeError, NotImplementedError):
+        return False
+    return True

@@ -71,13 +71,48 @@ def observed_rows(
     tokens: int,
     seed: int,
 ) -> TokenRows:
-    """Describe a batch of which only a sample is scored. The number of terms of its loss need not be known."""
+    """Describe a batch of a fit of which only a sample is scored; see :func:`sampled_rows`."""
+    return sampled_rows(
+        pl_module,
+        batch,
+        label=batch_label(trainer),
+        scale=partial(gradient_scale, trainer),
+        token_mask=token_mask,
+        loss_terms=loss_terms,
+        tokens=tokens,
+        seed=seed,
+    )
+
+
+def sampled_rows(
+    pl_module: pl.LightningModule,
+    batch: Any,
+    *,
+    label: str,
+    scale: Callable[..., LossScale] = batch_terms,
+    token_mask: TokenMask | None,
+    loss_terms: LossTerms | None,
+    tokens: int,
+    seed: int,
+) -> TokenRows:
+    """Describe a batch of which only a sample is scored. The number of terms of its loss need not be known.
+
+    Args:
+        pl_module: Module whose ``loss_terms`` is used if ``loss_terms`` is None; without one, "mean".
+        batch: The batch.
+        label: Name of the batch, for messages.
+        scale: Function that returns the scale from the module, the batch, its mask, the reduction and the loss.
+        token_mask: Function that returns the mask of real tokens.
+        loss_terms: Reduction of the loss.
+        tokens: Number of tokens to keep.
+        seed: Seed of the choice of tokens.
+    """
     mask = batch_mask(pl_module, batch, token_mask)
     try:
         asked = _asked_once(pl_module, batch, loss_terms)
     except ValueError:
         asked = "sum"
-    known = partial(gradient_scale, trainer, pl_module, batch, mask, asked)
+    known = partial(scale, pl_module, batch, mask, asked)
 
     def scale_of(loss: Tensor) -> LossScale:
         try:
@@ -85,7 +120,7 @@ def observed_rows(
         except ValueError:
             return LossScale(1.0)
 
-    seeds, label = _seeds_of(batch, seed, mask), batch_label(trainer)
+    seeds = _seeds_of(batch, seed, mask)
     rows = TokenRows(label, mask, _first_guess(known), sample_seeds=seeds, sample=tokens, scale_of=scale_of)
     rows.note(identifying_tensor(batch))
     return rows

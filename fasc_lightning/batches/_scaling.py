@@ -136,7 +136,7 @@ class LossScales:
         if scale.doubt:
             self._warn(
                 "doubt",
-                f"FascCallback: the graph of the loss of {label} does not show over how many terms it is a mean; it is "
+                f"The graph of the loss of {label} does not show over how many terms it is a mean; it is "
                 f"taken for {scale.doubt}. Gradients are scaled by that number, and batches weigh by it. HINT: give "
                 "`loss_terms`, 'sum' or a callable on the batch that returns the number of terms, or let the module "
                 "have a method of that name.",
@@ -144,7 +144,7 @@ class LossScales:
         if scale.empty:
             self._warn(
                 "empty",
-                f"FascCallback: the loss of {label} has no term (is each of its labels -100?). Batches without terms "
+                f"The loss of {label} has no term (is each of its labels -100?). Batches without terms "
                 "are left out of the statistics.",
             )
         return not scale.empty

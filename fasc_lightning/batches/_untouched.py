@@ -22,6 +22,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fasc_lightning._utils import amount
 from fasc_lightning.distributed import is_dtensor
 
 #: Bytes up to which a tensor or an array is copied each time, so that writes into it can be undone.
@@ -229,7 +230,7 @@ def _put_tensor(value: Tensor, data: Tensor, copied: Tensor | None, version: int
     if copied is None:
         if not value.is_inference() and value._version != version:
             rank_zero_warn(
-                f"FascCallback: a training step that ran again wrote into a tensor of {value.nbytes / 1e6:.0f} MB and "
+                f"A training step that ran again wrote into a tensor of {amount(value.nbytes, 'B')} and "
                 f"shape {tuple(value.shape)}. It is too large to be copied each time, and stays as that step left it. "
                 "HINT: write into it in `on_train_batch_end`."
             )

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from fasc_lightning._utils import available_memory
+from fasc_lightning._utils import amount, available_memory
 from fasc_lightning.batches import LossTerms, TokenMask, takes_iterator
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import split_name
@@ -76,8 +76,8 @@ def check_moments_memory(needed: int, device: torch.device, passes: int = 1, ske
         beside = "" if device.type == "cpu" else ", moments_device='cpu' holds them there"
         kinds = {None: ", sketch='projected' or 'range' holds less of each", "range": ", sketch='projected' holds less"}
         raise MemoryError(
-            f"Expected the moments of the tapped layers to fit but they need up to {needed / 1e9:.2f} GB and "
-            f"{free / 1e9:.2f} GB is free on {device}. HINT: passes={passes + 1} or more gathers a share of them at a "
+            f"Expected the moments of the tapped layers to fit but they need up to {amount(needed, 'B')} and "
+            f"{amount(free, 'B')} is free on {device}. HINT: passes={passes + 1} or more gathers a share of them at a "
             f"time{kinds.get(sketch, '')}{beside}; or target fewer layers (`targets`, `exclude`) "
             "in several runs. plan() finds what fits."
         )
@@ -86,7 +86,7 @@ def check_moments_memory(needed: int, device: torch.device, passes: int = 1, ske
 def warn_unannounced() -> None:
     """Warn of a training step that runs its own backward passes, which hides its loss from the hooks."""
     rank_zero_warn(
-        "FascCallback: the training step calls `loss.backward()` by itself, so that its loss is not known. All "
+        "The training step calls `loss.backward()` by itself, so that its loss is not known. All "
         "gradients that arrive are counted, those of `torch.autograd.grad` among them, and the scale of the loss is a "
         "guess. HINT: call `self.manual_backward(loss)`."
     )

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from fasc_lightning._utils import Progress, available_memory, return_freed_memory
+from fasc_lightning._utils import Progress, amount, available_memory, return_freed_memory
 from fasc_lightning.calibration._checks import check_moments_memory
 from fasc_lightning.calibration._gathering import Gathering
 from fasc_lightning.calibration._shares import check_averaging, passes_of, share_units, shares
@@ -93,7 +93,7 @@ class Passes:
         check_moments_memory(self.needed, place, self.count, options.sketch)
         rank_zero_info(
             f"FascCallback: {len(names)} layers with {layers.weights:,} weights; their moments need at most "
-            f"{self.needed / 1e9:.2f} GB ({dtype}) of the {available_memory(place) / 1e9:.2f} GB free on {place}"
+            f"{amount(self.needed, 'B')} ({dtype}) of the {amount(available_memory(place), 'B')} free on {place}"
             f"{'' if self.count == 1 else f', in each of {self.count} passes'}."
         )
         self._factorized: FactorizedLayers | None = None

@@ -18,6 +18,7 @@ from fasc_lightning.calibration._checks import check_batches_given
 from fasc_lightning.calibration._resume import CalibrationCheckpoint
 from fasc_lightning.calibration._run import CalibrationRun
 from fasc_lightning.calibration._schedule import CalibrationSchedule
+from fasc_lightning.calibration._validation import ValidationLoss
 from fasc_lightning.compression import CompressionReport, check_fits
 from fasc_lightning.dependence import MonitorPhase
 from fasc_lightning.distributed import check_weights
@@ -73,6 +74,7 @@ class CalibrationPhase(pl.Callback):
         self.schedule = self._scheduled()
         self.run: CalibrationRun | None = None
         self.report: CompressionReport | None = None
+        self._validation: ValidationLoss | None = None
 
     def _scheduled(self) -> CalibrationSchedule:
         options = self._options
@@ -94,7 +96,7 @@ class CalibrationPhase(pl.Callback):
             undo.add(self.schedule.stop)
 
     def _drop(self) -> None:
-        self.run = self._layers = self.report = None
+        self.run = self._layers = self.report = self._validation = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -207,9 +209,14 @@ class CalibrationPhase(pl.Callback):
         self.run.end(trainer)  # A fit with no batch left to run neither starts nor ends its training.
         self._failed.keep(pl_module, attributes=True)
         # Every `on_train_end` has run, so averaging callbacks have put their weights in place.
+        self._validation = ValidationLoss(trainer, pl_module, self._options)
         report, replaced = self.run.compress(trainer, pl_module, self._options, self._failed)
         self._failed.set(self, "report", report)
         self._recovery.keep(replaced)
+
+    def validated(self, report: CompressionReport) -> CompressionReport:
+        """Return the report with the loss on validation batches, of the module as it is now."""
+        return report if self._validation is None else self._validation.add_to(report)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -226,7 +226,7 @@ class CalibrationCheckpoint:
             self._state = None
             found = "null" if state is None else f"a {type(state).__name__}"
             rank_zero_warn(
-                f"FascCallback: {trainer.ckpt_path} holds {found} in place of a calibration, so that none of its "
+                f"{trainer.ckpt_path} holds {found} in place of a calibration, so that none of its "
                 "statistics are used and the calibration starts again with what is left of it. Was the file edited? "
                 "HINT: resume from a checkpoint of before the calibration."
             )
@@ -257,7 +257,7 @@ class CalibrationCheckpoint:
         rank_zero_info(f"FascCallback: the calibration goes on after {run.batches} batches.")
         if state["accumulated"]:
             rank_zero_warn(
-                "FascCallback: the checkpoint was saved while gradients were accumulated, which none holds, so "
+                "The checkpoint was saved while gradients were accumulated, which none holds, so "
                 "that the next optimizer step lacks those of some batches. The statistics are whole. HINT: "
                 "ModelCheckpoint(every_n_train_steps=...) saves right after a step."
             )
@@ -277,7 +277,7 @@ class CalibrationCheckpoint:
             trainer.should_stop = True
         elif trainer.ckpt_path is not None and (missed := schedule.missed(trainer)):
             rank_zero_warn(
-                f"FascCallback: the calibration starts again with what is left of it, since the checkpoint holds no "
+                f"The calibration starts again with what is left of it, since the checkpoint holds no "
                 f"statistics of its first {missed} {'batches' if schedule.calibration_steps is None else 'steps'}. "
                 "HINT: resume from a checkpoint of before the calibration."
             )
@@ -330,7 +330,7 @@ class CalibrationCheckpoint:
         if run.trains:
             twice = " The weights are trained on those batches once more, since update_weights=True."
         rank_zero_warn(
-            f"FascCallback: the calibration starts again from its first batch and not where the checkpoint was saved. "
+            f"The calibration starts again from its first batch and not where the checkpoint was saved. "
             f"Reason: {reason}.{twice} HINT: a stateful loader and the same options, processes and files let it go on."
         )
 

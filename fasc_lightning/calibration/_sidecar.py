@@ -71,7 +71,7 @@ class SidecarCheckpointIO(CheckpointIO):
             except (OSError, SafetensorError) as error:
                 state["obstacle"] = f"its sidecar file could not be written ({error})"
                 rank_zero_warn(
-                    f"FascCallback: the statistics of the calibration could not be written beside {path}: {error}. A "
+                    f"The statistics of the calibration could not be written beside {path}: {error}. A "
                     "fit that is resumed from this checkpoint has to start its calibration again."
                 )
         self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
@@ -210,4 +210,4 @@ def _remove(files: Iterable[Path]) -> None:
         try:
             file.unlink(missing_ok=True)
         except OSError as error:
-            rank_zero_warn(f"FascCallback: {file} is of no use any more but could not be removed: {error}.")
+            rank_zero_warn(f"{file} is of no use any more but could not be removed: {error}.")

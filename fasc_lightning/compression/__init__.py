@@ -38,7 +38,7 @@ from fasc_lightning.compression._gate import (
 from fasc_lightning.compression._layer_report import LayerReport
 from fasc_lightning.compression._loss_correction import Approximation, evenly_spaced, measure_losses
 from fasc_lightning.compression._objective import fisher_losses, fisher_metric
-from fasc_lightning.compression._report import CompressionReport, log_report
+from fasc_lightning.compression._report import CompressionReport, log_report, report_metrics
 from fasc_lightning.compression._rounding import RoundedLayers, build_rounded, round_layers
 from fasc_lightning.compression._state_schema import check_callback_state, check_recovery_state, sealed
 from fasc_lightning.compression._summary import outcome, recovery_line
@@ -83,6 +83,7 @@ __all__ = [
     "offload_to_disk",
     "outcome",
     "recovery_line",
+    "report_metrics",
     "round_layers",
     "same_everywhere",
     "sealed",

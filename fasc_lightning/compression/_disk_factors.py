@@ -6,6 +6,7 @@ from tempfile import NamedTemporaryFile, gettempdir
 
 import torch
 
+from fasc_lightning._utils import amount
 from fasc_lightning.solvers import Factorization
 
 
@@ -24,7 +25,7 @@ def offload_to_disk(factorization: Factorization) -> Factorization:
             file.flush()
         except (OSError, RuntimeError) as error:  # torch's writer has errors of its own
             raise OSError(
-                f"Expected room for {size / 1e9:.2f} GB of factors in {gettempdir()} but: {error}. Factors of layers "
+                f"Expected room for {amount(size, 'B')} of factors in {gettempdir()} but: {error}. Factors of layers "
                 "wait there for the last pass, 2 to 3 times the layers' weights in all. HINT: the environment variable "
                 "TMPDIR names another folder."
             ) from error

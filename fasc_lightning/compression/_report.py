@@ -40,6 +40,8 @@ class CompressionReport:
             it was reverted; None without a refit.
         refine: Figures of a refinement of the blocks, as ``refit`` but in blocks; None without a refinement.
         recovery: Figures of a recovery (:class:`~fasc_lightning.RecoveryCallback`); None without a recovery.
+        validation: The module's own loss on the first batches of its validation loader, before and after the
+            compression, and the number of batches; None without a validation loader.
         versions: Versions of the libraries.
     """
 
@@ -55,6 +57,7 @@ class CompressionReport:
     refit: dict[str, Any] | None = None
     refine: dict[str, Any] | None = None
     recovery: dict[str, Any] | None = None
+    validation: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,6 +108,11 @@ class CompressionReport:
             peak_memory_bytes=max(self.peak_memory_bytes, figures.get("peak_memory_bytes", 0)),
         )
 
+    def without_prefix(self, prefix: str) -> CompressionReport:
+        """Return the report with the layers' names in a part of the module, for example without "model."."""
+        layers = [replace(layer, name=layer.name.removeprefix(prefix)) for layer in self.layers]
+        return replace(self, layers=layers)
+
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> CompressionReport:
         """Return the report from ``content``, which :meth:`to_dict` made.
@@ -147,21 +155,41 @@ class CompressionReport:
         return summary_table(self)
 
 
-def log_report(loggers: Iterable[Logger], report: CompressionReport, step: int) -> None:
-    """Send a report's figures to loggers; ``self.log`` is not allowed at the end of a fit."""
+def log_report(loggers: Iterable[Logger], report: CompressionReport, step: int, *, layers: bool = True) -> None:
+    """Send a report's figures to loggers; ``self.log`` is not allowed at the end of a fit.
+
+    Args:
+        loggers: The loggers.
+        report: The report.
+        step: The global step.
+        layers: Whether the figures of each layer are logged, too.
+    """
     for logger in loggers:
-        separator = logger.group_separator
-        figures: dict[str, float] = {
-            f"fasc{separator}kept": report.kept,
-            f"fasc{separator}parameters": report.targeted["compressed"].parameters,
-            f"fasc{separator}bytes": report.targeted["compressed"].bytes,
-            f"fasc{separator}loss": sum(layer.loss for layer in report.layers),
-        }
-        for layer in report.layers:
-            figures[f"fasc_rank{separator}{layer.name}"] = layer.rank
-            figures[f"fasc_loss{separator}{layer.name}"] = layer.loss
-            if layer.rho == layer.rho:
-                # A name of its own, because monitoring logs rho of other tokens.
-                figures[f"fasc_rho{separator}{layer.name}"] = layer.rho
-        logger.log_metrics(figures, step=step)
+        logger.log_metrics(report_metrics(report, logger.group_separator, layers=layers), step=step)
         logger.save()
+
+
+def report_metrics(report: CompressionReport, separator: str = "/", *, layers: bool) -> dict[str, float]:
+    """Return the figures of a report by the names that logs have.
+
+    Args:
+        report: The report.
+        separator: Separator between the parts of a name.
+        layers: Whether the figures of each layer are among them.
+    """
+    figures: dict[str, float] = {
+        f"fasc{separator}kept": report.kept,
+        f"fasc{separator}parameters": report.targeted["compressed"].parameters,
+        f"fasc{separator}bytes": report.targeted["compressed"].bytes,
+        f"fasc{separator}loss": sum(layer.loss for layer in report.layers),
+    }
+    if report.validation is not None:
+        figures[f"fasc{separator}validation_loss_before"] = report.validation["loss"]["before"]
+        figures[f"fasc{separator}validation_loss_after"] = report.validation["loss"]["after"]
+    for layer in report.layers if layers else ():
+        figures[f"fasc_rank{separator}{layer.name}"] = layer.rank
+        figures[f"fasc_loss{separator}{layer.name}"] = layer.loss
+        if layer.rho == layer.rho:
+            # A name of its own, because monitoring logs rho of other tokens.
+            figures[f"fasc_rho{separator}{layer.name}"] = layer.rho
+    return figures

@@ -61,7 +61,7 @@ REPORT = record(
         "layers": listed(_LAYER),
     },
     {
-        **dict.fromkeys(("refit", "refine", "recovery"), optional(mapping(plain))),
+        **dict.fromkeys(("refit", "refine", "recovery", "validation"), optional(mapping(plain))),
         "versions": mapping(text),
     },
     extra=True,

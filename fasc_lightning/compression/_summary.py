@@ -6,12 +6,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fasc_lightning._utils import amount
 from fasc_lightning.compression._expert_report import expert_summary
 from fasc_lightning.compression._layer_report import LayerReport
 from fasc_lightning.options import Gate
 
 if TYPE_CHECKING:
     from fasc_lightning.compression._report import CompressionReport
+
+#: The phases of a compression by their names in ``CompressionReport.seconds``.
+PHASES = {
+    "calibrate": "calibration",
+    "factorize": "factorising",
+    "refine": "refinement",
+    "recover": "recovery",
+    "quantize": "quantising",
+}
 
 
 def summary_table(report: CompressionReport) -> str:
@@ -65,11 +75,11 @@ def summary_table(report: CompressionReport) -> str:
     for title, sizes in (("targeted layers", report.targeted), ("whole model", report.whole)):
         before_size, after_size = sizes["dense"], sizes["compressed"]
         stages = [sizes[state] for state in ("dense", "unquantized", "compressed") if state in sizes]
-        megabytes = " -> ".join(f"{size.bytes / 1e6:.1f}" for size in stages)
+        sizes_text = " -> ".join(amount(size.bytes, "B") for size in stages)
         lines.append(
             f"{title}: {before_size.parameters:,} -> {after_size.parameters:,} parameters "
-            f"({after_size.parameters / before_size.parameters:.1%}), {megabytes} MB, "
-            f"{before_size.flops_per_token / 1e6:.1f} -> {after_size.flops_per_token / 1e6:.1f} MFLOPs a token"
+            f"({after_size.parameters / before_size.parameters:.1%}), {sizes_text}, "
+            f"{amount(before_size.flops_per_token, 'FLOPs')} -> {amount(after_size.flops_per_token, 'FLOPs')} a token"
         )
     lines += expert_summary(report.layers)
     if "unquantized" in report.targeted:
@@ -79,12 +89,19 @@ def summary_table(report: CompressionReport) -> str:
         if figures is not None:
             loss = figures["loss"]
             lines.append(
-                f"{phase}: {outcome(figures, parts)}; held-out loss {loss['before']:.4f} -> {loss['after']:.4f}"
+                f"{PHASES.get(phase, phase)}: {outcome(figures, parts)}; "
+                f"held-out loss {loss['before']:.4f} -> {loss['after']:.4f}"
             )
     if report.recovery is not None:
         lines.append(recovery_line(report.recovery))
-    seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())
-    lines.append(f"{seconds}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
+    if report.validation is not None:
+        loss, batches = report.validation["loss"], report.validation["batches"]
+        lines.append(
+            f"validation loss {loss['before']:.4f} -> {loss['after']:.4f}, over {batches} batch{'es' * (batches > 1)}"
+        )
+    names = {**PHASES, "factorize": "rounding"} if rounded else PHASES
+    seconds = ", ".join(f"{names.get(phase, phase)} {value:.1f} s" for phase, value in report.seconds.items())
+    lines.append(f"{seconds}; peak memory {amount(report.peak_memory_bytes, 'B')}")
     return "\n".join(lines)
 
 

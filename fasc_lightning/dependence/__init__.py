@@ -11,9 +11,11 @@ from fasc_lightning.dependence._figures import (
     training_figure,
 )
 from fasc_lightning.dependence._history import COLUMNS, RhoHistory, RhoRow
+from fasc_lightning.dependence._history_files import CSV_FILE, draw_history, save_figures
 from fasc_lightning.dependence._hsic import MIN_TOKENS
 from fasc_lightning.dependence._layer_scores import LayerScores, Sample
-from fasc_lightning.dependence._phase import MonitorPhase
+from fasc_lightning.dependence._monitor import rho_metrics
+from fasc_lightning.dependence._phase import MonitorPhase, monitor_of
 from fasc_lightning.dependence._reading import MIN_ROWS, SUMS
 from fasc_lightning.dependence._rho import PooledDependenceScore, debiased_rho, iid_floor, pooled_rho, rho
 from fasc_lightning.dependence._streaming import DependenceScore
@@ -21,6 +23,7 @@ from fasc_lightning.dependence._summary import counted, describe, reasons
 
 __all__ = [
     "COLUMNS",
+    "CSV_FILE",
     "MIN_ROWS",
     "MIN_TOKENS",
     "SUMS",
@@ -37,14 +40,18 @@ __all__ = [
     "counted",
     "debiased_rho",
     "describe",
+    "draw_history",
     "emergence",
     "iid_floor",
+    "monitor_of",
     "pooled_rho",
     "reasons",
     "rho",
     "rho_gain_scatter",
     "rho_heatmap",
+    "rho_metrics",
     "rho_profile",
     "save_figure",
+    "save_figures",
     "training_figure",
 ]

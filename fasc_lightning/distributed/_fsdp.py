@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from fasc_lightning._utils import Undo, available_memory
+from fasc_lightning._utils import Undo, amount, available_memory
 from fasc_lightning.distributed._collectives import gather_everywhere
 from fasc_lightning.distributed._dtensor import is_dtensor, whole
 from fasc_lightning.layers import expert_groups
@@ -112,8 +112,8 @@ def lacks_room(trainer: pl.Trainer, pl_module: pl.LightningModule, besides: int)
     reason = ""
     if needed > free:
         reason = (
-            f"the weights of the whole module and the moments need {needed / 1e9:.2f} GB on {device} of process "
-            f"{trainer.global_rank} and {free / 1e9:.2f} GB is free"
+            f"the weights of the whole module and the moments need {amount(needed, 'B')} on {device} of process "
+            f"{trainer.global_rank} and {amount(free, 'B')} is free"
         )
     return next(filter(None, gather_everywhere(trainer, reason)), "")
 

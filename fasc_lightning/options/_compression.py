@@ -151,6 +151,7 @@ class CompressionOptions:
     rho_threshold = Flat("monitor", "threshold")
     emergence_observations = Flat("monitor", "observations")
     rho_gradient = Flat("monitor", "gradient")
+    log_layers = Flat("monitor", "log_layers")
     gate_threshold = Flat("gate", "threshold")
     gate_by = Flat("gate", "by")
     gate_exclude = Flat("gate", "exclude")
@@ -263,6 +264,7 @@ def options_of(options: CompressionOptions | None, changes: Mapping[str, Any]) -
 def reported(options: CompressionOptions) -> dict[str, Any]:
     """Return the options as a compression's report states them; int8 is left out if a recovery comes first."""
     found = options.to_dict()
+    found.pop("log_layers", None)  # it does not change the compression
     if options.recovery is not None and not options.rounds:
         found.pop("quantize", None)
     return found

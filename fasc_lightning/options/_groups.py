@@ -152,6 +152,9 @@ class Monitor:
         observations: A layer emerges if rho stays above the threshold and its null for this many observations.
         gradient: "input" couples x with g = W^T h, the gradient at the layer's input (the paper's definition). "output"
             couples x with h, the gradient at the layer's output.
+        log_layers: Whether loggers get the figures of each layer, of rho and of the report, or only means and totals: a
+            model has hundreds of layers. The history and the report hold the figures in any case. None logs them in
+            Lightning, and not in a Trainer of transformers, which prints its log.
 
     Raises:
         ValueError: If an option is out of range.
@@ -163,6 +166,7 @@ class Monitor:
     threshold: float = 0.3
     observations: int = 3
     gradient: Gradient = "input"
+    log_layers: bool | None = None
 
     __repr__ = represent
 

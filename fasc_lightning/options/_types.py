@@ -185,6 +185,7 @@ CHECKS: dict[str, Check] = {
     "threshold": share,
     "observations": whole,
     "gradient": text,
+    "log_layers": flag,
     "by": text,
     # Rounding.
     "bits": whole,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from fasc_lightning._utils import table_text
+from fasc_lightning._utils import amount, table_text
 from fasc_lightning.layers import Size
 from fasc_lightning.planning._memory import Peak
 from fasc_lightning.planning._time import Seconds
@@ -91,7 +91,7 @@ class CompressionForecast:
                 "inputs": shape[1],
                 "moments": moments,
                 "place": place,
-                "GB": sum(row.bytes for row in rows) / 1e9,
+                "size": amount(sum(row.bytes for row in rows), "B"),
                 **(
                     {"rank": rows[0].rank, "layout": rows[0].layout} if rows[0].bits is None else {"bits": rows[0].bits}
                 ),
@@ -99,11 +99,11 @@ class CompressionForecast:
             for (name, shape, moments, place), rows in kinds.items()
         ]
         what = "ranks" if all(layer.bits is None for layer in self.layers) else "bits"
-        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts.items() if size)
-        beside = f" and {self.peak.host / 1e9:.2f} GB beside it on the CPU" if self.peak.host else ""
+        parts = ", ".join(f"{name} {amount(size, 'B')}" for name, size in self.parts.items() if size)
+        beside = f" and {amount(self.peak.host, 'B')} beside it on the CPU" if self.peak.host else ""
         lines = [
             table_text(f"Plan of a compression; {what} are those of a uniform allocation", rows),
-            f"peak memory: {self.peak.device / 1e9:.2f} of {self.memory / 1e9:.2f} GB on {self.device}{beside} "
+            f"peak memory: {amount(self.peak.device, 'B')} of {amount(self.memory, 'B')} on {self.device}{beside} "
             f"({parts}; factors on the {self.factors_place}), {self.passes} pass{'' if self.passes == 1 else 'es'}",
         ]
         if self.options:
@@ -112,7 +112,8 @@ class CompressionForecast:
             before, after = sizes["dense"], sizes["compressed"]
             lines.append(
                 f"{title}: {before.parameters:,} -> {after.parameters:,} parameters "
-                f"({after.parameters / before.parameters:.1%}), {before.bytes / 1e9:.2f} -> {after.bytes / 1e9:.2f} GB"
+                f"({after.parameters / before.parameters:.1%}), "
+                f"{amount(before.bytes, 'B')} -> {amount(after.bytes, 'B')}"
             )
         if self.seconds is not None:
             known = self.seconds.calibrate

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fasc_lightning._utils import text_in_bytes
+from fasc_lightning._utils import amount, text_in_bytes
 from fasc_lightning.options import ReductionKind
 from fasc_lightning.planning._memory import LayerMemory, Peak, Storage, choose_storage, gigabytes
 
@@ -60,15 +60,15 @@ def refusal(
     """
     first, *others = memories
     asked = peak(Storage(first, passes=passes)).device
-    remedies = [f"{asked / 1e9:.3g} GB on {device} hold {_held(first)} moments"]
+    remedies = [f"{amount(asked, 'B')} on {device} hold {_held(first)} moments"]
     less = ((kind, peak(Storage(kind, passes=passes)).device) for kind in others)
-    remedies += [f"{least / 1e9:.3g} GB hold {_held(kind)} ones" for kind, least in less if least < asked]
+    remedies += [f"{amount(least, 'B')} hold {_held(kind)} ones" for kind, least in less if least < asked]
     if device.type != "cpu" and (aside := peak(Storage(first, True, passes))).device <= have.device:
         remedies.append(f"moments_device='cpu' with {gigabytes(aside.host)} there (`host_memory` of a plan)")
     fewer = choose_storage(peak, have, kinds=list(memories), offloaded=(False,), passes=None, most=most)
     if fewer is None:
         least = min(peak(Storage(kind, passes=most)).device for kind in memories)
-        remedies.append(f"a pass for every layer takes {least / 1e9:.3g} GB")
+        remedies.append(f"a pass for every layer takes {amount(least, 'B')}")
     elif fewer.passes > 1:
         held = "" if fewer.kind is None else f", sketch={fewer.kind!r}"
         remedies.append(f"{fewer.passes} passes over the data fit (passes={fewer.passes}{held}, update_weights=False)")
@@ -77,14 +77,14 @@ def refusal(
     name = list(shapes)[largest]
     alone = min(layers[largest].moments + layers[largest].workspace for layers in taken)
     one = (
-        f" Not even one layer fits: the weights take {weights / 1e9:.3g} GB, and {name!r} {shapes[name]} "
-        f"{alone / 1e9:.3g} GB to gather and factorise."
+        f" Not even one layer fits: the weights take {amount(weights, 'B')}, and {name!r} {shapes[name]} "
+        f"{amount(alone, 'B')} to gather and factorise."
         if weights + alone + taken[0][largest].factors > have.device
         else ""
     )
     return (
-        f"Expected a compression of {len(shapes)} layers to fit into {have.device / 1e9:.3g} GB on {device} but it "
-        f"needs {asked / 1e9:.3g} GB.{one} What would do: {'; '.join(remedies)}; or target fewer layers (`targets`, "
+        f"Expected a compression of {len(shapes)} layers to fit into {amount(have.device, 'B')} on {device} but it "
+        f"needs {amount(asked, 'B')}.{one} What would do: {'; '.join(remedies)}; or target fewer layers (`targets`, "
         "`exclude`) in several runs."
     )
 

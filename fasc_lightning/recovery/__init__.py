@@ -7,7 +7,7 @@ from fasc_lightning.recovery._frozen_copy import frozen_copy
 from fasc_lightning.recovery._last_checkpoint import set_aside_optimizers
 from fasc_lightning.recovery._stage import RecoveryStage
 from fasc_lightning.recovery._teacher import Teacher
-from fasc_lightning.recovery._validation import split_loader
+from fasc_lightning.recovery._validation import held_out_batches, held_out_loss, split_loader, validates
 
 __all__ = [
     "Distillable",
@@ -16,6 +16,9 @@ __all__ = [
     "Teacher",
     "check_recoverable",
     "frozen_copy",
+    "held_out_batches",
+    "held_out_loss",
     "set_aside_optimizers",
     "split_loader",
+    "validates",
 ]

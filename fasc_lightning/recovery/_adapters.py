@@ -76,7 +76,7 @@ def by_factor(patterns: Mapping[str, Any] | None, factors: Iterable[str], option
                 used.add(pattern)
                 break
     if unused := [pattern for pattern in patterns or {} if pattern not in used]:
-        rank_zero_warn(f"FascCallback: {unused} of `{option}` name no compressed layer that carries an adapter.")
+        rank_zero_warn(f"{unused} of `{option}` name no compressed layer that carries an adapter.")
     return found
 
 

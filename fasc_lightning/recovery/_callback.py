@@ -310,7 +310,11 @@ class RecoveryCallback(pl.Callback):
         self._failed.keep(pl_module, attributes=True)
         # The optimizers hold adapters that are gone, or moments of other values than the last ones.
         set_aside_optimizers(trainer, self._failed)
-        (rank_zero_info if best.improved else rank_zero_warn)(f"FascCallback: {recovery_line(self.figures)}.")
+        outcome = recovery_line(self.figures)
+        if best.improved:
+            rank_zero_info(f"FascCallback: {outcome}.")
+        else:
+            rank_zero_warn(f"{outcome[:1].upper()}{outcome[1:]}.")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -401,7 +405,7 @@ class RecoveryCallback(pl.Callback):
         if self._diverged is None:
             self._diverged = trainer.global_step - self._start
             rank_zero_warn(
-                f"FascCallback: {what} is not finite after {self._diverged} steps of the recovery, which stops "
+                f"{what[:1].upper()}{what[1:]} is not finite after {self._diverged} steps of the recovery, which stops "
                 f"here and keeps the best state before. HINT: a lower learning rate, or {remedy}."
             )
         trainer.should_stop = True

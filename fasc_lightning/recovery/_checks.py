@@ -75,7 +75,7 @@ def check_optimizers(trainer: pl.Trainer, trained: Mapping[str, nn.Parameter]) -
     """
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.values()):
         rank_zero_warn(
-            "FascCallback: the parameters that recovery trains are in 16 bits, in which small steps round to nothing. "
+            "The parameters that recovery trains are in 16 bits, in which small steps round to nothing. "
             "HINT: use LoraRecovery, whose adapters are float32, in a Trainer that does not convert the module "
             "(precision='bf16-mixed' does not); or recover in float32 and convert afterwards."
         )
@@ -89,6 +89,6 @@ def check_optimizers(trainer: pl.Trainer, trained: Mapping[str, nn.Parameter]) -
         )
     if missing:
         rank_zero_warn(
-            f"FascCallback: {len(missing)} of the {len(trained)} parameters that recovery trains are in no optimizer "
+            f"{len(missing)} of the {len(trained)} parameters that recovery trains are in no optimizer "
             f"(for example {missing[0]!r}) and will not change."
         )

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from fasc_lightning._utils import ForwardHook, Undo, available_memory, fingerprint, undoing
+from fasc_lightning._utils import ForwardHook, Undo, amount, available_memory, fingerprint, undoing
 from fasc_lightning.layers import linear_weight
 from fasc_lightning.options import Distillation
 from fasc_lightning.recovery._divergence import kl_divergence, top_k_divergence
@@ -232,7 +232,7 @@ def check_teacher_memory(
     remedies = [remedy for remedy, is_left in beside.items() if is_left]
     if needed > free:
         raise MemoryError(
-            f"Expected the teacher to fit but it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB is free on "
+            f"Expected the teacher to fit but it needs {amount(needed, 'B')} and {amount(free, 'B')} is free on "
             f"{target}. HINT: {'; '.join(remedies) or 'teacher=None'}."
         )
 

@@ -215,7 +215,7 @@ class _Refit:
     def run(self) -> None:
         """Go through all blocks."""
         numbers = [str(i) for i in range(len(self.runner.blocks))]
-        for number in self.progress(numbers, "Refitting"):
+        for number in self.progress(numbers, "Refit"):
             self._block(int(number))
 
     def _block(self, block: int) -> None:

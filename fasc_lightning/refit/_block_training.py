@@ -180,7 +180,7 @@ class _Refinement:
         before = self._model_loss()
         order = _passes(self.fit, self.options.seed)
         numbers = [str(i) for i in range(len(self.runner.blocks))]
-        for number in self.progress(numbers, "Refining"):
+        for number in self.progress(numbers, "Refinement"):
             self._block(int(number), order)
         changed = any(block.accepted for block in self.blocks)
         after = self._model_loss() if changed else before

@@ -31,7 +31,8 @@ def check_refit(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_R
     if groups := expert_groups(expert_layers(model, layers)):
         raise RefitError(
             f"The experts of {len({experts for experts, _ in groups})} modules are compressed, and blocks that run one "
-            f"by one do not show what goes into each expert. {remedy} Or exclude the experts."
+            f"by one do not show what goes into each expert. {remedy} Or exclude the experts.",
+            "experts are compressed.",
         )
     find_blocks(model, layers, remedy)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -41,7 +42,8 @@ def check_refit(model: nn.Module, layers: Iterable[str], remedy: str = WITHOUT_R
         if id(module) in wanted and places.setdefault(id(module), name) != name:
             raise RefitError(
                 f"Expected layers of their own but {name!r} and {places[id(module)]!r} are one: new factors for "
-                f"one place would change the other. {remedy} Or exclude it."
+                f"one place would change the other. {remedy} Or exclude it.",
+                "one layer is used in two places.",
             )
 
 

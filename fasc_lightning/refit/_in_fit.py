@@ -19,7 +19,11 @@ from fasc_lightning.refit._checks import check_refit
 from fasc_lightning.refit._reports import RefitReport
 from fasc_lightning.statistics import CalibrationMoments
 
-_NOT_REFITTED = "FascCallback: the factors will not be refitted. {}"
+
+def _say_unfit(error: RefitError | NoLossError) -> None:
+    """Log why refit="auto" does no refit."""
+    reason = getattr(error, "reason", "") or str(error)
+    rank_zero_info(f"FascCallback: not refitted (harmless): {reason}")
 
 
 class RefitPhase:
@@ -52,12 +56,15 @@ class RefitPhase:
         try:
             check_automatic(pl_module, "Compress with refit=False.")
             if is_split(pl_module):
-                raise RefitError("Expected a model on one device, whose blocks can be run alone, but it is split.")
+                raise RefitError(
+                    "Expected a model on one device, whose blocks can be run alone, but it is split.",
+                    "the model is split over devices.",
+                )
             check_refit(pl_module, layers)
         except (RefitError, NoLossError) as error:
             if wanted is True:
                 raise
-            rank_zero_info(_NOT_REFITTED.format(error))
+            _say_unfit(error)
             return None
         return RefitPhase(insisted=wanted is True)
 
@@ -102,12 +109,14 @@ class RefitPhase:
         if not dense:
             return None
         if len(kept.batches) < MIN_BATCHES:
-            log = rank_zero_warn if self.insisted else rank_zero_info
-            log(
-                f"FascCallback: the factors are not refitted. A refit takes at least {MIN_BATCHES} calibration "
-                f"batches, some of which are held out, and there were {len(kept.batches)}. HINT: use smaller batches, "
-                "or refit=False."
+            few = (
+                f"a refit takes at least {MIN_BATCHES} calibration batches, some of which are held out, and there were "
+                f"{len(kept.batches)}."
             )
+            if self.insisted:
+                rank_zero_warn(f"The layers are not refitted: {few} HINT: use smaller batches, or refit=False.")
+            else:
+                rank_zero_info(f"FascCallback: not refitted (harmless): {few}")
             return None
         device = trainer.strategy.root_device
         try:
@@ -127,7 +136,7 @@ class RefitPhase:
         except (RefitError, NoLossError) as error:  # some modules show only when they run that they cannot be refitted
             if self.insisted:
                 raise
-            rank_zero_info(_NOT_REFITTED.format(error))
+            _say_unfit(error)
             return None
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import DataLoaderShard
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
@@ -11,7 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import BatchSampler
 from torchdata.stateful_dataloader.sampler import RandomSampler as StatefulRandomSampler
 
-from fasc_lightning.batches import go_back, obstacle
+from fasc_lightning.batches import go_back, is_stateful, obstacle
 from fasc_lightning.batches._loader_state import _drawn, _order
 
 DATA = list(range(16))
@@ -21,6 +22,20 @@ def dealt_out(sampler):
     """A loader as Lightning makes it for the second of two processes."""
     wrapper = DistributedSamplerWrapper(sampler, num_replicas=2, rank=1, shuffle=True, seed=0)
     return StatefulDataLoader(DATA, batch_sampler=BatchSampler(wrapper, 2, drop_last=False))
+
+
+@pytest.mark.parametrize(
+    ("make", "stateful"),
+    [
+        (lambda: DataLoaderShard(DATA, batch_size=2), False),  # has the methods, and fails when they are called
+        (lambda: DataLoaderShard(DATA, batch_size=2, use_stateful_dataloader=True), True),
+        (lambda: DataLoader(DATA, batch_size=2), False),
+        (lambda: StatefulDataLoader(DATA, batch_size=2), True),
+        (lambda: SimpleNamespace(state_dict=lambda: {}), False),
+    ],
+)
+def test_a_loader_is_stateful_if_its_methods_work(make, stateful):
+    assert is_stateful(make()) == stateful
 
 
 def batches(iterator):

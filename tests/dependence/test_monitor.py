@@ -307,7 +307,7 @@ def test_a_score_that_fails_does_not_stop_the_training(make_trainer, monkeypatch
 
     monkeypatch.setattr(_layer_scores, "add_samples_", failing)
     callback = FascCallback(monitor_every_n_steps=3)
-    with pytest.warns(UserWarning, match=r"could not observe rho of 'model.model.*out of memory"):
+    with pytest.warns(UserWarning, match=r"Could not observe rho of 'model.model.*out of memory"):
         make_trainer(callback).fit(causal_module(), token_loader(**BATCH))
     assert {row["reason"] for row in callback.rho_history} == {"RuntimeError: out of memory"}
 

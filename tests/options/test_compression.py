@@ -50,7 +50,14 @@ OTHERS = {
         "token_mask": len,
     },
     "memory": {"sketch": "range", "sketch_size": 64, "sketch_above": 512, "device": "cpu", "passes": 2},
-    "monitor": {"every_n_steps": 7, "tokens": 64, "threshold": 0.5, "observations": 2, "gradient": "output"},
+    "monitor": {
+        "every_n_steps": 7,
+        "tokens": 64,
+        "threshold": 0.5,
+        "observations": 2,
+        "gradient": "output",
+        "log_layers": False,
+    },
     "gate": {"threshold": 0.25, "by": "pooled", "exclude": "paper"},
 }
 

@@ -16,6 +16,7 @@ from fasc_lightning import (
     Distillation,
     FactorRecovery,
     FascCallback,
+    FascTrainerCallback,
     Gate,
     LoraRecovery,
     Memory,
@@ -34,6 +35,7 @@ from fasc_lightning.options._types import CHECKS
 #: What options are given beside those that are wrong.
 CALLS = {
     FascCallback: {"keep": 0.5},
+    FascTrainerCallback: {"keep": 0.5},
     compress: {"model": None, "batches": None, "keep": 0.5},
     score: {"model": None, "data": None},
     recover: {"model": None, "batches": None},
@@ -52,7 +54,7 @@ CALLS = {
 }
 
 #: Functions and classes that take options of a compression as keywords.
-TAKERS = (FascCallback, compress, plan)
+TAKERS = (FascCallback, FascTrainerCallback, compress, plan)
 
 #: Arguments that are no options: models, data.
 DATA = {"model", "model_or_config", "batches", "data", "checkpoints", "dense", "recovery_data", "recovery_held_out"}

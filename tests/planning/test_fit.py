@@ -75,7 +75,7 @@ def test_a_dry_run_prints_its_plan_unless_it_shall_be_quiet(monkeypatch):
     compress(causal_model(), token_loader(), keep=0.8, progress=False, dry_run=True)
     assert said == []
     found = compress(causal_model(), token_loader(), keep=0.8, dry_run=True)
-    assert said == [f"FascCallback: {found}"]
+    assert said == [f"\n{found}"]
 
 
 @pytest.mark.parametrize(

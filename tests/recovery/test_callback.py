@@ -166,7 +166,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_and_is_said(make_trainer, what
 
     module.training_step = broken
     trainer = make_trainer(callback, max_epochs=2)
-    with pytest.warns(UserWarning, match="the held-out loss is not finite after 3 steps"):
+    with pytest.warns(UserWarning, match="The held-out loss is not finite after 3 steps"):
         trainer.fit(module, training_loader())
     figures = callback.report.recovery
     assert (figures["diverged_at"], trainer.global_step) == (3, 3)

@@ -242,7 +242,7 @@ def test_dropout_is_off_in_the_teacher_and_on_in_the_student(pair):
 def test_a_teacher_that_does_not_fit_is_refused(pair, monkeypatch):
     _, student, layers = pair
     monkeypatch.setattr(teacher_module, "available_memory", lambda device: 1000)
-    with pytest.raises(MemoryError, match=r"0\.00 GB is free on cpu\. HINT: .*cache=FOLDER"):
+    with pytest.raises(MemoryError, match=r"1\.00 kB is free on cpu\. HINT: .*cache=FOLDER"):
         Teacher(student, layers, Distillation(dtype="float64"))
     Teacher(student, layers, Distillation())  # nothing but what is there already
 

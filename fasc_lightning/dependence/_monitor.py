@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fasc_lightning.batches import Backwards, TokenRows
 from fasc_lightning.dependence._history import RhoHistory, RhoRow
 from fasc_lightning.dependence._layer_scores import LayerScores
-from fasc_lightning.dependence._summary import reasons
+from fasc_lightning.dependence._summary import floors, reasons
 from fasc_lightning.distributed import is_distributed
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import Gradient
@@ -56,6 +56,7 @@ class RhoMonitor:
         self._published: dict[str, Tensor] = {}
         self._stale: set[str] = set()
         self._explained = False
+        self._floors_said = False
 
     def start(self, trainer: pl.Trainer, layers: dict[str, nn.Module]) -> None:
         """Begin a fit with its layers. Steps that the checkpoint's history holds are not observed again."""
@@ -126,6 +127,7 @@ class RhoMonitor:
             row["reason"] = self._failures.get(row["layer"], row["reason"])
         self._failures.clear()
         self._explain_partly_undefined(rows)
+        self._explain_floors(rows)
         self.history.extend(rows)
         self._next = (self._step // self.every_n_steps + 1) * self.every_n_steps
         self._log(trainer, rows)
@@ -140,6 +142,13 @@ class RhoMonitor:
                 f"debiased value or interval: {reasons(partly)}. HINT: use larger batches, or "
                 "`accumulate_grad_batches`."
             )
+
+    def _explain_floors(self, rows: list[RhoRow]) -> None:
+        """Log once that chance alone takes rho past the threshold: the logged fraction above it then shows nothing."""
+        said = "" if self._floors_said else floors([row for row in rows if row["rho"] == row["rho"]], self.threshold)
+        if said:
+            self._floors_said = True
+            rank_zero_info(f"FascCallback: at step {self._step} {said}.")
 
     def _score(
         self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int], g: Tensor | None = None
@@ -211,9 +220,11 @@ def rho_metrics(rows: list[RhoRow], threshold: float, separator: str = "/") -> d
         figures.update({f"{name}{separator}{layer}": value for layer, value in defined.items()})
         if defined and column != "null":
             figures[f"fasc{separator}{name}_mean"] = sum(defined.values()) / len(defined)
-    values = [row["rho"] for row in rows if row["rho"] == row["rho"]]
-    if values:
-        figures[f"fasc{separator}rho_above_threshold"] = sum(value > threshold for value in values) / len(values)
+    # Beside the fraction of layers above the threshold the one that chance alone would take there.
+    for name, column in (("rho_above_threshold", "rho"), ("rho_floor_above_threshold", "iid_floor")):
+        values = [row[column] for row in rows if row[column] == row[column]]  # type: ignore[literal-required]
+        if values:
+            figures[f"fasc{separator}{name}"] = sum(value > threshold for value in values) / len(values)
     return figures
 
 

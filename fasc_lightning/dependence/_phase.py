@@ -108,7 +108,8 @@ class MonitorPhase(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._observes and self._layers is not None:
-            history, self._monitor = self.history, self._made()
+            # A resumed fit may have other targets: the layers that both have in common go on.
+            history, self._monitor = self.history.only(self._layers.modules), self._made()
             self._monitor.history = history
             self._undo.add(self._monitor.remove)
             self._monitor.start(trainer, self._layers.modules)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from fasc_lightning._utils import RichWorkBar, undoing
 from fasc_lightning.batches import is_hf_dataset, token_batches
-from fasc_lightning.distributed import DeviceMapStrategy, check_weights, is_split
+from fasc_lightning.distributed import DeviceMapStrategy, check_namespace, check_weights, is_split
 from fasc_lightning.module import CausalLMModule
 from fasc_lightning.options import Precision, Recovery
 
@@ -74,6 +74,7 @@ def run_fit(
     bars = [bar or RichWorkBar("Calibration" if recovery is None else "Recovery")] if progress else []
     where: dict[str, Any] = {"strategy": DeviceMapStrategy(device)} if split else {}
     with _quiet_trainer(progress), undoing() as undo:
+        undo.keep_modes(model)  # a fit that fails does not tear its module down
         if not split:
             undo.add(model.to, device)  # Lightning moves modules to the CPU when a fit ends
         trainer = pl.Trainer(
@@ -137,6 +138,7 @@ def as_lightning_module(model: nn.Module, recovery: Recovery | None) -> tuple[pl
     Raises:
         TypeError: If the model's loss is not known.
     """
+    check_namespace(model)
     if isinstance(model, pl.LightningModule):
         return model, ""
     from transformers import PreTrainedModel

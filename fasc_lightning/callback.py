@@ -15,10 +15,10 @@ from fasc_lightning._utils import Undo, undoing
 from fasc_lightning.batches import LossScales
 from fasc_lightning.calibration import CalibrationPhase
 from fasc_lightning.compression import CompressionReport, check_callback_state, log_report, sealed
-from fasc_lightning.dependence import MonitorPhase, RhoHistory
+from fasc_lightning.dependence import MonitorPhase, RhoHistory, other_targets
 from fasc_lightning.distributed import check_module, check_sharded, check_single, check_strategy
 from fasc_lightning.layers import is_compressed, target_layers, unfuse
-from fasc_lightning.models import attach_config, match_on_load, quantize_layers
+from fasc_lightning.models import attach_config, match_on_load, quantize_layers, say_loading
 from fasc_lightning.options import CompressionOptions, reported
 from fasc_lightning.planning import layers_forecast
 from fasc_lightning.recovery import RecoveryStage, set_aside_optimizers
@@ -36,9 +36,11 @@ class FascCallback(CompressionOptions, pl.Callback):
     If anything fails, the module is unchanged.
 
     Monitoring observes rho, the dependence violation score, at every n-th optimizer step. ``rho/<layer>``,
-    ``rho_null/<layer>``, ``rho_debiased/<layer>``, ``fasc/rho_mean``, ``fasc/rho_debiased_mean`` and
-    ``fasc/rho_above_threshold`` go to every logger and into ``trainer.callback_metrics``, for ModelCheckpoint and
-    EarlyStopping. The table with intervals is ``callback.rho_history``.
+    ``rho_null/<layer>``, ``rho_debiased/<layer>``, ``fasc/rho_mean``, ``fasc/rho_debiased_mean``,
+    ``fasc/rho_above_threshold`` and ``fasc/rho_floor_above_threshold`` (the share of layers in which chance alone takes
+    rho there) go to every logger and into ``trainer.callback_metrics``, for ModelCheckpoint and EarlyStopping. The
+    table with intervals is ``callback.rho_history``. A fit that is resumed with other ``targets`` or ``exclude`` keeps
+    the observations of the layers in common.
 
     Steps that depend on losses ("measured" allocation, refit, recovery) run the training step outside of the loop,
     again on copies of the batches. The step gets the same arguments as in training, runs in the fit's precision, and
@@ -83,7 +85,7 @@ class FascCallback(CompressionOptions, pl.Callback):
         self._undo = Undo()  # removes hooks and unfreezes the module when training ends
         self._failed = Undo()  # undoes all other changes if a fit fails
         self._last = Undo()  # restores the Trainer after that
-        self._ended = False
+        self._ended = self._said_loading = False
         self._scales = LossScales()
         self._stage = RecoveryStage(self, self._failed)
         self._monitor = MonitorPhase(self, scales=self._scales, undo=self._undo)
@@ -163,12 +165,15 @@ class FascCallback(CompressionOptions, pl.Callback):
     ) -> None:
         for phase in self._phases:
             phase.on_save_checkpoint(trainer, pl_module, checkpoint)
+        if not self._said_loading:
+            self._said_loading = say_loading(pl_module)
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._calibration.on_load_checkpoint(trainer, pl_module, checkpoint)
+        self._take_over_history(trainer, checkpoint["callbacks"])
         state = checkpoint["callbacks"].get(self.state_key, {})
         if state:
             check_callback_state(state, f"The state of FascCallback in the checkpoint {trainer.ckpt_path}")
@@ -178,6 +183,19 @@ class FascCallback(CompressionOptions, pl.Callback):
         if trainer.state.fn == "fit":
             self._stage.load(trainer, pl_module, state, self.state_key)
             self.report = self.report if self._stage.running is not None else None
+
+    def _take_over_history(self, trainer: pl.Trainer, states: dict[str, Any]) -> None:
+        """Let a callback with other targets go on with the history of rho of the one that wrote the checkpoint."""
+        present = [callback.state_key for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        other = None if self.monitor_every_n_steps is None else other_targets(states, self.state_key, present)
+        if other is None:
+            return
+        check_callback_state(states[other], f"The state of {other} in the checkpoint {trainer.ckpt_path}")
+        states[self.state_key] = {"rho_history": states[other]["rho_history"]}
+        rank_zero_info(
+            f"FascCallback: the checkpoint's history of rho, of {other}, goes on for the layers that are still "
+            "observed."
+        )
 
     # Hooks, in the order of a fit.
 
@@ -198,6 +216,7 @@ class FascCallback(CompressionOptions, pl.Callback):
             self.report = None
         check_strategy(trainer, recovers=self._stage.running is not None)
         check_module(pl_module, compresses=False)  # a checkpoint may make a compressed module dense
+        self._failed.keep_modes(pl_module)
         if self.compresses:
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             check_single([c for c in callbacks if isinstance(c, FascCallback) and c.compresses])

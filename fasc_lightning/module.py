@@ -28,6 +28,8 @@ class CausalLMModule(pl.LightningModule):
     shape. Without labels the inputs are the labels, except padding. The model shifts the labels. Lists, arrays and
     single sequences are converted to such tensors (:func:`~fasc_lightning.batches.as_token_batch`).
 
+    A fit trains a model that is in eval mode in training mode, and returns it in eval mode.
+
     Args:
         model: A causal language model, for example ``AutoModelForCausalLM.from_pretrained(...)``.
         learning_rate: Learning rate of AdamW over the parameters that require gradients. The scales of rounded
@@ -55,8 +57,25 @@ class CausalLMModule(pl.LightningModule):
         self.teacher = None
         self.schedule = schedule
         self.model = model
+        self._trained: list[nn.Module] | None = None  # during a fit: the parts that were in training mode before it
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
+
+    @override
+    def on_fit_start(self) -> None:
+        # `from_pretrained` returns a model in eval mode, in which a fit would leave it, without dropout. A model in
+        # training mode may hold parts that its user set to eval mode: it stays as it is.
+        if not self.model.training:
+            self._trained = [part for part in self.model.modules() if part.training]
+            self.model.train()
+
+    @override
+    def on_train_end(self) -> None:
+        self._restore_mode()
+
+    @override
+    def teardown(self, stage: str) -> None:
+        self._restore_mode()  # of a fit without a batch
 
     @override
     def forward(self, **batch: Any) -> Any:
@@ -103,6 +122,14 @@ class CausalLMModule(pl.LightningModule):
         # Before the public hook and not in it: Lightning warns if a module has that hook and the LightningDataModule
         # lacks it.
         return super()._on_before_batch_transfer(as_token_batch(batch), dataloader_idx)
+
+    def _restore_mode(self) -> None:
+        """Put the model back into eval mode, with the layers that have replaced others since."""
+        if self._trained is not None:
+            self.model.eval()
+            for part in self._trained:
+                part.training = True
+            self._trained = None
 
     def token_mask(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Return True for the tokens that are not padding, shape (samples, length)."""

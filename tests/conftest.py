@@ -10,6 +10,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from fasc_lightning.options._allocations import _ALLOCATIONS
+from fasc_lightning.solvers._registry import _SOLVERS
+
 torch.set_num_threads(1)
 
 
@@ -26,6 +29,13 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch):
+    """Solvers and allocations that a test registers are gone after it."""
+    for registry in (_SOLVERS, _ALLOCATIONS):
+        monkeypatch.setattr(registry, "_known", dict(registry._known))
 
 
 @pytest.fixture

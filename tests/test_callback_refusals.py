@@ -219,6 +219,10 @@ def test_layers_that_no_batch_reaches_stay_dense(make_trainer):
             super().__init__(mlp().net)
             self.spare = nn.Linear(8, 8)
 
+        def forward(self, x):
+            self.spare(x[:, :8])
+            return self.net(x)
+
     module = Unused()
     callback = FascCallback(keep=0.8, update_weights=False)
     with pytest.warns(UserWarning, match=r"1 of 4 layers stay dense because no gradient .*: spare"):
@@ -410,6 +414,10 @@ def test_unreached_layers_count_in_the_budget(make_trainer, allocation):
         def __init__(self, spare):
             super().__init__(mlp().net)
             self.spare = nn.Linear(spare, spare)
+
+        def forward(self, x):
+            self.spare(nn.functional.pad(x, (0, self.spare.in_features - 12)))
+            return self.net(x)
 
     module = Unused(14)
     callback = FascCallback(keep=0.8, update_weights=False, allocation=allocation)

@@ -8,8 +8,8 @@ import torch
 from packed_cases import round_layers
 from tiny import Tokens, causal_model, causal_module, token_loader
 
-from fasc_lightning import CausalLMModule
-from fasc_lightning.layers import Grid, packed_matrices, select_layers
+from fasc_lightning import CausalLMModule, FascCallback
+from fasc_lightning.layers import Grid, is_compressed, packed_matrices, select_layers
 
 
 def batch(padded=True):
@@ -110,3 +110,75 @@ def test_a_cosine_needs_a_fit_of_known_length(make_trainer):
 def test_schedules_there_are_not_are_refused():
     with pytest.raises(ValueError, match="'constant' or 'cosine' but got 'linear'"):
         CausalLMModule(causal_module().model, schedule="linear")
+
+
+class Modes(pl.Callback):
+    """The parts of the model in training mode at each step, and in validation."""
+
+    def __init__(self):
+        self.training, self.validation = [], []
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.training.append({name for name, part in pl_module.model.named_modules() if part.training})
+
+    def on_validation_batch_end(self, trainer, pl_module, *args):
+        self.validation.append(pl_module.model.training)
+
+
+def dropping(**settings):
+    """A model with dropout, as `from_pretrained` returns it."""
+    return causal_model(attention_dropout=0.5, **settings).eval()
+
+
+def test_a_model_in_eval_mode_trains_in_training_mode(make_trainer):
+    model, modes = dropping(), Modes()
+    module = CausalLMModule(model)
+    make_trainer(modes, max_epochs=2, num_sanity_val_steps=0).fit(module, token_loader(), token_loader(samples=2))
+    assert modes.training == [{name for name, _ in model.named_modules()}] * 8
+    assert set(modes.validation) == {False}
+    assert not any(part.training for part in model.modules())
+
+
+def test_dropout_acts_on_a_model_in_eval_mode(make_trainer):
+    losses = []
+
+    class Watching(pl.Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            losses.append(loss.item())
+
+    for seed in (1, 2):
+        module = CausalLMModule(dropping())
+        torch.manual_seed(seed)
+        make_trainer(Watching(), max_steps=1).fit(module, token_loader())
+    assert losses[0] != losses[1]
+
+
+def test_parts_in_eval_mode_of_a_model_in_training_mode_stay_so(make_trainer):
+    model, modes = dropping().train(), Modes()
+    model.model.layers[0].eval()
+    before = {name: part.training for name, part in model.named_modules()}
+    make_trainer(modes).fit(CausalLMModule(model), token_loader())
+    assert modes.training == [{name for name, training in before.items() if training}] * 4
+    assert {name: part.training for name, part in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("update_weights", [True, False])
+def test_a_compression_returns_the_mode_and_calibrates_in_its_own(make_trainer, update_weights):
+    model, modes = dropping(), Modes()
+    callback = FascCallback(keep=0.8, update_weights=update_weights)
+    make_trainer(callback, modes).fit(CausalLMModule(model), token_loader())
+    assert is_compressed(model)
+    assert [bool(names) for names in modes.training] == [update_weights] * 4
+    assert not any(part.training for part in model.modules())
+
+
+@pytest.mark.parametrize("callbacks", [lambda: [FascCallback(keep=0.8)], lambda: [FascCallback(monitor=1)]])
+def test_a_fit_that_fails_returns_the_mode(make_trainer, callbacks):
+    class Failing(pl.Callback):
+        def on_train_batch_end(self, *args):
+            raise InterruptedError
+
+    model = dropping()
+    with pytest.raises(InterruptedError):
+        make_trainer(*callbacks(), Failing()).fit(CausalLMModule(model), token_loader())
+    assert not any(part.training for part in model.modules())

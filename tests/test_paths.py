@@ -14,6 +14,7 @@ import fasc_lightning
 PATHS = {
     "fasc_lightning": fasc_lightning.__all__,
     "fasc_lightning.recovery": ["Distillable"],
+    "fasc_lightning.compression": ["StorageOptions", "available_allocations", "register_allocation", "spend"],
     "fasc_lightning.data": ["load_model"],
     "fasc_lightning.evaluation": [
         "factual_recall",
@@ -29,7 +30,9 @@ PATHS = {
         "fasc",
         "get_solver",
         "register_solver",
+        "shrink",
         "svd_llm",
+        "two_sided",
     ],
 }
 

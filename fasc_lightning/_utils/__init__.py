@@ -34,6 +34,7 @@ from fasc_lightning._utils._plotting import (
     ticks_within,
 )
 from fasc_lightning._utils._progress import Progress, RichWorkBar, TqdmWorkBar, layer_progress, terminal_progress
+from fasc_lightning._utils._registry import Registry
 from fasc_lightning._utils._rng_state import check_rng_state, rng_state, same_rng, seed_rng, set_rng_state
 from fasc_lightning._utils._schema import (
     FLOATS,
@@ -78,6 +79,7 @@ __all__ = [
     "ForwardHook",
     "NamedTensors",
     "Progress",
+    "Registry",
     "RichWorkBar",
     "Row",
     "SchemaError",

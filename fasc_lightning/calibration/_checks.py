@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import lightning.pytorch as pl
 import torch
@@ -10,7 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from fasc_lightning._utils import amount, available_memory
+from fasc_lightning._utils import amount, available_memory, some_names
 from fasc_lightning.batches import LossTerms, TokenMask, takes_iterator
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import split_name
@@ -109,6 +109,20 @@ def warn_unreached(taps: Taps, batches: int) -> None:
         f"of the calibration, for example {missing[0]!r}: {idle} of them did not run, {len(missing) - idle} ran and "
         f"the loss does not depend on them. {end} unless a later batch reaches them. HINT: `exclude` them, or look "
         "for a `detach` or `no_grad` on the way to the loss."
+    )
+
+
+def warn_uncalled(names: Sequence[str], total: int) -> None:
+    """Warn of layers that no batch of the calibration has called, which are left out.
+
+    Args:
+        names: These layers.
+        total: Number of targeted layers.
+    """
+    rank_zero_warn(
+        f"{len(names)} of {total} targeted layers were never called in calibration: {some_names(names)}. Either other "
+        "code reads their weights (as Mamba does of `dt_proj`), which no hook sees, or the model does not use them. "
+        "They stay dense, and the budget is that of the other layers. HINT: `exclude` them."
     )
 
 

@@ -9,12 +9,13 @@ from torch import nn
 
 from fasc_lightning._utils import Clock, Undo, layer_progress, peak_memory_bytes, return_freed_memory
 from fasc_lightning.batches import KeptBatches, Place
-from fasc_lightning.calibration._checks import warn_few_tokens
+from fasc_lightning.calibration._checks import warn_few_tokens, warn_uncalled
 from fasc_lightning.calibration._loss_measurement import LossMeasurement
 from fasc_lightning.calibration._passes import Passes
 from fasc_lightning.compression import (
     CompressionReport,
     CompressionResult,
+    FactorizedLayers,
     LayerReport,
     RoundedLayers,
     build_layers,
@@ -133,13 +134,14 @@ class Finish:
         """
         failed.add(self._unsharding.undo)
         timed = Clock()
-        before = layer_sizes(self._layers.modules), model_size(pl_module)
+        whole = model_size(pl_module)
         return_freed_memory()
         with timed("factorize"):
             # The first process alone runs the whole module, or keeps it for a recovery.
             if self.replays or self._options.recovery is not None:
                 self._unsharding.run(pl_module)
             result, layers = self._build(trainer, pl_module, passes, how)
+        before = layer_sizes(self._layers.modules), whole  # of the layers that are left
         with timed("swap"):
             replaced = swap_modules(pl_module, result.replacements)
             attach_config(pl_module, method=how.method, options=reported(how), seed=how.seed)
@@ -177,6 +179,7 @@ class Finish:
         """Return the replacements, the same on every process, and the report of each layer."""
         options, progress = self._options, layer_progress(trainer)
         found = passes.end(trainer, progress, consume=not self.refits)
+        self._leave_out_uncalled(found, passes.uncalled)
         return_freed_memory()  # The batches of a measurement need the memory of the moments.
         warn_few_tokens(found.tokens, self._layers.shapes)
         measurement = LossMeasurement(
@@ -189,7 +192,7 @@ class Finish:
                 found,
                 method=how.method,
                 budget=None if how.size is None else byte_budget(pl_module, self._layers.modules, how.size),
-                uniform=options.allocation == "uniform",
+                allocation=options.allocation,
                 measure=measure,
                 progress=progress,
             )
@@ -208,3 +211,15 @@ class Finish:
         )
         reports = passes.reports(result)
         return same_everywhere(trainer, result), reports
+
+    def _leave_out_uncalled(self, found: FactorizedLayers | RoundedLayers, uncalled: list[str]) -> None:
+        """Leave out layers that were never called, so that the budget is the other layers' alone.
+
+        If no layer was called, all stay, and the compression is refused with the reason.
+        """
+        kept = [name for name in self._layers.modules if name not in uncalled]
+        if not uncalled or not kept:
+            return
+        warn_uncalled(uncalled, len(self._layers.modules))
+        found.leave_out(uncalled)
+        self._layers = self._layers.share(kept)

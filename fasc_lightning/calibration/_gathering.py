@@ -10,9 +10,9 @@ import torch
 from fasc_lightning.batches import Backwards, TokenRows
 from fasc_lightning.calibration._checks import warn_unannounced, warn_unreached
 from fasc_lightning.dependence import DependenceScore, LayerScores, RhoRow, Sample
-from fasc_lightning.distributed import others_present
+from fasc_lightning.distributed import others_present, union_everywhere
 from fasc_lightning.hooks import Taps
-from fasc_lightning.layers import TargetedLayers
+from fasc_lightning.layers import TargetedLayers, split_name
 from fasc_lightning.options import CalibrationOptions
 from fasc_lightning.statistics import CalibrationMoments, LayerSketches, offloaded
 
@@ -118,11 +118,21 @@ class Gathering:
             if self.batches == UNREACHED_AFTER:
                 warn_unreached(self._taps, self.batches)
 
+    @property
+    def uncalled(self) -> list[str]:
+        """The layers that no batch has called: other code may read their weights, which no hook sees.
+
+        Experts are not among them: a router may have sent them no token.
+        """
+        called = self._taps.called
+        return [n for n in self.layers.modules if n not in called and not self.moments.tokens(n) and not split_name(n)]
+
     def sum_(self) -> None:
         """Sum the statistics over all processes; all processes together."""
         with others_present():
             self.moments.all_reduce_(device=self._device)
             self.scores.all_reduce_()
+            self._taps.called = union_everywhere(self._taps.called)
 
     def clear(self) -> None:
         """Discard all statistics; the count of batches stays."""

@@ -56,6 +56,7 @@ class Passes:
         moments_bytes: Most bytes that the moments of a share have taken so far.
         factorizing: Seconds of factorisation between passes.
         spent: Whether the last factorisation has begun, which uses up the statistics.
+        uncalled: The layers of finished shares that no batch has called.
 
     Raises:
         MemoryError: If the moments do not fit.
@@ -103,6 +104,7 @@ class Passes:
         self.moments_bytes = 0
         self.factorizing = 0.0
         self.spent = False
+        self.uncalled: list[str] = []
 
     def begin(self) -> None:
         """Start to gather for the first share of the layers."""
@@ -229,6 +231,7 @@ class Passes:
     def _end_share(self, trainer: pl.Trainer, progress: Progress | None, *, consume: bool) -> None:
         """Factorise or round the layers of this pass, and keep the figures of their statistics for reports."""
         options, moments, share = self._options, self.gathering.moments, self._shares[0].modules
+        self.uncalled += self.gathering.uncalled
         rows = self.gathering.table(trainer.global_step)
         scores = gate_scores(options.gate_by, rows, share, moments)
         undecided = [rows[name] for name in share if math.isnan(scores[name])]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -44,6 +44,7 @@ class CalibrationSchedule:
         self._holding = False
         self._extended = False
         self._skipped = False
+        self._explained = False
         self._user_min_steps: int | None = None
         self._undo = Undo()
 
@@ -82,6 +83,7 @@ class CalibrationSchedule:
         if self.calibration_steps is None:
             return
         self.end.start(trainer)
+        self._warn_of_short_fit(trainer)
         self._holding = True
         self._user_min_steps = trainer.fit_loop.min_steps
         self._undo.set(trainer.fit_loop.epoch_loop, "min_steps", sys.maxsize)
@@ -93,6 +95,8 @@ class CalibrationSchedule:
 
     def begins(self, trainer: pl.Trainer) -> bool:
         """Return whether the batch that is about to run belongs to the calibration."""
+        if trainer.should_stop and self._holding and (self.begun or self._may_stop(trainer)):
+            self._explain_stop(trainer)
         if skips_backward(trainer) or self.end.epochs_left(trainer) <= 0:
             self._skipped = True
             return False
@@ -176,7 +180,34 @@ class CalibrationSchedule:
     def stop(self) -> None:
         """Restore the Trainer's own limits; safe to call at any time."""
         self._undo.close()
-        self._holding = self._extended = False
+        self._holding = self._extended = self._explained = False
+
+    def _warn_of_short_fit(self, trainer: pl.Trainer) -> None:
+        """Warn of a fit that has fewer steps than its calibration; a resumed one may be in its calibration already."""
+        assert self.calibration_steps is not None
+        steps = self.end.steps_left(trainer, self.calibration_steps)
+        if trainer.global_step == 0 and 0 < steps < self.calibration_steps:
+            trains = "no step trains the weights" if self._freezes else "none trains before the calibration"
+            rank_zero_warn(
+                f"Expected a fit of at least calibration_steps={self.calibration_steps} steps but it has {steps:.0f}: "
+                f"all of them calibrate, and {trains}. HINT: a smaller `calibration_steps`, or a longer fit."
+            )
+
+    def _explain_stop(self, trainer: pl.Trainer) -> None:
+        """Log once that a fit calibrates before it heeds a stop.
+
+        A Timer, as of ``max_time``, would say at each step from then on that the time is over.
+        """
+        if self._explained:
+            return
+        self._explained = True
+        for timer in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(timer, Timer) and "_verbose" in vars(timer):
+                self._undo.set(timer, "_verbose", False)
+        rank_zero_info(
+            "FascCallback: the fit was told to stop. It ends after the "
+            f"{self.calibration_steps} steps of its calibration."
+        )
 
     def _extend(self, trainer: pl.Trainer) -> None:
         assert trainer.max_epochs is not None

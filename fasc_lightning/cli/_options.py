@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fasc_lightning.data import check_file, check_sources, named_files
 from fasc_lightning.evaluation import check_builtin_facts
 from fasc_lightning.models import check_folder
-from fasc_lightning.options import CompressionOptions, described
+from fasc_lightning.options import CompressionOptions, available_allocations, described
 from fasc_lightning.solvers import available_methods
 
 if TYPE_CHECKING:
@@ -72,9 +72,11 @@ def add_compression_options(parser: ArgumentParser, budget: str) -> None:
         parser: Parser of a recipe.
         budget: The budget without any of :data:`BUDGETS`, as "rank 0.5" for the description.
     """
+    # At the time of the call: solvers and allocations of the caller's own are among them.
+    registered = {"method": available_methods(), "allocation": available_allocations()}
     for name in OPTIONS:
         option = described(name)
-        extra: dict[str, Any] = {"choices": available_methods()} if name == "method" else {"type": option.type}
+        extra: dict[str, Any] = {"choices": registered[name]} if name in registered else {"type": option.type}
         flag = f"--{name.replace('_', '-')}"
         text = option.help + (f" A recipe that gets none takes {budget}." if name == BUDGETS[-1] else "")
         parser.add_argument(flag, default=option.default, help=text.replace("%", "%%"), **extra)

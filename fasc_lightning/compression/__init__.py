@@ -42,9 +42,11 @@ from fasc_lightning.compression._report import CompressionReport, log_report, re
 from fasc_lightning.compression._rounding import RoundedLayers, build_rounded, round_layers
 from fasc_lightning.compression._state_schema import check_callback_state, check_recovery_state, sealed
 from fasc_lightning.compression._summary import outcome, recovery_line
+from fasc_lightning.options import AllocationFunction, available_allocations, register_allocation
 
 __all__ = [
     "FLOAT_BYTES",
+    "AllocationFunction",
     "Approximation",
     "Candidate",
     "CompressionReport",
@@ -58,6 +60,7 @@ __all__ = [
     "allocate_fisher",
     "allocate_uniform",
     "allocation_figure",
+    "available_allocations",
     "build_layers",
     "build_rounded",
     "byte_budget",
@@ -83,6 +86,7 @@ __all__ = [
     "offload_to_disk",
     "outcome",
     "recovery_line",
+    "register_allocation",
     "report_metrics",
     "round_layers",
     "same_everywhere",

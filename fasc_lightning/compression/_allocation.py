@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fasc_lightning.options import get_allocation, register_allocation
 
 #: Layers up to which the choice is exact: with more, the Lagrangian leaves less than a thousandth of the loss.
 _EXACT_LAYERS = 32
@@ -42,15 +45,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """The ways to store one layer.
+    """The ways to store one layer; the last one is the dense layer, without loss.
 
     Attributes:
-        costs: Cost of each way, ascending, in the unit of the budget.
+        costs: Cost of each way in the unit of the budget, parameters or bytes, ascending but for the dense layer's.
         losses: Loss of each way, weighted so that the losses of different layers compare.
+        name: The layer's name; "" if the caller gave none.
+        shape: (m, n) = (outputs, inputs) of the layer; zeros if the caller gave none.
     """
 
     costs: NDArray[np.int64]
     losses: NDArray[np.float64]
+    name: str = field(default="", kw_only=True)
+    shape: tuple[int, int] = field(default=(0, 0), kw_only=True)
 
     def best(self, price: float) -> int:
         """Return the index of the option that minimises loss + price * cost; the cheaper option wins a tie."""
@@ -73,6 +80,8 @@ def _ranks(candidate: Candidate, cost: Cost, align: int) -> _Ranks:
         np.append(costs[saves], dense),
         np.append(np.asarray(candidate.losses, dtype=np.float64)[ranks[saves]], 0.0),
         np.append(ranks[saves], 0),
+        name=candidate.name,
+        shape=(candidate.m, candidate.n),
     )
 
 
@@ -88,7 +97,44 @@ def least_cost(m: int, n: int, cost: Cost, align: int = 1) -> int:
     return m * n if align > min(m, n) else min(cost(m, n, align), m * n)
 
 
-def allocate_fisher(candidates: Sequence[Candidate], budget: int, cost: Cost, align: int = 1) -> list[int | None]:
+def allocate(options: Sequence[StorageOptions], budget: int, allocation: str) -> list[int]:
+    """Choose one way to store each layer by an allocation that has been registered, and check its choice.
+
+    Args:
+        options: The ways to store each layer.
+        budget: What all layers together may cost; at least the sum of their cheapest options.
+        allocation: Name of the allocation.
+
+    Returns:
+        The index of each layer's option.
+
+    Raises:
+        TypeError: If it does not return indexes.
+        ValueError: If there is no such allocation, or if it does not return one valid index for each layer, or exceeds
+            the budget.
+    """
+    found = get_allocation(allocation)(options, budget)
+    counts = [len(o.costs) for o in options]
+    expected = (
+        f"Expected allocation {allocation!r} to return {len(counts)} indexes, each of one option of its layer, but"
+    )
+    try:
+        chosen = [operator.index(i) for i in found]
+    except TypeError as error:
+        raise TypeError(f"{expected} got {found!r:.200}.") from error
+    if len(chosen) != len(counts) or not all(0 <= i < count for i, count in zip(chosen, counts, strict=True)):
+        raise ValueError(f"{expected} got {found!r:.200}.")
+    cost = sum(int(o.costs[i]) for o, i in zip(options, chosen, strict=True))
+    if cost > budget:
+        raise ValueError(
+            f"Expected allocation {allocation!r} to spend at most {budget:,} but its choice costs {cost:,}."
+        )
+    return chosen
+
+
+def allocate_fisher(
+    candidates: Sequence[Candidate], budget: int, cost: Cost, align: int = 1, *, allocation: str = "fisher"
+) -> list[int | None]:
     """Minimise the sum of the layers' losses under a budget of parameters, over all ranks and dense layers.
 
     Args:
@@ -96,12 +142,13 @@ def allocate_fisher(candidates: Sequence[Candidate], budget: int, cost: Cost, al
         budget: Parameters that all layers together may keep.
         cost: Parameters of a rank-k matrix in the layout in use.
         align: Ranks are multiples of this. A layer stays dense if no multiple saves parameters.
+        allocation: Another allocation that chooses the ranks.
 
     Returns:
         The rank of each layer, None for dense.
 
     Raises:
-        ValueError: If the budget does not hold the lowest rank in every layer.
+        ValueError: If the budget does not hold the lowest rank in every layer, or as :func:`allocate`.
     """
     options = [_ranks(candidate, cost, align) for candidate in candidates]
     least = sum(int(o.costs[0]) for o in options)
@@ -110,9 +157,11 @@ def allocate_fisher(candidates: Sequence[Candidate], budget: int, cost: Cost, al
             f"Expected a budget of at least {least:,} parameters (rank {align} in each of {len(options)} layers) but "
             f"got {budget:,}. Raise `rank` or `keep`{'' if align == 1 else ', or lower `align`'}."
         )
-    return [int(o.ranks[i]) or None for o, i in zip(options, spend(options, budget), strict=True)]
+    return [int(o.ranks[i]) or None for o, i in zip(options, allocate(options, budget, allocation), strict=True)]
 
 
+@register_allocation("fisher", measures=False)
+@register_allocation("measured")
 def spend(options: Sequence[StorageOptions], budget: int) -> list[int]:
     """Minimise the sum of the layers' losses under a budget of costs.
 
@@ -206,6 +255,7 @@ def _exact(options: Sequence[StorageOptions], budget: int, known: Sequence[int],
     return found[::-1]
 
 
+@register_allocation("uniform", measures=False)
 def spend_evenly(options: Sequence[StorageOptions], budget: int) -> list[int]:
     """Give all layers the same option, by index: the last one that the budget holds, or each layer's cheapest one.
 

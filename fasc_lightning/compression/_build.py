@@ -29,6 +29,7 @@ from fasc_lightning.layers import (
     make_lowrank,
     trains_weight,
 )
+from fasc_lightning.options import measures_losses
 from fasc_lightning.solvers import Factorization
 from fasc_lightning.statistics import CalibrationMoments, SketchFigures
 
@@ -165,7 +166,8 @@ def build_layers(
         factorized: Factorisations of these layers. The call empties them.
         rank: See :func:`layer_budgets`.
         keep: See :func:`layer_budgets`.
-        allocation: "measured" or "fisher" (one budget, spent where it matters most), or "uniform".
+        allocation: "measured" or "fisher" (one budget, spent where it matters most), "uniform", or another name that
+            has been registered.
         layout: "auto" (:func:`~fasc_lightning.layers.auto_layout` for each layer), "pivot" or "factors".
         align: Ranks are multiples of this; layers that stay dense have full rank.
         device: The device of the compression.
@@ -188,7 +190,7 @@ def build_layers(
         rank_zero_info(f"FascCallback: layout='auto' chooses layouts by times measured on a CPU, not on {device}.")
     cost = layout_cost(layout, dtype)
     ranks = _allocate(layers, factorizations, tokens, budgets, allocation, cost, align)
-    if allocation == "measured" and measure is not None and factorized.compare:
+    if measures_losses(allocation) and measure is not None and factorized.compare:
         factorizations |= _corrected(factorizations, ranks, measure)  # in place, so that used factors are freed below
         ranks = _allocate(layers, factorizations, tokens, budgets, allocation, cost, align)
     replacements: dict[str, nn.Module] = {}
@@ -270,7 +272,7 @@ def _allocate(
         share = min(1.0, budget / sum(budgets[c.name] for c in candidates))
         ranks = allocate_uniform(candidates, [math.floor(share * budgets[c.name]) for c in candidates], cost, align)
     else:
-        ranks = allocate_fisher(candidates, budget, cost, align)
+        ranks = allocate_fisher(candidates, budget, cost, align, allocation=allocation)
     return {c.name: k for c, k in zip(candidates, ranks, strict=True)}
 
 

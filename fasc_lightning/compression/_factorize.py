@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -51,6 +51,13 @@ class FactorizedLayers:
     solvers: dict[str, str]
     sketches: dict[str, dict[str, SketchFigures]]
     compare: bool
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Drop layers, which are then no part of the compression."""
+        tables: tuple[dict[str, Any], ...] = (self.factorizations, self.tokens, self.solvers, self.sketches)
+        for name in names:
+            for table in tables:
+                table.pop(name, None)
 
     def join(self, other: FactorizedLayers) -> FactorizedLayers:
         """Return the factorisations of these layers and of others together.
@@ -173,7 +180,9 @@ def _factorize(
         return None
     W, statistics = whole(linear_weight(module).detach()).to(device), statistics.to(device)
     found = get_solver(method)(W, statistics)
-    losses = found.losses
+    if not isinstance(found, Factorization):
+        raise TypeError(f"Expected the solver {method!r} to return a Factorization but got {type(found).__name__}.")
+    losses = found.checked((W.shape[0], W.shape[1]), method).losses
     if fisher and method not in FISHER_METHODS:
         losses = fisher_losses(W, *fisher_metric(statistics), found)
     storage = torch.promote_types(W.dtype, torch.float32)

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from fasc_lightning._utils import FreedMemory, Progress
-from fasc_lightning.compression._allocation import StorageOptions, spend, spend_evenly
+from fasc_lightning.compression._allocation import StorageOptions, allocate, spend_evenly
 from fasc_lightning.compression._budget import FLOAT_BYTES
 from fasc_lightning.compression._build import CompressionResult, LayerChoice, check_reached, factored_layer
 from fasc_lightning.compression._loss_correction import LossEstimator, correction
@@ -63,6 +63,13 @@ class RoundedLayers:
     weights: dict[str, list[RoundedWeight]]
     tokens: dict[str, int]
     ranks: dict[str, list[LowRankWeight | ResidualWeight]] = field(default_factory=dict)
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Drop layers, which are then no part of the compression."""
+        tables: tuple[dict[str, Any], ...] = (self.weights, self.tokens, self.ranks)
+        for name in names:
+            for table in tables:
+                table.pop(name, None)
 
     def join(self, other: RoundedLayers) -> RoundedLayers:
         """Return these layers and others together."""
@@ -173,15 +180,14 @@ def build_rounded(
     *,
     method: str,
     budget: int | None = None,
-    uniform: bool = False,
+    allocation: str = "fisher",
     measure: LossEstimator | None = None,
     progress: Progress | None = None,
 ) -> CompressionResult:
     """Choose bits or a rank for each layer under one budget of bytes, and build the layers; the layers are only read.
 
-    The sum of the layers' losses J is minimised (:func:`~fasc_lightning.compression._allocation.spend`). With
-    ``measure``, J is then measured on tokens, each layer's losses are corrected by the result, and the budget is spent
-    again.
+    The allocation sees the layers' losses J. With ``measure``, J is then measured on tokens, each layer's losses are
+    corrected by the result, and the budget is spent again.
 
     Args:
         layers: The targeted layers by name.
@@ -189,7 +195,8 @@ def build_rounded(
         method: Name of the metric's solver, for the report.
         budget: Bytes that the layers' matrices may take, numbers in floating point at 16 bits; None takes each layer's
             only grid.
-        uniform: Whether all layers get the same bits, the most that the budget holds, whatever their losses.
+        allocation: "uniform" gives all layers the same bits, the most that the budget holds, whatever their losses.
+            Others choose by the losses; "fisher" and "measured" minimise their sum.
         measure: Measures J of rounded layers on tokens.
         progress: Wraps the loop over layers.
 
@@ -202,9 +209,9 @@ def build_rounded(
     if budget is None:
         chosen: dict[str, StoredWeight | None] = {name: rounded.weights[name][0] for name in layers}
     else:
-        chosen = _allocate(layers, rounded, budget, uniform, {})
-        if measure is not None and not uniform:
-            chosen = _allocate(layers, rounded, budget, uniform, _corrections(rounded, chosen, measure))
+        chosen = _allocate(layers, rounded, budget, allocation, {})
+        if measure is not None and allocation != "uniform":
+            chosen = _allocate(layers, rounded, budget, allocation, _corrections(rounded, chosen, measure))
     _warn_unreached(rounded, chosen)
     replacements: dict[str, nn.Module] = {}
     choices = []
@@ -246,7 +253,7 @@ def _allocate(
     layers: Mapping[str, nn.Module],
     rounded: RoundedLayers,
     budget: int,
-    uniform: bool,
+    allocation: str,
     corrections: Mapping[str, tuple[type, float]],
 ) -> dict[str, StoredWeight | None]:
     """Return the choice of each layer; None stands for a dense layer.
@@ -255,7 +262,7 @@ def _allocate(
         layers: The targeted layers by name.
         rounded: Their options.
         budget: Bytes.
-        uniform: Whether all layers get the same bits.
+        allocation: Name of the allocation.
         corrections: By layer, the kind of its option that was measured, and the factor for losses of that kind.
     """
     most = max(rounded.tokens.values())
@@ -266,7 +273,9 @@ def _allocate(
         weight, (kind, factor) = rounded.tokens[name] / most, corrections.get(name, (RoundedWeight, 1.0))
         losses = [weight * option.loss * (factor if isinstance(option, kind) else 1.0) for option in options]
         costs = [option.nbytes for option in options]
-        return StorageOptions(np.array([*costs, FLOAT_BYTES * m * n]), np.nan_to_num([*losses, 0.0]))
+        return StorageOptions(
+            np.array([*costs, FLOAT_BYTES * m * n]), np.nan_to_num([*losses, 0.0]), name=name, shape=(m, n)
+        )
 
     def picked(chosen: Mapping[str, int], options: Mapping[str, Sequence[StoredWeight]]) -> dict[str, Any]:
         return {name: options[name][i] if i < len(options[name]) else None for name, i in chosen.items()}
@@ -277,12 +286,12 @@ def _allocate(
         raise ValueError(f"Expected a size of at least {least:,} bytes for the targeted layers but got {budget:,}.")
     even = dict(zip(grids, spend_evenly(list(grids.values()), budget), strict=True))
     chosen = picked(even, rounded.weights)
-    if uniform:
+    if allocation == "uniform":
         return chosen
     # A layer whose loss is not known keeps the bits that all layers could have: nothing tells whether it needs fewer.
     judged = {name: rounded.options(name) for name in _judged(rounded)}
     left = budget - sum(int(way.costs[even[name]]) for name, way in grids.items() if name not in judged)
-    indexes = spend([ways(name, options) for name, options in judged.items()], left)
+    indexes = allocate([ways(name, options) for name, options in judged.items()], left, allocation)
     return chosen | picked(dict(zip(judged, indexes, strict=True)), judged)
 
 

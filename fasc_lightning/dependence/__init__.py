@@ -16,8 +16,10 @@ from fasc_lightning.dependence._hsic import MIN_TOKENS
 from fasc_lightning.dependence._layer_scores import LayerScores, Sample
 from fasc_lightning.dependence._monitor import rho_metrics
 from fasc_lightning.dependence._phase import MonitorPhase, monitor_of
+from fasc_lightning.dependence._pooled import PooledDependenceScore
 from fasc_lightning.dependence._reading import MIN_ROWS, SUMS
-from fasc_lightning.dependence._rho import PooledDependenceScore, debiased_rho, iid_floor, pooled_rho, rho
+from fasc_lightning.dependence._rho import debiased_rho, iid_floor, pooled_rho, rho
+from fasc_lightning.dependence._saved_history import other_targets
 from fasc_lightning.dependence._streaming import DependenceScore
 from fasc_lightning.dependence._summary import counted, describe, reasons
 
@@ -44,6 +46,7 @@ __all__ = [
     "emergence",
     "iid_floor",
     "monitor_of",
+    "other_targets",
     "pooled_rho",
     "reasons",
     "rho",

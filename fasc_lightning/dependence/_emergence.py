@@ -1,4 +1,4 @@
-"""Emergence: the step from which on a layer's rho stays above a threshold and its null."""
+"""Emergence: the step from which on a layer's rho stays above a threshold, its null and zero."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ def emergence(history: RhoHistory, threshold: float = 0.3, observations: int = 3
     """Return the step at which each layer emerges.
 
     It is the first step from which on ``observations`` consecutive observations of the layer all have rho above both
-    the threshold and their own null. An undefined rho or null does not count as above. Later observations do not
-    matter: a layer that emerged may sink again.
+    the threshold and their own null, and the whole interval of the debiased rho above zero (``low`` > 0). Plain rho
+    alone shows nothing: on few tokens chance takes it past any threshold (``iid_floor``). An undefined value does not
+    count as above, so observations of fewer than eight sequences, which have no interval, show no emergence. Later
+    observations do not matter: a layer that emerged may sink again.
 
     Args:
         history: Observations; a layer need not have one at every step.
@@ -40,8 +42,9 @@ def emergence(history: RhoHistory, threshold: float = 0.3, observations: int = 3
         ValueError: If the threshold is not in [0, 1], or fewer than one observation is asked for.
     """
     check_emergence_options(threshold, observations)
-    rho, null, seen = history.matrix("rho"), history.matrix("null"), ~np.isnan(history.matrix("step"))
-    above = (rho > threshold) & (rho > null)
+    rho, null, low = (history.matrix(name) for name in ("rho", "null", "low"))
+    seen = ~np.isnan(history.matrix("step"))
+    above = (rho > threshold) & (rho > null) & (low > 0)
     steps = np.array(history.steps)
     return {
         layer: _first_run(steps[seen[i]].tolist(), above[i, seen[i]].tolist(), observations)

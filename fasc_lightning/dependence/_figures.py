@@ -106,7 +106,9 @@ def rho_heatmap(
     if threshold is not None:
         found = emergence(history, threshold, observations)
         marks = [(step, row + 0.5) for row, step in enumerate(found.values()) if step is not None]
-        criterion = f"rho above {threshold:g} and its null, {counted(observations, 'observation')} in a row"
+        criterion = (
+            f"rho above {threshold:g} and its null, interval above 0, {counted(observations, 'observation')} in a row"
+        )
         title += f"\n{counted(len(marks), 'layer')} emerged: {criterion}"
         if marks:
             # A mark stays within its row if rows are high enough to see it.

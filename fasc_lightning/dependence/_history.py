@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import operator
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypedDict, cast, overload
@@ -188,6 +188,12 @@ class RhoHistory(Sequence[RhoRow]):
             raise ValueError(f"Expected a step that was observed but got {step}. Observed: {_abridged(self.steps)}.")
         positions = self._positions[step]
         return {layer: self[positions[layer]] for layer in self.layers if layer in positions}
+
+    def only(self, layers: Collection[str]) -> RhoHistory:
+        """Return the history of some layers; this history itself if it has no others."""
+        if all(layer in layers for layer in self.layers):
+            return self
+        return RhoHistory(row for row in self if row["layer"] in layers)
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table as CSV, whole or not at all. Reading the file gives exactly the same numbers."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fasc_lightning.batches import Backwards, TokenRows
 from fasc_lightning.dependence._history import RhoHistory, RhoRow
 from fasc_lightning.dependence._layer_scores import LayerScores
-from fasc_lightning.dependence._summary import reasons
+from fasc_lightning.dependence._summary import floors, reasons
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import Gradient
 
@@ -55,6 +55,7 @@ class RhoMonitor:
         self.step = 0
         self._next = 0
         self._explained = False
+        self._floors_said = False
 
     @property
     def observing(self) -> bool:
@@ -133,6 +134,7 @@ class RhoMonitor:
             row["reason"] = self._failures.get(row["layer"], row["reason"])
         self._failures.clear()
         self._explain_partly_undefined(rows)
+        self._explain_floors(rows)
         self.history.extend(rows)
         self._next = (self.step // self.every_n_steps + 1) * self.every_n_steps
         return rows
@@ -147,6 +149,13 @@ class RhoMonitor:
                 f"debiased value or interval: {reasons(partly)}. HINT: use larger batches, or accumulate the gradients "
                 "of several (`accumulate_grad_batches`; `gradient_accumulation_steps` in transformers)."
             )
+
+    def _explain_floors(self, rows: list[RhoRow]) -> None:
+        """Log once that chance alone takes rho past the threshold: the logged fraction above it then shows nothing."""
+        said = "" if self._floors_said else floors([row for row in rows if row["rho"] == row["rho"]], self.threshold)
+        if said:
+            self._floors_said = True
+            rank_zero_info(f"At step {self.step} {said}.")
 
     def _score(
         self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int], g: Tensor | None = None
@@ -202,7 +211,9 @@ def rho_metrics(rows: list[RhoRow], threshold: float, separator: str = "/", *, l
             figures.update({f"{name}{separator}{layer}": value for layer, value in defined.items()})
         if defined and column != "null":
             figures[f"fasc{separator}{name}_mean"] = sum(defined.values()) / len(defined)
-    values = [row["rho"] for row in rows if row["rho"] == row["rho"]]
-    if values:
-        figures[f"fasc{separator}rho_above_threshold"] = sum(value > threshold for value in values) / len(values)
+    # Beside the fraction of layers above the threshold the one that chance alone would take there.
+    for name, column in (("rho_above_threshold", "rho"), ("rho_floor_above_threshold", "iid_floor")):
+        values = [row[column] for row in rows if row[column] == row[column]]  # type: ignore[literal-required]
+        if values:
+            figures[f"fasc{separator}{name}"] = sum(value > threshold for value in values) / len(values)
     return figures

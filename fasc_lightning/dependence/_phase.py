@@ -119,7 +119,8 @@ class MonitorPhase(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._observes and self._layers is not None:
-            history, self._monitor = self.history, monitor_of(self._options)
+            # A resumed fit may have other targets: the layers that both have in common go on.
+            history, self._monitor = self.history.only(self._layers.modules), monitor_of(self._options)
             self._monitor.history = history
             self._undo.add(self._monitor.remove)
             self._monitor.start(self._layers.modules, _position(trainer))

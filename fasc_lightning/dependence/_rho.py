@@ -8,21 +8,21 @@ rho^2 is the RV coefficient of x and g (Robert and Escoufier 1976), which is lin
 The paper's g is the *input gradient* g = W^T h: the gradient at x through this layer. h is the *output gradient* dL/dy.
 rho of x and h is another number, and neither bounds the other.
 
-There are two estimators. The *pooled* one (this file) uses the moments of all tokens, as Eq. 2 does. The *minibatch*
-one (:class:`~fasc_lightning.dependence.DependenceScore`) averages HSIC over token samples, from s x s Gram matrices
+There are two estimators. The *pooled* one (this file, and :class:`~fasc_lightning.dependence.PooledDependenceScore` for
+a stream of tokens) uses the moments of all tokens, as Eq. 2 does. The *minibatch* one
+(:class:`~fasc_lightning.dependence.DependenceScore`) averages HSIC over token samples, from s x s Gram matrices
 (Nguyen et al. 2021): its work is s^2 n, and it keeps a few numbers whatever the width. Both are biased upwards, each
-in its own way; their debiased forms agree.
+in its own way; their debiased forms agree. Both take tokens, shape (tokens, n), and whole sequences of tokens, shape
+(sequences, tokens, n).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from fasc_lightning.dependence._hsic import MIN_TOKENS, normalized, signed_root
+from fasc_lightning.dependence._pooled import PooledDependenceScore
+from fasc_lightning.dependence._tokens import as_sequences
 from fasc_lightning.statistics import LayerMoments
 
 
@@ -30,16 +30,16 @@ def rho(x: Tensor, g: Tensor) -> Tensor:
     """Return rho of a token sample by its definition (Eq. 2), centred by the sample's means. It is biased upwards.
 
     Args:
-        x: Activations, shape (tokens, n).
-        g: Gradients at the same tokens: W^T h, shape (tokens, n), in the paper's definition; or h, shape (tokens, m).
+        x: Activations, shape (tokens, n) or (sequences, tokens, n).
+        g: Gradients at the same tokens: W^T h, shape (..., n), in the paper's definition; or h, shape (..., m).
 
     Returns:
         A float64 scalar in [0, 1]; NaN if x or g is constant.
 
     Raises:
-        ValueError: If x and g do not hold the same number of tokens.
+        ValueError: If the shapes do not match.
     """
-    x, g = _centered(*_checked_pair(x, g))
+    x, g = (values.flatten(0, 1) for values in _centered(x, g))
     if x.shape[0] <= min(x.shape[1], g.shape[1]):
         K, L = x @ x.T, g @ g.T
         crossed, own = (K * L).sum(), (K.norm() * L.norm())
@@ -51,18 +51,22 @@ def rho(x: Tensor, g: Tensor) -> Tensor:
 def debiased_rho(x: Tensor, g: Tensor) -> Tensor:
     """Return the signed root of the debiased rho^2 of one token sample (Song et al. 2012): about 0 under independence.
 
+    Tokens of one text depend on one another. Give them as whole sequences: pairs of tokens of one sequence are then
+    left out. Tokens of shape (tokens, n) count as independent.
+
     Args:
-        x: Activations, shape (tokens, n).
-        g: Gradients at the same tokens, shape (tokens, n) or (tokens, m).
+        x: Activations, shape (tokens, n) or (sequences, tokens, n).
+        g: Gradients at the same tokens, shape (..., n) or (..., m).
 
     Returns:
-        A float64 scalar, which may be negative; NaN if x or g is constant, or for fewer than four tokens.
+        A float64 scalar, which may be negative; NaN if x or g is constant, or for fewer than four sequences (or
+        independent tokens).
 
     Raises:
-        ValueError: If x and g do not hold the same number of tokens.
+        ValueError: If the shapes do not match.
     """
     score = PooledDependenceScore()
-    score.update(*_centered(*_checked_pair(x, g)))
+    score.update(*_centered(x, g))
     return score.debiased
 
 
@@ -74,13 +78,13 @@ def iid_floor(x: Tensor, g: Tensor) -> Tensor:
     their floor is higher; see :attr:`~fasc_lightning.dependence.DependenceScore.null`.
 
     Args:
-        x: Activations, shape (tokens, n).
-        g: Gradients, shape (tokens, n) or (tokens, m).
+        x: Activations, shape (tokens, n) or (sequences, tokens, n).
+        g: Gradients at the same tokens, shape (..., n) or (..., m).
 
     Raises:
-        ValueError: If x and g do not hold the same number of tokens.
+        ValueError: If the shapes do not match.
     """
-    x, g = _centered(*_checked_pair(x, g))
+    x, g = (values.flatten(0, 1) for values in _centered(x, g))
     tokens = x.shape[0]
     ranks = 1.0
     for values in (x, g):
@@ -116,105 +120,16 @@ def pooled_rho(moments: LayerMoments, W: Tensor) -> Tensor:
     return ratio.clamp(max=1)
 
 
-class PooledDependenceScore(Metric):
-    """rho from the moments of all tokens together, by the paper's Eq. 2: exact and mergeable, in d x d numbers.
+def _centered(x: Tensor, g: Tensor) -> list[Tensor]:
+    """Return samples as sequences in float64 less the means of all tokens; a constant sample becomes exact zeros.
 
-    The means of all tokens centre them. :attr:`debiased` is the unbiased HSIC of all tokens. It streams, too: Song's
-    sums over pairs of tokens are sums of moments. These moments are of fourth order: an offset of more than a few
-    hundred standard deviations costs their last digits, even in float64.
+    Raises:
+        ValueError: If the shapes do not match.
     """
-
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = None
-
-    tokens: Tensor
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"compute_with_cache": False, **settings})
-        for name in ("tokens", "sum_x", "sum_g", "xx", "xg", "gg"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        # Sums over tokens of |u|^2 |v|^2 and of |u|^2 v, for u and v in (x, g): the pairs of a token with itself.
-        for pair in ("xx", "xg", "gg"):
-            self.add_state(f"squares_{pair}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        for pair in ("xx", "xg", "gx", "gg"):
-            self.add_state(f"weighted_{pair}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, x: Tensor, g: Tensor) -> None:
-        """Add tokens.
-
-        Args:
-            x: Activations, shape (tokens, n).
-            g: Gradients, shape (tokens, n) or (tokens, m).
-
-        Raises:
-            ValueError: If x and g do not hold the same number of tokens.
-        """
-        values = dict(zip("xg", (v.detach().double() for v in _checked_pair(x, g)), strict=True))
-        squares = {u: v.square().sum(1) for u, v in values.items()}
-        self.tokens = self.tokens + len(x)
-        for u in "xg":
-            self._grow(f"sum_{u}", values[u].sum(0))
-        for u, v in ("xx", "xg", "gg"):
-            self._grow(u + v, values[u].T @ values[v])
-            self._grow(f"squares_{u}{v}", squares[u] @ squares[v])
-        for u, v in ("xx", "xg", "gx", "gg"):
-            self._grow(f"weighted_{u}{v}", squares[u] @ values[v])
-
-    def compute(self) -> Tensor:
-        """Return rho of all tokens, in [0, 1]; NaN if x or g is constant."""
-        N = self.tokens.clamp(min=1)
-        covariances = {
-            u + v: getattr(self, u + v) / N - torch.outer(getattr(self, f"sum_{u}"), getattr(self, f"sum_{v}")) / N**2
-            for u, v in ("xx", "xg", "gg")
-        }
-        own = [covariances[pair].norm() for pair in ("xx", "gg")]
-        for norm, pair in zip(own, ("xx", "gg"), strict=True):
-            if not norm > 1e-13 * getattr(self, pair).norm() / N:  # nothing but rounding
-                return norm.new_tensor(float("nan"))
-        return (covariances["xg"].norm() / (own[0] * own[1]).sqrt()).clamp(max=1)
-
-    @property
-    def debiased(self) -> Tensor:
-        """Signed root of the debiased rho^2 of all tokens; NaN for fewer than four tokens or where rho is undefined."""
-        if self.tokens < MIN_TOKENS or torch.isnan(self.compute()):
-            return self.tokens.new_tensor(float("nan"))
-        hsic = {pair: self._hsic(*pair) for pair in ("xx", "xg", "gg")}
-        return signed_root(normalized(torch.stack([hsic["xx"], hsic["xg"], hsic["xg"], hsic["gg"]]).view(2, 2)))
-
-    def _grow(self, name: str, addend: Tensor) -> None:
-        """Add to a state. It is a scalar zero until its shape is known."""
-        setattr(self, name, getattr(self, name) + addend)
-
-    def _hsic(self, u: str, v: str) -> Tensor:
-        """Return HSIC_1 of Song et al. 2012, Eq. 5, with sums over pairs of tokens written as moments."""
-        N, moment = self.tokens, getattr(self, u + v)
-        sum_u, sum_v = getattr(self, f"sum_{u}"), getattr(self, f"sum_{v}")
-        squares = getattr(self, f"squares_{u}{v}")
-        pairs = moment.square().sum() - squares
-        total_u, total_v = (
-            total.square().sum() - getattr(self, w + w).trace() for w, total in ((u, sum_u), (v, sum_v))
-        )
-        crossed = sum_u @ moment @ sum_v - getattr(self, f"weighted_{u}{v}") @ sum_v
-        crossed = crossed - getattr(self, f"weighted_{v}{u}") @ sum_u + squares
-        return (pairs + total_u * total_v / ((N - 1) * (N - 2)) - 2 / (N - 2) * crossed) / (N * (N - 3))
-
-
-def _checked_pair(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    if x.ndim != 2 or g.ndim != 2 or x.shape[0] != g.shape[0]:
-        raise ValueError(
-            "Expected x and g of shape (tokens, features) with as many tokens but got "
-            f"{tuple(x.shape)} and {tuple(g.shape)}."
-        )
-    return x, g
-
-
-def _centered(*samples: Tensor) -> list[Tensor]:
-    """Return samples in float64 less their means; a constant sample becomes exact zeros."""
     centered = []
-    for values in samples:
+    for values in as_sequences(x, g):
         values = values.detach().double()
-        deviations = values - values.mean(0)
+        deviations = values - values.mean((0, 1))
         constant = deviations.norm() <= 1e-13 * values.norm()  # rounding of the mean
         centered.append(torch.zeros_like(deviations) if constant else deviations)
     return centered

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
@@ -25,12 +24,13 @@ from fasc_lightning.dependence._reading import (
     reason,
     rho_figure,
 )
+from fasc_lightning.dependence._tokens import DependenceMetric, as_sequences
 
 #: Most rows kept for the interval; beyond it neighbours are added up, so that memory is bounded.
 MAX_ROWS = 2048
 
 
-class DependenceScore(Metric):
+class DependenceScore(DependenceMetric):
     """Streaming minibatch estimate of rho for one layer, with its null and its confidence interval.
 
     Every update adds the HSIC of its tokens, weighted by their number; ``compute`` divides the sums. Each minibatch is
@@ -58,10 +58,6 @@ class DependenceScore(Metric):
         **settings: Settings of :class:`torchmetrics.Metric`.
     """
 
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = None
-
     # Sums over minibatches of at least four sequences, each weighted by its number of tokens.
     biased: Tensor  # biased HSIC of all pairs of (x, g), shape (2, 2)
     unbiased: Tensor  # unbiased HSIC of all pairs of (x, g), shape (2, 2)
@@ -78,7 +74,7 @@ class DependenceScore(Metric):
     infinite: Tensor  # samples with NaN or Inf
 
     def __init__(self, seed: int = 0, **settings: Any) -> None:
-        super().__init__(**{"compute_with_cache": False, **settings})
+        super().__init__(**settings)
         self.seed = seed
         shapes = {"permuted": (PERMUTATIONS,), **dict.fromkeys(("biased", "unbiased", "few_biased"), (2, 2))}
         for name in SUMS:
@@ -95,12 +91,7 @@ class DependenceScore(Metric):
         Raises:
             ValueError: If the shapes do not match.
         """
-        if x.ndim not in (2, 3) or x.ndim != g.ndim or x.shape[:-1] != g.shape[:-1]:
-            raise ValueError(
-                "Expected x and g of shape (tokens, features) or (sequences, tokens, features) with as many tokens "
-                f"but got {tuple(x.shape)} and {tuple(g.shape)}."
-            )
-        add_samples_([(self, x, g)])
+        add_samples_([(self, *as_sequences(x, g))])
 
     @property
     def observed(self) -> int:

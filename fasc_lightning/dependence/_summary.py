@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from io import StringIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fasc_lightning.dependence._emergence import check_emergence_options, emergence
 from fasc_lightning.dependence._history import RhoHistory, RhoRow
@@ -36,6 +35,8 @@ def describe(history: RhoHistory, threshold: float = 0.3, observations: int = 3)
     defined = [row for row in last.values() if not np.isnan(row["rho"])]
     if defined:
         lines.append(f"at step {steps[-1]}: {_last_step(defined, threshold)}")
+        if said := floors(defined, threshold):
+            lines.append(said)
         lines.append(_highest_table(defined))
     else:
         lines.append(f"at step {steps[-1]} rho is defined for no layer")
@@ -54,6 +55,22 @@ def reasons(rows: Iterable[RhoRow]) -> str:
     return ", ".join(f"{reason} ({count})" for reason, count in found.most_common())
 
 
+def floors(rows: Sequence[RhoRow], threshold: float) -> str:
+    """Return how many layers have an iid floor above the threshold, and what that means; "" if no layer has.
+
+    Args:
+        rows: Rows of one step.
+        threshold: Threshold of the plain rho.
+    """
+    above = sum(row["iid_floor"] > threshold for row in rows)
+    if not above:
+        return ""
+    return (
+        f"the iid floor is above {threshold:g} in {_share(above, len(rows))}: there unrelated tokens alone give a rho "
+        f"above {threshold:g}, which shows nothing. Read the debiased rho, or observe more tokens"
+    )
+
+
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun, as "1 layer" or "1,200 layers"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
@@ -67,13 +84,14 @@ def _last_step(rows: Sequence[RhoRow], threshold: float) -> str:
     parts = [f"mean rho {rho.mean():.3f}"]
     if debiased.size:
         parts.append(f"debiased mean {debiased.mean():.3f}, median {np.median(debiased):.3f}")
-    parts.append(f"rho above {threshold:g} in {_share(rho > threshold)}")
-    parts.append(f"above its null in {_share((rho > null)[tested])}" if tested.any() else "no null")
+    parts.append(f"rho above {threshold:g} in {_share((rho > threshold).sum(), rho.size)}")
+    above = int((rho > null)[tested].sum())
+    parts.append(f"above its null in {_share(above, int(tested.sum()))}" if tested.any() else "no null")
     return "; ".join(parts)
 
 
-def _share(true: NDArray[np.bool_]) -> str:
-    return f"{true.sum()} of {counted(true.size, 'layer')} ({true.mean():.1%})"
+def _share(count: int, total: int) -> str:
+    return f"{count} of {counted(total, 'layer')} ({count / total:.1%})"
 
 
 def _highest_table(rows: Sequence[RhoRow], count: int = 5) -> str:
@@ -104,7 +122,10 @@ def _highest_table(rows: Sequence[RhoRow], count: int = 5) -> str:
 def _emerged(history: RhoHistory, threshold: float, observations: int) -> str:
     found = emergence(history, threshold, observations)
     emerged = sorted(((step, layer) for layer, step in found.items() if step is not None), key=lambda pair: pair[0])
-    criterion = f"{counted(observations, 'observation')} in a row above {threshold:g} and above the null"
+    criterion = (
+        f"{counted(observations, 'observation')} in a row above {threshold:g} and above the null, the interval of the "
+        "debiased rho above 0"
+    )
     line = f"emerged ({criterion}): {len(emerged)} of {counted(len(found), 'layer')}"
     if not emerged:
         return line

@@ -1,10 +1,16 @@
 """Fits on several processes and devices: DDP, FSDP2, device maps."""
 
-from fasc_lightning.distributed._collectives import gather_everywhere, is_distributed, share_layers, sum_everywhere
+from fasc_lightning.distributed._collectives import (
+    gather_everywhere,
+    is_distributed,
+    share_layers,
+    sum_everywhere,
+    union_everywhere,
+)
 from fasc_lightning.distributed._device_map import DeviceMapStrategy, check_weights, is_split
 from fasc_lightning.distributed._dtensor import is_dtensor, whole
 from fasc_lightning.distributed._fsdp import Unsharding, check_sharded, is_sharded, lacks_room, reshard
-from fasc_lightning.distributed._preconditions import check_module, check_single, check_strategy
+from fasc_lightning.distributed._preconditions import check_module, check_namespace, check_single, check_strategy
 from fasc_lightning.distributed._uneven_inputs import UnevenInputs, others_present
 
 __all__ = [
@@ -12,6 +18,7 @@ __all__ = [
     "UnevenInputs",
     "Unsharding",
     "check_module",
+    "check_namespace",
     "check_sharded",
     "check_single",
     "check_strategy",
@@ -26,5 +33,6 @@ __all__ = [
     "reshard",
     "share_layers",
     "sum_everywhere",
+    "union_everywhere",
     "whole",
 ]

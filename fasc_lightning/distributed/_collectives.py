@@ -33,6 +33,13 @@ def sum_everywhere(trainer: pl.Trainer, count: int) -> int:
     return int(total)
 
 
+def union_everywhere(names: set[str]) -> set[str]:
+    """Return the names that any process of a distributed fit has."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, names)
+    return set().union(*every)
+
+
 def share_layers(trainer: pl.Trainer, pl_module: pl.LightningModule, names: Iterable[str]) -> None:
     """Broadcast the first process's parameters and buffers of the layers to all processes, in place."""
     if not is_distributed(trainer):

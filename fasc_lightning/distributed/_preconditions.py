@@ -15,6 +15,26 @@ from fasc_lightning.distributed._fsdp import check_mesh
 from fasc_lightning.layers import is_compressed
 
 
+def check_namespace(*used: object) -> None:
+    """Refuse Trainers and modules of the package ``pytorch_lightning``: their classes are others of the same names.
+
+    Args:
+        *used: Trainers and modules.
+
+    Raises:
+        MisconfigurationException: If one is of ``pytorch_lightning``; the message names the right import.
+    """
+    for thing in used:
+        kind = type(thing)
+        roots = {base.__module__.partition(".")[0] for base in kind.__mro__}
+        if "pytorch_lightning" in roots and "lightning" not in roots:
+            raise MisconfigurationException(
+                f"Expected a Trainer and a LightningModule of the package `lightning` but {kind.__name__} is of "
+                "`pytorch_lightning`, whose classes have the same names and are others. HINT: `import "
+                "lightning.pytorch as pl` in place of `import pytorch_lightning as pl`, everywhere in the program."
+            )
+
+
 def check_strategy(trainer: pl.Trainer, recovers: bool = False) -> None:
     """Refuse strategies under which layers cannot be read or replaced.
 
@@ -23,8 +43,9 @@ def check_strategy(trainer: pl.Trainer, recovers: bool = False) -> None:
         recovers: Whether the fit trains a compressed module.
 
     Raises:
-        MisconfigurationException: With the strategy and the remedy.
+        MisconfigurationException: With the strategy and the remedy; or as :func:`check_namespace`.
     """
+    check_namespace(trainer)
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
     launcher = strategy.launcher
     if isinstance(launcher, _MultiProcessingLauncher):
@@ -72,8 +93,9 @@ def check_module(pl_module: pl.LightningModule, compresses: bool = True) -> None
         compresses: Whether it is compressed, or only monitored.
 
     Raises:
-        MisconfigurationException: With the remedy.
+        MisconfigurationException: With the remedy; or as :func:`check_namespace`.
     """
+    check_namespace(pl_module)
     compiled = [
         name
         for name, m in pl_module.named_modules()

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from fasc_lightning._utils import some_names
@@ -74,11 +75,12 @@ def target_layers(
         compresses: Whether the layers will be replaced, not only observed or planned.
 
     Raises:
-        ValueError: If nothing is selected.
+        ValueError: If nothing is selected, or if a layer has no weight yet.
     """
     layers = select_layers(model, targets, exclude)
     if targets in (None, "all-linear"):
         warn_unknown_experts(model)
+        say_others(model)
     warn_other_layers(model, targets, exclude)
     if compresses:
         warn_tied_layers(model, layers)
@@ -113,13 +115,19 @@ def select_layers(
             experts (``layers/_fused_experts.py``). It leaves out output embeddings, routers and layers whose weight is
             tied to another module's; only a pattern that names them takes those.
         exclude: Patterns of layers to leave out.
-        eligible: Tells whether a module can be selected; by default
-            :func:`~fasc_lightning.layers.is_plain_linear`, and experts.
+        eligible: Tells whether a module can be selected; by default :func:`~fasc_lightning.layers.is_plain_linear`, and
+            experts, but not the output projection of ``nn.MultiheadAttention``, which is read and never called.
 
     Raises:
-        ValueError: If nothing is selected.
+        ValueError: If nothing is selected, or if a layer has no weight yet.
     """
-    eligible = eligible or (lambda module: isinstance(module, ExpertLinear) or is_plain_linear(module))
+    check_initialised(model)
+    if eligible is None:
+        read = {id(attention.out_proj) for attention in _attentions(model).values()}
+
+        def eligible(module: nn.Module) -> bool:
+            return isinstance(module, ExpertLinear) or (id(module) not in read and is_plain_linear(module))
+
     linear: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if eligible(module):
@@ -155,6 +163,59 @@ def _wanted(
         return selected and not (exclude is not None and matches(name, exclude))
 
     return wanted
+
+
+def check_initialised(model: nn.Module) -> None:
+    """Refuse lazy layers that have not seen an input: neither their shapes nor their sizes are known.
+
+    Raises:
+        ValueError: If there are such layers; the message names them and the remedy.
+    """
+    lazy = [
+        name
+        for name, module in model.named_modules()
+        if any(is_lazy(value) for value in (*module._parameters.values(), *module._buffers.values()))
+    ]
+    if lazy:
+        raise ValueError(
+            f"Expected layers that have weights but {len(lazy)} lazy layer{' has' if len(lazy) == 1 else 's have'} "
+            f"none yet: {some_names(lazy)}. HINT: run the model once on a batch before the fit, under torch.no_grad()."
+        )
+
+
+def _attentions(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
+    """Return the attention modules of torch, whose forward reads the weight of ``out_proj`` and never calls it."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+    }
+
+
+def say_others(model: nn.Module) -> None:
+    """Log in one line the modules with large weights that are no linear layers, and stay dense."""
+    kinds: dict[str, tuple[Mapping[str, nn.Module], str]] = {
+        "convolution": (_instances(model, nn.modules.conv._ConvNd), ""),
+        "recurrent module": (_instances(model, nn.RNNBase, nn.RNNCellBase), ""),
+        "bilinear layer": (_instances(model, nn.Bilinear), ""),
+        "nn.MultiheadAttention module": (_attentions(model), ", whose projections are read and never called"),
+    }
+    total = sum(parameter.numel() for parameter in model.parameters())
+    said = []
+    for kind, (found, reason) in kinds.items():
+        weights = {id(p): p.numel() for module in found.values() for p in module.parameters()}
+        if weights:
+            count = f"{len(found)} {kind}{'' if len(found) == 1 else 's'}"
+            share = f"{sum(weights.values()) / total:.1%} of the parameters"
+            said.append(f"{count} ({some_names(found)}; {share}){reason}")
+    if said:
+        rank_zero_info(
+            f"FascCallback: only linear layers that are called are compressed. Dense stay {'; '.join(said)}."
+        )
+
+
+def _instances(model: nn.Module, *classes: type[nn.Module]) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, classes)}
 
 
 def _protected(model: nn.Module) -> set[int]:

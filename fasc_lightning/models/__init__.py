@@ -2,7 +2,7 @@
 
 from fasc_lightning.models._attach import attach_config
 from fasc_lightning.models._card import model_card
-from fasc_lightning.models._checkpoints import match_checkpoint, match_on_load
+from fasc_lightning.models._checkpoints import match_checkpoint, match_on_load, say_loading
 from fasc_lightning.models._decoding import prepare_decoding
 from fasc_lightning.models._densify import to_dense
 from fasc_lightning.models._layer_plan import apply_plan, compression_plan
@@ -24,5 +24,6 @@ __all__ = [
     "quantize",
     "quantize_layers",
     "save_compressed",
+    "say_loading",
     "to_dense",
 ]

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from fasc_lightning._utils import anything, check, mapping, naming, some_names, undoing
@@ -26,6 +27,7 @@ from fasc_lightning.layers import (
     empty_dense,
     empty_layer,
     form_to_plain,
+    is_compressed,
     is_conv1d,
     is_guard,
     linear_shape,
@@ -45,7 +47,8 @@ def match_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
     :class:`~fasc_lightning.CausalLMModule` and any fit, validation or test with a :class:`~fasc_lightning.FascCallback`
     call it themselves. For ``load_from_checkpoint`` of your own LightningModule, and for Trainers without the callback,
-    call it from the module::
+    call it from the module. Without it the load fails: torch misses "layer.weight" and finds "layer.factor_in.weight"
+    or the like unexpected::
 
         def on_load_checkpoint(self, checkpoint):
             match_checkpoint(self, checkpoint)
@@ -62,6 +65,26 @@ def match_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """
     check(checkpoint, mapping(anything), "The checkpoint")
     match_state_dict(module, checkpoint.get("state_dict", {}))
+
+
+def say_loading(module: Any) -> bool:
+    """Log how a checkpoint of a compressed module loads elsewhere, if the module's own class does not know it.
+
+    Args:
+        module: The LightningModule whose checkpoint is being saved.
+
+    Returns:
+        Whether a message was logged.
+    """
+    if not is_compressed(module) or is_overridden("on_load_checkpoint", module):
+        return False
+    kind = type(module).__name__
+    rank_zero_info(
+        f"FascCallback: this checkpoint holds compressed layers. A Trainer with a FascCallback loads it. For "
+        f"{kind}.load_from_checkpoint and for other Trainers, {kind} needs a method: def on_load_checkpoint(self, "
+        "checkpoint): fasc_lightning.match_checkpoint(self, checkpoint). It may be added after the fit."
+    )
+    return True
 
 
 def match_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:

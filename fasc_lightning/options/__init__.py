@@ -1,8 +1,15 @@
 """Declarations, descriptions and checks of all options."""
 
+from fasc_lightning.options._allocations import (
+    AllocationFunction,
+    available_allocations,
+    get_allocation,
+    measures_losses,
+    register_allocation,
+)
 from fasc_lightning.options._block_training import RefineOptions, Target
 from fasc_lightning.options._calibration import CalibrationOptions, SketchOptions
-from fasc_lightning.options._checks import ALLOCATIONS, CHEAP_METHOD, check_budget
+from fasc_lightning.options._checks import CHEAP_METHOD, check_budget
 from fasc_lightning.options._compression import CompressionOptions, Refit, flat, named, options_of, reported
 from fasc_lightning.options._described import described
 from fasc_lightning.options._distillation import Distillation
@@ -32,13 +39,13 @@ from fasc_lightning.options._rounding import QUANTIZE_WORDS, SIZE_GRIDS, Quantiz
 from fasc_lightning.options._types import checks_options
 
 __all__ = [
-    "ALLOCATIONS",
     "CHEAP_METHOD",
     "GATE_BY",
     "PAPER",
     "QUANTIZE_WORDS",
     "RATES",
     "SIZE_GRIDS",
+    "AllocationFunction",
     "Calibration",
     "CalibrationOptions",
     "CompressionKeywords",
@@ -61,15 +68,19 @@ __all__ = [
     "Target",
     "as_recovery",
     "as_size",
+    "available_allocations",
     "check_budget",
     "check_precision",
     "checks_options",
     "described",
     "flat",
+    "get_allocation",
     "holds_moments",
+    "measures_losses",
     "named",
     "options_of",
     "refine_options",
+    "register_allocation",
     "reported",
     "trained_factors",
 ]

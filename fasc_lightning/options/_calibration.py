@@ -7,13 +7,20 @@ from dataclasses import dataclass, fields
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
 
 from fasc_lightning.options._compression import CompressionOptions
 from fasc_lightning.options._groups import SKETCH_ABOVE, ReductionKind, SketchSize
 
 
 class CalibrationOptions(CompressionOptions):
-    """A callback's options at the start of a fit."""
+    """A callback's options at the start of a fit.
+
+    Attributes:
+        replays: Whether a process can run the whole module again on batches.
+    """
+
+    replays = True
 
     @classmethod
     def of(cls, options: CompressionOptions) -> CalibrationOptions:
@@ -22,6 +29,11 @@ class CalibrationOptions(CompressionOptions):
         for field in fields(cls):
             setattr(made, field.name, getattr(options, field.name))
         return made
+
+    @property
+    @override
+    def measures(self) -> bool:
+        return self.replays and super().measures
 
     @property
     def sketching(self) -> SketchOptions | None:
@@ -50,15 +62,15 @@ class CalibrationOptions(CompressionOptions):
                 f"Expected room for the whole module on every process, which {what} needs, but {reason}. Leave that "
                 "out (layers are then compressed one after the other), or run fewer processes with more memory each."
             )
-        wanted = {"refit": bool(self.refit), "measuring of losses": self.allocation == "measured"}
+        wanted = {"refit": bool(self.refit), "measuring of losses": self.measures}
         if left_out := [name for name, is_wanted in wanted.items() if is_wanted]:
             rank_zero_info(
                 f"FascCallback: there will be no {' and no '.join(left_out)}, for which one process runs the whole "
                 f"module, since {reason}. Layers are compressed one after the other, by predicted losses."
             )
-        allocation = "fisher" if self.allocation == "measured" else self.allocation
         made = copy(self)
-        made.allocation, made.refit = allocation, False
+        made.allocation = "fisher" if self.allocation == "measured" else self.allocation
+        made.refit = made.replays = False
         return made
 
 

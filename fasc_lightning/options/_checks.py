@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 from fasc_lightning.layers import Layout
+from fasc_lightning.options._allocations import get_allocation
 from fasc_lightning.options._rounding import check_quantize, check_rounding
 from fasc_lightning.options._types import check_word
 from fasc_lightning.solvers import get_solver
 
 if TYPE_CHECKING:
     from fasc_lightning.options._compression import CompressionOptions
-
-#: "fisher" spends one budget by predicted losses, "measured" by corrected losses; "uniform" spends it layer by layer.
-Allocation = Literal["measured", "fisher", "uniform"]
-ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 #: Solver of the layers below the gate; it needs the activation covariance alone.
 CHEAP_METHOD = "svd"
@@ -58,7 +55,7 @@ def check_values(options: CompressionOptions) -> None:
         ValueError: If an option is out of range.
     """
     get_solver(options.method)
-    check_word("allocation", options.allocation, ALLOCATIONS)
+    get_allocation(options.allocation)
     check_word("layout", options.layout, get_args(Layout))
     if type(options.align) is not int or options.align < 1:
         raise ValueError(

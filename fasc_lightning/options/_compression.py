@@ -9,8 +9,8 @@ from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, Unpack, get_type_hints
 
 from fasc_lightning.layers import Grid, Layout
+from fasc_lightning.options._allocations import measures_losses
 from fasc_lightning.options._checks import (
-    Allocation,
     check_budget,
     check_combinations,
     check_monitor_only,
@@ -79,13 +79,14 @@ class CompressionOptions:
             "svd-llm"; "svd" (activation covariance); "weight-svd"; "asvd"; "grad-svd"; "fisher-diag"; "fwsvd"; "gfwsvd"
             (only the step of its iteration that needs no further pass). For comparison only: "fasc-eq6",
             "fasc-eq6-centred" and "fasc-eq6-literal", the eigenproblem as printed. ``fasc_lightning.solvers`` documents
-            each.
+            each, and ``fasc_lightning.solvers.register_solver`` adds others.
         targets: Layers to compress, as patterns of peft: a list of names or last parts of names, or a regular
             expression. None takes every linear layer except output embeddings and tied weights.
         exclude: Layers to leave alone, as patterns like those in ``targets``.
         allocation: "measured" spends one budget over all layers by predicted losses, which it corrects on an eighth of
             the calibration batches. "fisher" uses predicted losses alone. "uniform" gives each layer its own
-            budget; of a size, it gives all layers the same bits.
+            budget; of a size, it gives all layers the same bits. ``fasc_lightning.compression.register_allocation``
+            adds others.
         layout: Storage of a rank-k (m, n) matrix: "pivot" takes k (m + n - k) numbers, "factors" takes k (m + n).
             "auto" is pivot, except where pivot saves nothing (low ranks) or where a dense layer is faster and no larger
             (high ranks).
@@ -123,7 +124,7 @@ class CompressionOptions:
     method: str = "fasc"
     targets: str | list[str] | None = None
     exclude: str | list[str] | None = None
-    allocation: Allocation = "measured"
+    allocation: str = "measured"
     layout: Layout = "auto"
     align: int = 1
     refit: Refit = "auto"
@@ -180,7 +181,7 @@ class CompressionOptions:
     @property
     def measures(self) -> bool:
         """Whether layers' losses are measured on batches: not if there is nothing to choose."""
-        return self.allocation == "measured" and not (self.rounds and self.size is None)
+        return measures_losses(self.allocation) and not (self.rounds and self.size is None)
 
     @property
     def output_share(self) -> float:

@@ -149,7 +149,8 @@ class Monitor:
         tokens: Tokens of each batch to observe, at most a quarter of them from one sequence.
         threshold: Plain rho above which logs and summaries count a layer as high. Chance alone reaches it with few
             ``tokens``, so compare with the null.
-        observations: A layer emerges if rho stays above the threshold and its null for this many observations.
+        observations: A layer emerges if rho stays above the threshold and its null, and the interval of its debiased
+            rho above zero, for this many observations.
         gradient: "input" couples x with g = W^T h, the gradient at the layer's input (the paper's definition). "output"
             couples x with h, the gradient at the layer's output.
         log_layers: Whether loggers get the figures of each layer, of rho and of the report, or only means and totals: a

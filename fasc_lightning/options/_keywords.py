@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal, TypedDict
 
 from fasc_lightning.layers import Layout
-from fasc_lightning.options._checks import Allocation
 from fasc_lightning.options._compression import Refit
 from fasc_lightning.options._groups import Calibration, Gate, Memory, Monitor, ReductionKind
 from fasc_lightning.options._recovery import FactorRecovery, LoraRecovery
@@ -21,7 +20,7 @@ class PlanKeywords(TypedDict, total=False):
     method: str
     targets: str | list[str] | None
     exclude: str | list[str] | None
-    allocation: Allocation
+    allocation: str
     layout: Layout
     align: int
     refit: Refit

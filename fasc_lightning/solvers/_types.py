@@ -37,5 +37,31 @@ class Factorization:
         """Return a copy with the factors on a device; the losses stay where they are."""
         return Factorization(self.left.to(device), self.right.to(device), self.losses)
 
+    def checked(self, shape: tuple[int, int], solver: str) -> Factorization:
+        """Return the factorisation if it is one of a weight; solvers may be a user's own.
+
+        Args:
+            shape: (m, n) of the weight.
+            solver: Name of the solver, for messages.
+
+        Raises:
+            ValueError: If the shapes do not fit together and the weight, or if a loss is not finite.
+        """
+        m, n = shape
+        r = len(self.losses) - 1
+        expected = (m, r), (r, n), (r + 1,)
+        found = tuple(tuple(part.shape) for part in (self.left, self.right, self.losses))
+        if found != expected or not 1 <= r <= min(m, n):
+            raise ValueError(
+                f"Expected the solver {solver!r} to return left (m, r), right (r, n) and losses (r + 1,) for a weight "
+                f"of shape {shape}, with r up to {min(m, n)}, but got {found[0]}, {found[1]} and {found[2]}."
+            )
+        if not bool(torch.isfinite(self.losses).all()):
+            raise ValueError(
+                f"Expected the solver {solver!r} to return finite losses but got NaN or Inf for a weight of shape "
+                f"{shape}. HINT: moments may be singular; shrink() makes them invertible."
+            )
+        return self
+
 
 Solver: TypeAlias = Callable[[Tensor, LayerMoments], Factorization]

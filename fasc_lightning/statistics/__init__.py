@@ -15,7 +15,7 @@ from fasc_lightning.statistics._file import (
     unpack_moments,
 )
 from fasc_lightning.statistics._fisher import SequenceFisher
-from fasc_lightning.statistics._layer_moments import LayerMoments, check_needs, not_gathered
+from fasc_lightning.statistics._layer_moments import NEEDS, LayerMoments, check_needs, not_gathered
 from fasc_lightning.statistics._layer_sketches import LayerSketches
 from fasc_lightning.statistics._packed import add_gram_, packed_size, unpack
 from fasc_lightning.statistics._projected import ProjectedMoment, Projection
@@ -27,6 +27,7 @@ from fasc_lightning.statistics._sketch_error import SketchFigures, sketch_figure
 
 __all__ = [
     "MOMENTS_HEADER",
+    "NEEDS",
     "Accumulator",
     "BorrowedMoments",
     "CalibrationMoments",

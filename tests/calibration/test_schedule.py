@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from inside import kept_by
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny import Classifier, feature_loader, mlp
 from torch import nn
@@ -237,3 +238,44 @@ def test_a_failure_gives_the_limits_back(make_trainer):
     assert trainer.max_epochs == 1
     assert trainer.fit_loop.epoch_loop.min_steps is None
     assert_untouched(module, state(module))
+
+
+@pytest.mark.parametrize("update_weights", [True, False])
+def test_a_fit_shorter_than_its_calibration_warns_with_both_numbers(make_trainer, update_weights):
+    with pytest.warns(
+        UserWarning, match=r"at least calibration_steps=64 steps but it has 8: all of them calibrate, and no"
+    ):
+        fit = Fit(
+            make_trainer,
+            feature_loader(),
+            calibration_steps=64,
+            update_weights=update_weights,
+            max_epochs=2,
+        )
+    assert fit.counts[0] == 8
+
+
+def test_the_whole_fit_may_calibrate_without_a_warning(make_trainer):
+    assert Fit(make_trainer, feature_loader(), calibration_steps=8, max_epochs=2).counts == (8, 8)
+
+
+def test_a_time_limit_is_said_once(make_trainer, caplog):
+    class Late(Timer):
+        """A limit of time that is over at the fourth batch."""
+
+        def time_elapsed(self, stage="train"):
+            return 1e9 if self.batches >= 4 else 0.0
+
+        batches = 0
+
+        def on_train_batch_end(self, *args, **kwargs):
+            self.batches += 1
+            super().on_train_batch_end(*args, **kwargs)
+
+    timer = Late(duration={"hours": 1})
+    caplog.set_level(logging.INFO)
+    fit = Fit(make_trainer, feature_loader(samples=256), timer, calibration_steps=19, max_epochs=5)
+    assert fit.counts == (19, 4 + 19)
+    assert caplog.text.count("Time limit reached") == 1
+    assert caplog.text.count("It ends after the 19 steps of its calibration") == 1
+    assert timer._verbose

@@ -166,7 +166,7 @@ def test_uniform_gives_all_layers_the_most_bits_that_fit():
     for i, (bits, size) in enumerate(sizes.items()):
         budgets = [size] if i == len(sizes) - 1 else [size, list(sizes.values())[i + 1] - 1]
         for budget in budgets if budgets[-1] >= size else []:
-            result = build_rounded(layers, rounded(), method="fasc", budget=budget, uniform=True)
+            result = build_rounded(layers, rounded(), method="fasc", budget=budget, allocation="uniform")
             assert {16 if choice.form is None else choice.form.bits for choice in result.layers} == {bits}
 
 

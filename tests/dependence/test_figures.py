@@ -105,7 +105,10 @@ def test_marks_stand_where_layers_emerge():
     axes = figure.axes[0]
     marks = set(zip(*line(axes, "emergence").get_data(), strict=True))
     assert marks == {(step, layers.index(layer) + 0.5) for layer, step in found.items() if step is not None}
-    assert f"{len(marks)} layers emerged: rho above 0.3 and its null, 2 observations in a row" in axes.get_title()
+    assert (
+        f"{len(marks)} layers emerged: rho above 0.3 and its null, interval above 0, 2 observations in a row"
+        in axes.get_title()
+    )
     assert legend_texts(figure) == ["emergence"]
     assert not rho_heatmap(history).axes[0].lines
     none = rho_heatmap(history, threshold=1.0).axes[0]

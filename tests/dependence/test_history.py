@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fasc_lightning import DependenceScore
 from fasc_lightning.dependence import COLUMNS, RhoHistory, emergence
 from fasc_lightning.dependence._summary import describe
 
@@ -266,7 +267,7 @@ def emergence_by_definition(observed, threshold, observations):
     """Try each start, and look at every observation that follows it."""
     for start in range(len(observed) - observations + 1):
         window = observed[start : start + observations]
-        if all(rho > threshold and rho > null for _, rho, null in window):
+        if all(rho > threshold and rho > null and low > 0 for _, rho, null, low in window):
             return observed[start][0]
     return None
 
@@ -278,13 +279,14 @@ levels = st.sampled_from([0.1, 0.3, 0.5, NAN])
 @given(
     rhos=st.lists(levels, max_size=12),
     nulls=st.lists(levels, min_size=12, max_size=12),
+    lows=st.lists(st.sampled_from([-0.1, 0.0, 0.1, 0.2, NAN]), min_size=12, max_size=12),
     threshold=st.sampled_from([0.0, 0.3, 0.4]),
     observations=st.integers(1, 4),
 )
-def test_emergence_is_the_first_run_of_its_definition(rhos, nulls, threshold, observations):
-    observed = [(7 * i, rho, null) for i, (rho, null) in enumerate(zip(rhos, nulls, strict=False))]
+def test_emergence_is_the_first_run_of_its_definition(rhos, nulls, lows, threshold, observations):
+    observed = [(7 * i, *values) for i, values in enumerate(zip(rhos, nulls, lows, strict=False))]
     history = RhoHistory(row(0, "other", 0.9) for _ in range(1))
-    history.extend(row(step, "a", rho, null) for step, rho, null in reversed(observed))
+    history.extend(row(step, "a", rho, null, low=low) for step, rho, null, low in reversed(observed))
     found = emergence(history, threshold, observations)
     assert found.get("a") == emergence_by_definition(observed, threshold, observations)
 
@@ -300,6 +302,31 @@ def test_an_undefined_observation_breaks_a_run_and_a_missing_one_does_not():
 def test_a_layer_that_never_leaves_its_null_does_not_emerge():
     assert emergence(series(0.5, 0.5, 0.5, null=0.6)) == {"a": None}
     assert emergence(series(0.3, 0.3, 0.3)) == {"a": None}
+
+
+def test_a_layer_whose_interval_holds_zero_does_not_emerge():
+    for low in (-0.1, 0.0, NAN):  # NaN: fewer than eight sequences
+        assert emergence(RhoHistory(row(step, "a", 0.9, low=low) for step in range(3))) == {"a": None}
+    assert emergence(RhoHistory(row(step, "a", 0.9, low=0.01) for step in range(3))) == {"a": 0}
+
+
+def test_unrelated_values_on_few_tokens_do_not_emerge():
+    history = RhoHistory()
+    for step in range(12):
+        score = DependenceScore()
+        score.update(torch.randn(8, 4, 64), torch.randn(8, 4, 64))
+        low, high = score.interval.tolist()
+        values = {"debiased": score.debiased.item(), "low": low, "high": high, "iid_floor": score.iid_floor.item()}
+        history.append(row(step, "a", score.compute().item(), score.null.item(), **values))
+    assert (history.column("rho") > 0.3).all()
+    assert (history.column("iid_floor") > 0.3).all()
+    assert emergence(history, 0.3, 2) == {"a": None}
+    said = describe(history)
+    assert "the iid floor is above 0.3 in 1 of 1 layer (100.0%): there unrelated tokens alone" in said
+
+
+def test_the_summary_says_nothing_of_floors_below_the_threshold():
+    assert "iid floor is above" not in describe(series(0.5))
 
 
 @pytest.mark.parametrize("function", [emergence, describe])
@@ -337,7 +364,8 @@ def test_the_summary_gives_the_figures_of_the_last_step():
     assert [line.split("│")[1].strip() for line in table] == [f"h.{i}.fc" for i in (7, 6, 5, 4, 3)]
     assert "0.550" in table[0]
     assert "0.500 to 0.700" in table[0]
-    emerged = lines.index("emerged (3 observations in a row above 0.3 and above the null): 4 of 10 layers; first:")
+    criterion = "3 observations in a row above 0.3 and above the null, the interval of the debiased rho above 0"
+    emerged = lines.index(f"emerged ({criterion}): 4 of 10 layers; first:")
     assert lines[emerged + 1 : emerged + 5] == [f"  step 0: h.{i}.fc" for i in (4, 5, 6, 7)]
     assert lines[-1] == "undefined at step 100: 2 layers: g does not vary (1), not used in this step (1)"
 
@@ -362,3 +390,11 @@ def test_the_summary_manages_without_nulls_and_takes_names_as_they_are():
     text = describe(RhoHistory([row(0, "experts[red].up", 0.5, NAN, debiased=NAN)]))
     assert "no null" in text
     assert "experts[red].up" in text
+
+
+def test_a_history_of_some_layers():
+    history = RhoHistory(row(step, layer) for step in (0, 5) for layer in "abc")
+    assert history.only(["c", "a", "d"]).layers == ["a", "c"]
+    assert history.only(["c", "a", "d"]).steps == [0, 5]
+    assert history.only("abc") is history
+    assert len(history.only([])) == 0

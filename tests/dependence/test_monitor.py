@@ -423,9 +423,12 @@ def test_small_batches_of_one_step_are_scored_together(make_trainer):
 
 def test_undefined_values_are_not_logged():
     row = {"step": 0, "layer": "a", "rho": 0.5, "null": 0.2, "debiased": math.nan, "low": math.nan, "high": math.nan}
-    undefined = {**row, "layer": "b", "rho": math.nan, "null": math.nan}
+    row["iid_floor"] = 0.3
+    undefined = {**row, "layer": "b", "rho": math.nan, "null": math.nan, "iid_floor": math.nan}
     found = rho_metrics([row, undefined], 0.4, "-")
-    assert found == {"rho-a": 0.5, "rho_null-a": 0.2, "fasc-rho_mean": 0.5, "fasc-rho_above_threshold": 1.0}
+    fractions = {"fasc-rho_above_threshold": 1.0, "fasc-rho_floor_above_threshold": 0.0}
+    assert found == {"rho-a": 0.5, "rho_null-a": 0.2, "fasc-rho_mean": 0.5, **fractions}
+    assert rho_metrics([row, undefined], 0.2)["fasc/rho_floor_above_threshold"] == 1.0
     assert rho_metrics([undefined], 0.4) == {}
 
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations, product
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchmetrics import MetricCollection
 
 from fasc_lightning import DependenceScore, PooledDependenceScore, debiased_rho, iid_floor, rho
 from fasc_lightning.dependence import pooled_rho
@@ -112,6 +114,103 @@ def test_pooled_streams_merge():
     left.merge_state(right)
     assert left.compute().item() == pytest.approx(whole.compute().item())
     assert left.debiased.item() == pytest.approx(whole.debiased.item())
+
+
+def coupled(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, 6, generator=generator, dtype=torch.float64) + 0.3
+    return x, 0.5 * x[..., :5] + torch.randn(*shape, 5, generator=generator, dtype=torch.float64)
+
+
+def between_by_definition(x, g):
+    """|Sigma_uv|^2 by quadruples of different sequences (Song et al. 2012, Eq. 4), for x and x, x and g, g and g."""
+    S = {u + v: torch.einsum("ali,alj->aij", a, b) / a.shape[1] for (u, a), (v, b) in product(
+        (("x", x), ("g", g)), repeat=2)}  # fmt: skip
+    means = {"x": x.mean(1), "g": g.mean(1)}
+    found = {}
+    for u, v in ("xx", "xg", "gg"):
+        terms = []
+        for a, b, c, d in permutations(range(len(x)), 4):
+            p, q, T = means[u], means[v], S[u + v]
+            crossed = (T[a] * torch.outer(p[b], q[c])).sum()
+            terms.append((T[a] * T[b]).sum() - 2 * crossed + (p[a] @ p[c]) * (q[b] @ q[d]))
+        found[u + v] = torch.stack(terms).mean()
+    ratio = found["xg"] / (found["xx"] * found["gg"]).sqrt()
+    return (ratio.sign() * ratio.abs().sqrt()).item()
+
+
+def test_debiased_rho_of_sequences_is_that_of_its_definition():
+    x, g = coupled(6, 5)
+    assert debiased_rho(x, g).item() == pytest.approx(between_by_definition(x, g), rel=1e-9)
+    x, g = coupled(6, 1)
+    assert debiased_rho(x, g).item() == pytest.approx(between_by_definition(x, g), rel=1e-9)
+
+
+def test_every_estimator_takes_tokens_and_sequences():
+    x, g = coupled(8, 16)
+    flat = x.flatten(0, 1), g.flatten(0, 1)
+    for function in (rho, iid_floor):
+        assert function(x, g).item() == pytest.approx(function(*flat).item(), rel=1e-12)
+    assert debiased_rho(x[:, :1], g[:, :1]).item() == pytest.approx(debiased_rho(x[:, 0], g[:, 0]).item(), rel=1e-12)
+    pooled, minibatch = PooledDependenceScore(), DependenceScore()
+    for score in (pooled, minibatch):
+        score.update(x, g)
+    assert pooled.compute().item() == pytest.approx(rho(x, g).item(), rel=1e-9)
+    assert pooled.debiased.item() == pytest.approx(debiased_rho(x, g).item(), rel=1e-9)
+    # One minibatch of whole sequences: the same estimator from Gram matrices.
+    assert minibatch.debiased.item() == pytest.approx(debiased_rho(x, g).item(), rel=1e-5)
+    for function in (rho, debiased_rho, iid_floor, pooled.update, minibatch.update):
+        with pytest.raises(ValueError, match=r"as many tokens but got \(8, 16, 6\) and \(128, 5\)"):
+            function(x, flat[1])
+
+
+def test_tokens_that_repeat_in_a_sequence_do_not_raise_the_debiased_rho():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 1, 8, generator=generator).expand(16, 12, 8)
+    g = torch.randn(16, 1, 8, generator=generator).expand(16, 12, 8)
+    as_tokens = debiased_rho(x.flatten(0, 1), g.flatten(0, 1)).item()
+    assert abs(debiased_rho(x, g).item()) < 0.35 < 0.4 < as_tokens
+
+
+def test_sequences_of_different_lengths_pool_and_a_shift_does_not_matter():
+    parts = [coupled(4, 3, seed=1), coupled(5, 7, seed=2), coupled(6, seed=3)]
+    whole, shifted, merged, rest = (PooledDependenceScore() for _ in range(4))
+    for i, (x, g) in enumerate(parts):
+        whole.update(x, g)
+        shifted.update(x + 2, g - 1)
+        (merged if i == 1 else rest).update(x, g)
+    merged.merge_state(rest)
+    assert whole.sequences == 15
+    assert whole.tokens == 4 * 3 + 5 * 7 + 6
+    assert shifted.debiased.item() == pytest.approx(whole.debiased.item(), rel=1e-6)
+    assert merged.debiased.item() == pytest.approx(whole.debiased.item(), rel=1e-9)
+    assert merged.compute().item() == pytest.approx(whole.compute().item(), rel=1e-9)
+
+
+def test_scores_work_in_a_collection_and_draw():
+    scores = MetricCollection(
+        {"minibatch": DependenceScore(), "seeded": DependenceScore(1), "pooled": PooledDependenceScore()}
+    )
+    alone = {"minibatch": DependenceScore(), "seeded": DependenceScore(1), "pooled": PooledDependenceScore()}
+    for seed in range(3):
+        x, g = coupled(8, 16, seed=seed)
+        values = scores(x, g)
+        assert values["pooled"].item() == pytest.approx(rho(x, g).item())
+        for score in alone.values():
+            score.update(x, g)
+    found = scores.compute()
+    for name, score in alone.items():
+        assert found[name].item() == pytest.approx(score.compute().item())
+        assert scores[name].debiased.item() == pytest.approx(score.debiased.item())
+    assert scores["seeded"].null.item() == pytest.approx(alone["seeded"].null.item())
+    _, axes = scores["pooled"].plot()
+    assert axes.get_ylim()[0] <= 0 < 1 <= axes.get_ylim()[1]
+    _, axes = scores["minibatch"].plot([torch.tensor(v) for v in (0.1, 0.2, 0.3)])
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert len(scores.plot()) == 3
+    scores.reset()
+    with pytest.warns(UserWarning, match="before the ``update`` method"):
+        assert math.isnan(scores["pooled"].compute())
 
 
 def test_pooled_and_minibatch_estimates_agree_only_without_bias():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 
 import lightning.pytorch as pl
@@ -9,10 +10,20 @@ import torch
 from probe_cases import Counting, Masked, Product, Transposed, variants
 from tiny import VOCABULARY, Classifier, Tokens, causal_model, feature_loader
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import FalconConfig, FalconForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from fasc_lightning import FascCallback, compress, load_compressed, match_checkpoint, save_compressed, score, to_dense
+from fasc_lightning import (
+    Calibration,
+    FascCallback,
+    compress,
+    load_compressed,
+    match_checkpoint,
+    save_compressed,
+    score,
+    to_dense,
+)
 from fasc_lightning.layers import (
     LowRankLinear,
     TargetedLayers,
@@ -48,7 +59,7 @@ def batches(count: int = 4) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": part} for part in ids.split(4)]
 
 
-def fit(module: nn.Module, callback: FascCallback) -> None:
+def fit(module: nn.Module, callback: FascCallback, loader: DataLoader | None = None) -> None:
     trainer = pl.Trainer(
         max_epochs=1,
         callbacks=[callback],
@@ -58,7 +69,7 @@ def fit(module: nn.Module, callback: FascCallback) -> None:
         enable_checkpointing=False,
         accelerator="cpu",
     )
-    trainer.fit(module, feature_loader())
+    trainer.fit(module, feature_loader() if loader is None else loader)
 
 
 def test_falcon_is_compressed_saved_and_loaded(tmp_path):
@@ -207,3 +218,65 @@ def test_the_record_of_targeted_layers_holds_modules_and_shapes_of_all_and_of_a_
     share = layers.share(names)
     assert list(share.modules) == list(share.shapes) == names
     assert share == TargetedLayers.of({name: layers.modules[name] for name in names})
+
+
+class Encoder(nn.Module):
+    """Attention of torch, whose output projection is read and never called, a convolution and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(6, 16, 3, padding=1)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.block(self.stem(x).mT)).mean(1)
+
+
+def test_the_projection_that_attention_reads_is_left_out():
+    model = Encoder()
+    assert list(select_layers(model)) == ["block.linear1", "block.linear2", "head"]
+    with pytest.raises(ValueError, match="matches none"):
+        select_layers(model, ["out_proj"])
+
+    class Calling(nn.MultiheadAttention):
+        def forward(self, x):
+            return self.out_proj(x)
+
+    assert list(select_layers(Calling(8, 2))) == ["out_proj"]
+
+
+def test_what_stays_dense_is_said_in_one_line(caplog):
+    caplog.set_level(logging.INFO)
+    model = nn.ModuleDict({"encoder": Encoder(), "memory": nn.LSTM(4, 4), "pair": nn.Bilinear(2, 2, 2)})
+    target_layers(model)
+    (line,) = [record.getMessage() for record in caplog.records if "Dense stay" in record.getMessage()]
+    total = sum(p.numel() for p in model.parameters())
+    share = sum(p.numel() for p in model["encoder"].stem.parameters()) / total
+    assert (
+        f"Dense stay 1 convolution (encoder.stem; {share:.1%} of the parameters); 1 recurrent module (memory;" in line
+    )
+    assert "1 bilinear layer (pair;" in line
+    assert "1 nn.MultiheadAttention module (encoder.block.self_attn;" in line
+    assert "parameters), whose projections are read and never called." in line
+    caplog.clear()
+    target_layers(nn.Sequential(nn.Linear(3, 3)))
+    assert "Dense stay" not in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"keep": 0.8}, {"monitor": 1}])
+def test_lazy_layers_without_weights_are_refused_with_the_remedy(options):
+    module = Classifier(nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 3)))
+    with pytest.raises(ValueError, match=r"1 lazy layer has none yet: net\.0\. HINT: run the model once on a batch"):
+        fit(module, FascCallback(**options))
+    with torch.no_grad():
+        module(torch.randn(2, 12))
+    fit(module, FascCallback(**options))
+
+
+def test_an_encoder_of_torch_compresses_without_its_read_projection():
+    module = Classifier(Encoder())
+    callback = FascCallback(keep=0.7, calibration=Calibration(update_weights=False))
+    fit(module, callback, feature_loader((6, 8)))
+    assert {layer.name for layer in callback.report.layers} == {"net.block.linear1", "net.block.linear2", "net.head"}
+    assert callback.report.kept <= 0.7

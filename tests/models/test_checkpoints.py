@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import lightning.pytorch as pl
 import pytest
@@ -215,14 +216,19 @@ def test_modules_of_ones_own(make_trainer, tmp_path):
     assert_holds(fresh, tmp_path / "own.ckpt")
 
 
-def test_modules_without_that_line_need_the_callback_or_the_plan(make_trainer, tmp_path):
+def test_modules_without_that_line_need_the_callback_or_the_plan(make_trainer, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+
     class Plain(Own):
         on_load_checkpoint = pl.LightningModule.on_load_checkpoint
 
     trainer = make_trainer(FascCallback(keep=0.6))
     trainer.fit(Plain(), feature_loader())
     path = tmp_path / "plain.ckpt"
-    trainer.save_checkpoint(path)
+    for _ in range(2):
+        trainer.save_checkpoint(path)
+    hint = "Plain.load_from_checkpoint and for other Trainers, Plain needs a method: def on_load_checkpoint"
+    assert caplog.text.count(hint) == 1
     with pytest.raises(RuntimeError, match="Missing key"):
         Plain.load_from_checkpoint(path)
     by_callback = Plain()

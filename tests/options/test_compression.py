@@ -26,12 +26,12 @@ from fasc_lightning import (
     plan,
 )
 from fasc_lightning.options import (
-    ALLOCATIONS,
     GATE_BY,
     CompressionKeywords,
     PlanKeywords,
     QuantizeWord,
     ReductionKind,
+    available_allocations,
     described,
 )
 from fasc_lightning.options._compression import FLAT, GROUPS
@@ -214,7 +214,7 @@ def test_every_option_is_described_with_all_of_its_values():
         assert all(field.default is not MISSING for field in fields(cls))
     for name, values in {
         "method": available_methods(),
-        "allocation": ALLOCATIONS,
+        "allocation": available_allocations(),
         "gate_by": GATE_BY,
         "sketch": get_args(ReductionKind),
         "layout": get_args(get_type_hints(CompressionOptions)["layout"]),

@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 
 from fasc_lightning.compression import Unit
 from fasc_lightning.layers import Layout
-from fasc_lightning.options import ALLOCATIONS, CompressionOptions, Quantize, QuantizeWord
+from fasc_lightning.options import CompressionOptions, Quantize, QuantizeWord, available_allocations
 from fasc_lightning.studies.comparison._questions import Answers
 
 DENSE = "dense"
@@ -126,10 +126,10 @@ class Setting:
             ValueError: If the allocation or layout is unknown.
         """
         allocation, _, layout = text.partition("-")
-        if allocation not in ALLOCATIONS or layout not in LAYOUTS:
+        if allocation not in available_allocations() or layout not in LAYOUTS:
             raise ValueError(
-                f"Expected a setting ALLOCATION-LAYOUT of {', '.join(ALLOCATIONS)} and {', '.join(LAYOUTS)}, as "
-                f"uniform-factors or fisher-pivot, but got {text!r}."
+                f"Expected a setting ALLOCATION-LAYOUT of {', '.join(available_allocations())} and "
+                f"{', '.join(LAYOUTS)}, as uniform-factors or fisher-pivot, but got {text!r}."
             )
         return cls(allocation, cast(Layout, layout))
 

@@ -36,6 +36,7 @@ from fasc_lightning.layers import (
     quantized_layer,
     swap_modules,
 )
+from fasc_lightning.options import measures_losses
 from fasc_lightning.refit import ByLayer, causal_loss, refit
 from fasc_lightning.solvers import Factorization
 from fasc_lightning.statistics import CalibrationMoments
@@ -330,8 +331,8 @@ class Comparison:
             self._on_grids.copied(),
             method=cell.method,
             budget=None if how.size is None else byte_budget(self.model, layers, how.size),
-            uniform=cell.setting.allocation == "uniform",
-            measure=partial(self._measure, layers) if cell.setting.allocation == "measured" else None,
+            allocation=cell.setting.allocation,
+            measure=partial(self._measure, layers) if measures_losses(cell.setting.allocation) else None,
             progress=progress,
         )
         # Rounding counts for every cell, also where an earlier one did it.

@@ -280,3 +280,7 @@ def test_an_encoder_of_torch_compresses_without_its_read_projection():
     fit(module, callback, feature_loader((6, 8)))
     assert {layer.name for layer in callback.report.layers} == {"net.block.linear1", "net.block.linear2", "net.head"}
     assert callback.report.kept <= 0.7
+    x = torch.randn(4, 6, 8)
+    with torch.no_grad():  # torch's fast path reads the weights of the low-rank layers, too
+        fast = module.eval()(x)
+        torch.testing.assert_close(fast, module.train()(x), rtol=1e-4, atol=1e-5)

@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     content = full_report(options, report, clock.seconds, {"dense": dense, "compressed": compressed})
     if controls:
         content["controls"] = controls
-    print(f"\n{report}\n", *measurement_lines(content), *control_lines(content), sep="\n")
+    print(*measurement_lines(content), *control_lines(content), sep="\n")
     print(save_results(options, model, tokenizer, content))
     return content
 

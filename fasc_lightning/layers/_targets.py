@@ -261,7 +261,7 @@ def warn_other_layers(
 ) -> None:
     """Warn of linear layers that stay as they are because their forward is not known to be the plain one."""
     if found := other_layers(model, targets, exclude):
-        rank_zero_warn(f"FascCallback: {_described(found)}")
+        rank_zero_warn(_described(found))
 
 
 def _described(others: Mapping[str, list[str]]) -> str:
@@ -297,7 +297,7 @@ def warn_tied_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         kept = shared.keys() - replaced
         fate = f"{some_names(kept)} keep{'' if len(kept) > 1 else 's'} it" if kept else "each gets its own factors"
         rank_zero_warn(
-            f"FascCallback: {some_names(shared)} share one weight of {numbers:,} numbers, which the model holds once. "
+            f"{some_names(shared)} share one weight of {numbers:,} numbers, which the model holds once. "
             f"{some_names(replaced)} {'is' if len(replaced) == 1 else 'are'} to be compressed and {fate}: the model "
             f"then holds up to {len(replaced) * numbers:,} numbers {'more' if kept else 'in its place'}. HINT: leave "
             f"{some_names(replaced)} out of `targets`."

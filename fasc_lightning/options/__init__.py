@@ -29,6 +29,7 @@ from fasc_lightning.options._recovery import (
     trained_factors,
 )
 from fasc_lightning.options._rounding import QUANTIZE_WORDS, SIZE_GRIDS, Quantize, QuantizeWord, as_size
+from fasc_lightning.options._spellings import SPELLINGS, own_spelling
 from fasc_lightning.options._types import checks_options
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "QUANTIZE_WORDS",
     "RATES",
     "SIZE_GRIDS",
+    "SPELLINGS",
     "Calibration",
     "CalibrationOptions",
     "CompressionKeywords",
@@ -69,6 +71,7 @@ __all__ = [
     "holds_moments",
     "named",
     "options_of",
+    "own_spelling",
     "refine_options",
     "reported",
     "trained_factors",

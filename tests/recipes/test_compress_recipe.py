@@ -61,7 +61,7 @@ def arguments(folder, *more):
 
 def test_the_report_is_what_the_contract_says(recipe, folder, capsys):
     path = folder / "out" / "report.json"
-    output = ["--output", str(folder / "compressed"), "--licence", "mit"]
+    output = ["--output", str(folder / "compressed"), "--license", "mit"]
     recipe.main(arguments(folder, "--keep", "0.8", "--report", str(path), *output))
     report = json.loads(path.read_text())
     assert report["method"] == "fasc"
@@ -162,7 +162,7 @@ def test_bits_of_all_layers(recipe, folder):
         ["--sketch", "projected", "--passes", "2", "--refit", "false"],
         ["--sketch", "projected"],
         ["--passes", "4"],
-        ["--gate", "0.1", "--gate-by", "pooled", "--exclude", "[down_proj]"],
+        ["--gate", "0.1", "--gate-by", "pooled", "--ignore", "[down_proj]"],
     ],
 )
 def test_options(recipe, folder, options):
@@ -220,6 +220,8 @@ def test_options_default_to_those_of_the_package_and_are_described_by_it(recipe,
         (["--size", "0.3", "--quantize", "int4"], ValueError, "`size` or `quantize` but got both"),
         (["--size", "0.01"], ValueError, "Expected a `size` of at least 0.1"),
         (["--passes", "2", "--refit", "true"], ValueError, "refit=False or 'auto' with passes=2"),
+        (["--ignore", "up", "--exclude", "down"], ValueError, "`exclude` or `ignore`"),
+        (["--license", "mit", "--licence", "apache-2.0"], ValueError, "`licence` or `license`"),
         (["--gate-exclude", "paper"], ValueError, "`gate_exclude` together with a `gate`"),
         (["--output", str(Path(__file__).parent)], FileExistsError, "holds other files"),
     ],

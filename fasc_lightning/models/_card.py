@@ -247,8 +247,8 @@ def _introduction(model: PreTrainedModel, made: Mapping[str, Any]) -> str:
     }
     held = " and ".join(f"{count} of its linear layers {how}" for how, count in counts.items() if count)
     return (
-        f"# {_title(model, base)}\n\n{of} {held}, made by fasc-lightning. It is an ordinary transformers model in every "
-        "other respect: it generates, trains and is saved as before."
+        f"# {_title(model, base)}\n\n{of} {held}, made by fasc-lightning. It is an ordinary transformers model in "
+        "every other respect: it generates, trains and is saved as before."
     )
 
 

@@ -1,4 +1,4 @@
-"""Measured results in a model card: the hub's model index, and the table of what a compression costs."""
+"""Measured results in a model card: the hub's model index, and a table of all states of the model."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def add_compression_options(parser: ArgumentParser, budget: str) -> None:
 
 def compression_options(options: Namespace) -> dict[str, Any]:
     """Return the options of :func:`add_compression_options` as arguments of compress."""
-    return {name: options[name] for name in OPTIONS}
+    return own_spelling({name: options.get(name) for name in (*OPTIONS, "ignore")}, "ignore")
 
 
 def frozen_options(options: Namespace) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tiny import save_model_folder
 from transformers import AutoModelForCausalLM
 
 from fasc_lightning import load_compressed
-from fasc_lightning.cli._options import OPTIONS
+from fasc_lightning.cli._options import OPTIONS, compression_options
 from fasc_lightning.options import described
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compress.py"
@@ -197,6 +197,9 @@ def test_options_default_to_those_of_the_package_and_are_described_by_it(recipe,
     for name, option in ((name, described(name)) for name in OPTIONS):
         assert found[name] == option.default
     assert found.refit == "auto"
+    found = compression_options(recipe.build_parser().parse_args(["--ignore", "[down_proj]"]))
+    assert found["exclude"] == ["down_proj"]
+    assert list(found) == list(OPTIONS)
     with pytest.raises(SystemExit):
         recipe.build_parser().parse_args(["--help"])
     printed = " ".join(capsys.readouterr().out.split()).replace("- ", "-")

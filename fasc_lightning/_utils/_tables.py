@@ -32,7 +32,7 @@ def table_text(title: str, rows: Sequence[Mapping[str, Any]], width: int = 140) 
         table.add_column(escape(name), justify="left" if isinstance(value, str) else "right")
     for row in rows:
         table.add_row(*(escape(_shown(value)) for value in row.values()))
-    console = Console(width=width, file=(text := StringIO()), force_terminal=False)
+    console = Console(width=width, file=(text := StringIO()), force_terminal=False, force_jupyter=False)
     console.print(table)
     return text.getvalue().rstrip()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fasc_lightning.data import check_file, check_sources, named_files
 from fasc_lightning.evaluation import check_builtin_facts
 from fasc_lightning.models import check_folder
-from fasc_lightning.options import CompressionOptions, available_allocations, described
+from fasc_lightning.options import SPELLINGS, CompressionOptions, available_allocations, described, own_spelling
 from fasc_lightning.solvers import available_methods
 
 if TYPE_CHECKING:
@@ -80,12 +80,13 @@ def add_compression_options(parser: ArgumentParser, budget: str) -> None:
         flag = f"--{name.replace('_', '-')}"
         text = option.help + (f" A recipe that gets none takes {budget}." if name == BUDGETS[-1] else "")
         parser.add_argument(flag, default=option.default, help=text.replace("%", "%%"), **extra)
+    parser.add_argument("--ignore", type=described("exclude").type, help="another name of --exclude")
     parser.add_argument("--batch-size", type=int, default=1, help="windows a forward pass")
 
 
 def compression_options(options: Namespace) -> dict[str, Any]:
     """Return the options of :func:`add_compression_options` as arguments of compress."""
-    return {name: options[name] for name in OPTIONS}
+    return own_spelling({name: options.get(name) for name in (*OPTIONS, "ignore")}, "ignore")
 
 
 def frozen_options(options: Namespace) -> dict[str, Any]:
@@ -113,6 +114,7 @@ def add_output_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", help="folder for the compressed model, its tokenizer and its model card")
     add("--licence", help="of the model, for the card; default: what the README.md of the model's folder says")
+    add("--license", help="another name of --licence")
     add("--report", help="JSON file for the report")
     add("--device", help="default: cuda if there is one")
 
@@ -122,16 +124,18 @@ def check_run(options: Namespace, budget: tuple[str, float | str], at_least_one:
 
     Args:
         options: All options of this module; without a budget they get the default one, ``eval_text`` becomes files by
-            name.
+            name, and other spellings of options are replaced.
         budget: Option and value of the default budget.
         at_least_one: Names of further counts, which have to be at least 1.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: If an option is out of range, or given in two spellings.
         FileNotFoundError: If a file is missing.
         FileExistsError: If --output holds files but no saved model.
         ModuleNotFoundError: If an optional package is missing.
     """
+    for other, name in SPELLINGS.items():
+        options[name] = own_spelling({name: options[name], other: options.pop(other)}, other).get(name)
     check_sources((source for source in options.calibration if source != DATA), "calibration")
     if all(options[name] is None for name in BUDGETS):
         options[budget[0]] = budget[1]

@@ -59,7 +59,7 @@ def summary_table(report: CompressionReport) -> str:
             f"{sum(r.loss for r in rows) / total_loss:.1%}",
             f"{rhos[len(rhos) // 2]:.3f}" if rhos else "-",
         )
-    console = Console(width=110, file=(text := StringIO()))
+    console = Console(width=110, file=(text := StringIO()), force_terminal=False, force_jupyter=False)
     console.print(table)
     lines = [text.getvalue().rstrip()]
     solvers = Counter(layer.method for layer in report.layers)

@@ -114,7 +114,7 @@ def _highest_table(rows: Sequence[RhoRow], count: int = 5) -> str:
             f"{row['iid_floor']:.3f}",
             f"{row['tokens']:,}",
         )
-    console = Console(width=110, file=(text := StringIO()), force_terminal=False)
+    console = Console(width=110, file=(text := StringIO()), force_terminal=False, force_jupyter=False)
     console.print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 

@@ -14,6 +14,7 @@ from fasc_lightning.layers import compressed_layers, describe_layer, swap_module
 from fasc_lightning.models._config import FascConfig, is_fasc, method_of
 from fasc_lightning.models._file_names import save_module_names
 from fasc_lightning.models._quantizer import FascQuantizer, detach, untie
+from fasc_lightning.models._tags import set_tags
 
 
 def attach_config(module: nn.Module, **provenance: Any) -> None:
@@ -98,6 +99,7 @@ def _attach(model: Any, config: FascConfig) -> None:
     quantizer = FascQuantizer(config, pre_quantized=True)
     quantizer.dense_conversions = save_module_names(model)
     model.hf_quantizer = quantizer
+    set_tags(model)
     untie(model)
 
 

@@ -26,8 +26,10 @@ from fasc_lightning.layers import (
     quantization_of,
 )
 from fasc_lightning.models._attach import provenance_of
+from fasc_lightning.models._card_results import costs, eval_results, measured
 from fasc_lightning.models._compressed_tensors import how_to_load
-from fasc_lightning.options import described
+from fasc_lightning.models._tags import tags_of
+from fasc_lightning.options import described, own_spelling
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -57,6 +59,7 @@ def model_card(
     *,
     base_model: str | None = None,
     licence: str | None = None,
+    license: str | None = None,
     calibration: str | Sequence[str] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     format: Literal["fasc", "compressed-tensors"] = "fasc",
@@ -72,13 +75,17 @@ def model_card(
             ``from_pretrained`` call before the compression.
         licence: Licence of the base model, which holds for this model too: an identifier of the hub ("apache-2.0"). By
             default the licence in README.md of the base model's folder.
+        license: Another name of ``licence``.
         calibration: The calibration data. By default the report's.
         evaluation: Results before and after, in the form of the recipe's report: ``{"perplexity": {name: {"dense": ...,
-            "compressed": ...}}, "facts": {"dense": ..., "compressed": ..., "by_kind": ...}}``. By default the report's.
+            "compressed": ...}}, "facts": {"dense": ..., "compressed": ..., "by_kind": ...}}``, and in the same forms
+            "divergence" (KL from the dense model, nats a token) and "minimal_pairs" (percent). By default the report's.
+            The compressed model's figures also stand in the header, as the hub's model index.
         format: Format of the model's folder; the card tells how such a folder is loaded.
 
     Raises:
-        ValueError: If the model has no compressed layers, or the report belongs to another model.
+        ValueError: If the model has no compressed layers, the report belongs to another model, or both spellings of
+            the licence are given.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -87,18 +94,21 @@ def model_card(
     _check_report(model, content)
     if content:
         content = _as_quantized(model, _own_names(model, content))
-    results = {**{name: content.get(name) for name in ("perplexity", "facts")}, **(evaluation or {})}
-    results = {name: value for name, value in results.items() if value}
+    results = measured(content, evaluation)
     base = base_model or provenance.get("base_model")
+    licence = own_spelling({"licence": licence, "license": license}, "license")["licence"]
     licence = licence or _stated_licence(base_model or model.config._name_or_path)
     task, auto_class = _task(model)
+    indexed = eval_results(results, task or "other")
     data = ModelCardData(
         base_model=base if base and _is_hub_id(base) else None,
+        eval_results=indexed or None,
         library_name="transformers",
         license=licence,
-        metrics=["perplexity"] if "perplexity" in results else None,
+        metrics=list(dict.fromkeys(result.metric_type for result in indexed)) or None,
+        model_name=_title(model, base) if indexed else None,
         pipeline_tag=task,
-        tags=_tags(model, format),
+        tags=tags_of(model, format),
     )
     options = {**provenance.get("options", {}), **content.get("options", {})}
     if options.keys() & {"rank", "keep"}:  # what reports do not state is at its default
@@ -108,7 +118,7 @@ def model_card(
     sections = [
         _introduction(model, made),
         _loading(auto_class) if format == "fasc" else how_to_load(model, auto_class),
-        *_costs(results),
+        *costs(results),
         *_sizes(content),
         *_bits(model, content),
         _making(made, calibration),
@@ -191,14 +201,6 @@ def _words(form: Form) -> str:
     return f"int{form.bits} in {group}{', symmetric' if form.symmetric else ''}"
 
 
-def _tags(model: PreTrainedModel, format: str) -> list[str]:
-    """Return the hub's tags."""
-    layers = compressed_layers(model).values()
-    tags = {"low-rank": any(layer.layout != "dense" for layer in layers), format: format != "fasc"}
-    tags["quantization"] = "low-rank" not in [tag for tag, holds in tags.items() if holds]
-    return ["fasc", *(tag for tag, holds in tags.items() if holds), "compression"]
-
-
 def _stated_licence(folder: str | None) -> str | None:
     """Return the licence in the header of a local folder's README.md, if there is one."""
     from huggingface_hub import ModelCard
@@ -231,9 +233,12 @@ def _task(model: PreTrainedModel) -> tuple[str | None, str]:
     return None, "AutoModel"
 
 
+def _title(model: PreTrainedModel, base: str | None) -> str:
+    return f"{_short(base)}, compressed" if base else f"A compressed {type(model).__name__}"
+
+
 def _introduction(model: PreTrainedModel, made: Mapping[str, Any]) -> str:
     base = made["base"]
-    title = f"{base}, compressed" if base else f"A compressed {type(model).__name__}"
     of = f"{base} with" if base else f"A {type(model).__name__} with"
     full = sum(layer.layout == "dense" for layer in compressed_layers(model).values())
     counts = {
@@ -242,8 +247,8 @@ def _introduction(model: PreTrainedModel, made: Mapping[str, Any]) -> str:
     }
     held = " and ".join(f"{count} of its linear layers {how}" for how, count in counts.items() if count)
     return (
-        f"# {title}\n\n{of} {held}, made by fasc-lightning. It is an ordinary transformers model in every other "
-        "respect: it generates, trains and is saved as before."
+        f"# {_title(model, base)}\n\n{of} {held}, made by fasc-lightning. It is an ordinary transformers model in "
+        "every other respect: it generates, trains and is saved as before."
     )
 
 
@@ -261,26 +266,6 @@ Without that import transformers says "Unknown quantization type, got fasc" and 
 Nothing in the folder is pickled, and no code is loaded from it. `fasc_lightning.load_compressed(...)` also
 refuses a folder that lacks weights or has others. `fasc_lightning.to_dense(model)` makes the model dense, for tools
 that know no low-rank layers: as large as before, as good as it is now."""
-
-
-def _costs(results: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the section on perplexity and facts, if one of them was measured."""
-    rows: list[Row] = [
-        {"": f"perplexity of {name}", **{state: f"{value:.2f}" for state, value in values.items()}}
-        for name, values in results.get("perplexity", {}).items()
-    ]
-    facts = results.get("facts", {})
-    states = [name for name, value in facts.items() if isinstance(value, float) and name != "chance"]
-    if facts:
-        chance = f", chance {facts['chance']:.1f} %" if "chance" in facts else ""
-        rows.append({"": f"facts recalled{chance}", **{state: f"{facts[state]:.1f} %" for state in states}})
-        rows += [
-            {"": f"facts: {kind}", **{state: f"{value[state]:.1f} %" for state in states}}
-            for kind, value in facts.get("by_kind", {}).items()
-        ]
-    if rows:
-        columns = {name: "" for row in rows for name in row}
-        yield "## What it costs\n\n" + markdown_table([{**columns, **row} for row in rows])
 
 
 def _sizes(report: Mapping[str, Any]) -> Iterator[str]:

@@ -42,6 +42,7 @@ from fasc_lightning.models._file_names import (
 from fasc_lightning.models._folder_checks import FILES, check_weight_files
 from fasc_lightning.models._initialisation import spare_compressed, spare_no_more
 from fasc_lightning.models._layer_state import check_layer_state
+from fasc_lightning.models._tags import set_tags
 
 
 class FascQuantizer(HfQuantizer):
@@ -89,6 +90,7 @@ class FascQuantizer(HfQuantizer):
         # A model read without conversions takes the default ones when it becomes dense.
         self.dense_conversions = vars(model).pop("_weight_conversions", None) or None
         save_module_names(model)
+        set_tags(model)
         # The weights are plain floats; with the flag set transformers would refuse `.half()` and `.float()`.
         model.is_quantized = False  # type: ignore[assignment]
         with naming(f"The folder {getattr(model, 'name_or_path', '')!r}"):
@@ -181,6 +183,7 @@ def untie(model: Any) -> None:
 
 def detach(model: Any) -> None:
     save_converted_names(model)
+    set_tags(model)
     for holder, name in (
         (model, "hf_quantizer"),
         (model, "quantization_method"),

@@ -40,6 +40,7 @@ def save_compressed(
     tokenizer: PreTrainedTokenizerBase | None = None,
     base_model: str | None = None,
     licence: str | None = None,
+    license: str | None = None,
     calibration: str | Sequence[str] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     max_shard_size: int | str | None = None,
@@ -50,7 +51,12 @@ def save_compressed(
     ``model.save_pretrained(path)`` writes the same weights and configuration, but straight into ``path`` and without a
     card. This function first writes everything beside ``path``, so a failure (a full disk, a read-only folder) leaves
     an earlier folder unchanged. Other files in an earlier folder stay there. If several processes hold the model, one
-    of them saves it. ``huggingface_hub.upload_folder(folder_path=path, repo_id=...)`` uploads the folder as it is.
+    of them saves it.
+
+    ``huggingface_hub.upload_folder(folder_path=path, repo_id=...)`` uploads the folder as it is. ``push_to_hub`` of
+    transformers, also as an option of ``save_pretrained``, uploads the same weights. It keeps the card of a repository
+    that has one, as ``model_card(model, report).push_to_hub(repo_id)`` writes it. A new repository gets the empty card
+    of transformers with this model's tags, and so does the folder of ``save_pretrained``, in place of its card.
 
     A model whose compressed layers are all dense layers with matrices of few bits can be written in the format of
     compressed-tensors: transformers reads it if that library is installed, and so does vLLM, without this package.
@@ -65,6 +71,7 @@ def save_compressed(
         tokenizer: A tokenizer to save with the model.
         base_model: Hub id or folder of the model that was compressed.
         licence: Licence of the base model.
+        license: Another name of ``licence``.
         calibration: The calibration data.
         evaluation: Perplexity and facts before and after.
         max_shard_size: Largest size of a file of weights, in bytes or as "5GB"; by default that of ``save_pretrained``.
@@ -100,6 +107,7 @@ def save_compressed(
         report,
         base_model=base_model,
         licence=licence,
+        license=license,
         calibration=calibration,
         evaluation=evaluation,
         format=chosen,

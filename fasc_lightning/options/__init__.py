@@ -36,6 +36,7 @@ from fasc_lightning.options._recovery import (
     trained_factors,
 )
 from fasc_lightning.options._rounding import QUANTIZE_WORDS, SIZE_GRIDS, Quantize, QuantizeWord, as_size
+from fasc_lightning.options._spellings import SPELLINGS, own_spelling
 from fasc_lightning.options._types import checks_options
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "QUANTIZE_WORDS",
     "RATES",
     "SIZE_GRIDS",
+    "SPELLINGS",
     "AllocationFunction",
     "Calibration",
     "CalibrationOptions",
@@ -79,6 +81,7 @@ __all__ = [
     "measures_losses",
     "named",
     "options_of",
+    "own_spelling",
     "refine_options",
     "register_allocation",
     "reported",

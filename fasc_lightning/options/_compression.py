@@ -29,6 +29,7 @@ from fasc_lightning.options._groups import (
 )
 from fasc_lightning.options._recovery import FactorRecovery, LoraRecovery, as_recovery, describe_recovery
 from fasc_lightning.options._rounding import Quantize, QuantizeWord, grids_of, is_calibrated, rounds
+from fasc_lightning.options._spellings import own_spelling
 from fasc_lightning.options._types import check_fields, own
 
 #: Share of the tokens in G where all layers get the same bits.
@@ -82,7 +83,7 @@ class CompressionOptions:
             each, and ``fasc_lightning.solvers.register_solver`` adds others.
         targets: Layers to compress, as patterns of peft: a list of names or last parts of names, or a regular
             expression. None takes every linear layer except output embeddings and tied weights.
-        exclude: Layers to leave alone, as patterns like those in ``targets``.
+        exclude: Layers to leave alone, as patterns like those in ``targets``. ``ignore`` is another name of it.
         allocation: "measured" spends one budget over all layers by predicted losses, which it corrects on an eighth of
             the calibration batches. "fisher" uses predicted losses alone. "uniform" gives each layer its own
             budget; of a size, it gives all layers the same bits. ``fasc_lightning.compression.register_allocation``
@@ -167,6 +168,15 @@ class CompressionOptions:
         elif not self.rounds:
             check_budget(self.rank, self.keep)
         check_combinations(self)
+
+    @property
+    def ignore(self) -> str | list[str] | None:
+        """Another name of ``exclude``."""
+        return self.exclude
+
+    @ignore.setter
+    def ignore(self, value: str | list[str] | None) -> None:
+        self.exclude = value
 
     @property
     def compresses(self) -> bool:
@@ -259,7 +269,7 @@ def options_of(options: CompressionOptions | None, changes: Mapping[str, Any]) -
             "keywords, as in rank=0.5."
         )
     given = {} if options is None else {f.name: getattr(options, f.name) for f in fields(CompressionOptions)}
-    return {**given, **changes}
+    return {**given, **own_spelling(changes, "ignore")}
 
 
 def reported(options: CompressionOptions) -> dict[str, Any]:
@@ -294,7 +304,7 @@ def _changed(name: str, group: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _take_flat_names(cls: type) -> None:
-    """Make the constructor take the flat names beside its own arguments.
+    """Make the constructor take the flat names and the other spelling of ``exclude`` beside its own arguments.
 
     A flat name changes its option in the given group, or else in the group's defaults. The signature shows the flat
     names as keywords of a TypedDict, which jsonargparse reads.
@@ -304,6 +314,7 @@ def _take_flat_names(cls: type) -> None:
     @wraps(init)
     def construct(self: Any, *args: Any, **given: Any) -> None:
         values: dict[str, dict[str, Any]] = {}
+        given = own_spelling(given, "ignore")
         for name in FLAT.keys() & given.keys():
             values.setdefault(FLAT[name].group, {})[FLAT[name].option] = given.pop(name)
         for name, options in values.items():
@@ -311,9 +322,11 @@ def _take_flat_names(cls: type) -> None:
         init(self, *args, **given)
 
     types = {name: NotRequired[get_type_hints(GROUPS[part.group])[part.option]] for name, part in FLAT.items()}
+    types["ignore"] = NotRequired[get_type_hints(cls)["exclude"]]
     keywords: Any = TypedDict("FlatOptions", types, total=False)  # type: ignore[misc]
     names = "\n".join(f"    {name}: Another name of {part.group}.{part.option}." for name, part in FLAT.items())
-    keywords.__doc__ = f"Names that options had before there were groups.\n\nArgs:\n{names}"
+    names += "\n    ignore: Another name of exclude."
+    keywords.__doc__ = f"Names that options had before there were groups, and another spelling.\n\nArgs:\n{names}"
     declared = signature(init)
     keyword = Parameter("flat", Parameter.VAR_KEYWORD, annotation=Unpack[keywords])
     construct.__signature__ = declared.replace(parameters=[*declared.parameters.values(), keyword])  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from fasc_lightning.options._rounding import Quantize, QuantizeWord
 
 
 class PlanKeywords(TypedDict, total=False):
-    """The fields of :class:`CompressionOptions` except ``memory``; a test compares the two."""
+    """The fields of :class:`CompressionOptions` except ``memory``, and ``ignore``; a test compares the two."""
 
     rank: int | float | None
     keep: float | None
@@ -20,6 +20,7 @@ class PlanKeywords(TypedDict, total=False):
     method: str
     targets: str | list[str] | None
     exclude: str | list[str] | None
+    ignore: str | list[str] | None
     allocation: str
     layout: Layout
     align: int
@@ -33,6 +34,6 @@ class PlanKeywords(TypedDict, total=False):
 
 
 class CompressionKeywords(PlanKeywords, total=False):
-    """The fields of :class:`CompressionOptions`, which describes them; a test compares the two."""
+    """The fields of :class:`CompressionOptions`, which describes them, and ``ignore``; a test compares the two."""
 
     memory: Memory | ReductionKind | None

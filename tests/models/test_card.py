@@ -42,11 +42,12 @@ def test_header(tmp_path):
     model, report = compressed_with_report()
     model_card(model, report, base_model="some/base-1.0", licence="mit", evaluation=EVALUATION).save(tmp_path / "card")
     data = ModelCard.load(tmp_path / "card").data.to_dict()
+    assert data.pop("model-index")
     assert data == {
         "base_model": "some/base-1.0",
         "library_name": "transformers",
         "license": "mit",
-        "metrics": ["perplexity"],
+        "metrics": ["perplexity", "accuracy"],
         "pipeline_tag": "text-generation",
         "tags": ["fasc", "low-rank", "compression"],
     }
@@ -118,6 +119,52 @@ def test_further_states_are_shown_where_they_were_measured():
         ["perplexity of code", "1.00", "", "3.00"],
     ]
     assert "What it costs" not in model_card(model, report).text
+
+
+def test_the_model_index_holds_the_compressed_model(tmp_path):
+    model, report = compressed_with_report()
+    results = {
+        "perplexity": {**EVALUATION["perplexity"], "code": {"dense": 5.0, "compressed": 5.5, "recovered": 4.5}},
+        "held_out": {"dense": 3.0, "compressed": 4.0},
+        "divergence": {"news": {"compressed": 0.125}},
+        "facts": EVALUATION["facts"],
+        "minimal_pairs": {"dense": 80, "compressed": 75, "count": 40},
+    }
+    model_card(model, report, base_model="some/base", evaluation=results).save(tmp_path / "card")
+    data = ModelCard.load(tmp_path / "card").data
+    assert data.model_name == "some/base, compressed"
+    assert data.metrics == ["perplexity", "kl_divergence", "accuracy"]
+    found = {(row.dataset_name, row.metric_type): row for row in data.eval_results}
+    assert {key: row.metric_value for key, row in found.items()} == {
+        ("news", "perplexity"): 23.25,
+        ("code", "perplexity"): 4.5,
+        ("held-out data", "perplexity"): 4.0,
+        ("news", "kl_divergence"): 0.125,
+        ("facts", "accuracy"): 38.5,
+        ("facts: geographic", "accuracy"): 45.0,
+        ("minimal_pairs", "accuracy"): 75.0,
+    }
+    facts, kind = found["facts", "accuracy"], found["facts: geographic", "accuracy"]
+    assert (facts.task_type, facts.dataset_args, facts.metric_args) == (
+        "text-generation",
+        {"count": 650},
+        {"chance": 7.25},
+    )
+    assert (kind.dataset_type, kind.dataset_config, kind.dataset_args) == ("facts", "geographic", {"count": 300})
+    # The table has all states.
+    rows = table(section(ModelCard.load(tmp_path / "card"), "What it costs"))
+    assert ["perplexity of held-out data", "3.00", "4.00", ""] in rows
+    assert ["KL on news, nats a token", "", "0.1250", ""] in rows
+    assert ["minimal pairs", "80.0 %", "75.0 %", ""] in rows
+
+
+@pytest.mark.parametrize(
+    "results", [{}, {"perplexity": {"news": {"dense": 2.0}, "code": {"dense": 2.0, "compressed": math.inf}}}]
+)
+def test_no_index_without_figures_of_this_model(results):
+    model, report = compressed_with_report()
+    data = model_card(model, report, evaluation=results).data
+    assert not {"model-index", "metrics"} & data.to_dict().keys()
 
 
 def test_layers_and_rho():
@@ -201,6 +248,10 @@ def test_a_base_model_in_a_folder(tmp_path):
         assert "# my-base, compressed" in card.text
         assert str(tmp_path) not in str(card)
     assert model_card(model, licence="mit").data.license == "mit"
+    assert model_card(model, license="mit").data.license == "mit"
+    with pytest.raises(ValueError, match="`licence` or `license`"):
+        save_compressed(model, tmp_path / "small", licence="mit", license="apache-2.0")
+    assert not (tmp_path / "small").exists()
     # Saved again after a reload, it still says what it was made from.
     save_compressed(model, tmp_path / "small")
     save_compressed(load_compressed(tmp_path / "small"), tmp_path / "again")

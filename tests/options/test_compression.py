@@ -229,8 +229,24 @@ def test_every_option_is_described_with_all_of_its_values():
 def test_keywords_are_the_fields():
     hints = get_type_hints(CompressionOptions)
     fields_of = {field.name: hints[field.name] for field in fields(CompressionOptions)}
+    fields_of["ignore"] = hints["exclude"]
     assert get_type_hints(CompressionKeywords) == fields_of
     assert get_type_hints(PlanKeywords) == {name: hint for name, hint in fields_of.items() if name != "memory"}
+
+
+def test_ignore_is_another_name_of_exclude():
+    callback = FascCallback(keep=0.5, ignore=["lm_head"])
+    assert callback.exclude == callback.ignore == ["lm_head"]
+    assert callback.options == {"keep": 0.5, "exclude": ["lm_head"]}
+    callback.ignore = "up"
+    assert callback.exclude == "up"
+    assert FascCallback(keep=0.5, ignore=None, exclude="up").exclude == "up"
+    assert plan(CONFIG, callback, ignore=r".*attn.*").layers == plan(CONFIG, callback, exclude=r".*attn.*").layers
+    for call in (FascCallback, CompressionOptions, partial(plan, CONFIG)):
+        with pytest.raises(ValueError, match=r"`exclude` or `ignore`.*got both \(exclude='up', ignore=\['down'\]\)"):
+            call(keep=0.5, exclude="up", ignore=["down"])
+    with pytest.raises(TypeError, match="`exclude` to be a regular expression"):
+        FascCallback(keep=0.5, ignore=3)
 
 
 def test_compress_takes_options_and_keywords_in_place_of_some_of_them():

@@ -14,7 +14,7 @@ from tiny import save_model_folder
 from transformers import AutoModelForCausalLM
 
 from fasc_lightning import load_compressed
-from fasc_lightning.cli._options import OPTIONS
+from fasc_lightning.cli._options import OPTIONS, compression_options
 from fasc_lightning.options import described
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compress.py"
@@ -61,7 +61,7 @@ def arguments(folder, *more):
 
 def test_the_report_is_what_the_contract_says(recipe, folder, capsys):
     path = folder / "out" / "report.json"
-    output = ["--output", str(folder / "compressed"), "--licence", "mit"]
+    output = ["--output", str(folder / "compressed"), "--license", "mit"]
     recipe.main(arguments(folder, "--keep", "0.8", "--report", str(path), *output))
     report = json.loads(path.read_text())
     assert report["method"] == "fasc"
@@ -162,7 +162,7 @@ def test_bits_of_all_layers(recipe, folder):
         ["--sketch", "projected", "--passes", "2", "--refit", "false"],
         ["--sketch", "projected"],
         ["--passes", "4"],
-        ["--gate", "0.1", "--gate-by", "pooled", "--exclude", "[down_proj]"],
+        ["--gate", "0.1", "--gate-by", "pooled", "--ignore", "[down_proj]"],
     ],
 )
 def test_options(recipe, folder, options):
@@ -197,6 +197,9 @@ def test_options_default_to_those_of_the_package_and_are_described_by_it(recipe,
     for name, option in ((name, described(name)) for name in OPTIONS):
         assert found[name] == option.default
     assert found.refit == "auto"
+    found = compression_options(recipe.build_parser().parse_args(["--ignore", "[down_proj]"]))
+    assert found["exclude"] == ["down_proj"]
+    assert list(found) == list(OPTIONS)
     with pytest.raises(SystemExit):
         recipe.build_parser().parse_args(["--help"])
     printed = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
@@ -220,6 +223,8 @@ def test_options_default_to_those_of_the_package_and_are_described_by_it(recipe,
         (["--size", "0.3", "--quantize", "int4"], ValueError, "`size` or `quantize` but got both"),
         (["--size", "0.01"], ValueError, "Expected a `size` of at least 0.1"),
         (["--passes", "2", "--refit", "true"], ValueError, "refit=False or 'auto' with passes=2"),
+        (["--ignore", "up", "--exclude", "down"], ValueError, "`exclude` or `ignore`"),
+        (["--license", "mit", "--licence", "apache-2.0"], ValueError, "`licence` or `license`"),
         (["--gate-exclude", "paper"], ValueError, "`gate_exclude` together with a `gate`"),
         (["--output", str(Path(__file__).parent)], FileExistsError, "holds other files"),
     ],

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_module
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import nn
@@ -208,7 +209,7 @@ def _quiet_trainer(progress: bool) -> Iterator[None]:
         record.msg, record.args = f"{text[:1].upper()}{text[1:]}", None
         return True
 
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger = rank_zero_module.log  # another one after an import of `pytorch_lightning`
     with undoing() as undo:
         undo.add(logger.removeFilter, ours)
         logger.addFilter(ours)

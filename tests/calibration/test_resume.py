@@ -339,7 +339,7 @@ def test_a_fit_that_was_told_to_stop_counts_nothing_twice(make_trainer, tmp_path
     resumed = fits.run(every_batch(running), ckpt_path=tmp_path / "left" / "last.ckpt")
     assert_same(resumed, straight)
     assert (straight[1].batches, resumed[1].batches) == (5, 0)
-    with pytest.warns(UserWarning, match="the calibration starts again from its first batch.*seed was 0 and is 1 now"):
+    with pytest.warns(UserWarning, match="The calibration starts again from its first batch.*seed was 0 and is 1 now"):
         _, callback = fits.run(every_batch(running), ckpt_path=tmp_path / "left" / "last.ckpt", seed=1)
     assert callback.batches == BATCHES  # nothing has told this fit to stop
 

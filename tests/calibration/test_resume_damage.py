@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 
-AGAIN = "the calibration starts again from its first batch"
+AGAIN = "The calibration starts again from its first batch"
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from fasc_lightning.layers import is_compressed, model_size
 # Lightning's notice of a folder in which an interrupted fit has left its checkpoints.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
-AGAIN = "the calibration starts again"
+AGAIN = "[Tt]he calibration starts again"
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ def test_scripts_exist(script):
 
 @pytest.mark.filterwarnings("ignore:.*tensorboardX")  # Lightning's word on the default logger
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # asked for by peft
-@pytest.mark.filterwarnings("ignore:FascCallback. recovery .* nothing lowered the held-out loss")  # too few steps to
+@pytest.mark.filterwarnings("ignore:Recovery .* nothing lowered the held-out loss")  # too few steps to
 @pytest.mark.parametrize("block", PYTHON, ids=name)
 def test_examples_run(block, tmp_path, monkeypatch):
     if not block.runs:

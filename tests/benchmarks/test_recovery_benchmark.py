@@ -14,7 +14,7 @@ pytest.importorskip("peft", reason="peft is not installed")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # asked for by peft
-    pytest.mark.filterwarnings("ignore:FascCallback. recovery .* nothing lowered the held-out loss"),  # few steps
+    pytest.mark.filterwarnings("ignore:Recovery .* nothing lowered the held-out loss"),  # few steps
 ]
 
 TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. " * 60

@@ -32,7 +32,7 @@ REDUCED = {
 
 
 # A random model learns nothing from a random model.
-@pytest.mark.filterwarnings("ignore:FascCallback. recovery")
+@pytest.mark.filterwarnings("ignore:Recovery")
 def test_the_guides_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft", reason="peft is not installed")
     monkeypatch.chdir(tmp_path)

@@ -154,7 +154,7 @@ def test_plan_needs_no_weights_and_names_the_next_command(folder, capsys):
     forecast = plan(["model", "--size", "0.35", "--memory", "24GB", "--windows", "4", "--window", "32"])
     assert forecast.targeted["compressed"].bytes < 0.36 * forecast.targeted["dense"].bytes
     printed = capsys.readouterr().out
-    assert "of 24.00 GB" in printed
+    assert "of 24.0 GB" in printed
     words = words_of(printed)
     assert words == shlex.split(
         "fasc compress --model model --size 0.35 --windows 4 --window 32 --output model-compressed"

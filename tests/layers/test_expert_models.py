@@ -265,7 +265,7 @@ def test_a_refit_that_is_left_to_the_model_is_not_done_and_it_is_said(caplog):
     with caplog.at_level(logging.INFO):
         report = compress(make("qwen3"), batches(4), **options)
     assert report.refit is None
-    assert "do not show what goes into each expert" in caplog.text
+    assert "ot refitted (harmless): experts are compressed." in caplog.text
 
 
 def test_magnitude_pruning_takes_experts_in_place():

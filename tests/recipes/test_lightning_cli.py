@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
     # Lightning's own calls.
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:FascCallback.*nothing lowered"),  # the model is random: so is what it loses
+    pytest.mark.filterwarnings("ignore:Recovery.*nothing lowered"),  # the model is random: so is what it loses
 ]
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIG = RECIPES / "configs" / "lightning_cli.yaml"

@@ -379,7 +379,10 @@ def test_layers_out_of_reach_are_named_after_a_few_batches(make_trainer, update_
     early = (
         r"No gradient has reached 1 of 3 targeted layers in the first 8 batches .* example 'b': 1 of them did not run"
     )
-    with pytest.warns(UserWarning, match=early), pytest.warns(UserWarning, match="1 of 3 targeted layers were never called in calibration: b"):
+    with (
+        pytest.warns(UserWarning, match=early),
+        pytest.warns(UserWarning, match="1 of 3 targeted layers were never called in calibration: b"),
+    ):
         make_trainer(FascCallback(keep=0.7, update_weights=update_weights)).fit(Branches(always=True), batches)
     with warnings.catch_warnings(record=True) as caught:
         make_trainer(FascCallback(keep=0.7, exclude=["b"])).fit(Branches(always=True), batches)

@@ -95,7 +95,14 @@ def test_whole_graph_of_other_families(models, family, layout):
         torch.testing.assert_close(compiled(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
-@pytest.mark.parametrize(("layout", "quantization"), [("pivot", None), ("pivot", "int8"), ("factors", None)])
+@pytest.mark.parametrize(
+    ("layout", "quantization"),
+    [
+        ("pivot", None),
+        pytest.param("pivot", "int8", marks=pytest.mark.exhaustive),
+        pytest.param("factors", None, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_half_precision_under_no_grad(models, layout, quantization):
     model = models(layout, quantization=quantization).to(torch.bfloat16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -136,7 +143,14 @@ def test_generated_code(tmp_path, monkeypatch):
 # torch.export
 
 
-@pytest.mark.parametrize(("layout", "quantization"), [("pivot", None), ("factors", "int8"), ("pivot", "int8-dynamic")])
+@pytest.mark.parametrize(
+    ("layout", "quantization"),
+    [
+        ("pivot", None),
+        ("factors", "int8"),
+        pytest.param("pivot", "int8-dynamic", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_exported_for_all_batches_and_lengths_and_saved(models, layout, quantization, tmp_path):
     model = models(layout, quantization=quantization)
     free = {0: Dim("batch", max=64), 1: Dim("length", max=60)}

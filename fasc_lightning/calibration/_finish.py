@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from fasc_lightning._utils import Clock, Undo, layer_progress, peak_memory_bytes, return_freed_memory
+from fasc_lightning._utils import Clock, Progress, Undo, layer_progress, peak_memory_bytes, return_freed_memory
 from fasc_lightning.batches import KeptBatches, Place
 from fasc_lightning.calibration._checks import warn_few_tokens
 from fasc_lightning.calibration._loss_measurement import LossMeasurement
@@ -15,11 +15,13 @@ from fasc_lightning.calibration._passes import Passes
 from fasc_lightning.compression import (
     CompressionReport,
     CompressionResult,
+    FactorizedLayers,
     LayerReport,
     RoundedLayers,
     build_layers,
     build_rounded,
     byte_budget,
+    halfway_share,
     same_everywhere,
     wanted_refit,
 )
@@ -76,7 +78,7 @@ class Finish:
     @property
     def replays(self) -> bool:
         """Whether batches are kept: the refit, the refinement and the measurement of losses replay them."""
-        return self.refits or self._refine is not None or self._options.measures
+        return self.refits or self._refine is not None or self._options.measures or self._options.stages > 1
 
     def keep(self, trainer: pl.Trainer, batch: Any, *, is_first_pass: bool) -> None:
         """Keep a batch that is about to run, if a later step replays it.
@@ -176,12 +178,14 @@ class Finish:
     ) -> tuple[CompressionResult, list[LayerReport]]:
         """Return the replacements, the same on every process, and the report of each layer."""
         options, progress = self._options, layer_progress(trainer)
-        found = passes.end(trainer, progress, consume=not self.refits)
-        return_freed_memory()  # The batches of a measurement need the memory of the moments.
-        warn_few_tokens(found.tokens, self._layers.shapes)
         measurement = LossMeasurement(
             trainer, pl_module, self._layers.modules, self.kept, options.token_mask, options.loss_terms
         )
+        if options.stages > 1:
+            self._second_stage(trainer, pl_module, passes, how, measurement, progress)
+        found = passes.end(trainer, progress, consume=not self.refits)
+        return_freed_memory()  # The batches of a measurement need the memory of the moments.
+        warn_few_tokens(found.tokens, self._layers.shapes)
         measure = measurement.measure if options.measures else None
         if isinstance(found, RoundedLayers):
             result = build_rounded(
@@ -208,3 +212,34 @@ class Finish:
         )
         reports = passes.reports(result)
         return same_everywhere(trainer, result), reports
+
+    def _second_stage(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        passes: Passes,
+        how: CompressionOptions,
+        measurement: LossMeasurement,
+        progress: Progress | None,
+    ) -> None:
+        """Add the moments of the batches in the module compressed halfway to the budget; the module stays dense."""
+        found = passes.end(trainer, progress, consume=False)
+        assert isinstance(found, FactorizedLayers)
+        halfway = build_layers(
+            self._layers.modules,
+            found,
+            keep=halfway_share(self._layers.modules, how.rank, how.keep),
+            layout=how.layout,
+            align=how.align,
+            device=trainer.strategy.root_device,
+            progress=progress,
+        )
+        del found
+        halfway = same_everywhere(trainer, halfway)
+        replaced = swap_modules(pl_module, halfway.replacements)
+        try:
+            measurement.add_moments(passes.gathering.moments)
+        finally:
+            swap_modules(pl_module, replaced)
+        passes.gathering.share_first(trainer)
+        passes.again()

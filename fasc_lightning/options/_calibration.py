@@ -50,7 +50,11 @@ class CalibrationOptions(CompressionOptions):
                 f"Expected room for the whole module on every process, which {what} needs, but {reason}. Leave that "
                 "out (layers are then compressed one after the other), or run fewer processes with more memory each."
             )
-        wanted = {"refit": bool(self.refit), "measuring of losses": self.allocation == "measured"}
+        wanted = {
+            "refit": bool(self.refit),
+            "measuring of losses": self.allocation == "measured",
+            "second stage": self.stages > 1,
+        }
         if left_out := [name for name, is_wanted in wanted.items() if is_wanted]:
             rank_zero_info(
                 f"FascCallback: there will be no {' and no '.join(left_out)}, for which one process runs the whole "
@@ -59,6 +63,7 @@ class CalibrationOptions(CompressionOptions):
         allocation = "fisher" if self.allocation == "measured" else self.allocation
         made = copy(self)
         made.allocation, made.refit = allocation, False
+        made.stages = 1
         return made
 
 

@@ -4,7 +4,7 @@ from fasc_lightning.batches._backwards import Backwards, skips_backward
 from fasc_lightning.batches._codec import UnsavableBatchError, pack_batch, tensor_names, unpack_batch
 from fasc_lightning.batches._contents import count_tokens, identifying_tensor
 from fasc_lightning.batches._first_process import on_first_process
-from fasc_lightning.batches._kept import KeptBatches, Place
+from fasc_lightning.batches._kept import KeptBatch, KeptBatches, Place
 from fasc_lightning.batches._loader_state import (
     LOOPS_BEFORE,
     begin_epoch,
@@ -48,6 +48,7 @@ __all__ = [
     "MAX_SEQUENCES",
     "MIN_SEQUENCES",
     "Backwards",
+    "KeptBatch",
     "KeptBatches",
     "LossScales",
     "LossTerms",

@@ -7,11 +7,11 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from fasc_lightning._utils import Clock, Undo, layer_progress, peak_memory_bytes, return_freed_memory
+from fasc_lightning._utils import Clock, Progress, Undo, layer_progress, peak_memory_bytes, return_freed_memory
 from fasc_lightning.batches import KeptBatches, Place
 from fasc_lightning.calibration._checks import warn_few_tokens, warn_uncalled
-from fasc_lightning.calibration._loss_measurement import LossMeasurement
 from fasc_lightning.calibration._passes import Passes
+from fasc_lightning.calibration._replay import CalibrationReplay
 from fasc_lightning.compression import (
     CompressionReport,
     CompressionResult,
@@ -21,11 +21,12 @@ from fasc_lightning.compression import (
     build_layers,
     build_rounded,
     byte_budget,
+    halfway_share,
     same_everywhere,
     wanted_refit,
 )
 from fasc_lightning.distributed import Unsharding
-from fasc_lightning.layers import TargetedLayers, layer_sizes, model_size, swap_modules
+from fasc_lightning.layers import TargetedLayers, expert_layers, layer_sizes, model_size, swap_modules
 from fasc_lightning.models import attach_config
 from fasc_lightning.options import CalibrationOptions, CompressionOptions, RefineOptions, reported
 from fasc_lightning.refit import RefinePhase, RefitPhase, refine_figures, refit_figures
@@ -62,6 +63,11 @@ class Finish:
         self._options = options
         wanted = wanted_refit(pl_module, layers.modules, options) if holds_moments else False
         self._refit = RefitPhase.of(wanted, pl_module, layers.modules)
+        if options.stages > 1 and (experts := expert_layers(pl_module, layers.modules)):
+            raise ValueError(
+                f"Expected stages=1 for a model with experts among the targets, such as {next(iter(experts))}: a "
+                "second stage reads layers that stand alone. HINT: `exclude` the experts."
+            )
         self._refine = None if refine is None else RefinePhase(refine)
         if refine is not None:
             RefinePhase.check(pl_module, layers.modules)
@@ -77,7 +83,7 @@ class Finish:
     @property
     def replays(self) -> bool:
         """Whether batches are kept: the refit, the refinement and the measurement of losses replay them."""
-        return self.refits or self._refine is not None or self._options.measures
+        return self.refits or self._refine is not None or self._options.measures or self._options.stages > 1
 
     def keep(self, trainer: pl.Trainer, batch: Any, *, is_first_pass: bool) -> None:
         """Keep a batch that is about to run, if a later step replays it.
@@ -178,14 +184,16 @@ class Finish:
     ) -> tuple[CompressionResult, list[LayerReport]]:
         """Return the replacements, the same on every process, and the report of each layer."""
         options, progress = self._options, layer_progress(trainer)
+        replay = CalibrationReplay(
+            trainer, pl_module, self._layers.modules, self.kept, options.token_mask, options.loss_terms
+        )
+        if options.stages > 1:
+            self._second_stage(trainer, pl_module, passes, how, replay, progress)
         found = passes.end(trainer, progress, consume=not self.refits)
         self._leave_out_uncalled(found, passes.uncalled)
         return_freed_memory()  # The batches of a measurement need the memory of the moments.
         warn_few_tokens(found.tokens, self._layers.shapes)
-        measurement = LossMeasurement(
-            trainer, pl_module, self._layers.modules, self.kept, options.token_mask, options.loss_terms
-        )
-        measure = measurement.measure if options.measures else None
+        measure = replay.measure if options.measures else None
         if isinstance(found, RoundedLayers):
             result = build_rounded(
                 self._layers.modules,
@@ -220,6 +228,39 @@ class Finish:
         kept = [name for name in self._layers.modules if name not in uncalled]
         if not uncalled or not kept:
             return
-        warn_uncalled(uncalled, len(self._layers.modules))
         found.leave_out(uncalled)
-        self._layers = self._layers.share(kept)
+        if len(kept) < len(self._layers.modules):  # a second stage has left them out before
+            warn_uncalled(uncalled, len(self._layers.modules))
+            self._layers = self._layers.share(kept)
+
+    def _second_stage(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        passes: Passes,
+        how: CompressionOptions,
+        replay: CalibrationReplay,
+        progress: Progress | None,
+    ) -> None:
+        """Add the moments of the batches in the module compressed halfway to the budget; the module stays dense."""
+        found = passes.end(trainer, progress, consume=False)
+        assert isinstance(found, FactorizedLayers)
+        self._leave_out_uncalled(found, passes.uncalled)
+        halfway = build_layers(
+            self._layers.modules,
+            found,
+            keep=halfway_share(self._layers.modules, how.rank, how.keep),
+            layout=how.layout,
+            align=how.align,
+            device=trainer.strategy.root_device,
+            progress=progress,
+        )
+        del found
+        halfway = same_everywhere(trainer, halfway)
+        replaced = swap_modules(pl_module, halfway.replacements)
+        try:
+            replay.add_moments(passes.gathering.moments, progress)
+        finally:
+            swap_modules(pl_module, replaced)
+        passes.gathering.share_first(trainer)
+        passes.again()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 
 from fasc_lightning.batches import Backwards, TokenRows
 from fasc_lightning.calibration._checks import warn_unannounced, warn_unreached
 from fasc_lightning.dependence import DependenceScore, LayerScores, RhoRow, Sample
-from fasc_lightning.distributed import others_present, union_everywhere
+from fasc_lightning.distributed import is_distributed, others_present, union_everywhere
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import TargetedLayers, split_name
 from fasc_lightning.options import CalibrationOptions
@@ -133,6 +134,15 @@ class Gathering:
             self.moments.all_reduce_(device=self._device)
             self.scores.all_reduce_()
             self._taps.called = union_everywhere(self._taps.called)
+
+    def share_first(self, trainer: pl.Trainer) -> None:
+        """Give every process the moments of the first one; all processes together."""
+        if not is_distributed(trainer):
+            return
+        if not trainer.is_global_zero:
+            self._replace(self._empty())
+        with others_present():
+            self.moments.all_reduce_(device=self._device)
 
     def clear(self) -> None:
         """Discard all statistics; the count of batches stays."""

@@ -214,6 +214,10 @@ class Passes:
         assert found is not None
         return found
 
+    def again(self) -> None:
+        """Forget the factors of a calibration in one pass, whose moments have changed since."""
+        self._factorized = None
+
     def _check_counts(self) -> None:
         """Refuse a last pass without data, and warn of passes with unequal numbers of batches."""
         if len(set(self._counts)) < 2:

@@ -51,7 +51,7 @@ def add_text_options(parser: ArgumentParser, windows: int) -> None:
 OPTIONS = (
     *("rank", "keep", "size", "quantize", "method", "targets", "exclude", "allocation", "layout", "align", "refit"),
     *("sketch", "sketch_size", "sketch_above", "moments_device", "passes", "gate", "gate_by", "gate_exclude"),
-    *("token_fraction", "seed"),
+    *("token_fraction", "stages", "seed"),
 )
 
 

@@ -12,6 +12,7 @@ from fasc_lightning.compression._budget import (
     FLOAT_BYTES,
     byte_budget,
     check_fits,
+    halfway_share,
     layer_budgets,
     layers_dtype,
     layout_cost,
@@ -36,7 +37,7 @@ from fasc_lightning.compression._gate import (
     statistics_needed,
 )
 from fasc_lightning.compression._layer_report import LayerReport
-from fasc_lightning.compression._loss_correction import Approximation, evenly_spaced, measure_losses
+from fasc_lightning.compression._loss_correction import Approximation, evenly_spaced, measure_losses, run_batches
 from fasc_lightning.compression._objective import fisher_losses, fisher_metric
 from fasc_lightning.compression._report import CompressionReport, log_report, report_metrics
 from fasc_lightning.compression._rounding import RoundedLayers, build_rounded, round_layers
@@ -77,6 +78,7 @@ __all__ = [
     "fisher_losses",
     "fisher_metric",
     "gate_scores",
+    "halfway_share",
     "layer_budgets",
     "layers_dtype",
     "layout_cost",
@@ -89,6 +91,7 @@ __all__ = [
     "register_allocation",
     "report_metrics",
     "round_layers",
+    "run_batches",
     "same_everywhere",
     "sealed",
     "spend",

@@ -51,6 +51,20 @@ def layer_budgets(layers: dict[str, nn.Module], rank: float | None, keep: float 
     return budgets
 
 
+def halfway_share(layers: dict[str, nn.Module], rank: float | None, keep: float | None) -> float:
+    """Return the share of the layers' parameters that is halfway between all of them and a budget.
+
+    Args:
+        layers: The targeted layers.
+        rank: As in :func:`layer_budgets`.
+        keep: As in :func:`layer_budgets`.
+    """
+    if keep is None:
+        shapes = [linear_shape(module) for module in layers.values()]
+        keep = min(1.0, sum(layer_budgets(layers, rank, None).values()) / sum(m * n for m, n in shapes))
+    return (1 + keep) / 2
+
+
 def check_budget_fits(
     layers: dict[str, nn.Module],
     rank: float | None,

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fasc_lightning._utils import evaluating, undoing
+from fasc_lightning._utils import Progress, evaluating, undoing
 from fasc_lightning.batches import Backwards, TokenRows, untouched
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import Rounded, linear_weight
@@ -94,11 +94,8 @@ def measure_losses(
 ) -> dict[str, float]:
     """Run batches forward and backward through the dense model, and return the loss of each approximation alone.
 
-    The model is in eval mode meanwhile, and none of its parameters gets a gradient. Its state is restored after each
-    batch.
-
     Args:
-        model: The model.
+        model: The model; :func:`run_batches` leaves it as it was.
         layers: All targeted layers by name, dense.
         approximations: Approximations of the layers to measure.
         batches: Batches on the model's device.
@@ -112,11 +109,40 @@ def measure_losses(
         FloatingPointError: If a loss is not finite.
     """
     judge = ApproximationLosses(layers, approximations)
-    taps = Taps(layers, pairs=judge)
+    run_batches(model, Taps(layers, pairs=judge), batches, rows, loss)
+    return judge.losses()
+
+
+def run_batches(
+    model: nn.Module,
+    taps: Taps,
+    batches: Sequence[Any],
+    rows: Callable[[Any], TokenRows],
+    loss: Callable[[nn.Module, Any], Tensor],
+    progress: Progress | None = None,
+) -> None:
+    """Run batches forward and backward through a model with taps, which are removed afterwards.
+
+    The model is in eval mode meanwhile, and none of its parameters gets a gradient. Its state is restored after each
+    batch.
+
+    Args:
+        model: The model.
+        taps: Taps on some of its layers.
+        batches: Batches on the model's device.
+        rows: Returns which tokens of a batch count, and the scale of its loss.
+        loss: Returns the model's loss of a batch.
+        progress: Wraps the loop over the batches.
+
+    Raises:
+        FloatingPointError: If a loss is not finite.
+    """
+    numbers = [str(i) for i in range(len(batches))]
     with evaluating(model), _weights_at_rest(model), torch.enable_grad(), undoing() as undo:
         undo.add(taps.remove)
         taps.install()
-        for batch in batches:
+        for number in numbers if progress is None else progress(numbers, "Second stage"):
+            batch = batches[int(number)]
             tokens = rows(batch)
             taps.begin_batch(tokens, Backwards(announced=True))  # a step may differentiate by itself
             with untouched(model):  # around both: a graph may have saved the restored tensors
@@ -124,15 +150,13 @@ def measure_losses(
                 tokens.take_loss(value)
                 if not torch.isfinite(value):
                     raise FloatingPointError(
-                        f"Expected a finite loss but got {value.item()} in a batch of the calibration, run again to "
-                        "measure what layers would lose."
+                        f"Expected a finite loss but got {value.item()} in a batch of the calibration that ran again."
                     )
                 if value.requires_grad:  # else the loss depends on no tapped layer
                     taps.begin_backward()
                     value.backward()
                     taps.end_backward()
             taps.end_batch()
-    return judge.losses()
 
 
 def evenly_spaced(batches: Sequence[Any]) -> list[Any]:

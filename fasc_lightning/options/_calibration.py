@@ -62,7 +62,11 @@ class CalibrationOptions(CompressionOptions):
                 f"Expected room for the whole module on every process, which {what} needs, but {reason}. Leave that "
                 "out (layers are then compressed one after the other), or run fewer processes with more memory each."
             )
-        wanted = {"refit": bool(self.refit), "measuring of losses": self.measures}
+        wanted = {
+            "refit": bool(self.refit),
+            "measuring of losses": self.measures,
+            "second stage": self.stages > 1,
+        }
         if left_out := [name for name, is_wanted in wanted.items() if is_wanted]:
             rank_zero_info(
                 f"FascCallback: there will be no {' and no '.join(left_out)}, for which one process runs the whole "
@@ -71,6 +75,7 @@ class CalibrationOptions(CompressionOptions):
         made = copy(self)
         made.allocation = "fisher" if self.allocation == "measured" else self.allocation
         made.refit = made.replays = False
+        made.stages = 1
         return made
 
 

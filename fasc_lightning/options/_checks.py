@@ -103,6 +103,8 @@ def check_combinations(options: CompressionOptions) -> None:
         _check_passes(options)
     if options.sketch == "projected":
         _check_projected(options)
+    if options.stages > 1:
+        _check_stages(options)
 
 
 def _check_passes(options: CompressionOptions) -> None:
@@ -122,6 +124,19 @@ def _check_passes(options: CompressionOptions) -> None:
             f"Expected either `passes` or `calibration_steps` but got {passes=} and "
             f"calibration_steps={options.calibration_steps}: a pass is an epoch."
         )
+
+
+def _check_stages(options: CompressionOptions) -> None:
+    """Refuse a second stage where the first one has no ranks, or where the sums of both could not be added."""
+    wanted: dict[str, tuple[bool, Any, str]] = {
+        "stages": (options.rounds, 1, "bits have no budget halfway"),
+        "passes": (options.passes > 1, 1, "both stages add to the moments of all layers"),
+        "sketch": (options.sketch is not None, None, "both stages add to whole moments"),
+        "token_fraction": (options.token_fraction < 1, 1.0, "the second stage reads every token"),
+    }
+    for name, (wrong, value, reason) in wanted.items():
+        if wrong:
+            raise ValueError(f"Expected {name}={value!r} with stages={options.stages}, since {reason}.")
 
 
 def _check_projected(options: CompressionOptions) -> None:

@@ -141,6 +141,7 @@ class CompressionOptions:
     calibration_steps = Flat("calibration", "steps")
     update_weights = Flat("calibration", "update_weights")
     token_fraction = Flat("calibration", "token_fraction")
+    stages = Flat("calibration", "stages")
     loss_terms = Flat("calibration", "loss_terms")
     token_mask = Flat("calibration", "token_mask")
     sketch = Flat("memory", "sketch")

@@ -176,6 +176,7 @@ CHECKS: dict[str, Check] = {
     "loss_terms": averaging,
     "token_mask": function,
     "passes": whole,
+    "stages": whole,
     "sketch": text,
     "sketch_size": whole,
     "sketch_above": width,

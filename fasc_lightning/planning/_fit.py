@@ -55,9 +55,10 @@ def layers_forecast(
         stored_layers(model, layers.modules, options),
         needs=statistics_needed(options.method, options.gate_threshold, options.gate_by),
         device=device,
-        keeps_moments=keeps_moments,
+        keeps_moments=keeps_moments or options.stages > 1,
         measured=options.measures,
         output_share=options.output_share,
+        stages=options.stages,
         tiers=Tiers(
             {options.sketch: sketches},
             (options.moments_device not in (None, device.type),),

@@ -115,7 +115,10 @@ def plan(
     if not isinstance(probed, bool | Rates):
         raise TypeError(f"Expected `probed` to be True, False or rates but got {probed!r}.")
     how = _options(options, keywords, sketch, passes, keeps_moments)
-    needs, keeps_moments = statistics_needed(how.method, how.gate_threshold, how.gate_by), how.refit is True
+    needs, keeps_moments = (
+        statistics_needed(how.method, how.gate_threshold, how.gate_by),
+        how.refit is True or how.stages > 1,
+    )
     kinds: tuple[ReductionKind | None, ...] = (None, "projected", "range")
     if sketch != "auto" or how.sketch is not None or how.rounds:
         kinds = (how.sketch,)
@@ -139,6 +142,7 @@ def plan(
         keeps_moments=keeps_moments,
         output_share=how.output_share,
         measured=how.measures,
+        stages=how.stages,
         tiers=Tiers(
             kinds={k: sketches_for_budget(chosen.shapes, kept, how.rank, how.keep) for k, kept in sketching.items()},
             offloaded=_offloaded(how.moments_device, beside, where),
@@ -181,6 +185,7 @@ def forecast(
     keeps_moments: bool = False,
     measured: bool = False,
     output_share: float = 1.0,
+    stages: int = 1,
     tiers: Tiers | None = None,
     batch_tokens: int = 0,
     tokens: int = 0,
@@ -200,6 +205,7 @@ def forecast(
         keeps_moments: As in :func:`plan`.
         measured: Whether the budget is spent by measured losses.
         output_share: Share of the tokens that enter G.
+        stages: As the option of :class:`~fasc_lightning.options.Calibration`.
         tiers: Allowed storages; by default whole moments, on the device, in one pass.
         batch_tokens: As in :func:`plan`.
         tokens: As in :func:`plan`.
@@ -281,7 +287,7 @@ def forecast(
         whole={"dense": whole, "compressed": replaced_size(whole, targeted)},
         seconds=None
         if rates is None
-        else _seconds(chosen, sketches, needs, rates, storage.passes, tokens, output_share),
+        else _seconds(chosen, sketches, needs, rates, storage.passes, tokens, output_share, stages),
     )
 
 
@@ -335,11 +341,12 @@ def _seconds(
     passes: int,
     tokens: int,
     output_share: float,
+    stages: int,
 ) -> Seconds:
     """Return the seconds of all layers' operations; an expert sees its share of the tokens."""
     shapes, copies = chosen.shapes, len(needs & {"plain", "coupled"})
-    model = sum(chosen.token_shares[name] * model_work(m, n) for name, (m, n) in shapes.items())
-    moments = sum(
+    model = stages * sum(chosen.token_shares[name] * model_work(m, n) for name, (m, n) in shapes.items())
+    moments = stages * sum(
         chosen.token_shares[name] * moments_work(m, n, copies, sketches.get(name), output_share)
         for name, (m, n) in shapes.items()
     )

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fasc_lightning import FascCallback, LoraRecovery, compress
-from fasc_lightning.calibration import _loss_measurement as measure_phase
+from fasc_lightning.calibration import _replay as measure_phase
 from fasc_lightning.compression import measure_losses
 
 PRECISIONS = {

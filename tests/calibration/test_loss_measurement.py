@@ -8,7 +8,7 @@ from tiny import causal_module, token_loader
 from watching import assert_untouched, state
 
 from fasc_lightning import FascCallback, compress
-from fasc_lightning.calibration import _loss_measurement as measure_phase
+from fasc_lightning.calibration import _replay as measure_phase
 from fasc_lightning.compression import measure_losses
 
 

@@ -127,7 +127,7 @@ def test_only_a_size_needs_measured_losses(make_trainer, monkeypatch):
         calls.append((approximations, found))
         return found
 
-    monkeypatch.setattr("fasc_lightning.calibration._loss_measurement.measure_losses", watch)
+    monkeypatch.setattr("fasc_lightning.calibration._replay.measure_losses", watch)
     fit(make_trainer, quantize="int4")
     fit(make_trainer, size=0.4, allocation="fisher")
     assert calls == []
@@ -292,7 +292,7 @@ FAILING = [
     ("fasc_lightning.calibration._passes.round_layers", {}),
     ("fasc_lightning.calibration._finish.build_rounded", {}),
     ("fasc_lightning.compression._rounding.rounded_layer", {}),
-    ("fasc_lightning.calibration._loss_measurement.measure_losses", {}),
+    ("fasc_lightning.calibration._replay.measure_losses", {}),
     ("fasc_lightning.calibration._finish.attach_config", {}),
     ("fasc_lightning.refit._in_fit.refit", {"refit": True}),
 ]

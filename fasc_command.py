@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -117,8 +116,12 @@ def fail(message: str) -> NoReturn:
 
 
 def version() -> str:
-    """Return the version of the installed package."""
-    return importlib.metadata.version("fasc-lightning")
+    """Return the version of the package beside this file, installed or not; the package is not imported."""
+    source = Path(__file__).with_name("fasc_lightning") / "__init__.py"
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":
+            return str(ast.literal_eval(node.value))
+    raise LookupError(f"Expected __version__ in {source} but found none.")
 
 
 # Pages.

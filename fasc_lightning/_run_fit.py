@@ -24,6 +24,8 @@ from fasc_lightning.options import Precision, Recovery
 
 #: Start of the messages of a callback.
 PREFIX = "FascCallback: "
+#: Start of the last line of a compression.
+NOT_SAVED = "Not saved yet: "
 
 
 def run_fit(

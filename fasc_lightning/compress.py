@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fasc_lightning._run_fit import as_loader, run_fit
+from fasc_lightning._run_fit import NOT_SAVED, as_loader, run_fit
 from fasc_lightning.callback import FascCallback
 from fasc_lightning.compression import CompressionReport
 from fasc_lightning.options import (
@@ -114,7 +114,7 @@ def compress(
         True
     """
     check_precision(precision)
-    given = options_of(options, keywords)
+    given = options_of(options, keywords, compress)
     if given.setdefault("update_weights", False):
         raise ValueError(
             "Expected update_weights=False: compress() calibrates a model as it is. To train while calibrating, use "
@@ -151,7 +151,7 @@ def compress(
     report = callback.report.without_prefix(prefix)
     if progress:
         rank_zero_info(f"\n{report}")
-        rank_zero_info("Not saved yet: save_compressed(model, folder).")
+        rank_zero_info(f"{NOT_SAVED}save_compressed(model, folder).")
     return report
 
 

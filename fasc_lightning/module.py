@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fasc_lightning.batches import as_token_batch
+from fasc_lightning.batches import as_token_batch, check_token_ids
 from fasc_lightning.layers import packed_matrices
 from fasc_lightning.models import match_checkpoint
 from fasc_lightning.recovery import Teacher
@@ -120,8 +120,10 @@ class CausalLMModule(pl.LightningModule):
     @override
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
         # Before the public hook and not in it: Lightning warns if a module has that hook and the LightningDataModule
-        # lacks it.
-        return super()._on_before_batch_transfer(as_token_batch(batch), dataloader_idx)
+        # lacks it. On a GPU an id that is too large would be an assertion without a name.
+        batch = as_token_batch(batch)
+        check_token_ids(batch, self.model)
+        return super()._on_before_batch_transfer(batch, dataloader_idx)
 
     def _restore_mode(self) -> None:
         """Put the model back into eval mode, with the layers that have replaced others since."""

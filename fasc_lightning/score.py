@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from fasc_lightning._run_fit import run_fit
-from fasc_lightning._utils import RichWorkBar, undoing
+from fasc_lightning._utils import RichWorkBar, checked_model_name, undoing
 from fasc_lightning.batches import (
     LossScales,
     LossTerms,
@@ -231,7 +231,8 @@ def _read(checkpoint: str, place: int) -> tuple[int, Mapping[str, Tensor]]:
     from transformers import AutoModelForCausalLM
 
     name, _, revision = checkpoint.partition("@") if not Path(checkpoint).exists() else (checkpoint, "", "")
-    loaded = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main")
+    folder = checked_model_name(name, "a checkpoint: a file, a model folder or a hub id", revision=revision or None)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, revision=revision or "main")
     numbered = re.fullmatch(r"checkpoint-(\d+)", Path(checkpoint).name)
     return int(numbered[1]) if numbered else place, loaded.state_dict()
 

@@ -42,6 +42,7 @@ from fasc_lightning.cli import (
     questions_of,
     run_program,
     save_results,
+    saving,
 )
 from fasc_lightning.data import load_model, window_loader
 from fasc_lightning.evaluation import Quality, Questions, compare_facts, compare_perplexity
@@ -109,12 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 controls[name] = nearest(model, tokenizer, form, options, texts)
                 print(f"  {name}: {', '.join(f'{k} {v:.2f}' for k, v in controls[name]['perplexity'].items())}")
 
-    report = compress(
-        model,
-        window_loader(calibration, options.batch_size),
-        precision=options.precision,
-        **compression_options(options),
-    )
+    with saving():
+        report = compress(
+            model,
+            window_loader(calibration, options.batch_size),
+            precision=options.precision,
+            **compression_options(options),
+        )
 
     with clock("evaluate"):
         print("Evaluating the compressed model")

@@ -17,6 +17,8 @@ from fasc_lightning._utils._memory import (
     return_freed_memory,
     text_in_bytes,
 )
+from fasc_lightning._utils._model_names import checked_model_name, checked_model_path, model_not_found
+from fasc_lightning._utils._near import did_you_mean, nearest_names
 from fasc_lightning._utils._optional import require
 from fasc_lightning._utils._plotting import (
     COLOURS,
@@ -97,8 +99,11 @@ __all__ = [
     "check_names",
     "check_rng_state",
     "check_sum",
+    "checked_model_name",
+    "checked_model_path",
     "checksum",
     "correlate",
+    "did_you_mean",
     "evaluating",
     "file_checksum",
     "fingerprint",
@@ -111,8 +116,10 @@ __all__ = [
     "mapping",
     "markdown_table",
     "model_fingerprint",
+    "model_not_found",
     "module_kinds",
     "naming",
+    "nearest_names",
     "new_figure",
     "number",
     "one_of",

@@ -31,7 +31,7 @@ from fasc_lightning.batches._rows import (
 from fasc_lightning.batches._sampling import MAX_SEQUENCES, MIN_SEQUENCES, sample_seeds
 from fasc_lightning.batches._scaling import LossScales, LossTerms, loss_terms_of, reads_loss
 from fasc_lightning.batches._silence import silent
-from fasc_lightning.batches._token_batches import as_token_batch, is_hf_dataset, token_batches
+from fasc_lightning.batches._token_batches import as_token_batch, check_token_ids, is_hf_dataset, token_batches
 from fasc_lightning.batches._tokens import TokenRows
 from fasc_lightning.batches._training_step import (
     NoLossError,
@@ -60,6 +60,7 @@ __all__ = [
     "TrainingStep",
     "UnsavableBatchError",
     "as_token_batch",
+    "check_token_ids",
     "as_trained_on",
     "backwards_of",
     "batch_label",

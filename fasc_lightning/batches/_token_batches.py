@@ -134,6 +134,7 @@ class TokenSamples(Dataset[Mapping[str, Any]]):
                 f"Expected a tokenised data set, with a column 'input_ids', but got one of {some_names(columns)}. "
                 "HINT: dataset.map(lambda row: tokenizer(row['text'], truncation=True))."
             )
+        self._model = model
         self.rows = rows.select_columns([column for column in columns if column in taken])
         if len(self.rows):
             self[0]  # an unreadable row is an error before anything runs
@@ -142,7 +143,42 @@ class TokenSamples(Dataset[Mapping[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return as_token_batch(self.rows[index], f"row {index}")
+        return _checked_batch(self.rows[index], self._model, f"row {index}")
+
+
+def check_token_ids(batch: Mapping[str, Any], model: nn.Module, label: str = "a batch") -> None:
+    """Refuse token ids that a language model has no embedding for.
+
+    Models of more than text are not checked: some replace the ids of images and sounds before they look them up.
+
+    Args:
+        batch: Mapping with "input_ids" of shape (samples, length).
+        model: The language model.
+        label: Name of the batch, for messages.
+
+    Raises:
+        ValueError: If an id is negative or not below the number of embeddings.
+    """
+    rows = _vocabulary(model)
+    if rows is None:
+        return
+    ids = batch["input_ids"]
+    outside = ids[(ids < 0) | (ids >= rows)]
+    if outside.numel():
+        raise ValueError(
+            f"Expected 'input_ids' from 0 to {rows - 1}, because the model has embeddings of {rows} tokens, but got "
+            f"{int(outside[0])} ({label}). HINT: tokenise with the model's own tokenizer, and pad with one of "
+            "its tokens; -100 is for labels alone."
+        )
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Return the number of a language model's token embeddings; None if it is unknown."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or config.get_text_config() is not config:
+        return None
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
 
 def token_batches(data: Iterable[Any], model: nn.Module) -> Any:
@@ -154,11 +190,17 @@ def token_batches(data: Iterable[Any], model: nn.Module) -> Any:
 
     Raises:
         TypeError: If a batch has no token ids, or their form is ambiguous.
-        ValueError: If sequences have unequal lengths, or shapes disagree.
+        ValueError: If sequences have unequal lengths, if shapes disagree, or if a token is not in the vocabulary.
     """
     if is_hf_dataset(data) and hasattr(data, "select_columns") and hasattr(data, "__len__"):
         return TokenSamples(data, model)
     taken = set(inspect.signature(model.forward).parameters) | {"labels"}
     if is_hf_dataset(data):  # a stream
         data = [{key: value for key, value in row.items() if key in taken} for row in data]
-    return [as_token_batch(batch, f"batch {i}") for i, batch in enumerate(data)]
+    return [_checked_batch(batch, model, f"batch {i}") for i, batch in enumerate(data)]
+
+
+def _checked_batch(batch: Any, model: nn.Module, label: str) -> Mapping[str, Any]:
+    found = as_token_batch(batch, label)
+    check_token_ids(found, model, label)
+    return found

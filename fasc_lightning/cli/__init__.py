@@ -55,6 +55,7 @@ from fasc_lightning.cli._run import (
     quality_line,
     questions_of,
     save_results,
+    saving,
 )
 from fasc_lightning.cli._score import main as score_main
 
@@ -113,6 +114,7 @@ __all__ = [
     "run_program",
     "save_results",
     "save_table",
+    "saving",
     "table_text",
     "terminal_progress",
     "tokenizer_fingerprint",

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from fasc_lightning._utils import fingerprint, library_versions, require, terminal_progress
 from fasc_lightning.cli._models import device_of
-from fasc_lightning.cli._options import add_text_options, check_least
+from fasc_lightning.cli._options import add_text_options, check_least, say_missing_facts
 from fasc_lightning.cli._run import calibration_of, questions_of
 from fasc_lightning.data import check_file, check_sources, load_model, named_files
-from fasc_lightning.evaluation import Questions, check_builtin_facts, load_minimal_pairs
+from fasc_lightning.evaluation import Questions, load_minimal_pairs
 from fasc_lightning.layers import select_layers
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def check_comparison(options: Namespace, least: Iterable[tuple[str, int]]) -> No
     given = [path for path in (options.eval_facts, options.get("minimal_pairs")) if path]
     for path in given:
         check_file(path)
-    if not given and not options.eval_text:
-        check_builtin_facts()
+    if not given:
+        say_missing_facts(options)
 
 
 def evaluation_of(options: Namespace, tokenizer: Any) -> Evaluation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fasc_lightning.data import check_file, check_sources, named_files
+from fasc_lightning.data import check_file, check_model, check_sources, named_files
 from fasc_lightning.evaluation import check_builtin_facts
 from fasc_lightning.models import check_folder
 from fasc_lightning.options import SPELLINGS, CompressionOptions, available_allocations, described, own_spelling
@@ -130,12 +130,12 @@ def check_run(options: Namespace, budget: tuple[str, float | str], at_least_one:
 
     Raises:
         ValueError: If an option is out of range, or given in two spellings.
-        FileNotFoundError: If a file is missing.
+        FileNotFoundError: If a file or the model's folder is missing.
         FileExistsError: If --output holds files but no saved model.
-        ModuleNotFoundError: If an optional package is missing.
     """
     for other, name in SPELLINGS.items():
         options[name] = own_spelling({name: options[name], other: options.pop(other)}, other).get(name)
+    check_model(options.model)
     check_sources((source for source in options.calibration if source != DATA), "calibration")
     if all(options[name] is None for name in BUDGETS):
         options[budget[0]] = budget[1]
@@ -152,14 +152,29 @@ def check_evaluation(options: Namespace) -> None:
     Raises:
         ValueError: If an option is out of range.
         FileNotFoundError: If a file is missing.
-        ModuleNotFoundError: If the built-in facts are asked for without their package.
     """
     check_least(options, {"eval_windows": 1})
     options.eval_text = named_files(options.eval_text)
     if options.eval_facts:
         check_file(options.eval_facts)
-    elif not options.eval_text:
+    say_missing_facts(options)
+
+
+def missing_facts(options: Namespace) -> str:
+    """Return why the built-in facts are left out: their package is missing. "" if they are not, or not asked for."""
+    if options.eval_text or options.eval_facts:
+        return ""
+    try:
         check_builtin_facts()
+    except ModuleNotFoundError as error:
+        return str(error)
+    return ""
+
+
+def say_missing_facts(options: Namespace) -> None:
+    """Print one line if the built-in facts are left out."""
+    if reason := missing_facts(options):
+        print(f"Perplexity is measured, and facts are left out. {reason}")
 
 
 def check_least(options: Namespace, least: Mapping[str, int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from jsonargparse import ArgumentParser
 from safetensors import SafetensorError
 from typing_extensions import override
+
+from fasc_lightning._utils import did_you_mean
 
 #: Exit codes: bad input, and Ctrl-C as a shell reports it.
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -49,7 +52,9 @@ class CommandParser(ArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: {one_line(message)} Options: {self.prog} --help\n")
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message, re.IGNORECASE)
+        near = did_you_mean(unknown[1], self._option_string_actions) if unknown else ""
+        self.exit(BAD_INPUT, f"{self.prog}: {one_line(message)}{near} Options: {self.prog} --help\n")
         raise AssertionError  # exit does not return
 
 

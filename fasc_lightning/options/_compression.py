@@ -30,7 +30,7 @@ from fasc_lightning.options._groups import (
 from fasc_lightning.options._recovery import FactorRecovery, LoraRecovery, as_recovery, describe_recovery
 from fasc_lightning.options._rounding import Quantize, QuantizeWord, grids_of, is_calibrated, rounds
 from fasc_lightning.options._spellings import own_spelling
-from fasc_lightning.options._types import check_fields, own
+from fasc_lightning.options._types import check_fields, check_keywords, own
 
 #: Share of the tokens in G where all layers get the same bits.
 OUTPUT_SHARE = 0.25
@@ -254,21 +254,26 @@ def flat_name(group: str, option: str) -> str:
     return next(name for name, part in FLAT.items() if (part.group, part.option) == (group, option))
 
 
-def options_of(options: CompressionOptions | None, changes: Mapping[str, Any]) -> dict[str, Any]:
+def options_of(
+    options: CompressionOptions | None, changes: Mapping[str, Any], caller: Callable[..., Any] | None = None
+) -> dict[str, Any]:
     """Return the arguments that make options like the given ones with some changes, for any class of options.
 
     Args:
         options: The given options; None for the defaults.
         changes: Changed options by name; flat names are allowed.
+        caller: The function whose keywords they are, for messages; None leaves names to the class of options.
 
     Raises:
-        TypeError: If the given options are none.
+        TypeError: If the given options are none, or if a name is unknown.
     """
     if not isinstance(options, CompressionOptions | None):
         raise TypeError(
             f"Expected `options` to be a CompressionOptions but got {options!r:.200}. HINT: single options are "
             "keywords, as in rank=0.5."
         )
+    if caller is not None:
+        check_keywords(caller, changes, [*signature(caller).parameters, *_NAMES])
     given = {} if options is None else {f.name: getattr(options, f.name) for f in fields(CompressionOptions)}
     return {**given, **own_spelling(changes, "ignore")}
 
@@ -315,6 +320,7 @@ def _take_flat_names(cls: type) -> None:
     @wraps(init)
     def construct(self: Any, *args: Any, **given: Any) -> None:
         values: dict[str, dict[str, Any]] = {}
+        check_keywords(type(self), given, _NAMES)
         given = own_spelling(given, "ignore")
         for name in FLAT.keys() & given.keys():
             values.setdefault(FLAT[name].group, {})[FLAT[name].option] = given.pop(name)
@@ -336,4 +342,6 @@ def _take_flat_names(cls: type) -> None:
 
 #: Flat names and the options they stand for.
 FLAT = {name: part for name, part in vars(CompressionOptions).items() if isinstance(part, Flat)}
+#: All names of options as keywords.
+_NAMES = (*(f.name for f in fields(CompressionOptions)), *FLAT, "ignore")
 _take_flat_names(CompressionOptions)

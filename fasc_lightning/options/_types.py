@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import wraps
 from os import PathLike
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+from fasc_lightning._utils import did_you_mean
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -246,6 +248,26 @@ def checked(name: str, value: Any, default: Any) -> Any:
     return CHECKS[name](name, value)
 
 
+def check_keywords(caller: Callable[..., Any], given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse unknown keywords in the name of the function or class that was called.
+
+    Args:
+        caller: The function or class.
+        given: Names of the given keywords.
+        known: Names of all keywords.
+
+    Raises:
+        TypeError: If a keyword is unknown; the message names the nearest one.
+    """
+    known = set(known) - {"self"}
+    for name in given:
+        if name not in known:
+            owner = caller.__qualname__.removesuffix(".__init__")
+            raise TypeError(
+                f"{owner}() got an unexpected keyword argument {name!r}.{did_you_mean(name, sorted(known))}"
+            )
+
+
 def checks_options(function: Callable[P, R]) -> Callable[P, R]:
     """Check the arguments of a function that are options, before each call."""
     signature = inspect.signature(function)
@@ -255,6 +277,8 @@ def checks_options(function: Callable[P, R]) -> Callable[P, R]:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
+            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+                check_keywords(function, kwargs, signature.parameters)
             return function(*args, **kwargs)  # raises the same error with the function's own name
         for name, value in bound.arguments.items():
             if name in CHECKS:

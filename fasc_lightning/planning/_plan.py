@@ -299,7 +299,7 @@ def _options(
     keeps_moments: bool,
 ) -> CompressionOptions:
     """Return the options in the arguments of :func:`plan`, checked together."""
-    given = options_of(options, keywords)
+    given = options_of(options, keywords, plan)
     if options is None and given.get("calibration") is None:
         given.setdefault("update_weights", False)
     if sketch != "auto":

@@ -4,14 +4,15 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from tiny import Classifier, Tokens, causal_model, causal_module
+from tiny import VOCABULARY, Classifier, Tokens, causal_model, causal_module
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import BatchEncoding
+from transformers import BatchEncoding, LlamaConfig
 
 from fasc_lightning import FactorRecovery, compress, recover, score
 from fasc_lightning._run_fit import as_loader
-from fasc_lightning.batches import as_token_batch
+from fasc_lightning.batches import as_token_batch, check_token_ids
+from fasc_lightning.layers import compressed_layers
 
 QUICK = {"keep": 0.7, "refit": False, "allocation": "fisher", "progress": False}
 IDS = Tokens(samples=8, length=12).input_ids
@@ -132,6 +133,30 @@ def test_other_forms_are_refused_before_anything_runs(data, error, match):
         with pytest.raises(error, match=match):
             work()
     assert not calls
+
+
+@pytest.mark.parametrize(("bad", "number"), [(VOCABULARY, 1), (-1, 0), (10**6, 2)])
+def test_ids_outside_of_the_vocabulary_are_refused(bad, number):
+    model = causal_model()
+    calls = []
+    model.register_forward_pre_hook(lambda *args: calls.append(1))
+    batches = [{"input_ids": IDS.clone()} for _ in range(3)]
+    batches[number]["input_ids"][3, 5] = bad
+    said = rf"from 0 to {VOCABULARY - 1}, .* of {VOCABULARY} tokens, but got {bad} "
+    for data in (batches, iter(batches), [{"input_ids": batch["input_ids"].tolist()} for batch in batches]):
+        with pytest.raises(ValueError, match=rf"{said}\(batch {number}\)"):
+            compress(model, data, **QUICK)
+    assert not calls
+    with pytest.raises(ValueError, match=rf"{said}\(a batch\)\. HINT: tokenise with the model's own"):
+        compress(model, DataLoader(batches, batch_size=None), **QUICK)
+    assert not compressed_layers(model)
+
+
+def test_ids_of_models_of_more_than_text_are_not_checked():
+    model = causal_model()
+    model.config.get_text_config = lambda *args, **kwargs: LlamaConfig()
+    check_token_ids({"input_ids": IDS + VOCABULARY}, model)
+    check_token_ids({"input_ids": IDS + VOCABULARY}, nn.Linear(2, 2))
 
 
 def test_batches_of_loaders_are_understood_too(expected):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import re
 import subprocess
@@ -56,6 +57,13 @@ def test_the_version_has_one_source(fasc):
     assert PROJECT["project"]["dynamic"] == ["version"]
     assert PROJECT["tool"]["hatch"]["version"] == {"path": "fasc_lightning/__init__.py"}
     assert fasc("--version") == (0, f"fasc-lightning {fasc_lightning.__version__}\n", "")
+
+
+def test_the_version_needs_no_installation(fasc, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "distribution", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert fasc("--version")[1] == f"fasc-lightning {fasc_lightning.__version__}\n"
+    assert fasc_lightning.__version__ in fasc()[1]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,18 @@ def test_a_fault_of_the_program_keeps_its_traceback(error):
         run_program(failing(error), [])
 
 
+def test_an_unknown_option_names_the_nearest(capsys):
+    parser = CommandParser("A program.")
+    parser.add_argument("--quantize")
+    for given, near in (("--quantise", " Did you mean '--quantize'?"), ("--zzz", "")):
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args([given, "int4"])
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert error.endswith(f"{given} int4.{near} Options: program.py --help\n")
+
+
 def test_debug_shows_the_traceback_and_is_no_option_of_the_program():
     seen = []
     run_program(seen.extend, ["--a", "--debug", "1"])

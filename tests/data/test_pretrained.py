@@ -177,7 +177,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
 
     asked = []
 
-    def model_info(self, name, timeout):
+    def model_info(self, name, revision, timeout):
         asked.append((name, timeout))
         raise ConnectError("no route")
 

@@ -7,6 +7,7 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
+from expert_cases import make
 from probe_cases import Counting, Masked, Product, Transposed, variants
 from tiny import VOCABULARY, Classifier, Tokens, causal_model, feature_loader
 from torch import nn
@@ -37,6 +38,7 @@ from fasc_lightning.layers._targets import other_layers, warn_tied_layers
 from fasc_lightning.models import apply_plan, quantize
 
 Tripled = variants()[0]
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def falcon() -> FalconForCausalLM:
@@ -129,6 +131,45 @@ def test_excluded_and_unasked_layers_are_not_named():
     assert other_layers(model, exclude=["b"]) == {"Tripled": ["c"]}
     assert other_layers(model, targets=["a"]) == {}
     assert other_layers(model, targets=["a", "c"]) == {"Tripled": ["c"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exclude": ["down_proj", "q_porj"]}, r"pattern of `exclude` .*'q_porj' matches no module.* Nearest: q_proj"),
+        ({"targets": ["down_proj", "mlp.up_poj"]}, r"pattern of `targets` .*'mlp.up_poj' .* Nearest: mlp.up_proj"),
+        ({"exclude": r".*\.q_porj"}, r"`exclude` .* matches no module.* Nearest: q_proj"),
+        ({"exclude": "q_proj"}, r"`exclude` .*'q_proj' matches no module.* A string is a regular expression for the"),
+        ({"exclude": ["zzzzzz"]}, r"Nearest: model\.layers\.0\.self_attn\.q_proj, "),
+        ({"exclude": ["mlp"]}, r"'mlp' matches model.layers.0.mlp, .* not the layers inside.* HINT: r'\.\*\\bmlp"),
+        ({"targets": ["q_proj", "mlp"]}, r"`targets` .*'mlp' matches .* and not the layers inside"),
+    ],
+)
+def test_a_pattern_without_a_match_is_refused(options, message):
+    model = causal_model()
+    for choose in (select_layers, target_layers, lambda model, **options: quantize(model, "int8", **options)):
+        with pytest.raises(ValueError, match=message):
+            choose(model, **options)
+
+
+@pytest.mark.parametrize(
+    "exclude",
+    [["embed_tokens"], ["lm_head", "norm"], r".*norm", ("q_proj",), {"q_proj"}, r".*\bmlp\..*", ["mlp", *MLP], []],
+)
+def test_a_pattern_of_any_module_is_no_mistake(exclude):
+    layers = select_layers(causal_model(), exclude=exclude)
+    assert layers
+    assert any("mlp" in name for name in layers) == ("mlp" not in str(exclude))
+
+
+def test_patterns_of_experts_and_of_other_classes_are_known():
+    experts = make("mixtral")
+    names = [name for name in select_layers(experts) if "experts.0" in name]
+    assert names
+    assert not set(names) & set(select_layers(experts, exclude=names))
+    with pytest.raises(ValueError, match=r"'experts' matches .* and not the layers inside"):
+        select_layers(experts, exclude=["experts"])
+    assert select_layers(falcon(), targets=["query_key_value", "dense"], exclude=["word_embeddings"])
 
 
 def test_ordinary_subclasses_are_not_named():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,6 +177,35 @@ def test_no_such_folder(tmp_path):
         load_compressed(tmp_path / "empty")
     with pytest.raises(OSError, match="nowhere"):
         load_compressed(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_missing_folder_is_named_without_the_hub(tmp_path, monkeypatch, local):
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", None)
+    (tmp_path / "compressed").mkdir()
+    (tmp_path / "model.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in (tmp_path / "compresed", str(tmp_path / "compresed"), "./compresed", "compresed/", Path("compresed")):
+        with pytest.raises(FileNotFoundError, match=r"is not a folder\. Did you mean 'compressed'\?") as raised:
+            load_compressed(name, local_files_only=local)
+        assert "a folder that save_compressed(model, folder) wrote, or its hub id" in str(raised.value)
+        assert str(tmp_path / "compresed") in str(raised.value)
+    for name in ("", "a/b/c", "model.txt"):
+        with pytest.raises(FileNotFoundError, match="is not a folder"):
+            load_compressed(name, local_files_only=local)
+
+
+def test_a_hub_id_that_does_not_exist_is_asked_for_once(monkeypatch):
+    asked = []
+
+    def model_info(self, name, **options):
+        asked.append((name, options["revision"]))
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    with pytest.raises(FileNotFoundError, match=r"'nope': there is no such folder, and the hub .* \(no route\)"):
+        load_compressed("nope", revision="v1")
+    assert asked == [("nope", "v1")]
 
 
 # The configuration and its registration

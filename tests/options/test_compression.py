@@ -303,6 +303,15 @@ def test_a_plan_takes_options_and_chooses_what_they_leave_open():
         (lambda: compress(causal_model(), [], 0.5), "`options` to be a CompressionOptions but got 0.5"),
         (lambda: plan(CONFIG, {"rank": 0.5}), "`options` to be a CompressionOptions but got {'rank': 0.5}"),
         (lambda: FascCallback(keep=0.5, steps=3), "unexpected keyword argument 'steps'"),
+        (
+            lambda: FascCallback(keep=0.5, alocation=1),
+            r"^FascCallback\(\) got .*'alocation'\. Did you mean 'allocation'",
+        ),
+        (lambda: CompressionOptions(keep=0.5, igonre=1), r"^CompressionOptions\(\) got .* Did you mean 'ignore'\?$"),
+        (lambda: compress(causal_model(), [], alocation=1), r"^compress\(\) got .* Did you mean 'allocation'\?$"),
+        (lambda: compress(causal_model(), [], progres=1), r"^compress\(\) got .*'progres'\. Did you mean 'progress'"),
+        (lambda: plan(CONFIG, keep=0.5, gate_exlude=1), r"^plan\(\) got .* Did you mean 'gate_exclude'\?$"),
+        (lambda: plan(CONFIG, keep=0.5, zzz=1), r"^plan\(\) got an unexpected keyword argument 'zzz'\.$"),
     ],
 )
 def test_what_is_refused_is_called_as_the_caller_called_it(make, message):

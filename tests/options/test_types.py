@@ -171,6 +171,10 @@ def test_patterns_may_be_lists_tuples_and_sets():
 def test_arguments_that_do_not_fit_are_refused_by_the_function_itself():
     with pytest.raises(TypeError, match=r"recover\(\) got an unexpected keyword argument 'ranks'"):
         recover(None, None, ranks=3)
+    with pytest.raises(TypeError, match=r"^quantize\(\) got .*'exclud'\. Did you mean 'exclude'\?"):
+        quantize(None, exclud=["head"])
+    with pytest.raises(TypeError, match=r"^RecoveryCallback\(\) got .*'recovry'\. Did you mean 'recovery'\?"):
+        RecoveryCallback(recovry="lora")
     with pytest.raises(TypeError, match=r"missing 1 required positional argument: 'model'"):
         quantize()
 

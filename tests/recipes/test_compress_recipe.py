@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,8 @@ def arguments(folder, *more):
     ]  # fmt: skip
 
 
-def test_the_report_is_what_the_contract_says(recipe, folder, capsys):
+def test_the_report_is_what_the_contract_says(recipe, folder, capsys, caplog):
+    caplog.set_level(logging.INFO)
     path = folder / "out" / "report.json"
     output = ["--output", str(folder / "compressed"), "--license", "mit"]
     recipe.main(arguments(folder, "--keep", "0.8", "--report", str(path), *output))
@@ -83,7 +85,10 @@ def test_the_report_is_what_the_contract_says(recipe, folder, capsys):
     keys = "name shape rank layout tokens rho rho_null rho_debiased loss method flags"
     assert set(keys.split()) == set(report["layers"][0])
     assert report["layers"][0]["name"] == "model.layers.0.self_attn.q_proj"
-    printed = capsys.readouterr().out
+    printed, logged = capsys.readouterr()
+    assert "Saved to " in printed
+    assert "parameters kept" in caplog.text + logged
+    assert "Not saved yet" not in caplog.text + logged + printed
     assert "perplexity of foxes" in printed
     assert "facts recalled" in printed
     first = printed.split("Evaluating the dense model\n")[1].splitlines()[0]  # figures come as soon as they are there

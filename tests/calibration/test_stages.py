@@ -7,9 +7,9 @@ import copy
 import pytest
 import scipy.linalg
 import torch
+from expert_cases import batches, make
 from tiny import causal_model, causal_module, feature_loader, mlp, token_loader
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
 from watching import assert_untouched, state
 
 from fasc_lightning import FascCallback, compress, plan
@@ -142,17 +142,8 @@ def test_options_that_exclude_a_second_stage(options, message):
 
 
 def test_experts_have_no_second_stage():
-    config = MixtralConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=2,
-    )
     with pytest.raises(ValueError, match=r"stages=1 for a model with experts.*`exclude` the experts"):
-        compress(MixtralForCausalLM(config), token_loader(), keep=0.6, **TWO)
+        compress(make("mixtral"), batches(4), keep=0.6, **TWO)
 
 
 def test_a_layer_that_is_never_called_is_named_once():

@@ -51,6 +51,7 @@ docs: install
 
 # The site in headless Chromium, which has to be installed, as has playwright: links, errors, requests, pictures.
 docs-check: docs
+	$(RUN) -m pip install --quiet playwright
 	$(RUN) docs/check_site.py
 
 benchmark: benchmark-speed benchmark-monitoring benchmark-inference benchmark-p1

@@ -49,7 +49,7 @@ test-fast: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
-# The site in headless Chromium, which has to be installed, as has playwright: links, errors, requests, pictures.
+# The site in headless Chromium, which has to be installed (Debian: chromium): links, errors, requests, pictures.
 docs-check: docs
 	$(RUN) -m pip install --quiet playwright
 	$(RUN) docs/check_site.py

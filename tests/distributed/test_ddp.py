@@ -63,6 +63,17 @@ def test_two_processes_end_with_the_refinement_of_the_first(tmp_path):
     assert any(not torch.equal(value, first["before"][name]) for name, value in first["state"].items())
 
 
+def test_the_second_stage_of_the_first_process_is_that_of_both(tmp_path):
+    run_script("ddp_stages.py", tmp_path, processes=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for stages in (1, 2):
+        state = second[stages]["state"]
+        assert all(torch.equal(value, state[name]) for name, value in first[stages]["state"].items())
+    # 16 sequences of 16 tokens in both processes, and again the half that the first one has kept.
+    assert set(first[1]["tokens"]) == {256}
+    assert set(first[2]["tokens"]) == set(second[2]["tokens"]) == {256 + 128}
+
+
 def test_two_processes_observe_what_one_does(tmp_path):
     run_script("ddp_monitor.py", 1, "one", tmp_path)
     run_script("ddp_monitor.py", 2, "two", tmp_path, processes=2)

@@ -171,5 +171,6 @@ def cell_line(cell: Cell, outcome: Outcome, dense: Outcome, share: Callable[[Out
         return f"{cell.name}: failed, {outcome.reason}"
     figures = [f"{m.name} {m.shown(m.value(outcome.measured))}" for m in metrics_of(outcome.measured)]
     figures += [f"{name} {value:.0f} tokens/s" for name, value in outcome.measured.speed.items()]
+    figures += [outcome.refit_verdict] if outcome.refit else []
     seconds = sum(outcome.seconds.values())
     return f"{cell.name}: {share(outcome, dense)}, {', '.join(figures)}, {seconds:.0f} s"

@@ -9,7 +9,7 @@ from typing import Literal
 
 from fasc_lightning._utils import Row
 from fasc_lightning.evaluation import paired_interval
-from fasc_lightning.studies.comparison._cells import DENSE, FOLDER, Cell, Outcome
+from fasc_lightning.studies.comparison._cells import DENSE, FOLDER, PUT_BACK, Cell, Outcome
 from fasc_lightning.studies.comparison._tables import Metric, metrics_of, ratio, shown_perplexity
 
 #: Ways to save bytes, as the tables name them.
@@ -102,7 +102,7 @@ def bytes_numbers(
         row["seconds to compress"] = seconds_to_compress(cell, outcome, calibration)
         if speeds:
             row |= {f"{name} tokens/s": speeds.get(cell, {}).get(name, math.nan) for name in ("prefill", "decode")}
-        rows.append({**row, "error": outcome.reason})
+        rows.append({**row, "refit": outcome.refit_verdict, "error": outcome.reason})
     return rows
 
 
@@ -123,7 +123,7 @@ def _as_text(row: Row, dense: Row, metrics: list[Metric]) -> Row:
         return {**dict.fromkeys(columns, "-"), "model": row["model"], "kind": row["kind"], "bytes": "failed"}
     is_dense = row is dense
     text: Row = {
-        "model": row["model"],
+        "model": row["model"] + (" (put back)" if row["refit"] == PUT_BACK else ""),
         "kind": "" if is_dense else row["kind"],
         "bytes": f"{100 * row['share of 16 bits']:.1f} %",
         "layers, model (MB)": f"{row['bytes of the layers'] / 1e6:.1f}, {row['bytes of the model'] / 1e6:.1f}",

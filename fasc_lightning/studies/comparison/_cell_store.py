@@ -50,7 +50,10 @@ _CELL = record(
                 "error": text,
                 "lasting": boolean,
             },
-            {"bytes": integer(0)},  # like what else is optional, files of earlier versions lack it
+            {
+                "bytes": integer(0),
+                "refit": optional(record({"layers": integer(0), "reverted": boolean}, extra=True)),
+            },  # like what else is optional, files of earlier versions lack it
         ),
     }
 )

@@ -20,6 +20,9 @@ FOLDER = "folder"
 #: Methods that are not solvers: they have no ranks to allocate and no low-rank matrix to store.
 PRUNERS = ("magnitude", "llm-pruner")
 
+#: What became of a refit whose last check put everything back.
+PUT_BACK = "refit put back"
+
 LAYOUTS = ("auto", "pivot", "factors")
 
 
@@ -188,6 +191,7 @@ class Outcome:
         seconds: Seconds of factorize, swap and evaluate, and of the method's other steps by their names.
         plan: The choice for each layer: name, rank, layout, loss.
         passes: Passes over the data for this cell alone.
+        refit: Figures of the refit, as ``refit_figures`` returns them; None without a refit.
         error: The reason of a failure; empty if it succeeded.
         lasting: Whether the same cell would fail again.
     """
@@ -200,6 +204,7 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
     plan: list[dict[str, Any]] = field(default_factory=list)
     passes: int = 0
+    refit: dict[str, Any] | None = None
     error: str = ""
     lasting: bool = True
 
@@ -207,6 +212,13 @@ class Outcome:
     def reason(self) -> str:
         """The first line of the error."""
         return self.error.partition("\n")[0]
+
+    @property
+    def refit_verdict(self) -> str:
+        """What became of the refit, in words; empty without a refit."""
+        if self.refit is None:
+            return ""
+        return PUT_BACK if self.refit["reverted"] else f"refit of {self.refit['layers']} layers"
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Outcome:

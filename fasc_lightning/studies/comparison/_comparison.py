@@ -37,7 +37,7 @@ from fasc_lightning.layers import (
     swap_modules,
 )
 from fasc_lightning.options import measures_losses
-from fasc_lightning.refit import ByLayer, causal_loss, refit
+from fasc_lightning.refit import ByLayer, causal_loss, refit, refit_figures
 from fasc_lightning.solvers import Factorization
 from fasc_lightning.statistics import CalibrationMoments
 from fasc_lightning.studies.comparison._cell_store import CellStore
@@ -69,6 +69,7 @@ class Built:
     plan: list[dict[str, Any]] = field(default_factory=list)
     passes: int = 0
     bytes: int | None = None
+    refit: dict[str, Any] | None = None
 
 
 @dataclass
@@ -220,6 +221,7 @@ class Comparison:
                     seconds=seconds,
                     plan=built.plan,
                     passes=built.passes,
+                    refit=built.refit,
                 )
         except Exception as error:  # a failing method must not end the comparison
             lasting = isinstance(error, LASTING)
@@ -348,7 +350,7 @@ class Comparison:
         with undoing() as undo:
             undo.keep(self.model)
             dense = swap_modules(self.model, result.replacements)
-            seconds = {"factorize": spent, "swap": time.perf_counter() - start}
+            seconds, figures = {"factorize": spent, "swap": time.perf_counter() - start}, None
             if cell.refit and dense:
                 report = refit(
                     self.model,
@@ -358,12 +360,12 @@ class Comparison:
                     inputs=ByLayer(self.moments.A, dense),
                     progress=progress,
                 )
-                seconds["refit"] = report.seconds
+                seconds["refit"], figures = report.seconds, refit_figures(report)
             found = {**layers, **result.replacements}
             if cell.budget is not None and cell.budget.rounds_factors:
                 found = {name: quantized_layer(layer, "int8") for name, layer in found.items()}
                 swap_modules(self.model, found)
-            yield Built(self.model, found, seconds, plan)
+            yield Built(self.model, found, seconds, plan, refit=figures)
 
 
 def _plain(layer: LayerChoice) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def results_rows(dense: Outcome, outcomes: Mapping[Cell, Outcome], kinds: Sequen
             name = f"facts % of {metric.name.rpartition(' ')[0]}"
             row[name] = math.nan if outcome.measured is None else metric.value(outcome.measured)
         row |= {f"seconds {phase}": outcome.seconds.get(phase, math.nan) for phase in phases}
-        rows.append({**row, "error": outcome.reason})
+        rows.append({**row, "refit verdict": outcome.refit_verdict, "error": outcome.reason})
     return rows
 
 

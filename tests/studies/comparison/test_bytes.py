@@ -12,6 +12,7 @@ import torch
 from comparison_cases import BEST, HARDNESS, failed, outcome
 from tiny import byte_tokenizer, causal_model
 
+from fasc_lightning.cli._comparison import cell_line
 from fasc_lightning.compression import round_layers
 from fasc_lightning.dependence import save_figure
 from fasc_lightning.evaluation import log_probabilities, window_divergences
@@ -41,6 +42,7 @@ from fasc_lightning.studies.comparison._bytes import (
     name_of,
 )
 from fasc_lightning.studies.comparison._bytes_figure import bytes_figure
+from fasc_lightning.studies.comparison._cells import PUT_BACK
 from fasc_lightning.studies.comparison._speed import speed as measured_speed
 from fasc_lightning.studies.comparison._tables import budget_rows, rank_cells, results_rows, shown_nats
 
@@ -415,3 +417,15 @@ def test_the_figure_joins_models_of_one_kind_and_names_programs(tmp_path):
 def test_nothing_to_draw_is_refused():
     with pytest.raises(ValueError, match="none to draw"):
         bytes_figure(REFERENCE, {EIGHT: CELLS[EIGHT]})
+
+
+def test_a_refit_that_was_put_back_is_named_in_the_tables():
+    refit = {"layers": 0, "loss": {"before": 3.0, "after": 3.1, "error": 0.01}, "reverted": True}
+    cell = Cell("fasc", Budget(size=0.21), BEST, refit=True)
+    outcomes = {cell: dataclasses.replace(outcome(), bytes=400, refit=refit)}
+    dense = dataclasses.replace(outcome(), bytes=1000)
+    assert cell_line(cell, outcomes[cell], dense, lambda *_: "half").endswith(f"{PUT_BACK}, 4 s")
+    assert results_rows(dense, outcomes, [])[1]["refit verdict"] == PUT_BACK
+    numbers = bytes_numbers(dense, outcomes, 0, 0.0, {})
+    assert numbers[1]["refit"] == PUT_BACK
+    assert bytes_table(numbers, metrics_of(dense.measured))[1]["model"] == "size 0.21, refitted (put back)"

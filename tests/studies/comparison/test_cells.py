@@ -34,6 +34,7 @@ from fasc_lightning.studies.comparison import (
 from fasc_lightning.studies.comparison import _comparison as comparison
 from fasc_lightning.studies.comparison import _questions as comparison_evaluation
 from fasc_lightning.studies.comparison import _statistics as comparison_statistics
+from fasc_lightning.studies.comparison._cells import PUT_BACK
 from fasc_lightning.studies.comparison._comparison import budget_share
 from fasc_lightning.studies.comparison._layers import correlation_rows, fifths_rows, labelled_rows, layer_rows
 from fasc_lightning.studies.comparison._statistics import gather_moments
@@ -308,10 +309,16 @@ def test_numbers_that_overflow_are_a_failure(calibration, evaluation):
     assert found.reason.startswith("FloatingPointError: The loss of window 0 is not finite")
 
 
-def test_a_refit_is_timed(calibration, evaluation):
-    found = comparing(calibration).measure(Cell("fasc", KEEP, BEST, refit=True), evaluation)
-    assert found.error == ""
+def test_a_refit_is_timed_and_says_whether_it_was_kept(tmp_path, calibration, evaluation):
+    store, cell, plain = CellStore(tmp_path, "context"), Cell("fasc", KEEP, BEST, refit=True), Cell("fasc", KEEP, BEST)
+    outcomes = {found: outcome for found, outcome, _ in comparing(calibration).run([plain, cell], evaluation, store)}
+    found, unfitted = outcomes[cell], outcomes[plain]
+    assert (found.error, unfitted.refit, unfitted.refit_verdict) == ("", None, "")
     assert found.seconds["refit"] > 0
+    kept = found.measured.losses != unfitted.measured.losses
+    assert found.refit["reverted"] is not kept
+    assert found.refit_verdict == (f"refit of {found.refit['layers']} layers" if kept else PUT_BACK)
+    assert store.load(cell).refit == found.refit
 
 
 def test_cells_that_are_there_are_not_run_again(tmp_path, calibration, evaluation, monkeypatch):

@@ -14,6 +14,7 @@ from fasc_lightning.dependence import (
     iid_floor,
     rho,
 )
+from fasc_lightning.lora_start import LoraStart, lora_start
 from fasc_lightning.models import (
     apply_plan,
     compression_plan,
@@ -67,6 +68,8 @@ __all__ = [
     "Distillation",
     "RecoveryCallback",
     "recover",
+    "lora_start",
+    "LoraStart",
     # saved models
     "save_compressed",
     "load_compressed",

@@ -17,18 +17,14 @@ from typing_extensions import override
 from fasc_lightning._run_fit import run_fit
 from fasc_lightning._utils import RichWorkBar, checked_model_name, undoing
 from fasc_lightning.batches import (
-    LossScales,
     LossTerms,
     TokenMask,
     TokenRows,
-    backwards_of,
-    batch_label,
     is_hf_dataset,
     observed_rows,
 )
-from fasc_lightning.calibration import FrozenFit
+from fasc_lightning.calibration import FrozenPass
 from fasc_lightning.dependence import MIN_TOKENS, LayerScores, RhoHistory
-from fasc_lightning.distributed import check_module
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import Gradient, select_layers, warn_other_layers
 from fasc_lightning.options import checks_options
@@ -123,8 +119,8 @@ def score(
     return history
 
 
-class _ScoreFit(pl.Callback):
-    """Runs once over the data with the module frozen, and fills a table."""
+class _ScoreFit(FrozenPass):
+    """Fills a table with the scores of one pass over the data."""
 
     def __init__(
         self,
@@ -137,36 +133,21 @@ class _ScoreFit(pl.Callback):
         loss_terms: LossTerms | None,
         seed: int,
     ) -> None:
+        super().__init__()
         self.history = RhoHistory()
         self._step, self._targets, self._exclude, self._token_mask = step, targets, exclude, token_mask
         self._tokens, self._gradient, self._loss_terms, self._seed = tokens, gradient, loss_terms, seed
-        self._taps: Taps | None = None
-        self._rows: TokenRows | None = None
-        self._scales = LossScales()
-        self._frozen: FrozenFit | None = None
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        check_module(pl_module, compresses=False)
+    def make_taps(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Taps:
         layers = select_layers(pl_module, self._targets, self._exclude)
         warn_other_layers(pl_module, self._targets, self._exclude)
         self._scores = LayerScores(layers, self._tokens, self._gradient, self._seed, trainer.strategy.root_device)
-        self._taps = Taps(layers, pairs=self._scores)
-        self._frozen = FrozenFit(trainer, pl_module)
+        return Taps(layers, pairs=self._scores)
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._taps is not None
-        assert self._frozen is not None
-        self._frozen.enter()
-        self._taps.install()
-
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        assert self._taps is not None
-        rows = observed_rows(
+    def make_rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> TokenRows:
+        return observed_rows(
             trainer,
             pl_module,
             batch,
@@ -175,46 +156,10 @@ class _ScoreFit(pl.Callback):
             tokens=self._tokens,
             seed=self._seed,
         )
-        self._taps.begin_batch(rows, backwards_of(pl_module))
-        self._rows = rows
-
-    @override
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        assert self._taps is not None
-        assert self._frozen is not None
-        self._scales.take(loss, self._rows, label=batch_label(trainer))
-        self._frozen.lend_gradient(loss)
-        self._taps.begin_backward()
-
-    @override
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._taps is not None
-        assert self._frozen is not None
-        self._taps.end_backward()
-        self._frozen.take_gradient_back()
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert self._taps is not None
-        self._taps.end_batch()
-        self._rows = None
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.history.extend(self._scores.rows(self._step))
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._taps is not None:
-            self._taps.remove()
-        if self._frozen is not None:
-            self._frozen.exit()
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")
 
 
 def _read(checkpoint: str, place: int) -> tuple[int, Mapping[str, Tensor]]:

@@ -19,7 +19,7 @@ from processes import run_script
 from test_prose import PATTERN
 from tiny import byte_tokenizer, causal_model, causal_module, save_model_folder, token_loader
 
-from fasc_lightning import compress
+from fasc_lightning import compress, quantize, to_dense
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -160,6 +160,10 @@ def test_examples_run(block, tmp_path, monkeypatch):
     size = {"vocab_size": len(tokenizer)}
     names = {"L": L, "module": causal_module(**size), "model": causal_model(**size), "loader": loader}
     names |= {"tokenizer": tokenizer, "batches": list(loader), "__name__": "example"}
+    if "quantised" in block.code:
+        quantised = causal_model(**size)
+        quantize(quantised)
+        names |= {"dense": causal_model(**size), "quantised": to_dense(quantised)}
     if 'load_compressed("compressed")' in block.code and "save_compressed" not in block.code:
         model = causal_model()
         compress(model, loader, keep=0.8, progress=False)

@@ -1,6 +1,6 @@
 """The calibration of a fit: schedule, passes, freezing, resuming and end."""
 
-from fasc_lightning.calibration._frozen_fit import FrozenFit
+from fasc_lightning.calibration._frozen_pass import FrozenPass
 from fasc_lightning.calibration._gathering import SCORE_EVERY, SCORE_TOKENS
 from fasc_lightning.calibration._phase import CalibrationPhase
 from fasc_lightning.calibration._shares import share_units, shares
@@ -10,7 +10,7 @@ __all__ = [
     "SCORE_EVERY",
     "SCORE_TOKENS",
     "CalibrationPhase",
-    "FrozenFit",
+    "FrozenPass",
     "expected_rank",
     "projected",
     "share_units",

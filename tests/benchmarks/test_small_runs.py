@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import adapter_start
 import gpu
 import monitoring
 import p1
@@ -20,7 +21,7 @@ from fasc_lightning.data import load_model
 def tiny(tmp_path, monkeypatch):
     """Let the benchmarks load a tiny model in place of SmolLM2; the value is its folder."""
     save_model_folder(tmp_path / "model")
-    for module in (monitoring, peak, speed):
+    for module in (adapter_start, monitoring, peak, speed):
         monkeypatch.setattr(module, "load_model", lambda name: load_model(str(tmp_path / "model")))
     return tmp_path / "model"
 
@@ -87,3 +88,17 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
         gpu.main([*options, "--seconds", "0"])
     with pytest.raises(SystemExit, match="--windows to be at least 2"):
         gpu.main([*options, "--windows", "1"])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+def test_starts_of_adapters_are_measured_before_and_after(tiny, tmp_path, monkeypatch, capsys):
+    text = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. " * 200
+    for name in {*adapter_start.CALIBRATION, *(file for file, _ in adapter_start.JUDGES.values())}:
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv("FASC_DATA", str(tmp_path))
+    sizes = ["--window", "32", "--windows", "4", "--eval-windows", "2", "--tokens", "96", "--r", "4"]
+    adapter_start.main(["--output", str(tmp_path / "out"), "--precision", "32-true", *sizes])
+    rows = {name: json.loads((tmp_path / "out" / f"{name}-3.json").read_text()) for name in adapter_start.STARTS}
+    assert all(row["before"] != row["after"] for row in rows.values())
+    assert len({row["before"]["squad"] for row in rows.values()}) == 3
+    assert "| loss | 3 | " in capsys.readouterr().out

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
-from fasc_lightning._utils import anything, integer, listed, record, row, undoing
+from fasc_lightning._utils import anything, integer, listed, mapping, record, refuse, row, undoing
 from fasc_lightning.batches._copying import batch_tensors, copy_batch
 
 
@@ -59,11 +60,19 @@ class KeptBatch:
         batch: The training step's argument, on the CPU.
         place: Place of the batch in its fit.
         stays: Numbers of its tensors that were on the CPU while others were not, such as lengths for packing.
+        lengths: Length of the gradient at a layer's output of each counted token, shape (tokens,), by layer, in one
+            unit for all batches; empty if it was not kept.
     """
 
     batch: Any
     place: Place
     stays: tuple[int, ...] = ()
+    lengths: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def _row_of_numbers(value: Any, path: str) -> None:
+    if not (isinstance(value, Tensor) and value.ndim == 1 and value.is_floating_point()):
+        raise refuse("a row of floating-point numbers", value, path)
 
 
 _STATE = record(
@@ -71,7 +80,8 @@ _STATE = record(
         "batches": listed(anything),
         "places": listed(row(integer(0), integer(0), integer(0))),
         "stays": listed(listed(integer(0))),
-    }
+    },
+    {"lengths": listed(mapping(_row_of_numbers))},  # earlier files lack it
 )
 
 
@@ -93,6 +103,10 @@ class KeptBatches:
         place = place or Place(batch_idx=len(self.batches))
         self.batches.append(KeptBatch(copy_batch(batch, lambda *_: "cpu"), place, stays))
 
+    def note(self, lengths: Mapping[str, Tensor]) -> None:
+        """Keep the lengths of the gradients of the last batch (:class:`KeptBatch`)."""
+        self.batches[-1] = replace(self.batches[-1], lengths=lengths)
+
     def on(self, device: Any) -> list[Any]:
         """Return the batches on a device; on the CPU the kept batches themselves, on other devices copies."""
         if torch.empty(0, device=device).device.type == "cpu":
@@ -109,6 +123,7 @@ class KeptBatches:
             "batches": [kept.batch for kept in self.batches],
             "places": places,
             "stays": [list(kept.stays) for kept in self.batches],
+            "lengths": [dict(kept.lengths) for kept in self.batches],
         }
 
     @staticmethod
@@ -126,5 +141,8 @@ class KeptBatches:
         if isinstance(state, list):
             return KeptBatches([KeptBatch(batch, Place(batch_idx=i)) for i, batch in enumerate(state)])
         _STATE(state, path)
-        parts = zip(state["batches"], state["places"], state["stays"], strict=True)
-        return KeptBatches([KeptBatch(batch, Place(*place), tuple(stays)) for batch, place, stays in parts])
+        lengths = state.get("lengths") or [{}] * len(state["batches"])
+        parts = zip(state["batches"], state["places"], state["stays"], lengths, strict=True)
+        return KeptBatches(
+            [KeptBatch(batch, Place(*place), tuple(stays), found) for batch, place, stays, found in parts]
+        )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +18,8 @@ from fasc_lightning.batches._kept import KeptBatches, Place
 from fasc_lightning.batches._silence import silent
 from fasc_lightning.batches._untouched import untouched
 from fasc_lightning.distributed import is_distributed
+
+T = TypeVar("T")
 
 
 class NoLossError(ValueError):
@@ -88,12 +90,26 @@ class TrainingStep:
         Raises:
             NoLossError: If the step returns no loss.
         """
+        return self.with_loss(module, batch, Tensor.detach, place)
+
+    def with_loss(self, module: nn.Module, batch: Any, use: Callable[[Tensor], T], place: Place | None = None) -> T:
+        """Return a function's value of the loss of a batch, computed while the loss has its graph, if it has one.
+
+        Args:
+            module: As for a call.
+            batch: As for a call.
+            use: The function.
+            place: As for a call.
+
+        Raises:
+            NoLossError: If the step returns no loss.
+        """
         # Gradients are enabled, as in training: physics-informed networks and gradient penalties need them for their
         # loss. No weight requires a gradient, so that other modules make no graph, which would cost memory.
         with untouched(module, *self._schedules()), torch.enable_grad():
             for parameter in module.parameters():
                 parameter.requires_grad_(False)
-            return self.loss(module, batch, place).detach()
+            return use(self.loss(module, batch, place))
 
     def judge(self, module: nn.Module, batch: Any, place: Place) -> Tensor:
         """Return the loss as a call does, but with gradients disabled as in validation, unless the step needs them."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import nn
+from torch import Tensor, nn
 
 from fasc_lightning._utils import Clock, Progress, Undo, layer_progress, peak_memory_bytes, return_freed_memory
 from fasc_lightning.batches import KeptBatches, Place
@@ -99,6 +100,16 @@ class Finish:
             steps = self._options.calibration_steps
             if steps is not None:  # a stream may give more batches than the steps asked for
                 del self.kept.batches[: -steps * trainer.accumulate_grad_batches]
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the lengths of the current batch's gradients are kept: the refit weighs tokens by them."""
+        return self._keeps and self.refits
+
+    def note(self, lengths: Mapping[str, Tensor]) -> None:
+        """Keep the lengths of the current batch's gradients, if the batch is kept."""
+        if self.weighs:
+            self.kept.note(lengths)
 
     def leave_out(self) -> None:
         """Drop the current batch, or the last one between batches: it has no usable loss."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from fasc_lightning.batches import Backwards, TokenRows
 from fasc_lightning.calibration._checks import warn_unannounced, warn_unreached
@@ -57,7 +58,10 @@ class Gathering:
         self.moments = empty()
         tokens = SCORE_TOKENS if options.gate_threshold is None else options.monitor_tokens
         self.scores = LayerScores(layers.modules, tokens, options.rho_gradient, options.seed, device)
-        self._taps = Taps(layers.modules, offloaded(self.moments, device), self.scores)
+        self._taps = Taps(layers.modules, offloaded(self.moments, device), self._see)
+        #: Whether the lengths of the current batch's gradients are kept (:meth:`take_lengths`).
+        self.keeps_lengths = False
+        self._lengths: dict[str, list[Tensor]] = {}
         self.batches = 0
         self.rows: TokenRows | None = None
 
@@ -92,6 +96,24 @@ class Gathering:
         self._taps.begin_batch(rows, backwards)
         self.rows = rows
         self.batches += 1
+
+    def _see(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int], *g: Tensor) -> None:
+        """Pass a layer's pairs on to its score, and note the lengths of its gradients."""
+        self.scores(name, x, h, batch, lengths, *g)
+        if self.keeps_lengths:
+            wide = torch.promote_types(h.dtype, torch.float32)
+            length = torch.linalg.vector_norm(h.detach(), dim=-1, dtype=wide) * batch.scale
+            self._lengths.setdefault(name, []).append(length.float())
+
+    def take_lengths(self) -> dict[str, Tensor]:
+        """Return the lengths of the last batch's gradients on the CPU, of layers that ran once, and forget them."""
+        found = {name: rows[0].flatten() for name, rows in self._lengths.items() if len(rows) == 1}
+        self._lengths.clear()
+        if not found:
+            return {}
+        together = torch.cat(list(found.values())).cpu()  # one transfer
+        parts = together.split([len(length) for length in found.values()])
+        return dict(zip(found, parts, strict=True))
 
     def begin_backward(self) -> None:
         """Announce the backward pass that is about to run; a pass that reaches no tapped layer adds nothing."""

@@ -167,6 +167,7 @@ class CalibrationRun:
             self._passes.size_sketches()
         self._passes.gathering.begin_batch(rows, backwards_of(pl_module))
         self._finish.keep(trainer, batch, is_first_pass=self._passes.is_first)
+        gathering.keeps_lengths = self._finish.weighs
 
     def begin_backward(self, trainer: pl.Trainer, loss: Tensor, scales: LossScales) -> None:
         """Count the backward pass that is about to run.
@@ -210,7 +211,7 @@ class CalibrationRun:
             trainer: Trainer of the fit.
             outputs: Outputs of the training step; empty if the step skips its batch.
         """
-        self._passes.gathering.end_batch()
+        self._end_batch()
         if not outputs:
             self._finish.leave_out()
         if self.running:
@@ -220,7 +221,12 @@ class CalibrationRun:
         """End a batch that has run, for a checkpoint that is saved before :meth:`end_batch` is called."""
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         if progress.processed == progress.ready:
-            self._passes.gathering.end_batch()
+            self._end_batch()
+
+    def _end_batch(self) -> None:
+        self._passes.gathering.end_batch()
+        if lengths := self._passes.gathering.take_lengths():
+            self._finish.note(lengths)
 
     def end_epoch(self, trainer: pl.Trainer) -> None:
         """End a pass that is not the last: factorise its layers and free their moments."""

@@ -28,6 +28,7 @@ from fasc_lightning.refit._joins import Joins, joins_stream
 from fasc_lightning.refit._reports import LayerRefit, RefitReport
 from fasc_lightning.refit._shares import Change, shares
 from fasc_lightning.refit._solve import anchor_moments, mixed_with_anchor
+from fasc_lightning.refit._token_weights import Lengths, gradient_lengths, token_weights
 from fasc_lightning.solvers import SHRINK_A, SHRINK_COUPLED_G, shrink
 from fasc_lightning.statistics import moment_dtype
 
@@ -38,6 +39,14 @@ Target = Literal["layer", "stream"]
 #: The anchor of a refit: "dense" is the dense layer, in the moments that the factors were made with. A layer whose bias
 #: moves, or a refit without these moments, uses "factors" instead: the factors before the refit.
 Anchor = Literal["dense", "factors"]
+
+#: The weights of tokens: "gradient" is the length of the loss's gradient at the layer's output (``_token_weights.py``);
+#: "equal" weighs all tokens alike.
+TokenWeights = Literal["gradient", "equal"]
+
+#: The low-rank layers that are refitted: "last" is the last of each block, which corrects the block's error, and those
+#: that share its input; "all" is slower, and was no better (docs/results.md). Rounded layers are always all refitted.
+RefittedFactors = Literal["last", "all"]
 
 #: Fewest batches of a refit: with fewer, too few remain to fit to, beside the batches that choose and that check.
 MIN_BATCHES = 4
@@ -53,6 +62,8 @@ class RefitOptions:
         target: See :data:`Target`.
         bias: Whether existing biases move, too.
         holdout: One batch in ``holdout`` chooses and another one checks, but at least one and two (``shares``).
+        weights: See :data:`TokenWeights`.
+        factors: See :data:`RefittedFactors`.
     """
 
     anchors: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
@@ -60,6 +71,8 @@ class RefitOptions:
     target: Target = "stream"
     bias: bool = True
     holdout: int = 8
+    weights: TokenWeights = "gradient"
+    factors: RefittedFactors = "last"
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -71,6 +84,10 @@ class RefitOptions:
             raise ValueError(f'Expected `target` to be "layer" or "stream" but got {self.target!r}.')
         if self.holdout < 3:
             raise ValueError(f"Expected `holdout` of at least 3 but got {self.holdout}.")
+        if self.factors not in ("last", "all"):
+            raise ValueError(f'Expected `factors` to be "last" or "all" but got {self.factors!r}.')
+        if self.weights not in ("gradient", "equal"):
+            raise ValueError(f'Expected `weights` to be "gradient" or "equal" but got {self.weights!r}.')
 
 
 def refit(
@@ -80,20 +97,22 @@ def refit(
     batches: Iterable[Any],
     *,
     inputs: Mapping[str, Tensor] | None = None,
+    lengths: Sequence[Lengths] | None = None,
     options: RefitOptions | None = None,
     loss: BatchLoss = causal_loss,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> RefitReport:
-    """Refit the factors of a compressed model, block by block in order of execution, in place.
+    """Refit layers of a compressed model, block by block in order of execution, in place.
 
-    Each layer is fitted to the inputs that it gets in the model compressed so far, with the dense model's outputs as
-    the target and an anchor (``refit/_solve.py``). Batches are in three shares (``shares``). Factors are fitted to the
-    first share. The second share chooses lambda and decides layer by layer; accepted factors are then fitted to both
-    shares. Only the last check reads the third share: there the model's loss, with all layers together, has to fall by
-    more than two standard errors of its change over the batches. G and the anchor's A come from all batches, as for the
-    factors before the refit. Rejected factors are put back, as is everything if anything fails. Shapes, ranks, layouts
-    and the layers' identities stay.
+    Rounded layers, and the last low-rank layers of each block, are fitted to the inputs that they get in the model
+    compressed so far, with the dense model's outputs as the target and an anchor (``refit/_solve.py``). Batches are in
+    three shares (``shares``). Factors are fitted to the first share. The second share chooses lambda and decides layer
+    by layer; accepted factors are then fitted to both shares. Only the last check reads the third share: there the
+    model's loss, with all layers together, has to fall by more than two standard errors of its change over the batches.
+    Tokens weigh by the lengths of their gradients. G and the anchor's A come from all batches, as for the factors
+    before the refit. Rejected factors are put back, as is everything if anything fails. Shapes, ranks, layouts and the
+    layers' identities stay.
 
     Memory: the hidden states of the first two shares at one block's input, twice; the inputs of its layers in the dense
     model, and in the compressed one for a layer whose output joins the end of its block; and the moments of one group
@@ -109,6 +128,8 @@ def refit(
             "attention_mask" is 0 do not count.
         inputs: A = E[x x^T] of each layer by name, shape (n, n), from the calibration, as the factors were made with.
             Shrunk here, by as much as "fasc" does.
+        lengths: Lengths of the gradients of each batch, by which tokens weigh, as a calibration keeps them. Layers
+            without lengths of as many tokens as are real weigh all tokens alike. None computes the lengths.
         options: Options of the refit.
         loss: Function that sends a batch through the model and returns its mean loss.
         device: Device to solve on; by default each layer's own.
@@ -140,7 +161,10 @@ def refit(
             read = sorted(fit + choose)
             runner = BlockRunner(model, dense, [batches[i] for i in read], loss)
             held = [read.index(i) for i in choose]
-            work = _Refit(runner, layers, dense, G, inputs, options, device, progress, held)
+            known: Sequence[Lengths] = []  # all tokens weigh alike
+            if options.weights == "gradient":
+                known = gradient_lengths(runner, dense, loss) if lengths is None else [lengths[i] for i in read]
+            work = _Refit(runner, layers, dense, G, inputs, options, device, progress, held, known)
             work.run()
             changed = any(layer.accepted for layer in work.reports)
             after = batch_losses(model, [batches[i] for i in check], loss) if changed else before
@@ -149,7 +173,7 @@ def refit(
         if not reverted:
             undo.forget()
     reports = [layer.undone() for layer in work.reports] if reverted else work.reports
-    done = {layer.name for layer in reports}
+    done = {layer.name for layer in reports} | set(work.left_out)
     return RefitReport(
         layers=reports,
         skipped=[name for name in layers if name not in done],
@@ -196,6 +220,7 @@ class _Refit:
         device: torch.device | str | None,
         progress: Progress | None,
         held: Sequence[int],
+        lengths: Sequence[Lengths],
     ) -> None:
         self.runner = runner
         self.layers = layers
@@ -206,11 +231,16 @@ class _Refit:
         self.device = device
         self.progress = progress or (lambda names, description: names)
         self.held = held
+        self.lengths = lengths
         self.rows = [real_tokens(batch) for batch in runner.batches]
+        pairs = zip(self.rows, runner.inputs, strict=True)
+        #: Number of real tokens of each batch.
+        self.counts = [hidden.shape[:-1].numel() if rows is None else int(rows.sum()) for rows, hidden in pairs]
         # Both streams start from the same embeddings.
         self.exact = list(runner.inputs)
         self.drifted = list(runner.inputs)
         self.reports: list[LayerRefit] = []
+        self.left_out: list[str] = []  # layers that the options leave as they are
 
     def run(self) -> None:
         """Go through all blocks."""
@@ -223,6 +253,9 @@ class _Refit:
         prefix = self.runner.prefix(block)
         inside = {name: layer for name, layer in self.layers.items() if name.startswith(prefix) and _moves(layer)}
         groups = self.runner.groups(block, self.drifted[0], inside) if inside else []
+        if self.options.factors == "last":
+            self.left_out += [name for group in groups[:-1] for name in group if not self._is_rounded(name)]
+            groups = [kept for group in groups if (kept := [name for name in group if name not in self.left_out])]
         first = [self.dense[group[0]] for group in groups]
         with self.runner.dense():
             seen = [self.runner.run_and_see(block, i, hidden, first) for i, hidden in enumerate(self.exact)]
@@ -280,7 +313,7 @@ class _Refit:
         W = linear_weight(self.dense[name]).detach().to(device).double()
         G = shrink(self.G[name].to(device).double(), SHRINK_COUPLED_G)
         bias = self._moves_bias(layer)
-        rounded = quantization_of(layer) is not None
+        rounded = self._is_rounded(name)
         A = None if bias else self._calibrated(name)
         basis = OutputBasis.of(W, G, whole=rounded or fit.measured or A is None)
         level = fit.level.to(device)
@@ -303,6 +336,9 @@ class _Refit:
         both = own.mixed(judged, held.count / (fit.count + held.count)).shrunk(basis, SHRINK_A, level)
         candidates.take(mixed_with_anchor(both, anchor, choice))
         return LayerRefit(name, block, before, error / scale, choice, True)
+
+    def _is_rounded(self, name: str) -> bool:
+        return quantization_of(self.layers[name]) is not None
 
     def _calibrated(self, name: str) -> Tensor | None:
         """Return the calibration's A of a layer if the anchor is the dense layer in it."""
@@ -333,6 +369,7 @@ class _Refit:
         )
         W = linear_weight(original).detach().to(dtype)
         tokens = _Tokens(fit, held, _affine(layer) if joins == "end" else None)
+        weights = token_weights(self.lengths, group, self.counts) if self.lengths else []
         for i, rows in enumerate(self.rows):
             x, v = inputs[i].reshape(-1, n).to(dtype), None
             if tokens.present is not None:
@@ -349,10 +386,11 @@ class _Refit:
                 v = x_hat @ tokens.present[0].T + missing.reshape(-1, m).to(dtype)
             elif joins is not None:
                 v = x @ W.T + missing.reshape(-1, m).to(dtype)
+            w = weights[i] if weights else None
             if rows is not None:
                 real = rows.to(device)
                 x, x_hat, v = x[real], x_hat[real], None if v is None else v[real]
-            (held if i in self.held else fit).update(x, x_hat, v)
+            (held if i in self.held else fit).update(x, x_hat, v, w)
         return tokens
 
 

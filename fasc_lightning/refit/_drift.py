@@ -125,23 +125,34 @@ class RowMoments:
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.width = width
-        self.count = 0
+        self._count = torch.zeros((), dtype=torch.float64, device=device)
         self._outer = torch.zeros(packed_size(width), dtype=dtype, device=device)
         self._total = torch.zeros(width, dtype=dtype, device=device)
 
-    def update(self, rows: Tensor) -> None:
-        """Add rows, shape (tokens, width)."""
-        add_gram_(self._outer, rows)
-        self._total += rows.sum(0)
-        self.count += len(rows)
+    def update(self, rows: Tensor, weighted: Tensor, count: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            rows: Shape (tokens, width).
+            weighted: The rows times their weights, of the same shape.
+            count: Sum of the weights.
+        """
+        add_gram_(self._outer, rows, Y=weighted)
+        self._total += weighted.sum(0)
+        self._count += count
+
+    @property
+    def count(self) -> float:
+        """Number of rows; of weighted ones the sum of their weights."""
+        return float(self._count)
 
     def compute(self) -> Tensor:
         """Return E[r r^T], shape (width, width), float64."""
-        return unpack(self._outer, self.width).double() / max(self.count, 1)
+        return unpack(self._outer, self.width).double() / (self.count or 1)
 
     def mean(self) -> Tensor:
         """Return E[r], shape (width,), float64."""
-        return self._total.double() / max(self.count, 1)
+        return self._total.double() / (self.count or 1)
 
 
 class DriftRows:
@@ -177,38 +188,44 @@ class DriftRows:
         self._total = torch.zeros(len(self._cross), dtype=dtype, device=device)  # of the targets
         self._squares = torch.zeros((), dtype=dtype, device=device)
 
-    def update(self, x: Tensor, x_hat: Tensor, v: Tensor | None) -> None:
+    def update(self, x: Tensor, x_hat: Tensor, v: Tensor | None, weights: Tensor | None = None) -> None:
         """Add tokens.
 
         Args:
             x: Inputs in the dense model, shape (tokens, n).
             x_hat: Drifted inputs x^, shape (tokens, n).
             v: Targets, shape (tokens, m), if they are measured; else None.
+            weights: Weights of the tokens, shape (tokens,); None if all count alike.
 
         Raises:
             FloatingPointError: If a value is not finite.
         """
-        target = x if v is None else v
-        total, squares = target.sum(0), x.square().sum()
+        target, w = x if v is None else v, x.new_ones(len(x)) if weights is None else weights.to(x)
+        total, squares = w @ target, w @ x.square().sum(1)
         if not torch.isfinite(squares + x_hat.sum() + total.sum()):
             raise FloatingPointError("Expected finite activations but some are NaN or Inf. The refit is undone.")
-        self._drifted.update(x_hat)
-        self._cross.addmm_(target.T, x_hat)
+
+        def times(rows: Tensor) -> Tensor:
+            return rows if weights is None else w[:, None] * rows
+
+        weighted = times(x_hat)
+        self._drifted.update(x_hat, weighted, w.sum())
+        self._cross.addmm_(target.T, weighted)
         for rows, values in ((self._inputs, x), (self._targets, target)):
             if rows is not None:
-                rows.update(values)
+                rows.update(values, times(values), w.sum())
         self._total += total
         self._squares += squares
 
     @property
-    def count(self) -> int:
-        """Number of tokens."""
+    def count(self) -> float:
+        """Number of tokens; of weighted ones the sum of their weights."""
         return self._drifted.count
 
     @property
     def level(self) -> Tensor:
         """E|x|^2 / n of the dense inputs, a float64 scalar."""
-        return self._squares.double() / (max(self.count, 1) * self._drifted.width)
+        return self._squares.double() / ((self.count or 1) * self._drifted.width)
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Return E[x x^T] (n, n) and E[x] (n,) of the dense inputs; only if they were wanted."""
@@ -217,7 +234,7 @@ class DriftRows:
 
     def moments(self, basis: OutputBasis) -> TargetMoments:
         """Return the moments on the device of the basis. The target is W x, unless it was measured."""
-        device = basis.F.device
+        device, count = basis.F.device, self.count or 1
         back = basis.dual if self.measured else basis.F
         energy = torch.tensor(float("nan"), dtype=torch.float64, device=device)
         rows = self._targets if self.measured else self._inputs
@@ -225,8 +242,8 @@ class DriftRows:
             energy = ((back @ rows.compute().to(device)) * back).sum()
         return TargetMoments(
             self._drifted.compute().to(device),
-            back @ (self._cross.double() / max(self.count, 1)).to(device),
+            back @ (self._cross.double() / count).to(device),
             self._drifted.mean().to(device),
-            back @ (self._total.double() / max(self.count, 1)).to(device),
+            back @ (self._total.double() / count).to(device),
             energy,
         )

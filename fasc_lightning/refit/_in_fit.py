@@ -128,6 +128,7 @@ class RefitPhase:
                     ByLayer(moments.G, dense),
                     step.batches,
                     inputs=ByLayer(moments.A, dense),
+                    lengths=[batch.lengths for batch in kept.batches],
                     options=self.options,
                     loss=step,
                     device=device,

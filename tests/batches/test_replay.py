@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from fasc_lightning import FascCallback
+from fasc_lightning._utils import SchemaError
 from fasc_lightning.batches import KeptBatches, NoLossError, Place, TrainingStep, brought
 from fasc_lightning.batches._kept import KeptBatch
 
@@ -273,9 +274,18 @@ def test_a_replay_is_kept_in_plain_data():
     replay = KeptBatches()
     replay.keep({"x": torch.ones(2)}, Place(1, 2, 3))
     replay.keep({"x": torch.zeros(2)})
-    again = KeptBatches.from_state(replay.state_dict())
+    replay.note({"layer": torch.arange(2.0)})
+    state = replay.state_dict()
+    again = KeptBatches.from_state(state)
     assert [kept.place for kept in again.batches] == [Place(1, 2, 3), Place(0, 1, 0)]
     assert again.batches[0].batch is replay.batches[0].batch
+    assert again.batches[0].lengths == {}
+    assert torch.equal(again.batches[1].lengths["layer"], torch.arange(2.0))
+    early = {name: value for name, value in state.items() if name != "lengths"}
+    assert [kept.lengths for kept in KeptBatches.from_state(early).batches] == [{}, {}]
+    for damaged in (3, [1.0, 2.0], torch.ones(2, 2), torch.ones(2, dtype=torch.long)):
+        with pytest.raises(SchemaError, match="a row of floating-point numbers"):
+            KeptBatches.from_state({**state, "lengths": [{}, {"layer": damaged}]})
 
 
 def test_tensors_that_were_on_the_cpu_stay_there():

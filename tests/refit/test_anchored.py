@@ -19,7 +19,7 @@ from fasc_lightning.refit._solve import Factors
 from fasc_lightning.solvers import shrink, two_sided
 
 #: Without shrinkage nor choice: what the closed forms alone would do.
-PLAIN = RefitOptions(holdout=4, anchors=(0.0,), target="layer")
+PLAIN = RefitOptions(holdout=4, anchors=(0.0,), target="layer", weights="equal")
 
 
 def state(model):
@@ -49,7 +49,7 @@ def test_families_lose_less_on_held_out_tokens_with_the_same_parameters(family):
     layers = compressed_layers(case.model)
     kinds = {name: (type(layer), layer.rank, layer.parameter_count, id(layer)) for name, layer in layers.items()}
     parameters = sum(p.numel() for p in case.model.parameters())
-    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4))
+    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4, factors="all"))
     assert report.loss_before == pytest.approx(before, rel=1e-5)
     after = report.loss_before if report.reverted else report.loss_after
     assert after == pytest.approx(held_loss(case, case.model), rel=1e-5)
@@ -65,10 +65,25 @@ def test_families_lose_less_on_held_out_tokens_with_the_same_parameters(family):
 
 def test_it_helps_where_drift_is_large(accepting):
     case = compressed_case(rank=0.1)
-    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4))
+    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4, factors="all"))
     assert report.accepted > 0
     assert report.loss_after < report.loss_before
     assert str(report).startswith(f"Refit: {report.accepted} of {len(case.dense)} layers, held-out loss")
+
+
+LAST = {"llama": ["mlp.down_proj"], "gpt2": ["mlp.c_proj"], "gpt_neox": ["mlp.dense_4h_to_h"]}
+
+
+@pytest.mark.parametrize("family", LAST)
+def test_of_low_rank_the_last_layer_of_each_block_is_refitted(family, accepting):
+    case = compressed_case(family)
+    before = state(case.model)
+    report = refit(*case.refit_arguments(), options=RefitOptions(holdout=4))
+    assert report.skipped == []
+    assert [layer.name.split(".", 3)[-1] for layer in report.layers] == LAST[family] * 2
+    changed = {name for name, value in case.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(any(name.startswith(layer.name) for layer in report.layers) for name in changed)
 
 
 def linear_stack():
@@ -121,7 +136,7 @@ def test_layers_that_join_the_stream_are_fitted_to_its_error(monkeypatch):
     read = [*batches[:3], batches[0]]  # what is fitted to chooses, too
     batches = [read[0], batches[4], read[1], batches[5], read[2], read[3]]
     assert shares(6, 6) == ([0, 2, 4], [5], [1, 3])
-    options = RefitOptions(holdout=6, anchors=(0.0,), target="stream")
+    options = RefitOptions(holdout=6, anchors=(0.0,), target="stream", weights="equal")
     x = torch.cat([batch["x"].reshape(-1, 6) for batch in read])
     exact = x + x @ dense["blocks.0.linear"].weight.detach().T
     exact = exact + exact @ dense["blocks.1.linear"].weight.detach().T
@@ -138,7 +153,7 @@ def test_the_anchor_is_the_dense_layer_in_the_calibrations_moments(accepting):
     inputs = {name: torch.eye(layer.in_features) for name, layer in case.dense.items()}
     weights = {}
     for towards in ("dense", "factors"):
-        options = RefitOptions(holdout=4, anchors=(1e9,), towards=towards)
+        options = RefitOptions(holdout=4, anchors=(1e9,), towards=towards, weights="equal", factors="all")
         again = compressed_case()
         refit(*again.refit_arguments(), inputs=inputs, options=options)
         weights[towards] = {name: layer.to_weight() for name, layer in compressed_layers(again.model).items()}
@@ -215,7 +230,7 @@ def test_moments_are_those_of_one_group_at_a_time(monkeypatch):
             most.append(len(alive))
 
     monkeypatch.setattr(refit_module, "DriftRows", Counted)
-    refit(*compressed_case().refit_arguments())
+    refit(*compressed_case().refit_arguments(), options=RefitOptions(factors="all"))
     assert max(most) <= 2  # to fit to, and to choose by
     assert len(most) >= 8
 
@@ -318,6 +333,8 @@ def test_a_layer_in_two_places_is_refused():
         ({"anchors": (-1.0,)}, "`anchors` to be finite numbers"),
         ({"target": "model"}, 'to be "layer" or "stream" but got \'model\''),
         ({"holdout": 2}, "`holdout` of at least 3"),
+        ({"factors": "first"}, 'to be "last" or "all" but got \'first\''),
+        ({"weights": "loss"}, 'to be "gradient" or "equal" but got \'loss\''),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

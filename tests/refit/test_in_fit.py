@@ -8,11 +8,14 @@ from tiny import causal_module, token_loader
 from watching import assert_untouched, state
 
 from fasc_lightning import FascCallback, compress
+from fasc_lightning._utils import evaluating
 from fasc_lightning.batches import NoLossError
 from fasc_lightning.evaluation import perplexity
 from fasc_lightning.layers import is_compressed
 from fasc_lightning.refit import ByLayer, RefitError, RefitPhase, refit
+from fasc_lightning.refit._blocks import BlockRunner
 from fasc_lightning.refit._shares import Change
+from fasc_lightning.refit._token_weights import gradient_lengths, token_weights
 
 
 def fit(make_trainer, refit, module=None, **options):
@@ -54,6 +57,27 @@ def test_it_is_the_refit_of_the_calibrations_batches_by_hand(make_trainer, monke
     assert all(torch.equal(batch["input_ids"], ids) for batch, ids in zip(seen["batches"], expected, strict=True))
     assert list(seen["gradients"]) == seen["names"]
     assert all(G.diagonal().min() >= 0 and G.any() for G in seen["gradients"].values())
+
+
+def test_tokens_weigh_by_the_gradients_of_the_calibration(make_trainer, monkeypatch):
+    """The lengths that the calibration keeps are those of a backward pass of the dense model over the kept batches."""
+    compared = []
+
+    def watch(model, dense, gradients, batches, *, lengths, loss, **options):
+        with evaluating(model):
+            runner = BlockRunner(model, dense, batches, loss)
+            again = gradient_lengths(runner, dense, loss)
+        counts = [batch["input_ids"].numel() for batch in batches]
+        for name in dense:
+            kept, expected = (token_weights(found, [name], counts) for found in (lengths, again))
+            torch.testing.assert_close(torch.cat(kept), torch.cat(expected), rtol=1e-3, atol=1e-5)
+            compared.append(name)
+        return refit(model, dense, gradients, batches, lengths=lengths, loss=loss, **options)
+
+    monkeypatch.setattr("fasc_lightning.refit._in_fit.refit", watch)
+    _, report = fit(make_trainer, True)
+    assert len(compared) == 12  # two layers stay dense
+    assert report.refit["batches"]["fit"] == 6
 
 
 def test_auto_says_why_a_module_is_not_refitted_and_true_insists(make_trainer, monkeypatch, caplog):

@@ -187,7 +187,7 @@ def test_what_only_the_batches_that_check_tell_is_put_back():
     batches = [
         batch if i in CHECK else {"input_ids": torch.full((2, 24), 3 + i % 2)} for i, batch in enumerate(case.batches)
     ]
-    plain = RefitOptions(holdout=4, anchors=(0.0,))
+    plain = RefitOptions(holdout=4, anchors=(0.0,), factors="all")
     report = refit(case.model, case.dense, case.gradients, batches, options=plain)
     assert any(layer.after < layer.before for layer in report.layers)
     assert report.reverted

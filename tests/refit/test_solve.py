@@ -219,13 +219,32 @@ def test_moments_in_single_precision_are_solved_in_double(problem):
 
 def test_rows_are_summed_over_batches(problem):
     x, drifted, _, _, _ = problem
-    moments = RowMoments(N, torch.float64, x.device)
-    moments.update(x[:12])
-    moments.update(x[12:])
-    torch.testing.assert_close(moments.compute(), x.T @ x / TOKENS)
-    torch.testing.assert_close(moments.mean(), x.mean(0))
+    moments, w = RowMoments(N, torch.float64, x.device), torch.rand(TOKENS, dtype=torch.float64)
+    for part in (slice(0, 12), slice(12, None)):
+        moments.update(x[part], w[part, None] * x[part], w[part].sum())
+    expected = sum(wt * torch.outer(xt, xt) for wt, xt in zip(w, x, strict=True)) / w.sum()
+    torch.testing.assert_close(moments.compute(), expected)
+    torch.testing.assert_close(moments.mean(), (w[:, None] * x).sum(0) / w.sum())
+    assert moments.count == pytest.approx(w.sum().item())
     rows = rows_of(x, drifted, None, (M, N))
     assert rows.level.item() == pytest.approx(x.square().mean().item())
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_token_of_weight_two_counts_as_two_tokens(problem, measured):
+    x, drifted, W, G, _ = problem
+    v = x.square() @ W.T if measured else None
+    weights = torch.randint(0, 3, (TOKENS,), dtype=torch.float64)
+    rows = DriftRows((M, N), measured, energy=True, inputs=True, dtype=x.dtype, device=x.device)
+    rows.update(x, drifted, v, weights)
+    often = weights.int()
+    x, drifted, v = (None if t is None else t.repeat_interleave(often, dim=0) for t in (x, drifted, v))
+    expected, basis = rows_of(x, drifted, v, (M, N)), OutputBasis.of(W, G)
+    assert rows.count == expected.count == len(x)
+    torch.testing.assert_close(rows.level, expected.level)
+    torch.testing.assert_close(rows.inputs(), expected.inputs())
+    for name, value in vars(expected.moments(basis)).items():
+        torch.testing.assert_close(getattr(rows.moments(basis), name), value)
 
 
 @pytest.mark.parametrize("which", range(3))

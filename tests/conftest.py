@@ -16,8 +16,19 @@ from fasc_lightning.solvers._registry import _SOLVERS
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Leave out what the suite samples elsewhere, unless ``-m exhaustive`` asks for it; begin with what is slow."""
+    variants = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            variants.setdefault((item.path, item.originalname), []).append(item)
+    for family in variants.values():
+        (count,) = family[0].get_closest_marker("sampled").args
+        kept = {i * len(family) // count for i in range(count)}
+        for i, item in enumerate(family):
+            if i not in kept:
+                item.add_marker(pytest.mark.exhaustive)
     if "exhaustive" not in config.option.markexpr:
         left = [item for item in items if item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left)

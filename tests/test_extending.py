@@ -137,6 +137,7 @@ def test_what_a_solver_returns_is_checked(returned, error, message):
     assert not is_compressed(model)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("returned", "message"),
     [

@@ -42,6 +42,7 @@ def tried(case, done, ordinary, folder):
     return attempt(MAKES[case.scenario], folder, done, ordinary, case.at, case.occurrence, case.kind)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", SAMPLED)
 def test_an_exception_anywhere_leaves_nothing_behind(name, tmp_path, ordinary):
     executed, done = recorded(name, tmp_path / "recorded", warm=False)

@@ -26,6 +26,42 @@ SCORE_EVERY, SCORE_TOKENS = 8, 64
 UNREACHED_AFTER = 8
 
 
+class GradientLengths:
+    """Passes pairs on to the scores, and notes the lengths of gradients where that is asked for.
+
+    It knows no layer: a cycle of references would keep dense layers alive after the swap.
+
+    Args:
+        scores: The scores, which get all pairs.
+
+    Attributes:
+        wanted: Whether the lengths of the current batch are noted.
+    """
+
+    def __init__(self, scores: LayerScores) -> None:
+        self.wanted = False
+        self._scores = scores
+        self._rows: dict[str, list[Tensor]] = {}
+
+    def __call__(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int], *g: Tensor) -> None:
+        """Take a layer's pairs, as taps pass them on."""
+        self._scores(name, x, h, batch, lengths, *g)
+        if self.wanted:
+            wide = torch.promote_types(h.dtype, torch.float32)
+            length = torch.linalg.vector_norm(h.detach(), dim=-1, dtype=wide) * batch.scale
+            self._rows.setdefault(name, []).append(length.float())
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the lengths of the last batch's gradients on the CPU, of layers that ran once, and forget them."""
+        found = {name: rows[0].flatten() for name, rows in self._rows.items() if len(rows) == 1}
+        self._rows.clear()
+        if not found:
+            return {}
+        together = torch.cat(list(found.values())).cpu()  # one transfer
+        parts = together.split([len(length) for length in found.values()])
+        return dict(zip(found, parts, strict=True))
+
+
 class Gathering:
     """Sums moments and scores of some layers over batches.
 
@@ -41,6 +77,7 @@ class Gathering:
         layers: The share of the layers.
         moments: Second moments of the layers' inputs and gradients.
         scores: Dependence scores of the layers.
+        lengths: Lengths of the current batch's gradients.
         batches: Number of counted batches, on this process.
         rows: Tokens of the current batch; None between batches.
     """
@@ -58,10 +95,8 @@ class Gathering:
         self.moments = empty()
         tokens = SCORE_TOKENS if options.gate_threshold is None else options.monitor_tokens
         self.scores = LayerScores(layers.modules, tokens, options.rho_gradient, options.seed, device)
-        self._taps = Taps(layers.modules, offloaded(self.moments, device), self._see)
-        #: Whether the lengths of the current batch's gradients are kept (:meth:`take_lengths`).
-        self.keeps_lengths = False
-        self._lengths: dict[str, list[Tensor]] = {}
+        self.lengths = GradientLengths(self.scores)
+        self._taps = Taps(layers.modules, offloaded(self.moments, device), self.lengths)
         self.batches = 0
         self.rows: TokenRows | None = None
 
@@ -96,24 +131,6 @@ class Gathering:
         self._taps.begin_batch(rows, backwards)
         self.rows = rows
         self.batches += 1
-
-    def _see(self, name: str, x: Tensor, h: Tensor, batch: TokenRows, lengths: list[int], *g: Tensor) -> None:
-        """Pass a layer's pairs on to its score, and note the lengths of its gradients."""
-        self.scores(name, x, h, batch, lengths, *g)
-        if self.keeps_lengths:
-            wide = torch.promote_types(h.dtype, torch.float32)
-            length = torch.linalg.vector_norm(h.detach(), dim=-1, dtype=wide) * batch.scale
-            self._lengths.setdefault(name, []).append(length.float())
-
-    def take_lengths(self) -> dict[str, Tensor]:
-        """Return the lengths of the last batch's gradients on the CPU, of layers that ran once, and forget them."""
-        found = {name: rows[0].flatten() for name, rows in self._lengths.items() if len(rows) == 1}
-        self._lengths.clear()
-        if not found:
-            return {}
-        together = torch.cat(list(found.values())).cpu()  # one transfer
-        parts = together.split([len(length) for length in found.values()])
-        return dict(zip(found, parts, strict=True))
 
     def begin_backward(self) -> None:
         """Announce the backward pass that is about to run; a pass that reaches no tapped layer adds nothing."""

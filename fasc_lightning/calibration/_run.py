@@ -167,7 +167,7 @@ class CalibrationRun:
             self._passes.size_sketches()
         self._passes.gathering.begin_batch(rows, backwards_of(pl_module))
         self._finish.keep(trainer, batch, is_first_pass=self._passes.is_first)
-        gathering.keeps_lengths = self._finish.weighs
+        gathering.lengths.wanted = self._finish.weighs
 
     def begin_backward(self, trainer: pl.Trainer, loss: Tensor, scales: LossScales) -> None:
         """Count the backward pass that is about to run.
@@ -225,7 +225,7 @@ class CalibrationRun:
 
     def _end_batch(self) -> None:
         self._passes.gathering.end_batch()
-        if lengths := self._passes.gathering.take_lengths():
+        if lengths := self._passes.gathering.lengths.take():
             self._finish.note(lengths)
 
     def end_epoch(self, trainer: pl.Trainer) -> None:

@@ -44,8 +44,8 @@ Anchor = Literal["dense", "factors"]
 #: "equal" weighs all tokens alike.
 TokenWeights = Literal["gradient", "equal"]
 
-#: The low-rank layers that are refitted: "last" is the last of each block, which corrects the block's error, and those
-#: that share its input; "all" is slower, and was no better (docs/results.md). Rounded layers are always all refitted.
+#: The low-rank layers that are refitted: "last" is the last of each block, which corrects the block's error, and layers
+#: with the same input; "all" is slower, and was no better (docs/results.md). Rounded layers are always all refitted.
 RefittedFactors = Literal["last", "all"]
 
 #: Fewest batches of a refit: with fewer, too few remain to fit to, beside the batches that choose and that check.

@@ -73,6 +73,7 @@ def averaged(make_trainer):
     return state(fit(make_trainer, swa(), callback)), callback.weights
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize(
     ("options", "epochs"),

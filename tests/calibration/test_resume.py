@@ -65,6 +65,7 @@ SAMPLED = (
 )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("case", "limit"),
     [

@@ -141,6 +141,7 @@ SUMMED = {
 }
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("case", [*TOLD, *SUMMED])
 def test_a_damaged_calibration_starts_again_and_says_why(saved, tmp_path, case):
     folder, (straight, _) = saved
@@ -155,6 +156,7 @@ def test_a_damaged_calibration_starts_again_and_says_why(saved, tmp_path, case):
     assert list(module.state_dict()) == list(straight.state_dict())
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", [case for case in TOLD if case not in ("another format", "no format")])
 def test_without_checksums_what_is_not_of_its_kind_is_told(tmp_path, case):
     change, reason = TOLD[case]

@@ -82,6 +82,7 @@ def test_learning_rates_go_back_with_the_calibration(make_trainer, tmp_path):
         assert fit(tmp_path / "left", ckpt_path=tmp_path / "left" / "last.ckpt") == expected
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("damage", ["missing", "truncated", "of another checkpoint", "of another kind"])
 def test_statistics_that_cannot_be_read_are_never_guessed(make_trainer, tmp_path, no_limit, damage):
     fits = Fits(make_trainer, tmp_path)
@@ -265,6 +266,7 @@ class Fail(pl.Callback):
     on_fit_end = fail
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("fails", ["in the middle", "afterwards"])
 @pytest.mark.parametrize("refit", [True, False])
 def test_a_checkpoint_of_a_fit_that_failed_while_it_compressed_starts_the_calibration_again(

@@ -238,6 +238,7 @@ def test_a_refit_lowers_the_loss_of_rounded_layers_or_is_put_back(make_trainer, 
         assert report.refit["loss"]["after"] < report.refit["loss"]["before"]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("options", "refits"),
     [
@@ -298,6 +299,7 @@ FAILING = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("place", "options"), FAILING)
 def test_an_exception_in_the_middle_leaves_the_module_as_it_was(make_trainer, monkeypatch, place, options):
     def fail(*args, **kwargs):

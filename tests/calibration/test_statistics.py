@@ -40,6 +40,7 @@ def pairs_by_hand(module, loader, name):
 NAME = "model.model.layers.1.mlp.up_proj"
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("method", [m for m in available_methods() if solver_needs(m)])
 def test_a_fit_gathers_what_its_method_needs_and_no_more(make_trainer, method):
     module, loader = causal_module(), token_loader(samples=8, padded=True)
@@ -75,6 +76,7 @@ def test_methods_that_need_plain_moments_gather_nothing_else(make_trainer):
     assert len(callback.kept_moments.inputs) == 8  # of 14 layers: those that share an input share its moments
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", sorted(set(available_methods()) - {"fasc", "svd"}))
 def test_every_method_compresses_a_model(method):
     module = causal_module()

@@ -330,6 +330,7 @@ def stored(layer):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize(
     "options", [{"size": 0.4}, {"quantize": "int8"}, {"quantize": "int3"}, {"quantize": Quantize(4, 8, symmetric=True)}]

@@ -29,6 +29,7 @@ def compared(tmp_path_factory):
     return run("compare", tmp_path_factory.mktemp("compared"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_fits_end_as_those_of_replicas_do(compared, case):
     first, second = (found[case]["fsdp2"] for found in compared)

@@ -25,6 +25,7 @@ def one_process():
     return callback.kept
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("endless", [False, True])
 @pytest.mark.parametrize("share", SHARES)
 def test_processes_with_unequal_numbers_of_batches_end_with_the_moments_of_all(uneven, one_process, share, endless):
@@ -74,6 +75,7 @@ def lonely(tmp_path_factory):
     return folder, json.loads((folder / "ends.json").read_text())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("case", "code", "said"),
     [

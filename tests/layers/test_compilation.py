@@ -70,6 +70,7 @@ def assert_same_training(got, expected):
 # torch.compile
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("layout", "quantization"),
     [

@@ -38,6 +38,7 @@ def fit(make_trainer, module, loader):
     return report
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_causal_families(make_trainer, family):
     module = causal_module(family)

@@ -62,6 +62,7 @@ def left_padded(prompts):
     return ids, mask
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma2"])
 def test_greedy_batches_with_a_cache_are_those_of_the_dense_model(models, family, layout):

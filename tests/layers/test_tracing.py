@@ -54,6 +54,7 @@ def net_of(kind):
     return nn.Sequential(nn.Linear(12, 12), layer(*kind), nn.ReLU()).eval()
 
 
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize("example", [(3, 12), (100, 12), pytest.param((2, 5, 12), marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,6 +102,7 @@ def test_fx_traces_and_its_graphs_have_the_gradients(kind):
     assert gradients[0].abs().sum() > 0
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", KINDS[: len(KINDS) // 2])
 def test_exported_and_compiled_for_all_sizes(kind):
     net = net_of(kind)

@@ -76,6 +76,7 @@ def check_folder(model, folder, monkeypatch):
     assert_refused_alone(type(model).from_pretrained, folder / "once", monkeypatch)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", SAMPLE)
 def test_folders_of_some_architectures(kind, tmp_path, monkeypatch):
     model = small_model(model_classes(kind)[0], kind)

@@ -153,6 +153,7 @@ def test_the_configuration_is_the_documented_one(tmp_path, grids):
 # Read by this package
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("grids", [*CASES.values(), SIZED], ids=[*CASES, "sized"])
 def test_round_trip_without_the_library(tmp_path, alone, grids, dtype):

@@ -14,6 +14,7 @@ from fasc_lightning import CausalLMModule, load_compressed, to_dense
 from fasc_lightning.layers import is_compressed, make_lowrank, model_size
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("reloaded", [True, False])
 def test_a_dense_model_is_an_ordinary_one(tmp_path, family, reloaded):

@@ -34,6 +34,7 @@ def logits(model):
         return model.eval()(IDS).logits
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("quantize", [None, "int8", "int8-dynamic"])
 @pytest.mark.parametrize("layout", ["pivot", "factors"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -215,6 +215,7 @@ def test_a_quantised_model_is_not_compressed_again(compressed):
 # Saved and reloaded
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("quantization", ["int8", "int8-dynamic"])
 @pytest.mark.parametrize("layout", ["pivot", "factors"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])

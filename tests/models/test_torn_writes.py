@@ -21,6 +21,7 @@ def two(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("write", TORN)
 def test_two_processes_end_as_if_no_write_had_been_torn(two, write):
     for ends in two:
@@ -33,6 +34,7 @@ def test_two_processes_end_as_if_no_write_had_been_torn(two, write):
     assert two[0]["straight"]["seen"] != two[1]["straight"]["seen"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("endless", [False, True])
 @pytest.mark.parametrize("batch", [0, 5])
 def test_a_fit_killed_before_its_calibration_ends_as_if_not(make_trainer, tmp_path, batch, endless):

@@ -190,6 +190,7 @@ def test_an_interrupted_run_goes_on_to_the_same_tables(recipe, folder, monkeypat
     assert [line.endswith("(kept)") for line in lines] == [True] * 4 + [False] * 7
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "change",
     [

@@ -74,6 +74,7 @@ def test_the_example_compresses_recovers_and_saves(recipe, folder):
     assert sum(p.numel() for p in saved.parameters()) == callback.report.whole["compressed"].parameters
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("value", "expected"),
     [

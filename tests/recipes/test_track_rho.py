@@ -168,6 +168,7 @@ def test_another_seed_is_another_run(whole, tmp_path):
 # Resuming.
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("measurements", "killed_in"),
     [

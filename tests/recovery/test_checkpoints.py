@@ -24,6 +24,7 @@ SAMPLED = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_recovery_that_is_resumed_ends_as_one_that_was_not_interrupted(make_trainer, tmp_path, arm):
     module, callback = compressed(make_trainer, ARMS[arm])

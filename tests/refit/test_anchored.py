@@ -42,6 +42,7 @@ def held_loss(case, model):
         return sum(causal_loss(model, batch).item() for batch in held) / len(held)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_lose_less_on_held_out_tokens_with_the_same_parameters(family):
     case = compressed_case(family)

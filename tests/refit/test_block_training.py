@@ -35,6 +35,7 @@ def last_hidden(model, batches):
     return [output.hidden_states[-2] for output in outputs]  # before the last block, whose output is normalised here
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_err_less_and_lose_no_more_with_the_same_layers(family):
     case = compressed_case(family, rank=0.2)

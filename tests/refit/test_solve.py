@@ -66,6 +66,7 @@ def minimise(loss, *parameters):
     return loss(*parameters).item()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("anchor", [0.0, 0.7])

@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import lightning.pytorch as pl
 import torch
-from p1 import CALIBRATION
+from fasc_variants import CALIBRATION, JUDGES
+from recovery import WINDOW, train_adapters
 
-from fasc_lightning import CausalLMModule, LoraRecovery, LoraStart, lora_start, quantize, to_dense
+from fasc_lightning import LoraRecovery, LoraStart, lora_start, quantize, to_dense
 from fasc_lightning.cli import KERNEL_CACHE, markdown_table, write_json
 from fasc_lightning.data import calibration_windows, file_windows, load_model, window_loader
 from fasc_lightning.evaluation import perplexity
@@ -34,9 +34,6 @@ from fasc_lightning.layers import linear_weight, select_layers
 from fasc_lightning.lora_start import LayerStart, balanced
 from fasc_lightning.options import Precision, Quantize
 
-WINDOW = 512
-#: Judging texts, and the first window of each.
-JUDGES = {"squad": ("calib_squad_wikipedia.txt", 0), "news": ("calib_c4_realnews.txt", 300)}
 STARTS = ("zero", "weights", "loss")
 
 
@@ -59,22 +56,6 @@ def adapted(model: Any, names: Sequence[str], start: LoraStart | None, r: int, f
         return PeftModel.from_pretrained(model, str(start.save(folder)), is_trainable=True)
     torch.manual_seed(0)
     return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=list(names), task_type="CAUSAL_LM"))
-
-
-def train(model: Any, loader: Any, rate: float, precision: Precision | None) -> None:
-    """Train the adapters for one pass over a loader."""
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        precision=precision,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    trainer.fit(CausalLMModule(model, rate, schedule="cosine"), loader)
-    model.eval()
 
 
 def measure(model: Any, judges: dict[str, Any]) -> dict[str, float]:
@@ -112,7 +93,8 @@ def run(name: str, bits: int, options: argparse.Namespace, data: Path) -> dict[s
     row = {"start": name, "bits": bits, "before": before, "seconds": seconds}
     if options.tokens:
         began = time.perf_counter()
-        train(model, loader(math.ceil(options.tokens / options.window), seed=1), options.rate, options.precision)
+        recovery = LoraRecovery(learning_rate=options.rate, precision=options.precision)
+        train_adapters(model, loader(math.ceil(options.tokens / options.window), seed=1), recovery)
         row |= {"after": measure(model, judges), "training seconds": time.perf_counter() - began}
     return row
 

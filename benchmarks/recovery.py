@@ -121,6 +121,12 @@ def fine_tune(model: Any, train: Any, recovery: LoraRecovery) -> None:
     config.target_modules = list(select_layers(model))
     torch.manual_seed(0)
     adapted = get_peft_model(model, config)
+    train_adapters(adapted, train, recovery)
+    adapted.merge_and_unload()
+
+
+def train_adapters(adapted: Any, train: Any, recovery: LoraRecovery) -> None:
+    """Train the adapters of a peft model with a recovery's epochs, rate and precision."""
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=recovery.epochs,
@@ -131,7 +137,6 @@ def fine_tune(model: Any, train: Any, recovery: LoraRecovery) -> None:
         enable_model_summary=False,
     )
     trainer.fit(CausalLMModule(adapted, recovery.rate, schedule="cosine"), train)
-    adapted.merge_and_unload()
 
 
 def unrecovered(report: dict[str, Any], budget: str, state: str) -> dict[str, Any]:

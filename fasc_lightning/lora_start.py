@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +166,7 @@ def lora_start(
     run_fit(dense, batches, once, progress, bar=RichWorkBar("Calibration") if progress else None)
     found = {}
     for name, layer in changed.items():
-        D = _difference(model, name, layer)
+        D = _difference(model, name, layer)  # again: all of them together are as large as the model
         solved = fasc(D, once.moments.layer(name))
         B, A = balanced(*solved.truncate(r))
         found[name] = LayerStart(A, B, float(solved.losses[0]), float(solved.losses[r]))
@@ -189,8 +188,17 @@ class _MomentsPass(FrozenPass):
 
     @override
     def make_rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> TokenRows:
-        describe = partial(calibration_rows, token_mask=None, loss_terms=None, fraction=1.0, seed=0)
-        return describe(trainer, pl_module, batch, steps=False, scored=False)
+        return calibration_rows(
+            trainer,
+            pl_module,
+            batch,
+            token_mask=None,
+            loss_terms=None,
+            fraction=1.0,
+            seed=0,
+            steps=False,
+            scored=False,
+        )
 
 
 def _check(model: nn.Module, layers: Mapping[str, nn.Module], r: int) -> None:

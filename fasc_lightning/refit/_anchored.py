@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -78,16 +78,13 @@ class RefitOptions:
         """Check the options."""
         if not self.anchors or not all(0 <= anchor < math.inf for anchor in self.anchors):
             raise ValueError(f"Expected `anchors` to be finite numbers of at least 0 but got {self.anchors}.")
-        if self.towards not in ("dense", "factors"):
-            raise ValueError(f'Expected `towards` to be "dense" or "factors" but got {self.towards!r}.')
-        if self.target not in ("layer", "stream"):
-            raise ValueError(f'Expected `target` to be "layer" or "stream" but got {self.target!r}.')
+        words = {"towards": Anchor, "target": Target, "weights": TokenWeights, "factors": RefittedFactors}
+        for name, kind in words.items():
+            first, second = get_args(kind)
+            if (value := getattr(self, name)) not in (first, second):
+                raise ValueError(f'Expected `{name}` to be "{first}" or "{second}" but got {value!r}.')
         if self.holdout < 3:
             raise ValueError(f"Expected `holdout` of at least 3 but got {self.holdout}.")
-        if self.factors not in ("last", "all"):
-            raise ValueError(f'Expected `factors` to be "last" or "all" but got {self.factors!r}.')
-        if self.weights not in ("gradient", "equal"):
-            raise ValueError(f'Expected `weights` to be "gradient" or "equal" but got {self.weights!r}.')
 
 
 def refit(

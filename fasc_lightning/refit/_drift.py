@@ -201,7 +201,7 @@ class DriftRows:
             FloatingPointError: If a value is not finite.
         """
         target, w = x if v is None else v, x.new_ones(len(x)) if weights is None else weights.to(x)
-        total, squares = w @ target, w @ x.square().sum(1)
+        count, total, squares = w.sum(), w @ target, w @ x.square().sum(1)
         if not torch.isfinite(squares + x_hat.sum() + total.sum()):
             raise FloatingPointError("Expected finite activations but some are NaN or Inf. The refit is undone.")
 
@@ -209,11 +209,11 @@ class DriftRows:
             return rows if weights is None else w[:, None] * rows
 
         weighted = times(x_hat)
-        self._drifted.update(x_hat, weighted, w.sum())
+        self._drifted.update(x_hat, weighted, count)
         self._cross.addmm_(target.T, weighted)
         for rows, values in ((self._inputs, x), (self._targets, target)):
             if rows is not None:
-                rows.update(values, times(values), w.sum())
+                rows.update(values, times(values), count)
         self._total += total
         self._squares += squares
 

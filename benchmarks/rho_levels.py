@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fasc_lightning.batches import TokenRows
 from fasc_lightning.cli import Row, save_table
+from fasc_lightning.dependence import LayerScores
 
 WIDTH, MEMORY, TOKENS = 8, 0.9, 512
 #: Sequences per batch, and number of batches.
@@ -59,13 +61,6 @@ def observe(sequences: int, batches: int, length: int, rho: float, repeats: int,
         repeats: Number of observations.
         seed: Seed of the data.
     """
-    from fasc_lightning.batches import TokenRows
-
-    try:
-        from fasc_lightning.dependence import LayerScores
-    except ModuleNotFoundError:  # its former module, so that older versions can be measured
-        from fasc_lightning.dependence import LayerScores
-
     generator = torch.Generator().manual_seed(seed)
     mix = coupling(rho, generator)
     layer = nn.Linear(WIDTH, WIDTH)

@@ -61,6 +61,7 @@ from fasc_lightning.studies.comparison import (
     group_cells,
     sensitivity_cells,
     some_facts,
+    some_layers,
 )
 
 STUDIES = ("grid", "kinds", "sensitivity", "layers", "thresholds")
@@ -83,6 +84,11 @@ def build_parser() -> CommandParser:
     add("--studies", nargs="+", default=["grid", "kinds"], help=f"any of {', '.join(STUDIES)}")
     add("--study-methods", nargs="+", default=["fasc", "svd"], help="solvers of sensitivity and layers")
     add("--study-rank", type=int | float, default=0.5, help="rank of the other studies' cells")
+    add(
+        "--study-layers",
+        type=int,
+        help="layers of sensitivity at least, of all kinds and depths; by default all",
+    )
     add("--study-windows", type=int, default=4, help="windows of each text when one layer is compressed")
     add("--study-facts", type=int, default=100, help="facts at least when one layer is compressed, by relations")
     add("--thresholds", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.3], help="of debiased rho")
@@ -106,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     debiased = {} if scores is None else {name: row["debiased"] for name, row in scores.items()}
     if "sensitivity" in studies:
         few = few_questions(run.evaluation, options)
-        cells = sensitivity_cells(run.calibration.layers, options.study_methods, options.study_rank)
+        chosen = some_layers(run.calibration.layers, options.study_layers)
+        cells = sensitivity_cells(chosen, options.study_methods, options.study_rank)
         dense, outcomes = run.cells("sensitivity", cells, few)
         run.report.sensitivity(dense, outcomes, options.study_rank, scores)
     if "layers" in studies:
@@ -155,7 +162,10 @@ def check(options: Namespace) -> Namespace:
             raise ValueError(f"Expected --{name.replace('_', '-')} to be different names but got {options[name]}.")
     if not options.keep and not options.rank:
         options.keep = [0.8]
-    check_comparison(options, [("gfwsvd_passes", 0), ("study_facts", 1), ("study_windows", 1), ("eval_windows", 1)])
+    check_comparison(
+        options,
+        [("gfwsvd_passes", 0), ("study_facts", 1), ("study_layers", 1), ("study_windows", 1), ("eval_windows", 1)],
+    )
     for threshold in options.thresholds:
         Gate(threshold)  # refuses wrong values
     grid_cells(options)  # refuses unknown budgets and settings

@@ -44,7 +44,7 @@ from fasc_lightning.cli import (
     save_results,
     saving,
 )
-from fasc_lightning.data import load_model, window_loader
+from fasc_lightning.data import SELF, load_model, window_loader
 from fasc_lightning.evaluation import Quality, Questions, compare_facts, compare_perplexity
 from fasc_lightning.layers import bytes_in_16_bits, dequantized, select_layers, swap_modules
 from fasc_lightning.models import attach_config, quantize_layers
@@ -91,16 +91,21 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         model.eval().to(device)
         options.precision = calibration_precision(options.precision, model)
         questions = questions_of(options, tokenizer)
+    print(
+        f"Calibrating on {options.windows} windows of {options.window} tokens from "
+        f"{', '.join(options.calibration)}{f', in {options.precision}' if options.precision else ''}"
+    )
     with clock("data"):
-        print(
-            f"Calibrating on {options.windows} windows of {options.window} tokens from "
-            f"{', '.join(options.calibration)}{f', in {options.precision}' if options.precision else ''}"
-        )
-        calibration = calibration_of(options, tokenizer, model)
+        # Files are read at once, to refuse short ones; the model samples text later, so that figures come sooner.
+        calibration = None if SELF in options.calibration else calibration_of(options, tokenizer, model)
     with clock("evaluate"):
         print("Evaluating the dense model")
         dense = questions.measure(model, tokenizer)
         print(quality_line(dense))
+    if calibration is None:
+        with clock("data"):
+            print("Sampling text from the model")
+            calibration = calibration_of(options, tokenizer, model)
     controls: dict[str, Any] = {}
     if options.size is not None or options.quantize is not None:
         with clock("controls"):

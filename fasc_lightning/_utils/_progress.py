@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm, convert_inf
 from typing_extensions import override
+
+T = TypeVar("T")
 
 
 def layer_progress(trainer: pl.Trainer) -> Progress:
@@ -47,11 +50,11 @@ def _rich_progress(trainer: pl.Trainer, bar: RichProgressBar) -> Progress:
     return progress
 
 
-def terminal_progress(names: Sequence[str], description: str) -> Iterable[str]:
-    """Show a progress bar over layers if there is a terminal; the bar disappears at the end."""
+def terminal_progress(items: Sequence[T], description: str, unit: str = "layer") -> Iterable[T]:
+    """Show a progress bar over layers, or other items, if there is a terminal; the bar disappears at the end."""
     from tqdm.auto import tqdm
 
-    return tqdm(names, desc=description, unit="layer", disable=None, leave=False)
+    return tqdm(items, desc=description, unit=unit, disable=None, leave=False)
 
 
 class RichWorkBar(RichProgressBar):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_module
 
 from fasc_lightning._run_fit import NOT_SAVED
@@ -48,7 +49,10 @@ def questions_of(options: Namespace, tokenizer: PreTrainedTokenizerBase) -> Ques
 
 
 def calibration_of(options: Namespace, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tensor:
-    """Return the calibration windows of a recipe's options, (windows, window)."""
+    """Return the calibration windows of a recipe's options, (windows, window).
+
+    A recipe that calibrates in bfloat16 samples text in bfloat16.
+    """
     return calibration_windows(
         options.calibration,
         tokenizer,
@@ -56,6 +60,7 @@ def calibration_of(options: Namespace, tokenizer: PreTrainedTokenizerBase, model
         window=options.window,
         seed=options.seed,
         model=model,
+        dtype=torch.bfloat16 if options.get("precision") == "bf16-mixed" else None,
     )
 
 

@@ -139,6 +139,7 @@ def calibration_windows(
     model: PreTrainedModel | None = None,
     batch_size: int = 64,
     cache: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Collect calibration windows from several sources, as equally as possible, and shuffle them.
 
@@ -153,6 +154,7 @@ def calibration_windows(
         model: The model to sample from; only ``"self"`` needs it.
         batch_size: Windows sampled from the model at a time.
         cache: Whether the cache folder keeps sampled windows.
+        dtype: Type of the model's weights while text is sampled from it; None takes its own.
 
     Returns:
         Token ids of shape (windows, window).
@@ -183,6 +185,7 @@ def calibration_windows(
                     seed=seed,
                     batch_size=batch_size,
                     cache_dir=cache_dir,
+                    dtype=dtype,
                 )
             )
             continue

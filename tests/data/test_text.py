@@ -271,6 +271,19 @@ def test_sample_windows_cache_is_keyed_by_model_and_settings(model, tokenizer, t
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_sample_windows_in_bfloat16_are_those_of_a_model_in_bfloat16(model, tokenizer, tmp_path):
+    model = model.float()
+    options = {"windows": 4, "window": 12, "seed": 0, "cache_dir": tmp_path}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first = sample_windows(model, tokenizer, **options, dtype=torch.bfloat16)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    sample_windows(model, tokenizer, **options)
+    assert len(list(tmp_path.iterdir())) == 2
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16()
+    assert torch.equal(first, sample_windows(model, tokenizer, **{**options, "cache_dir": None}))
+
+
 def test_model_fingerprint_sees_weights_and_configuration(model):
     first = model_fingerprint(model)
     assert first == model_fingerprint(model)

@@ -3,7 +3,7 @@
 from fasc_lightning.studies.comparison._cell_store import CellStore
 from fasc_lightning.studies.comparison._cells import DENSE, FOLDER, PRUNERS, Budget, Cell, Outcome, Setting
 from fasc_lightning.studies.comparison._comparison import Comparison
-from fasc_lightning.studies.comparison._layers import gate_cells, group_cells, sensitivity_cells
+from fasc_lightning.studies.comparison._layers import gate_cells, group_cells, sensitivity_cells, some_layers
 from fasc_lightning.studies.comparison._peer import Peer, read_peer
 from fasc_lightning.studies.comparison._questions import Evaluation, Precision, some_facts
 from fasc_lightning.studies.comparison._report import Report
@@ -32,4 +32,5 @@ __all__ = [
     "sensitivity_cells",
     "shown_perplexity",
     "some_facts",
+    "some_layers",
 ]

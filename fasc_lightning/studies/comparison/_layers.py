@@ -26,6 +26,22 @@ def sensitivity_cells(layers: Iterable[str], methods: Iterable[str], rank: float
     ]
 
 
+def some_layers(layers: Iterable[str], count: int | None) -> list[str]:
+    """Return evenly spaced layers, at least ``count`` of them, or all if there are fewer or ``count`` is None.
+
+    The step has no factor in common with the number of kinds of layers, so that kinds take turns in all depths.
+
+    Args:
+        layers: Names of layers in the order of the model.
+        count: Number of layers that are enough.
+    """
+    layers = list(layers)
+    if count is None or count >= len(layers):
+        return layers
+    kinds = len(set(module_kinds(layers).values()))
+    return layers[:: next(step for step in range(len(layers) // count, 0, -1) if math.gcd(step, kinds) == 1)]
+
+
 def group_cells(rho: Mapping[str, float], methods: Iterable[str], rank: float) -> list[Cell]:
     """Return cells for the fifths of the layers with the highest and with the lowest rho (FASC, Table 7).
 

@@ -3,7 +3,13 @@
 from fasc_lightning.studies.rho._gather import Observation, backward_windows, gather, window_scores
 from fasc_lightning.studies.rho._held_out_losses import HeldoutLosses
 from fasc_lightning.studies.rho._nearest_kronecker import refine_kronecker
-from fasc_lightning.studies.rho._subspaces import LayerComparison, compare_layer, log_ratio
+from fasc_lightning.studies.rho._subspaces import (
+    LayerComparison,
+    compare_layer,
+    input_subspace,
+    log_ratio,
+    principal_angles,
+)
 from fasc_lightning.studies.rho._tables import (
     SCORES,
     angles_table,
@@ -29,9 +35,11 @@ __all__ = [
     "divisions",
     "gains_table",
     "gather",
+    "input_subspace",
     "layer_row",
     "log_ratio",
     "median",
+    "principal_angles",
     "profile_table",
     "refine_kronecker",
     "size_correlations",

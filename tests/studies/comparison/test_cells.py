@@ -30,6 +30,7 @@ from fasc_lightning.studies.comparison import (
     group_cells,
     sensitivity_cells,
     some_facts,
+    some_layers,
 )
 from fasc_lightning.studies.comparison import _comparison as comparison
 from fasc_lightning.studies.comparison import _questions as comparison_evaluation
@@ -481,3 +482,17 @@ def test_labelled_cells_say_how_many_layers():
         ("dense", "dense", "-"), ("some", "fasc", 2), ("gate", "fasc and svd", 1),
     ]  # fmt: skip
     assert rows[2]["error"] == "no"
+
+
+def test_some_layers_are_of_all_kinds_in_all_depths():
+    layers = [f"blocks.{block}.{kind}" for block in range(30) for kind in "qkvoudg"]
+    chosen = some_layers(layers, 42)
+    assert len(chosen) == 42
+    for kind in "qkvoudg":
+        blocks = [int(name.split(".")[1]) for name in chosen if name.endswith(kind)]
+        assert len(blocks) == 6
+        assert blocks[0] < 5
+        assert blocks[-1] >= 25
+    assert len(some_layers(layers, 30)) >= 30  # a step of 7 would be one kind in all blocks
+    assert {name[-1] for name in some_layers(layers, 30)} == set("qkvoudg")
+    assert some_layers(layers, None) == some_layers(layers, 500) == layers

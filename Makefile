@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCHMARK_OUT ?= benchmarks/results
 
-.PHONY: install compress recover track-rho test test-fast suite lint docs docs-check benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality benchmark-bytes benchmark-ranks-or-bits benchmark-gpu benchmark-large clean
+.PHONY: install compress recover track-rho test test-all test-fast suite lint docs docs-check benchmark benchmark-p1 benchmark-speed benchmark-monitoring benchmark-inference benchmark-break-even benchmark-variants benchmark-recovery benchmark-scale benchmark-sketch-quality benchmark-bytes benchmark-ranks-or-bits benchmark-gpu benchmark-large clean
 
 install: $(STAMP)
 
@@ -40,6 +40,10 @@ test: install
 # One worker for each core; `make suite WORKERS=4` takes another number.
 suite: install
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
+
+# With all of tests/rotated.txt, of which `make test` runs a quarter, another one after each commit: a quarter of an hour.
+test-all: install
+	TESTS_PART=all $(MAKE) --no-print-directory test
 
 # A part of each room's tests, in a minute and a half.
 test-fast: install

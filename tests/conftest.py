@@ -9,11 +9,24 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 import lightning.pytorch as pl
 import pytest
 import torch
+from rotation import PARTS, left_out, part_of_suite
 
 from fasc_lightning.options._allocations import _ALLOCATIONS
 from fasc_lightning.solvers._registry import _SOLVERS
 
 torch.set_num_threads(1)
+
+
+def whole_suite(config):
+    """Whether no test was named on the command line: named ones all run."""
+    return config.args_source == pytest.Config.ArgsSource.TESTPATHS
+
+
+def pytest_report_header(config):
+    part = part_of_suite()
+    if whole_suite(config) and part is not None:
+        return f"part {part} of parts 0 to {PARTS - 1} of tests/rotated.txt; make test-all runs all"
+    return None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -33,6 +46,10 @@ def pytest_collection_modifyitems(config, items):
         left = [item for item in items if item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+    if whole_suite(config):
+        others = left_out([item.nodeid for item in items], part_of_suite())
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in others])
+        items[:] = [item for item in items if item.nodeid not in others]
     # So that no worker is left with a slow test when the others have nothing more to do.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 

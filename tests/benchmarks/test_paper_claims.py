@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import lzma
 import subprocess
+from runpy import run_path
 
 import numpy as np
 import p1
@@ -12,7 +13,6 @@ import torch
 from tiny import causal_model, save_model_folder
 
 from fasc_lightning.layers import linear_weight
-from recipes import compare_methods
 
 
 @pytest.fixture
@@ -106,7 +106,8 @@ def data(tmp_path, monkeypatch):
 
 
 def test_all_parts_run_once_and_are_kept(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda command, check: compare_methods.main(command[2:]))
+    recipe = run_path(str(paper_claims.RECIPE))["main"]
+    monkeypatch.setattr(subprocess, "run", lambda command, check: recipe(command[2:]))
     save_model_folder(tmp_path / "model")
     output = tmp_path / "out"
     options = ["--model", str(tmp_path / "model"), "--output", str(output), "--windows", "10", "--window", "32"]

@@ -14,7 +14,7 @@ PARTS = 4
 
 
 def part_of_suite() -> int | None:
-    """Return the part to run, from 0, or None for all: by TESTS_PART in the environment, else by the number of commits."""
+    """Return the part to run, from 0, or None for all: TESTS_PART of the environment, else the number of commits."""
     asked = os.environ.get("TESTS_PART")
     if asked is None:
         counted = subprocess.run(["git", "rev-list", "--count", "HEAD"], cwd=TESTS, capture_output=True, text=True)

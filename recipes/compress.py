@@ -45,7 +45,14 @@ from fasc_lightning.cli import (
     saving,
 )
 from fasc_lightning.data import SELF, load_model, window_loader
-from fasc_lightning.evaluation import Quality, Questions, compare_facts, compare_perplexity
+from fasc_lightning.evaluation import (
+    Quality,
+    Questions,
+    compare_divergence,
+    compare_facts,
+    compare_pairs,
+    compare_perplexity,
+)
 from fasc_lightning.layers import bytes_in_16_bits, dequantized, select_layers, swap_modules
 from fasc_lightning.models import attach_config, quantize_layers
 from fasc_lightning.options import Precision, Quantize
@@ -101,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with clock("evaluate"):
         print("Evaluating the dense model")
         dense = questions.measure(model, tokenizer)
+        questions = questions.compared_with(model)
         print(quality_line(dense))
     if calibration is None:
         with clock("data"):
@@ -175,11 +183,13 @@ def full_report(
 ) -> dict[str, Any]:
     """Return the compression's report with the model, the recipe's options and the evaluation."""
     content = report.to_dict()
-    recipe = ("calibration", "windows", "window", "batch_size", "eval_text", "eval_facts", "eval_windows", "precision")
+    sizes = ("calibration", "windows", "window", "batch_size", "precision")
+    recipe = (*sizes, "eval_text", "eval_facts", "eval_windows", "minimal_pairs", "kl_windows")
     content["model"] = options.model
     content["options"] = {**content["options"], **{name: options[name] for name in recipe}}
     content["perplexity"] = compare_perplexity(states)
     content["facts"] = compare_facts(states)
+    content["kl"], content["minimal_pairs"] = compare_divergence(states), compare_pairs(states)
     content["seconds"] = {**seconds, **report.seconds}
     return content
 

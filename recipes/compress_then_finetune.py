@@ -81,8 +81,10 @@ from fasc_lightning.evaluation import (
     BUILTIN_TEXT,
     HELD_OUT,
     Quality,
+    compare_divergence,
     compare_facts,
     compare_heldout,
+    compare_pairs,
     compare_perplexity,
     retention,
 )
@@ -102,7 +104,7 @@ UNUSED = {
 #: Options that name places and do not change the result.
 PLACES = frozenset({"config", "output", "report", "licence", "device", "checkpoints", "checkpoint_every"})
 #: Options that do not change the model.
-MEASURING = frozenset({"eval_text", "eval_facts", "eval_windows", "in_domain"})
+MEASURING = frozenset({"eval_text", "eval_facts", "eval_windows", "in_domain", "kl_windows", "minimal_pairs"})
 
 
 def build_parser() -> CommandParser:
@@ -150,7 +152,7 @@ def build_parser() -> CommandParser:
     add("--patience", type=int, help="stop after so many held-out losses that were no better")
     add("--checkpoints", help="folder for the recovery's last checkpoint; one that is there is gone on from")
     add("--checkpoint-every", type=int, default=50, help="optimizer steps from one checkpoint to the next")
-    add_evaluation_options(parser, windows=16)
+    add_evaluation_options(parser, windows=16, kl_windows=4)
     add("--in-domain", nargs="+", default=[], help="names of those texts that are of the data's domain")
     add_output_options(parser)
     return parser
@@ -186,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with clock("evaluate"):
         print("Evaluating the dense model")
         states["dense"] = questions.measure(model, tokenizer)
+        questions = questions.compared_with(model)
         print(quality_line(states["dense"]))
 
     callback = FascCallback(**frozen_options(options), recovery=recovery)
@@ -431,6 +434,7 @@ def full_report(
     content["data"] = asdict(data.summary)
     content["perplexity"] = compare_perplexity(states)
     content["facts"] = compare_facts(states)
+    content["kl"], content["minimal_pairs"] = compare_divergence(states), compare_pairs(states)
     content["held_out"] = compare_heldout(states)
     content["drift"] = retention(states, options.in_domain)
     content["seconds"] = {**seconds, **content["seconds"]}

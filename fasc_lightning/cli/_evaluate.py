@@ -20,23 +20,25 @@ from fasc_lightning._utils import Clock, library_versions, return_freed_memory, 
 from fasc_lightning.cli._models import add_dtype_option, device_of, dtype_of, load_any
 from fasc_lightning.cli._options import TEXT_SIZE, add_evaluation_options, check_evaluation, check_least
 from fasc_lightning.cli._program import CommandParser
-from fasc_lightning.cli._run import facts_lines, perplexity_line, quality_line, questions_of
+from fasc_lightning.cli._run import facts_lines, pairs_lines, perplexity_line, quality_line, questions_of
 from fasc_lightning.data import check_window, load_config, model_folder
 from fasc_lightning.evaluation import (
     Quality,
     Questions,
     compare_facts,
+    compare_pairs,
     compare_perplexity,
-    log_probabilities,
-    window_divergences,
 )
 from fasc_lightning.layers import dequantized, model_size
 from fasc_lightning.models import is_compressed_config
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
-    from torch import Tensor
     from transformers import PreTrainedModel
+
+
+#: Options in the report.
+REPORTED = ("eval_text", "eval_facts", "minimal_pairs", "eval_windows", "window", "kl_windows", "dtype", "seed")
 
 
 def build_parser() -> CommandParser:
@@ -45,9 +47,8 @@ def build_parser() -> CommandParser:
     add = parser.add_argument
     add("model", help="folder, hub id, or smollm2: a dense model, or one that was compressed")
     add("--against", help="another model on the same questions, for example the dense one")
-    add_evaluation_options(parser, windows=TEXT_SIZE["eval_windows"])
+    add_evaluation_options(parser, windows=TEXT_SIZE["eval_windows"], kl_windows=8)
     add("--window", type=int, default=TEXT_SIZE["window"], help="tokens a window")
-    add("--kl-windows", type=int, default=8, help="windows of each text for KL to the other model; 0 for none")
     add_dtype_option(parser)
     add("--seed", type=int, default=0, help="of the choice of built-in facts")
     add("--report", help="JSON file for the figures")
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     names = [name for name in (options.against, options.model) if name is not None]
     compressed = {name: is_compressed_config(load_config(name)) for name in names}  # refuses missing models, too
     check_evaluation(options)
-    check_least(options, {"window": 2, "kl_windows": 0})
+    check_least(options, {"window": 2})
     device = device_of(options.device)
     clock = Clock()
     measured = measure(names, options, device, clock)
@@ -73,11 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "sizes": measured.sizes,
         "perplexity": compare_perplexity(measured.states),
         "facts": compare_facts(measured.states),
-        "kl": measured.divergences,
-        "options": {
-            name: options[name]
-            for name in ("eval_text", "eval_facts", "eval_windows", "window", "kl_windows", "dtype", "seed")
-        },
+        "kl": measured.states[options.model].divergence,
+        "minimal_pairs": compare_pairs(measured.states),
+        "options": {name: options[name] for name in REPORTED},
         "seconds": clock.seconds,
         "versions": library_versions(),
     }
@@ -97,12 +96,10 @@ class Measured:
     Attributes:
         sizes: Size of each model by its name.
         states: Quality of each model by its name.
-        divergences: KL(first || last) by text, in nats a token; None for one model or without windows to compare.
     """
 
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     states: dict[str, Quality] = field(default_factory=dict)
-    divergences: dict[str, float] | None = None
 
 
 def measure(names: Sequence[str], options: Namespace, device: torch.device, clock: Clock) -> Measured:
@@ -114,27 +111,21 @@ def measure(names: Sequence[str], options: Namespace, device: torch.device, cloc
     """
     found = Measured()
     asked: Questions | None = None
-    predictions: dict[str, Tensor] = {}
     for name in names:
         with clock("load"):
             model, tokenizer = load_any(name, dtype_of(options.dtype))
             model.eval().to(device)
             check_window(options.window, tokenizer, model)
             questions = questions_of(options, tokenizer)
-            check_same_tokens(asked or questions, questions, options)
-            asked = questions
+            if asked is not None:
+                check_same_tokens(asked, questions, options)
+                questions = asked
             found.sizes[name] = size_of(name, model)
         print(f"Evaluating {name}: {size_text(found.sizes[name])}", flush=True)
         with clock("evaluate"), dequantized(model):
             found.states[name] = questions.measure(model, tokenizer)
-            compared = {text: windows[: options.kl_windows] for text, windows in questions.texts.items()}
-            if predictions:
-                found.divergences = {
-                    text: float(window_divergences(model, windows, predictions[text]).mean())
-                    for text, windows in compared.items()
-                }
-            elif len(names) > 1 and options.kl_windows:
-                predictions = {text: log_probabilities(model, windows) for text, windows in compared.items()}
+            if asked is None and len(names) > 1:
+                asked = questions.compared_with(model)
         print(quality_line(found.states[name]), flush=True)
         del model  # before the next one is loaded
         return_freed_memory()
@@ -178,6 +169,7 @@ def comparison_lines(content: Mapping[str, Any]) -> Iterator[str]:
     for name, value in (content["kl"] or {}).items():
         yield f"KL to {content['against']} on {name}: {value:.4f} nats a token"
     yield from facts_lines(content["facts"])
+    yield from pairs_lines(content["minimal_pairs"])
 
 
 def loading_lines(name: str, compressed: bool) -> Iterator[str]:

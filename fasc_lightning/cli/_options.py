@@ -94,15 +94,19 @@ def frozen_options(options: Namespace) -> dict[str, Any]:
     return {**compression_options(options), "update_weights": False}
 
 
-def add_evaluation_options(parser: ArgumentParser, windows: int) -> None:
-    """Add the options for the texts of perplexity and the file of facts.
+def add_evaluation_options(parser: ArgumentParser, windows: int, kl_windows: int = 0) -> None:
+    """Add the options for the questions: texts, facts, minimal pairs, and windows for KL.
 
     Args:
         parser: Parser of a recipe.
         windows: Default number of windows of each text.
+        kl_windows: Default number of them on which predictions are compared with the first model's.
     """
     add_text_options(parser, windows)
-    parser.add_argument("--eval-facts", help="jsonl file with subject, relation, template, object, kind")
+    add = parser.add_argument
+    add("--eval-facts", help="jsonl file with subject, relation, template, object, kind")
+    add("--minimal-pairs", help="jsonl file of minimal pairs in BLiMP's format, for a figure on syntax")
+    add("--kl-windows", type=int, default=kl_windows, help="windows of each text for KL to the dense model; 0 for none")
 
 
 def add_output_options(parser: ArgumentParser) -> None:
@@ -153,10 +157,11 @@ def check_evaluation(options: Namespace) -> None:
         ValueError: If an option is out of range.
         FileNotFoundError: If a file is missing.
     """
-    check_least(options, {"eval_windows": 1})
+    check_least(options, {"eval_windows": 1, "kl_windows": 0})
     options.eval_text = named_files(options.eval_text)
-    if options.eval_facts:
-        check_file(options.eval_facts)
+    for path in (options.eval_facts, options.minimal_pairs):
+        if path:
+            check_file(path)
     say_missing_facts(options)
 
 

@@ -6,6 +6,7 @@ import logging
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from fasc_lightning._run_fit import NOT_SAVED
 from fasc_lightning._utils import write_json
 from fasc_lightning.cli._options import TEXT_SIZE, missing_facts
 from fasc_lightning.data import SMOLLM2, SMOLLM2_LICENCE, SMOLLM2_SOURCE, calibration_windows, text_windows
-from fasc_lightning.evaluation import BUILTIN_TEXT, HELD_OUT, Quality, Questions, builtin_text
+from fasc_lightning.evaluation import BUILTIN_TEXT, HELD_OUT, Quality, Questions, builtin_text, load_minimal_pairs
 from fasc_lightning.models import save_compressed
 
 if TYPE_CHECKING:
@@ -36,16 +37,18 @@ def questions_of(options: Namespace, tokenizer: PreTrainedTokenizerBase) -> Ques
     The built-in facts are left out if their package is missing.
     """
     if missing_facts(options):
-        windows = text_windows(builtin_text(), tokenizer, options.eval_windows, options.window)
-        return Questions({BUILTIN_TEXT: windows})
-    return Questions.load(
-        options.eval_text,
-        options.eval_facts,
-        tokenizer,
-        windows=options.eval_windows,
-        window=options.window,
-        seed=options.seed,
-    )
+        found = Questions({BUILTIN_TEXT: text_windows(builtin_text(), tokenizer, options.eval_windows, options.window)})
+    else:
+        found = Questions.load(
+            options.eval_text,
+            options.eval_facts,
+            tokenizer,
+            windows=options.eval_windows,
+            window=options.window,
+            seed=options.seed,
+        )
+    pairs = load_minimal_pairs(options.minimal_pairs) if options.get("minimal_pairs") else ()
+    return replace(found, pairs=pairs, compared=options.get("kl_windows", 0))
 
 
 def calibration_of(options: Namespace, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tensor:
@@ -132,6 +135,8 @@ def measurement_lines(content: Mapping[str, Any]) -> Iterator[str]:
     for name, values in content["perplexity"].items():
         yield perplexity_line(name, values)
     yield from facts_lines(content["facts"])
+    yield from divergence_lines(content.get("kl"))
+    yield from pairs_lines(content.get("minimal_pairs"))
     yield "seconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in content["seconds"].items())
 
 
@@ -145,6 +150,20 @@ def facts_lines(facts: Mapping[str, Any] | None) -> Iterator[str]:
         yield f"  {kind}: {_percentages(values, states)} of {values['count']}"
 
 
+def divergence_lines(found: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield a line for each text on the divergence of each state from the first one."""
+    for name, values in (found or {}).items():
+        nats = " -> ".join(f"{value:.3f}" for value in values.values())
+        yield f"KL to the dense model on {name}: {nats} nats a token"
+
+
+def pairs_lines(found: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield the line on minimal pairs, state by state; none without pairs."""
+    if found:
+        states = [state for state in found if state not in ("chance", "count", "by_phenomenon")]
+        yield f"minimal pairs in the right order: {_percentages(found, states)} of {found['count']} (chance 50 %)"
+
+
 def quality_line(found: Quality) -> str:
     """Return a line with the figures of one state, to print while other states are still to come."""
     parts = [f"perplexity of {name} {value:.2f}" for name, value in found.perplexity.items()]
@@ -152,6 +171,10 @@ def quality_line(found: Quality) -> str:
         parts.append(f"of {HELD_OUT} data {found.heldout:.2f}")
     if found.facts is not None:
         parts.append(f"facts recalled {found.facts.percent:.1f} % of {found.facts.count}")
+    if found.divergence is not None:
+        parts += [f"KL on {name} {value:.3f}" for name, value in found.divergence.items()]
+    if found.pairs is not None:
+        parts.append(f"minimal pairs {found.pairs.percent:.1f} %")
     return f"  {', '.join(parts)}"
 
 

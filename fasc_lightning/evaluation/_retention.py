@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,10 @@ from torch.nn import functional as F
 from fasc_lightning._utils import evaluating
 from fasc_lightning.data import file_windows, text_windows
 from fasc_lightning.evaluation._builtin import builtin_facts, builtin_text
+from fasc_lightning.evaluation._divergence import log_probabilities, window_divergences
 from fasc_lightning.evaluation._facts import Fact, FactsResult, factual_recall, load_facts
+from fasc_lightning.evaluation._grouped import ByGroup
+from fasc_lightning.evaluation._minimal_pairs import MinimalPair, PairsResult, minimal_pairs
 from fasc_lightning.evaluation._perplexity import MeanTokenLoss, perplexity
 
 if TYPE_CHECKING:
@@ -33,11 +36,15 @@ class Quality:
         perplexity: Perplexity by text.
         facts: Factual recall; None if no facts were asked for.
         heldout: Perplexity of the learnt tokens in held-out batches; None if there are none.
+        divergence: KL(first state || this one) by text, in nats a token; None if it was not asked for.
+        pairs: Minimal pairs in the right order; None if none were asked for.
     """
 
     perplexity: dict[str, float]
     facts: FactsResult | None = None
     heldout: float | None = None
+    divergence: dict[str, float] | None = None
+    pairs: PairsResult | None = None
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,18 @@ class Questions:
         texts: Windows of token ids by name, each (windows, window).
         facts: The facts; may be empty.
         heldout: Batches of the data's own domain, with labels; may be empty.
+        pairs: Minimal pairs; may be empty.
+        compared: Number of windows of each text on which states are compared with the first one.
+        predictions: Log-probabilities of the first state by text, two bytes for each of these positions and token of
+            the vocabulary; empty before :meth:`compared_with`.
     """
 
     texts: Mapping[str, Tensor]
     facts: Sequence[Fact] = ()
     heldout: Iterable[Mapping[str, Tensor]] = field(default=())
+    pairs: Sequence[MinimalPair] = ()
+    compared: int = 0
+    predictions: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(
@@ -80,16 +94,31 @@ class Questions:
             return cls({name: file_windows(path, tokenizer, windows, window) for name, path in texts.items()}, asked)
         return cls({BUILTIN_TEXT: text_windows(builtin_text(), tokenizer, windows, window)}, builtin_facts(seed))
 
+    def compared_with(self, model: PreTrainedModel) -> Questions:
+        """Return the same questions with a model's predictions, from which later states diverge.
+
+        Raises:
+            FloatingPointError: If a prediction is NaN.
+        """
+        windows = {name: windows[: self.compared] for name, windows in self.texts.items() if self.compared}
+        return replace(self, predictions={name: log_probabilities(model, ids) for name, ids in windows.items()})
+
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Quality:
         """Measure a model; its training mode is restored.
 
         Raises:
             FloatingPointError: If a loss is not finite.
         """
+        divergence = {
+            name: float(window_divergences(model, self.texts[name][: self.compared], kept).mean())
+            for name, kept in self.predictions.items()
+        }
         return Quality(
             perplexity={name: perplexity(model, windows, batch_size=2) for name, windows in self.texts.items()},
             facts=factual_recall(model, tokenizer, self.facts) if self.facts else None,
             heldout=batch_perplexity(model, self.heldout),
+            divergence=divergence or None,
+            pairs=minimal_pairs(model, tokenizer, self.pairs) if self.pairs else None,
         )
 
 
@@ -132,19 +161,47 @@ def compare_heldout(states: Mapping[str, Quality]) -> dict[str, float] | None:
     return values or None
 
 
+def compare_divergence(states: Mapping[str, Quality]) -> dict[str, dict[str, float]] | None:
+    """Return the divergence from the first state by text and state, in nats a token; None if none was measured."""
+    found = {state: measured.divergence for state, measured in states.items() if measured.divergence is not None}
+    texts = next(iter(found.values()), {})
+    return {name: {state: values[name] for state, values in found.items()} for name in texts} or None
+
+
+def compare_pairs(states: Mapping[str, Quality]) -> dict[str, Any] | None:
+    """Return minimal pairs in the right order by state in percent, overall and by phenomenon; None without pairs."""
+    pairs = {state: measured.pairs for state, measured in states.items() if measured.pairs is not None}
+    if not pairs:
+        return None
+    first = next(iter(pairs.values()))
+    groups = {state: result.by_phenomenon for state, result in pairs.items()}
+    return _by_state(pairs, first, "by_phenomenon", groups)
+
+
 def compare_facts(states: Mapping[str, Quality]) -> dict[str, Any] | None:
     """Return factual recall by state in percent, overall and by kind; None if no facts were asked for."""
     facts = {state: measured.facts for state, measured in states.items() if measured.facts is not None}
     if not facts:
         return None
     first = next(iter(facts.values()))
+    groups = {state: result.by_kind for state, result in facts.items()}
+    return _by_state(facts, first, "by_kind", groups)
+
+
+def _by_state(
+    results: Mapping[str, FactsResult | PairsResult],
+    first: FactsResult | PairsResult,
+    title: str,
+    groups: Mapping[str, ByGroup],
+) -> dict[str, Any]:
+    """Return percentages by state, overall and by group."""
     return {
-        **{state: result.percent for state, result in facts.items()},
+        **{state: result.percent for state, result in results.items()},
         "chance": first.chance,
         "count": first.count,
-        "by_kind": {
-            kind: {**{state: result.by_kind[kind][0] for state, result in facts.items()}, "count": count}
-            for kind, (_, count) in first.by_kind.items()
+        title: {
+            name: {**{state: found[name][0] for state, found in groups.items()}, "count": count}
+            for name, (_, count) in next(iter(groups.values())).items()
         },
     }
 

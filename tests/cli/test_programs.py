@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,7 +65,10 @@ def compressed(**options):
 @pytest.mark.parametrize("options", [{"keep": 0.8, "refit": False}, {"quantize": "int4"}])
 def test_evaluate_measures_two_models_side_by_side(folder, capsys, options):
     compressed(**options)
-    found = evaluate(["small", "--against", "model", "--report", "r.json", "--eval-facts", "facts.jsonl", *ASKED])
+    pair = {"phenomenon": "agreement", "uid": "a", "good": "The fox jumps.", "bad": "The fox jump."}
+    Path("pairs.jsonl").write_text(json.dumps(pair))
+    asked = ["--eval-facts", "facts.jsonl", "--minimal-pairs", "pairs.jsonl", *ASKED]
+    found = evaluate(["small", "--against", "model", "--report", "r.json", *asked])
     windows = text_windows(TEXT, byte_tokenizer(), 3, 32)
     for name, model in (("small", load_compressed("small", dtype=torch.float32)), ("model", load_model("model")[0])):
         assert found["perplexity"]["foxes"][name] == pytest.approx(perplexity(model, windows), rel=1e-5)
@@ -72,11 +76,13 @@ def test_evaluate_measures_two_models_side_by_side(folder, capsys, options):
         assert found["sizes"][name]["saved_bytes"] == saved
     assert found["facts"]["count"] == 2
     assert found["kl"]["foxes"] > 0
+    assert set(found["minimal_pairs"]) == {"model", "small", "chance", "count", "by_phenomenon"}
     assert json.loads((folder / "r.json").read_text())["kl"] == found["kl"]
     printed = capsys.readouterr().out
     assert "model -> small" in printed
     assert f"KL to model on foxes: {found['kl']['foxes']:.4f} nats a token" in printed
     assert "facts recalled: " in printed
+    assert "minimal pairs in the right order: " in printed
     # The last lines load what was measured.
     lines = "\n".join(line.strip() for line in printed.rpartition("Load it in Python:\n")[2].splitlines())
     names = {}

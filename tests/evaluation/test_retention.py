@@ -10,15 +10,22 @@ from torch.nn import functional as F
 
 from fasc_lightning.evaluation import (
     FactsResult,
+    MinimalPair,
+    PairsResult,
     Quality,
     Questions,
+    compare_divergence,
     compare_facts,
     compare_heldout,
+    compare_pairs,
     compare_perplexity,
     factual_recall,
     load_facts,
+    log_probabilities,
+    minimal_pairs,
     perplexity,
     retention,
+    window_divergences,
 )
 from fasc_lightning.evaluation._retention import batch_perplexity
 
@@ -45,6 +52,23 @@ def test_the_states_stand_side_by_side():
     }
 
 
+def test_divergences_and_pairs_stand_side_by_side():
+    pairs = [PairsResult(percent, 50.0, 4, {"island": (percent, 4)}, {}) for percent in (75.0, 50.0)]
+    states = {
+        "dense": Quality({}, pairs=pairs[0]),
+        "compressed": Quality({}, divergence={"a": 0.5}, pairs=pairs[1]),
+        "recovered": Quality({}, divergence={"a": 0.25}),
+    }
+    assert compare_divergence(states) == {"a": {"compressed": 0.5, "recovered": 0.25}}
+    assert compare_pairs(states) == {
+        "dense": 75.0,
+        "compressed": 50.0,
+        "chance": 50.0,
+        "count": 4,
+        "by_phenomenon": {"island": {"dense": 75.0, "compressed": 50.0, "count": 4}},
+    }
+
+
 def test_drift_is_told_apart_by_domain():
     assert retention(STATES, ["b"]) == {
         "in_domain": {
@@ -59,7 +83,7 @@ def test_drift_is_told_apart_by_domain():
 def test_what_was_not_measured_is_none():
     bare = {state: Quality({"a": 2.0}) for state in STATES}
     assert compare_facts(bare) is None
-    assert compare_heldout(bare) is None
+    assert compare_heldout(bare) is compare_divergence(bare) is compare_pairs(bare) is None
     assert retention(bare) == {
         "in_domain": {},
         "other_domain": {"a": {"compressed": 1.0, "recovered": 1.0}},
@@ -86,6 +110,20 @@ def test_heldout_perplexity_is_of_the_learnt_tokens_alone():
     assert batch_perplexity(model, batches) == pytest.approx(expected, rel=1e-5)
     assert model.training
     assert batch_perplexity(model, []) is None
+
+
+def test_states_are_compared_with_the_first_on_some_windows():
+    dense, other = (causal_model("llama", vocab_size=300).eval() for _ in range(2))
+    other.lm_head.weight.data.neg_()
+    windows = torch.randint(64, (3, 8), generator=torch.Generator().manual_seed(0))
+    pairs = [MinimalPair("island", "p", "one good", "bad one")]
+    questions = Questions({"text": windows}, pairs=pairs, compared=2)
+    assert questions.measure(dense, byte_tokenizer()).divergence is None
+    found = questions.compared_with(dense).measure(other, byte_tokenizer())
+    expected = window_divergences(other, windows[:2], log_probabilities(dense, windows[:2])).mean()
+    assert found.divergence == {"text": pytest.approx(float(expected))}
+    assert found.pairs == minimal_pairs(other, byte_tokenizer(), pairs)
+    assert Questions({"text": windows}).compared_with(dense).measure(other, byte_tokenizer()).divergence is None
 
 
 def test_a_model_whose_loss_is_not_finite_is_named():

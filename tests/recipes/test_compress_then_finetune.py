@@ -110,6 +110,7 @@ def test_every_arm_wins_back_and_is_measured_in_all_states(recipe, folder, train
     facts = report["facts"]
     assert set(facts) == {*STATES, "chance", "count", "by_kind"}
     assert set(facts["by_kind"]["geographic"]) == {*STATES, "count"}
+    assert set(report["kl"]["families"]) == {"compressed", "recovered"}
     assert report["drift"]["in_domain"]["foxes"]["recovered"] == pytest.approx(foxes["recovered"] / foxes["dense"])
     assert set(report["drift"]["in_domain"]) == {"held-out", "foxes"}
     assert set(report["drift"]["other_domain"]) == {"families"}

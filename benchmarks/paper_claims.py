@@ -144,7 +144,7 @@ def sensitivity(options: argparse.Namespace, data: Path) -> None:
     compare(options, data, "sensitivity", [*study, "--eval-facts", str(data / FACTS)])
 
 
-# The stability of what is kept.
+# The stability of the inputs that are kept.
 
 
 def texts_of(data: Path, windows: int, tokenizer: Any, window: int) -> dict[str, Tensor]:
@@ -234,7 +234,7 @@ def sampled_hessian(
     The signs are drawn once, so that one symmetric matrix is applied to all vectors.
 
     Args:
-        loss: The loss, a sum over tokens, of what is added to a layer's outputs, shape (tokens, m).
+        loss: The loss, a sum over tokens, of the numbers added to a layer's outputs, shape (tokens, m).
         shape: (tokens, m).
         draw: Draws the signs.
     """

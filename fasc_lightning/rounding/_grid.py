@@ -12,6 +12,9 @@ from fasc_lightning.layers import SCALE_DTYPE, Grid, Rounded
 #: Shares of a group's range that its grid may span. A narrower grid clips the largest weights and is finer elsewhere.
 SPANS = tuple(1 - i / 32 for i in range(20))
 
+#: Numbers of a matrix that are tried at a time, so that they stay in a CPU's cache.
+CHUNK = 2**18
+
 
 def fit_grid(W: Tensor, grid: Grid, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Choose scales and zero points of W: those with the least weighted error of rounding to the nearest.
@@ -38,18 +41,25 @@ def fit_grid(W: Tensor, grid: Grid, weights: Tensor | None = None) -> tuple[Tens
     W = torch.nn.functional.pad(W, (0, groups * size - n)).view(m, groups, size)
     weights = torch.ones(n, dtype=W.dtype, device=W.device) if weights is None else weights.to(W)
     weights = torch.nn.functional.pad(weights, (0, groups * size - n)).view(groups, size)
+    rows = max(1, CHUNK // (groups * size))
+    scales, zeros = zip(*(_fit_rows(part, grid, weights) for part in W.split(rows)), strict=True)
+    return torch.cat(scales), torch.cat(zeros).to(torch.uint8)
+
+
+def _fit_rows(W: Tensor, grid: Grid, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scales and zero points of W, shape (rows, groups, size); both of shape (rows, groups)."""
     low, high = W.amin(-1).clamp(max=0), W.amax(-1).clamp(min=0)
     best = torch.full_like(low, math.inf)
     scale, zero = torch.empty_like(low), torch.empty_like(low)
     for span in SPANS:
         s, z = _span(low * span, high * span, grid)
-        wide, shift = s[..., None], z[..., None]
-        found = ((torch.round(W / wide) + shift).clamp_(0, grid.levels - 1) - shift) * wide
-        error = torch.linalg.vecdot((found - W).square_(), weights)
+        wide, first = s[..., None], -z[..., None]
+        found = (W / wide).round_().clamp_(first, first + grid.levels - 1)  # codes without the zero point
+        error = torch.linalg.vecdot(found.mul_(wide).sub_(W).square_(), weights)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
-    return scale, zero.to(torch.uint8)
+    return scale, zero
 
 
 def _span(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

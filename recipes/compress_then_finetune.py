@@ -26,7 +26,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -103,8 +103,8 @@ UNUSED = {
 }
 #: Options that name places and do not change the result.
 PLACES = frozenset({"config", "output", "report", "licence", "device", "checkpoints", "checkpoint_every"})
-#: Options that do not change the model.
-MEASURING = frozenset({"eval_text", "eval_facts", "eval_windows", "in_domain", "kl_windows", "minimal_pairs"})
+#: Options that do not change the model; examples that share a passage with the texts of --eval-text are left out.
+MEASURING = frozenset({"eval_facts", "in_domain", "kl_windows", "minimal_pairs"})
 
 
 def build_parser() -> CommandParser:
@@ -134,6 +134,7 @@ def build_parser() -> CommandParser:
     add("--norms", type=bool, default=False, help="whether norms are trained beside the factors")
     add("--refine-steps", type=int, default=0, help="steps towards each dense block's output before all is trained")
     add("--data", nargs="+", help="what to recover on, named like --calibration; its training part is calibrated on")
+    add("--weights", type=float, nargs="+", help="each source's part of --tokens, as 3 1; default: equal parts")
     amount = f"{TOKENS:,}, or {SAMPLED_TOKENS:,} of text that the model samples"
     add("--tokens", type=int, help=f"most tokens of the data to read, the held-out ones included; default: {amount}")
     add("--heldout", type=float, default=0.1, help="share of the data that is only measured on")
@@ -141,6 +142,7 @@ def build_parser() -> CommandParser:
     add("--pack", type=bool, default=True, help="whether examples share a window, and then see those before them")
     add("--overlong", default="cut", choices=list(OVERLONG), help="what becomes of instructions beyond a window")
     add("--empty", default="error", choices=list(EMPTY), help="what becomes of instructions without an answer")
+    add("--deduplicate", type=bool, default=True, help="leave out examples that share 32 tokens with --eval-text")
     add("--streaming", type=bool, default=True, help="whether hub data sets are read row by row")
     add("--epochs", type=int, default=1, help="passes over the data")
     add("--steps", type=int, help="most optimizer steps of the recovery")
@@ -176,7 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         questions = questions_of(options, tokenizer)
     with clock("data"):
         calibration = None if options.calibration == [DATA] else calibration_of(options, tokenizer, model)
-        data = recovery_data(options, model, tokenizer, calibration)
+        data = recovery_data(
+            options, model, tokenizer, calibration, questions.texts.values() if options.deduplicate else ()
+        )
         if calibration is None:
             batches: Any = list(islice(data.train, -(-options.windows // options.batch_size)))
         else:
@@ -276,7 +280,7 @@ def check(options: Namespace) -> LoraRecovery | FactorRecovery:
         FileExistsError: If --output holds files but no saved model.
     """
     check_run(options, BUDGET, ("tokens", "epochs", "steps", "accumulate", "checkpoint_every"))
-    check_data_options(options.data, options.tokens, options.heldout)
+    check_data_options(options.data, options.tokens, options.heldout, weights=options.weights)
     check_sources(options.data)
     check_in_domain(options)
     teacher = None
@@ -351,7 +355,9 @@ def _stated(options: Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name not in PLACES}
 
 
-def recovery_data(options: Namespace, model: Any, tokenizer: Any, calibration: Tensor | None) -> FinetuneData:
+def recovery_data(
+    options: Namespace, model: Any, tokenizer: Any, calibration: Tensor | None, evaluated: Iterable[Tensor]
+) -> FinetuneData:
     """Return the data of the recovery; held-out data was not calibrated on either, if there is enough text."""
     return finetune_data(
         options.data,
@@ -369,6 +375,8 @@ def recovery_data(options: Namespace, model: Any, tokenizer: Any, calibration: T
         seed=options.seed + 1,
         model=model,
         calibrated=calibration,
+        weights=options.weights,
+        evaluated=evaluated,
     )
 
 

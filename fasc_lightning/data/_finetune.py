@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from fasc_lightning.batches import ResumableLoader
 from fasc_lightning.data._finetune_encoding import OVERLONG, Overlong, encode_instruction, example_of, fit_example
 from fasc_lightning.data._finetune_examples import Example, collate, pack_examples, split_examples
 from fasc_lightning.data._finetune_records import Document, read_records
+from fasc_lightning.data._overlap import shares_passage
 from fasc_lightning.data._pretrained import cache_folder
 from fasc_lightning.data._sampling import sample_windows
 from fasc_lightning.data._sources import SELF, check_sources
@@ -41,6 +43,7 @@ class DataSummary:
         cut: Examples whose answer was cut off at the end of the window.
         skipped: Examples left out because they are longer than the window.
         empty: Examples left out because their answer is empty.
+        evaluated: Examples left out because they share a passage with an evaluation text.
         windows: Rows of the training batches.
     """
 
@@ -52,6 +55,7 @@ class DataSummary:
     cut: int = 0
     skipped: int = 0
     empty: int = 0
+    evaluated: int = 0
     windows: int = 0
 
     def __str__(self) -> str:
@@ -67,6 +71,8 @@ class DataSummary:
             lines.append(f"{self.skipped:,} examples were left out, as they do not fit into the window")
         if self.empty:
             lines.append(f"{self.empty:,} examples were left out, as their answer is empty")
+        if self.evaluated:
+            lines.append(f"{self.evaluated:,} examples were left out, as they share a passage with an evaluation text")
         return "; ".join(lines)
 
 
@@ -103,6 +109,8 @@ def finetune_data(
     model: PreTrainedModel | None = None,
     cache: bool = True,
     calibrated: Tensor | None = None,
+    weights: Sequence[float] | None = None,
+    evaluated: Iterable[Tensor] = (),
 ) -> FinetuneData:
     """Read fine-tuning data and batch it.
 
@@ -115,7 +123,7 @@ def finetune_data(
             sampled from ``model``.
         tokenizer: The model's tokenizer.
         window: Most tokens of an example, and of a row.
-        tokens: Number of tokens to read, about equally many from the start of each source; None for everything.
+        tokens: Number of tokens to read from the starts of the sources; None for everything.
         heldout: Share of the examples that is held out; 0 for none.
         batch_size: Rows per batch.
         pack: Whether several examples share a row, as in pre-training. A token then sees the examples before its own,
@@ -130,19 +138,23 @@ def finetune_data(
         cache: Whether the cache folder keeps sampled text.
         calibrated: Calibration windows of the compression, (windows, window). Examples among them are held out only if
             there are too few others; the summary counts them.
+        weights: The mixture: each source's part of ``tokens``, in any unit; None for equal parts.
+        evaluated: Windows of evaluation texts, each (windows, window). Examples that share a passage with them are left
+            out; the summary counts them.
 
     Raises:
         FileNotFoundError: If a source looks like a file and does not exist.
         ValueError: If an option is out of range, the window is longer than the model's context, a row has an unknown
             kind or an empty answer (the message names file and line), or too few examples remain for training.
     """
-    check_data_options(sources, tokens, heldout, batch_size, overlong, empty)
+    check_data_options(sources, tokens, heldout, batch_size, overlong, empty, weights)
     check_window(window, tokenizer, model)
     check_sources(sources)
-    share = None if tokens is None else -(-tokens // len(sources))
+    parts = [1.0] * len(sources) if weights is None else list(weights)
     summary = DataSummary()
     examples: list[Example] = []
-    for source in sources:
+    for source, part in zip(sources, parts, strict=True):
+        share = None if tokens is None else math.ceil(tokens * part / sum(parts))
         if source == SELF:
             examples += _sampled(model, tokenizer, share, window, seed, cache)
             continue
@@ -153,6 +165,9 @@ def finetune_data(
                 "have an empty answer."
             )
         examples += found
+    shared = shares_passage([example.ids for example in examples], evaluated)
+    summary.evaluated = sum(shared)
+    examples = [example for example, is_shared in zip(examples, shared, strict=True) if not is_shared]
     summary.examples, summary.tokens = len(examples), sum(map(len, examples))
     summary.learnt = sum(example.learnt for example in examples)
     seen = () if calibrated is None else list(calibrated.cpu())
@@ -267,6 +282,7 @@ def check_data_options(
     batch_size: int = 1,
     overlong: str = "cut",
     empty: str = "error",
+    weights: Sequence[float] | None = None,
 ) -> None:
     """Refuse options of :func:`finetune_data` that are out of range.
 
@@ -277,6 +293,11 @@ def check_data_options(
         raise ValueError(f"Expected a list of one or more distinct sources but got {sources!r}.")
     if tokens is not None and tokens < 1:
         raise ValueError(f"Expected at least 1 token but got {tokens=}.")
+    if weights is not None:
+        if len(weights) != len(sources) or not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"Expected a positive weight for each of {len(sources)} sources but got {list(weights)}.")
+        if tokens is None:
+            raise ValueError("Expected `tokens` beside `weights`, which divide them among the sources, but got None.")
     if not 0 <= heldout < 1:
         raise ValueError(f"Expected `heldout` to be a share in [0, 1) but got {heldout}.")
     if batch_size < 1:

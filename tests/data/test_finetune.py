@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from torch.nn import functional as F
 
 from fasc_lightning import CausalLMModule
 from fasc_lightning.batches import silent
-from fasc_lightning.data import calibration_windows, finetune_data, text_windows
+from fasc_lightning.data import calibration_windows, check_data_options, finetune_data, text_windows
 from fasc_lightning.data._finetune_encoding import encode_instruction, fit_example, prompt_texts
 from fasc_lightning.data._finetune_examples import IGNORED, Example
 from fasc_lightning.data._finetune_records import Instruction
+from fasc_lightning.data._overlap import shares_passage
 from fasc_lightning.data._sampling import sample_windows
 
 # The form of many: turns between marks, a default turn of the system, an opened turn to generate.
@@ -370,3 +372,23 @@ def test_bad_options_are_refused_before_anything_is_read(plain, options, message
     options = {"sources": ["missing.jsonl"], "window": 32, "model": causal_model(), **options}
     with pytest.raises(ValueError, match=message):
         finetune_data(tokenizer=plain, **options)
+
+
+def test_passages_are_found_wherever_they_stand():
+    draw = torch.Generator().manual_seed(0)
+    windows = torch.randint(1000, (3, 64), generator=draw)
+    apart = torch.randint(1000, (50,), generator=draw)
+    for start, place in ((0, 0), (17, 5), (32, 18)):
+        example = apart.clone()
+        example[place : place + 32] = windows[1, start : start + 32]
+        assert shares_passage([example, apart], [windows[:1], windows[1:]]) == [True, False]
+        example[place + 16] += 1
+        assert shares_passage([example], [windows]) == [False]
+    assert shares_passage([apart[:5]], [windows]) == shares_passage([apart], [windows[:, :8]]) == [False]
+    assert shares_passage([apart], []) == [False]
+
+
+@pytest.mark.parametrize(("weights", "tokens"), [([1], 10), ([1, 0], 10), ([1, math.nan], 10), ([1, 2], None)])
+def test_wrong_weights_are_refused(weights, tokens):
+    with pytest.raises(ValueError, match="weight"):
+        check_data_options(["a", "b"], tokens, 0.1, weights=weights)

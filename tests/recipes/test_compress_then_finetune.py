@@ -74,6 +74,7 @@ def arguments(folder, model, *more):
         "--keep", "0.4", "--method", "weight-svd", "--refit", "false",  # that there is something to win back
         "--tokens", "2000",
         "--eval-windows", "4",
+        "--deduplicate", "false",  # a model made in a moment knows no more than one text
         "--eval-text", f"foxes={folder / 'text.txt'}", f"families={folder / 'other.txt'}",
         "--eval-facts", str(folder / "facts.jsonl"),
         *more,
@@ -196,6 +197,17 @@ def test_options_of_a_teacher_and_of_adapters_imply_them(recipe):
         recipe.fill_in(found, parser)
         recipe.check_used(found, parser)
         assert (found.recovery, found.teacher) == expected
+
+
+def test_examples_of_an_evaluation_text_are_left_out(recipe, folder, trained):
+    (folder / "own.txt").write_text("Sphinx of black quartz, judge my vow. " * 40)
+    given = [*without(arguments(folder, trained), "--deduplicate"), "--epochs", "1", "--steps", "1"]
+    data = ["--data", str(folder / "own.txt"), str(folder / "text.txt"), "--weights", "1", "3"]
+    with_weights = recipe.main([*given, *data, "--deduplicate", "false"])["data"]
+    assert with_weights["tokens"] == 2000
+    left = recipe.main([*given, *data])["data"]
+    assert left["evaluated"] == 1500 // 64
+    assert left["examples"] == -(-500 // 64) + 1  # and the last 28 tokens of the other source
 
 
 def test_few_instructions_are_calibrated_on_as_far_as_they_are_trained_on(recipe, folder, trained):

@@ -170,38 +170,28 @@ def compare_divergence(states: Mapping[str, Quality]) -> dict[str, dict[str, flo
 
 def compare_pairs(states: Mapping[str, Quality]) -> dict[str, Any] | None:
     """Return minimal pairs in the right order by state in percent, overall and by phenomenon; None without pairs."""
-    pairs = {state: measured.pairs for state, measured in states.items() if measured.pairs is not None}
-    if not pairs:
-        return None
-    first = next(iter(pairs.values()))
-    groups = {state: result.by_phenomenon for state, result in pairs.items()}
-    return _by_state(pairs, first, "by_phenomenon", groups)
+    return _percentages({state: measured.pairs for state, measured in states.items()}, "by_phenomenon")
 
 
 def compare_facts(states: Mapping[str, Quality]) -> dict[str, Any] | None:
     """Return factual recall by state in percent, overall and by kind; None if no facts were asked for."""
-    facts = {state: measured.facts for state, measured in states.items() if measured.facts is not None}
-    if not facts:
+    return _percentages({state: measured.facts for state, measured in states.items()}, "by_kind")
+
+
+def _percentages(found: Mapping[str, FactsResult | PairsResult | None], groups: str) -> dict[str, Any] | None:
+    """Return percentages by state, overall and by group (the name of the results' attribute); None if none is there."""
+    results = {state: result for state, result in found.items() if result is not None}
+    if not results:
         return None
-    first = next(iter(facts.values()))
-    groups = {state: result.by_kind for state, result in facts.items()}
-    return _by_state(facts, first, "by_kind", groups)
-
-
-def _by_state(
-    results: Mapping[str, FactsResult | PairsResult],
-    first: FactsResult | PairsResult,
-    title: str,
-    groups: Mapping[str, ByGroup],
-) -> dict[str, Any]:
-    """Return percentages by state, overall and by group."""
+    first = next(iter(results.values()))
+    by_group: dict[str, ByGroup] = {state: getattr(result, groups) for state, result in results.items()}
     return {
         **{state: result.percent for state, result in results.items()},
         "chance": first.chance,
         "count": first.count,
-        title: {
-            name: {**{state: found[name][0] for state, found in groups.items()}, "count": count}
-            for name, (_, count) in next(iter(groups.values())).items()
+        groups: {
+            name: {**{state: values[name][0] for state, values in by_group.items()}, "count": count}
+            for name, (_, count) in getattr(first, groups).items()
         },
     }
 

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from p1 import CALIBRATION, FACTS, TEXTS
+from p1 import FACTS, text_options
 from pages import write_part
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "compare_bytes.py"
@@ -36,9 +36,7 @@ def command(data: Path, output: Path, more: Sequence[str]) -> list[str]:
     """Return the recipe's command line."""
     options = ["--sizes", *SIZES, *CONTROLS, "--keep", *KEEPS, "--refit", "--output", str(output)]
     options += ["--windows", "64", "--eval-windows", "32", "--kl-windows", "4"]
-    options += ["--calibration", *(str(data / file) for file in CALIBRATION)]
-    options += ["--eval-text", *(f"{name}={data / file}" for name, file in TEXTS.items())]
-    options += ["--eval-facts", str(data / FACTS)]
+    options += [*text_options(data), "--eval-facts", str(data / FACTS)]
     return [sys.executable, str(RECIPE), *options, *more]
 
 

@@ -40,14 +40,18 @@ ROWS = {
 }
 
 
+def text_options(data: Path) -> list[str]:
+    """Return the options of a recipe for the texts of P1."""
+    calibration = ["--calibration", *(str(data / file) for file in CALIBRATION)]
+    return [*calibration, "--eval-text", *(f"{key}={data / file}" for key, file in TEXTS.items())]
+
+
 def run_row(name: str, options: list[str], data: Path, output: Path) -> dict[str, Any]:
     """Run one row unless its report exists, and return the report."""
     path = output / f"{name}.json"
     if not path.exists():
         command = [sys.executable, str(RECIPE), *options, "--report", str(path)]
-        command += ["--calibration", *(str(data / file) for file in CALIBRATION)]
-        command += ["--eval-text", *(f"{key}={data / file}" for key, file in TEXTS.items())]
-        command += ["--eval-facts", str(data / FACTS)]
+        command += [*text_options(data), "--eval-facts", str(data / FACTS)]
         subprocess.run(command, check=True)
     return json.loads(path.read_text())
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import os
 import random
 import subprocess
@@ -27,15 +26,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from p1 import CALIBRATION, FACTS, TEXTS
+from p1 import CALIBRATION, FACTS, text_options
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fasc_lightning.cli import Row, markdown_table, whole_file, write_json
-from fasc_lightning.data import calibration_windows, load_model, read_text, text_windows
+from fasc_lightning.data import calibration_windows, load_model, open_text, read_text, text_windows
 from fasc_lightning.hooks import Taps
 from fasc_lightning.layers import layer_shapes, linear_weight, resolve_rank, select_layers
 from fasc_lightning.solvers import get_solver, solver_needs
@@ -98,8 +98,7 @@ def write_questions(data: Path, output: Path, relations: int, facts: int, pairs:
 
 def jsonl(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a jsonl file, or of one as ``.xz``."""
-    with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    return [json.loads(line) for line in open_text(path) if line.strip()]
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -113,10 +112,8 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def compare(options: argparse.Namespace, data: Path, name: str, arguments: Sequence[str]) -> None:
     """Run recipes/compare_methods.py in a process of its own, with the statistics that all parts share."""
-    command = [sys.executable, str(RECIPE), "--model", options.model, *arguments]
-    command += ["--calibration", *(str(data / file) for file in CALIBRATION)]
+    command = [sys.executable, str(RECIPE), "--model", options.model, *arguments, *text_options(data)]
     command += ["--windows", str(options.windows), "--window", str(options.window)]
-    command += ["--eval-text", *(f"{key}={data / file}" for key, file in TEXTS.items())]
     command += ["--eval-windows", str(options.eval_windows), "--eval-precision", "medium"]
     command += ["--output", str(options.output / name), "--statistics", str(options.output / "statistics")]
     subprocess.run(command, check=True)
@@ -212,11 +209,11 @@ def stability(options: argparse.Namespace, data: Path) -> None:
         row: Row = {"calibration": f"{one}; {other}"}
         for method in METHODS:
             found = [overlap(bases[one][key], bases[other][key]) for key in (f"{method} {name}" for name in targets)]
-            row |= {f"{method}, mean": mean(found), f"{method}, least layer": min(found)}
+            row |= {f"{method}, mean": fmean(found), f"{method}, least layer": min(found)}
         rows.append(row)
         print(rows[-1], flush=True)
     shapes = [linear_weight(layer).shape for layer in targets.values()]
-    chance = mean([resolve_rank(m, n, RANK) / n for m, n in shapes])
+    chance = fmean(resolve_rank(m, n, RANK) / n for m, n in shapes)
     rows.append({"calibration": "by chance", **dict.fromkeys(list(rows[0])[1:], chance)})
     write_json(rows, folder / "stability.json")
     (folder / "stability.md").write_text(markdown_table(percent(rows)) + "\n")
@@ -365,11 +362,6 @@ def loaded(name: str) -> tuple[Any, Any, dict[str, nn.Module]]:
     model, tokenizer = load_model(name)
     model.eval().requires_grad_(False)
     return model, tokenizer, select_layers(model)
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the mean."""
-    return sum(values) / len(values)
 
 
 def percent(rows: Sequence[Row]) -> list[Row]:

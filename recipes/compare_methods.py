@@ -84,11 +84,7 @@ def build_parser() -> CommandParser:
     add("--studies", nargs="+", default=["grid", "kinds"], help=f"any of {', '.join(STUDIES)}")
     add("--study-methods", nargs="+", default=["fasc", "svd"], help="solvers of sensitivity and layers")
     add("--study-rank", type=int | float, default=0.5, help="rank of the other studies' cells")
-    add(
-        "--study-layers",
-        type=int,
-        help="layers of sensitivity at least, of all kinds and depths; by default all",
-    )
+    add("--study-layers", type=int, help="layers of sensitivity at least, of all kinds and depths; by default all")
     add("--study-windows", type=int, default=4, help="windows of each text when one layer is compressed")
     add("--study-facts", type=int, default=100, help="facts at least when one layer is compressed, by relations")
     add("--thresholds", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.3], help="of debiased rho")
@@ -162,10 +158,8 @@ def check(options: Namespace) -> Namespace:
             raise ValueError(f"Expected --{name.replace('_', '-')} to be different names but got {options[name]}.")
     if not options.keep and not options.rank:
         options.keep = [0.8]
-    check_comparison(
-        options,
-        [("gfwsvd_passes", 0), ("study_facts", 1), ("study_layers", 1), ("study_windows", 1), ("eval_windows", 1)],
-    )
+    counts = ("study_facts", "study_layers", "study_windows", "eval_windows")
+    check_comparison(options, [("gfwsvd_passes", 0), *((name, 1) for name in counts)])
     for threshold in options.thresholds:
         Gate(threshold)  # refuses wrong values
     grid_cells(options)  # refuses unknown budgets and settings

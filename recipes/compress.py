@@ -38,6 +38,7 @@ from fasc_lightning.cli import (
     device_of,
     dtype_of,
     measurement_lines,
+    measurements,
     quality_line,
     questions_of,
     run_program,
@@ -45,14 +46,7 @@ from fasc_lightning.cli import (
     saving,
 )
 from fasc_lightning.data import SELF, load_model, window_loader
-from fasc_lightning.evaluation import (
-    Quality,
-    Questions,
-    compare_divergence,
-    compare_facts,
-    compare_pairs,
-    compare_perplexity,
-)
+from fasc_lightning.evaluation import Quality, Questions
 from fasc_lightning.layers import bytes_in_16_bits, dequantized, select_layers, swap_modules
 from fasc_lightning.models import attach_config, quantize_layers
 from fasc_lightning.options import Precision, Quantize
@@ -187,9 +181,7 @@ def full_report(
     recipe = (*sizes, "eval_text", "eval_facts", "eval_windows", "minimal_pairs", "kl_windows")
     content["model"] = options.model
     content["options"] = {**content["options"], **{name: options[name] for name in recipe}}
-    content["perplexity"] = compare_perplexity(states)
-    content["facts"] = compare_facts(states)
-    content["kl"], content["minimal_pairs"] = compare_divergence(states), compare_pairs(states)
+    content |= measurements(states)
     content["seconds"] = {**seconds, **report.seconds}
     return content
 

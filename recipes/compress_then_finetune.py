@@ -26,7 +26,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -54,6 +54,7 @@ from fasc_lightning.cli import (
     frozen_options,
     mapping,
     measurement_lines,
+    measurements,
     on_device,
     perplexity_line,
     plain,
@@ -77,17 +78,7 @@ from fasc_lightning.data import (
     load_model,
     window_loader,
 )
-from fasc_lightning.evaluation import (
-    BUILTIN_TEXT,
-    HELD_OUT,
-    Quality,
-    compare_divergence,
-    compare_facts,
-    compare_heldout,
-    compare_pairs,
-    compare_perplexity,
-    retention,
-)
+from fasc_lightning.evaluation import BUILTIN_TEXT, HELD_OUT, Quality, Questions, compare_heldout, retention
 from fasc_lightning.options import RATES, CompressionOptions, Distillation, FactorRecovery, LoraRecovery, Precision
 
 #: The default budget.
@@ -103,8 +94,9 @@ UNUSED = {
 }
 #: Options that name places and do not change the result.
 PLACES = frozenset({"config", "output", "report", "licence", "device", "checkpoints", "checkpoint_every"})
-#: Options that do not change the model; examples that share a passage with the texts of --eval-text are left out.
+#: Options that do not change the model. Texts change it where examples that share a passage with them are left out.
 MEASURING = frozenset({"eval_facts", "in_domain", "kl_windows", "minimal_pairs"})
+MEASURING_TEXTS = frozenset({"eval_text", "eval_windows"})
 
 
 def build_parser() -> CommandParser:
@@ -178,9 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         questions = questions_of(options, tokenizer)
     with clock("data"):
         calibration = None if options.calibration == [DATA] else calibration_of(options, tokenizer, model)
-        data = recovery_data(
-            options, model, tokenizer, calibration, questions.texts.values() if options.deduplicate else ()
-        )
+        data = recovery_data(options, model, tokenizer, calibration, questions)
         if calibration is None:
             batches: Any = list(islice(data.train, -(-options.windows // options.batch_size)))
         else:
@@ -347,7 +337,8 @@ def _options_file(options: Namespace) -> Path:
 
 def _resumed_options(options: Namespace) -> dict[str, Any]:
     """Return the options that a checkpoint depends on, in their JSON form."""
-    return {name: value for name, value in _stated(options).items() if name not in MEASURING}
+    measuring = MEASURING if options.deduplicate else MEASURING | MEASURING_TEXTS
+    return {name: value for name, value in _stated(options).items() if name not in measuring}
 
 
 def _stated(options: Namespace) -> dict[str, Any]:
@@ -356,7 +347,7 @@ def _stated(options: Namespace) -> dict[str, Any]:
 
 
 def recovery_data(
-    options: Namespace, model: Any, tokenizer: Any, calibration: Tensor | None, evaluated: Iterable[Tensor]
+    options: Namespace, model: Any, tokenizer: Any, calibration: Tensor | None, questions: Questions
 ) -> FinetuneData:
     """Return the data of the recovery; held-out data was not calibrated on either, if there is enough text."""
     return finetune_data(
@@ -376,7 +367,7 @@ def recovery_data(
         model=model,
         calibrated=calibration,
         weights=options.weights,
-        evaluated=evaluated,
+        evaluated=questions.texts.values() if options.deduplicate else (),
     )
 
 
@@ -440,9 +431,7 @@ def full_report(
     content["model"] = options.model
     content["options"] = {**_stated(options), **content["options"], "recovery": options.recovery}
     content["data"] = asdict(data.summary)
-    content["perplexity"] = compare_perplexity(states)
-    content["facts"] = compare_facts(states)
-    content["kl"], content["minimal_pairs"] = compare_divergence(states), compare_pairs(states)
+    content |= measurements(states)
     content["held_out"] = compare_heldout(states)
     content["drift"] = retention(states, options.in_domain)
     content["seconds"] = {**seconds, **content["seconds"]}

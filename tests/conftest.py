@@ -18,8 +18,9 @@ torch.set_num_threads(1)
 
 
 def whole_suite(config):
-    """Whether no test was named on the command line: named ones all run."""
-    return config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    """Whether the command line names no tests, by path, word or marker: named ones all run."""
+    named = config.option.keyword or config.option.markexpr
+    return config.args_source == pytest.Config.ArgsSource.TESTPATHS and not named
 
 
 def pytest_report_header(config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -13,7 +14,6 @@ from fasc_lightning.cli._models import device_of
 from fasc_lightning.cli._options import add_text_options, check_least, say_missing_facts
 from fasc_lightning.cli._run import calibration_of, questions_of
 from fasc_lightning.data import check_file, check_sources, load_model, named_files
-from fasc_lightning.evaluation import Questions, load_minimal_pairs
 from fasc_lightning.layers import select_layers
 
 if TYPE_CHECKING:
@@ -76,11 +76,11 @@ def evaluation_of(options: Namespace, tokenizer: Any) -> Evaluation:
     """Return the questions: the user's, or the built-in text and facts if there are none."""
     from fasc_lightning.studies.comparison import Evaluation
 
-    pairs = load_minimal_pairs(options.minimal_pairs) if options.get("minimal_pairs") else []
-    only_pairs = pairs and not (options.eval_text or options.eval_facts)
-    asked = Questions({}) if only_pairs else questions_of(options, tokenizer)
-    compared = min(options.get("kl_windows", 0), options.eval_windows) if asked.texts else 0
-    return Evaluation(asked.texts, asked.facts, pairs, options.eval_precision, compared=compared)
+    asked = questions_of(options, tokenizer)
+    if asked.pairs and not (options.eval_text or options.eval_facts):
+        asked = replace(asked, texts={}, facts=())
+    compared = min(asked.compared, options.eval_windows) if asked.texts else 0
+    return Evaluation(asked.texts, asked.facts, asked.pairs, options.eval_precision, compared=compared)
 
 
 class ComparisonRun:

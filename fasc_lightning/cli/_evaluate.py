@@ -20,15 +20,9 @@ from fasc_lightning._utils import Clock, library_versions, return_freed_memory, 
 from fasc_lightning.cli._models import add_dtype_option, device_of, dtype_of, load_any
 from fasc_lightning.cli._options import TEXT_SIZE, add_evaluation_options, check_evaluation, check_least
 from fasc_lightning.cli._program import CommandParser
-from fasc_lightning.cli._run import facts_lines, pairs_lines, perplexity_line, quality_line, questions_of
+from fasc_lightning.cli._run import facts_lines, measurements, pairs_lines, perplexity_line, quality_line, questions_of
 from fasc_lightning.data import check_window, load_config, model_folder
-from fasc_lightning.evaluation import (
-    Quality,
-    Questions,
-    compare_facts,
-    compare_pairs,
-    compare_perplexity,
-)
+from fasc_lightning.evaluation import Quality, Questions
 from fasc_lightning.layers import dequantized, model_size
 from fasc_lightning.models import is_compressed_config
 
@@ -72,10 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "model": options.model,
         "against": options.against,
         "sizes": measured.sizes,
-        "perplexity": compare_perplexity(measured.states),
-        "facts": compare_facts(measured.states),
+        **measurements(measured.states),
         "kl": measured.states[options.model].divergence,
-        "minimal_pairs": compare_pairs(measured.states),
         "options": {name: options[name] for name in REPORTED},
         "seconds": clock.seconds,
         "versions": library_versions(),

@@ -17,7 +17,18 @@ from fasc_lightning._run_fit import NOT_SAVED
 from fasc_lightning._utils import write_json
 from fasc_lightning.cli._options import TEXT_SIZE, missing_facts
 from fasc_lightning.data import SMOLLM2, SMOLLM2_LICENCE, SMOLLM2_SOURCE, calibration_windows, text_windows
-from fasc_lightning.evaluation import BUILTIN_TEXT, HELD_OUT, Quality, Questions, builtin_text, load_minimal_pairs
+from fasc_lightning.evaluation import (
+    BUILTIN_TEXT,
+    HELD_OUT,
+    Quality,
+    Questions,
+    builtin_text,
+    compare_divergence,
+    compare_facts,
+    compare_pairs,
+    compare_perplexity,
+    load_minimal_pairs,
+)
 from fasc_lightning.models import save_compressed
 
 if TYPE_CHECKING:
@@ -130,13 +141,23 @@ def evaluate_command(options: Namespace) -> str:
     return shlex.join(words)
 
 
+def measurements(states: Mapping[str, Quality]) -> dict[str, Any]:
+    """Return the part of a report that compares a model's states, the dense one first."""
+    return {
+        "perplexity": compare_perplexity(states),
+        "facts": compare_facts(states),
+        "kl": compare_divergence(states),
+        "minimal_pairs": compare_pairs(states),
+    }
+
+
 def measurement_lines(content: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of a report on perplexity, facts and time, state by state."""
     for name, values in content["perplexity"].items():
         yield perplexity_line(name, values)
     yield from facts_lines(content["facts"])
-    yield from divergence_lines(content.get("kl"))
-    yield from pairs_lines(content.get("minimal_pairs"))
+    yield from divergence_lines(content["kl"])
+    yield from pairs_lines(content["minimal_pairs"])
     yield "seconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in content["seconds"].items())
 
 
@@ -144,10 +165,9 @@ def facts_lines(facts: Mapping[str, Any] | None) -> Iterator[str]:
     """Yield the lines on factual recall, state by state; none without facts."""
     if not facts:
         return
-    states = [state for state in facts if state not in ("chance", "count", "by_kind")]
-    yield f"facts recalled: {_percentages(facts, states)} of {facts['count']} (chance {facts['chance']:.1f} %)"
+    yield f"facts recalled: {_percentages(facts)} of {facts['count']} (chance {facts['chance']:.1f} %)"
     for kind, values in facts["by_kind"].items():
-        yield f"  {kind}: {_percentages(values, states)} of {values['count']}"
+        yield f"  {kind}: {_percentages(values)} of {values['count']}"
 
 
 def divergence_lines(found: Mapping[str, Any] | None) -> Iterator[str]:
@@ -160,8 +180,8 @@ def divergence_lines(found: Mapping[str, Any] | None) -> Iterator[str]:
 def pairs_lines(found: Mapping[str, Any] | None) -> Iterator[str]:
     """Yield the line on minimal pairs, state by state; none without pairs."""
     if found:
-        states = [state for state in found if state not in ("chance", "count", "by_phenomenon")]
-        yield f"minimal pairs in the right order: {_percentages(found, states)} of {found['count']} (chance 50 %)"
+        chance = f"chance {found['chance']:.0f} %"
+        yield f"minimal pairs in the right order: {_percentages(found)} of {found['count']} ({chance})"
 
 
 def quality_line(found: Quality) -> str:
@@ -185,5 +205,7 @@ def perplexity_line(name: str, values: Mapping[str, float]) -> str:
     return f"perplexity of {name}: " + " -> ".join(f"{value:.2f}" for value in values.values()) + f" ({times} times)"
 
 
-def _percentages(values: Mapping[str, float], states: list[str]) -> str:
-    return " -> ".join(f"{values[state]:.1f} %" for state in states)
+def _percentages(values: Mapping[str, Any]) -> str:
+    """Return the percentages of the states; a comparison's other entries are no states."""
+    others = ("chance", "count", "by_kind", "by_phenomenon")
+    return " -> ".join(f"{value:.1f} %" for state, value in values.items() if state not in others)

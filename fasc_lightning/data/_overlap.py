@@ -22,7 +22,11 @@ def shares_passage(examples: Sequence[Tensor], windows: Iterable[Tensor], length
         length: Tokens of a passage.
     """
     known = torch.cat([torch.empty(0, dtype=torch.int64), *(_hashes(w.cpu(), length).flatten() for w in windows)])
-    return [bool(torch.isin(_hashes(ids, length), known).any()) for ids in examples]
+    if not len(known):
+        return [False] * len(examples)
+    hashes = [_hashes(ids, length) for ids in examples]
+    found = torch.isin(torch.cat([known[:0], *hashes]), known)  # one search for all: it sorts what is known
+    return [bool(part.any()) for part in found.split([len(part) for part in hashes])]
 
 
 def _hashes(ids: Tensor, length: int) -> Tensor:

@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,15 +94,20 @@ def sample_windows(
     with undoing() as undo:
         undo.keep_modes(model)
         model.eval()
-        weights = {} if dtype is None else {name: weight.to(dtype) for name, weight in model.named_parameters()}
+        weights = {} if dtype is None else _floats(model, dtype)
         ids = torch.cat([_continue(model, first, part, weights) for part in uniforms.split(batch_size)])
     if path is not None:
         _save_atomically(ids, path)
     return ids
 
 
+def _floats(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the floating parameters of a model in another type, by name."""
+    return {name: p.detach().to(dtype) for name, p in model.named_parameters() if p.is_floating_point()}
+
+
 @torch.inference_mode()
-def _continue(model: PreTrainedModel, first: int, uniforms: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+def _continue(model: PreTrainedModel, first: int, uniforms: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """Sample one batch: the inverse distribution function turns each uniform number into a token.
 
     Args:
@@ -124,7 +128,7 @@ def _continue(model: PreTrainedModel, first: int, uniforms: Tensor, weights: Map
     for step in terminal_progress(range(steps), "Sampling text", unit="token"):
         start = 0 if cache is None else step
         keywords = {"past_key_values": cache, "use_cache": cache is not None, **narrow}
-        output = functional_call(model, dict(weights), (ids[:, start : step + 1],), keywords)
+        output = functional_call(model, weights, (ids[:, start : step + 1],), keywords)
         if getattr(output, "past_key_values", None) is not cache:
             # A model that does not fill this cache (a recurrent one) reads its whole text at each step.
             cache = None
